@@ -1,0 +1,1 @@
+"""What `ssrctl diagnose` measures, one module per family of measures."""

@@ -1,0 +1,43 @@
+"""The command table: each subcommand is a config and a stage."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ssrctl import __version__, configs
+from ssrctl.cli.glue import command
+
+app = typer.Typer(
+    name="ssrctl",
+    help="Step-wise reinforcement learning with sparse, masked updates, and measurements of what they do.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"ssrctl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Step-wise reinforcement learning with sparse, masked updates, and measurements of what they do."""
+
+
+command(app, "superweights", configs.SuperweightsConfig, "ssrctl.stages.superweights:run")
+command(app, "profile-budget", configs.ProfileBudgetConfig, "ssrctl.stages.profile_budget:run")
+command(app, "segment", configs.SegmentConfig, "ssrctl.stages.segment:run")
+command(app, "critic", configs.CriticConfig, "ssrctl.stages.critic:run")
+command(app, "train", configs.TrainConfig, "ssrctl.stages.train:run")
+command(app, "eval", configs.EvalConfig, "ssrctl.stages.eval:run")
+command(app, "diagnose", configs.DiagnoseConfig, "ssrctl.stages.diagnose:run")

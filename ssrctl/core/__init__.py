@@ -1,0 +1,1 @@
+"""Tensor maths only: masks, selection, budgets, advantages, losses, KronosOpt. Imports torch alone."""

@@ -1,0 +1,331 @@
+"""Masks: sets of coordinates over named tensors, in block sparse rows with bit-packed 16x16 tiles.
+
+A tensor of shape ``[a, b, ...]`` is viewed as the matrix ``[a, b * ...]``, a 1-d tensor as one row, a 0-d
+tensor as one cell. The matrix is cut into 16x16 tiles (ragged edges padded with zeros); only tiles with a
+selected coordinate are kept, as 256 bits each: row by row, least significant bit first (SSR section A.4
+stores a boolean per coordinate; a bit takes an eighth of that).
+
+Polarity everywhere: a set bit, or True, means *selected*.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+TILE = 16
+TILE_BYTES = TILE * TILE // 8
+
+
+def matrix_shape(shape: Iterable[int]) -> tuple[int, int]:
+    """The (rows, columns) view of a tensor shape: ``(first, rest)``, 1-d as one row, 0-d as one cell."""
+    sizes = tuple(shape)
+    if len(sizes) == 0:
+        return 1, 1
+    if len(sizes) == 1:
+        return 1, sizes[0]
+    return sizes[0], math.prod(sizes[1:])
+
+
+@dataclass(frozen=True)
+class TileSet:
+    """The selected coordinates of one tensor.
+
+    Attributes:
+        shape: the tensor's own shape.
+        tile_ids: int64 ``[num_tiles]``, ascending: tile row * tile columns + tile column.
+        tiles: uint8 ``[num_tiles, 32]``, each tile's 256 bits; no tile is empty.
+    """
+
+    shape: tuple[int, ...]
+    tile_ids: Tensor
+    tiles: Tensor
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(tile rows, tile columns)."""
+        rows, columns = matrix_shape(self.shape)
+        return -(-rows // TILE), -(-columns // TILE)
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        """Storage of the block-sparse-row form: tiles, column indices (int32) and row pointers (int32)."""
+        return self.tiles.numel() + 4 * self.tile_ids.numel() + 4 * (self.grid[0] + 1)
+
+    def count(self) -> int:
+        """How many coordinates are selected."""
+        return int(_POPCOUNT.to(self.tiles.device)[self.tiles.int()].sum())
+
+    @classmethod
+    def empty(cls, shape: Iterable[int]) -> TileSet:
+        return cls(tuple(shape), torch.empty(0, dtype=torch.int64), torch.empty(0, TILE_BYTES, dtype=torch.uint8))
+
+    @classmethod
+    def from_indices(cls, shape: Iterable[int], indices: Tensor) -> TileSet:
+        """From distinct flat (row-major) indices, int64 ``[k]``, in any order.
+
+        Raises:
+            IndexError: an index outside the tensor.
+            ValueError: an index given twice.
+        """
+        sizes = tuple(shape)
+        if indices.numel() == 0:
+            return cls.empty(sizes)
+        indices = indices.to(torch.int64)
+        low, high = int(indices.min()), int(indices.max())
+        if low < 0 or high >= math.prod(sizes):
+            raise IndexError(f"flat index {low if low < 0 else high} is outside a tensor of shape {sizes}")
+        _, columns = matrix_shape(sizes)
+        row = torch.div(indices, columns, rounding_mode="floor")
+        column = indices - row * columns
+        tile = (row >> 4) * -(-columns // TILE) + (column >> 4)
+        bit = (row & 15) * TILE + (column & 15)
+        tile_ids, inverse = torch.unique(tile, sorted=True, return_inverse=True)
+        slot = inverse * TILE_BYTES + (bit >> 3)
+        # Distinct coordinates have distinct bits, so the sum over a byte is their OR; a repeated one shows
+        # up as a count that is too small.
+        packed = torch.zeros(tile_ids.numel() * TILE_BYTES, dtype=torch.int32, device=indices.device)
+        packed.index_add_(0, slot, (1 << (bit & 7)).to(torch.int32))
+        made = cls(sizes, tile_ids, (packed & 0xFF).to(torch.uint8).view(-1, TILE_BYTES))
+        if int(packed.max()) > 0xFF or made.count() != indices.numel():
+            raise ValueError(f"{indices.numel()} indices name only some coordinates once: there are duplicates")
+        return made
+
+    @classmethod
+    def from_dense(cls, selected: Tensor) -> TileSet:
+        """From a bool tensor, True = selected."""
+        if selected.dtype != torch.bool:
+            raise TypeError(f"expected a bool tensor, got {selected.dtype}")
+        return cls.from_indices(selected.shape, selected.flatten().nonzero().flatten())
+
+    def to_indices(self) -> Tensor:
+        """Ascending flat indices of the selected coordinates, int64 ``[count]``."""
+        if self.tile_ids.numel() == 0:
+            return torch.empty(0, dtype=torch.int64)
+        _, columns = matrix_shape(self.shape)
+        tile_columns = self.grid[1]
+        tile, bit = self._bits().nonzero(as_tuple=True)
+        identity = self.tile_ids[tile]
+        row = torch.div(identity, tile_columns, rounding_mode="floor") * TILE + (bit >> 4)
+        column = identity % tile_columns * TILE + (bit & 15)
+        return (row * columns + column).sort().values
+
+    def to_dense(self) -> Tensor:
+        """A bool tensor of the original shape, True = selected."""
+        dense = torch.zeros(self.numel, dtype=torch.bool, device=self.tiles.device)
+        dense[self.to_indices()] = True
+        return dense.view(self.shape)
+
+    def to_sparse_bsr(self) -> Tensor:
+        """``torch.sparse_bsr`` with bool 16x16 blocks, of the matrix view padded to whole tiles."""
+        crow, col = self.row_pointers()
+        rows, columns = self.grid
+        return torch.sparse_bsr_tensor(
+            crow, col, self._bits().view(-1, TILE, TILE), size=(rows * TILE, columns * TILE), check_invariants=True
+        )
+
+    @classmethod
+    def from_sparse_bsr(cls, matrix: Tensor, shape: Iterable[int]) -> TileSet:
+        """The inverse of ``to_sparse_bsr``; ``shape`` is the tensor's own shape.
+
+        Raises:
+            ValueError: other blocks than 16x16, or anything that is no set over a tensor of ``shape``.
+        """
+        if matrix.values().shape[1:] != (TILE, TILE):
+            raise ValueError(f"expected blocks of {TILE}x{TILE}, got {list(matrix.values().shape[1:])}")
+        blocks = matrix.values().bool().flatten(1)
+        weights = (1 << torch.arange(8, dtype=torch.int32)).to(blocks.device)
+        tiles = (blocks.view(-1, TILE_BYTES, 8).int() * weights).sum(-1).to(torch.uint8)
+        return cls.from_row_pointers(shape, matrix.crow_indices(), matrix.col_indices(), tiles)
+
+    def row_pointers(self) -> tuple[Tensor, Tensor]:
+        """(crow_indices int32 ``[tile rows + 1]``, col_indices int32 ``[num_tiles]``)."""
+        tile_rows, tile_columns = self.grid
+        row = torch.div(self.tile_ids, tile_columns, rounding_mode="floor")
+        counts = torch.bincount(row, minlength=tile_rows)
+        crow = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(torch.int32)
+        return crow, (self.tile_ids - row * tile_columns).to(torch.int32)
+
+    @classmethod
+    def from_row_pointers(cls, shape: Iterable[int], crow: Tensor, col: Tensor, tiles: Tensor) -> TileSet:
+        """From the stored form, checked: shapes, ordering, ranges, and no bit in the padding.
+
+        Raises:
+            ValueError: anything that does not describe a set over a tensor of ``shape``.
+        """
+        made = cls(tuple(shape), torch.empty(0, dtype=torch.int64), tiles)
+        rows, columns = made.grid
+        if crow.shape != (rows + 1,) or col.dim() != 1 or tiles.shape != (col.numel(), TILE_BYTES):
+            raise ValueError(
+                f"crow {list(crow.shape)}, col {list(col.shape)} and tiles {list(tiles.shape)} do not fit a "
+                f"{rows}x{columns} grid of tiles"
+            )
+        if tiles.dtype != torch.uint8 or crow.is_floating_point() or col.is_floating_point():
+            raise ValueError(f"wrong dtypes: crow {crow.dtype}, col {col.dtype}, tiles {tiles.dtype}")
+        crow, col = crow.long(), col.long()
+        steps = crow.diff()
+        if int(crow[0]) != 0 or int(crow[-1]) != col.numel() or bool((steps < 0).any()):
+            raise ValueError("row pointers do not ascend from 0 to the number of tiles")
+        if bool((col < 0).any()) or bool((col >= columns).any()):
+            raise ValueError(f"a tile column lies outside 0..{columns - 1}")
+        row = torch.repeat_interleave(torch.arange(rows, device=crow.device), steps)
+        tile_ids = row * columns + col
+        if bool((tile_ids.diff() <= 0).any()):
+            raise ValueError("tiles are not in ascending order")
+        made = cls(tuple(shape), tile_ids, tiles)
+        if bool((tiles & ~made._inside(tile_ids)).any()):
+            raise ValueError(f"a bit is set outside the tensor of shape {tuple(shape)}")
+        return made._without_empty()
+
+    def union(self, other: TileSet) -> TileSet:
+        """Coordinates in either."""
+        self._check_shape(other)
+        tile_ids = torch.unique(torch.cat([self.tile_ids, other.tile_ids]), sorted=True)
+        tiles = torch.zeros(tile_ids.numel(), TILE_BYTES, dtype=torch.uint8, device=self.tiles.device)
+        tiles[torch.searchsorted(tile_ids, self.tile_ids)] = self.tiles
+        tiles[torch.searchsorted(tile_ids, other.tile_ids)] |= other.tiles
+        return TileSet(self.shape, tile_ids, tiles)
+
+    def intersection(self, other: TileSet) -> TileSet:
+        """Coordinates in both."""
+        mine, theirs = self._shared_tiles(other)
+        return TileSet(self.shape, self.tile_ids[mine], self.tiles[mine] & other.tiles[theirs])._without_empty()
+
+    def difference(self, other: TileSet) -> TileSet:
+        """Coordinates in this set and not in the other."""
+        mine, theirs = self._shared_tiles(other)
+        tiles = self.tiles.clone()
+        tiles[mine] &= ~other.tiles[theirs]
+        return TileSet(self.shape, self.tile_ids, tiles)._without_empty()
+
+    def complement(self) -> TileSet:
+        """Coordinates of the tensor that are not in this set."""
+        rows, columns = self.grid
+        tile_ids = torch.arange(rows * columns, device=self.tile_ids.device)
+        tiles = self._inside(tile_ids)
+        tiles[self.tile_ids] &= ~self.tiles
+        return TileSet(self.shape, tile_ids, tiles)._without_empty()
+
+    def _bits(self) -> Tensor:
+        """bool ``[num_tiles, 256]``."""
+        places = torch.arange(8, dtype=torch.uint8, device=self.tiles.device)
+        return (self.tiles.unsqueeze(-1) >> places).bitwise_and_(1).bool().view(-1, TILE * TILE)
+
+    def _inside(self, tile_ids: Tensor) -> Tensor:
+        """uint8 ``[len(tile_ids), 32]``: bits that lie inside the tensor rather than in the padding."""
+        rows, columns = matrix_shape(self.shape)
+        tile_columns = self.grid[1]
+        tile_row = torch.div(tile_ids, tile_columns, rounding_mode="floor")
+        height = (rows - tile_row * TILE).clamp(max=TILE)
+        width = (columns - tile_ids % tile_columns * TILE).clamp(max=TILE)
+        row_bits = (1 << width.int()) - 1  # 16 bits: which columns of a tile row lie inside
+        two_bytes = torch.stack([row_bits & 0xFF, row_bits >> 8], dim=-1).to(torch.uint8)
+        place = torch.arange(TILE, device=tile_ids.device)
+        inside_rows = (place < height.unsqueeze(-1)).unsqueeze(-1).to(torch.uint8)
+        return (inside_rows * two_bytes.unsqueeze(1)).reshape(-1, TILE_BYTES)
+
+    def _shared_tiles(self, other: TileSet) -> tuple[Tensor, Tensor]:
+        """Positions (in self, in other) of the tiles that both have."""
+        self._check_shape(other)
+        if other.tile_ids.numel() == 0 or self.tile_ids.numel() == 0:
+            none = torch.empty(0, dtype=torch.int64, device=self.tile_ids.device)
+            return none, none
+        place = torch.searchsorted(other.tile_ids, self.tile_ids).clamp_(max=other.tile_ids.numel() - 1)
+        mine = (other.tile_ids[place] == self.tile_ids).nonzero().flatten()
+        return mine, place[mine]
+
+    def _without_empty(self) -> TileSet:
+        kept = (self.tiles != 0).any(dim=1)
+        return self if bool(kept.all()) else TileSet(self.shape, self.tile_ids[kept], self.tiles[kept])
+
+    def _check_shape(self, other: TileSet) -> None:
+        if self.shape != other.shape:
+            raise ValueError(f"masks over tensors of different shapes: {self.shape} and {other.shape}")
+
+
+class BlockMask:
+    """A set of coordinates over named tensors: a ``TileSet`` per name.
+
+    Operations between two masks need the same names and shapes (``ValueError`` otherwise).
+    """
+
+    def __init__(self, tensors: Mapping[str, TileSet]) -> None:
+        self.tensors = dict(tensors)
+
+    @classmethod
+    def empty(cls, shapes: Mapping[str, Iterable[int]]) -> BlockMask:
+        return cls({name: TileSet.empty(shape) for name, shape in shapes.items()})
+
+    @classmethod
+    def from_indices(cls, shapes: Mapping[str, Iterable[int]], indices: Mapping[str, Tensor]) -> BlockMask:
+        """From flat indices per tensor; a name without indices has none selected."""
+        if unknown := sorted(set(indices) - set(shapes)):
+            raise ValueError(f"indices for unknown tensors: {', '.join(unknown)}")
+        none = torch.empty(0, dtype=torch.int64)
+        return cls({name: TileSet.from_indices(shape, indices.get(name, none)) for name, shape in shapes.items()})
+
+    @classmethod
+    def from_dense(cls, selected: Mapping[str, Tensor]) -> BlockMask:
+        """From bool tensors, True = selected."""
+        return cls({name: TileSet.from_dense(tensor) for name, tensor in selected.items()})
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tiles.shape for name, tiles in self.tensors.items()}
+
+    @property
+    def numel(self) -> int:
+        """Coordinates of all tensors together, selected or not."""
+        return sum(tiles.numel for tiles in self.tensors.values())
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tiles.num_bytes for tiles in self.tensors.values())
+
+    def count(self) -> int:
+        return sum(tiles.count() for tiles in self.tensors.values())
+
+    def density(self) -> float:
+        """Selected share of all coordinates, in [0, 1]; 0 for a mask over nothing."""
+        return self.count() / self.numel if self.numel else 0.0
+
+    def to_indices(self) -> dict[str, Tensor]:
+        return {name: tiles.to_indices() for name, tiles in self.tensors.items()}
+
+    def to_dense(self) -> dict[str, Tensor]:
+        return {name: tiles.to_dense() for name, tiles in self.tensors.items()}
+
+    def __or__(self, other: BlockMask) -> BlockMask:
+        return self._paired(other, TileSet.union)
+
+    def __and__(self, other: BlockMask) -> BlockMask:
+        return self._paired(other, TileSet.intersection)
+
+    def __sub__(self, other: BlockMask) -> BlockMask:
+        return self._paired(other, TileSet.difference)
+
+    def __invert__(self) -> BlockMask:
+        return BlockMask({name: tiles.complement() for name, tiles in self.tensors.items()})
+
+    def jaccard(self, other: BlockMask) -> float:
+        """|A n B| / |A u B|, in [0, 1]; 0 when both are empty."""
+        shared = (self & other).count()
+        either = self.count() + other.count() - shared
+        return shared / either if either else 0.0
+
+    def _paired(self, other: BlockMask, operation: object) -> BlockMask:
+        if self.tensors.keys() != other.tensors.keys():
+            odd = sorted(self.tensors.keys() ^ other.tensors.keys())
+            raise ValueError(f"masks over different tensors: {', '.join(odd[:5])}")
+        return BlockMask({n: operation(t, other.tensors[n]) for n, t in self.tensors.items()})  # type: ignore[operator]
+
+
+_POPCOUNT = torch.tensor([bin(byte).count("1") for byte in range(256)], dtype=torch.int32)

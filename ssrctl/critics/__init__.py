@@ -1,0 +1,1 @@
+"""Critics: who scores a reasoning step."""

@@ -1,0 +1,1 @@
+"""Files: records, artifacts, deltas, checkpoints, manifests."""

@@ -1,0 +1,229 @@
+"""Safetensors with typed metadata: masks first of all.
+
+Every artifact's metadata holds ``ssrctl_kind``, ``ssrctl_version``, and json under ``settings`` (what made
+it); masks add their block size, counts, shapes, and the model they belong to.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ssrctl
+from ssrctl.errors import UserError
+from ssrctl.io.files import existing_file, whole_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ssrctl.core.mask import BlockMask
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelIdentity:
+    """Which weights an artifact belongs to.
+
+    Attributes:
+        name: as given to ``--model``; a local folder is known by its last part, so that no path of the
+            machine is published with the artifact.
+        revision: of a hub model.
+        fingerprint: of the weights as stored, see ``io.fingerprint``.
+    """
+
+    name: str
+    revision: str | None
+    fingerprint: str
+
+
+def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], kind: str, metadata: Mapping[str, Any]) -> None:
+    """Write a safetensors file, whole or not at all; metadata values that are not text are stored as json."""
+    from safetensors.torch import save_file
+
+    header = {"ssrctl_kind": kind, "ssrctl_version": ssrctl.__version__, "format": "pt"}
+    header |= {
+        key: value if isinstance(value, str) else json.dumps(value, sort_keys=True) for key, value in metadata.items()
+    }
+    with whole_file(path) as temporary:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, metadata=header)
+
+
+def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a safetensors file of ours: (tensors, metadata).
+
+    Raises:
+        UserError: missing, torn or foreign file, or an artifact of another kind.
+    """
+    metadata = read_metadata(path, kind)
+    with open_safetensors(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 (not a dict)
+
+
+def read_metadata(path: str | Path, kind: str) -> dict[str, str]:
+    """The metadata alone, checked to be of ``kind``."""
+    with open_safetensors(path) as file:
+        metadata = dict(file.metadata() or {})
+    found = metadata.get("ssrctl_kind")
+    if found != kind:
+        raise UserError(
+            f"{path} is not a {kind} file: " + (f"it is a {found}" if found else "it has no ssrctl metadata"),
+            f"give a {kind} file",
+        )
+    return metadata
+
+
+def open_safetensors(path: str | Path) -> Any:
+    """``safetensors.safe_open``, with a torn or foreign file as a ``UserError``."""
+    from safetensors import SafetensorError, safe_open
+
+    file = existing_file(path, "safetensors file")
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{file} is not a readable safetensors file ({file.stat().st_size} bytes): {error}",
+            "it may be torn; make or copy it again",
+        ) from error
+
+
+def json_field(metadata: Mapping[str, str], key: str, path: str | Path) -> Any:
+    """A metadata value that is json; ``UserError`` when it is absent or malformed."""
+    try:
+        return json.loads(metadata[key])
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path}: metadata '{key}' is absent or not json") from error
+
+
+def shapes_field(metadata: Mapping[str, str], path: str | Path) -> dict[str, tuple[int, ...]]:
+    """The metadata's tensor shapes by name; ``UserError`` when they are anything else."""
+    shapes = json_field(metadata, "shapes", path)
+    if not isinstance(shapes, dict) or not all(
+        isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape) for shape in shapes.values()
+    ):
+        raise UserError(f"{path}: metadata 'shapes' does not hold tensor shapes", "make the file again")
+    return {name: tuple(shape) for name, shape in shapes.items()}
+
+
+def identity_field(metadata: Mapping[str, str], key: str, path: str | Path) -> ModelIdentity | None:
+    """The metadata's model identity, None where there is none; ``UserError`` when it is anything else."""
+    fields = json_field(metadata, key, path)
+    if fields is None:
+        return None
+    try:
+        return ModelIdentity(**fields)
+    except TypeError as error:
+        raise UserError(f"{path}: metadata '{key}' does not name a model: {error}", "make the file again") from error
+
+
+MASK_KIND = "mask"
+_PARTS = ("crow_indices", "col_indices", "tiles")
+
+
+def save_mask(
+    path: str | Path, mask: BlockMask, *, mask_kind: str, model: ModelIdentity | None, settings: Mapping[str, Any]
+) -> None:
+    """Write a mask in the format of the design (block sparse rows, bit-packed 16x16 tiles).
+
+    Args:
+        path: the safetensors file.
+        mask: what to write.
+        mask_kind: what the selection means: ``superweights``, ``steps``, ...
+        model: whose coordinates these are.
+        settings: what made it.
+    """
+    from ssrctl.core.mask import TILE
+
+    metadata = {
+        "mask_kind": mask_kind,
+        "block_size": [TILE, TILE],
+        "shapes": {name: list(shape) for name, shape in mask.shapes.items()},
+        "counts": {name: tiles.count() for name, tiles in mask.tensors.items()},
+        "model": None if model is None else asdict(model),
+        "settings": dict(settings),
+    }
+    save_tensors(path, mask_tensors(mask), MASK_KIND, metadata)
+
+
+def mask_tensors(mask: BlockMask, prefix: str = "") -> dict[str, Tensor]:
+    """The stored form of a mask: ``NAME.crow_indices``, ``NAME.col_indices``, ``NAME.tiles`` per tensor."""
+    tensors: dict[str, Tensor] = {}
+    for name, tiles in mask.tensors.items():
+        tensors |= dict(
+            zip((f"{prefix}{name}.{part}" for part in _PARTS), (*tiles.row_pointers(), tiles.tiles), strict=True)
+        )
+    return tensors
+
+
+def mask_from_tensors(
+    tensors: Mapping[str, Tensor], shapes: Mapping[str, Iterable[int]], path: str | Path, prefix: str = ""
+) -> BlockMask:
+    """The inverse of ``mask_tensors``, every tile checked against its shape.
+
+    Raises:
+        UserError: a part is absent, or the parts do not describe a set over a tensor of that shape.
+    """
+    from ssrctl.core.mask import BlockMask, TileSet
+
+    loaded = {}
+    for name, shape in shapes.items():
+        try:
+            loaded[name] = TileSet.from_row_pointers(shape, *(tensors[f"{prefix}{name}.{part}"] for part in _PARTS))
+        except (KeyError, ValueError, TypeError) as error:
+            raise UserError(f"{path}: {name}: {error}", "make the file again") from error
+    return BlockMask(loaded)
+
+
+def load_mask(path: str | Path) -> tuple[BlockMask, dict[str, str]]:
+    """Read a mask file: (mask, metadata), every tile checked against its shape.
+
+    Raises:
+        UserError: torn or foreign file, or contents that do not describe a mask.
+    """
+    from ssrctl.core.mask import TILE
+
+    tensors, metadata = load_tensors(path, MASK_KIND)
+    shapes = shapes_field(metadata, path)
+    if json_field(metadata, "block_size", path) != [TILE, TILE]:
+        raise UserError(f"{path}: block size {metadata['block_size']}, this version reads {TILE}x{TILE} only")
+    expected = {f"{name}.{part}" for name in shapes for part in _PARTS}
+    if expected != tensors.keys():
+        odd = sorted(expected ^ tensors.keys())
+        raise UserError(f"{path}: tensors and shapes do not match, first difference: {odd[0]}", "make the mask again")
+    return mask_from_tensors(tensors, shapes, path), metadata
+
+
+def load_mask_for(
+    path: str | Path, shapes: Mapping[str, tuple[int, ...]], fingerprint: str, *, ignore_fingerprint: bool = False
+) -> BlockMask:
+    """Read a mask and check that it belongs to a model.
+
+    Args:
+        path: the mask file.
+        shapes: the model's tensors.
+        fingerprint: the model's, from ``io.fingerprint``.
+        ignore_fingerprint: accept other weights of the same shapes.
+
+    Raises:
+        UserError: other tensors, other shapes, or other weights; the first difference is named.
+    """
+    mask, metadata = load_mask(path)
+    for name in sorted(mask.shapes.keys() | shapes.keys()):
+        theirs, ours = mask.shapes.get(name), shapes.get(name)
+        if theirs != (None if ours is None else tuple(ours)):
+            raise UserError(
+                f"{path} does not fit the model: {name} is {_shape(theirs)} in the mask, {_shape(ours)} in the model",
+                "make the mask for this model",
+            )
+    model = identity_field(metadata, "model", path)
+    if model is not None and model.fingerprint != fingerprint and not ignore_fingerprint:
+        raise UserError(
+            f"{path} was made for other weights: {model.name} {model.fingerprint}, the model has {fingerprint}",
+            "make the mask for this model, or give --ignore-fingerprint",
+        )
+    return mask
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "absent" if shape is None else "x".join(map(str, shape)) or "scalar"

@@ -1,0 +1,96 @@
+"""What users see on stderr: notes, warnings, tables and progress. Results go to stdout or files."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import signal
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+
+@functools.cache
+def console() -> Console:
+    """The console of stderr."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def note(text: str) -> None:
+    """One plain line; nothing in it is taken as markup."""
+    console().print(text, markup=False)
+
+
+def warn(text: str) -> None:
+    """One line that begins with a coloured "warning"."""
+    from rich.text import Text
+
+    console().print(Text.assemble(("warning: ", "yellow"), text))
+
+
+def show_plan(title: str, plan: dict[str, Any]) -> None:
+    """The resolved plan of ``--dry-run`` as a two-column table."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+    for key, value in plan.items():
+        table.add_row(key.replace("_", " "), Text("-" if value is None else str(value)))
+    console().print(table)
+
+
+def progress(*, unit: str) -> Progress:
+    """A progress bar with count, elapsed time and time left; silent when stderr is no terminal."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[status]}"),
+        console=console(),
+        disable=not console().is_terminal,
+    )
+
+
+@contextlib.contextmanager
+def deferred_interrupt() -> Iterator[Any]:
+    """Let the work at hand finish on Ctrl-C.
+
+    Yields a function that tells whether Ctrl-C was pressed. A second Ctrl-C interrupts at once. Outside the
+    main thread, where signals cannot be caught, nothing is changed.
+    """
+    pressed = False
+
+    def handler(number: int, frame: object) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+        note("Ctrl-C: finishing this step; press again to stop at once")
+
+    try:
+        before = signal.signal(signal.SIGINT, handler)
+    except ValueError:
+        yield lambda: False
+        return
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,164 @@
+"""Reading and writing jsonl: whole files, ``-`` for stdin and stdout, and logs that survive a kill."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ssrctl.errors import UserError
+from ssrctl.io.files import existing_file, whole_file
+
+STDIO = "-"
+
+
+def read_jsonl(
+    path: str | Path, *, on_torn: Callable[[str], None] | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield ``(where, row)`` for every line, ``where`` being ``file:line`` for error messages.
+
+    Args:
+        path: a jsonl file, or ``-`` for stdin. Blank lines are passed over.
+        on_torn: called with a message when the last line is torn (no newline at its end and no valid
+            json, as after a kill); that line is then left out. When None, a torn line is an error like any
+            other bad line.
+
+    Raises:
+        UserError: missing file, text that is not UTF-8, a line that is not a json object, or no line at all.
+    """
+    name = "<stdin>" if str(path) == STDIO else str(path)
+    seen = torn = False
+    with _open_input(path) as stream:
+        for number, raw in enumerate(stream, start=1):
+            if not raw.strip():
+                continue
+            where = f"{name}:{number}"
+            try:
+                row = json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant, parse_float=_finite)
+            except (ValueError, RecursionError) as error:
+                if on_torn is not None and not raw.endswith(b"\n"):
+                    on_torn(f"{where}: the last line is torn; it was left out")
+                    torn = True
+                    continue
+                kind = "not UTF-8" if isinstance(error, UnicodeDecodeError) else "not valid json"
+                raise UserError(f"{where}: {kind}: {error}", "mend or remove that line") from error
+            if not isinstance(row, dict):
+                raise UserError(f"{where}: expected a json object, found {type(row).__name__}")
+            seen = True
+            yield where, row
+    if not seen and not torn:
+        raise UserError(f"{name}: no records in it", "check that the stage before wrote its output")
+
+
+def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> int:
+    """Write ``rows`` to ``path`` (whole or not at all) or, for ``-``, to stdout as they come. Returns how many."""
+    if str(path) == STDIO:
+        count = 0
+        for row in rows:
+            sys.stdout.write(dump_line(row))
+            count += 1
+        sys.stdout.flush()
+        return count
+    with whole_file(path) as temporary, temporary.open("w", encoding="utf-8") as stream:
+        count = 0
+        for row in rows:
+            stream.write(dump_line(row))
+            count += 1
+    return count
+
+
+def dump_line(row: dict[str, Any]) -> str:
+    """One json object and a newline. NaN and infinity, which json does not have, are refused (ValueError)."""
+    text = json.dumps(row, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # lone surrogates have no UTF-8 form, but json can escape them
+        text = json.dumps(row, ensure_ascii=True, allow_nan=False)
+    return text + "\n"
+
+
+class JsonlLog:
+    """An append-only jsonl file: each row is flushed to the operating system as it is written.
+
+    A kill can leave at most one torn last line. Opening the log again cuts such a line off, so that what
+    is appended next starts on a line of its own; a last line that lacks nothing but its newline, which readers
+    take for whole, gets it.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._stream = self.path.open("ab+")
+        _cut_torn_tail(self._stream)
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Add one row."""
+        self._stream.write(dump_line(row).encode("utf-8"))
+        self._stream.flush()
+
+    def sync(self) -> None:
+        """Force what was appended onto the disk."""
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+
+    def close(self) -> None:
+        self.sync()
+        self._stream.close()
+
+    def __enter__(self) -> JsonlLog:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _cut_torn_tail(stream: Any) -> None:
+    stream.seek(0, os.SEEK_END)
+    position = size = stream.tell()
+    while position > 0:
+        start = max(0, position - 65536)
+        stream.seek(start)
+        block = stream.read(position - start)
+        newline = block.rfind(b"\n")
+        if newline >= 0:
+            position = start + newline + 1
+            break
+        position = start
+    if position != size:
+        stream.seek(position)
+        if _is_row(stream.read()):
+            stream.write(b"\n")
+            stream.flush()
+        else:
+            stream.truncate(position)
+    stream.seek(0, os.SEEK_END)
+
+
+def _open_input(path: str | Path) -> Any:
+    if str(path) == STDIO:
+        return contextlib.nullcontext(sys.stdin.buffer)
+    return existing_file(path, "jsonl file").open("rb")
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a json number")
+
+
+def _finite(text: str) -> float:
+    """Python reads 1e999 as infinity, which no record may hold."""
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text} is too large for a number")
+    return value
+
+
+def _is_row(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line.decode("utf-8")), dict)
+    except (ValueError, RecursionError):
+        return False

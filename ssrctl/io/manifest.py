@@ -1,0 +1,60 @@
+"""What made an artifact: versions, settings and input hashes; never a key, a token, or a path of the machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import platform
+from pathlib import Path
+from typing import Any
+
+import ssrctl
+from ssrctl.io.files import existing_file
+
+PACKAGES = ("torch", "transformers", "accelerate", "datasets", "safetensors", "litellm")
+
+
+def settings_of(config: Any) -> dict[str, Any]:
+    """A config as plain json values; paths become text."""
+    return {key: _plain(value) for key, value in dataclasses.asdict(config).items()}
+
+
+def published_settings(config: Any) -> dict[str, Any]:
+    """``settings_of`` with local paths cut to their last part, for metadata that travels with an artifact."""
+    out = settings_of(config)
+    for key, value in out.items():
+        original = getattr(config, key)
+        if isinstance(original, Path) or (isinstance(original, str) and original.startswith(("/", "~", "."))):
+            out[key] = Path(value).name
+    return out
+
+
+def versions() -> dict[str, str]:
+    """ssrctl, python and the libraries that bear on results."""
+    found = {"ssrctl": ssrctl.__version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def file_hash(path: str | Path) -> str:
+    """``sha256:`` of a file's contents.
+
+    Raises:
+        UserError: no such file.
+    """
+    import hashlib
+
+    with existing_file(path, "input").open("rb") as stream:
+        return "sha256:" + hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,38 @@
+"""The data files that ship with the package: prompts, rubrics, budget profiles."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import ssrctl
+from ssrctl.errors import UserError
+
+
+def profiles_dir() -> Path:
+    """The folder of shipped profiles: inside an installed package, at the top of a source checkout."""
+    package = Path(ssrctl.__file__).parent
+    installed = package / "profiles"
+    return installed if installed.is_dir() else package.parent / "profiles"
+
+
+def shipped_names(folder: str, suffix: str) -> list[str]:
+    """The names of the profiles that ship in ``profiles/folder``, sorted."""
+    return sorted(path.name.removesuffix(suffix) for path in (profiles_dir() / folder).glob(f"*{suffix}"))
+
+
+def profile_path(folder: str, name: str, suffix: str) -> Path:
+    """Resolve ``name`` to a file: an existing path as it is, otherwise ``profiles/folder/name + suffix``.
+
+    Raises:
+        UserError: neither exists; the message lists the names that ship.
+    """
+    given = Path(name)
+    if given.is_file():
+        return given
+    known = shipped_names(folder, suffix)
+    if name in known:
+        return profiles_dir() / folder / f"{name}{suffix}"
+    raise UserError(
+        f"{folder.rstrip('s')} '{name}' is neither a file nor one that ships",
+        f"shipped: {', '.join(known) or 'none'}",
+    )

@@ -1,0 +1,1 @@
+"""Models: loading, rollouts, gradients, and the bundled reasoner."""

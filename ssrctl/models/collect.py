@@ -1,0 +1,177 @@
+"""From problems to groups: responses sampled, cut into steps, scored, and aligned with their tokens."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ssrctl.configs import SamplingConfig
+from ssrctl.core.seeds import derive_seed
+from ssrctl.errors import UserError
+from ssrctl.io.problems import Problem
+from ssrctl.io.records import Rollout
+from ssrctl.models.alignment import step_of_tokens, token_starts
+from ssrctl.models.gradients import GroupBatch, make_batch
+from ssrctl.models.loading import LoadedModel
+from ssrctl.models.rollout import Sample, sample_responses
+from ssrctl.text.prompts import build_prompt, encode_prompt
+from ssrctl.text.segment import segment
+
+if TYPE_CHECKING:
+    from ssrctl.critics.base import Critic
+
+
+@dataclass(frozen=True)
+class Prompted:
+    """A problem with its prompt as text and as tokens."""
+
+    problem: Problem
+    prompt: str
+    prompt_ids: list[int]
+
+
+@dataclass
+class Group:
+    """All responses to one question.
+
+    Attributes:
+        prompted: the question.
+        samples: tokens and log-probabilities.
+        rollouts: the records, in the same order, with ``steps`` filled and, after scoring, ``scores``.
+        token_steps: per response, the step of each token (-1 throughout where the response has no step).
+    """
+
+    prompted: Prompted
+    samples: list[Sample]
+    rollouts: list[Rollout]
+    token_steps: list[list[int]]
+
+    @property
+    def id(self) -> str:
+        return self.prompted.problem.id
+
+    def rewards(self) -> list[list[float | None]]:
+        """Per response, the reward of each step; None where missing."""
+        return [[score.reward for score in rollout.scores or ()] for rollout in self.rollouts]
+
+
+def prepare_prompts(
+    loaded: LoadedModel, problems: Iterable[Problem], template: str, max_new_tokens: int
+) -> tuple[list[Prompted], int]:
+    """Word and encode every question; those that do not fit the model's context are left out.
+
+    Returns:
+        The prompts that fit together with ``max_new_tokens``, and how many were left out.
+
+    Raises:
+        UserError: none fits.
+    """
+    kept, longest = [], 0
+    total = 0
+    for problem in problems:
+        total += 1
+        prompt = build_prompt(loaded.tokenizer, template, problem.question)
+        ids = encode_prompt(loaded.tokenizer, prompt)
+        longest = max(longest, len(ids))
+        if ids and (loaded.context_length is None or len(ids) + max_new_tokens <= loaded.context_length):
+            kept.append(Prompted(problem, prompt, ids))
+    if not kept:
+        raise UserError(
+            f"none of {total} prompts fits: up to {longest} tokens and {max_new_tokens} new ones, the model's context "
+            f"is {loaded.context_length}",
+            "lower --max-new-tokens or use shorter questions",
+        )
+    return kept, total - len(kept)
+
+
+def sample_groups(
+    loaded: LoadedModel,
+    prompts: Sequence[Prompted],
+    sampling: SamplingConfig,
+    *,
+    num_generations: int,
+    seed: int,
+    max_segments: int = 64,
+    on_samples: Callable[[int], None] | None = None,
+) -> list[Group]:
+    """Sample ``num_generations`` responses per prompt and segment them.
+
+    Args:
+        loaded: the model.
+        prompts: the questions.
+        sampling: how; ``generation_batch_size`` responses go through the model at once.
+        num_generations: G, responses per question.
+        seed: of this draw; batch ``b`` uses the seed derived from it.
+        max_segments: most steps per response.
+        on_samples: called with the number of new tokens after each batch.
+    """
+    flat = [prompt for prompt in prompts for _ in range(num_generations)]
+    samples: list[Sample] = []
+    size = sampling.generation_batch_size
+    for start in range(0, len(flat), size):
+        drawn = sample_responses(
+            loaded, [p.prompt_ids for p in flat[start : start + size]], sampling, derive_seed(seed, "batch", start)
+        )
+        samples += drawn
+        if on_samples is not None:
+            on_samples(sum(len(sample.response_ids) for sample in drawn))
+    groups = []
+    for place, prompt in enumerate(prompts):
+        mine = samples[place * num_generations : (place + 1) * num_generations]
+        rollouts = [_record(prompt, number, sample, max_segments) for number, sample in enumerate(mine)]
+        groups.append(
+            Group(prompt, mine, rollouts, [_token_steps(loaded, r, s) for r, s in zip(rollouts, mine, strict=True)])
+        )
+    return groups
+
+
+def _record(prompt: Prompted, number: int, sample: Sample, max_segments: int) -> Rollout:
+    problem = prompt.problem
+    extra = copy.deepcopy(problem.extra) | {"num_tokens": len(sample.response_ids), "finished": sample.finished}
+    return Rollout(
+        id=f"{problem.id}/{number}",
+        question=problem.question,
+        answer=problem.answer,
+        prompt=prompt.prompt,
+        response=sample.text,
+        steps=segment(sample.text, max_steps=max_segments),
+        extra=extra,
+    )
+
+
+def _token_steps(loaded: LoadedModel, rollout: Rollout, sample: Sample) -> list[int]:
+    assert rollout.steps is not None
+    return step_of_tokens(token_starts(loaded.tokenizer, sample.response_ids, sample.text), rollout.steps)
+
+
+def score_groups(groups: Sequence[Group], critic: Critic) -> None:
+    """Have the critic score every response, and check the final answers; fills the records in place."""
+    from ssrctl.text.answers import check_answer
+
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    for rollout, scores in zip(rollouts, critic.score(rollouts), strict=True):
+        assert len(scores) == len(rollout.steps or ()), (rollout.id, len(scores))
+        rollout.scores = scores
+        assert rollout.response is not None and rollout.answer is not None
+        rollout.final = check_answer(rollout.response, rollout.answer)
+
+
+def group_batch(loaded: LoadedModel, group: Group, *, whole_response: bool = False) -> GroupBatch:
+    """The group as padded tensors on the model's device.
+
+    Args:
+        loaded: the model.
+        group: sampled and segmented.
+        whole_response: treat each response as one step 0, as sequence-level credit does.
+    """
+    steps = [[0] * len(s.response_ids) for s in group.samples] if whole_response else group.token_steps
+    return make_batch(
+        group.prompted.prompt_ids,
+        [sample.response_ids for sample in group.samples],
+        [sample.logprobs for sample in group.samples],
+        steps,
+        pad_token_id=loaded.tokenizer.pad_token_id,
+        device=loaded.device,
+    )

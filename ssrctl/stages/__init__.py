@@ -1,0 +1,1 @@
+"""One workflow per subcommand. Stages never import each other."""

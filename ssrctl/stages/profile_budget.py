@@ -1,0 +1,268 @@
+"""`ssrctl profile-budget`: measure how gradient magnitude decays over steps (SSR section 2.3.3)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ssrctl.configs import CriticOptions, ProfileBudgetConfig
+from ssrctl.core.advantages import two_level_advantages
+from ssrctl.core.bits import bits_from_mask
+from ssrctl.core.budget import coordinates
+from ssrctl.core.mask import BlockMask
+from ssrctl.core.seeds import derive_seed
+from ssrctl.critics.base import make_critic
+from ssrctl.errors import UserError
+from ssrctl.io.artifacts import load_mask_for
+from ssrctl.io.budget_profiles import BudgetProfile, save_budget_profile
+from ssrctl.io.console import console, deferred_interrupt, note, progress, show_plan, warn
+from ssrctl.io.files import whole_file
+from ssrctl.io.manifest import file_hash, published_settings, versions
+from ssrctl.io.problems import load_problems
+from ssrctl.io.records import Rollout, read_rollouts
+from ssrctl.models.budget_profile import MeanCurve, StepMass, mean_curve, problem_masses, traces_batch
+from ssrctl.models.collect import Group, group_batch, prepare_prompts, sample_groups, score_groups
+from ssrctl.models.gradients import GroupBatch
+from ssrctl.models.loading import LoadedModel, describe_model, load_model
+from ssrctl.text.prompts import build_prompt, load_template
+
+GRADIENT_BYTES = 4.0
+BITS_BYTES = 2 / 8  # protected and claimed coordinates, one bit each
+
+Rewards = list[list[float | None]]
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where groups of scored responses come from: ``num_groups`` at most, made one at a time."""
+
+    num_groups: int
+    groups: Iterator[tuple[GroupBatch, Rewards]]
+    plan: dict[str, Any]
+
+
+def run(config: ProfileBudgetConfig) -> dict[str, Any]:
+    """Measure the profile, write it (json, and an svg beside it when matplotlib is there) and return it.
+
+    With ``--dry-run`` the model is loaded, the plan printed and returned, and nothing is written.
+
+    Raises:
+        UserError: anything in the settings or inputs that cannot be used; no problem whose first step has a
+            gradient.
+        KeyboardInterrupt: after Ctrl-C, with a profile of the problems done so far written.
+    """
+    note(describe_model(config))
+    if config.output.is_dir():
+        raise UserError(f"cannot write {config.output}: it is a folder", "name a file")
+    traces = None if config.traces is None else _read_traces(config)
+    problems = None if traces is not None else _problems(config)
+    loaded = load_model(config, bytes_per_parameter=GRADIENT_BYTES + BITS_BYTES)
+    mask = _protected(config, loaded)
+    claim = coordinates(config.claim_fraction, mask.numel - mask.count())
+    if claim == 0:
+        raise UserError(
+            f"{config.claim_fraction:.4%} of {mask.numel - mask.count()} unprotected weights is less than one weight",
+            "raise --claim-fraction",
+        )
+    if traces is not None:
+        source = _from_traces(config, loaded, traces)
+    else:
+        assert problems is not None
+        source = _from_sampling(config, loaded, problems)
+    plan = {"parameters": loaded.num_parameters, "protected": mask.count(), "claimed_per_step": claim, **source.plan}
+    plan |= {"backward_passes": f"at most {source.num_groups * config.max_steps}", "output": str(config.output)}
+    if config.dry_run:
+        show_plan("profile-budget", plan)
+        return plan
+    bits = {name: packed.to(loaded.device) for name, packed in bits_from_mask(mask).items()}
+    measured, interrupted = _measure(config, loaded, source, claim, bits)
+    result = _write(config, loaded, measured)
+    if interrupted:
+        warn(f"interrupted: the profile is of {len(measured)} of {source.num_groups} problems")
+        raise KeyboardInterrupt
+    return result
+
+
+# --------------------------------------------------------------------------------------------------
+# inputs
+
+
+def _protected(config: ProfileBudgetConfig, loaded: LoadedModel) -> BlockMask:
+    if config.protect is None:
+        return BlockMask.empty(loaded.shapes())
+    return load_mask_for(
+        config.protect, loaded.shapes(), loaded.identity.fingerprint, ignore_fingerprint=config.ignore_fingerprint
+    )
+
+
+def _read_traces(config: ProfileBudgetConfig) -> list[list[Rollout]]:
+    """The first ``--num-problems`` groups of the traces file; responses without a step are left out."""
+    assert config.traces is not None
+    groups: dict[str, list[Rollout]] = {}
+    for rollout in read_rollouts(config.traces, needs=("response", "steps", "scores"), on_torn=warn):
+        if rollout.prompt is None and rollout.question is None:
+            raise UserError(f"{config.traces}: {rollout.id} has neither 'prompt' nor 'question'", "add one of them")
+        if rollout.steps:
+            groups.setdefault(rollout.group, []).append(rollout)
+    if not groups:
+        raise UserError(f"{config.traces}: no response in it has a step", "run `ssrctl segment` and `ssrctl critic`")
+    return list(groups.values())[: config.num_problems]
+
+
+def _from_traces(config: ProfileBudgetConfig, loaded: LoadedModel, traces: list[list[Rollout]]) -> _Source:
+    template = load_template(config.prompt_template, config.dataset)
+
+    def groups() -> Iterator[tuple[GroupBatch, Rewards]]:
+        for rollouts in traces:
+            for rollout in rollouts:
+                if rollout.prompt is None:
+                    assert rollout.question is not None
+                    rollout.prompt = build_prompt(loaded.tokenizer, template, rollout.question)
+            rewards = [[score.reward for score in rollout.scores or ()] for rollout in rollouts]
+            yield traces_batch(loaded, rollouts, config.temperature), rewards
+
+    plan = {"problems": len(traces), "responses": f"{sum(map(len, traces))} from {Path(str(config.traces)).name}"}
+    return _Source(len(traces), groups(), plan)
+
+
+def _problems(config: ProfileBudgetConfig) -> list[Any]:
+    limit = config.num_problems if config.limit is None else min(config.limit, config.num_problems)
+    return load_problems(dataclasses.replace(config, limit=limit), "train", derive_seed(config.seed, "problems"))
+
+
+def _from_sampling(config: ProfileBudgetConfig, loaded: LoadedModel, problems: list[Any]) -> _Source:
+    template = load_template(config.prompt_template, config.dataset)
+    prompts, num_left_out = prepare_prompts(loaded, problems, template, config.max_new_tokens)
+    if num_left_out:
+        warn(f"{num_left_out} of {len(problems)} questions do not fit the context and are left out")
+    critic = make_critic(CriticOptions())
+
+    def groups() -> Iterator[tuple[GroupBatch, Rewards]]:
+        for prompt in prompts:
+            made: list[Group] = sample_groups(
+                loaded,
+                [prompt],
+                config,
+                num_generations=config.num_generations,
+                seed=derive_seed(config.seed, "profile-budget", prompt.problem.id),
+            )
+            score_groups(made, critic)
+            yield group_batch(loaded, made[0]), made[0].rewards()
+
+    responses = len(prompts) * config.num_generations
+    plan = {
+        "problems": len(prompts),
+        "responses": f"{responses} to sample, at most {responses * config.max_new_tokens} tokens",
+        "critic": "rule (score responses with `ssrctl critic` and give --traces for another)",
+    }
+    return _Source(len(prompts), groups(), plan)
+
+
+# --------------------------------------------------------------------------------------------------
+# measuring and writing
+
+
+def _measure(
+    config: ProfileBudgetConfig, loaded: LoadedModel, source: _Source, claim: int, protected: dict[str, Tensor]
+) -> tuple[list[list[StepMass]], bool]:
+    """(each problem's masses, whether Ctrl-C ended it early)."""
+    measured: list[list[StepMass]] = []
+    with progress(unit="problems") as bar, deferred_interrupt() as interrupted:
+        task = bar.add_task("profiling", total=source.num_groups, status="")
+        for batch, rewards in source.groups:
+            advantages = two_level_advantages(rewards, config.advantage).values
+            measured.append(
+                problem_masses(
+                    loaded.model,
+                    batch,
+                    advantages,
+                    claim=claim,
+                    protected=protected,
+                    max_steps=config.max_steps,
+                    temperature=config.temperature,
+                )
+            )
+            bar.advance(task)
+            if interrupted() and len(measured) < source.num_groups:
+                return measured, True
+    return measured, False
+
+
+def _write(config: ProfileBudgetConfig, loaded: LoadedModel, measured: list[list[StepMass]]) -> dict[str, Any]:
+    try:
+        curve = mean_curve(measured)
+    except ValueError as error:
+        raise UserError(
+            f"{error}: all advantages of the first steps are 0", "profile more problems, or score with another critic"
+        ) from error
+    settings = published_settings(config) | {"versions": versions()}
+    if config.traces is not None:
+        settings["traces_hash"] = file_hash(config.traces)
+    settings |= {"energy_claimed": curve.energy_claimed, "num_problems_without_start": curve.num_without_start}
+    profile = BudgetProfile(
+        model=loaded.identity,
+        curve=curve.curve,
+        std=curve.std,
+        num_problems=curve.num_problems,
+        energy_available=curve.energy_available,
+        claim_fraction=config.claim_fraction,
+        settings=settings,
+    )
+    save_budget_profile(config.output, profile)
+    written = [str(config.output)]
+    if plot := _plot(config.output.with_suffix(".svg"), profile):
+        written.append(plot)
+    _show(curve)
+    if curve.num_without_start:
+        warn(
+            f"{curve.num_without_start} of {len(measured)} problems are left out: their first step had no signal to "
+            "measure the others against"
+        )
+    note(f"wrote {' and '.join(written)}: {len(curve.curve)} steps over {curve.num_problems[0]} problems")
+    return profile.to_dict()
+
+
+def _show(curve: MeanCurve) -> None:
+    from rich.table import Table
+
+    table = Table(title="available to each step, relative to the first", title_justify="left")
+    for heading in ("step", "v", "std", "problems", "energy available", "energy claimed"):
+        table.add_column(heading, justify="right")
+    for number, row in enumerate(
+        zip(curve.curve, curve.std, curve.num_problems, curve.energy_available, curve.energy_claimed, strict=True), 1
+    ):
+        v, std, problems, available, claimed = row
+        table.add_row(str(number), f"{v:.3f}", f"{std:.3f}", str(problems), f"{available:.1%}", f"{claimed:.1%}")
+    console().print(table)
+
+
+def _plot(path: Path, profile: BudgetProfile) -> str | None:
+    """Draw the curve beside the profile; returns the file, or None where matplotlib is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        note("no plot: matplotlib is not installed (pip install 'ssrctl[report]')")
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    steps = list(range(1, len(profile.curve) + 1))
+    # Fixed ids and no date, so that equal profiles give equal files.
+    with matplotlib.rc_context({"svg.hashsalt": "ssrctl"}):
+        figure, axes = pyplot.subplots(figsize=(6, 3.5), layout="constrained")
+        axes.errorbar(steps, profile.curve, yerr=profile.std, marker="o", capsize=3, label="magnitude mass v")
+        axes.plot(steps, profile.energy_available, marker="s", linestyle="--", label="gradient energy available")
+        for step, value, count in zip(steps, profile.curve, profile.num_problems, strict=True):
+            axes.annotate(f"n={count}", (step, value), textcoords="offset points", xytext=(4, 6), fontsize=7)
+        axes.set(xlabel="step", ylabel="relative to step 1; share", title=f"{profile.model.name}: left for later steps")
+        axes.set_ylim(bottom=0)
+        axes.legend()
+        with whole_file(path) as temporary:
+            figure.savefig(temporary, format="svg", metadata={"Date": None})
+        pyplot.close(figure)
+    return str(path)

@@ -1,0 +1,393 @@
+"""`ssrctl train`: the training loop around ``models.training_step``, its run directory, and resuming."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ssrctl.configs import TrainConfig
+from ssrctl.core.budget import step_budgets
+from ssrctl.core.mask import BlockMask
+from ssrctl.core.seeds import derive_seed
+from ssrctl.critics.base import make_critic
+from ssrctl.errors import UserError
+from ssrctl.io import console, manifest
+from ssrctl.io.artifacts import load_mask_for
+from ssrctl.io.budget_profiles import load_budget_profile
+from ssrctl.io.delta import Delta, apply_delta
+from ssrctl.io.jsonl import JsonlLog, write_jsonl
+from ssrctl.io.mask_log import StepMaskLog, save_mask_log
+from ssrctl.io.problems import load_problems
+from ssrctl.io.profiles import profile_path, shipped_names
+from ssrctl.io.run_dir import Checkpoint, RunDir, load_checkpoint, prune_checkpoints, save_checkpoint
+from ssrctl.models.collect import Prompted, prepare_prompts
+from ssrctl.models.gradients import trainable
+from ssrctl.models.loading import LoadedModel, describe_model, load_model
+from ssrctl.models.training_step import StepResult, TrainingStep
+from ssrctl.models.updaters import UPDATERS
+from ssrctl.text.prompts import load_template
+
+# Settings that may differ between a run and its continuation without changing what it computes.
+FREE_ON_RESUME = {
+    "json", "dry_run", "output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "logging_steps",
+    "report_to", "max_concurrency", "critic_timeout",
+}  # fmt: skip
+ACTIVATION_BYTES_PER_PARAMETER = 2.0  # a rough allowance for graphs and caches in the memory check
+
+
+def run(config: TrainConfig) -> dict[str, Any] | None:
+    """Train, and return a summary.
+
+    Raises:
+        UserError: anything in the settings or inputs that cannot be used.
+        KeyboardInterrupt: after Ctrl-C, with a checkpoint of the last whole step written.
+    """
+    console.note(describe_model(config))
+    run_dir, checkpoint = _open_run(config)
+    updater_kind = UPDATERS[config.optimizer]
+    template = load_template(config.prompt_template, config.dataset)
+    problems = load_problems(config, "train", derive_seed(config.seed, "problems"))
+    loaded = load_model(
+        config,
+        bytes_per_parameter=updater_kind.bytes_per_parameter + ACTIVATION_BYTES_PER_PARAMETER,
+    )
+    protected = _protected(config, loaded)
+    curve, profile_name = _budget_curve(config)
+    prompts, num_left_out = prepare_prompts(loaded, problems, template, config.max_new_tokens)
+    if num_left_out:
+        console.warn(f"{num_left_out} of {len(problems)} questions do not fit the context and are left out")
+    _warn_about_sampling(config)
+    if config.dry_run:
+        plan = _plan(config, loaded, protected, curve, profile_name, prompts, run_dir)
+        console.show_plan("plan", plan)
+        return plan
+    updater = updater_kind(trainable(loaded.model), config, protected)
+    trainer = Trainer(
+        config, loaded, run_dir, prompts, TrainingStep(loaded, make_critic(config), updater, config, curve)
+    )
+    if checkpoint is None:
+        trainer.start(profile_name)
+    else:
+        trainer.resume(checkpoint)
+    return trainer.train()
+
+
+class Trainer:
+    """The loop: which questions when, logs, checkpoints, progress."""
+
+    def __init__(
+        self, config: TrainConfig, loaded: LoadedModel, run_dir: RunDir, prompts: Sequence[Prompted], step: TrainingStep
+    ) -> None:
+        from transformers import get_scheduler
+
+        self.config, self.loaded, self.run_dir, self.prompts, self.training_step = (
+            config,
+            loaded,
+            run_dir,
+            prompts,
+            step,
+        )
+        self.updater = step.updater
+        self.scheduler = get_scheduler(
+            config.lr_scheduler_type, self.updater.optimizer, config.warmup_steps, config.max_steps
+        )
+        self.step = 0
+        self.recent: list[dict[str, Any]] = []
+        self.last_saved = 0
+
+    def start(self, profile_name: str) -> None:
+        """Write what describes the run."""
+        self.run_dir.path.mkdir(parents=True, exist_ok=True)
+        self.run_dir.write_config(manifest.settings_of(self.config))
+        inputs = {key: manifest.file_hash(path) for key in ("protect",) if (path := getattr(self.config, key))}
+        for key in ("dataset", "budget_profile"):
+            if Path(getattr(self.config, key)).is_file():
+                inputs[key] = manifest.file_hash(getattr(self.config, key))
+        self.run_dir.write_manifest(
+            {
+                "model": dataclasses.asdict(self.loaded.identity),
+                "budget_profile": profile_name,
+                "versions": manifest.versions(),
+                "inputs": inputs,
+                "num_coordinates": self.training_step.num_coordinates,
+                "num_protected": self.updater.num_protected,
+            }
+        )
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Put everything back to where the checkpoint was written."""
+        apply_delta(
+            checkpoint.delta,
+            dict(self.loaded.model.named_parameters()),
+            self.loaded.identity.fingerprint,
+            checkpoint.path,
+        )
+        self.updater.load_state(checkpoint.optimizer)
+        self.step = self.last_saved = checkpoint.state["step"]
+        self.scheduler.load_state_dict(checkpoint.state["scheduler"])
+        for group, rate in zip(self.updater.optimizer.param_groups, checkpoint.state["learning_rates"], strict=True):
+            group["lr"] = rate
+        self.run_dir.rewind(self.step)
+        self.run_dir.write_config(manifest.settings_of(self.config))
+        console.note(f"continuing {self.run_dir.path} after step {self.step}")
+
+    def train(self) -> dict[str, Any]:
+        """Run to ``max_steps``; Ctrl-C ends after the step at hand with a checkpoint."""
+        bar = console.progress(unit="steps")
+        with JsonlLog(self.run_dir.metrics) as log, _tracker(self.config, self.run_dir) as track, bar:
+            task = bar.add_task("train", total=self.config.max_steps, completed=self.step, status="")
+            with console.deferred_interrupt() as interrupted:
+                while self.step < self.config.max_steps and not interrupted():
+                    row = self._one_step()
+                    log.append(row)
+                    track(row)
+                    bar.update(task, completed=self.step, status=_status(row))
+                    self._print_line(row)
+                    if self.step % self.config.save_steps == 0 or self.step == self.config.max_steps:
+                        log.sync()
+                        self._save()
+                if self.step < self.config.max_steps:
+                    log.sync()
+                    self._save()
+        if self.step < self.config.max_steps:
+            console.note(
+                f"stopped after step {self.step} of {self.config.max_steps}; to continue: "
+                f"--output-dir {self.run_dir.path} --resume-from-checkpoint latest"
+            )
+            raise KeyboardInterrupt
+        return self._summary()
+
+    def _one_step(self) -> dict[str, Any]:
+        config = self.config
+        step = self.step + 1
+        log_masks = config.log_masks_every > 0 and step % config.log_masks_every == 0
+        rate = self.updater.optimizer.param_groups[0]["lr"]
+        result = self.training_step.run(
+            self._questions(step), seed=derive_seed(config.seed, "rollout", step), log_masks=log_masks
+        )
+        self.scheduler.step()
+        self.step = step
+        self._write_logs(result)
+        epoch = step * config.questions_per_step / len(self.prompts)
+        row = {"step": step, "epoch": round(epoch, 4), "learning_rate": rate, **result.metrics}
+        self.recent = [*self.recent[-9:], row]
+        return row
+
+    def _questions(self, step: int) -> list[Prompted]:
+        """The questions of a step: each epoch is its own seeded permutation, so no state has to be kept."""
+        size, count = self.config.questions_per_step, len(self.prompts)
+        chosen = []
+        for position in range((step - 1) * size, step * size):
+            epoch, place = divmod(position, count)
+            generator = torch.Generator().manual_seed(derive_seed(self.config.seed, "order", epoch))
+            chosen.append(self.prompts[int(torch.randperm(count, generator=generator)[place])])
+        return chosen
+
+    def _write_logs(self, result: StepResult) -> None:
+        rows = (rollout.to_dict() for group in result.groups for rollout in group.rollouts)
+        write_jsonl(self.run_dir.rollouts(self.step), rows)
+        if result.mask_log:
+            log = StepMaskLog(
+                step=self.step,
+                num_coordinates=self.training_step.num_coordinates,
+                num_protected=self.updater.num_protected,
+                questions=result.mask_log,
+            )
+            save_mask_log(self.run_dir.masks(self.step), log)
+
+    def _save(self) -> None:
+        if self.step == self.last_saved:
+            return
+        delta = Delta(self.loaded.identity, self.loaded.shapes(), self.updater.changes())
+        state = {
+            "step": self.step,
+            "scheduler": self.scheduler.state_dict(),
+            "learning_rates": [group["lr"] for group in self.updater.optimizer.param_groups],
+        }
+        settings = manifest.published_settings(self.config)
+        save_checkpoint(self.run_dir.checkpoint(self.step), delta, self.updater.state(), state, settings)
+        prune_checkpoints(self.run_dir, self.config.save_total_limit)
+        self.last_saved = self.step
+
+    def _print_line(self, row: dict[str, Any]) -> None:
+        if not console.console().is_terminal and self.step % self.config.logging_steps == 0:
+            console.note(f"step {self.step}/{self.config.max_steps}  {_status(row)}")
+
+    def _summary(self) -> dict[str, Any]:
+        changed = sum(indices.numel() for indices, _ in self.updater.changes().values())
+        summary = {
+            "run": str(self.run_dir.path),
+            "steps": self.step,
+            "accuracy_last_10": statistics.fmean(row["accuracy"] for row in self.recent) if self.recent else None,
+            "changed_frac": changed / self.training_step.num_coordinates,
+        }
+        console.note(
+            f"done: {self.step} steps, {summary['changed_frac']:.1%} of the weights changed; run directory: "
+            f"{self.run_dir.path}"
+        )
+        return summary
+
+
+def _status(row: dict[str, Any]) -> str:
+    reward = "   -  " if row["reward"] is None else f"{row['reward']:+.3f}"
+    return f"reward {reward}  accuracy {row['accuracy']:.3f}  {row['tokens_per_second']:.0f} tok/s"
+
+
+def _open_run(config: TrainConfig) -> tuple[RunDir, Checkpoint | None]:
+    """The run directory to write to, and the checkpoint to continue from."""
+    wanted = config.resume_from_checkpoint
+    if wanted is None:
+        if config.output_dir is None:
+            stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+            return RunDir(Path("runs") / f"{stamp}-{Path(config.model).name}"), None
+        run_dir = RunDir(config.output_dir)
+        if run_dir.path.exists() and not run_dir.path.is_dir():
+            raise UserError(f"--output-dir {run_dir.path} is a file", "name a folder")
+        if run_dir.config.exists():
+            raise UserError(
+                f"{run_dir.path} already holds a run",
+                "continue it with --resume-from-checkpoint latest, or name another folder",
+            )
+        return run_dir, None
+    if wanted == "latest":
+        if config.output_dir is None:
+            raise UserError("--resume-from-checkpoint latest needs the run", "give --output-dir RUN")
+        complete = RunDir(config.output_dir).checkpoints()
+        if not complete:
+            raise UserError(f"{config.output_dir} has no complete checkpoint", "start the run anew in another folder")
+        folder = complete[-1]
+    else:
+        folder = Path(wanted)
+    checkpoint = load_checkpoint(folder)
+    run_dir = RunDir(folder.resolve().parent.parent)
+    if config.output_dir is not None and config.output_dir.resolve() != run_dir.path:
+        raise UserError(
+            f"checkpoint {folder} belongs to the run {run_dir.path}, not to {config.output_dir}",
+            "leave out --output-dir, or name that run",
+        )
+    if config.output_dir is not None:
+        run_dir = RunDir(config.output_dir)
+    _check_same_settings(config, run_dir)
+    return run_dir, checkpoint
+
+
+def _check_same_settings(config: TrainConfig, run_dir: RunDir) -> None:
+    """A continuation must compute what the run would have computed."""
+    before, now = run_dir.read_config(), manifest.settings_of(config)
+    free = FREE_ON_RESUME | ({"max_steps"} if config.lr_scheduler_type.startswith("constant") else set())
+    odd = [key for key in now if key not in free and before.get(key) != now[key]]
+    if odd:
+        listed = ", ".join(f"{key} was {before.get(key)!r}, is {now[key]!r}" for key in odd)
+        raise UserError(
+            f"the run was started with other settings: {listed}", f"continue with --config {run_dir.config}"
+        )
+
+
+def _budget_curve(config: TrainConfig) -> tuple[Sequence[float], str]:
+    """The budget profile v_1.. and its name: a given one, the model's own if one ships, otherwise a flat one."""
+    if config.credit != "step" or config.optimizer == "adamw":
+        return [1.0], "none (one update unit)"
+    name = config.budget_profile
+    if name == "auto":
+        own = Path(config.model).name.lower()
+        if own in shipped_names("budgets", ".json"):
+            return load_budget_profile(profile_path("budgets", own, ".json")).curve, own
+        console.warn(
+            f"no budget profile ships for {own}: every step gets the same budget; `ssrctl profile-budget --model "
+            f"{config.model} -o budget.json` measures one for --budget-profile"
+        )
+        name = "flat"
+    if name == "flat":
+        return [1.0], "flat"
+    return load_budget_profile(profile_path("budgets", name, ".json")).curve, Path(name).name
+
+
+def _protected(config: TrainConfig, loaded: LoadedModel) -> BlockMask | None:
+    if config.protect is None:
+        return None
+    mask = load_mask_for(
+        config.protect, loaded.shapes(), loaded.identity.fingerprint, ignore_fingerprint=config.ignore_fingerprint
+    )
+    if mask.count() >= loaded.num_parameters:
+        raise UserError(f"{config.protect} protects all {mask.count()} weights", "nothing would be left to train")
+    return mask
+
+
+def _warn_about_sampling(config: TrainConfig) -> None:
+    if config.top_p < 1.0 or config.top_k:
+        console.warn(
+            "with --top-p or --top-k the sampling distribution is not the one whose log-probabilities the importance "
+            "ratio uses; ratios are biased"
+        )
+    if config.advantage == "paper" and config.credit == "step":
+        console.note("advantage: paper (eq. 9): advantages sum to zero within every response, good or bad")
+
+
+def _plan(
+    config: TrainConfig,
+    loaded: LoadedModel,
+    protected: BlockMask | None,
+    curve: Sequence[float],
+    profile_name: str,
+    prompts: Sequence[Prompted],
+    run_dir: RunDir,
+) -> dict[str, Any]:
+    """What `--dry-run` prints."""
+    responses = config.max_steps * config.questions_per_step * config.num_generations
+    budgets = step_budgets(curve, 8, budget=config.budget, max_step_budget=config.max_step_budget)
+    per_parameter = UPDATERS[config.optimizer].bytes_per_parameter
+    stored = next(loaded.model.parameters()).element_size()
+    return {
+        "parameters": loaded.num_parameters,
+        "protected": 0 if protected is None else protected.count(),
+        "problems": len(prompts),
+        "epochs": round(config.max_steps * config.questions_per_step / len(prompts), 3),
+        "responses": responses,
+        "most_response_tokens": responses * config.max_new_tokens,
+        "critic": config.critic,
+        "critic_calls": responses if config.critic == "llm" else 0,
+        "learning_rate": config.resolved_learning_rate,
+        "budget_profile": profile_name,
+        "step_budgets_at_8_steps": ", ".join(f"{k:.4f}" for k in budgets),
+        "gib_for_weights_and_updates": round(loaded.num_parameters * (stored + per_parameter) / 2**30, 3),
+        "checkpoints": math.ceil(config.max_steps / config.save_steps),
+        "output_dir": str(run_dir.path),
+    }
+
+
+class _tracker:
+    """Send each metrics row to the tracker of ``--report-to`` through accelerate; ``none`` sends nothing."""
+
+    def __init__(self, config: TrainConfig, run_dir: RunDir) -> None:
+        self.config, self.run_dir = config, run_dir
+
+    def __enter__(self) -> Any:
+        if self.config.report_to == "none":
+            return lambda row: None
+        from accelerate import Accelerator
+
+        try:
+            self.accelerator = Accelerator(
+                cpu=True, log_with=self.config.report_to, project_dir=str(self.run_dir.path / "tracker")
+            )
+            settings = {
+                k: v if isinstance(v, int | float | str | bool) else str(v)
+                for k, v in manifest.settings_of(self.config).items()
+            }
+            self.accelerator.init_trackers("ssrctl", config=settings)
+        except (ImportError, ValueError) as error:
+            raise UserError(
+                f"--report-to {self.config.report_to}: {error}", f"pip install {self.config.report_to}"
+            ) from error
+        return lambda row: self.accelerator.log({k: v for k, v in row.items() if v is not None}, step=row["step"])
+
+    def __exit__(self, *exc: object) -> None:
+        if self.config.report_to != "none":
+            self.accelerator.end_training()

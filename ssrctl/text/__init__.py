@@ -1,0 +1,1 @@
+"""Text in, structure out: prompts, step segmentation, final answers, equations."""

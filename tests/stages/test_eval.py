@@ -1,0 +1,91 @@
+"""`ssrctl eval`: resumable sampling, intervals, paired comparison."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ssrctl.cli import main
+from ssrctl.configs import EvalConfig, TrainConfig
+from ssrctl.errors import UserError
+from ssrctl.stages import eval as evaluate
+from ssrctl.stages import train
+
+
+def config(out: Path, **changes: object) -> EvalConfig:
+    small = {"limit": 6, "num_samples": 4, "max_new_tokens": 48, "generation_batch_size": 5, "json": True}
+    return EvalConfig(**{"output_dir": out, **small, **changes})  # type: ignore[arg-type]
+
+
+def test_an_interrupted_evaluation_goes_on_to_the_same_samples(tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    summary = evaluate.run(config(whole))
+    evaluate.run(config(parts))
+    lines = (parts / "samples.jsonl").read_text().splitlines(keepends=True)
+    assert len(lines) == 24
+    # as after a kill in the middle of the third batch: a torn line behind twelve samples
+    (parts / "samples.jsonl").write_text("".join(lines[:12]) + lines[12][:30])
+    assert evaluate.run(config(parts)) == summary
+    assert (parts / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
+
+
+def test_accuracy_is_the_mean_over_problems(tmp_path: Path) -> None:
+    summary = evaluate.run(config(tmp_path / "e"))
+    rows = [json.loads(line) for line in (tmp_path / "e" / "samples.jsonl").read_text().splitlines()]
+    right = [row["response"].rstrip().endswith("####" + row["answer"]) for row in rows]
+    assert summary["accuracy"]["value"] == pytest.approx(sum(right) / 24)
+    assert summary["accuracy"]["low"] <= summary["accuracy"]["value"] <= summary["accuracy"]["high"]
+    assert [row["final"]["correct"] for row in rows] == right
+
+
+def test_another_evaluation_in_the_folder_is_refused(tmp_path: Path) -> None:
+    evaluate.run(config(tmp_path / "e"))
+    with pytest.raises(UserError, match="temperature was 1.0, is 0.5"):
+        evaluate.run(config(tmp_path / "e", temperature=0.5))
+
+
+def test_paired_comparison_of_a_model_with_itself_is_zero(tmp_path: Path) -> None:
+    evaluate.run(config(tmp_path / "a"))
+    paired = evaluate.run(config(tmp_path / "b", baseline=tmp_path / "a"))["paired"]
+    assert paired["difference"]["value"] == paired["difference"]["low"] == paired["difference"]["high"] == 0.0
+
+
+def test_baseline_on_other_problems_is_refused(tmp_path: Path) -> None:
+    evaluate.run(config(tmp_path / "a", dataset_split="train"))
+    with pytest.raises(UserError, match="none in common"):
+        evaluate.run(config(tmp_path / "b", baseline=tmp_path / "a"))
+    with pytest.raises(UserError, match="evaluation not found"):
+        evaluate.run(config(tmp_path / "c", baseline=tmp_path / "missing"))
+
+
+def test_a_run_is_evaluated_by_its_newest_checkpoint(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    # a step far too large ruins the model, which only shows if the checkpoint is really applied
+    train.run(TrainConfig(output_dir=run, max_steps=1, questions_per_step=1, num_generations=4, max_new_tokens=48,
+                          learning_rate=50.0, optimizer="adamw", budget_profile="flat"))  # fmt: skip
+    ruined = evaluate.run(config(tmp_path / "e", checkpoint=run))
+    assert ruined["checkpoint"] == "run" and ruined["accuracy"]["value"] == 0.0
+    same = evaluate.run(config(tmp_path / "f", model=str(run)))
+    assert same["accuracy"] == ruined["accuracy"]
+    assert evaluate.run(config(tmp_path / "g"))["accuracy"]["value"] > 0.0
+
+
+def test_local_dataset_errors_name_line_and_field(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "d.jsonl"
+    data.write_text('{"question": "10+2+3+4+5=?", "answer": "24"}\n{"question": "11+2=?"}\n')
+    assert main(["eval", "--dataset", str(data), "-o", str(tmp_path / "e")]) == 2
+    err = capfd.readouterr().err
+    assert "d.jsonl:2: no answer" in err and "--answer-column" in err
+    assert not (tmp_path / "e").exists()
+
+
+def test_table_goes_to_stdout_and_json_replaces_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    words = ["eval", "--limit", "2", "--num-samples", "2", "--max-new-tokens", "48", "-o", str(tmp_path / "e")]
+    assert main(words) == 0
+    out, _ = capfd.readouterr()
+    assert "95% interval" in out
+    assert main([*words, "--json"]) == 0
+    out, _ = capfd.readouterr()
+    assert json.loads(out)["num_samples"] == 4

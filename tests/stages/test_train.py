@@ -1,0 +1,287 @@
+"""`ssrctl train` on the bundled reasoner: what it writes, what never moves, and that resuming changes nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from ssrctl.cli import main
+from ssrctl.configs import TrainConfig
+from ssrctl.core.mask import BlockMask
+from ssrctl.core.seeds import derive_seed
+from ssrctl.errors import UserError
+from ssrctl.io.artifacts import save_mask
+from ssrctl.io.delta import load_delta
+from ssrctl.io.jsonl import read_jsonl
+from ssrctl.io.mask_log import load_mask_log, mask_log_paths
+from ssrctl.io.records import read_rollouts
+from ssrctl.io.run_dir import RunDir
+from ssrctl.models import training_step
+from ssrctl.models.gradients import NonFiniteLoss
+from ssrctl.models.loading import load_model
+from ssrctl.stages import train
+
+TIMES = {"tokens_per_second", "sample_seconds", "score_seconds", "update_seconds"}
+
+
+def config(out: Path, **changes: object) -> TrainConfig:
+    small = {"questions_per_step": 2, "num_generations": 4, "max_new_tokens": 48, "max_steps": 2, "log_masks_every": 1}
+    return TrainConfig(**{"output_dir": out, "budget_profile": "flat", **small, **changes})  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def protected(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random 2% of the bundled reasoner as a protected mask."""
+    loaded = load_model(TrainConfig())
+    generator = torch.Generator().manual_seed(derive_seed(0, "protect"))
+    dense = {name: torch.rand(shape, generator=generator) < 0.02 for name, shape in loaded.shapes().items()}
+    path = tmp_path_factory.mktemp("mask") / "g.safetensors"
+    save_mask(path, BlockMask.from_dense(dense), mask_kind="superweights", model=loaded.identity, settings={})
+    return path
+
+
+def metrics(run: Path) -> list[dict]:
+    return [{k: v for k, v in row.items() if k not in TIMES} for _, row in read_jsonl(run / "metrics.jsonl")]
+
+
+def final_weights(run: Path) -> dict[str, torch.Tensor]:
+    """The model's tensors with the run's last checkpoint put on top."""
+    tensors = {name: p.detach().clone() for name, p in load_model(TrainConfig()).model.named_parameters()}
+    for name, (indices, values) in load_delta(RunDir(run).checkpoints()[-1] / "delta.safetensors").changes.items():
+        tensors[name].view(-1)[indices] = values
+    return tensors
+
+
+def test_step_sets_are_disjoint_and_protected_weights_never_move(tmp_path: Path, protected: Path) -> None:
+    run = tmp_path / "run"
+    train.run(config(run, protect=protected))
+    from ssrctl.io.artifacts import load_mask
+
+    mask, _ = load_mask(protected)
+    logs = [load_mask_log(path) for path in mask_log_paths(run)]
+    assert [log.step for log in logs] == [1, 2]
+    claimed_somewhere = 0
+    for question in (question for log in logs for question in log.questions):
+        union = mask
+        for unit in question.units:
+            assert unit.mask.count() > 0
+            assert (union & unit.mask).count() == 0
+            union = union | unit.mask
+        claimed = union.count() - mask.count()
+        assert claimed <= 0.05 * (mask.numel - mask.count())
+        claimed_somewhere += claimed
+    assert claimed_somewhere > 0
+    before = {name: p.detach() for name, p in load_model(TrainConfig()).model.named_parameters()}
+    after = final_weights(run)
+    moved = 0
+    for name, tiles in mask.tensors.items():
+        frozen = tiles.to_dense()
+        assert torch.equal(before[name][frozen], after[name][frozen])
+        moved += int((before[name] != after[name]).sum())
+    assert moved > 0
+
+
+def test_adamw_keeps_protected_weights_under_weight_decay(tmp_path: Path, protected: Path) -> None:
+    run = tmp_path / "run"
+    train.run(config(run, protect=protected, optimizer="adamw", weight_decay=0.1))
+    from ssrctl.io.artifacts import load_mask
+
+    mask, _ = load_mask(protected)
+    before = {name: p.detach() for name, p in load_model(TrainConfig()).model.named_parameters()}
+    after = final_weights(run)
+    for name, tiles in mask.tensors.items():
+        frozen = tiles.to_dense()
+        assert torch.equal(before[name][frozen], after[name][frozen])
+        assert bool((before[name][~frozen] != after[name][~frozen]).any())
+
+
+@pytest.mark.parametrize("optimizer", ["kronos", "adamw"])
+def test_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path: Path, optimizer: str) -> None:
+    shared = {"optimizer": optimizer, "lr_scheduler_type": "cosine", "max_steps": 3, "save_steps": 1}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train.run(config(whole, **shared))
+    train.run(config(parts, **shared))
+    # Back to what a kill after step 1 leaves: later files and a torn line in the log.
+    for folder in RunDir(parts).checkpoints()[1:]:
+        (folder / "COMPLETE").unlink()
+    with (parts / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 4, "rew')
+    train.run(config(parts, **shared, resume_from_checkpoint="latest"))
+    assert metrics(whole) == metrics(parts)
+    first, second = final_weights(whole), final_weights(parts)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert any(bool((first[name] != p).any()) for name, p in load_model(TrainConfig()).model.named_parameters())
+    rollouts = [list(read_rollouts(run / "rollouts" / "000003.jsonl")) for run in (whole, parts)]
+    assert rollouts[0] == rollouts[1]
+
+
+def test_continuing_under_other_settings_is_refused(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train.run(config(run, max_steps=1))
+    with pytest.raises(UserError, match="questions_per_step was 2, is 3"):
+        train.run(config(run, max_steps=2, questions_per_step=3, resume_from_checkpoint="latest"))
+    with pytest.raises(UserError, match="already holds a run"):
+        train.run(config(run))
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        train.run(config(tmp_path / "none", resume_from_checkpoint="latest"))
+
+
+@pytest.mark.parametrize("credit", ["final", "cot"])
+def test_response_credit_gives_one_advantage_per_response(tmp_path: Path, credit: str) -> None:
+    run = tmp_path / "run"
+    train.run(config(run, credit=credit, max_steps=1, optimizer="adamw", importance_level="sequence"))
+    rollouts = list(read_rollouts(run / "rollouts" / "000001.jsonl"))
+    assert all(r.advantages is not None and len(r.advantages) == 1 for r in rollouts)
+    by_outcome: dict[tuple[str, bool], set[float]] = {}
+    for r in rollouts:
+        assert r.final is not None and r.advantages is not None and r.advantages[0] is not None
+        by_outcome.setdefault((r.group, bool(r.final.correct)), set()).add(round(r.advantages[0], 9))
+    if credit == "final":
+        for group in {r.group for r in rollouts}:
+            right, wrong = by_outcome.get((group, True)), by_outcome.get((group, False))
+            if right and wrong:
+                assert len(right) == len(wrong) == 1 and right.pop() > 0 > wrong.pop()
+
+
+def test_a_question_with_nan_loss_is_skipped_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = training_step.unit_gradients, []
+
+    def sometimes(*args: object, **kwargs: object):  # type: ignore[no-untyped-def]
+        calls.append(1)
+        if len(calls) % 2:
+            raise NonFiniteLoss("planted")
+        return real(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(training_step, "unit_gradients", sometimes)
+    train.run(config(tmp_path / "run", max_steps=1))
+    (row,) = metrics(tmp_path / "run")
+    assert row["non_finite_questions"] == 1 and row["updated_frac"] > 0
+
+    monkeypatch.setattr(training_step, "unit_gradients", lambda *a, **k: iter(_raise()))
+    with pytest.raises(UserError, match="all 2 questions is NaN"):
+        train.run(config(tmp_path / "all", max_steps=1))
+
+
+def _raise():  # type: ignore[no-untyped-def]
+    raise NonFiniteLoss("planted")
+    yield
+
+
+def test_equal_or_missing_scores_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ssrctl.io.records import StepScore
+
+    class Flat:
+        def score(self, rollouts, on_done=None):  # type: ignore[no-untyped-def]
+            scores = [StepScore(score=50.0, reward=0.5), StepScore(score=None, reward=None, error="planted")]
+            return [[scores[i % 2] for i in range(len(r.steps))] for r in rollouts]
+
+    monkeypatch.setattr(train, "make_critic", lambda options: Flat())
+    run = tmp_path / "run"
+    summary = train.run(config(run))
+    assert summary is not None and summary["changed_frac"] == 0.0
+    row = metrics(run)[0]
+    assert row["no_signal_responses"] == 8 and row["num_units"] == 0 and row["missing_score_frac"] > 0.3
+    assert row["reward"] == 0.5 and row["loss"] is None
+
+
+def test_fusing_everything_makes_one_unit(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train.run(config(run, max_steps=1, fuse_tol=1e9, max_step_budget=0.01))
+    log = load_mask_log(mask_log_paths(run)[0])
+    assert all(len(question.units) == 1 for question in log.questions)
+    assert all(len(question.units[0].steps) >= 5 for question in log.questions)
+
+
+def test_logged_cosines_are_a_correlation_matrix(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train.run(config(run, max_steps=1, log_gradient_cosine=True))
+    for question in load_mask_log(mask_log_paths(run)[0]).questions:
+        cosine = torch.tensor(question.gradient_cosine, dtype=torch.float64)
+        assert cosine.shape == (len(question.units), len(question.units))
+        torch.testing.assert_close(cosine.diagonal(), torch.ones(len(question.units), dtype=torch.float64))
+        assert torch.equal(cosine, cosine.T) and float(cosine.abs().max()) <= 1.0
+        assert float(cosine.tril(-1).abs().max()) < 0.999
+
+
+def test_on_policy_log_probabilities_agree_to_rounding(tmp_path: Path) -> None:
+    train.run(config(tmp_path / "run", max_steps=1, temperature=0.7))
+    (row,) = metrics(tmp_path / "run")
+    assert 0 <= row["logprob_gap_max"] < 1e-4 and row["clip_frac"] == 0.0
+
+
+def test_several_iterations_move_the_ratio(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train.run(config(run, max_steps=1, num_iterations=2, learning_rate=0.3, importance_level="token"))
+    (row,) = metrics(run)
+    assert row["logprob_gap_max"] > 1e-3
+
+
+def test_a_prompt_beyond_the_context_is_an_error_with_the_numbers(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="none of 2000 prompts fits: up to .* 4000 new ones, the model's context is 128"):
+        train.run(config(tmp_path / "run", max_new_tokens=4000))
+    assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_writes_nothing(tmp_path: Path) -> None:
+    plan = train.run(config(tmp_path / "run", dry_run=True))
+    assert plan is not None and plan["responses"] == 2 * 2 * 4 and plan["parameters"] == 421_248
+    assert not (tmp_path / "run").exists()
+
+
+def test_mask_of_another_model_is_refused(tmp_path: Path, protected: Path) -> None:
+    from ssrctl.io.artifacts import ModelIdentity, load_mask
+
+    mask, _ = load_mask(protected)
+    other = ModelIdentity(name="other", revision=None, fingerprint="xxh3:0")
+    save_mask(tmp_path / "other.safetensors", mask, mask_kind="superweights", model=other, settings={})
+    with pytest.raises(UserError, match="made for other weights"):
+        train.run(config(tmp_path / "run", protect=tmp_path / "other.safetensors", max_steps=1))
+    train.run(config(tmp_path / "run", protect=tmp_path / "other.safetensors", max_steps=1, ignore_fingerprint=True))
+
+
+def test_command_line_says_what_it_trains_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["train", "--optimizer", "kronos", "--max-steps", "1", "--questions_per_step", "1", "--num-generations", "2"]
+    assert main([*words, "--json"]) == 0
+    out, err = capfd.readouterr()
+    assert err.splitlines()[0].startswith("model: tiny-reasoner, the bundled default")
+    assert json.loads(out)["steps"] == 1 and (tmp_path / json.loads(out)["run"] / "metrics.jsonl").is_file()
+
+
+def test_unreachable_model_ends_in_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--model", str(tmp_path / "nowhere")]) == 2
+    err = capfd.readouterr().err
+    assert "model folder not found" in err and "fix:" in err and "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_ctrl_c_keeps_what_was_done_and_the_run_goes_on(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = [sys.executable, "-m", "ssrctl", "train", "-o", str(run), "--max-steps", "6", "--max-new-tokens", "48"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not ((run / "metrics.jsonl").exists() and (run / "metrics.jsonl").stat().st_size):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1 and "to continue" in err and "Traceback" not in err
+    done = RunDir(run).checkpoints()
+    assert len(done) == 1 and len(metrics(run)) == int(done[0].name)
+    again = subprocess.run([*words, "--resume-from-checkpoint", "latest"], env=environment, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    whole = tmp_path / "whole"
+    train.run(TrainConfig(output_dir=whole, max_steps=6, max_new_tokens=48))
+    assert metrics(whole) == metrics(run)
+    first, second = final_weights(whole), final_weights(run)
+    assert all(torch.equal(first[name], second[name]) for name in first)
