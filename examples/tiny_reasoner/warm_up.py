@@ -16,6 +16,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -88,7 +89,8 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num-steps", type=int, default=420)
+    parser.add_argument("--num-steps", type=int, default=450, help="stop after so many")
+    parser.add_argument("--schedule-steps", type=int, default=1500, help="length of the learning-rate schedule")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--logging-steps", type=int, default=50)
     parser.add_argument("--num-eval-problems", type=int, default=256)
@@ -152,10 +154,11 @@ def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, output_dir
 
 def train(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.98))
-    schedule = get_linear_schedule_with_warmup(optimizer, WARMUP_STEPS, args.num_steps)
+    schedule = get_linear_schedule_with_warmup(optimizer, WARMUP_STEPS, args.schedule_steps)
     held_out = problems("heldout", args.num_eval_problems, seed=args.seed)
     losses = []
-    for step, batch in enumerate(curriculum(args.num_steps, args.seed), start=1):
+    batches = islice(curriculum(args.schedule_steps, args.seed), args.num_steps)
+    for step, batch in enumerate(batches, start=1):
         model.train()
         loss = model(**encode(batch, tokenizer)).loss
         loss.backward()
@@ -171,11 +174,11 @@ def train(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, args: arg
 
 
 def curriculum(num_steps: int, seed: int) -> Iterator[list[Problem]]:
-    """Batches of train problems: three quarters of the steps on short ones, the rest on long.
+    """Batches of train problems: a quarter of the schedule on short ones, the rest on long ones.
 
-    Short ones teach the arithmetic at a lower cost; a few dozen long batches then suffice.
+    Short ones teach the arithmetic at a lower cost.
     """
-    num_short = num_steps * 3 // 4
+    num_short = num_steps // 4
     for steps, batch_size, min_ops, max_ops in (
         (num_short, 64, 1, 3),
         (num_steps - num_short, 32, 4, 5),

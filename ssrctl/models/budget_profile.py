@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from ssrctl.core.bits import set_bits, unpack_bits
-from ssrctl.core.topk import CHUNK, select_topk
+from ssrctl.core.topk import CHUNK, NonFiniteGradient, select_topk
 from ssrctl.core.units import Unit, plan_units
 from ssrctl.errors import UserError
 from ssrctl.io.records import Rollout
 from ssrctl.models.alignment import step_of_tokens, token_starts
-from ssrctl.models.gradients import GroupBatch, make_batch, response_logprobs, unit_gradients
+from ssrctl.models.gradients import GroupBatch, NonFiniteLoss, make_batch, response_logprobs, unit_gradients
 from ssrctl.models.loading import LoadedModel
 from ssrctl.models.rollout import end_token_ids
 from ssrctl.text.prompts import encode_prompt
@@ -126,7 +126,7 @@ def problem_masses(
     try:
         with torch.enable_grad():
             return list(claim_masses(gradients(), claim, protected))
-    except ValueError as error:  # NonFiniteLoss and NonFiniteGradient
+    except (NonFiniteLoss, NonFiniteGradient) as error:
         raise UserError(f"a step's gradient cannot be used: {error}", "use --dtype float32") from error
     finally:
         model.zero_grad(set_to_none=True)

@@ -62,26 +62,30 @@ def prepare_prompts(
 ) -> tuple[list[Prompted], int]:
     """Word and encode every question; those that do not fit the model's context are left out.
 
+    A prompt fits when it leaves room for ``max_new_tokens`` or for half the context, whichever is less;
+    responses then end where the context does.
+
     Returns:
-        The prompts that fit together with ``max_new_tokens``, and how many were left out.
+        The prompts that fit, and how many were left out.
 
     Raises:
         UserError: none fits.
     """
-    kept, longest = [], 0
-    total = 0
+    context = loaded.context_length
+    kept: list[Prompted] = []
+    longest = total = 0
     for problem in problems:
         total += 1
         prompt = build_prompt(loaded.tokenizer, template, problem.question)
         ids = encode_prompt(loaded.tokenizer, prompt)
         longest = max(longest, len(ids))
-        if ids and (loaded.context_length is None or len(ids) + max_new_tokens <= loaded.context_length):
+        if ids and (context is None or len(ids) + min(max_new_tokens, context // 2) <= context):
             kept.append(Prompted(problem, prompt, ids))
     if not kept:
         raise UserError(
-            f"none of {total} prompts fits: up to {longest} tokens and {max_new_tokens} new ones, the model's context "
-            f"is {loaded.context_length}",
-            "lower --max-new-tokens or use shorter questions",
+            f"none of {total} prompts fits: they have up to {longest} tokens, the model's context is {context}, half of "
+            f"which (or --max-new-tokens {max_new_tokens}) is kept for the response",
+            "use shorter questions or a model with a longer context",
         )
     return kept, total - len(kept)
 

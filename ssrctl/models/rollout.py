@@ -91,7 +91,7 @@ def sample_responses(
     Args:
         loaded: the model.
         prompts: token ids, one list per response (repeat a prompt for several responses).
-        sampling: temperature, top-p, top-k, longest response.
+        sampling: temperature, top-p, top-k, longest response; responses also end where the context does.
         seed: of this batch.
     """
     recorder = _SampledLogprobs()
@@ -106,6 +106,9 @@ def sample_responses(
     ends = end_token_ids(loaded)
     pad = loaded.tokenizer.pad_token_id
     width = max(len(prompt) for prompt in prompts)
+    room = sampling.max_new_tokens
+    if loaded.context_length is not None:
+        room = min(room, loaded.context_length - width)
     input_ids = torch.full((len(prompts), width), pad, dtype=torch.int64)
     attention_mask = torch.zeros_like(input_ids)
     for row, prompt in enumerate(prompts):
@@ -118,7 +121,7 @@ def sample_responses(
         temperature=1.0,
         top_k=0,
         top_p=1.0,
-        max_new_tokens=sampling.max_new_tokens,
+        max_new_tokens=room,
         eos_token_id=ends or None,
         pad_token_id=pad,
         use_cache=True,

@@ -179,6 +179,7 @@ class AdamWUpdater:
     @torch.no_grad()
     def step(self) -> dict[str, float]:
         if not self._sum:
+            self.optimizer.step()  # moves nothing without gradients; schedules count it
             return {"grad_norm": 0.0, "clip_scale": 1.0, "updated_frac": 0.0}
         for name, parameter in self.named.items():
             parameter.grad = self._sum.pop(name, None)

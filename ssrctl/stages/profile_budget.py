@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from ssrctl.text.prompts import build_prompt, load_template
 
 GRADIENT_BYTES = 4.0
 BITS_BYTES = 2 / 8  # protected and claimed coordinates, one bit each
+ACTIVATION_BYTES = 2.0  # a rough allowance for the graph of one problem's responses
 
 Rewards = list[list[float | None]]
 
@@ -61,7 +62,7 @@ def run(config: ProfileBudgetConfig) -> dict[str, Any]:
         raise UserError(f"cannot write {config.output}: it is a folder", "name a file")
     traces = None if config.traces is None else _read_traces(config)
     problems = None if traces is not None else _problems(config)
-    loaded = load_model(config, bytes_per_parameter=GRADIENT_BYTES + BITS_BYTES)
+    loaded = load_model(config, bytes_per_parameter=GRADIENT_BYTES + BITS_BYTES + ACTIVATION_BYTES)
     mask = _protected(config, loaded)
     claim = coordinates(config.claim_fraction, mask.numel - mask.count())
     if claim == 0:
@@ -203,13 +204,14 @@ def _write(config: ProfileBudgetConfig, loaded: LoadedModel, measured: list[list
     settings = published_settings(config) | {"versions": versions()}
     if config.traces is not None:
         settings["traces_hash"] = file_hash(config.traces)
-    settings |= {"energy_claimed": curve.energy_claimed, "num_problems_without_start": curve.num_without_start}
     profile = BudgetProfile(
         model=loaded.identity,
         curve=curve.curve,
         std=curve.std,
         num_problems=curve.num_problems,
         energy_available=curve.energy_available,
+        energy_claimed=curve.energy_claimed,
+        num_without_start=curve.num_without_start,
         claim_fraction=config.claim_fraction,
         settings=settings,
     )

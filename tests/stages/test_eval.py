@@ -42,7 +42,7 @@ def test_accuracy_is_the_mean_over_problems(tmp_path: Path) -> None:
 
 def test_another_evaluation_in_the_folder_is_refused(tmp_path: Path) -> None:
     evaluate.run(config(tmp_path / "e"))
-    with pytest.raises(UserError, match="temperature was 1.0, is 0.5"):
+    with pytest.raises(UserError, match=r"temperature was 1\.0, is 0\.5"):
         evaluate.run(config(tmp_path / "e", temperature=0.5))
 
 

@@ -157,7 +157,7 @@ def test_a_question_with_nan_loss_is_skipped_and_counted(tmp_path: Path, monkeyp
     def sometimes(*args: object, **kwargs: object):  # type: ignore[no-untyped-def]
         calls.append(1)
         if len(calls) % 2:
-            raise NonFiniteLoss("planted")
+            return _raise()
         return real(*args, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(training_step, "unit_gradients", sometimes)
@@ -165,7 +165,7 @@ def test_a_question_with_nan_loss_is_skipped_and_counted(tmp_path: Path, monkeyp
     (row,) = metrics(tmp_path / "run")
     assert row["non_finite_questions"] == 1 and row["updated_frac"] > 0
 
-    monkeypatch.setattr(training_step, "unit_gradients", lambda *a, **k: iter(_raise()))
+    monkeypatch.setattr(training_step, "unit_gradients", lambda *a, **k: _raise())
     with pytest.raises(UserError, match="all 2 questions is NaN"):
         train.run(config(tmp_path / "all", max_steps=1))
 
@@ -225,9 +225,23 @@ def test_several_iterations_move_the_ratio(tmp_path: Path) -> None:
 
 
 def test_a_prompt_beyond_the_context_is_an_error_with_the_numbers(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="none of 2000 prompts fits: up to .* 4000 new ones, the model's context is 128"):
-        train.run(config(tmp_path / "run", max_new_tokens=4000))
+    data = tmp_path / "long.jsonl"
+    data.write_text(json.dumps({"question": "1" + "+2" * 80 + "=?", "answer": "61"}) + "\n")
+    with pytest.raises(UserError, match=r"none of 1 prompts fits: they have up to 165 tokens, .* context is 128"):
+        train.run(config(tmp_path / "run", dataset=str(data), prompt_template="plain"))
     assert not (tmp_path / "run").exists()
+
+
+def test_one_prompt_beyond_the_context_is_left_out_and_counted(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "mixed.jsonl"
+    questions = [{"question": "1" + "+2" * 80 + "=?", "answer": "61"}, {"question": "10+2+3=?", "answer": "15"}]
+    data.write_text("".join(json.dumps(row) + "\n" for row in questions))
+    train.run(config(tmp_path / "run", dataset=str(data), prompt_template="plain", max_steps=1, max_new_tokens=500))
+    assert "1 of 2 questions do not fit the context" in capfd.readouterr().err
+    rollouts = list(read_rollouts(tmp_path / "run" / "rollouts" / "000001.jsonl"))
+    assert {r.question for r in rollouts} == {"10+2+3=?"}
 
 
 def test_dry_run_writes_nothing(tmp_path: Path) -> None:
@@ -251,7 +265,17 @@ def test_command_line_says_what_it_trains_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    words = ["train", "--optimizer", "kronos", "--max-steps", "1", "--questions_per_step", "1", "--num-generations", "2"]
+    words = [
+        "train",
+        "--optimizer",
+        "kronos",
+        "--max-steps",
+        "1",
+        "--questions_per_step",
+        "1",
+        "--num-generations",
+        "2",
+    ]
     assert main([*words, "--json"]) == 0
     out, err = capfd.readouterr()
     assert err.splitlines()[0].startswith("model: tiny-reasoner, the bundled default")
@@ -271,14 +295,18 @@ def test_ctrl_c_keeps_what_was_done_and_the_run_goes_on(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment)
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not ((run / "metrics.jsonl").exists() and (run / "metrics.jsonl").stat().st_size):
+    while time.monotonic() < deadline and not (
+        (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").stat().st_size
+    ):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1 and "to continue" in err and "Traceback" not in err
     done = RunDir(run).checkpoints()
     assert len(done) == 1 and len(metrics(run)) == int(done[0].name)
-    again = subprocess.run([*words, "--resume-from-checkpoint", "latest"], env=environment, capture_output=True, text=True)
+    again = subprocess.run(
+        [*words, "--resume-from-checkpoint", "latest"], env=environment, capture_output=True, text=True
+    )
     assert again.returncode == 0, again.stderr
     whole = tmp_path / "whole"
     train.run(TrainConfig(output_dir=whole, max_steps=6, max_new_tokens=48))
