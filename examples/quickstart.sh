@@ -24,22 +24,22 @@ stage() { printf '\n== %s\n' "$*" >&2; "$@"; }
 stage ssrctl superweights -o "$out/superweights.safetensors" --seed $seed
 
 # 2. Where does the model stand? Held-out problems, sampled at temperature 1.
-stage ssrctl eval -o "$out/eval-base" --max-new-tokens 48 --seed $seed
+stage ssrctl eval -o "$out/eval-base" --seed $seed
 
 # 3. Its responses, cut into steps and scored, one file to the next.
 stage ssrctl segment "$out/eval-base/samples.jsonl" -o "$out/steps.jsonl"
 stage ssrctl critic "$out/steps.jsonl" -o "$out/scored.jsonl"
 
 # 4. How much gradient is left for later steps once earlier ones have claimed theirs?
-stage ssrctl profile-budget --protect "$out/superweights.safetensors" --max-new-tokens 48 -o "$out/budget.json" --seed $seed
+stage ssrctl profile-budget --protect "$out/superweights.safetensors" -o "$out/budget.json" --seed $seed
 
 # 5. Step-wise reinforcement learning: every reasoning step updates its own weights.
 stage ssrctl train --optimizer kronos --protect "$out/superweights.safetensors" \
-  --budget-profile "$out/budget.json" --max-steps 120 --max-new-tokens 48 --log-gradient-cosine \
+  --budget-profile "$out/budget.json" --max-steps 120 --log-gradient-cosine \
   --output-dir "$out/run" --seed $seed
 
 # 6. Did it learn? The same held-out problems, paired.
-stage ssrctl eval --checkpoint "$out/run" --baseline "$out/eval-base" -o "$out/eval-trained" --max-new-tokens 48 --seed $seed
+stage ssrctl eval --checkpoint "$out/run" --baseline "$out/eval-base" -o "$out/eval-trained" --seed $seed
 
 # 7. What did the updates do to the weights?
 stage ssrctl diagnose tiny-reasoner "$out/run" -o "$out/diagnose"

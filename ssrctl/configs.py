@@ -263,7 +263,7 @@ class ProfileBudgetConfig(ModelConfig, SamplingConfig, DatasetConfig, CommonConf
     ignore_fingerprint: bool = False
     """Use a mask that was made for other weights of the same shapes."""
 
-    num_problems: int = 8
+    num_problems: int = 16
     """Problems to profile."""
 
     num_generations: int = 8

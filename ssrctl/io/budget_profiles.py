@@ -28,19 +28,17 @@ class BudgetProfile:
 
         BudgetProfile(model=ModelIdentity(name="org/model", revision=None, fingerprint="xxh3:..."),
                       curve=[1.0, 0.8], std=[0.0, 0.1], num_problems=[8, 6], energy_available=[1.0, 0.7],
-                      energy_claimed=[0.88, 0.6], num_without_start=0, claim_fraction=0.01)
+                      energy_claimed=[0.88, 0.6], claim_fraction=0.01)
 
     Attributes:
         model: whose gradients these are.
-        curve: mean over problems of the magnitude mass still available at each step, relative to the problem's
-            own first step; at least 0, and v_1 = 1. Past its end the last value holds.
-        std: population standard deviation over these problems.
+        curve: mean over problems of the magnitude mass still available at each step, divided by that of the
+            first; at least 0, and v_1 = 1. Past its end the last value holds.
+        std: population standard deviation over these problems, in the same unit.
         num_problems: how many problems each mean is over, at least 1.
         energy_available: mean share of the step's squared gradient on coordinates that are neither protected
             nor claimed before it, in [0, 1].
         energy_claimed: mean share of it on the coordinates that the step itself claimed, in [0, 1].
-        num_without_start: problems that were left out, since their first step had no gradient to measure the
-            others against.
         claim_fraction: share of the unprotected coordinates that each profiled step claimed.
         settings: what made it.
     """
@@ -51,7 +49,6 @@ class BudgetProfile:
     num_problems: list[int]
     energy_available: list[float]
     energy_claimed: list[float]
-    num_without_start: int
     claim_fraction: float
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -97,9 +94,6 @@ def load_budget_profile(path: str | Path) -> BudgetProfile:
     claim_fraction: Any = row.get("claim_fraction")
     if not _number(claim_fraction) or not 0 < claim_fraction < 1:
         raise UserError(f"{file}: 'claim_fraction' must be between 0 and 1, found {claim_fraction!r}", REMEDY)
-    num_without_start: Any = row.get("num_without_start")
-    if not _number(num_without_start) or num_without_start < 0 or num_without_start != int(num_without_start):
-        raise UserError(f"{file}: 'num_without_start' must be a count, found {num_without_start!r}", REMEDY)
     settings = row.get("settings")
     if not isinstance(settings, dict):
         raise UserError(f"{file}: 'settings' must be an object, found {type(settings).__name__}", REMEDY)
@@ -110,7 +104,6 @@ def load_budget_profile(path: str | Path) -> BudgetProfile:
         num_problems=[int(n) for n in _numbers(row, "num_problems", file, _count, len(curve))],
         energy_available=_numbers(row, "energy_available", file, _share, len(curve)),
         energy_claimed=_numbers(row, "energy_claimed", file, _share, len(curve)),
-        num_without_start=int(num_without_start),
         claim_fraction=float(claim_fraction),
         settings=settings,
     )

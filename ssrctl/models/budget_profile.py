@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -134,22 +133,28 @@ def problem_masses(
 
 @dataclass(frozen=True)
 class MeanCurve:
-    """Per step index: mean and population std over problems of mass relative to step 1, how many problems, and
-    the mean shares of energy available and claimed. ``num_without_start``: problems left out because their
-    first step had no signal, so that nothing could be measured relative to it."""
+    """The profile by step index.
+
+    Attributes:
+        curve: mean mass over the problems that have the step, divided by that of step 1.
+        std: population standard deviation over these problems, in the same unit.
+        num_problems: how many they are.
+        energy_available, energy_claimed: their mean shares of the gradient's energy.
+    """
 
     curve: list[float]
     std: list[float]
     num_problems: list[int]
     energy_available: list[float]
     energy_claimed: list[float]
-    num_without_start: int
 
 
 def mean_curve(problems: Sequence[Sequence[StepMass]]) -> MeanCurve:
-    """Average over problems, each relative to its own first step; a step that a problem lacks does not count as 0.
+    """Average the masses over problems, then normalise to v_1 = 1 (SSR section 2.3.3).
 
-    The curve ends before the first index that no problem has.
+    A step that a problem lacks, or that had no signal there, does not count as 0. The average comes first: a
+    ratio per problem would be ruled by problems whose first step is nearly silent. The curve ends before the
+    first index that no problem has.
 
     Args:
         problems: each problem's masses, in step order.
@@ -157,28 +162,21 @@ def mean_curve(problems: Sequence[Sequence[StepMass]]) -> MeanCurve:
     Raises:
         ValueError: no problem has a mass above 0 at step index 0.
     """
-    started = [steps for steps in problems if steps and steps[0].step == 0 and steps[0].mass > 0]
-    if not started:
-        raise ValueError(f"none of {len(problems)} problems has a first step with a gradient")
-    by_step: dict[int, list[tuple[float, StepMass]]] = {}
-    for steps in started:
-        for found in steps:
-            by_step.setdefault(found.step, []).append((found.mass / steps[0].mass, found))
+    by_step: dict[int, list[StepMass]] = {}
+    for found in (found for steps in problems for found in steps):
+        by_step.setdefault(found.step, []).append(found)
     length = next(index for index in range(len(by_step) + 1) if index not in by_step)
     rows = [by_step[index] for index in range(length)]
+    start = statistics.fmean(found.mass for found in rows[0]) if rows else 0.0
+    if start <= 0:
+        raise ValueError(f"none of {len(problems)} problems has a first step with a gradient")
     return MeanCurve(
-        curve=[statistics.fmean(ratio for ratio, _ in row) for row in rows],
-        std=[_population_std([ratio for ratio, _ in row]) for row in rows],
+        curve=[statistics.fmean(found.mass for found in row) / start for row in rows],
+        std=[statistics.pstdev(found.mass for found in row) / start for row in rows],
         num_problems=[len(row) for row in rows],
-        energy_available=[statistics.fmean(found.energy_available for _, found in row) for row in rows],
-        energy_claimed=[statistics.fmean(found.energy_claimed for _, found in row) for row in rows],
-        num_without_start=len(problems) - len(started),
+        energy_available=[statistics.fmean(found.energy_available for found in row) for row in rows],
+        energy_claimed=[statistics.fmean(found.energy_claimed for found in row) for row in rows],
     )
-
-
-def _population_std(values: Sequence[float]) -> float:
-    mean = statistics.fmean(values)
-    return math.sqrt(statistics.fmean((value - mean) ** 2 for value in values))
 
 
 def traces_batch(loaded: LoadedModel, rollouts: Sequence[Rollout], temperature: float) -> GroupBatch:

@@ -211,7 +211,6 @@ def _write(config: ProfileBudgetConfig, loaded: LoadedModel, measured: list[list
         num_problems=curve.num_problems,
         energy_available=curve.energy_available,
         energy_claimed=curve.energy_claimed,
-        num_without_start=curve.num_without_start,
         claim_fraction=config.claim_fraction,
         settings=settings,
     )
@@ -220,11 +219,6 @@ def _write(config: ProfileBudgetConfig, loaded: LoadedModel, measured: list[list
     if plot := _plot(config.output.with_suffix(".svg"), profile):
         written.append(plot)
     _show(curve)
-    if curve.num_without_start:
-        warn(
-            f"{curve.num_without_start} of {len(measured)} problems are left out: their first step had no signal to "
-            "measure the others against"
-        )
     note(f"wrote {' and '.join(written)}: {len(curve.curve)} steps over {curve.num_problems[0]} problems")
     return profile.to_dict()
 

@@ -23,12 +23,13 @@ _LINE_BREAK = re.compile(r"\n\s*")
 _INLINE_LABEL = re.compile(r"(?<=\s)(?:Step[ \t]{1,3}\d{1,3}[ \t]?[:.)]|####(?!#)(?=[ \t]?[-\d$\\]))")
 _ENUMERATOR = re.compile(r"(?<!\S)(?:(?P<dot>\d{1,3})[.)]|\((?P<digit>\d{1,3})\)|\((?P<letter>[a-z])\))(?=\s)")
 
+# White space is taken from its first character and in one piece: trying each of its ends is quadratic.
 _SENTENCE_END = re.compile(
-    r"""(?P<word>\S{0,20})(?<=[.!?])["'”’)\]*_]{0,3}\s+(?=["'“‘(\[*_$\\]{0,3}[A-Z0-9$\\])"""
+    r"""(?P<word>\S{0,20})(?<=[.!?])["'”’)\]*_]{0,3}\s++(?=["'“‘(\[*_$\\]{0,3}[A-Z0-9$\\])"""
     r"|(?<=[。！？])(?=\S)"
-    r"|;\s+(?=\S)"
-    r"|,\s+(?=(?:therefore|thus|hence|consequently)\b)"
-    r"|\s+(?=(?:Therefore|Thus|Hence|So|Then|Next|Finally|Consequently|Now),\s)"
+    r"|;\s++(?=\S)"
+    r"|,\s++(?=(?:therefore|thus|hence|consequently)\b)"
+    r"|(?<!\s)\s++(?=(?:Therefore|Thus|Hence|So|Then|Next|Finally|Consequently|Now),\s)"
 )
 _ABBREVIATION = re.compile(
     r"""(?:^|[("'\[])(?:[A-Z]|Mr|Mrs|Ms|Dr|Prof|St|vs|cf|e\.?g|i\.?e|[Ff]igs?|[Ee]qs?|[Nn]os?|approx|ca|[Ss]ec|resp|Jr|Sr|p+)\.$"""

@@ -17,7 +17,6 @@ PROFILE = BudgetProfile(
     num_problems=[8, 8, 3],
     energy_available=[1.0, 0.75, 0.5],
     energy_claimed=[0.9, 0.5, 0.25],
-    num_without_start=1,
     claim_fraction=0.01,
     settings={"seed": 0},
 )
@@ -56,7 +55,6 @@ def test_table_gives_later_steps_the_larger_share() -> None:
         ({"num_problems": [8, 8, 1.5]}, "num_problems"),
         ({"energy_available": [1.0, 0.75, 1.5]}, "energy_available"),
         ({"energy_claimed": None}, "energy_claimed"),
-        ({"num_without_start": -1}, "num_without_start"),
         ({"claim_fraction": 1}, "claim_fraction"),
         ({"claim_fraction": "0.01"}, "claim_fraction"),
         ({"settings": None}, "settings"),

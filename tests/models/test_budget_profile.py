@@ -139,15 +139,14 @@ def test_mean_curve_by_hand() -> None:
             [mass(0, 2.0), mass(1, 1.0, 0.8), mass(2, 1.0)],
             [mass(0, 10.0), mass(1, 9.0, 0.6)],
             [mass(0, 4.0), mass(2, 1.0)],  # its step 1 had no signal: not counted, rather than counted as 0
-            [mass(1, 5.0)],  # nothing to be relative to
             [],
         ]
     )
-    assert found.curve == pytest.approx([1.0, 0.7, 0.375])
-    assert found.std == pytest.approx([0.0, 0.2, 0.125])
+    # step 1: mean of 2, 10, 4 is 16/3; step 2: of 1, 9 is 5; step 3: of 1, 1 is 1
+    assert found.curve == pytest.approx([1.0, 15 / 16, 3 / 16])
+    assert found.std == pytest.approx([(104 / 9) ** 0.5 * 3 / 16, 4 * 3 / 16, 0.0])
     assert found.num_problems == [3, 2, 2]
     assert found.energy_available == pytest.approx([1.0, 0.7, 1.0])
-    assert found.num_without_start == 2
 
 
 def test_mean_curve_ends_before_a_gap() -> None:
