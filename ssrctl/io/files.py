@@ -32,7 +32,10 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     try:
         target = target.resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        # The name is cut, so that a name of full length stays within what file systems take.
+        # The temporary name is cut, so that a name of full length stays within what file systems take; one that
+        # is too long is to be known now, not when all is computed and the rename fails.
+        with contextlib.suppress(FileNotFoundError):
+            target.lstat()
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:40]}.", suffix=".part")
     except OSError as error:
         raise UserError(f"cannot write {target}: {error.strerror}", "choose a folder you can write to") from error

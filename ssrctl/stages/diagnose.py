@@ -271,8 +271,8 @@ def _dtype_notes(base: TensorReader, tuned: TensorReader | DeltaReader, names: l
             )
         else:
             notes.append(
-                f"The run trained in {b} from a base stored as {a}; {number} changed tensors of the base were rounded to "
-                f"{b}, which is what the run began from."
+                f"The run trained in {b} from a base stored as {a}; {number} changed tensors of the base were "
+                f"rounded to {b}, which is what the run began from."
             )
     whole = [name for name in names if not base.dtypes[name].is_floating_point]
     if whole:

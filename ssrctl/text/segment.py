@@ -25,7 +25,7 @@ _ENUMERATOR = re.compile(r"(?<!\S)(?:(?P<dot>\d{1,3})[.)]|\((?P<digit>\d{1,3})\)
 
 # White space is taken from its first character and in one piece: trying each of its ends is quadratic.
 _SENTENCE_END = re.compile(
-    r"""(?P<word>\S{0,20})(?<=[.!?])["'”’)\]*_]{0,3}\s++(?=["'“‘(\[*_$\\]{0,3}[A-Z0-9$\\])"""
+    r"""(?P<stop>[.!?])["'”’)\]*_]{0,3}\s++(?=["'“‘(\[*_$\\]{0,3}[A-Z0-9$\\])"""
     r"|(?<=[。！？])(?=\S)"
     r"|;\s++(?=\S)"
     r"|,\s++(?=(?:therefore|thus|hence|consequently)\b)"
@@ -34,6 +34,7 @@ _SENTENCE_END = re.compile(
 _ABBREVIATION = re.compile(
     r"""(?:^|[("'\[])(?:[A-Z]|Mr|Mrs|Ms|Dr|Prof|St|vs|cf|e\.?g|i\.?e|[Ff]igs?|[Ee]qs?|[Nn]os?|approx|ca|[Ss]ec|resp|Jr|Sr|p+)\.$"""
 )
+_LONGEST_ABBREVIATION = 20
 _BARE_ENUMERATOR = re.compile(r"(?:\d{1,3}|\(?[a-z])\.$")
 # A piece that only names what follows: a heading, "Step 3:", "2.", a bullet.
 _LABEL = re.compile(
@@ -158,17 +159,21 @@ def _sentence_cuts(text: str, end: int, shield: _Shield) -> list[int]:
     cuts = []
     for match in _SENTENCE_END.finditer(text, 0, end):
         cut = match.end()
-        word = match["word"]
-        if word is not None:
-            begins = match.start() == 0 or text[match.start() - 1].isspace()
-            stem = word.rstrip("\"'”’)]*_")
-            if begins and (
-                _ABBREVIATION.search(stem) or (_BARE_ENUMERATOR.fullmatch(stem) and _opens_item(text, match.start()))
-            ):
-                continue
+        if match["stop"] and _is_no_end(text, match.start()):
+            continue
         if 0 < cut < end and not shield.covers(cut):
             cuts.append(cut)
     return cuts
+
+
+def _is_no_end(text: str, stop: int) -> bool:
+    """Whether the period at ``stop`` belongs to an abbreviation or to an enumerator at the start of its item."""
+    window = text[max(0, stop - _LONGEST_ABBREVIATION) : stop + 1]
+    word = window.split()[-1]
+    if len(word) > _LONGEST_ABBREVIATION:
+        return False
+    start = stop + 1 - len(word)
+    return bool(_ABBREVIATION.search(word) or (_BARE_ENUMERATOR.fullmatch(word) and _opens_item(text, start)))
 
 
 def _final_start(text: str, starts: list[int]) -> int | None:

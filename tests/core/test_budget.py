@@ -1,8 +1,4 @@
-"""Budgets against SSR section 2.3.3 in exact fractions."""
-
-from __future__ import annotations
-
-from fractions import Fraction
+"""Step budgets (SSR section 2.3.3)."""
 
 import pytest
 from hypothesis import given
@@ -10,61 +6,68 @@ from hypothesis import strategies as st
 
 from ssrctl.core.budget import coordinates, profile_at, step_budgets, step_weights
 
-curves = st.lists(st.one_of(st.floats(0, 2), st.just(0.0), st.just(1.0)), min_size=1, max_size=30)
-shares = st.floats(1e-4, 1.0)
+curves = st.lists(st.floats(0, 1e3), min_size=1, max_size=12)
+counts = st.integers(1, 40)
 
 
-@given(curves, st.integers(1, 60), shares, shares)
-def test_equal_the_formula(curve: list[float], num_steps: int, budget: float, cap: float) -> None:
-    held = [Fraction(curve[i] if i < len(curve) else curve[-1]) for i in range(num_steps)]
-    inverse = [1 / (v + Fraction(1, 10**8)) for v in held]
-    weights = [w / sum(inverse) for w in inverse]
-    assert step_weights(curve, num_steps) == pytest.approx([float(w) for w in weights], rel=1e-12)
-    expected = [float(min(Fraction(cap), Fraction(budget) * w)) for w in weights]
-    found = step_budgets(curve, num_steps, budget=budget, max_step_budget=cap)
-    assert found == pytest.approx(expected, rel=1e-12)
+@given(curves, counts)
+def test_weights_are_inverse_masses_that_sum_to_one(curve, num_steps):
+    weights = step_weights(curve, num_steps)
+    assert len(weights) == num_steps
+    assert sum(weights) == pytest.approx(1.0, abs=1e-12)
+    masses = [*curve, *[curve[-1]] * num_steps][:num_steps]
+    for weight, mass in zip(weights, masses, strict=True):
+        # w_i (v_i + eps) is the same for all i
+        assert weight * (mass + 1e-8) == pytest.approx(weights[0] * (masses[0] + 1e-8), rel=1e-9)
 
 
-@given(curves, st.integers(1, 60), shares, shares, st.integers(1, 10**9))
-def test_bounds(curve: list[float], num_steps: int, budget: float, cap: float, n: int) -> None:
+@given(curves, counts, st.floats(1e-4, 1), st.floats(1e-4, 1), st.integers(1, 10**9))
+def test_budgets_keep_within_both_limits(curve, num_steps, budget, cap, size):
     budgets = step_budgets(curve, num_steps, budget=budget, max_step_budget=cap)
-    assert sum(step_weights(curve, num_steps)) == pytest.approx(1, rel=1e-12)
-    assert max(budgets) <= cap
-    # Up to the rounding of 60 additions; in coordinates, up to the rounding of one product.
-    assert sum(budgets) <= budget * (1 + 1e-14)
-    assert sum(coordinates(k, n) for k in budgets) <= budget * n * (1 + 1e-14)
-    assert all(0 <= coordinates(k, n) <= cap * n for k in budgets)
+    assert all(0 <= k <= cap for k in budgets)
+    assert sum(budgets) <= budget * (1 + 1e-12)
+    uncapped = [budget * weight for weight in step_weights(curve, num_steps)]
+    assert budgets == [min(cap, share) for share in uncapped]
+    # rounding down keeps the sum over steps within B, to the rounding of B * size itself
+    assert sum(coordinates(k, size) for k in budgets) <= budget * size * (1 + 1e-12)
 
 
-def test_worked_example() -> None:
-    # v = 1, 1/2, 1/4: inverses 1, 2, 4, so the last step gets 4/7 of B, unless the cap takes it
-    assert step_budgets([1.0, 0.5, 0.25], 3, budget=0.07, max_step_budget=1.0) == pytest.approx([0.01, 0.02, 0.04])
-    assert step_budgets([1.0, 0.5, 0.25], 3, budget=0.07, max_step_budget=0.015) == pytest.approx([0.01, 0.015, 0.015])
-    assert step_budgets([1.0], 2) == [0.01, 0.01]
-    assert step_budgets([1.0], 10) == pytest.approx([0.005] * 10)
+@given(st.lists(st.floats(0.01, 1), min_size=2, max_size=10, unique=True))
+def test_later_steps_get_more_of_a_decaying_curve(values):
+    curve = sorted(values, reverse=True)
+    budgets = step_budgets(curve, len(curve), budget=0.05, max_step_budget=1.0)
+    assert budgets == sorted(budgets)
+    assert budgets[0] < budgets[-1]
 
 
-def test_less_mass_means_a_larger_share() -> None:
-    weights = step_weights([1.0, 0.8, 0.5], 5)
-    assert weights[0] < weights[1] < weights[2] == weights[3] == weights[4]
+def test_worked_example_with_the_defaults():
+    # inverse masses 1, 2, 4, 4: weights 1/11, 2/11, 4/11, 4/11 of 5%; the last two are capped at 1%
+    budgets = step_budgets([1.0, 0.5, 0.25], 4)
+    assert budgets == pytest.approx([0.05 / 11, 0.1 / 11, 0.01, 0.01], rel=1e-6)
 
 
-def test_the_last_value_holds() -> None:
+def test_the_last_value_holds_beyond_the_profile():
     assert profile_at([1.0, 0.5], 4) == [1.0, 0.5, 0.5, 0.5]
     assert profile_at([1.0, 0.5, 0.2], 2) == [1.0, 0.5]
 
 
-def test_coordinates_round_down() -> None:
-    assert coordinates(0.0199, 100) == 1 and coordinates(0.25, 4) == 1 and coordinates(0.0, 100) == 0
+def test_no_steps_no_budgets():
+    assert step_budgets([1.0], 0) == []
 
 
-def test_no_steps() -> None:
-    assert step_weights([1.0], 0) == [] and step_budgets([1.0], 0) == []
+def test_coordinates_round_down():
+    assert coordinates(0.01, 199) == 1
+    assert coordinates(0.01, 200) == 2
+    assert coordinates(0.01, 99) == 0
+    assert coordinates(0.05, 0) == 0
 
 
 @pytest.mark.parametrize("bad", [-0.1, float("nan"), float("inf")])
-def test_impossible_curves_are_refused(bad: float) -> None:
+def test_impossible_profiles_are_refused(bad):
     with pytest.raises(ValueError, match="v_2 of a budget profile"):
-        step_weights([1.0, bad], 2)
+        step_weights([1.0, bad], 3)
+
+
+def test_an_empty_profile_is_refused():
     with pytest.raises(ValueError, match="at least one value"):
-        step_budgets([], 3)
+        step_weights([], 3)

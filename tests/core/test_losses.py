@@ -1,168 +1,138 @@
-"""The policy loss of a step against a loop over tokens."""
-
-from __future__ import annotations
-
-import math
+"""The clipped step loss, compared with loops over tokens."""
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from reference.losses import step_loss
-from torch import Tensor
+from reference import policy_loss as reference
 
-from ssrctl.core.losses import RATIOS, step_policy_loss
+from ssrctl.core.losses import step_policy_loss
 
-NAN = float("nan")
-LEVELS = ["token", "step", "sequence"]
+LEVELS = ("token", "step", "sequence")
 
 
-def draw(seed: int, spread: float = 0.3) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(log-probabilities, old ones, step ids, advantages) of a ragged group, float64."""
+def random_group(seed, spread):
+    """Ragged responses with steps in order, log-ratios of the given spread, some advantages missing."""
     generator = torch.Generator().manual_seed(seed)
-    num, length = 5, 12
-    logprobs = -torch.rand(num, length, generator=generator, dtype=torch.float64) * 3
-    old = logprobs + spread * torch.randn(num, length, generator=generator, dtype=torch.float64)
-    step_ids = torch.full((num, length), -1)
-    for j in range(num):
-        position = 0
-        for step in range(int(torch.randint(0, 4, (), generator=generator))):
-            size = int(torch.randint(1, 5, (), generator=generator))
-            step_ids[j, position : position + size] = step
-            position += size
-    advantages = torch.randn(num, generator=generator, dtype=torch.float64)
-    advantages[torch.rand(num, generator=generator) < 0.2] = NAN
-    return logprobs, old, step_ids, advantages
+    rows, width = 4, 9
+    step_ids = torch.full((rows, width), -1, dtype=torch.int64)
+    for row in range(rows):
+        length = int(torch.randint(1, width + 1, (), generator=generator))
+        cuts = torch.rand(length, generator=generator) < 0.4
+        cuts[0] = False
+        step_ids[row, :length] = cuts.cumsum(0)
+    old = -3 * torch.rand(rows, width, generator=generator, dtype=torch.float64)
+    new = old + spread * torch.randn(rows, width, generator=generator, dtype=torch.float64)
+    advantages = torch.randn(rows, generator=generator, dtype=torch.float64)
+    advantages[torch.rand(rows, generator=generator) < 0.25] = float("nan")
+    return new, old, step_ids, advantages
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@given(seed=st.integers(0, 10_000), step=st.integers(0, 3), epsilon=st.sampled_from([0.05, 0.2, 0.9]))
-def test_value_and_gradient_equal_the_loop(level: str, seed: int, step: int, epsilon: float) -> None:
-    logprobs, old, step_ids, advantages = draw(seed)
-    fast, slow = logprobs.clone().requires_grad_(), logprobs.clone().requires_grad_()
-    found = step_policy_loss(fast, old, step_ids, step, advantages, clip_epsilon=epsilon, level=level)
-    expected = step_loss(slow, old, step_ids, step, advantages.tolist(), epsilon, level)
-    if expected is None:
-        assert found.loss is None and found.num_terms == found.num_clipped == 0
+@given(seed=st.integers(0, 10**6), spread=st.sampled_from([0.0, 0.1, 0.5]), step=st.integers(0, 3))
+def test_loss_and_gradient_equal_the_loops(level, seed, spread, step):
+    new, old, step_ids, advantages = random_group(seed, spread)
+    values = [None if a != a else a for a in advantages.tolist()]
+    loss, gradient, terms, clipped = reference.step_loss(
+        new.tolist(), old.tolist(), step_ids.tolist(), step, values, 0.2, level
+    )
+    new.requires_grad_(True)
+    made = step_policy_loss(new, old, step_ids, step, advantages, clip_epsilon=0.2, level=level)
+    assert (made.num_terms, made.num_clipped) == (terms, clipped)
+    if loss is None:
+        assert made.loss is None
         return
-    assert found.loss is not None
-    torch.testing.assert_close(found.loss, expected, rtol=1e-10, atol=1e-12)
-    # Where every term is clipped, the loop's loss has no graph at all; ours has one with gradient 0.
-    if expected.requires_grad:
-        expected.backward()
-    found.loss.backward()
-    slow_gradient = torch.zeros_like(logprobs) if slow.grad is None else slow.grad
-    torch.testing.assert_close(fast.grad, slow_gradient, rtol=1e-10, atol=1e-12)
+    # float64 throughout: a dozen operations on numbers of order 1
+    assert float(made.loss.detach()) == pytest.approx(loss, abs=1e-12)
+    made.loss.backward()
+    torch.testing.assert_close(new.grad, torch.tensor(gradient, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("advantage", [0.7, -0.7])
-def test_descent_raises_what_was_good(level: str, advantage: float) -> None:
-    logits = torch.zeros(1, 3, 4, requires_grad=True)
-    tokens = torch.tensor([[[0], [1], [2]]])
-    step_ids = torch.tensor([[0, 1, 1]])
-
-    def logprobs() -> Tensor:
-        return logits.log_softmax(-1).gather(-1, tokens).squeeze(-1)
-
-    before = logprobs().detach()
-    found = step_policy_loss(logprobs(), before, step_ids, 1, torch.tensor([advantage]), level=level)
-    assert found.loss is not None
-    found.loss.backward()
-    with torch.no_grad():
-        logits -= 0.1 * logits.grad
-    moved = (logprobs() - before)[0]
-    assert moved[0] == 0
-    assert (moved[1:] > 0).all() if advantage > 0 else (moved[1:] < 0).all()
-
-
-@pytest.mark.parametrize("level", LEVELS)
-def test_on_policy_gradient_is_the_advantage_spread_over_tokens_and_responses(level: str) -> None:
-    """At ratio 1 every level gives REINFORCE: -A_j / (|J| n_j) on each token of the step."""
-    logprobs = torch.full((3, 4), -1.0, dtype=torch.float64, requires_grad=True)
-    step_ids = torch.tensor([[0, 0, 0, 1], [0, 1, 1, -1], [1, -1, -1, -1]])
-    advantages = torch.tensor([0.5, -2.0, 9.0], dtype=torch.float64)
-    found = step_policy_loss(logprobs, logprobs.detach(), step_ids, 0, advantages, level=level)
-    assert found.loss is not None and found.num_clipped == 0
-    assert found.num_terms == (2 if level == "step" else 4)
-    assert found.loss.item() == pytest.approx(-(0.5 - 2.0) / 2)
-    found.loss.backward()
-    third = -0.5 / 2 / 3
-    expected = torch.tensor([[third, third, third, 0], [1.0, 0, 0, 0], [0, 0, 0, 0]], dtype=torch.float64)
-    torch.testing.assert_close(logprobs.grad, expected)
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_descent_raises_what_was_good_and_lowers_what_was_bad(level, advantage):
+    logprobs = torch.full((1, 3), -1.0, requires_grad=True)
+    steps = torch.tensor([[0, 1, 1]])
+    made = step_policy_loss(logprobs, logprobs.detach().clone(), steps, 1, torch.tensor([advantage]), level=level)
+    made.loss.backward()
+    change = -logprobs.grad
+    assert float(made.loss.detach()) == pytest.approx(-advantage)
+    assert float(change[0, 0]) == 0.0, "a token outside the step was moved"
+    assert bool((change[0, 1:] * advantage > 0).all())
+    # at ratio 1 all three levels share one gradient: the mean over the step's two tokens
+    torch.testing.assert_close(change[0, 1:], torch.full((2,), advantage / 2))
 
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize(
-    ("log_ratio", "advantage", "clipped"),
-    [(0.5, 1.0, True), (0.5, -1.0, False), (-0.5, 1.0, False), (-0.5, -1.0, True), (0.1, 1.0, False)],
+    ("log_ratio", "advantage", "clips"), [(0.5, 1.0, True), (0.5, -1.0, False), (-0.5, 1.0, False), (-0.5, -1.0, True)]
 )
-def test_the_clip_works_on_the_pessimistic_side(level: str, log_ratio: float, advantage: float, clipped: bool) -> None:
-    logprobs = torch.zeros(1, 2, dtype=torch.float64, requires_grad=True)
-    old = torch.full((1, 2), -log_ratio, dtype=torch.float64)
-    ids, advantages = torch.zeros(1, 2, dtype=torch.int64), torch.tensor([advantage])
-    found = step_policy_loss(logprobs, old, ids, 0, advantages, clip_epsilon=0.2, level=level)
-    assert found.loss is not None
-    found.loss.backward()
-    assert logprobs.grad is not None
-    assert bool((logprobs.grad == 0).all()) == clipped
-    bound = 1.2 if log_ratio > 0 else 0.8
-    assert found.loss.item() == pytest.approx(-advantage * (bound if clipped else math.exp(log_ratio)))
-    assert found.num_terms == (1 if level == "step" else 2)
-    assert found.num_clipped == (found.num_terms if clipped else 0)
+def test_the_clip_stops_only_what_has_gone_far_enough(level, log_ratio, advantage, clips):
+    old = torch.full((1, 2), -2.0)
+    logprobs = (old + log_ratio).requires_grad_(True)
+    steps = torch.zeros(1, 2, dtype=torch.int64)
+    made = step_policy_loss(logprobs, old, steps, 0, torch.tensor([advantage]), clip_epsilon=0.2, level=level)
+    made.loss.backward()
+    assert made.num_clipped == (made.num_terms if clips else 0)
+    assert (float(logprobs.grad.abs().sum()) == 0.0) == clips
+    limit = 1.2 if log_ratio > 0 else 0.8
+    ratio = limit if clips else float(torch.tensor(log_ratio).exp())
+    assert float(made.loss.detach()) == pytest.approx(-advantage * ratio, rel=1e-6)
 
 
-def test_the_sequence_ratio_is_that_of_the_whole_response() -> None:
-    logprobs = torch.zeros(1, 4, dtype=torch.float64)
-    old = -torch.tensor([[0.0, 0.0, 0.3, 9.0]], dtype=torch.float64)
-    found = step_policy_loss(
-        logprobs, old, torch.tensor([[0, 0, 1, -1]]), 0, torch.tensor([1.0]), clip_epsilon=0.9, level="sequence"
+def test_long_steps_weigh_no_more_than_short_ones():
+    """The mean is over a response's own tokens first, and then over the responses."""
+    logprobs = torch.zeros(2, 4, requires_grad=True)
+    steps = torch.tensor([[0, 0, 0, 0], [0, -1, -1, -1]])
+    step_policy_loss(logprobs, torch.zeros(2, 4), steps, 0, torch.tensor([1.0, 1.0]), level="token").loss.backward()
+    torch.testing.assert_close(logprobs.grad, -torch.tensor([[0.125] * 4, [0.5, 0, 0, 0]]))
+
+
+def test_responses_without_the_step_or_without_a_score_are_left_out_of_the_mean():
+    logprobs = torch.zeros(3, 2, requires_grad=True)
+    steps = torch.tensor([[0, 1], [0, 0], [0, 1]])
+    advantages = torch.tensor([1.0, 1.0, float("nan")])
+    made = step_policy_loss(logprobs, torch.zeros(3, 2), steps, 1, advantages)
+    made.loss.backward()
+    assert float(made.loss.detach()) == -1.0
+    assert logprobs.grad.tolist() == [[0.0, -1.0], [0.0, 0.0], [0.0, 0.0]]
+
+
+def test_a_zero_advantage_is_a_score_and_counts():
+    logprobs = torch.zeros(2, 1, requires_grad=True)
+    made = step_policy_loss(
+        logprobs, torch.zeros(2, 1), torch.zeros(2, 1, dtype=torch.int64), 0, torch.tensor([1.0, 0.0])
     )
-    assert found.loss is not None and found.loss.item() == pytest.approx(-math.exp(0.1))
+    assert float(made.loss.detach()) == -0.5
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("junk", [NAN, math.inf, -math.inf])
-def test_padding_may_hold_anything(level: str, junk: float) -> None:
-    logprobs, old, step_ids, advantages = draw(3)
-    assert bool((step_ids < 0).any())
-    advantages = torch.where(advantages.isnan(), 1.0, advantages)
-    clean = logprobs.clone().requires_grad_()
-    expected = step_policy_loss(clean, old, step_ids, 0, advantages, level=level)
-    dirty = logprobs.masked_fill(step_ids < 0, junk).requires_grad_()
-    found = step_policy_loss(dirty, old.masked_fill(step_ids < 0, junk), step_ids, 0, advantages, level=level)
-    assert found.loss is not None and expected.loss is not None
-    assert found.loss.item() == expected.loss.item()
-    found.loss.backward()
-    expected.loss.backward()
-    assert clean.grad is not None and dirty.grad is not None
-    assert torch.equal(clean.grad, dirty.grad)
+@pytest.mark.parametrize("garbage", [float("nan"), float("inf"), -float("inf")])
+def test_padding_may_hold_anything(level, garbage):
+    clean = torch.tensor([[-1.0, -2.0, -3.0], [-1.5, 0.0, 0.0]])
+    old = clean + 0.1
+    steps = torch.tensor([[0, 0, 1], [0, -1, -1]])
+    advantages = torch.tensor([1.0, -0.5])
+    results = []
+    for dirty in (False, True):
+        new_in, old_in = clean.clone(), old.clone()
+        if dirty:
+            new_in[1, 1:] = garbage
+            old_in[1, 2] = garbage
+        new_in.requires_grad_(True)
+        made = step_policy_loss(new_in, old_in, steps, 0, advantages, level=level)
+        made.loss.backward()
+        results.append((made.loss.detach(), new_in.grad, made.num_terms, made.num_clipped))
+    assert results[0][2:] == results[1][2:]
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=0, atol=0)
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("level", LEVELS)
-def test_a_missing_advantage_takes_the_response_out_of_the_mean(level: str) -> None:
-    logprobs, old, step_ids, _ = draw(3)
-    have = (step_ids == 0).any(1)
-    assert int(have.sum()) >= 2
-    dropped = int(have.nonzero()[0])
-    advantages = torch.full((5,), 0.5, dtype=torch.float64)
-    advantages[dropped] = NAN
-    rest = [j for j in range(5) if j != dropped]
-    found = step_policy_loss(logprobs, old, step_ids, 0, advantages, level=level)
-    without = step_policy_loss(logprobs[rest], old[rest], step_ids[rest], 0, advantages[rest], level=level)
-    assert found.loss is not None and without.loss is not None and torch.equal(found.loss, without.loss)
-    assert (found.num_terms, found.num_clipped) == (without.num_terms, without.num_clipped)
+def test_no_response_has_the_step():
+    nothing = step_policy_loss(torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([[0, -1]]), 3, torch.ones(1))
+    assert (nothing.loss, nothing.num_terms, nothing.num_clipped) == (None, 0, 0)
 
 
-@pytest.mark.parametrize("level", LEVELS)
-def test_nothing_to_learn_from(level: str) -> None:
-    logprobs, old, step_ids, _ = draw(0)
-    missing = torch.full((5,), NAN, dtype=torch.float64)
-    assert step_policy_loss(logprobs, old, step_ids, 0, missing, level=level).loss is None
-    assert step_policy_loss(logprobs, old, step_ids, 99, torch.ones(5), level=level).loss is None
-
-
-def test_unknown_level() -> None:
-    assert set(RATIOS) == set(LEVELS)
-    with pytest.raises(ValueError, match="unknown importance level 'word'"):
-        step_policy_loss(*draw(0)[:3], 0, torch.ones(5), level="word")
+def test_levels_are_known_by_name():
+    with pytest.raises(ValueError, match="'word'; known: token, step, sequence"):
+        step_policy_loss(torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1, 1), 0, torch.ones(1), level="word")

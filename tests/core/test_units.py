@@ -1,6 +1,4 @@
-"""Update units and the fusion of neighbours."""
-
-from __future__ import annotations
+"""Update units and their fusion."""
 
 import pytest
 from hypothesis import given
@@ -8,52 +6,55 @@ from hypothesis import strategies as st
 
 from ssrctl.core.units import Unit, plan_units
 
-advantage = st.one_of(st.none(), st.sampled_from([0.0, 0.05, 0.1, 0.5, -1.0, 2.0]))
-groups = st.lists(st.lists(advantage, max_size=8), max_size=5)
+columns = st.lists(st.lists(st.none() | st.sampled_from([0.0, 0.1, -1.0, 1.0]), max_size=5), min_size=1, max_size=4)
 
 
-@given(groups, st.sampled_from([0.0, 0.06, 0.3, 100.0]))
-def test_units_partition_the_steps_in_order(advantages: list[list[float | None]], tol: float) -> None:
-    longest = max((len(row) for row in advantages), default=0)
-    budgets = [2.0**-i for i in range(longest + 2)]
-    units = plan_units(advantages, budgets, fuse_tol=tol)
+@given(columns)
+def test_without_fusion_every_step_is_a_unit(advantages):
+    longest = max(len(row) for row in advantages)
+    budgets = [0.001 * (i + 1) for i in range(longest)]
+    units = plan_units(advantages, budgets)
+    assert [unit.steps for unit in units] == [(i,) for i in range(longest)]
+    assert [unit.budget for unit in units] == budgets
+    for i, unit in enumerate(units):
+        column = tuple(row[i] if i < len(row) else None for row in advantages)
+        assert unit.advantages == (column,)
+        assert unit.has_signal == any(a not in (None, 0.0) for a in column)
+
+
+@given(columns, st.sampled_from([0.05, 0.1, 0.15, 1.05, 5.0]))
+def test_fusion_joins_neighbours_that_differ_by_less(advantages, tolerance):
+    longest = max(len(row) for row in advantages)
+    budgets = [0.001 * (i + 1) for i in range(longest)]
+    units = plan_units(advantages, budgets, fuse_tol=tolerance)
     assert [step for unit in units for step in unit.steps] == list(range(longest))
-    for unit in units:
-        assert unit.budget == sum(budgets[i] for i in unit.steps)
-        assert [list(c) for c in unit.advantages] == [
-            [row[i] if i < len(row) else None for row in advantages] for i in unit.steps
-        ]
-        assert unit.has_signal == any(a not in (None, 0.0) for column in unit.advantages for a in column)
+    assert sum(unit.budget for unit in units) == pytest.approx(sum(budgets))
 
-    def filled(step: int) -> list[float]:
-        return [row[step] or 0.0 if step < len(row) else 0.0 for row in advantages]
+    def value(row, i):
+        return (row[i] if i < len(row) else None) or 0.0
 
     starts = {unit.steps[0] for unit in units}
-    for step in range(1, longest):
-        gap = max(abs(x - y) for x, y in zip(filled(step - 1), filled(step), strict=True))
-        assert (step in starts) == (gap >= tol)
+    for i in range(1, longest):
+        apart = max(abs(value(row, i) - value(row, i - 1)) for row in advantages)
+        assert (i in starts) == (apart >= tolerance)
+    for unit in units:
+        assert unit.advantages == tuple(tuple(r[i] if i < len(r) else None for r in advantages) for i in unit.steps)
 
 
-def test_zero_tolerance_fuses_nothing() -> None:
-    assert [unit.steps for unit in plan_units([[1.0, 1.0, 1.0]], [0.1] * 3)] == [(0,), (1,), (2,)]
+def test_a_tolerance_that_is_met_exactly_does_not_fuse():
+    assert len(plan_units([[0.0, 0.5]], [0.01, 0.01], fuse_tol=0.5)) == 2
+    assert len(plan_units([[0.0, 0.5]], [0.01, 0.01], fuse_tol=0.500001)) == 1
 
 
-def test_every_response_must_agree() -> None:
-    close_but_one = [[0.5, 0.5], [0.5, 0.51], [0.5, -0.5]]
-    assert len(plan_units(close_but_one, [0.1] * 2, fuse_tol=0.1)) == 2
-    assert len(plan_units(close_but_one[:2], [0.1] * 2, fuse_tol=0.1)) == 1
+def test_equal_steps_stay_apart_when_fusion_is_off():
+    assert len(plan_units([[1.0, 1.0]], [0.01, 0.01], fuse_tol=0.0)) == 2
 
 
-def test_a_step_that_a_response_lacks_counts_as_no_advantage() -> None:
-    assert len(plan_units([[0.5, 0.5], [0.5]], [0.1] * 2, fuse_tol=0.1)) == 2
-    assert len(plan_units([[0.5, 0.5], [0.0]], [0.1] * 2, fuse_tol=0.1)) == 1
-    assert len(plan_units([[None, 0.5]], [0.1] * 2, fuse_tol=0.1)) == 2
+def test_no_responses_no_units():
+    assert plan_units([], []) == []
+    assert plan_units([[], []], []) == []
 
 
-def test_budgets_add_up() -> None:
-    (unit,) = plan_units([[1.0, 1.0, 1.0]], [0.01, 0.02, 0.03], fuse_tol=0.5)
-    assert unit == Unit((0, 1, 2), pytest.approx(0.06), ((1.0,), (1.0,), (1.0,)))
-
-
-def test_no_responses() -> None:
-    assert plan_units([], []) == [] and plan_units([[], []], []) == []
+def test_missing_and_zero_advantages_are_no_signal():
+    assert not Unit((0,), 0.1, ((None, 0.0, -0.0),)).has_signal
+    assert Unit((0, 1), 0.1, ((None, 0.0), (None, -1e-9))).has_signal

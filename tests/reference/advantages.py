@@ -1,40 +1,25 @@
-"""SSR eq. 4-9 over padded numpy arrays, NaN where there is no step or no score."""
-
-from __future__ import annotations
-
-import warnings
-from collections.abc import Sequence
+"""SSR eq. 4-9 in numpy, with a missing score as NaN."""
 
 import numpy as np
 
-EPS = 1e-8
-#: where a standard deviation is below this, there is no signal
-MIN_STD = 1e-6
+
+def _z(values, mean, std):
+    # Below 1e-6 a deviation is round-off and carries no signal.
+    return np.where(np.isnan(values), np.nan, 0.0) if not std >= 1e-6 else (values - mean) / (std + 1e-8)
 
 
-def padded(rewards: Sequence[Sequence[float | None]]) -> np.ndarray:
-    """float64 ``[G, T]``."""
-    longest = max((len(row) for row in rewards), default=0)
-    out = np.full((len(rewards), longest), np.nan)
-    for j, row in enumerate(rewards):
-        for i, value in enumerate(row):
-            if value is not None:
-                out[j, i] = value
-    return out
+def _statistics(values):
+    known = values[~np.isnan(values)]
+    return (known.mean(), known.std(ddof=0)) if known.size else (0.0, 0.0)
 
 
-def group(r: np.ndarray) -> np.ndarray:
-    """Eq. 4-6."""
-    if np.isnan(r).all():
-        return r
-    mu, sigma = np.nanmean(r), np.nanstd(r)
-    return np.where(np.isnan(r), np.nan, (r - mu) / (sigma + EPS) if sigma >= MIN_STD else 0.0)
+def group(rewards):
+    """Eq. 4-6: all step rewards of the group, flattened."""
+    rows = [np.array([np.nan if r is None else r for r in row], dtype=np.float64) for row in rewards]
+    mean, std = _statistics(np.concatenate([np.empty(0), *rows]))
+    return [_z(row, mean, std) for row in rows]
 
 
-def final(r: np.ndarray) -> np.ndarray:
-    """Eq. 7-9."""
-    a = group(r)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # means over responses without any score
-        mu, sigma = np.nanmean(a, axis=1, keepdims=True), np.nanstd(a, axis=1, keepdims=True)
-    return np.where(np.isnan(a), np.nan, np.where(sigma >= MIN_STD, (a - mu) / (sigma + EPS), 0.0))
+def paper(rewards):
+    """Eq. 7-9 on top of eq. 6."""
+    return [_z(row, *_statistics(row)) for row in group(rewards)]

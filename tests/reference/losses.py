@@ -33,13 +33,13 @@ def step_loss(
         elif level == "step":
             ratios = [(sum(logprobs[j, t] - old[j, t] for t in own) / len(own)).exp()]  # type: ignore[union-attr]
         else:
-            mean = sum(float(logprobs[j, t] - old[j, t]) for t in real) / len(real)
+            mean = sum(float((logprobs[j, t] - old[j, t]).detach()) for t in real) / len(real)
             fixed = torch.tensor(mean, dtype=logprobs.dtype).exp()
             ratios = [fixed * logprobs[j, t].exp() / logprobs[j, t].exp().detach() for t in own]
         terms = []
         for rho in ratios:
-            clipped = min(max(float(rho), 1 - clip_epsilon), 1 + clip_epsilon) * advantage
-            terms.append(rho * advantage if float(rho) * advantage <= clipped else torch.tensor(clipped))
+            clipped = min(max(float(rho.detach()), 1 - clip_epsilon), 1 + clip_epsilon) * advantage
+            terms.append(rho * advantage if float(rho.detach()) * advantage <= clipped else logprobs.new_tensor(clipped))
         per_response.append(sum(terms) / len(terms))
     if not per_response:
         return None

@@ -1,0 +1,145 @@
+"""Rollouts to and from jsonl rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ssrctl.errors import UserError
+from ssrctl.io.jsonl import write_jsonl
+from ssrctl.io.records import FinalAnswer, Rollout, StepScore, StepSpan, read_rollouts
+
+WHERE = "file.jsonl:7"
+
+
+def full() -> dict[str, Any]:
+    return {
+        "id": "q17/3",
+        "question": "6*7?",
+        "answer": "42",
+        "prompt": "Q: 6*7?",
+        "response": "6*7=42. 42",
+        "steps": [{"start": 0, "end": 8, "kind": "step"}, {"start": 8, "end": 10, "kind": "final"}],
+        "scores": [
+            {"score": 85, "reward": 0.85, "rationale": "fine", "error": None},
+            {"score": None, "reward": None, "rationale": None, "error": "timeout"},
+        ],
+        "final": {"extracted": "42", "correct": True, "way": "last"},
+        "advantages": [0.4, None],
+        "colour": {"nested": [1, None]},
+        "extra": "a column of the user's that is called so",
+    }
+
+
+def parse(row: dict[str, Any], needs: tuple[str, ...] = ()) -> Rollout:
+    return Rollout.from_dict(row, where=WHERE, needs=needs)
+
+
+def test_there_and_back_with_unknown_fields() -> None:
+    rollout = parse(full())
+    assert rollout.to_dict() == full()
+    assert json.loads(json.dumps(rollout.to_dict())) == full()
+    assert rollout.steps == [StepSpan(start=0, end=8), StepSpan(start=8, end=10, kind="final")]
+    assert rollout.scores is not None and rollout.scores[1] == StepScore(score=None, reward=None, error="timeout")
+    assert rollout.final == FinalAnswer(extracted="42", correct=True, way="last")
+    assert rollout.extra.keys() == {"colour", "extra"}
+
+
+def test_fields_that_no_stage_filled_are_left_out() -> None:
+    assert parse({"id": "a", "response": "x"}).to_dict() == {"id": "a", "response": "x"}
+
+
+def test_a_step_is_cut_by_characters() -> None:
+    rollout = parse(full())
+    assert [rollout.step_text(i) for i in range(2)] == ["6*7=42. ", "42"]
+    wide = parse({"response": "ü\U0001f600x", "steps": [{"start": 0, "end": 2}, {"start": 2, "end": 3}]})
+    assert wide.step_text(1) == "x"
+
+
+def test_ids() -> None:
+    assert parse(full()).group == "q17"
+    assert parse({"id": "a/b/3"}).group == "a/b"
+    assert parse({"id": 17}).id == "17" and parse({"id": 0}).id == "0"
+    assert parse({"response": "x"}).id == "7", "a line without an id goes by its number"
+
+
+def test_numeric_answers_become_text() -> None:
+    assert parse({"answer": 42}).answer == "42"
+    assert parse({"answer": 0}).answer == "0"
+
+
+def test_needed_fields() -> None:
+    with pytest.raises(UserError, match=r"file.jsonl:7: field 'steps' is missing") as caught:
+        parse({"response": "x", "steps": None}, needs=("response", "steps"))
+    assert caught.value.remedy == "run `ssrctl segment` first"
+    assert parse({"response": ""}, needs=("response",)).response == ""
+
+
+def spans(*ends: tuple[int, int]) -> list[dict[str, int]]:
+    return [{"start": start, "end": end} for start, end in ends]
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        (spans((0, 3), (4, 10)), "step 1 spans 4-10, expected it to start at 3"),
+        (spans((0, 3), (2, 10)), "step 1 spans 2-10"),
+        (spans((1, 10)), "step 0 spans 1-10, expected it to start at 0"),
+        (spans((0, 0), (0, 10)), "step 0 spans 0-0"),
+        (spans((0, 9)), "the steps end at 9, the response has 10 characters"),
+        (spans((0, 11)), "the steps end at 11, the response has 10 characters"),
+    ],
+)
+def test_spans_must_cover_the_response(steps: list[dict[str, int]], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse({"response": "0123456789", "steps": steps})
+
+
+def test_spans_need_a_response() -> None:
+    with pytest.raises(UserError, match="no response"):
+        parse({"steps": spans((0, 1))})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"response": 5}, "'response' must be text, found int"),
+        ({"question": ["x"]}, "'question' must be text, found list"),
+        ({"steps": {"start": 0}}, "'steps' must be a list, found dict"),
+        ({"steps": [[0, 8]]}, "'steps' is malformed: expected an object, found list"),
+        ({"steps": [{"start": 0}]}, "'steps' is malformed"),
+        ({"steps": [{"start": 0.0, "end": 10}]}, "'start' must be int"),
+        ({"steps": [{"start": 0, "end": True}]}, "'end' must be int"),
+        ({"steps": [{"start": 0, "end": 10, "kind": "middle"}]}, "'kind' must be"),
+        ({"steps": [{"start": 0, "end": 10, "colour": 1}]}, "unknown keys colour"),
+        ({"scores": [{"score": 1, "reward": 0.01}]}, "'scores' has 1 entries for 2 steps"),
+        ({"scores": [{"score": "1", "reward": 0.01}] * 2}, "'score' must be float"),
+        ({"scores": [{"score": True, "reward": 0.01}] * 2}, "'score' must be float"),
+        ({"scores": [{"score": 1}] * 2}, "'scores' is malformed"),
+        ({"steps": None}, "'scores' has 2 entries for 0 steps"),
+        ({"final": "42"}, "'final' is malformed"),
+        ({"final": {"extracted": "42", "correct": "yes"}}, "'correct' must be bool"),
+        ({"advantages": ["1", None]}, "'advantages' is malformed"),
+        ({"advantages": [True, None]}, "'advantages' is malformed"),
+    ],
+)
+def test_wrong_types_are_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        parse(full() | change)
+    assert str(caught.value).startswith(WHERE)
+
+
+def test_a_column_called_like_our_field_does_not_win() -> None:
+    rollout = Rollout(id="a", response="ours", extra={"response": "theirs", "id": "b", "kept": 1})
+    assert rollout.to_dict() == {"id": "a", "response": "ours", "kept": 1}
+
+
+def test_reading_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    write_jsonl(path, [full(), {"response": "x"}])
+    assert [r.id for r in read_rollouts(path)] == ["q17/3", "2"]
+    with pytest.raises(UserError, match=rf"{path}:2: field 'scores' is missing"):
+        list(read_rollouts(path, needs=("scores",)))

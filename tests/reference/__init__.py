@@ -1,0 +1,1 @@
+"""Slow, independent implementations to compare with: loops, sorting and numpy, from the papers' formulas."""
