@@ -6,8 +6,6 @@ set -euo pipefail
 
 out=${1:-demo}
 seed=0
-# Tensors this small are fastest on one thread.
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 if [ -e "$out" ] && [ ! -e "$out/.ssrctl-demo" ]; then
@@ -38,11 +36,11 @@ stage ssrctl train --optimizer kronos --protect "$out/superweights.safetensors" 
   --budget-profile "$out/budget.json" --max-steps 120 --log-gradient-cosine \
   --output-dir "$out/run" --seed $seed
 
-# 6. Did it learn? The same held-out problems, paired.
-stage ssrctl eval --checkpoint "$out/run" --baseline "$out/eval-base" -o "$out/eval-trained" --seed $seed
-
-# 7. What did the updates do to the weights?
+# 6. What did the updates do to the weights, and do the steps update the same ones?
 stage ssrctl diagnose tiny-reasoner "$out/run" -o "$out/diagnose"
 stage ssrctl diagnose --jaccard "$out/run"
 
-printf '\nreports: %s and %s\n' "$out/run/report.html" "$out/diagnose/report.html"
+# 7. Did it learn? The same held-out problems as in 2, paired.
+stage ssrctl eval --checkpoint "$out/run" --baseline "$out/eval-base" -o "$out/eval-trained" --seed $seed
+
+printf '\nreports: %s\n         %s\n' "$out/run/report.html" "$out/diagnose/report.html"

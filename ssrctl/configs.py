@@ -130,7 +130,7 @@ class ModelConfig:
     """Precision to compute in; auto is the checkpoint's own."""
 
     device: str = "auto"
-    """Where to run: auto, cpu, cuda, cuda:1, mps."""
+    """Where to run: auto, cpu, cuda, cuda:1."""
 
     trust_remote_code: bool = False
     """Run python code that the model's folder contains. Only for models that you trust."""

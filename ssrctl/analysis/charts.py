@@ -41,8 +41,8 @@ _SETTINGS = {
     "legend.frameon": False,
     "legend.fontsize": 8.5,
 }
-# Inches; a phone's column is about 5 of them wide at 72 to the inch, so that the text stays readable there.
-_WIDTH = 4.6
+# Inches. A phone shows this many at more than 72 pixels to the inch, so that 9-point text stays readable there.
+_WIDTH = 3.9
 # Full colour is not opaque, so that the numbers on it can be read.
 _OPACITY = 0.72
 _CELL_NUMBERS = 8
@@ -75,10 +75,10 @@ def draw(figure: Figure) -> str:
 
 def _height(figure: Figure) -> float:
     if isinstance(figure, Heatmap):
-        return 4.0
+        return 3.5
     if isinstance(figure, Bars):
         return 0.9 + 0.17 * len(figure.labels) * (len(figure.series) + 0.6)
-    return 2.7
+    return 2.4
 
 
 def _heatmap(axes: Any, figure: Heatmap) -> None:
@@ -103,7 +103,8 @@ def _heatmap(axes: Any, figure: Heatmap) -> None:
                 )
             )
             if size <= _CELL_NUMBERS:
-                text = f"{value:.{figure.decimals}f}" if value else "0"
+                # "+ 0.0" turns a negative zero, left by rounding, into a plain one.
+                text = f"{round(value, figure.decimals) + 0.0:.{figure.decimals}f}" if value else "0"
                 axes.text(column, row, text, ha="center", va="center", fontsize=8 if size <= 6 else 6.5)
     stride = max(1, -(-size // 12))
     axes.set_xticks(range(0, size, stride), figure.labels[::stride])
@@ -116,10 +117,13 @@ def _bars(axes: Any, figure: Bars) -> None:
     from matplotlib.ticker import PercentFormatter
 
     thickness = 0.8 / len(figure.series)
+    colours = iter((_ONE, _TWO) * len(figure.series))
     for order, (name, values) in enumerate(figure.series.items()):
         places = [position + (order + 0.5) * thickness - 0.4 for position in range(len(figure.labels))]
         shown = [value or 0.0 for value in values]
-        axes.barh(places, shown, height=thickness * 0.9, color=(_ONE, _TWO)[order % 2], label=name)
+        axes.barh(
+            places, shown, height=thickness * 0.9, color=_MUTED if _is_expected(name) else next(colours), label=name
+        )
     axes.set_yticks(range(len(figure.labels)), figure.labels)
     axes.set_ylim(len(figure.labels) - 0.4, -0.6)
     axes.set_xlim(0, 1)
@@ -132,6 +136,11 @@ def _bars(axes: Any, figure: Bars) -> None:
         axes.figure.legend(loc="outside upper left", ncols=2)
 
 
+def _is_expected(name: str) -> bool:
+    """Is a series what chance would give, rather than what was measured?"""
+    return name.startswith("expected")
+
+
 def _lines(axes: Any, figure: Lines) -> None:
     from matplotlib.ticker import MaxNLocator
 
@@ -142,7 +151,7 @@ def _lines(axes: Any, figure: Lines) -> None:
         if not kept:
             continue
         floor = min(floor, *(value for _, value in kept))
-        expected = name.startswith("expected")
+        expected = _is_expected(name)
         axes.plot(
             *zip(*kept, strict=True),
             color=_MUTED if expected else next(colours),

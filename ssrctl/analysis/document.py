@@ -16,7 +16,7 @@ class Table:
 
     Attributes:
         terminal_rows: the terminal shows so many rows and says how many more there are; 0 leaves the table
-            to the page.
+            to the report, which the terminal says.
         collapsed: the page shows it only when asked to.
     """
 
@@ -49,7 +49,7 @@ class Heatmap:
 
 @dataclass(kw_only=True)
 class Bars:
-    """Horizontal bars, one group per label; shares between 0 and 1 are shown as percentages."""
+    """Horizontal bars of shares in [0, 1], one group per label; a series named ``expected ...`` is drawn grey."""
 
     title: str
     labels: list[str]
@@ -60,7 +60,7 @@ class Bars:
 
 @dataclass(kw_only=True)
 class Lines:
-    """Series over a common x; a series whose name begins with ``expected`` is drawn dashed and grey."""
+    """Series over a common x; a series named ``expected ...`` is drawn grey and dashed."""
 
     title: str
     x: list[int]
@@ -138,8 +138,13 @@ def percent(value: float | None) -> str:
     return "<0.0000001%" if value < 0.5 else ">99.9999999%"
 
 
+def times(value: int, what: str) -> str:
+    """A count and its noun: ``1 pair``, ``12 pairs``."""
+    return f"{value:,} {what}" + ("" if value == 1 else "s")
+
+
 def number(value: float | None, style: Literal["short", "signed"] = "short") -> str:
-    """Three significant digits; ``signed`` always shows the sign."""
+    """Three significant digits; ``signed`` has three decimals and always shows the sign."""
     if value is None:
         return "–"
-    return f"{value:+.3f}" if style == "signed" else "0" if value == 0 else f"{value:.3g}"
+    return f"{value:+.3f}" if style == "signed" else "0" if value == 0 else f"{value:#.3g}".removesuffix(".")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ssrctl.analysis.document import Bars, Document, Heatmap, Lines, Section, Table, count, number, percent
+from ssrctl.analysis.document import Bars, Document, Heatmap, Lines, Section, Table, count, number, percent, times
 from ssrctl.analysis.overlap import StepOverlap
 from ssrctl.analysis.overlap_summary import PairSummary, RunOverlap, mean
 
@@ -13,6 +13,8 @@ DISJOINT_ALLOCATIONS = ("disjoint", "shuffled")
 _PAIR_COLUMNS = (
     "pair", "cases", "shared", "chance", "Jaccard", "chance", "share of i", "chance", "share of j", "chance",
 )  # fmt: skip
+# More pairs than four units have fill a screen; the sentences already hold their means.
+_TERMINAL_PAIRS = 6
 _CHANCE = "Chance is the expectation for uniformly random sets of the same sizes among the unprotected coordinates."
 
 
@@ -39,14 +41,14 @@ def headlines(summary: RunOverlap, disjoint: bool | None) -> list[str]:
     if (cosine := summary.pairs.cosine) is not None:
         lines.append(
             f"The gradients of two steps have a mean cosine of {number(cosine.mean, 'signed')}, from "
-            f"{number(cosine.min, 'signed')} to {number(cosine.max, 'signed')} over {cosine.num_pairs} pairs; "
+            f"{number(cosine.min, 'signed')} to {number(cosine.max, 'signed')} over {times(cosine.num_pairs, 'pair')}; "
             f"{percent(cosine.conflict_frac)} of the pairs are in conflict (negative cosine)."
         )
     across = summary.cross_question
     if across.num_pairs:
         lines.append(
             f"Different questions of a batch overlap with a mean Jaccard index of {number(across.jaccard)}"
-            f"{_times(across)}; nothing keeps them apart."
+            f"{_against_chance(across)}; nothing keeps them apart."
         )
     if summary.touched_frac is not None:
         lines.append(
@@ -59,9 +61,9 @@ def headlines(summary: RunOverlap, disjoint: bool | None) -> list[str]:
 def _overlap_line(summary: RunOverlap, disjoint: bool | None) -> str:
     pairs = summary.pairs
     if not pairs.num_pairs:
-        return f"None of the {summary.num_questions} questions has two update units, so there are no pairs to compare."
+        return f"No question of {summary.num_questions} has two update units, so there are no pairs to compare."
     if summary.all_disjoint:
-        line = f"No two steps of a question share a coordinate ({pairs.num_pairs} pairs). "
+        line = f"No two steps of a question share a coordinate ({times(pairs.num_pairs, 'pair')}). "
         if disjoint:
             line += "Sets are disjoint by construction; the random expectation is what chance would give: "
         elif disjoint is None:
@@ -73,16 +75,20 @@ def _overlap_line(summary: RunOverlap, disjoint: bool | None) -> str:
             line += "This allocation did not forbid it. The random expectation is what chance would give: "
         shared = number(pairs.expected_overlap) if (pairs.expected_overlap or 0) < 10 else count(pairs.expected_overlap)
         return line + f"a Jaccard index of {number(pairs.expected_jaccard)}, {shared} shared coordinates per pair."
-    return (
+    line = (
         f"Two steps of a question select sets with a mean Jaccard index of {number(pairs.jaccard)}"
-        f"{_times(pairs)}, over {pairs.num_pairs} pairs."
+        f"{_against_chance(pairs)}, over {times(pairs.num_pairs, 'pair')}."
     )
+    if disjoint:
+        line += " The run's allocation should have kept them apart: its config and its mask logs do not fit."
+    return line
 
 
-def _times(pairs: PairSummary) -> str:
-    """``: 12 times chance (0.004)``, or the chance alone where a ratio says nothing."""
+def _against_chance(pairs: PairSummary) -> str:
+    """``, 12.0 times chance (0.00400)``, or the chance alone where a ratio says nothing."""
     if pairs.jaccard and pairs.expected_jaccard:
-        return f", {number(pairs.jaccard / pairs.expected_jaccard)} times chance ({number(pairs.expected_jaccard)})"
+        ratio = pairs.jaccard / pairs.expected_jaccard
+        return f", {number(ratio)} times chance ({number(pairs.expected_jaccard)})"
     return f" (chance: {number(pairs.expected_jaccard)})"
 
 
@@ -171,6 +177,7 @@ def _pair_section(summary: RunOverlap) -> Section:
         ],
         note=f"Means over the cases: questions that have both units. {_CHANCE} Share of i: the part of unit i's "
         "set that is also in unit j's.",
+        terminal_rows=_TERMINAL_PAIRS if len(summary.by_pair) <= _TERMINAL_PAIRS else 0,
         collapsed=len(summary.by_pair) > 30,
     )
     return Section(
@@ -214,6 +221,7 @@ def _cosine_section(summary: RunOverlap) -> Section:
         columns=["pair", "cases", "mean", "min", "max", "in conflict"],
         rows=rows,
         note="Of the gradients before masking. In conflict: share of cases with a negative cosine.",
+        terminal_rows=_TERMINAL_PAIRS if len(rows) <= _TERMINAL_PAIRS else 0,
         collapsed=len(rows) > 30,
     )
     return Section(title="Do the steps pull in the same direction", figures=[figure], tables=[table])
@@ -248,6 +256,7 @@ def _position_section(summary: RunOverlap) -> Section:
             for unit in units
         ],
         note="Uniqueness: the share of a unit's set that no other unit of its question selected.",
+        terminal_rows=0,
         collapsed=len(units) > 30,
     )
     return Section(title="How much of each set is its own", figures=list(figures), tables=[table])
@@ -343,7 +352,7 @@ def _question_section(steps: Sequence[StepOverlap]) -> Section:
     ]
     shown = "" if len(questions) == len(rows) else f" The first {len(rows)} of {len(questions)} are shown."
     table = Table(
-        title=f"All questions ({len(questions)})",
+        title="All questions",
         columns=["question", "training step", "units", "selected", "Jaccard", "chance", "uniqueness"],
         rows=rows,
         note=f"Means over the question's pairs and units; the pairs themselves are in report.json.{shown}",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from typing import TYPE_CHECKING
 
-from ssrctl.analysis.document import Document, text_safe
+from ssrctl.analysis.document import Document, text_safe, times
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -53,8 +53,14 @@ def html_page(document: Document, version: str) -> str:
     return text_safe(environment.get_template(_TEMPLATE).render(document=document, drawn=drawn, version=version))
 
 
-def print_document(document: Document, console: Console) -> None:
-    """Print facts, headlines, notes and the tables; nothing in them is taken as markup."""
+def print_document(document: Document, console: Console, where: str) -> None:
+    """Print facts, headlines, notes and short tables; nothing in them is taken as markup.
+
+    Args:
+        document: what to show.
+        console: where to print.
+        where: the file that has what is not printed; named at the end.
+    """
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -67,9 +73,13 @@ def print_document(document: Document, console: Console) -> None:
         console.print(Text(f"• {headline}"))
     for note in document.notes:
         console.print(Text(f"note: {note}", style="yellow"))
+    left_out = []
     for section in document.sections:
         for table in section.tables:
-            if table.terminal_rows == 0 or not table.rows:
+            if not table.rows:
+                continue
+            if table.terminal_rows == 0:
+                left_out.append(f"{table.title} ({times(len(table.rows), 'row')})")
                 continue
             shown = Table(title=Text(table.title), title_justify="left", box=box.SIMPLE_HEAD, title_style="bold")
             for position, column in enumerate(table.columns):
@@ -79,4 +89,7 @@ def print_document(document: Document, console: Console) -> None:
             console.print()
             console.print(shown)
             if (more := len(table.rows) - table.terminal_rows) > 0:
-                console.print(Text(f"  … and {more} more rows in the report", style="dim"))
+                console.print(Text(f"  … and {times(more, 'more row')} in {where}", style="dim"))
+    if left_out:
+        console.print()
+        console.print(Text(f"In {where}: {'; '.join(left_out)}.", style="dim"))

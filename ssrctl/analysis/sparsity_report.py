@@ -41,7 +41,7 @@ def headlines(numbers: Mapping[str, Any], atol: float) -> list[str]:
         f"more than {atol:g}.",
         f"Bit for bit, {percent(total['bit_equal_frac'])} are unchanged: {count(total['num_bit_changed'])} weights "
         f"changed, {count(hidden)} of them by no more than {atol:g}.",
-        f"The update's norm is {_relative(total['relative_l2'])} of the base's; the largest change of a weight is "
+        f"The update's norm is {number(total['relative_l2'])} of the base's; the largest change of a weight is "
         f"{number(total['max_abs_difference'])}.",
     ]
     kinds = [kind for kind in numbers["kinds"] if kind["numel"]]
@@ -132,7 +132,7 @@ def _table(title: str, what: str, labels: list[str], rows: list[dict[str, Any]],
                 count(row["numel"]),
                 percent(row["sparsity"]),
                 percent(row["bit_equal_frac"]),
-                _relative(row["relative_l2"]),
+                number(row["relative_l2"]),
                 number(row["mean_abs_difference"]),
                 number(row["max_abs_difference"]),
             ]
@@ -143,7 +143,3 @@ def _table(title: str, what: str, labels: list[str], rows: list[dict[str, Any]],
         terminal_rows=0 if tensors else 48,
         collapsed=tensors,
     )
-
-
-def _relative(value: float | None) -> str:
-    return "–" if value is None else number(value)

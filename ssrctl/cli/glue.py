@@ -7,9 +7,9 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import itertools
 import json
 import sys
-import textwrap
 import types
 import typing
 from collections.abc import Callable
@@ -55,8 +55,10 @@ def command(app: typer.Typer, name: str, config: type, stage: str, *, epilog: st
         raise typer.Exit(run_guarded(run))
 
     body.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)]
-        + _parameters(config)
+        [
+            inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context),
+            *_parameters(config),
+        ]
     )
     body.__doc__ = inspect.getdoc(config)
     app.command(name, epilog=epilog)(body)
@@ -104,25 +106,33 @@ def _is_optional(annotation: Any) -> bool:
     )
 
 
-@functools.cache
 def field_docs(config: type) -> dict[str, str]:
     """The string literal under each field of a dataclass and its bases, by field name."""
     docs: dict[str, str] = {}
     for base in reversed(config.__mro__[:-1]):
-        tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
-        assert isinstance(tree.body[0], ast.ClassDef)
-        body = tree.body[0].body
-        for node, after in zip(body, body[1:], strict=False):
-            if (
-                isinstance(node, ast.AnnAssign)
-                and isinstance(node.target, ast.Name)
-                and isinstance(after, ast.Expr)
-                and isinstance(after.value, ast.Constant)
-            ):
-                docs[node.target.id] = " ".join(str(after.value.value).split())
+        docs |= _docs_by_class(base.__module__).get(base.__name__, {})
     missing = [spec.name for spec in dataclasses.fields(config) if spec.name not in docs]
     assert not missing, f"{config.__name__}: no doc line under {', '.join(missing)}"
     return docs
+
+
+@functools.cache
+def _docs_by_class(module: str) -> dict[str, dict[str, str]]:
+    """{class: {field: doc line}} of a module, from its source, parsed once."""
+    found: dict[str, dict[str, str]] = {}
+    for node in ast.parse(inspect.getsource(sys.modules[module])).body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        docs = found[node.name] = {}
+        for spec, after in itertools.pairwise(node.body):
+            if (
+                isinstance(spec, ast.AnnAssign)
+                and isinstance(spec.target, ast.Name)
+                and isinstance(after, ast.Expr)
+                and isinstance(after.value, ast.Constant)
+            ):
+                docs[spec.target.id] = " ".join(str(after.value.value).split())
+    return found
 
 
 def dashed(argv: list[str]) -> list[str]:
@@ -152,9 +162,15 @@ def run_guarded(call: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         say_error("interrupted", None)
         return 1
+    except MemoryError:
+        say_error("out of memory", "use a smaller model, --dtype bfloat16, or smaller batches")
+        return 1
     except BrokenPipeError:
         # The reader of our stdout went away (`| head`); there is nobody left to tell.
         sys.stderr.close()
+        return 1
+    except OSError as error:  # a full disk, a folder without permission: nothing that a traceback would explain
+        say_error(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""), None)
         return 1
 
 

@@ -8,28 +8,28 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssrctl.configs import TINY
 from ssrctl.errors import UserError
 from ssrctl.io.artifacts import open_safetensors
+from ssrctl.io.checkpoint_files import INDEX, SINGLE, locate, tiny_location
 from ssrctl.io.delta import KIND as DELTA_KIND
 from ssrctl.io.delta import Delta, load_delta
-from ssrctl.io.files import existing_file
+from ssrctl.io.run_dir import COMPLETE, RunDir
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
 DELTA_FILE = "delta.safetensors"
-_COMPLETE = "COMPLETE"
 _HEAD = re.compile(r"(^|\.)lm_head\.weight$")
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings)\.weight$")
+# Constants that older files store beside the weights: causal masks, rotary frequencies, position numbers.
+_BUFFER = re.compile(r"(^|\.)((attn|attention)\.(masked_)?bias|rotary_emb\.inv_freq|position_ids)$")
 
 _DTYPES = {
     "BOOL": "bool",
@@ -58,6 +58,7 @@ class TensorReader:
         files: the safetensors files, in order.
         shapes: by tensor name, sorted.
         dtypes: by tensor name.
+        prefix: what ``align`` put before the names of the file; empty at first.
 
     Use as a context manager; tensors that were read stay valid afterwards.
     """
@@ -71,10 +72,12 @@ class TensorReader:
         """
         location = tiny_location() if str(path) == TINY else Path(path)
         self.label = TINY if str(path) == TINY else location.resolve().name
-        self._places = _locate(location)
+        self.prefix = ""
+        self._places = locate(location)
         self.files = sorted(set(self._places.values()))
         self._stack = contextlib.ExitStack()
         self._handles: dict[Path, Any] = {}
+        self._renamed: set[str] = set()
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         try:
@@ -112,9 +115,44 @@ class TensorReader:
 
         file = self._places[name]
         try:
-            return self._handles[file].get_tensor(name)
+            stored = name.removeprefix(self.prefix) if name in self._renamed else name
+            return self._handles[file].get_tensor(stored)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file}: {name} cannot be read: {error}", "it may be torn; copy it again") from error
+
+    def align(self, names: Collection[str]) -> None:
+        """Put a model prefix before this file's names when that is all that keeps them from ``names``.
+
+        The hub's GPT-2 holds ``wte.weight`` where ``save_pretrained`` writes ``transformer.wte.weight``.
+        """
+        body = [name for name in self.shapes if not _HEAD.search(name)]
+        if any(name in names for name in body):
+            return
+        hits = {
+            prefix: sum(prefix + name in names for name in body)
+            for prefix in {one.partition(".")[0] + "." for one in names}
+        }
+        prefix = max(sorted(hits), key=hits.__getitem__, default="")
+        if not hits.get(prefix):
+            return
+        self.prefix = prefix
+        longer = {name: prefix + name if prefix + name in names else name for name in self.shapes}
+        self._renamed = {new for old, new in longer.items() if new != old}
+        self._places = {longer[name]: file for name, file in self._places.items()}
+        self.dtypes = {longer[name]: dtype for name, dtype in self.dtypes.items()}
+        self.shapes = {longer[name]: self.shapes[name] for name in sorted(self.shapes, key=longer.__getitem__)}
+
+    def load_dtype(self) -> torch.dtype | None:
+        """The floating dtype that ``config.json`` beside the weights asks for, in which transformers loads them."""
+        import torch
+
+        try:
+            config = json.loads((self.files[0].parent / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # a single file needs no config
+            return None
+        name = (config.get("dtype") or config.get("torch_dtype")) if isinstance(config, dict) else None
+        dtype = getattr(torch, name, None) if isinstance(name, str) else None
+        return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else None
 
     def close(self) -> None:
         self._stack.close()
@@ -134,11 +172,13 @@ class DeltaReader:
         label: of the delta, for reports.
         base: the open base.
         delta: the changes; its shapes were checked to be the base's.
+        load_dtype: what the base's weights were rounded to when the run loaded them; None: loaded as stored.
     """
 
     label: str
     base: TensorReader
     delta: Delta
+    load_dtype: torch.dtype | None = None
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -155,7 +195,7 @@ class DeltaReader:
 
     def base_tensor(self, name: str) -> Tensor:
         """The base's tensor as the run began from it: in the delta's dtype (exact when that is the wider one)."""
-        return self.base.tensor(name).to(self._dtype(name))
+        return _loaded(self.base.tensor(name), self.load_dtype).to(self._dtype(name))
 
     def tensor(self, name: str) -> Tensor:
         """The base's tensor with the delta's values put in."""
@@ -165,13 +205,6 @@ class DeltaReader:
             tensor = tensor.clone()
             tensor.view(-1)[indices] = values
         return tensor
-
-
-def tiny_location() -> Path:
-    """The folder of the bundled model."""
-    from ssrctl.models import tiny_reasoner
-
-    return tiny_reasoner.path()
 
 
 def find_delta(path: str | Path) -> Path | None:
@@ -188,12 +221,12 @@ def find_delta(path: str | Path) -> Path | None:
             return None
         with open_safetensors(place) as file:
             return place if (file.metadata() or {}).get("ssrctl_kind") == DELTA_KIND else None
-    if (place / _SINGLE).exists() or (place / _INDEX).exists():
+    if (place / SINGLE).exists() or (place / INDEX).exists():
         return None
     if (place / DELTA_FILE).exists():
-        if not (place / _COMPLETE).exists():
+        if not (place / COMPLETE).exists():
             raise UserError(
-                f"{place} is not a complete checkpoint: it has no {_COMPLETE} file",
+                f"{place} is not a complete checkpoint: it has no {COMPLETE} file",
                 "use another checkpoint of the run, or name its delta.safetensors itself",
             )
         return place / DELTA_FILE
@@ -208,14 +241,12 @@ def newest_checkpoint(run: Path) -> Path:
     Raises:
         UserError: there is none.
     """
-    folders = [one for one in (run / "checkpoints").glob("*") if one.name.isdecimal() and one.is_dir()]
-    complete = [one for one in folders if (one / _COMPLETE).exists() and (one / DELTA_FILE).exists()]
+    complete = RunDir(run).checkpoints()
     if not complete:
         raise UserError(
-            f"{run}: {len(folders)} checkpoints, none of them complete",
-            "train further, or lower --save-steps so that one is written",
+            f"{run} has no complete checkpoint", "train further, or lower --save-steps so that one is written"
         )
-    return max(complete, key=lambda one: int(one.name))
+    return complete[-1]
 
 
 def open_delta(path: Path, base: TensorReader) -> DeltaReader:
@@ -227,6 +258,7 @@ def open_delta(path: Path, base: TensorReader) -> DeltaReader:
     from ssrctl.io.fingerprint import fingerprint
 
     delta = load_delta(path)
+    base.align(delta.shapes)
     differing = [name for name, shape in delta.shapes.items() if base.shapes.get(name) != shape]
     if differing:
         name = differing[0]
@@ -238,22 +270,52 @@ def open_delta(path: Path, base: TensorReader) -> DeltaReader:
         )
     # Tied duplicates and buffers are in the file but are no parameters of the model that was trained.
     found = fingerprint((name, base.tensor(name)) for name in delta.shapes)
-    if found != delta.base.fingerprint:
-        raise UserError(
-            f"{path} belongs to {delta.base.name} {delta.base.fingerprint}, {base.label} has {found}",
-            "give the model that the run started from",
-        )
-    label = path.name if path.name != DELTA_FILE else "/".join(path.absolute().parts[-4:-1])
-    return DeltaReader(label, base, delta)
+    if found == delta.base.fingerprint:
+        return DeltaReader(_delta_label(path), base, delta)
+    dtype = base.load_dtype()
+    if dtype is not None and any(base.dtypes[name] != dtype for name in delta.shapes):
+        loaded = fingerprint((name, _loaded(base.tensor(name), dtype)) for name in delta.shapes)
+        if loaded == delta.base.fingerprint:
+            return DeltaReader(_delta_label(path), base, delta, dtype)
+    raise UserError(
+        f"{path} belongs to {delta.base.name} {delta.base.fingerprint}, {base.label} has {found}",
+        "give the model that the run started from",
+    )
+
+
+def _loaded(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """As transformers loads a stored tensor: floating-point numbers in ``dtype``."""
+    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+
+
+def _delta_label(path: Path) -> str:
+    """``RUN/checkpoints/000120`` for a run's delta; no more of the path than that is published."""
+    parts = path.absolute().parts
+    if path.name != DELTA_FILE:
+        return path.name
+    return "/".join(parts[-4:-1] if parts[-3:-2] == ("checkpoints",) else parts[-2:]).lstrip("/")
 
 
 def matching_names(base: TensorReader, tuned: TensorReader) -> tuple[list[str], list[str]]:
     """(names to compare, sorted; notes on what was left out): a head that is only a tied copy counts once.
 
+    Names that lack the model's prefix on one side get it, and constants that only one side stores are left out.
+
     Raises:
         UserError: names or shapes that differ, the first of them listed.
     """
+    base.align(tuned.shapes)
+    tuned.align(base.shapes)
     skipped, notes = set(), []
+    for side, one, other in (("BASE", base, tuned), ("TUNED", tuned, base)):
+        if one.prefix:
+            notes.append(f"The names in {side} lack the prefix '{one.prefix}'; they were compared with it.")
+        if constants := {name for name in one.shapes.keys() - other.shapes.keys() if _BUFFER.search(name)}:
+            skipped |= constants
+            notes.append(
+                f"{len(constants)} constants (attention masks, rotary frequencies, position numbers) are only in {side} "
+                f"and were left out: {min(constants)}" + (", ..." if len(constants) > 1 else ".")
+            )
     for head in sorted(name for name in base.shapes.keys() | tuned.shapes.keys() if _HEAD.search(name)):
         holders = [one for one in (base, tuned) if head in one.shapes]
         if all(_is_tied_copy(one, head) for one in holders):
@@ -286,50 +348,3 @@ def _is_tied_copy(reader: TensorReader, head: str) -> bool:
             pairs = zip(reader.tensor(name).split(4096), reader.tensor(head).split(4096), strict=True)
             return all(bool(same_bits(a, b).all()) for a, b in pairs)
     return False
-
-
-def _locate(place: Path) -> dict[str, Path]:
-    """Tensor name -> file; ``{"": file}`` for a single file, whose names come from its header."""
-    if not place.exists():
-        raise UserError(
-            f"checkpoint not found: {place}",
-            "give a local folder or safetensors file; `hf download` fetches a model from the hub",
-        )
-    if place.is_file():
-        return {"": place}
-    if (place / "adapter_config.json").exists():
-        raise UserError(
-            f"{place} is a LoRA adapter, not a model", "merge it first (peft: merge_and_unload, then save_pretrained)"
-        )
-    if (place / _SINGLE).exists():
-        return {"": existing_file(place / _SINGLE, "model file")}
-    if (place / _INDEX).exists():
-        return dict(_indexed(place))
-    others = sorted(
-        one.name for one in place.iterdir() if one.suffix in (".bin", ".pt", ".pth", ".gguf", ".safetensors")
-    )
-    raise UserError(
-        f"{place}: neither {_SINGLE} nor {_INDEX} in it" + (f", but {', '.join(others[:3])}" if others else ""),
-        "name the .safetensors file itself"
-        if any(name.endswith(".safetensors") for name in others)
-        else "give a model folder saved with save_pretrained (safetensors)",
-    )
-
-
-def _indexed(folder: Path) -> Iterator[tuple[str, Path]]:
-    """(tensor name, shard) pairs of a sharded model, every shard checked to be there."""
-    index = folder / _INDEX
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        pairs = [(str(name), str(shard)) for name, shard in weight_map.items()]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index}: not an index of shards: {error}", "copy the model again") from error
-    for shard in sorted({shard for _, shard in pairs}):
-        # Only the name is judged: in the hub's cache the shards are links to files outside of the folder.
-        posix, windows = PurePosixPath(shard), PureWindowsPath(shard)
-        if posix.is_absolute() or windows.anchor or ".." in (*posix.parts, *windows.parts):
-            raise UserError(f"{index}: shard {shard!r} lies outside of the model's folder", "do not use this model")
-        if not (folder / shard).is_file():
-            raise UserError(f"{index}: shard {shard} is missing", "download or copy the model again")
-    for name, shard in pairs:
-        yield name, folder / shard

@@ -95,7 +95,7 @@ class RunDir:
                     file.unlink()
         for number, later in self._numbered("checkpoints", ""):
             if number > step:
-                shutil.rmtree(later)
+                _remove_checkpoint(later)
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint; the file COMPLETE comes last, so that a torn one is known as such."""
     if folder.exists():
-        shutil.rmtree(folder)
+        _remove_checkpoint(folder)
     save_delta(folder / "delta.safetensors", delta, settings)
     save_tensors(folder / "optimizer.safetensors", optimizer, OPTIMIZER_KIND, {})
     write_text(folder / "state.json", json.dumps(dict(state), indent=2) + "\n")
@@ -163,4 +163,10 @@ def prune_checkpoints(run: RunDir, keep: int | None) -> None:
     """Remove all but the newest ``keep`` checkpoints; None keeps all."""
     if keep is not None:
         for old in run.checkpoints()[:-keep]:
-            shutil.rmtree(old)
+            _remove_checkpoint(old)
+
+
+def _remove_checkpoint(folder: Path) -> None:
+    """Remove a checkpoint; the file COMPLETE goes first, so that what a kill leaves of it does not count."""
+    (folder / COMPLETE).unlink(missing_ok=True)
+    shutil.rmtree(folder)

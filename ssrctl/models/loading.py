@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 # What a 32-bit checkpoint header, a config and a tokenizer take is nothing beside this reserve.
 MEMORY_RESERVE_BYTES = 512 * 2**20
+# Below this many parameters the work of one operation is smaller than the cost of sharing it among threads.
+SINGLE_THREAD_PARAMETERS = 5_000_000
 
 
 @dataclass(frozen=True)
@@ -66,11 +69,13 @@ def load_model(config: ModelConfig, *, bytes_per_parameter: float = 0.0) -> Load
             or end token.
     """
     import torch
+    from huggingface_hub.utils import logging as hub_logging
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()  # its retries are summed up in one line at the end
     source = _source(config)
     device = resolve_device(config.device)
     _check_memory(config, source, device, bytes_per_parameter)
@@ -93,11 +98,20 @@ def load_model(config: ModelConfig, *, bytes_per_parameter: float = 0.0) -> Load
         raise UserError(
             f"{config.model} does not fit on {device}: {_first_line(error)}", "use --dtype bfloat16 or another --device"
         ) from error
+    if (
+        device.type == "cpu"
+        and "OMP_NUM_THREADS" not in os.environ
+        and model.num_parameters() < SINGLE_THREAD_PARAMETERS
+    ):
+        torch.set_num_threads(1)
     return LoadedModel(model, tokenizer, identity, getattr(model.config, "max_position_embeddings", None))
 
 
 def resolve_device(name: str) -> torch.device:
-    """``auto`` is what accelerate would pick: an accelerator where there is one, else the CPU."""
+    """``auto`` is the accelerator that accelerate would pick, else the CPU.
+
+    Sums are in float64, which mps does not have; there ``auto`` is the CPU.
+    """
     import torch
     from accelerate.state import PartialState
 
@@ -107,7 +121,7 @@ def resolve_device(name: str) -> torch.device:
             raise UserError(
                 f"{state.num_processes} processes were launched, ssrctl runs in one", "start it without a launcher"
             )
-        return state.device
+        return torch.device("cpu") if state.device.type == "mps" else state.device
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -30,6 +30,10 @@ from ssrctl.models.loading import LoadedModel
 from ssrctl.models.updaters import QuestionUpdate, Updater
 
 
+class NonFiniteBatch(UserError):
+    """No question of a batch gave a finite gradient; the weights were not touched."""
+
+
 @dataclass
 class StepResult:
     """What one training step produced.
@@ -103,7 +107,7 @@ class TrainingStep:
             log_masks: return what was selected, and gradient cosines if the config asks for them.
 
         Raises:
-            UserError: every question of the batch gave a NaN or infinite loss or gradient.
+            NonFiniteBatch: every question of the batch gave a NaN or infinite loss or gradient.
         """
         config, tally = self.config, _Tally()
         started = time.perf_counter()
@@ -127,10 +131,10 @@ class TrainingStep:
                 update = self._learn(group, units, len(groups), tally, logging and config.log_gradient_cosine)
                 if logging and update is not None and update.selected:
                     mask_log.append(self._question_log(group, update))
-            if tally.non_finite == len(groups) * (iteration + 1):
-                raise UserError(
+            if iteration == 0 and tally.non_finite == len(groups):
+                raise NonFiniteBatch(
                     f"the loss or gradient of all {len(groups)} questions is NaN or infinite",
-                    "continue from the last checkpoint with a lower --learning-rate, or use --dtype float32",
+                    "start from an earlier checkpoint with a lower --learning-rate, or use --dtype float32",
                 )
             update_metrics = self.updater.step()
         done = time.perf_counter()

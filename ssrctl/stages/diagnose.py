@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ssrctl
-from ssrctl.analysis.document import Document, json_safe, percent, text_safe
+from ssrctl.analysis.document import Document, json_safe, percent, text_safe, times
 from ssrctl.analysis.render import html_page, missing_libraries, print_document
 from ssrctl.configs import DiagnoseConfig
 from ssrctl.errors import UserError
@@ -100,7 +100,7 @@ def _newest_run() -> Path:
             "name one: ssrctl diagnose --jaccard RUN; `ssrctl train` makes them",
         )
     newest = max(runs, key=lambda one: (_written(one), one.name))
-    _say(f"reading {newest}, the newest of {len(runs)} runs under {_RUNS}/")
+    _say(f"reading {newest}, the newest of {times(len(runs), 'run')} under {_RUNS}/")
     return newest
 
 
@@ -121,10 +121,10 @@ def _run_settings(folder: Path) -> dict[str, Any]:
         return {}
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid yaml: {' '.join(str(error).split())}") from error
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}", "mend the file") from error
     if not isinstance(loaded, dict | None):
-        raise UserError(f"{path}: expected a mapping of settings, found {type(loaded).__name__}")
+        raise UserError(f"{path}: expected a mapping of settings, found {type(loaded).__name__}", "mend the file")
     return {str(key).replace("-", "_"): value for key, value in (loaded or {}).items()}
 
 
@@ -181,7 +181,7 @@ def _measure_logs(paths: list[Path]) -> tuple[list[StepOverlap], list[tuple[int,
 def _run_notes(single: int, questions: int, protected_changed: bool, settings: Mapping[str, Any]) -> list[str]:
     notes = []
     if single:
-        notes.append(f"{single} of {questions} questions had fewer than two update units and so no pairs.")
+        notes.append(f"Of {times(questions, 'question')}, {single} had fewer than two update units and so no pairs.")
     if protected_changed:
         notes.append("The protected set changed during the run; expectations use each training step's own.")
     if settings.get("reuse_factor"):
@@ -214,6 +214,7 @@ def _diagnose_pair(config: DiagnoseConfig) -> dict[str, Any]:
         if delta_path is not None:
             tuned = open_delta(delta_path, base)
             names, notes = _delta_names(base, tuned)
+        base_label, tuned_label = text_safe(base.label), text_safe(tuned.label)
         notes += _dtype_notes(base, tuned, names)
         changes = _compare(base, tuned, names, config.atol)
     numbers = sparsity_numbers(changes)
@@ -223,16 +224,16 @@ def _diagnose_pair(config: DiagnoseConfig) -> dict[str, Any]:
     report = {
         "kind": "checkpoint-difference",
         "ssrctl_version": ssrctl.__version__,
-        "base": base.label,
-        "tuned": tuned.label,
+        "base": base_label,
+        "tuned": tuned_label,
         "atol": config.atol,
         "headlines": sentences,
         "notes": notes,
         **numbers,
     }
     facts = [
-        ("base", base.label),
-        ("tuned", tuned.label + (" (delta on top of the base)" if delta_path is not None else "")),
+        ("base", base_label),
+        ("tuned", tuned_label + (" (delta on top of the base)" if delta_path is not None else "")),
         ("weights", f"{numbers['total']['numel']:,} in {len(names)} tensors"),
         ("tolerance", f"{config.atol:g}, fixed (Mukherjee et al. 2025)"),
     ]
@@ -256,10 +257,15 @@ def _dtype_notes(base: TensorReader, tuned: TensorReader | DeltaReader, names: l
     from ssrctl.analysis.sparsity import common_dtype
     from ssrctl.io.checkpoint_reader import DeltaReader
 
+    notes = []
+    if isinstance(tuned, DeltaReader) and tuned.load_dtype is not None:
+        asked = str(tuned.load_dtype).removeprefix("torch.")
+        notes.append(
+            f"The base's config.json asks for {asked}: its weights were rounded to that, as the run loaded them."
+        )
     counts = collections.Counter(
         (base.dtypes[name], tuned.dtypes[name]) for name in names if base.dtypes[name] != tuned.dtypes[name]
     )
-    notes = []
     for (before, after), number in counts.items():
         a, b = (str(dtype).removeprefix("torch.") for dtype in (before, after))
         if not isinstance(tuned, DeltaReader):
@@ -332,10 +338,14 @@ def _deliver(config: DiagnoseConfig, report: dict[str, Any], document: Document,
         written.append(output / "report.html")
     if not config.json:
         # Without a terminal there is no width to fit, and folded cells are hard to read.
-        print_document(document, Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH))
+        print_document(document, Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH), written[-1].name)
     _say("wrote " + " and ".join(str(path) for path in written))
     if missing:
-        _say(f"no report.html: {' and '.join(missing)} not installed; pip install 'ssrctl[report]'")
+        old = output / "report.html"
+        _say(
+            f"no report.html: {' and '.join(missing)} not installed; pip install 'ssrctl[report]'"
+            + (f" ({old} is from an earlier report)" if old.exists() else "")
+        )
     return safe
 
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.progress import Progress
 from torch import Tensor
 
@@ -38,6 +39,7 @@ from ssrctl.models.superweights import (
 
 DEFAULT_FRACTION = 0.005
 FIRST_MINIMAL_FRACTION = 0.04
+TOO_FEW = 0.001  # the paper protects 0.5%, and saw language degrade with 0.25%
 
 
 @dataclass
@@ -109,7 +111,8 @@ def run(config: SuperweightsConfig) -> dict[str, Any]:
     report_path = config.output.with_name(config.output.stem + ".report.json")
     write_text(report_path, json.dumps(report, indent=1, allow_nan=False) + "\n")
     _show(report)
-    note(f"wrote {config.output}: {mask.count()} weights ({mask.density():.4%}), and {report_path.name} beside it")
+    size = f"{mask.count()} weights, {_percent(mask.density())}"
+    note(f"wrote {config.output}: {size}; {report_path.name} beside it")
     return report
 
 
@@ -308,6 +311,11 @@ def _shrink(work: _Work, probe: AblationProbe, candidates: Sequence[Any]) -> Ind
             f"zeroing {rows[0]['fraction']:.3%} of the weights gives KL {kl:.3f}, below --kl-threshold "
             f"{work.config.kl_threshold:g}; this size was kept"
         )
+    elif work.config.minimal and _count(selected) < TOO_FEW * work.loaded.num_parameters:
+        warn(
+            f"zeroing {_count(selected)} weights is already enough for KL {work.config.kl_threshold:g}: this minimal set "
+            "says which weights matter most, it protects little else (--fraction sets the size)"
+        )
     return selected
 
 
@@ -327,8 +335,6 @@ def _beside_controls(work: _Work, probe: AblationProbe, indices: Indices) -> dic
 
 
 def _joined(work: _Work, selected: Indices, spikes: Sequence[Spike]) -> Indices:
-    import torch
-
     shapes = work.loaded.shapes()
     mask = BlockMask.from_indices(shapes, selected)
     for spike in spikes:
@@ -337,8 +343,6 @@ def _joined(work: _Work, selected: Indices, spikes: Sequence[Spike]) -> Indices:
 
 
 def _spike_facts(spike: Spike, ranks: list[float], probe: AblationProbe) -> dict[str, Any]:
-    import torch
-
     facts = {
         key: None if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in asdict(spike).items()
@@ -366,7 +370,7 @@ def _show(report: Mapping[str, Any]) -> None:
         table.add_column(heading, justify="right")
     for label, row in labelled:
         pairs = [_pair(row[name]) for name in ("superweights", "random", "largest_weight")]
-        table.add_row(label, f"{row['fraction']:.4%}", str(row["count"]), *pairs)
+        table.add_row(label, _percent(row["fraction"]), str(row["count"]), *pairs)
     console().print(table)
     if report.get("spikes"):
         table = Table(title="activation spikes, each weight set to zero alone", title_justify="left")
@@ -375,7 +379,7 @@ def _show(report: Mapping[str, Any]) -> None:
         for spike in report["spikes"]:
             where = f"{spike['parameter']} [{spike['out_channel']}, {spike['in_channel']}]"
             ratios = f"{_number(spike['input_ratio'], 0)}, {_number(spike['output_ratio'], 0)}"
-            ranks = f"{min(spike['gradient_rank_fracs']):.4%} to {max(spike['gradient_rank_fracs']):.4%}"
+            ranks = f"{_percent(min(spike['gradient_rank_fracs']))} to {_percent(max(spike['gradient_rank_fracs']))}"
             table.add_row(where, f"{spike['weight']:.3f}", ratios, ranks, _pair(spike))
         console().print(table)
     last = labelled[-1][1]["random"]["kl_masked_reference"]
@@ -388,6 +392,10 @@ def _show(report: Mapping[str, Any]) -> None:
 
 def _pair(row: Mapping[str, Any]) -> str:
     return f"{_number(row['kl_masked_reference'], 3)}, {_number(row['kl_reference_masked'], 3)}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.4g}%"
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from ssrctl.io.run_dir import Checkpoint, RunDir, load_checkpoint, prune_checkpo
 from ssrctl.models.collect import Prompted, prepare_prompts
 from ssrctl.models.gradients import trainable
 from ssrctl.models.loading import LoadedModel, describe_model, load_model
-from ssrctl.models.training_step import StepResult, TrainingStep
+from ssrctl.models.training_step import NonFiniteBatch, StepResult, TrainingStep
 from ssrctl.models.updaters import UPDATERS
 from ssrctl.text.prompts import load_template
 
@@ -50,6 +51,7 @@ def run(config: TrainConfig) -> dict[str, Any] | None:
         KeyboardInterrupt: after Ctrl-C, with a checkpoint of the last whole step written.
     """
     console.note(describe_model(config))
+    _check_tracker(config.report_to)
     run_dir, checkpoint = _open_run(config)
     updater_kind = UPDATERS[config.optimizer]
     template = load_template(config.prompt_template, config.dataset)
@@ -145,7 +147,11 @@ class Trainer:
             task = bar.add_task("train", total=self.config.max_steps, completed=self.step, status="")
             with console.deferred_interrupt() as interrupted:
                 while self.step < self.config.max_steps and not interrupted():
-                    row = self._one_step()
+                    try:
+                        row = self._one_step()
+                    except NonFiniteBatch:
+                        self._save()  # the weights are still those of the last whole step
+                        raise
                     log.append(row)
                     track(row)
                     bar.update(task, completed=self.step, status=_status(row))
@@ -157,10 +163,8 @@ class Trainer:
                     log.sync()
                     self._save()
         if self.step < self.config.max_steps:
-            console.note(
-                f"stopped after step {self.step} of {self.config.max_steps}; to continue: "
-                f"--output-dir {self.run_dir.path} --resume-from-checkpoint latest"
-            )
+            again = f"--output-dir {self.run_dir.path} --resume-from-checkpoint latest" if self.step else "start anew"
+            console.note(f"stopped after step {self.step} of {self.config.max_steps}; to continue: {again}")
             raise KeyboardInterrupt
         return self._summary()
 
@@ -362,32 +366,31 @@ def _plan(
     }
 
 
-class _tracker:
-    """Send each metrics row to the tracker of ``--report-to`` through accelerate; ``none`` sends nothing."""
+@contextlib.contextmanager
+def _tracker(config: TrainConfig, run_dir: RunDir) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Yield what sends a metrics row to the tracker of ``--report-to``; with ``none`` it does nothing."""
+    if config.report_to == "none":
+        yield lambda row: None
+        return
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-    def __init__(self, config: TrainConfig, run_dir: RunDir) -> None:
-        self.config, self.run_dir = config, run_dir
+    kind = LOGGER_TYPE_TO_CLASS[config.report_to]
+    folder = {"logging_dir": str(run_dir.path / "tracker")} if kind.requires_logging_directory else {}
+    tracker = kind("ssrctl", **folder)
+    tracker.start()
+    plain = {
+        key: v if isinstance(v, int | float | str | bool) else str(v) for key, v in manifest.settings_of(config).items()
+    }
+    tracker.store_init_configuration(plain)
+    try:
+        yield lambda row: tracker.log({k: v for k, v in row.items() if v is not None}, step=row["step"])
+    finally:
+        tracker.finish()
 
-    def __enter__(self) -> Any:
-        if self.config.report_to == "none":
-            return lambda row: None
-        from accelerate import Accelerator
 
-        try:
-            self.accelerator = Accelerator(
-                cpu=True, log_with=self.config.report_to, project_dir=str(self.run_dir.path / "tracker")
-            )
-            settings = {
-                k: v if isinstance(v, int | float | str | bool) else str(v)
-                for k, v in manifest.settings_of(self.config).items()
-            }
-            self.accelerator.init_trackers("ssrctl", config=settings)
-        except (ImportError, ValueError) as error:
-            raise UserError(
-                f"--report-to {self.config.report_to}: {error}", f"pip install {self.config.report_to}"
-            ) from error
-        return lambda row: self.accelerator.log({k: v for k, v in row.items() if v is not None}, step=row["step"])
+def _check_tracker(name: str) -> None:
+    """A tracker that is not installed is an error before any work is done."""
+    from accelerate.tracking import get_available_trackers
 
-    def __exit__(self, *exc: object) -> None:
-        if self.config.report_to != "none":
-            self.accelerator.end_training()
+    if name != "none" and name not in [str(getattr(kind, "value", kind)) for kind in get_available_trackers()]:
+        raise UserError(f"--report-to {name}: {name} is not installed", f"pip install {name}")

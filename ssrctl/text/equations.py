@@ -1,7 +1,7 @@
 """Equalities in a step of reasoning, such as ``48/2 = 24``, and whether they hold. Nothing is executed.
 
 A side of an equality is a sum of products of decimal numbers with ``+ - * / x × ÷ −`` and parentheses. ``$``
-before a number is passed over, as are commas in thousands. ``1 1/2`` is a mixed number, ``2(3+4)`` a product.
+before a number is passed over, as are commas in thousands; ``\\times``, ``\\cdot`` and ``\\div`` are read too. ``1 1/2`` is a mixed number, ``2(3+4)`` a product.
 GSM8K's marks ``<<48/2=24>>`` count like text. An expression of which a part is no arithmetic (``3 eggs * 2 + 1
 = 7``, ``100 - x + 5 = 60``) is not judged.
 """
@@ -17,7 +17,7 @@ MAX_DIGITS = 30  # a longer number is no arithmetic step, and exact fractions of
 MAX_TOKENS = 64  # per side
 _TOKEN = re.compile(
     r"(?P<mixed>(?<![\d.,])\d{1,4}(?: and)? \d{1,3}/\d{1,3}(?![\d.]))"
-    r"|(?P<number>(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)|(?P<operator>[-+*/×÷−]|(?<=[\s\d)])x(?=[\s\d($]))|(?P<equals>=)"
+    r"|(?P<number>(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)|(?P<operator>[-+*/×÷−·]|\\(?:times|cdot|div)(?![A-Za-z])|(?<=[\s\d)])x(?=[\s\d($]))|(?P<equals>=)"
     r"|(?P<paren>[()])|(?P<space>[\s$]+)|(?P<scale>%|¢|\b(?:cents?|hundred|thousand|million|billion|dozen)\b)"
     # A letter that stands for a number: 5A / 5, 9 - x.
     r"|(?P<variable>(?:(?<=\d)[A-Za-z](?=[ ]?[-+*/])|(?<=[-−])[A-Za-z]|(?<=[-−][ ])[A-Za-z])(?![A-Za-z]))|(?P<other>.)",
@@ -30,7 +30,9 @@ _SCALES = {"%": Fraction(1, 100), "¢": Fraction(1, 100), "cent": Fraction(1, 10
 }
 _MARK = re.compile(r"<<([^<>]*)>>")
 _BULLET = re.compile(r"^[ \t]*[-*+•][ \t]+", re.MULTILINE)  # its dash is no minus
-_SAME = {"x": "*", "×": "*", "÷": "/", "−": "-"}
+_SAME = {"x": "*", "×": "*", "·": "*", "÷": "/", "−": "-"} | {r"\times": "*", r"\cdot": "*", r"\div": "/"}
+# What makes the number or parenthesis right after it something else: an exponent, an index, an argument.
+_PREFIX = re.compile(r"[A-Za-z^_√]")
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ def _runs(text: str) -> Iterator[list[str]]:
             run += _mixed_tokens(token)
         else:
             token = _SAME.get(token, token)
-            if token == "-" and not run and _subtracts(text, match.start()):
+            if not run and (_subtracts(text, match.start()) if token == "-" else _is_prefixed(text, match.start())):
                 run.append(_UNKNOWN)
             if token == "(" and run and match.start() == end and (_is_number(run[-1]) or run[-1] == ")"):
                 run.append("*")
@@ -158,6 +160,11 @@ def _subtracts(text: str, place: int) -> bool:
     """Whether the dash at ``place``, the first of its run, stands between operands and is no sign."""
     before, after = text[max(0, place - 1) : place], text[place + 1 : place + 2]
     return before.isalnum() or before == "%" or (before in (" ", "\t") and after.isspace())
+
+
+def _is_prefixed(text: str, place: int) -> bool:
+    """Whether the token at ``place`` is the 3 of ``2^3``, the 1 of ``x_1`` or the parenthesis of ``sqrt(9)``."""
+    return place > 0 and _PREFIX.match(text, place - 1) is not None
 
 
 def _mixed_tokens(token: str) -> list[str]:

@@ -73,7 +73,9 @@ def segment(text: str, *, max_steps: int = 64, min_chars: int = 2) -> list[StepS
     starts = _explicit_cuts(text, shield)
     steps, has_final = _steps(text, starts, min_chars)
     if len(steps) - has_final <= 1:
-        reasoning_end = steps[-1] if has_final else len(text)
+        # The paragraph may hold the answer too: "... So 5 are left. The answer is 5."
+        marker = find_marker(text) if has_final else None
+        reasoning_end = len(text) if marker is None else marker[0]
         starts = sorted({*starts, *_sentence_cuts(text, reasoning_end, shield)})
         steps, has_final = _steps(text, starts, min_chars)
     if has_final:

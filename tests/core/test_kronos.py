@@ -88,9 +88,9 @@ def test_equals_the_dense_reference_to_the_last_bit(seed, coarse, density, clip)
     for name, parameter in named.items():
         frozen = mask[name]
         assert torch.equal(parameter.detach()[frozen].view(torch.int32), start[name][frozen].view(torch.int32))
-        assert bits_to_indices(optimizer.touched[name], parameter.numel()).tolist() == np.flatnonzero(
-            ever[name]
-        ).tolist()
+        assert (
+            bits_to_indices(optimizer.touched[name], parameter.numel()).tolist() == np.flatnonzero(ever[name]).tolist()
+        )
 
 
 def _check_disjoint(selected, mask):

@@ -59,9 +59,7 @@ def test_equals_a_sort(chunk, seed, dtype, shapes, from_pool, share, taken_share
         found = select_topk(gradients, k, as_bits(taken, gradients))
     finally:
         topk.CHUNK = old
-    assert {name: indices.tolist() for name, indices in found.items()} == selection.select(
-        gradients, k, as_sets(taken)
-    )
+    assert {name: indices.tolist() for name, indices in found.items()} == selection.select(gradients, k, as_sets(taken))
     assert all(indices.dtype == torch.int64 for indices in found.values())
 
 

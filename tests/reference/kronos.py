@@ -45,9 +45,9 @@ class DenseKronos:
         norm = math.sqrt(math.fsum(squares))
         scale = min(1.0, self.max_grad_norm / norm) if self.max_grad_norm and norm else 1.0
         for name, value in self.theta.items():
-            value -= np.float32(self.rates[name] * scale) * self.total[name]
-            self.total[name][:] = 0
+            value[...] -= np.float32(self.rates[name] * scale) * self.total[name]
+            self.total[name][...] = 0
         count = sum(int(mask.sum()) for mask in self.updated.values())
         for mask in self.updated.values():
-            mask[:] = False
+            mask[...] = False
         return norm, scale, count

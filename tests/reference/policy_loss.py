@@ -10,9 +10,7 @@ def step_loss(logprobs, old, step_ids, step, advantages, epsilon, level):
     token: d rho_t / d logp_t = rho_t; step: rho / n for each of the step's n tokens; sequence (GSPO-token):
     the ratio of the whole response stands before each of the step's tokens.
     """
-    having = [
-        j for j, row in enumerate(step_ids) if advantages[j] is not None and any(owner == step for owner in row)
-    ]
+    having = [j for j, row in enumerate(step_ids) if advantages[j] is not None and any(owner == step for owner in row)]
     gradient = [[0.0] * len(row) for row in step_ids]
     if not having:
         return None, gradient, 0, 0

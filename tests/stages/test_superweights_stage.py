@@ -18,6 +18,14 @@ def config(tmp_path: Path, **given: object) -> SuperweightsConfig:
     return SuperweightsConfig(output=tmp_path / "out" / "g.safetensors", **given)  # type: ignore[arg-type]
 
 
+def few_prompts(tmp_path: Path) -> str:
+    """Four of the shipped prompts, for tests that need no good measurement."""
+    lines = profile_path("prompts", "tiny-reasoner", ".jsonl").read_text().splitlines()
+    path = tmp_path / "few.jsonl"
+    path.write_text("\n".join(json.dumps({"text": json.loads(line)["text"]}) for line in lines[:4]))
+    return str(path)
+
+
 @pytest.fixture(scope="module")
 def minimal(tmp_path_factory: pytest.TempPathFactory) -> tuple[SuperweightsConfig, dict]:
     made = config(tmp_path_factory.mktemp("minimal"), minimal=True)
@@ -84,14 +92,21 @@ def test_unions_are_compared_at_one_size_and_the_largest_divergence_wins(
 def test_a_threshold_out_of_reach_keeps_the_first_size_and_says_so(
     tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
-    report = run(config(tmp_path, minimal=True, kl_threshold=1000.0))
+    report = run(config(tmp_path, minimal=True, kl_threshold=1000.0, num_subsets=1, prompts=few_prompts(tmp_path)))
     assert report["reached_threshold"] is False and len(report["sizes"]) == 1
     assert report["mask"]["fraction"] == pytest.approx(0.04, abs=1e-5)
     assert "below --kl-threshold 1000" in capfd.readouterr().err
 
 
+def test_a_minimal_set_too_small_to_protect_is_pointed_out(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    report = run(config(tmp_path, minimal=True, kl_threshold=0.02, num_subsets=1, prompts=few_prompts(tmp_path)))
+    assert report["mask"]["fraction"] < 0.001
+    assert f"zeroing {report['mask']['count']} weights is already enough" in capfd.readouterr().err
+
+
 def test_equal_runs_write_equal_masks(tmp_path: Path) -> None:
-    first, second = config(tmp_path / "a", fraction=0.002), config(tmp_path / "b", fraction=0.002)
+    prompts = few_prompts(tmp_path)
+    first, second = (config(tmp_path / name, fraction=0.002, num_subsets=2, prompts=prompts) for name in "ab")
     assert run(first)["mask"] == run(second)["mask"]
     one, two = load_mask(first.output), load_mask(second.output)
     assert one[1] == two[1]

@@ -1,0 +1,297 @@
+"""The command line: flags, yaml, errors and exit codes."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.main import get_command
+
+from ssrctl import __version__, cli, configs
+from ssrctl.cli import app as app_module
+from ssrctl.cli import glue
+from ssrctl.errors import UserError
+
+COMMANDS = {
+    "superweights": configs.SuperweightsConfig,
+    "profile-budget": configs.ProfileBudgetConfig,
+    "segment": configs.SegmentConfig,
+    "critic": configs.CriticConfig,
+    "train": configs.TrainConfig,
+    "eval": configs.EvalConfig,
+    "diagnose": configs.DiagnoseConfig,
+}
+
+
+def one_line(text: str) -> str:
+    """Without box drawing, colours and line breaks."""
+    return " ".join(re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯─]", " ", text).split())
+
+
+# --------------------------------------------------------------------------------------------------
+# help
+
+
+def test_every_command_is_known_here() -> None:
+    assert set(get_command(app_module.app).commands) == set(COMMANDS)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_field_is_a_flag_with_its_doc_line(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.setenv("TERMINAL_WIDTH", "400")
+    assert cli.main([name, "--help"]) == 0
+    shown = one_line(capsys.readouterr().out)
+    docs = glue.field_docs(COMMANDS[name])
+    for spec in dataclasses.fields(COMMANDS[name]):
+        assert docs[spec.name] in shown, spec.name
+        if not spec.metadata.get("argument"):
+            assert re.search(rf"--{spec.name.replace('_', '-')}(?![\w-])", shown), spec.name
+    assert "--config" in shown
+    assert (COMMANDS[name].__doc__ or "-").splitlines()[0] in shown
+
+
+def test_version_and_bare_call(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"ssrctl {__version__}\n"
+    cli.main([])
+    assert "profile-budget" in "".join(capsys.readouterr())
+
+
+# --------------------------------------------------------------------------------------------------
+# from flags and yaml to a config
+
+
+@dataclasses.dataclass(kw_only=True)
+class Settings(configs.CommonConfig):
+    """A command for these tests."""
+
+    input: str = configs.positional(metavar="INPUT")
+    """What to read."""
+
+    output: str = configs.output("-")
+    """Where to write."""
+
+    num_things: int = 3
+    """How many."""
+
+    rate: float | None = None
+    """How fast."""
+
+    mode: str = "plain"
+    """Which way."""
+
+    def __post_init__(self) -> None:
+        if self.num_things < 1:
+            raise UserError(f"--num-things must be at least 1, got {self.num_things}")
+
+
+ran: list[Settings] = []
+
+
+def stage(config: Settings) -> dict[str, Any] | None:
+    """What the command runs; the mode chooses how it ends."""
+    ran.append(config)
+    if config.mode == "user":
+        raise UserError("[bold]odd[/bold] thing", "mend it")
+    if config.mode == "interrupt":
+        raise KeyboardInterrupt
+    if config.mode == "crash":
+        raise ZeroDivisionError("a bug")
+    return None if config.mode == "silent" else {"n": config.num_things, "text": "ü"}
+
+
+@pytest.fixture
+def main(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``ssrctl.cli.main`` with a command ``try`` that runs ``stage`` above."""
+    made = typer.Typer(pretty_exceptions_enable=False)
+    made.callback()(lambda: None)
+    monkeypatch.setitem(sys.modules, "stage_of_test_cli", sys.modules[__name__])
+    glue.command(made, "try", Settings, "stage_of_test_cli:stage")
+    monkeypatch.setattr(app_module, "app", made)
+    ran.clear()
+    return cli.main
+
+
+def test_flags_reach_the_stage(main: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["try", "in.jsonl", "-o", "out", "--num-things", "5", "--rate", "0.5"]) == 0
+    assert ran == [Settings(input="in.jsonl", output="out", num_things=5, rate=0.5)]
+    assert capsys.readouterr().out == "", "without --json nothing goes to stdout"
+
+
+def test_underscores_are_accepted_in_flags_alone(main: Any) -> None:
+    assert main(["try", "in_put", "--num_things=7", "--dry_run", "--mode", "a_b"]) == 0
+    assert ran == [Settings(input="in_put", num_things=7, dry_run=True, mode="a_b")]
+    assert glue.dashed(["--a_b=c_d", "x_y", "-o", "--", "--a_b"]) == ["--a-b=c_d", "x_y", "-o", "--", "--a_b"]
+
+
+def test_json_goes_to_stdout(main: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["try", "x", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"n": 3, "text": "ü"}
+    assert main(["try", "x", "--json", "--mode", "silent"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_yaml_lies_under_flags(main: Any, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("input: from-yaml\nnum-things: 8\nrate: 2\nmode: other\n")
+    assert main(["try", "--config", str(path), "--num-things", "3", "--mode", "plain"]) == 0
+    # 3 and plain are the defaults too: given as flags, they still win
+    assert ran == [Settings(input="from-yaml", num_things=3, rate=2.0, mode="plain")]
+    path.write_text("num_things: 9\n")
+    assert main(["try", "x", "--config", str(path)]) == 0
+    assert ran[-1].num_things == 9
+    path.write_text("# nothing\n")
+    assert main(["try", "x", "--config", str(path)]) == 0
+    assert ran[-1] == Settings(input="x")
+
+
+@pytest.mark.parametrize(
+    ("yaml", "message", "fix"),
+    [
+        ("num_thing: 3", "unknown key 'num_thing'", "did you mean 'num_things'?"),
+        ("zzz: 3", "unknown key 'zzz'", "known keys: "),
+        ("[1, 2]", "expected a mapping of settings, found list", ""),
+        ("a: [", "not valid yaml", ""),
+        ("num_things: many", "--num-things: ", "got 'many'"),
+        ("num_things: 1.5", "--num-things: ", "got 1.5"),
+        ("num_things: 0", "--num-things must be at least 1, got 0", ""),
+        ("num_things:", "'num_things' is needed", "give --num-things"),
+        ("rate: [1]", "--rate: ", "got [1]"),
+        ("json: perhaps", "--json: ", "got 'perhaps'"),
+    ],
+)
+def test_bad_yaml_is_a_user_error(
+    main: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], yaml: str, message: str, fix: str
+) -> None:
+    (tmp_path / "run.yaml").write_text(yaml)
+    assert main(["try", "x", "--config", str(tmp_path / "run.yaml")]) == 2
+    said = capsys.readouterr()
+    assert message in said.err and fix in said.err
+    assert said.out == "" and "Traceback" not in said.err
+    assert ran == []
+
+
+def test_a_missing_config_file(main: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["try", "x", "--config", "absent.yaml"]) == 2
+    assert "config file not found: absent.yaml" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------------
+# how commands end
+
+
+def test_exit_codes(main: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["try", "x", "--mode", "user"]) == 2
+    assert capsys.readouterr().err == "error: [bold]odd[/bold] thing\n  fix: mend it\n"
+    assert main(["try", "x", "--mode", "interrupt"]) == 1
+    assert capsys.readouterr().err == "error: interrupted\n"
+    assert main(["try", "x", "--num-things", "0"]) == 2
+    assert main(["try", "x", "--num-things", "many"]) == 2
+    assert main(["try", "x", "--colour", "red"]) == 2
+    assert main(["try"]) == 2
+    assert "'input' is needed" in capsys.readouterr().err
+    assert main(["no-such-command"]) == 2
+
+
+def run(*words: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [sys.executable, "-m", "ssrctl", *words], input=stdin, capture_output=True, timeout=120, check=False
+    )
+
+
+ROW = json.dumps({"id": "q/0", "question": "1+1?", "response": "1+1=2\nso 2\n#### 2"}).encode() + b"\n"
+
+
+def test_stages_compose_through_pipes() -> None:
+    first = run("segment", "-", stdin=ROW)
+    assert first.returncode == 0, first.stderr
+    second = run("critic", "-", stdin=first.stdout)
+    assert second.returncode == 0, second.stderr
+    (row,) = [json.loads(line) for line in second.stdout.splitlines()]
+    assert row["id"] == "q/0" and len(row["scores"]) == len(row["steps"]) > 0
+    wrong = run("critic", "-", stdin=ROW)
+    assert wrong.returncode == 2 and wrong.stdout == b""
+    assert b"<stdin>:1: field 'steps' is missing" in wrong.stderr and b"ssrctl segment" in wrong.stderr
+
+
+# --------------------------------------------------------------------------------------------------
+# the real configs
+
+
+def build(kind: Any, **values: Any) -> Any:
+    return configs.build_config(kind, values)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "message"),
+    [
+        (configs.TrainConfig, {"temperature": 0}, "--temperature must be above 0"),
+        (configs.TrainConfig, {"temperature": float("nan")}, "--temperature must be above 0"),
+        (configs.TrainConfig, {"top_p": 0}, "--top-p must be in"),
+        (configs.TrainConfig, {"top_p": 1.01}, "--top-p must be in"),
+        (configs.TrainConfig, {"num_generations": 1}, "--num-generations must be at least 2"),
+        (configs.TrainConfig, {"max_steps": 0}, "--max-steps must be at least 1"),
+        (configs.TrainConfig, {"budget": 0}, "--budget must be in"),
+        (configs.TrainConfig, {"budget": 1.5}, "--budget must be in"),
+        (configs.TrainConfig, {"max_step_budget": 0}, "--max-step-budget must be in"),
+        (configs.TrainConfig, {"clip_epsilon": 1}, "--clip-epsilon must be between"),
+        (configs.TrainConfig, {"learning_rate": 0}, "--learning-rate must be above 0"),
+        (configs.TrainConfig, {"limit": 0}, "--limit must be at least 1"),
+        (configs.TrainConfig, {"save_total_limit": 0}, "--save-total-limit must be at least 1"),
+        (configs.TrainConfig, {"weight_decay": 0.1}, "no meaning for kronos"),
+        (configs.TrainConfig, {"optimizer": "sgd"}, "--optimizer: .*'kronos' or 'adamw'.* got 'sgd'"),
+        (configs.TrainConfig, {"critic": "llm"}, "needs a model"),
+        (configs.SuperweightsConfig, {"output": "g", "fraction": 1}, "--fraction must be between"),
+        (configs.SuperweightsConfig, {"output": "g", "fraction": 0.1, "minimal": True}, "exclude each other"),
+        (configs.SuperweightsConfig, {}, "'output' is needed"),
+        (configs.ProfileBudgetConfig, {"output": "b", "claim_fraction": 0}, "--claim-fraction must be between"),
+        (configs.SegmentConfig, {"input": "x", "max_steps": 0}, "--max-steps must be at least 1"),
+        (configs.EvalConfig, {"confidence": 1}, "--confidence must be between"),
+        (configs.DiagnoseConfig, {}, "expected BASE and TUNED, got 0 paths"),
+        (configs.DiagnoseConfig, {"paths": ["a", "b", "c"]}, "expected BASE and TUNED, got 3 paths"),
+        (configs.DiagnoseConfig, {"paths": ["a", "b"], "jaccard": True}, "one run directory, got 2"),
+        (configs.DiagnoseConfig, {"paths": ["a", "b"], "atol": -1}, "--atol must be 0 or more"),
+    ],
+)
+def test_ranges(kind: Any, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build(kind, **values)
+
+
+def test_the_edges_of_ranges_are_fine() -> None:
+    made = build(configs.TrainConfig, budget=1, max_step_budget=1, top_p=1, top_k=0, max_grad_norm=0, limit=1)
+    assert (made.budget, made.top_p, made.limit) == (1.0, 1.0, 1)
+    assert build(configs.DiagnoseConfig, jaccard=True).paths == []
+    assert build(configs.DiagnoseConfig, paths=["a", "b"]).paths == [Path("a"), Path("b")]
+
+
+def test_learning_rates_by_optimizer() -> None:
+    assert build(configs.TrainConfig).resolved_learning_rate == 3e-2
+    assert build(configs.TrainConfig, optimizer="adamw").resolved_learning_rate == 1e-4
+    assert build(configs.TrainConfig, learning_rate=0.5).resolved_learning_rate == 0.5
+
+
+def test_the_first_positional_paths_reach_diagnose(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["diagnose", "one"]) == 2
+    assert "expected BASE and TUNED, got 1 paths" in capsys.readouterr().err
+
+
+def test_errors_are_not_markup() -> None:
+    stream = io.StringIO()
+    before, sys.stderr = sys.stderr, stream
+    try:
+        glue.say_error("[red]x[/red]", "[y]")
+    finally:
+        sys.stderr = before
+    assert stream.getvalue() == "error: [red]x[/red]\n  fix: [y]\n"
