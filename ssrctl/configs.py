@@ -66,7 +66,7 @@ def _validated(kind: type[Config], values: Mapping[str, Any]) -> Config:
 def _flag(kind: type, name: str) -> str:
     for spec in dataclasses.fields(kind):
         if spec.name == name and spec.metadata.get("argument"):
-            return name.upper()
+            return spec.metadata.get("metavar") or name.upper()
     return "--" + name.replace("_", "-")
 
 
@@ -173,7 +173,7 @@ class DatasetConfig:
     """Split to read; by default train for training and profiling, test (heldout) for evaluation."""
 
     question_column: str | None = None
-    """Column with the question; by default the first of question, problem, prompt, input."""
+    """Column with the question; by default the first of question, problem, prompt, input, Question."""
 
     answer_column: str | None = None
     """Column with the reference answer; by default the first of answer, target, Answer."""

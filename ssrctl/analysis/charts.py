@@ -145,12 +145,13 @@ def _lines(axes: Any, figure: Lines) -> None:
     from matplotlib.ticker import MaxNLocator
 
     colours = iter((_ONE, _TWO) * len(figure.series))
-    floor = 0.0
+    floor = ceiling = 0.0
     for name, values in figure.series.items():
         kept = [(x, value) for x, value in zip(figure.x, values, strict=True) if value is not None]
         if not kept:
             continue
         floor = min(floor, *(value for _, value in kept))
+        ceiling = max(ceiling, *(value for _, value in kept))
         expected = _is_expected(name)
         axes.plot(
             *zip(*kept, strict=True),
@@ -162,7 +163,7 @@ def _lines(axes: Any, figure: Lines) -> None:
             label=name,
         )
     if floor == 0.0:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.08 * ceiling or 1)
     else:
         axes.axhline(0, color=_GRID, linewidth=1)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))

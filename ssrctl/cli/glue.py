@@ -81,7 +81,7 @@ def _parameters(config: type) -> list[inspect.Parameter]:
         if spec.metadata.get("argument"):
             info = typer.Argument(help=help_text, show_default=False, metavar=spec.metadata.get("metavar"))
         elif annotation is bool:
-            info = typer.Option(f"{flag}/--no-{flag[2:]}" if default else flag, help=help_text)
+            info = typer.Option(f"{flag}/--no-{flag[2:]}", help=help_text)
         else:
             info = typer.Option(
                 flag, *spec.metadata.get("flags", ()), help=help_text, show_default=default not in (None, [])

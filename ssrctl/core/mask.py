@@ -109,7 +109,7 @@ class TileSet:
     def to_indices(self) -> Tensor:
         """Ascending flat indices of the selected coordinates, int64 ``[count]``."""
         if self.tile_ids.numel() == 0:
-            return torch.empty(0, dtype=torch.int64)
+            return torch.empty(0, dtype=torch.int64, device=self.tile_ids.device)
         _, columns = matrix_shape(self.shape)
         tile_columns = self.grid[1]
         tile, bit = self._bits().nonzero(as_tuple=True)

@@ -313,8 +313,8 @@ def matching_names(base: TensorReader, tuned: TensorReader) -> tuple[list[str], 
         if constants := {name for name in one.shapes.keys() - other.shapes.keys() if _BUFFER.search(name)}:
             skipped |= constants
             notes.append(
-                f"{len(constants)} constants (attention masks, rotary frequencies, position numbers) are only in {side} "
-                f"and were left out: {min(constants)}" + (", ..." if len(constants) > 1 else ".")
+                f"Constants that only {side} stores (attention masks, rotary frequencies, position numbers) were left "
+                f"out, {len(constants)} in all, first {min(constants)}."
             )
     for head in sorted(name for name in base.shapes.keys() | tuned.shapes.keys() if _HEAD.search(name)):
         holders = [one for one in (base, tuned) if head in one.shapes]

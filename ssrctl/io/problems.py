@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from ssrctl.configs import TINY_DATASET, DatasetConfig
 from ssrctl.errors import UserError
-from ssrctl.io.jsonl import read_jsonl
+from ssrctl.io.jsonl import STDIO, read_jsonl
 
 Purpose = Literal["train", "test"]
 QUESTION_COLUMNS = ("question", "problem", "prompt", "input", "Question")
@@ -51,8 +51,8 @@ def load_problems(config: DatasetConfig, purpose: Purpose, seed: int = 0) -> lis
     """
     if config.dataset == TINY_DATASET:
         rows = _bundled(config, purpose, seed)
-    elif config.dataset.endswith((".jsonl", ".ndjson")) or config.dataset == "-":
-        rows = read_jsonl(config.dataset)
+    elif config.dataset.endswith((".jsonl", ".ndjson")) or config.dataset == STDIO:
+        rows = read_jsonl(config.dataset if config.dataset == STDIO else Path(config.dataset).expanduser())
     else:
         rows = _from_datasets(config, purpose)
     problems = [_problem(where, row, config) for where, row in islice(rows, config.limit)]

@@ -28,13 +28,37 @@ def token_starts(tokenizer: Any, response_ids: Sequence[int], text: str) -> list
                 start, end = next(offsets)
                 starts.append(start)
         return starts
-    starts, longest = [], 0
-    for count in range(len(response_ids)):
-        prefix = tokenizer.decode(response_ids[:count], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return _starts_by_decoding(tokenizer, response_ids, len(text))
+
+
+def _starts_by_decoding(tokenizer: Any, ids: Sequence[int], length: int) -> list[int]:
+    """Decodes a few tokens at a time, since decoding every prefix whole takes time quadratic in their number.
+
+    ``ids[anchor:read]`` is settled text that ends with a whole character. It is decoded again together with
+    what follows, because some tokenizers drop the space before the first word that they decode.
+    """
+
+    def decode(begin: int, end: int) -> str:
+        return tokenizer.decode(ids[begin:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    starts: list[int] = []
+    anchor = read = 0
+    before = 0  # characters of ids[:read]
+    settled = 0  # characters of ids[anchor:read]
+    for count in range(len(ids)):
+        window = decode(anchor, count)
         # A character cut in two decodes to U+FFFD until its last byte is there.
-        longest = min(len(text), max(longest, len(prefix.rstrip("�"))))
-        starts.append(longest)
+        whole = len(window.rstrip("\ufffd"))
+        starts.append(min(length, max(before + whole - settled, starts[-1] if starts else 0)))
+        stuck = count - read >= _LONGEST_WINDOW
+        if stuck or settled < whole == len(window):
+            before += len(window) - settled
+            settled = len(decode(read, count)) if read else len(window)
+            anchor, read = read, count
     return starts
+
+
+_LONGEST_WINDOW = 16  # no character takes so many tokens; what is no text by then stays none
 
 
 def step_of_tokens(starts: Sequence[int], steps: Sequence[StepSpan]) -> list[int]:

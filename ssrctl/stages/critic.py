@@ -39,6 +39,7 @@ def run(config: CriticConfig) -> dict[str, Any]:
         scores = critic.score(rollouts, on_done=lambda count: bar.update(task, advance=count))
     for rollout, mine in zip(rollouts, scores, strict=True):
         rollout.scores = mine
+        rollout.advantages = None  # those of other scores would be wrong for these
         assert rollout.response is not None
         rollout.final = check_answer(rollout.response, rollout.answer)
     write_jsonl(config.output, (rollout.to_dict() for rollout in rollouts))

@@ -1,9 +1,10 @@
 """Equalities in a step of reasoning, such as ``48/2 = 24``, and whether they hold. Nothing is executed.
 
 A side of an equality is a sum of products of decimal numbers with ``+ - * / x × ÷ −`` and parentheses. ``$``
-before a number is passed over, as are commas in thousands; ``\\times``, ``\\cdot`` and ``\\div`` are read too. ``1 1/2`` is a mixed number, ``2(3+4)`` a product.
-GSM8K's marks ``<<48/2=24>>`` count like text. An expression of which a part is no arithmetic (``3 eggs * 2 + 1
-= 7``, ``100 - x + 5 = 60``) is not judged.
+before a number is passed over, as are commas in thousands; LaTeX's ``\\times``, ``\\cdot`` and ``\\div`` are
+operators, ``1 1/2`` is a mixed number, ``2(3+4)`` a product. GSM8K's marks ``<<48/2=24>>`` count like text. An
+expression of which a part is nothing of this (``3 eggs * 2 + 1 = 7``, ``100 - x + 5 = 60``, ``9 + 16 = 5^2``) is
+not judged.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ _TOKEN = re.compile(
     r"|(?P<number>(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)|(?P<operator>[-+*/×÷−·]|\\(?:times|cdot|div)(?![A-Za-z])|(?<=[\s\d)])x(?=[\s\d($]))|(?P<equals>=)"
     r"|(?P<paren>[()])|(?P<space>[\s$]+)|(?P<scale>%|¢|\b(?:cents?|hundred|thousand|million|billion|dozen)\b)"
     # A letter that stands for a number: 5A / 5, 9 - x.
-    r"|(?P<variable>(?:(?<=\d)[A-Za-z](?=[ ]?[-+*/])|(?<=[-−])[A-Za-z]|(?<=[-−][ ])[A-Za-z])(?![A-Za-z]))|(?P<other>.)",
+    r"|(?P<variable>(?:(?<=\d)[A-Za-z](?=[ ]?[-+*/])|(?<=[-−])[A-Za-z]|(?<=[-−][ ])[A-Za-z])(?![A-Za-z]))"
+    r"|(?P<suffix>[\^!²³]|\\?[pb]?mod\b)|(?P<other>.)",
     re.DOTALL,
 )
 _UNKNOWN = "?"
@@ -137,7 +139,7 @@ def _runs(text: str) -> Iterator[list[str]]:
             if "\n" in token and run and run[-1] != "=":
                 yield run
                 run = []
-        elif kind in ("scale", "variable"):
+        elif kind in ("scale", "variable", "suffix"):
             yield [*run, token if kind == "scale" else _UNKNOWN]
             run = []
         elif kind == "other" or len(token) > MAX_DIGITS:
@@ -293,5 +295,7 @@ class _Parser:
 
 
 def _value(token: str) -> Fraction:
+    if token.isdecimal():
+        return Fraction(int(token))  # several times faster than from text
     whole, plus, fraction = token.replace(",", "").partition("+")
     return Fraction(whole) + Fraction(fraction) if plus else Fraction(whole)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from itertools import combinations
 
 import pytest
@@ -132,7 +133,7 @@ def test_expectations_are_the_means_of_random_sets() -> None:
             assert error + bias < 0.1 * expected  # so that a wrong formula cannot hide
 
 
-def _variance(values: list[float]) -> float:
+def _variance(values: Sequence[float]) -> float:
     mean = sum(values) / len(values)
     return sum((value - mean) ** 2 for value in values) / (len(values) - 1)
 
@@ -162,6 +163,14 @@ def test_cosines_belong_to_their_pairs_and_nan_is_left_out() -> None:
     assert summary is not None
     assert (summary.mean, summary.min, summary.max) == (0.125, -0.25, 0.5)
     assert (summary.num_pairs, summary.conflict_frac) == (2, 0.5)
+
+
+def test_conflict_is_a_negative_cosine() -> None:
+    cosine = [[1.0, 0.5, -0.25], [0.5, 1.0, 0.0], [-0.25, 0.0, 1.0]]  # 0 is no conflict
+    found = measured(question(first(3), first(3, 3), first(3, 6), gradient_cosine=cosine))
+    summary = summarise_run([found]).pairs.cosine
+    assert summary is not None
+    assert (summary.num_pairs, summary.conflict_frac) == (3, pytest.approx(1 / 3))
 
 
 def test_means_are_over_cases_not_over_means() -> None:

@@ -139,6 +139,7 @@ def test_a_bit_in_the_padding_is_refused():
         ("crow", lambda t: torch.tensor([0, 7, 6], dtype=torch.int32), "do not ascend"),
         ("crow", lambda t: t.float(), "wrong dtypes"),
         ("col", lambda t: t.flip(0), "not in ascending order"),
+        ("col", lambda t: t.new_tensor([0, 1, 1, 0, 1, 2]), "not in ascending order"),
         ("col", lambda t: t + 1, "a tile column lies outside 0..2"),
         ("col", lambda t: t - 1, "a tile column lies outside 0..2"),
         ("col", lambda t: t[:-1], "do not fit"),

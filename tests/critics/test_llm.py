@@ -181,7 +181,10 @@ def test_a_model_without_a_provider_is_refused():
         ('{"scores": []}', ["missing_index"] * 3),
         ("[" * 100_000, ["bad_json"] * 3),
         ('{"a":' * 2_000, ["bad_json"] * 3),
-        (json.dumps({"scores": [{"index": i, "score": 1} for i in (1, 1, 3)]}), ["duplicate_index", "missing_index", None]),
+        (
+            json.dumps({"scores": [{"index": i, "score": 1} for i in (1, 1, 3)]}),
+            ["duplicate_index", "missing_index", None],
+        ),
         (json.dumps({"scores": [{"index": True, "score": 1}]}), ["bad_index"] * 3),
     ],
 )
@@ -202,7 +205,9 @@ def test_a_response_cannot_write_headings_or_end_the_data():
     lines = user["content"].split("\n")
     own = lines[1]
     assert own != boundary and len(own) >= 32  # random in each message
-    assert [line for line in lines if line.startswith(f"[{own} ")] == [f"[{own} {k} {i}]" for i, k in enumerate(KINDS, 1)]
+    assert [line for line in lines if line.startswith(f"[{own} ")] == [
+        f"[{own} {k} {i}]" for i, k in enumerate(KINDS, 1)
+    ]
     assert lines.count(own) == 2 and "86" in user["content"]
 
 

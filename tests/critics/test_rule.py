@@ -69,7 +69,10 @@ def test_text_without_a_modulus():
 def test_without_a_reference_the_last_result_decides():
     assert judge(SOLUTION, answer=None) == [100] * 6
     assert judge(changed(5, "####72"), answer=None)[-1] == 0
-    assert judge(["I think so.", "####72"], answer=None, modulus=None, question="Why?") == ["no_equation", "no_reference"]
+    assert judge(["I think so.", "####72"], answer=None, modulus=None, question="Why?") == [
+        "no_equation",
+        "no_reference",
+    ]
 
 
 def test_progress_and_empty_steps():
@@ -78,7 +81,9 @@ def test_progress_and_empty_steps():
     assert RuleCritic().score(rollouts, on_done=done.append) == [[], [], []] and sum(done) == 3
 
 
-@given(st.text(alphabet="0123456789+-*/=().,$x \n#A:\\{}<>%", max_size=200), st.sampled_from([None, 100, True, 0, -3, "7"]))
+@given(
+    st.text(alphabet="0123456789+-*/=().,$x \n#A:\\{}<>%", max_size=200), st.sampled_from([None, 100, True, 0, -3, "7"])
+)
 def test_no_response_raises(text, modulus):
     scores = judge([text], modulus=modulus)
     assert len(scores) == len(segment(text))
@@ -103,4 +108,9 @@ def test_rewards(score, kind):
 def test_reward_anchors():
     rewards = [scored(s, k).reward for s, k in ((-100, "step"), (0, "step"), (85, "step"), (0, "final"), (75, "final"))]
     assert rewards == [-1.0, 0.0, 0.85, -1.0, 0.5]
-    assert dataclasses.asdict(missing("timeout")) == {"score": None, "reward": None, "rationale": None, "error": "timeout"}
+    assert dataclasses.asdict(missing("timeout")) == {
+        "score": None,
+        "reward": None,
+        "rationale": None,
+        "error": "timeout",
+    }

@@ -52,7 +52,7 @@ def test_nothing_to_extract(text):
 def test_markers():
     assert find_marker("ab\n####7") == (3, True)
     assert find_marker("####7\nA: 8\nx") == (6, True)
-    assert find_marker("the answer is 7 and the answer is 8") == (24 - 4, False) or find_marker("x") is None
+    assert find_marker("the answer is 7 and the answer is 8") == (24, False)
     assert find_marker("the answer is found") is None
 
 
@@ -155,7 +155,21 @@ def test_agreement_with_human_labels(data_dir):
 
 @pytest.mark.parametrize(
     "piece",
-    ["#### ", "1,111,", "\\boxed{", "{", "9", "A:", "A ", "the answer is ", "answer to ", "$", "\\text{", "-", "answer is $"],
+    [
+        "#### ",
+        "1,111,",
+        "\\boxed{",
+        "{",
+        "9",
+        "A:",
+        "A ",
+        "the answer is ",
+        "answer to ",
+        "$",
+        "\\text{",
+        "-",
+        "answer is $",
+    ],
 )
 def test_long_repetitions_end(piece):
     text = piece * (100_000 // len(piece))

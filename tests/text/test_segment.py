@@ -51,7 +51,10 @@ def test_the_bundled_task():
         (" \n ", [" \n "]),
         ("\n\nfoo\nbar", ["\n\nfoo\n", "bar"]),
         ("one\r\ntwo", ["one\r\n", "two"]),
-        ("1. foo\n2. bar\n3. \\boxed{4}\nHope this helps!", ["1. foo\n", "2. bar\n", "*3. \\boxed{4}\nHope this helps!"]),
+        (
+            "1. foo\n2. bar\n3. \\boxed{4}\nHope this helps!",
+            ["1. foo\n", "2. bar\n", "*3. \\boxed{4}\nHope this helps!"],
+        ),
         ("Step 1: do X. Step 2: do Y.", ["Step 1: do X. ", "Step 2: do Y."]),
         ("We do: (a) this (b) that", ["We do: ", "(a) this ", "(b) that"]),
         ("Both cases (a) and (b) hold", ["Both cases (a) and (b) hold"]),
@@ -148,7 +151,8 @@ def test_impossible_settings(settings):
 
 
 @pytest.mark.parametrize(
-    "piece", [" ", "\n", "\n ", ". ", "; ", "\\[", "$$", "```", "1. ", "(a) (b) ", "Therefore, ", "#", "*", "a\n", "A B. "]
+    "piece",
+    [" ", "\n", "\n ", ". ", "; ", "\\[", "$$", "```", "1. ", "(a) (b) ", "Therefore, ", "#", "*", "a\n", "A B. "],
 )
 def test_long_repetitions_end(piece):
     # Quadratic time over 100,000 characters would take minutes; the suite would not end.
