@@ -170,6 +170,10 @@ def _compare_slice(base: Tensor, tuned: Tensor, atol: float) -> Change:
     same = num_equal == base.numel()
     a = base.to(torch.float64)
     b = a if same else tuned.to(torch.float64)
+    base_sum_sq = float(a.dot(a))
+    if math.isfinite(base_sum_sq) and (same or math.isfinite(float(b.dot(b)))):
+        # Every weight of both is finite, so nothing has to be left out: several times as fast.
+        return _finite_slice(a, b, num_equal, base_sum_sq, atol)
     # Equal infinities have a difference of NaN; bit-equal weights have one of 0 whatever they are.
     difference = (b - a).masked_fill_(equal, 0.0).abs_()
     finite = difference.isfinite()
@@ -187,6 +191,24 @@ def _compare_slice(base: Tensor, tuned: Tensor, atol: float) -> Change:
         num_inf_base=int(a.isinf().sum()),
         num_nan_tuned=int(b.isnan().sum()),
         num_inf_tuned=int(b.isinf().sum()),
+    )
+
+
+def _finite_slice(base: Tensor, tuned: Tensor, num_equal: int, base_sum_sq: float, atol: float) -> Change:
+    """The same for float64 ``[n]`` without NaN or infinity, ``num_equal`` of which are equal bit for bit."""
+    numel = base.numel()
+    if num_equal == numel:
+        return Change(numel=numel, num_within=numel, num_equal=numel, num_finite=numel, base_sum_sq=base_sum_sq)
+    difference = (tuned - base).abs_()
+    return Change(
+        numel=numel,
+        num_within=int((difference <= atol).sum()),
+        num_equal=num_equal,
+        num_finite=numel,
+        sum_abs=float(difference.sum()),
+        max_abs=float(difference.max()),
+        sum_sq=float(difference.dot(difference)),
+        base_sum_sq=base_sum_sq,
     )
 
 

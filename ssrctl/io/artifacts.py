@@ -47,9 +47,7 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], kind: str, met
         key: value if isinstance(value, str) else json.dumps(value, sort_keys=True) for key, value in metadata.items()
     }
     with whole_file(path) as temporary:
-        save_file(
-            {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, metadata=header
-        )
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, metadata=header)
 
 
 def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import platform
+import urllib.parse
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ PACKAGES = ("torch", "transformers", "accelerate", "datasets", "safetensors", "l
 
 
 def settings_of(config: Any) -> dict[str, Any]:
-    """A config as plain json values; paths become text."""
-    return {key: _plain(value) for key, value in dataclasses.asdict(config).items()}
+    """A config as plain json values; paths become text, and addresses lose what may hold a key."""
+    settings = {key: _plain(value) for key, value in dataclasses.asdict(config).items()}
+    return {key: _without_secrets(value) if key.endswith("_base") else value for key, value in settings.items()}
 
 
 def published_settings(config: Any) -> dict[str, Any]:
@@ -50,6 +52,14 @@ def file_hash(path: str | Path) -> str:
 
     with existing_file(path, "input").open("rb") as stream:
         return "sha256:" + hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _without_secrets(address: str | None) -> str | None:
+    """An address without user, password and query."""
+    if address is None:
+        return None
+    parts = urllib.parse.urlsplit(address)
+    return urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
 def _plain(value: Any) -> Any:

@@ -52,6 +52,11 @@ def load_problems(config: DatasetConfig, purpose: Purpose, seed: int = 0) -> lis
     if config.dataset == TINY_DATASET:
         rows = _bundled(config, purpose, seed)
     elif config.dataset.endswith((".jsonl", ".ndjson")) or config.dataset == STDIO:
+        if config.dataset_split or config.dataset_config:
+            raise UserError(
+                f"{config.dataset} is one jsonl file: it has no splits or configurations",
+                "leave out --dataset-split and --dataset-config",
+            )
         rows = read_jsonl(config.dataset if config.dataset == STDIO else Path(config.dataset).expanduser())
     else:
         rows = _from_datasets(config, purpose)

@@ -219,6 +219,11 @@ def _write(config: ProfileBudgetConfig, loaded: LoadedModel, measured: list[list
     if plot := _plot(config.output.with_suffix(".svg"), profile):
         written.append(plot)
     _show(curve)
+    if silent := sum(1 for steps in measured if not steps):
+        warn(
+            f"{silent} of {len(measured)} problems gave no gradient: all their responses scored alike, or not at all "
+            "(raise --num-problems for a steadier curve)"
+        )
     note(f"wrote {' and '.join(written)}: {len(curve.curve)} steps over {curve.num_problems[0]} problems")
     return profile.to_dict()
 

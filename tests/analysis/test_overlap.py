@@ -166,11 +166,12 @@ def test_cosines_belong_to_their_pairs_and_nan_is_left_out() -> None:
 
 
 def test_conflict_is_a_negative_cosine() -> None:
-    cosine = [[1.0, 0.5, -0.25], [0.5, 1.0, 0.0], [-0.25, 0.0, 1.0]]  # 0 is no conflict
+    # two negative, none positive, and 0 is no conflict: a flipped or a loose comparison gives another share
+    cosine = [[1.0, -0.5, -0.25], [-0.5, 1.0, 0.0], [-0.25, 0.0, 1.0]]
     found = measured(question(first(3), first(3, 3), first(3, 6), gradient_cosine=cosine))
     summary = summarise_run([found]).pairs.cosine
     assert summary is not None
-    assert (summary.num_pairs, summary.conflict_frac) == (3, pytest.approx(1 / 3))
+    assert (summary.num_pairs, summary.conflict_frac) == (3, pytest.approx(2 / 3))
 
 
 def test_means_are_over_cases_not_over_means() -> None:

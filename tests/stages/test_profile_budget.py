@@ -115,6 +115,19 @@ def test_equal_scores_leave_nothing_to_measure(tmp_path: Path, monkeypatch: pyte
     assert not made.output.exists()
 
 
+def test_problems_without_signal_are_counted_aloud(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    made = config(tmp_path)
+    rows = scored_rollouts(made)
+    second = rows[-1]["id"].rsplit("/", 1)[0]
+    for row in rows:
+        if row["id"].startswith(second):
+            row["scores"] = [{"score": None, "reward": None, "error": "no_verdict"} for _ in row["scores"]]
+    traces = tmp_path / "scored.jsonl"
+    write_jsonl(traces, rows)
+    assert profile_budget.run(config(tmp_path / "traces", traces=traces))["num_problems"][0] == 1
+    assert "1 of 2 problems gave no gradient" in capfd.readouterr().err
+
+
 def test_an_interrupt_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     @contextlib.contextmanager
     def pressed() -> Iterator[Callable[[], bool]]:
