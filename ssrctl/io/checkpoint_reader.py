@@ -19,13 +19,12 @@ from ssrctl.io.artifacts import open_safetensors
 from ssrctl.io.checkpoint_files import INDEX, SINGLE, locate, tiny_location
 from ssrctl.io.delta import KIND as DELTA_KIND
 from ssrctl.io.delta import Delta, load_delta
-from ssrctl.io.run_dir import COMPLETE, RunDir
+from ssrctl.io.run_dir import DELTA_FILE, find_delta
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-DELTA_FILE = "delta.safetensors"
 _HEAD = re.compile(r"(^|\.)lm_head\.weight$")
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings)\.weight$")
 # Constants that older files store beside the weights: causal masks, rotary frequencies, position numbers.
@@ -207,10 +206,8 @@ class DeltaReader:
         return tensor
 
 
-def find_delta(path: str | Path) -> Path | None:
-    """The delta file that ``path`` means, or None when it is an ordinary checkpoint.
-
-    A delta file means itself, a checkpoint folder its delta, a run directory its newest complete checkpoint.
+def delta_meant_by(path: str | Path) -> Path | None:
+    """The delta file that ``path`` means (see ``run_dir.find_delta``), or None when it is an ordinary checkpoint.
 
     Raises:
         UserError: a run without any complete checkpoint, or a checkpoint that was not completed.
@@ -223,30 +220,8 @@ def find_delta(path: str | Path) -> Path | None:
             return place if (file.metadata() or {}).get("ssrctl_kind") == DELTA_KIND else None
     if (place / SINGLE).exists() or (place / INDEX).exists():
         return None
-    if (place / DELTA_FILE).exists():
-        if not (place / COMPLETE).exists():
-            raise UserError(
-                f"{place} is not a complete checkpoint: it has no {COMPLETE} file",
-                "use another checkpoint of the run, or name its delta.safetensors itself",
-            )
-        return place / DELTA_FILE
-    if (place / "checkpoints").is_dir() or (place / "manifest.json").exists() or (place / "config.yaml").exists():
-        return newest_checkpoint(place) / DELTA_FILE
-    return None
-
-
-def newest_checkpoint(run: Path) -> Path:
-    """The checkpoint folder of a run with the highest training step among the complete ones.
-
-    Raises:
-        UserError: there is none.
-    """
-    complete = RunDir(run).checkpoints()
-    if not complete:
-        raise UserError(
-            f"{run} has no complete checkpoint", "train further, or lower --save-steps so that one is written"
-        )
-    return complete[-1]
+    ours = (DELTA_FILE, "checkpoints", "manifest.json", "config.yaml")
+    return find_delta(place) if any((place / name).exists() for name in ours) else None
 
 
 def open_delta(path: Path, base: TensorReader) -> DeltaReader:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 OPTIMIZER_KIND = "optimizer"
 COMPLETE = "COMPLETE"
+DELTA_FILE = "delta.safetensors"
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def save_checkpoint(
     """Write a checkpoint; the file COMPLETE comes last, so that a torn one is known as such."""
     if folder.exists():
         _remove_checkpoint(folder)
-    save_delta(folder / "delta.safetensors", delta, settings)
+    save_delta(folder / DELTA_FILE, delta, settings)
     save_tensors(folder / "optimizer.safetensors", optimizer, OPTIMIZER_KIND, {})
     write_text(folder / "state.json", json.dumps(dict(state), indent=2) + "\n")
     write_text(folder / COMPLETE, "")
@@ -136,27 +137,41 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     except (OSError, ValueError) as error:
         raise UserError(f"{folder / 'state.json'} cannot be read: {error}") from error
     optimizer, _ = load_tensors(folder / "optimizer.safetensors", OPTIMIZER_KIND)
-    return Checkpoint(folder, load_delta(folder / "delta.safetensors"), optimizer, state)
+    return Checkpoint(folder, load_delta(folder / DELTA_FILE), optimizer, state)
+
+
+def newest_checkpoint(run: Path) -> Path:
+    """The checkpoint folder of a run with the highest training step among the complete ones.
+
+    Raises:
+        UserError: there is none.
+    """
+    complete = RunDir(run).checkpoints()
+    if not complete:
+        raise UserError(
+            f"{run} has no complete checkpoint", "train further, or lower --save-steps so that one is written"
+        )
+    return complete[-1]
 
 
 def find_delta(path: Path) -> Path:
     """The delta of a run directory (its newest checkpoint's), of a checkpoint folder, or the file itself.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or the checkpoint was not completed.
     """
     if path.is_file():
         return path
-    if (path / "delta.safetensors").is_file():
-        return path / "delta.safetensors"
+    if (path / DELTA_FILE).is_file():
+        if not (path / COMPLETE).is_file():
+            raise UserError(
+                f"{path} is not a complete checkpoint: it has no {COMPLETE} file",
+                f"use another checkpoint of the run, or name its {DELTA_FILE} itself",
+            )
+        return path / DELTA_FILE
     if not path.is_dir():
         raise UserError(f"checkpoint not found: {path}", "name a run directory, a checkpoint folder or a delta file")
-    complete = RunDir(path).checkpoints()
-    if not complete:
-        raise UserError(
-            f"{path} has no complete checkpoint", "train at least --save-steps steps, or name another folder"
-        )
-    return complete[-1] / "delta.safetensors"
+    return newest_checkpoint(path) / DELTA_FILE
 
 
 def prune_checkpoints(run: RunDir, keep: int | None) -> None:

@@ -195,13 +195,13 @@ def _run_notes(single: int, questions: int, protected_changed: bool, settings: M
 
 def _diagnose_pair(config: DiagnoseConfig) -> dict[str, Any]:
     from ssrctl.analysis.sparsity_report import headlines, nonfinite_note, sparsity_document, sparsity_numbers
-    from ssrctl.io.checkpoint_reader import TensorReader, find_delta, matching_names, open_delta
+    from ssrctl.io.checkpoint_reader import TensorReader, delta_meant_by, matching_names, open_delta
 
     base_path, tuned_path = config.paths
     output = config.output_dir or _DEFAULT_FOLDER
-    if find_delta(base_path) is not None:
+    if delta_meant_by(base_path) is not None:
         raise UserError(f"BASE {base_path} is a delta, not whole weights", "give the model that the run started from")
-    delta_path = find_delta(tuned_path)
+    delta_path = delta_meant_by(tuned_path)
     tuned: TensorReader | DeltaReader
     with contextlib.ExitStack() as stack:
         base = stack.enter_context(TensorReader(base_path))

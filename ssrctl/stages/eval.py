@@ -78,8 +78,8 @@ def run(config: EvalConfig) -> dict[str, Any]:
 
 def summarise(samples: Sequence[Rollout], confidence: float) -> dict[str, Any]:
     """Accuracy with its interval, and how responses ended."""
-    accuracy = accuracy_interval(list(_per_problem(samples).values()), confidence)
     by_problem = _per_problem(samples)
+    accuracy = accuracy_interval(list(by_problem.values()), confidence)
     return {
         "accuracy": accuracy.to_dict(),
         "num_problems": len(by_problem),

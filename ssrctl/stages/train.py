@@ -27,7 +27,7 @@ from ssrctl.io.jsonl import JsonlLog, write_jsonl
 from ssrctl.io.mask_log import StepMaskLog, save_mask_log
 from ssrctl.io.problems import load_problems
 from ssrctl.io.profiles import profile_path, shipped_names
-from ssrctl.io.run_dir import Checkpoint, RunDir, load_checkpoint, prune_checkpoints, save_checkpoint
+from ssrctl.io.run_dir import Checkpoint, RunDir, load_checkpoint, newest_checkpoint, prune_checkpoints, save_checkpoint
 from ssrctl.models.collect import Prompted, prepare_prompts
 from ssrctl.models.gradients import trainable
 from ssrctl.models.loading import LoadedModel, describe_model, load_model
@@ -263,10 +263,7 @@ def _open_run(config: TrainConfig) -> tuple[RunDir, Checkpoint | None]:
     if wanted == "latest":
         if config.output_dir is None:
             raise UserError("--resume-from-checkpoint latest needs the run", "give --output-dir RUN")
-        complete = RunDir(config.output_dir).checkpoints()
-        if not complete:
-            raise UserError(f"{config.output_dir} has no complete checkpoint", "start the run anew in another folder")
-        folder = complete[-1]
+        folder = newest_checkpoint(config.output_dir)
     else:
         folder = Path(wanted)
     checkpoint = load_checkpoint(folder)

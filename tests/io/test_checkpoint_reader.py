@@ -12,9 +12,10 @@ from torch import Tensor
 
 from ssrctl.errors import UserError
 from ssrctl.io.artifacts import ModelIdentity
-from ssrctl.io.checkpoint_reader import TensorReader, find_delta, matching_names, newest_checkpoint, open_delta
+from ssrctl.io.checkpoint_reader import TensorReader, delta_meant_by, matching_names, open_delta
 from ssrctl.io.delta import Delta, changed_indices, save_delta
 from ssrctl.io.fingerprint import fingerprint
+from ssrctl.io.run_dir import newest_checkpoint
 
 Weights = dict[str, Tensor]
 INDEX = "model.safetensors.index.json"
@@ -287,18 +288,18 @@ def test_which_delta_a_path_means(tmp_path: Path) -> None:
     old, new = checkpoint(run, 9), checkpoint(run, 1000000)
     torn = checkpoint(run, 2000000, complete=False)
     assert newest_checkpoint(run) == new  # by number, where text would put 000009 behind 1000000
-    assert find_delta(run) == new / "delta.safetensors"
-    assert find_delta(old) == old / "delta.safetensors"
-    assert find_delta(torn / "delta.safetensors") == torn / "delta.safetensors"  # named itself: the user's choice
+    assert delta_meant_by(run) == new / "delta.safetensors"
+    assert delta_meant_by(old) == old / "delta.safetensors"
+    assert delta_meant_by(torn / "delta.safetensors") == torn / "delta.safetensors"  # named itself: the user's choice
     with pytest.raises(UserError, match="not a complete checkpoint"):
-        find_delta(torn)
+        delta_meant_by(torn)
     model = save_folder(tmp_path / "model", weights())
-    assert find_delta(model) is None and find_delta(model / "model.safetensors") is None
-    assert find_delta(tmp_path / "nothing") is None
+    assert delta_meant_by(model) is None and delta_meant_by(model / "model.safetensors") is None
+    assert delta_meant_by(tmp_path / "nothing") is None
     (tmp_path / "young").mkdir()
     (tmp_path / "young" / "config.yaml").touch()
     with pytest.raises(UserError, match="no complete checkpoint"):
-        find_delta(tmp_path / "young")
+        delta_meant_by(tmp_path / "young")
 
 
 def test_label_of_a_delta_publishes_no_more_than_the_run(tmp_path: Path) -> None:
@@ -308,5 +309,5 @@ def test_label_of_a_delta_publishes_no_more_than_the_run(tmp_path: Path) -> None
     delta = checkpoint(tmp_path / "other", 1) / "delta.safetensors"
     (bare / "delta.safetensors").write_bytes(delta.read_bytes())
     with TensorReader(save_folder(tmp_path / "base", weights())) as reader:
-        assert open_delta(find_delta(tmp_path / "run"), reader).label == "run/checkpoints/000020"  # type: ignore[arg-type]
+        assert open_delta(delta_meant_by(tmp_path / "run"), reader).label == "run/checkpoints/000020"  # type: ignore[arg-type]
         assert open_delta(bare / "delta.safetensors", reader).label == "kept/delta.safetensors"

@@ -110,6 +110,8 @@ def test_where_a_delta_is_looked_for(tmp_path: Path) -> None:
     (folder / COMPLETE).unlink()
     with pytest.raises(UserError, match="no complete checkpoint"):
         find_delta(tmp_path)
+    with pytest.raises(UserError, match="not a complete checkpoint"):
+        find_delta(folder)
 
 
 def test_rewinding_drops_what_came_later(tmp_path: Path) -> None:

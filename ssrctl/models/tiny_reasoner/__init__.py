@@ -7,9 +7,6 @@ apart from them by construction, held-out ones. Importing this package costs no 
 
 from pathlib import Path
 
-NAME = "tiny-reasoner"
-DATASET_NAME = "tiny-arithmetic"
-
 
 def path() -> Path:
     """The folder to hand to `from_pretrained`: config, weights, tokenizer and chat template."""
