@@ -1,0 +1,89 @@
+"""What the benchmark scripts share: the machine's line, timing, tables, goals."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+
+def machine() -> str:
+    """One line: cores, memory, threads, versions, and the GPU if there is one."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    parts = [
+        f"{os.cpu_count()} cores ({_processor()})",
+        f"{memory:.0f} GiB",
+        f"{torch.get_num_threads()} torch threads",
+        f"torch {torch.__version__}",
+        f"Python {platform.python_version()}",
+    ]
+    if torch.cuda.is_available():
+        parts.append(torch.cuda.get_device_name())
+    return "machine: " + ", ".join(parts)
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
+
+
+def synchronize() -> None:
+    """Wait for the GPU, where there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of repeated runs."""
+
+    best: float
+    median: float
+
+
+def timed(run: Callable[[], object], repeats: int = 5, warm_up: int = 1) -> Timing:
+    """Time ``run``; the best of the repeats is least disturbed by whatever else the machine does."""
+    for _ in range(warm_up):
+        run()
+    seconds = []
+    for _ in range(repeats):
+        synchronize()
+        start = time.perf_counter()
+        run()
+        synchronize()
+        seconds.append(time.perf_counter() - start)
+    return Timing(min(seconds), statistics.median(seconds))
+
+
+def peak_rss_bytes() -> int:
+    """The largest resident set of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Rows as aligned columns, numbers to the right."""
+    cells = [[str(c) for c in row] for row in (header, *rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = [
+        "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        for row in cells
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def goal(text: str, reached: float, *, at_most: float | None = None, at_least: float | None = None) -> bool:
+    """Print a goal beside what was reached; returns whether it was met."""
+    assert (at_most is None) != (at_least is None)
+    limit = at_most if at_most is not None else at_least
+    met = reached <= limit if at_most is not None else reached >= limit  # type: ignore[operator]
+    word = "at most" if at_most is not None else "at least"
+    print(f"goal: {text}: {word} {limit:g}; reached {reached:.3g}: {'met' if met else 'MISSED'}")
+    return met
