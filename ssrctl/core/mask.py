@@ -11,14 +11,14 @@ Polarity everywhere: a set bit, or True, means *selected*.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-TILE = 16
-TILE_BYTES = TILE * TILE // 8
+from ssrctl.core.popcount import count_bits
+from ssrctl.core.tile_bits import TILE, TILE_BYTES, inside, pack_tiles, strips, unpack_tiles
 
 
 def matrix_shape(shape: Iterable[int]) -> tuple[int, int]:
@@ -60,17 +60,27 @@ class TileSet:
         """Storage of the block-sparse-row form: tiles, column indices (int32) and row pointers (int32)."""
         return self.tiles.numel() + 4 * self.tile_ids.numel() + 4 * (self.grid[0] + 1)
 
+    @property
+    def device(self) -> torch.device:
+        return self.tiles.device
+
+    def to(self, device: torch.device | str) -> TileSet:
+        """The same set on another device."""
+        return TileSet(self.shape, self.tile_ids.to(device), self.tiles.to(device))
+
     def count(self) -> int:
         """How many coordinates are selected."""
-        return int(_POPCOUNT.to(self.tiles.device)[self.tiles.int()].sum())
+        return count_bits(self.tiles)
 
     @classmethod
-    def empty(cls, shape: Iterable[int]) -> TileSet:
-        return cls(tuple(shape), torch.empty(0, dtype=torch.int64), torch.empty(0, TILE_BYTES, dtype=torch.uint8))
+    def empty(cls, shape: Iterable[int], device: torch.device | str = "cpu") -> TileSet:
+        """No coordinate of a tensor of ``shape``."""
+        tile_ids = torch.empty(0, dtype=torch.int64, device=device)
+        return cls(tuple(shape), tile_ids, torch.empty(0, TILE_BYTES, dtype=torch.uint8, device=device))
 
     @classmethod
     def from_indices(cls, shape: Iterable[int], indices: Tensor) -> TileSet:
-        """From distinct flat (row-major) indices, int64 ``[k]``, in any order.
+        """From distinct flat (row-major) indices, int64 ``[k]``, in any order; ascending ones need no sorting.
 
         Raises:
             IndexError: an index outside the tensor.
@@ -78,50 +88,55 @@ class TileSet:
         """
         sizes = tuple(shape)
         if indices.numel() == 0:
-            return cls.empty(sizes)
-        indices = indices.to(torch.int64)
-        low, high = int(indices.min()), int(indices.max())
+            return cls.empty(sizes, indices.device)
+        indices = indices.to(torch.int64).contiguous()
+        if bool((indices[1:] <= indices[:-1]).any()):
+            indices = indices.sort().values
+            if bool((indices[1:] == indices[:-1]).any()):
+                raise ValueError(f"{indices.numel()} indices name only some coordinates once: there are duplicates")
+        low, high = int(indices[0]), int(indices[-1])
         if low < 0 or high >= math.prod(sizes):
             raise IndexError(f"flat index {low if low < 0 else high} is outside a tensor of shape {sizes}")
-        _, columns = matrix_shape(sizes)
-        row = torch.div(indices, columns, rounding_mode="floor")
-        column = indices - row * columns
-        tile = (row >> 4) * -(-columns // TILE) + (column >> 4)
-        bit = (row & 15) * TILE + (column & 15)
-        tile_ids, inverse = torch.unique(tile, sorted=True, return_inverse=True)
-        slot = inverse * TILE_BYTES + (bit >> 3)
-        # Distinct coordinates have distinct bits, so the sum over a byte is their OR; a repeated one shows
-        # up as a count that is too small.
-        packed = torch.zeros(tile_ids.numel() * TILE_BYTES, dtype=torch.int32, device=indices.device)
-        packed.index_add_(0, slot, (1 << (bit & 7)).to(torch.int32))
-        made = cls(sizes, tile_ids, (packed & 0xFF).to(torch.uint8).view(-1, TILE_BYTES))
-        if int(packed.max()) > 0xFF or made.count() != indices.numel():
-            raise ValueError(f"{indices.numel()} indices name only some coordinates once: there are duplicates")
-        return made
+        rows, columns = matrix_shape(sizes)
+        ends = torch.tensor([last * TILE * columns for _, last in strips(rows, columns)], device=indices.device)
+        parts = indices.tensor_split(torch.searchsorted(indices, ends)[:-1].cpu())
+        return cls._from_strips(sizes, parts, indices.device)
 
     @classmethod
     def from_dense(cls, selected: Tensor) -> TileSet:
         """From a bool tensor, True = selected."""
         if selected.dtype != torch.bool:
             raise TypeError(f"expected a bool tensor, got {selected.dtype}")
-        return cls.from_indices(selected.shape, selected.flatten().nonzero().flatten())
+        rows, columns = matrix_shape(selected.shape)
+        flat = selected.reshape(-1)
+        edges = [(first * TILE * columns, last * TILE * columns) for first, last in strips(rows, columns)]
+        parts = (flat[start:stop].nonzero().flatten() + start for start, stop in edges)
+        return cls._from_strips(tuple(selected.shape), parts, selected.device)
+
+    def index_parts(self) -> Iterator[Tensor]:
+        """``to_indices`` piece by piece, for a tensor whose selected indices would take too much memory at once."""
+        rows, columns = matrix_shape(self.shape)
+        tile_columns = self.grid[1]
+        ends = torch.tensor([last * tile_columns for _, last in strips(rows, columns)], device=self.device)
+        cuts = torch.searchsorted(self.tile_ids, ends).tolist()
+        for start, stop in zip([0, *cuts[:-1]], cuts, strict=True) if cuts else ():
+            if start < stop:
+                yield unpack_tiles(self.tile_ids[start:stop], self.tiles[start:stop], columns)
 
     def to_indices(self) -> Tensor:
         """Ascending flat indices of the selected coordinates, int64 ``[count]``."""
-        if self.tile_ids.numel() == 0:
-            return torch.empty(0, dtype=torch.int64, device=self.tile_ids.device)
-        _, columns = matrix_shape(self.shape)
-        tile_columns = self.grid[1]
-        tile, bit = self._bits().nonzero(as_tuple=True)
-        identity = self.tile_ids[tile]
-        row = torch.div(identity, tile_columns, rounding_mode="floor") * TILE + (bit >> 4)
-        column = identity % tile_columns * TILE + (bit & 15)
-        return (row * columns + column).sort().values
+        indices = torch.empty(self.count(), dtype=torch.int64, device=self.device)
+        filled = 0
+        for part in self.index_parts():
+            indices[filled : filled + part.numel()] = part
+            filled += part.numel()
+        return indices
 
     def to_dense(self) -> Tensor:
         """A bool tensor of the original shape, True = selected."""
-        dense = torch.zeros(self.numel, dtype=torch.bool, device=self.tiles.device)
-        dense[self.to_indices()] = True
+        dense = torch.zeros(self.numel, dtype=torch.bool, device=self.device)
+        for part in self.index_parts():
+            dense[part] = True
         return dense.view(self.shape)
 
     def to_sparse_bsr(self) -> Tensor:
@@ -161,8 +176,8 @@ class TileSet:
         Raises:
             ValueError: anything that does not describe a set over a tensor of ``shape``.
         """
-        made = cls(tuple(shape), torch.empty(0, dtype=torch.int64), tiles)
-        rows, columns = made.grid
+        shape = tuple(shape)
+        rows, columns = cls.empty(shape).grid
         if crow.shape != (rows + 1,) or col.dim() != 1 or tiles.shape != (col.numel(), TILE_BYTES):
             raise ValueError(
                 f"crow {list(crow.shape)}, col {list(col.shape)} and tiles {list(tiles.shape)} do not fit a "
@@ -180,14 +195,13 @@ class TileSet:
         tile_ids = row * columns + col
         if bool((tile_ids.diff() <= 0).any()):
             raise ValueError("tiles are not in ascending order")
-        made = cls(tuple(shape), tile_ids, tiles)
-        if bool((tiles & ~made._inside(tile_ids)).any()):
-            raise ValueError(f"a bit is set outside the tensor of shape {tuple(shape)}")
-        return made._without_empty()
+        if bool((tiles & ~inside(*matrix_shape(shape), tile_ids)).any()):
+            raise ValueError(f"a bit is set outside the tensor of shape {shape}")
+        return cls(shape, tile_ids, tiles)._without_empty()
 
     def union(self, other: TileSet) -> TileSet:
         """Coordinates in either."""
-        self._check_shape(other)
+        self._check_match(other)
         tile_ids = torch.unique(torch.cat([self.tile_ids, other.tile_ids]), sorted=True)
         tiles = torch.zeros(tile_ids.numel(), TILE_BYTES, dtype=torch.uint8, device=self.tiles.device)
         tiles[torch.searchsorted(tile_ids, self.tile_ids)] = self.tiles
@@ -210,7 +224,7 @@ class TileSet:
         """Coordinates of the tensor that are not in this set."""
         rows, columns = self.grid
         tile_ids = torch.arange(rows * columns, device=self.tile_ids.device)
-        tiles = self._inside(tile_ids)
+        tiles = inside(*matrix_shape(self.shape), tile_ids)
         tiles[self.tile_ids] &= ~self.tiles
         return TileSet(self.shape, tile_ids, tiles)._without_empty()
 
@@ -219,22 +233,9 @@ class TileSet:
         places = torch.arange(8, dtype=torch.uint8, device=self.tiles.device)
         return (self.tiles.unsqueeze(-1) >> places).bitwise_and_(1).bool().view(-1, TILE * TILE)
 
-    def _inside(self, tile_ids: Tensor) -> Tensor:
-        """uint8 ``[len(tile_ids), 32]``: bits that lie inside the tensor rather than in the padding."""
-        rows, columns = matrix_shape(self.shape)
-        tile_columns = self.grid[1]
-        tile_row = torch.div(tile_ids, tile_columns, rounding_mode="floor")
-        height = (rows - tile_row * TILE).clamp(max=TILE)
-        width = (columns - tile_ids % tile_columns * TILE).clamp(max=TILE)
-        row_bits = (1 << width.int()) - 1  # 16 bits: which columns of a tile row lie inside
-        two_bytes = torch.stack([row_bits & 0xFF, row_bits >> 8], dim=-1).to(torch.uint8)
-        place = torch.arange(TILE, device=tile_ids.device)
-        inside_rows = (place < height.unsqueeze(-1)).unsqueeze(-1).to(torch.uint8)
-        return (inside_rows * two_bytes.unsqueeze(1)).reshape(-1, TILE_BYTES)
-
     def _shared_tiles(self, other: TileSet) -> tuple[Tensor, Tensor]:
         """Positions (in self, in other) of the tiles that both have."""
-        self._check_shape(other)
+        self._check_match(other)
         if other.tile_ids.numel() == 0 or self.tile_ids.numel() == 0:
             none = torch.empty(0, dtype=torch.int64, device=self.tile_ids.device)
             return none, none
@@ -246,9 +247,24 @@ class TileSet:
         kept = (self.tiles != 0).any(dim=1)
         return self if bool(kept.all()) else TileSet(self.shape, self.tile_ids[kept], self.tiles[kept])
 
-    def _check_shape(self, other: TileSet) -> None:
+    def _check_match(self, other: TileSet) -> None:
         if self.shape != other.shape:
             raise ValueError(f"masks over tensors of different shapes: {self.shape} and {other.shape}")
+        if self.device != other.device:
+            raise ValueError(f"masks on different devices, {self.device} and {other.device}: move one with to()")
+
+    @classmethod
+    def _from_strips(cls, shape: tuple[int, ...], parts: Iterable[Tensor], device: torch.device) -> TileSet:
+        """From the ascending indices of each strip of the tensor, none of them twice."""
+        rows, columns = matrix_shape(shape)
+        packed = [
+            pack_tiles(part, columns, first, last)
+            for part, (first, last) in zip(parts, strips(rows, columns), strict=True)
+            if part.numel()
+        ]
+        if not packed:
+            return cls.empty(shape, device)
+        return cls(shape, torch.cat([ids for ids, _ in packed]), torch.cat([tiles for _, tiles in packed]))
 
 
 class BlockMask:
@@ -261,15 +277,15 @@ class BlockMask:
         self.tensors = dict(tensors)
 
     @classmethod
-    def empty(cls, shapes: Mapping[str, Iterable[int]]) -> BlockMask:
-        return cls({name: TileSet.empty(shape) for name, shape in shapes.items()})
+    def empty(cls, shapes: Mapping[str, Iterable[int]], device: torch.device | str = "cpu") -> BlockMask:
+        return cls({name: TileSet.empty(shape, device) for name, shape in shapes.items()})
 
     @classmethod
     def from_indices(cls, shapes: Mapping[str, Iterable[int]], indices: Mapping[str, Tensor]) -> BlockMask:
         """From flat indices per tensor; a name without indices has none selected."""
         if unknown := sorted(set(indices) - set(shapes)):
             raise ValueError(f"indices for unknown tensors: {', '.join(unknown)}")
-        none = torch.empty(0, dtype=torch.int64)
+        none = next((given.new_empty(0) for given in indices.values()), torch.empty(0, dtype=torch.int64))
         return cls({name: TileSet.from_indices(shape, indices.get(name, none)) for name, shape in shapes.items()})
 
     @classmethod
@@ -289,6 +305,10 @@ class BlockMask:
     @property
     def num_bytes(self) -> int:
         return sum(tiles.num_bytes for tiles in self.tensors.values())
+
+    def to(self, device: torch.device | str) -> BlockMask:
+        """The same mask on another device."""
+        return BlockMask({name: tiles.to(device) for name, tiles in self.tensors.items()})
 
     def count(self) -> int:
         return sum(tiles.count() for tiles in self.tensors.values())
@@ -321,11 +341,8 @@ class BlockMask:
         either = self.count() + other.count() - shared
         return shared / either if either else 0.0
 
-    def _paired(self, other: BlockMask, operation: object) -> BlockMask:
+    def _paired(self, other: BlockMask, operation: Callable[[TileSet, TileSet], TileSet]) -> BlockMask:
         if self.tensors.keys() != other.tensors.keys():
             odd = sorted(self.tensors.keys() ^ other.tensors.keys())
             raise ValueError(f"masks over different tensors: {', '.join(odd[:5])}")
-        return BlockMask({n: operation(t, other.tensors[n]) for n, t in self.tensors.items()})  # type: ignore[operator]
-
-
-_POPCOUNT = torch.tensor([bin(byte).count("1") for byte in range(256)], dtype=torch.int32)
+        return BlockMask({n: operation(t, other.tensors[n]) for n, t in self.tensors.items()})

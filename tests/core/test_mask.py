@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reference import tiles as reference
 
+from ssrctl.core import tile_bits
 from ssrctl.core.mask import BlockMask, TileSet, matrix_shape
 
 SHAPES = [(), (1,), (15,), (16,), (40,), (0,), (0, 5), (3, 0), (16, 16), (17, 33), (5, 3, 7), (2, 2, 3, 4), (33, 1)]
@@ -38,6 +39,30 @@ def test_every_form_round_trips(case):
     same(TileSet.from_indices(shape, torch.tensor(order, dtype=torch.int64)), dense)
     same(TileSet.from_row_pointers(shape, *tiles.row_pointers(), tiles.tiles), dense)
     same(TileSet.from_sparse_bsr(tiles.to_sparse_bsr(), shape), dense)
+
+
+TALL = [(70, 33), (129, 5), (50, 3, 7), (64, 16), (300,)]
+
+
+@pytest.mark.parametrize("density", [0.0, 0.004, 0.3, 1.0])
+@pytest.mark.parametrize("sparse_tiles", [0, 10**9])
+@pytest.mark.parametrize("strip", [1, 16 * 33 * 2, 1 << 22])
+@pytest.mark.parametrize("shape", TALL)
+def test_the_result_does_not_depend_on_how_it_is_cut(monkeypatch, shape, strip, sparse_tiles, density):
+    monkeypatch.setattr(tile_bits, "STRIP", strip)
+    monkeypatch.setattr(tile_bits, "_SPARSE_TILES", sparse_tiles)
+    dense = random_dense(shape, 7, density)
+    dense.flat[-1] = density > 0
+    indices = torch.tensor(np.flatnonzero(dense))
+    for tiles in (TileSet.from_dense(torch.tensor(dense)), TileSet.from_indices(shape, indices.flip(0))):
+        same(tiles, dense)
+        assert tiles.to_indices().tolist() == indices.tolist()
+        crow, col = tiles.row_pointers()
+        assert (crow.tolist(), col.tolist(), tiles.tiles.tolist()) == reference.pack(dense)
+        parts = list(tiles.index_parts())
+        assert [index for part in parts for index in part.tolist()] == indices.tolist()
+        if strip == 1 and density == 1.0:
+            assert len(parts) == -(-matrix_shape(shape)[0] // 16)
 
 
 @given(cases)
@@ -115,6 +140,34 @@ def test_masks_over_other_tensors_do_not_mix():
         a & BlockMask.empty({"v": (3, 4)})
     with pytest.raises(ValueError, match="unknown tensors: x"):
         BlockMask.from_indices({"w": (3, 4)}, {"x": torch.tensor([0])})
+
+
+def test_masks_stay_on_their_device():
+    """The meta device stands for one that is not the CPU; it holds no values, so operations stop at the check."""
+    away = BlockMask.empty({"w": (3, 4)}, "meta")
+    assert away.tensors["w"].device.type == TileSet.empty((), "meta").device.type == "meta"
+    assert BlockMask.empty({"w": (3, 4)}).to("meta").tensors["w"].tile_ids.device.type == "meta"
+    made = BlockMask.from_indices({"v": (2,), "w": (3, 4)}, {"w": torch.empty(0, dtype=torch.int64, device="meta")})
+    assert {tiles.device.type for tiles in made.tensors.values()} == {"meta"}
+    here = BlockMask.from_indices({"w": (3, 4)}, {"w": torch.tensor([5])})
+    for operation in (lambda: here | away, lambda: away & here, lambda: here - away, lambda: here.jaccard(away)):
+        with pytest.raises(
+            ValueError, match=r"on different devices, (cpu and meta|meta and cpu): move one with to\(\)"
+        ):
+            operation()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_as_on_the_cpu():
+    a, b = (torch.tensor(random_dense((130, 70), seed, 0.1)) for seed in (0, 1))
+    x, y = TileSet.from_dense(a.cuda()), TileSet.from_dense(b.cuda())
+    assert x.device.type == "cuda"
+    pairs = [(x.union(y), a | b), (x.intersection(y), a & b), (x.difference(y), a & ~b), (x.complement(), ~a)]
+    for tiles, dense in pairs:
+        same(tiles.to("cpu"), dense.numpy())
+        assert tiles.to_indices().tolist() == np.flatnonzero(dense).tolist()
+        assert tiles.count() == int(dense.sum())
+    same(TileSet.from_row_pointers((130, 70), *x.row_pointers(), x.tiles).to("cpu"), a.numpy())
 
 
 def stored(shape=(17, 33)):
