@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 EPSILON = 1e-8
@@ -31,7 +32,21 @@ def step_budgets(
     curve: Sequence[float], num_steps: int, *, budget: float = 0.05, max_step_budget: float = 0.01
 ) -> list[float]:
     """k_i = min(k_max, B w_i), fractions of the unprotected coordinates; their sum is at most B."""
-    return [min(max_step_budget, budget * weight) for weight in step_weights(curve, num_steps)]
+    return shared_budget(step_weights(curve, num_steps), budget=budget, max_step_budget=max_step_budget)
+
+
+def shared_budget(weights: Sequence[float], *, budget: float = 0.05, max_step_budget: float = 0.01) -> list[float]:
+    """B dealt out by weight, at most k_max each: ``min(k_max, B w_i / sum(w))``.
+
+    Raises:
+        ValueError: a weight that is negative or not finite, or weights that sum to 0.
+    """
+    if any(not 0.0 <= weight < float("inf") for weight in weights):
+        raise ValueError(f"weights must be finite and at least 0, got {list(weights)}")
+    total = math.fsum(weights)
+    if weights and total == 0:
+        raise ValueError(f"all {len(weights)} weights are 0: there is nothing to share out by")
+    return [min(max_step_budget, budget * weight / total) for weight in weights]
 
 
 def coordinates(fraction: float, num_unprotected: int) -> int:

@@ -1,4 +1,4 @@
-"""KronosOpt: each reasoning step updates its own, disjoint set of coordinates (SSR algorithm 2).
+"""KronosOpt: each reasoning step updates its own, mostly disjoint set of coordinates (SSR algorithm 2).
 
 For every question the claimed set starts as the protected set; each unit, in order, backpropagates its loss
 and claims the coordinates with the largest gradients that nobody has claimed yet. The kept (index, value)
@@ -7,18 +7,26 @@ pairs of all units of all questions in the batch are applied at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ssrctl.core.bits import bits_from_indices, set_bits
+from ssrctl.core.bits import bits_from_indices
+from ssrctl.core.budget import coordinates, shared_budget
+from ssrctl.core.claims import ALLOCATIONS, SELECTIONS, Indices, KeptUnit, Selection, Tally
 from ssrctl.core.mask import BlockMask
-from ssrctl.core.topk import select_topk
+from ssrctl.core.question import Question
+from ssrctl.core.sparse_state import SparseState
+from ssrctl.core.sparse_update import Survival, add_kept, apply_pending, pending_fields, state_fields
+from ssrctl.core.topk import NonFiniteGradient
+from ssrctl.core.update_rules import RULES, Hyper, UpdateRule
 
-Indices = dict[str, Tensor]
+SCOPES = ("global", "tensor")
 
 
 @dataclass(frozen=True)
@@ -26,163 +34,490 @@ class StepStats:
     """What one ``KronosOpt.step`` did.
 
     Attributes:
-        grad_norm: L2 norm of the kept gradient, summed over units and questions, before the clip.
+        grad_norm: L2 norm of the kept gradient, summed over units and questions, before the clip (with the
+            ``rms`` rule, after the units were divided by their RMS).
         clip_scale: what the clip multiplied it by, in (0, 1].
         num_updated: distinct coordinates that were updated.
+        lost_frac: share of the intended nonzero updates that the storage dtype would have swallowed without
+            master values, in [0, 1]; 0 when nothing was intended.
+        num_missing: coordinates that units asked for and that were not free.
+        num_reused: coordinates that a unit took although an earlier one of its question had claimed them.
+        selection_recall: share of the exact sets that block selection found, mean over units; None with exact
+            selection.
     """
 
     grad_norm: float
     clip_scale: float
     num_updated: int
+    lost_frac: float = 0.0
+    num_missing: int = 0
+    num_reused: int = 0
+    selection_recall: float | None = None
 
 
 class KronosOpt(torch.optim.Optimizer):
-    """Masked gradient descent with sequential claims.
+    """Masked updates with sequential claims.
 
     Use::
 
         optimizer = KronosOpt(model.named_parameters(), lr=3e-2, protected=mask)
         for question in batch:
-            optimizer.begin_question()
-            for loss, k in units:              # in step order
+            optimizer.begin_question(len(units))   # or weights, or nothing and claim(k)
+            for loss in units:                     # in step order
                 loss.backward(retain_graph=True)
-                optimizer.claim(k)             # selects, keeps, and drops the dense gradient
+                optimizer.claim()                  # selects, keeps, and drops the dense gradient
         optimizer.step()
 
-    Selection is global: one threshold over all parameters, exact, ties to the lowest (parameter, index).
+    With an ordinary loop, ``loss.backward(); optimizer.step()``, the whole batch is one question of one unit.
+
+    Memory beside the parameters and the gradient at hand grows with what was selected: a bit per coordinate each
+    for what is protected, taken, waiting to be applied and ever touched, 2 bytes and a gradient value per
+    kept coordinate, and per touched coordinate 2 bytes for the master value of a bfloat16 weight (4 for a
+    float16 one) and 8 for the moments of ``adam``.
 
     Args:
-        params: (name, parameter) pairs, as from ``model.named_parameters()``; a tied parameter once.
-        lr: step size.
+        params: (name, parameter) pairs, as from ``model.named_parameters()``, or groups of such; a tied
+            parameter once. Groups may set ``lr``, ``betas`` and ``eps``.
+        lr: step size; it does not carry over between update rules.
         protected: coordinates that are never claimed and so never change; names and shapes must be those of
             ``params``.
-        max_grad_norm: clip on the L2 norm of the kept (sparse) gradient of the whole batch; 0 is off.
+        update_rule: ``sgd``, the gradient itself; ``adam``, moments for touched coordinates only; ``rms``,
+            each unit's kept gradient divided by its root mean square.
+        betas, eps: of ``adam`` (``eps`` also of ``rms``); see ``core.update_rules``.
+        max_grad_norm: clip on the L2 norm of the kept (sparse) gradient of the whole batch; 0 is off. The
+            ``rms`` rule is not clipped.
+        scope: ``global``, one threshold over all parameters; ``tensor``, the same share of each, selected while
+            the backward pass runs, so that each dense gradient is freed at once. Then each unit must be one
+            backward pass.
+        allocation: ``disjoint`` is the paper's; see ``core.claims`` for ``overlap``, ``pooled``, ``shuffled``.
+        selection: ``exact``, or ``block`` for the paper's approximation, whose recall is then measured.
+        reuse_factor: a unit may take a claimed (never a protected) coordinate whose |gradient| is at least so
+            many times that of the free coordinate it displaces; None forbids it.
+        budget: share B of the unprotected coordinates that one question may claim (``begin_question``).
+        max_step_budget: largest share k_max that one unit may claim.
+        master_weights: keep the exact float32 value of touched bfloat16 and float16 coordinates.
 
     Raises:
-        ValueError: parameters without names or with equal ones, or a protected mask over other tensors.
+        ValueError: parameters without names or with equal ones, that are not contiguous, a protected mask over
+            other tensors, or a setting out of range.
     """
 
     def __init__(
         self,
-        params: Iterable[tuple[str, Tensor]],
+        params: Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]],
         lr: float,
         *,
         protected: BlockMask | None = None,
+        update_rule: str = "sgd",
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
         max_grad_norm: float = 1.0,
+        scope: str = "global",
+        allocation: str = "disjoint",
+        selection: str = "exact",
+        reuse_factor: float | None = None,
+        budget: float = 0.05,
+        max_step_budget: float = 0.01,
+        master_weights: bool = True,
     ) -> None:
-        if lr < 0:
-            raise ValueError(f"the learning rate must be at least 0, got {lr}")
-        super().__init__(params, {"lr": lr})
-        self.named = {
-            name: parameter
-            for group in self.param_groups
-            for name, parameter in zip(group.get("param_names", ()), group["params"], strict=True)
-        }
-        if len(self.named) != sum(len(group["params"]) for group in self.param_groups):
-            raise ValueError("two parameters have the same name")
-        self.max_grad_norm = max_grad_norm
-        self._protected = self._protected_bits(protected)
-        self.num_coordinates = sum(parameter.numel() for parameter in self.named.values())
-        self.num_protected = protected.count() if protected is not None else 0
-        self._taken: dict[str, Tensor] | None = None
-        self._kept: list[dict[str, tuple[Tensor, Tensor]]] = []
-        self._question_start = 0
-        #: bits of every coordinate that was ever updated, per parameter name
-        self.touched = {
-            name: torch.zeros(-(-p.numel() // 8), dtype=torch.uint8, device=p.device) for name, p in self.named.items()
-        }
+        _check_choice("update_rule", update_rule, RULES)
+        _check_choice("scope", scope, SCOPES)
+        _check_choice("allocation", allocation, ALLOCATIONS)
+        _check_choice("selection", selection, SELECTIONS)
+        _check_range("the learning rate", lr, 0.0 <= lr < math.inf, "at least 0")
+        _check_range("betas", betas, all(0.0 <= beta < 1.0 for beta in betas), "in [0, 1)")
+        _check_range("eps", eps, 0.0 < eps < math.inf, "above 0")
+        _check_range("max_grad_norm", max_grad_norm, max_grad_norm >= 0, "at least 0")
+        _check_range("budget", budget, 0 < budget <= 1, "in (0, 1]")
+        _check_range("max_step_budget", max_step_budget, 0 < max_step_budget <= 1, "in (0, 1]")
+        _check_range("reuse_factor", reuse_factor, reuse_factor is None or reuse_factor >= 1, "None or at least 1")
+        if scope == "tensor" and allocation in ("pooled", "shuffled"):
+            raise ValueError(f"allocation {allocation!r} needs whole gradients, which scope 'tensor' drops at once")
+        if reuse_factor is not None and allocation != "disjoint":
+            raise ValueError(f"reuse_factor loosens the disjoint allocation; it has no meaning for {allocation!r}")
+        self.named: dict[str, Tensor] = {}
+        self.num_protected = 0
+        self._protected: dict[str, Tensor] = {}
+        self._protected_counts: dict[str, int] = {}
+        self._states: dict[str, SparseState] = {}
+        self._question: Question | None = None
+        self._pending: dict[str, SparseState] = {}
+        self._tally = Tally()
+        self.selection, self.reuse_factor = selection, reuse_factor
+        self.update_rule, self.max_grad_norm = update_rule, max_grad_norm
+        self.scope, self.allocation = scope, allocation
+        self.budget, self.max_step_budget, self.master_weights = budget, max_step_budget, master_weights
+        super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps})
+        if protected is not None:
+            self._protect(protected)
+
+    @property
+    def rule(self) -> UpdateRule:
+        """What ``update_rule`` names."""
+        return RULES[self.update_rule]
+
+    @property
+    def num_coordinates(self) -> int:
+        """Coordinates of all parameters."""
+        return sum(parameter.numel() for parameter in self.named.values())
 
     @property
     def num_unprotected(self) -> int:
-        """Coordinates that steps may claim; budgets are fractions of this."""
-        return self.num_coordinates - self.num_protected
+        """Coordinates that units may claim; budgets are fractions of this. Frozen parameters have none."""
+        return sum(self._free().values())
 
-    def begin_question(self) -> None:
-        """Forget the claims of the question before; what it kept stays for ``step``."""
-        self._taken = {name: bits.clone() for name, bits in self._protected.items()}
-        self._question_start = len(self._kept)
+    @property
+    def touched(self) -> dict[str, Tensor]:
+        """Bits (as in ``core.bits``) of every coordinate that was ever updated, by parameter name."""
+        return {name: self._state_of(name).bits for name in self.named}
 
-    def abandon_question(self) -> None:
-        """Drop what the question at hand has claimed, as when one of its gradients is NaN."""
-        del self._kept[self._question_start :]
-        self._taken = None
-        self.zero_grad(set_to_none=True)
-
-    @torch.no_grad()
-    def claim(self, k: int) -> Indices:
-        """Claim the ``k`` largest |gradient| coordinates that are free, keep their values, drop the gradients.
+    def begin_question(self, units: int | Sequence[float] | None = None) -> None:
+        """Forget the claims of the question before; what it kept stays for ``step``.
 
         Args:
-            k: how many; when fewer are free, all of these are claimed.
-
-        Returns:
-            Ascending flat indices per parameter name, int64.
+            units: how many units will come, which share ``budget`` equally; or their weights w_i; each gets
+                ``min(k_max, B w_i / sum(w))`` of the unprotected coordinates. With None, ``claim`` is told k.
 
         Raises:
-            RuntimeError: no question was begun, or no parameter has a gradient.
-            NonFiniteGradient: NaN or infinity in a gradient; nothing is claimed then.
+            RuntimeError: a gradient is there already, which the first unit's would be added to.
+            ValueError: a negative number of units, or weights that cannot be shared out by.
         """
-        if self._taken is None:
+        self.end_question()
+        if left := [name for name, parameter in self.named.items() if parameter.grad is not None]:
+            raise RuntimeError(f"begin_question() with {len(left)} gradients left, first {left[0]}: zero_grad() first")
+        if isinstance(units, int) and units < 0:
+            raise ValueError(f"a question has at least 0 units, got {units}")
+        weights = [1.0] * units if isinstance(units, int) else list(() if units is None else units)
+        shares = shared_budget(weights, budget=self.budget, max_step_budget=self.max_step_budget)
+        total = self.num_unprotected
+        self._question = self._new_question([coordinates(share, total) for share in shares])
+
+    def begin_unit(self, k: int | None = None) -> None:
+        """Say before a unit's backward pass how many coordinates it may claim.
+
+        Scope ``tensor`` needs to know this beforehand; after ``begin_question`` with units or weights it does.
+
+        Args:
+            k: how many, at least 0; None takes the next of the question's planned budgets.
+
+        Raises:
+            RuntimeError: no question was begun, the unit before was not claimed, or no budget is planned.
+            ValueError: negative k.
+        """
+        if self._question is None:
+            raise RuntimeError("begin_unit() before begin_question()")
+        self._question.begin_unit(k)
+
+    @torch.no_grad()
+    def claim(self, k: int | None = None) -> Indices:
+        """Claim the unit's k largest |gradient| coordinates that are free, keep their values, drop the gradients.
+
+        Args:
+            k: how many; None takes what ``begin_unit`` was told, or the next of the planned budgets. When
+                fewer are free, all of these are claimed.
+
+        Returns:
+            Ascending flat indices per parameter name, int64; empty with allocation ``pooled``, which selects
+            at the end of the question.
+
+        Raises:
+            RuntimeError: no question was begun, no parameter has a gradient, or k comes too late (scope
+                ``tensor`` selects during the backward pass).
+            NonFiniteGradient: NaN or infinity in an eligible coordinate, k above 0; nothing is claimed then.
+        """
+        if self._question is None:
             raise RuntimeError("claim() before begin_question()")
-        gradients = {name: p.grad for name, p in self.named.items() if p.grad is not None}
+        gradients = self._gradients()
+        if self.scope == "tensor":
+            return self._question.end_unit(k, gradient_left=bool(gradients))
         if not gradients:
             raise RuntimeError("claim() found no gradient: call backward() first")
-        selected = select_topk(gradients, k, self._taken)
-        kept = {}
-        for name, indices in selected.items():
-            if indices.numel():
-                kept[name] = (indices, gradients[name].reshape(-1)[indices].clone())
-                set_bits(self._taken[name], indices)
-        self._kept.append(kept)
+        chosen = self._question.take(gradients, k)
+        if not self._question.claims.pools:
+            self.zero_grad(set_to_none=True)
+        return chosen
+
+    def end_question(self) -> list[KeptUnit]:
+        """Close the open question, if there is one; ``begin_question`` and ``step`` do it by themselves.
+
+        Returns:
+            What each unit keeps, in order (``pooled``: one for the whole question).
+
+        Raises:
+            RuntimeError: a unit was begun, or its gradient computed, but not claimed.
+        """
+        if self._question is None:
+            return []
+        with torch.no_grad():
+            units = self._question.finish(self._gradients())
+            if self._question.claims.pools:
+                self.zero_grad(set_to_none=True)
+            self._tally += self._question.claims.selection.tally
+            self._question = None
+            self._add(units)
+        return units
+
+    def abandon_question(self) -> None:
+        """Drop what the open question has claimed, as when one of its gradients is NaN."""
+        self._question = None
         self.zero_grad(set_to_none=True)
-        return selected
 
     @torch.no_grad()
     def step(self, closure: None = None) -> StepStats:  # type: ignore[override]
-        """Apply everything that was claimed since the last step: theta -= lr * clip * sum of kept gradients."""
+        """Apply everything that was claimed since the last step, at once.
+
+        Gradients that are there without any question having been begun are claimed as one unit first.
+
+        Raises:
+            RuntimeError: an open question has a gradient that nobody claimed.
+            NonFiniteGradient: a gradient, or the sum of what was kept, is NaN or infinite; nothing is applied.
+        """
         if closure is not None:
             raise ValueError("KronosOpt takes no closure: gradients are claimed unit by unit")
-        summed = {name: merged for name in self.named if (merged := self._summed(name)) is not None}
-        square = sum(float(values.double().square().sum()) for _, values in summed.values())
-        norm = square**0.5
-        scale = min(1.0, self.max_grad_norm / norm) if self.max_grad_norm and norm > 0 else 1.0
-        rate = {name: group["lr"] for group in self.param_groups for name in group["param_names"]}
-        for name, (indices, values) in summed.items():
-            flat = self.named[name].view(-1)
-            flat[indices] = flat[indices] - (rate[name] * scale) * values.to(flat.dtype)
-            set_bits(self.touched[name], indices)
-        updated = sum(indices.numel() for indices, _ in summed.values())
-        self._kept.clear()
-        self._taken = None
-        return StepStats(norm, scale, updated)
+        if self._question is None and (gradients := self._gradients()):
+            self._claim_all(gradients)
+        self.end_question()
+        norm = self._pending_norm()
+        clips = self.rule.clips and self.max_grad_norm and norm > 0
+        scale = min(1.0, self.max_grad_norm / norm) if clips else 1.0
+        moved = Survival()
+        for group in self.param_groups:
+            hyper = Hyper(tuple(group["betas"]), group["eps"])
+            for name in group["param_names"]:
+                if (pending := self._pending.pop(name, None)) is not None:
+                    weight, state = self.named[name], self._state_of(name)
+                    moved += apply_pending(
+                        weight.view(-1), pending, state, self.rule, hyper, lr=float(group["lr"]), clip_scale=scale
+                    )
+                    self.state[weight] = state.tensors()
+        done, self._tally = self._tally, Tally()
+        return StepStats(
+            grad_norm=norm,
+            clip_scale=scale,
+            num_updated=moved.num_updated,
+            lost_frac=moved.lost_frac,
+            num_missing=done.num_missing,
+            num_reused=done.num_reused,
+            selection_recall=done.recall,
+        )
 
-    def _summed(self, name: str) -> tuple[Tensor, Tensor] | None:
-        """(distinct ascending indices, sum of kept values) of one parameter over all units of the batch."""
-        parts = [kept[name] for kept in self._kept if name in kept]
-        if not parts:
-            return None
-        indices, inverse = torch.unique(torch.cat([i for i, _ in parts]), sorted=True, return_inverse=True)
-        values = torch.cat([v for _, v in parts]).float()
-        return indices, torch.zeros(indices.numel(), device=values.device).index_add_(0, inverse, values)
+    def _gradients(self) -> dict[str, Tensor]:
+        return {name: p.grad for name, p in self.named.items() if p.grad is not None}
 
-    def _protected_bits(self, protected: BlockMask | None) -> dict[str, Tensor]:
-        if protected is None:
-            return {
-                n: torch.zeros(-(-p.numel() // 8), dtype=torch.uint8, device=p.device) for n, p in self.named.items()
-            }
+    def _free(self) -> dict[str, int]:
+        """By parameter name, how many coordinates may be claimed."""
+        return {
+            name: parameter.numel() - self._protected_counts.get(name, 0) if parameter.requires_grad else 0
+            for name, parameter in self.named.items()
+        }
+
+    def _new_question(self, planned: Sequence[int]) -> Question:
+        """Nothing claimed yet; the model may have moved to another device since the optimizer was built."""
+        self._protected = {name: bits.to(self.named[name].device) for name, bits in self._protected.items()}
+        claims = ALLOCATIONS[self.allocation](self._protected, Selection(self.selection, self.reuse_factor))
+        return Question(claims, self._free(), planned)
+
+    def _claim_all(self, gradients: Mapping[str, Tensor]) -> None:
+        """An ordinary training loop: the gradients at hand are one unit, with the budget of one."""
+        if not any(bool(gradient.any()) for gradient in gradients.values()):
+            self.zero_grad(set_to_none=True)  # no signal claims nothing
+            return
+        k = coordinates(min(self.max_step_budget, self.budget), self.num_unprotected)
+        question = self._new_question([k])
+        if self.scope == "tensor":
+            for name, gradient in gradients.items():
+                question.take_one(name, gradient)
+            question.end_unit()
+        else:
+            question.take(gradients, None)
+        if not question.claims.pools:
+            self.zero_grad(set_to_none=True)
+        self._question = question
+
+    def _pending_norm(self) -> float:
+        """L2 norm of what waits, in float64; what is not finite is dropped and refused."""
+        square = 0.0
+        for name, pending in self._pending.items():
+            values = pending.fields["sum"]
+            part = float(values.double().square().sum())
+            if not math.isfinite(part):
+                self._pending.clear()
+                raise NonFiniteGradient(name, int((~values.isfinite()).sum()))
+            square += part
+        return square**0.5
+
+    def _add(self, units: Sequence[KeptUnit]) -> None:
+        """Add what the units keep to what waits for ``step``, in float32, in the order of the units."""
+        for group in self.param_groups:
+            scales = [1.0] * len(units)
+            if self.rule.unit_scale is not None:
+                scales = [self.rule.unit_scale(unit.rms(), group["eps"]) for unit in units]
+            for name in group["param_names"]:
+                parts = [
+                    (unit.sets[name].to_indices(), unit.values[name].float() * scale)
+                    for unit, scale in zip(units, scales, strict=True)
+                    if name in unit.sets
+                ]
+                if not parts:
+                    continue
+                if name not in self._pending:
+                    parameter = self.named[name]
+                    self._pending[name] = SparseState(parameter.numel(), pending_fields(self.rule), parameter.device)
+                add_kept(self._pending[name], parts)
+
+    # scope "tensor"
+
+    def _on_gradient(self, name: str) -> None:
+        """Called by autograd as soon as a parameter's gradient is complete."""
+        if self._question is None or not self._question.knows_next_budget:
+            return
+        parameter = self.named[name]
+        if parameter.grad is None:
+            raise RuntimeError(f"the gradient of {name} is gone: has another optimizer a question open on this model?")
+        with torch.no_grad():
+            self._question.take_one(name, parameter.grad)
+        parameter.grad = None
+
+    # parameters, protection, state
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch, but parameters need names (claims, masks and deltas are by name). Later groups are unprotected.
+
+        Raises:
+            ValueError: no names, a name that is taken, or a parameter that is not contiguous.
+            RuntimeError: in the middle of a question.
+        """
+        if self._question is not None:
+            raise RuntimeError("add_param_group() in the middle of a question: step() first")
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            added = self._checked_names(group)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        for name, parameter in added.items():
+            self.named[name] = parameter
+            if self.scope == "tensor" and parameter.requires_grad:
+                _hook(parameter, name, weakref.ref(self))
+
+    def _checked_names(self, group: Mapping[str, Any]) -> dict[str, Tensor]:
+        if group["params"] and "param_names" not in group:
+            raise ValueError("KronosOpt needs (name, parameter) pairs, as from model.named_parameters()")
+        if len(group["params"]) != len(set(group["params"])):
+            raise ValueError("a parameter came under two names: give tied parameters once")
+        added: dict[str, Tensor] = {}
+        for name, parameter in zip(group.get("param_names", ()), group["params"], strict=True):
+            if name in self.named or name in added:
+                raise ValueError(f"two parameters have the same name: {name}")
+            if not parameter.is_contiguous():
+                raise ValueError(f"{name} of shape {tuple(parameter.shape)} is not contiguous in memory")
+            added[name] = parameter
+        group.setdefault("param_names", [])  # type: ignore[attr-defined]
+        return added
+
+    def _protect(self, protected: BlockMask) -> None:
         shapes = {name: tuple(p.shape) for name, p in self.named.items()}
         if protected.shapes != shapes:
             odd = sorted(n for n in shapes.keys() | protected.shapes.keys() if shapes.get(n) != protected.shapes.get(n))
             raise ValueError(f"the protected mask is over other tensors; first difference: {odd[0]}")
-        return {
+        self._protected_counts = {name: tiles.count() for name, tiles in protected.tensors.items()}
+        self.num_protected = sum(self._protected_counts.values())
+        self._protected = {
             name: bits_from_indices(tiles.to_indices().to(self.named[name].device), tiles.numel)
             for name, tiles in protected.tensors.items()
+            if self._protected_counts[name]
         }
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch, but parameters need names (claims, masks and deltas are by name) and none can come later."""
-        if hasattr(self, "named"):
-            raise ValueError("KronosOpt takes all its parameters at the start: its masks and budgets are over these")
-        super().add_param_group(param_group)
-        if "param_names" not in self.param_groups[-1]:
-            raise ValueError("KronosOpt needs (name, parameter) pairs, as from model.named_parameters()")
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch: per parameter ``bits`` (see ``touched``), moments and master remainders, for touched coordinates.
+
+        Raises:
+            RuntimeError: claims wait for ``step``; they are no part of the state.
+        """
+        if self._question is not None or self._pending:
+            raise RuntimeError("state_dict() with claims that wait to be applied: step() first")
+        return super().state_dict() | {"update_rule": self.update_rule}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The inverse of ``state_dict``; every dtype and bit is kept, and nothing changes when it is refused.
+
+        Raises:
+            ValueError: groups or state of other parameters, or of another update rule.
+            RuntimeError: claims wait for ``step``.
+        """
+        if self._question is not None or self._pending:
+            raise RuntimeError("load_state_dict() with claims that wait to be applied: step() first")
+        if (rule := state_dict.get("update_rule", self.update_rule)) != self.update_rule:
+            raise ValueError(f"the state is of the update rule {rule!r}, this optimizer's is {self.update_rule!r}")
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        names = [name for group in self.param_groups for name in group["param_names"]]
+        saved = [name for group in state_dict["param_groups"] for name in group.get("param_names", ())]
+        if odd := [f"{theirs}, here {ours}" for theirs, ours in zip(saved, names, strict=False) if theirs != ours]:
+            raise ValueError(f"the state is of other parameters; first difference: {odd[0]}")
+        restored = {
+            name: self._restored(name, state_dict["state"][number])
+            for number, name in zip(numbers, names, strict=False)
+            if number in state_dict["state"]
+        }
+        # Checks and takes over the groups; the state that it would cast to the weights' dtypes is kept from it.
+        super().load_state_dict(state_dict | {"state": {}})
+        self._states = restored
+        for name, state in restored.items():
+            self.state[self.named[name]] = state.tensors()
+
+    def _state_of(self, name: str) -> SparseState:
+        """A parameter's state; one that was never touched gets its own now."""
+        if name not in self._states:
+            parameter = self.named[name]
+            self._states[name] = SparseState(parameter.numel(), self._fields_of(parameter), parameter.device)
+        return self._states[name]
+
+    def _fields_of(self, parameter: Tensor) -> dict[str, torch.dtype]:
+        return state_fields(self.rule, parameter.dtype, masters=self.master_weights)
+
+    def _restored(self, name: str, stored: Mapping[str, Tensor]) -> SparseState:
+        """A parameter's state from a checkpoint, checked against what this optimizer keeps."""
+        parameter = self.named[name]
+        fields = self._fields_of(parameter)
+        found = {key: tensor.dtype for key, tensor in stored.items() if key != "bits"}
+        if found != fields:
+            raise ValueError(
+                f"the state of {name} holds {found}, this optimizer keeps {fields}: "
+                "update_rule, master_weights and the weights' dtype must be those of the run that saved it"
+            )
+        return SparseState.from_tensors(
+            parameter.numel(), {key: tensor.to(parameter.device) for key, tensor in stored.items()}
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For ``copy.deepcopy`` and pickle; as in torch, hooks and a scheduler's wrapper of ``step`` stay behind."""
+        return {key: value for key, value in vars(self).items() if key != "step" and not key.startswith("_optimizer_")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # torch's load_state_dict also calls this, with groups and state alone
+        if "named" in state and self.scope == "tensor":
+            for name, parameter in self.named.items():
+                if parameter.requires_grad:
+                    _hook(parameter, name, weakref.ref(self))
+
+
+def _hook(parameter: Tensor, name: str, optimizer: weakref.ref[KronosOpt]) -> None:
+    """Select as soon as the gradient is complete, for as long as the optimizer lives."""
+
+    def on_gradient(_: Tensor) -> None:
+        if (alive := optimizer()) is not None:
+            alive._on_gradient(name)
+
+    parameter.register_post_accumulate_grad_hook(on_gradient)
+
+
+def _check_choice(setting: str, value: str, known: Iterable[str]) -> None:
+    if value not in known:
+        raise ValueError(f"unknown {setting} {value!r}; known: {', '.join(known)}")
+
+
+def _check_range(setting: str, value: object, fits: bool, wanted: str) -> None:
+    if not fits:
+        raise ValueError(f"{setting} must be {wanted}, got {value}")

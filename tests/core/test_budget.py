@@ -1,10 +1,12 @@
 """Step budgets (SSR section 2.3.3)."""
 
+from fractions import Fraction
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssrctl.core.budget import coordinates, profile_at, step_budgets, step_weights
+from ssrctl.core.budget import coordinates, profile_at, shared_budget, step_budgets, step_weights
 
 curves = st.lists(st.floats(0, 1e3), min_size=1, max_size=12)
 counts = st.integers(1, 40)
@@ -27,7 +29,7 @@ def test_budgets_keep_within_both_limits(curve, num_steps, budget, cap, size):
     assert all(0 <= k <= cap for k in budgets)
     assert sum(budgets) <= budget * (1 + 1e-12)
     uncapped = [budget * weight for weight in step_weights(curve, num_steps)]
-    assert budgets == [min(cap, share) for share in uncapped]
+    assert budgets == pytest.approx([min(cap, share) for share in uncapped], rel=1e-12)
     # rounding down keeps the sum over steps within B, to the rounding of B * size itself
     assert sum(coordinates(k, size) for k in budgets) <= budget * size * (1 + 1e-12)
 
@@ -71,3 +73,30 @@ def test_impossible_profiles_are_refused(bad):
 def test_an_empty_profile_is_refused():
     with pytest.raises(ValueError, match="at least one value"):
         step_weights([], 3)
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=20).filter(any), st.floats(1e-4, 1), st.floats(1e-4, 1))
+def test_what_is_dealt_out_is_in_proportion_to_the_weights_up_to_the_cap(weights, budget, cap):
+    shares = shared_budget(weights, budget=budget, max_step_budget=cap)
+    total = sum(Fraction(weight) for weight in weights)
+    for share, weight in zip(shares, weights, strict=True):
+        assert share == pytest.approx(float(min(Fraction(cap), Fraction(budget) * Fraction(weight) / total)), rel=1e-12)
+
+
+def test_shared_budgets_by_hand():
+    assert shared_budget([1.0, 3.0], budget=0.04, max_step_budget=0.02) == [0.01, 0.02]
+    assert shared_budget([1.0] * 5) == pytest.approx([0.01] * 5)
+    assert shared_budget([1.0] * 10) == pytest.approx([0.005] * 10)
+    assert shared_budget([0.0, 2.0], max_step_budget=1.0) == [0.0, 0.05]
+    assert shared_budget([]) == []
+
+
+@pytest.mark.parametrize("bad", [-1e-9, float("nan"), float("inf")])
+def test_impossible_weights_are_refused(bad):
+    with pytest.raises(ValueError, match="weights must be finite and at least 0"):
+        shared_budget([1.0, bad])
+
+
+def test_weights_without_a_sum_are_refused():
+    with pytest.raises(ValueError, match="all 3 weights are 0: there is nothing to share out by"):
+        shared_budget([0.0, 0.0, 0.0])

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference.kronos import DenseKronos
+from two_tensors import fill, make
 
 from ssrctl.core.bits import bits_to_indices
 from ssrctl.core.kronos import KronosOpt
@@ -40,7 +41,7 @@ def give_gradients(named, rng, coarse, leave_out=None):
     return given_ones
 
 
-@settings(max_examples=25)
+@settings(max_examples=9)
 @given(
     seed=st.integers(0, 2**31),
     coarse=st.booleans(),
@@ -99,16 +100,6 @@ def _check_disjoint(selected, mask):
         everything = [i for found in selected if name in found for i in found[name].tolist()]
         assert len(everything) == len(set(everything))
         assert not set(everything) & set(np.flatnonzero(mask[name].numpy()).tolist())
-
-
-def make(lr=0.1, **options):
-    named = {"w": torch.nn.Parameter(torch.zeros(8)), "v": torch.nn.Parameter(torch.zeros(4))}
-    return named, KronosOpt(named.items(), lr, **options)
-
-
-def fill(named, w, v=None):
-    named["w"].grad = torch.tensor(w)
-    named["v"].grad = None if v is None else torch.tensor(v)
 
 
 def test_claims_run_out():
@@ -237,24 +228,55 @@ def test_half_precision_gradients_are_summed_in_float32(dtype):
     assert float(parameter.detach()[1]) == -258.0
 
 
-def test_refusals():
-    named, optimizer = make()
-    with pytest.raises(RuntimeError, match="before begin_question"):
-        optimizer.claim(1)
+@pytest.mark.parametrize("allocation", ["disjoint", "overlap", "pooled", "shuffled"])
+def test_more_than_there_is_takes_what_there_is_and_says_so(allocation):
+    mask = BlockMask.from_indices({"w": (8,), "v": (4,)}, {"w": torch.tensor([0, 7])})
+    named, optimizer = make(lr=1.0, max_grad_norm=0.0, protected=mask, allocation=allocation)
     optimizer.begin_question()
-    with pytest.raises(RuntimeError, match="no gradient"):
-        optimizer.claim(1)
-    with pytest.raises(ValueError, match="no closure"):
-        optimizer.step(lambda: 0)
-    with pytest.raises(ValueError, match="learning rate must be at least 0"):
-        KronosOpt(named.items(), lr=-1.0)
-    with pytest.raises(ValueError, match="pairs"):
-        KronosOpt(list(named.values()), lr=1.0)
-    with pytest.raises(ValueError, match="other tensors; first difference: v"):
-        KronosOpt(named.items(), lr=1.0, protected=BlockMask.empty({"w": (8,)}))
-    with pytest.raises(ValueError, match="other tensors; first difference: w"):
-        KronosOpt(named.items(), lr=1.0, protected=BlockMask.empty({"w": (4, 2), "v": (4,)}))
-    with pytest.raises(ValueError, match="at the start"):
-        optimizer.add_param_group({"params": [("x", torch.nn.Parameter(torch.zeros(1)))]})
-    with pytest.raises(ValueError, match="same name"):
-        KronosOpt([{"params": [("w", named["w"])]}, {"params": [("w", named["v"])]}], lr=1.0)
+    fill(named, [2.0] * 8, [1.0] * 4)
+    optimizer.claim(15)
+    stats = optimizer.step()
+    assert (stats.num_updated, stats.num_missing) == (10, 5)
+    assert named["w"].tolist() == [0.0, *[-2.0] * 6, 0.0]
+    assert named["v"].tolist() == [-1.0] * 4
+    assert optimizer.step().num_missing == 0  # tallies are of one step
+
+
+def test_tallies_of_reuse():
+    named, optimizer = make(lr=1.0, max_grad_norm=0.0, reuse_factor=2.0)
+    optimizer.begin_question()
+    for _ in range(3):
+        fill(named, [5.0, 4.0, *[1.0] * 6], [1.0] * 4)
+        assert optimizer.claim(2)["w"].tolist() == [0, 1]
+    stats = optimizer.step()
+    assert (stats.num_reused, stats.num_updated) == (4, 2)
+    assert named["w"].tolist() == [-15.0, -12.0, *[0.0] * 6]
+    assert optimizer.step().num_reused == 0
+
+
+def test_selection_by_blocks_reports_its_recall():
+    named = {"w": torch.nn.Parameter(torch.zeros(64, 64))}
+    gradient = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    exact = set(gradient.flatten().abs().topk(40).indices.tolist())
+    optimizer = KronosOpt(named.items(), lr=1.0, selection="block", max_grad_norm=0.0)
+    optimizer.begin_question()
+    named["w"].grad = gradient.clone()
+    chosen = optimizer.claim(40)["w"].tolist()
+    assert len(chosen) == 40
+    assert optimizer.step().selection_recall == pytest.approx(len(exact & set(chosen)) / 40)
+    assert optimizer.step().selection_recall is None
+
+
+def test_what_a_question_keeps():
+    named, optimizer = make(lr=1.0, max_grad_norm=0.0)
+    assert optimizer.end_question() == []
+    optimizer.begin_question()
+    for k in (2, 1):
+        fill(named, [3.0, 0.0, -4.0, *[0.0] * 5], [1.0] * 4)
+        optimizer.claim(k)
+    units = optimizer.end_question()
+    assert [unit.count for unit in units] == [2, 1]
+    assert (units[0].sets["w"].to_indices().tolist(), units[0].values["w"].tolist()) == ([0, 2], [3.0, -4.0])
+    assert (units[1].sets["v"].to_indices().tolist(), units[1].values["v"].tolist()) == ([0], [1.0])
+    assert optimizer.end_question() == []
+    assert optimizer.step().num_updated == 3

@@ -58,3 +58,36 @@ def test_no_responses_no_units():
 def test_missing_and_zero_advantages_are_no_signal():
     assert not Unit((0,), 0.1, ((None, 0.0, -0.0),)).has_signal
     assert Unit((0, 1), 0.1, ((None, 0.0), (None, -1e-9))).has_signal
+
+
+@given(columns, st.integers(1, 4), st.sampled_from([0.0, 0.15]))
+def test_max_units_joins_the_most_similar_neighbours(advantages, limit, tolerance):
+    longest = max(len(row) for row in advantages)
+    budgets = [0.001 * (i + 1) for i in range(longest)]
+    before = plan_units(advantages, budgets, fuse_tol=tolerance)
+    units = plan_units(advantages, budgets, fuse_tol=tolerance, max_units=limit)
+    heard = [set(unit.steps) for unit in before if unit.has_signal]
+    while len(heard) > limit:  # the slow way: every pair's distance from the raw advantages
+
+        def mean(row, steps):
+            return sum((row[i] if i < len(row) else None) or 0.0 for i in sorted(steps)) / len(steps)
+
+        gaps = [max(abs(mean(r, a) - mean(r, b)) for r in advantages) for a, b in zip(heard, heard[1:], strict=False)]
+        place = min(range(len(gaps)), key=lambda i: (round(gaps[i], 9), i))
+        heard[place] |= heard.pop(place + 1)
+    assert [set(unit.steps) for unit in units if unit.has_signal] == heard
+    assert sorted(step for unit in units for step in unit.steps) == list(range(longest))
+    assert [unit.steps[0] for unit in units] == sorted(unit.steps[0] for unit in units)
+    assert sum(unit.budget for unit in units) == pytest.approx(sum(budgets))
+    for unit in units:
+        assert unit.advantages == tuple(tuple(r[i] if i < len(r) else None for r in advantages) for i in unit.steps)
+
+
+def test_steps_without_signal_do_not_count_as_units():
+    units = plan_units([[1.0, 0.0, 0.9, -1.0]], [0.01] * 4, max_units=2)
+    assert [unit.steps for unit in units] == [(0, 2), (1,), (3,)]
+
+
+def test_max_units_is_at_least_one():
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        plan_units([[1.0]], [0.01], max_units=0)

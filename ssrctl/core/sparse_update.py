@@ -1,0 +1,129 @@
+"""Moving the selected coordinates of one parameter, with sparse state and exact master values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ssrctl.core.masters import REMAINDER_DTYPES, join_master, split_master
+from ssrctl.core.sparse_state import SparseState
+from ssrctl.core.update_rules import Contribution, Hyper, UpdateRule
+
+REMAINDER = "remainder"
+
+
+@dataclass(frozen=True)
+class Survival:
+    """Whether updates would have outlived storage.
+
+    Attributes:
+        num_updated: selected coordinates.
+        num_intended: those whose update is not zero.
+        num_lost: intended ones that rounding to the weight's dtype would have swallowed without masters.
+    """
+
+    num_updated: int = 0
+    num_intended: int = 0
+    num_lost: int = 0
+
+    def __add__(self, other: Survival) -> Survival:
+        return Survival(
+            self.num_updated + other.num_updated,
+            self.num_intended + other.num_intended,
+            self.num_lost + other.num_lost,
+        )
+
+    @property
+    def lost_frac(self) -> float:
+        """Lost among intended, in [0, 1]; 0 when nothing was intended."""
+        return self.num_lost / self.num_intended if self.num_intended else 0.0
+
+
+def state_fields(rule: UpdateRule, dtype: torch.dtype, *, masters: bool) -> dict[str, torch.dtype]:
+    """What is kept per touched coordinate of a weight of ``dtype``: moments, and the master's remainder."""
+    fields = dict.fromkeys(rule.moments, torch.float32)
+    if masters and dtype in REMAINDER_DTYPES:
+        fields[REMAINDER] = REMAINDER_DTYPES[dtype]
+    return fields
+
+
+def pending_fields(rule: UpdateRule) -> dict[str, torch.dtype]:
+    """What is summed up per kept coordinate until it is applied."""
+    return {"sum": torch.float32} | ({"squares": torch.float32} if rule.uses_squares else {})
+
+
+def add_kept(pending: SparseState, parts: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Add kept gradients to what waits, in the order of the units.
+
+    Args:
+        pending: with ``pending_fields``.
+        parts: per unit (strictly ascending flat indices, int64 ``[k]``; float32 values ``[k]``), at least one.
+    """
+    indices, values = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+    if len(parts) > 1:
+        indices, order = indices.sort()
+        if bool((indices[1:] == indices[:-1]).any()):  # shared coordinates: one unit after the other
+            for part in parts:
+                add_kept(pending, [part])
+            return
+        values = values[order]
+    places, _ = pending.insert(indices)
+    pending.fields["sum"][places] += values  # indices are distinct, so each is added to once
+    if "squares" in pending.fields:
+        pending.fields["squares"][places] += values.square()
+
+
+def apply_pending(
+    weight: Tensor,
+    pending: SparseState,
+    state: SparseState,
+    rule: UpdateRule,
+    hyper: Hyper,
+    *,
+    lr: float,
+    clip_scale: float,
+) -> Survival:
+    """``theta <- theta - lr * direction`` on the coordinates that wait; all others keep every bit.
+
+    Args:
+        weight: the parameter, flat ``[n]``, written in place.
+        pending: what was kept for it since the last step.
+        state: what is kept for it between steps, written in place.
+        rule: how the kept gradient becomes a direction.
+        hyper: the rule's settings.
+        lr: step size.
+        clip_scale: what the kept gradient is multiplied by.
+    """
+    indices = pending.indices()
+    places, is_new = state.insert(indices)
+    given = Contribution(
+        _scaled(pending.fields["sum"], clip_scale), _scaled(pending.fields.get("squares"), clip_scale**2), is_new
+    )
+    old = {moment: state.fields[moment][places] for moment in rule.moments}
+    direction, new = rule.direction(given, old, hyper)
+    _put(state.fields, places, new)
+    change = direction * lr
+    stored = weight[indices]
+    plain = (stored.float() - change).to(stored.dtype)
+    intended = change != 0
+    if REMAINDER in state.fields:
+        master = join_master(stored, state.fields[REMAINDER][places]) - change
+        weight[indices], remainder = split_master(master, stored.dtype)
+        _put(state.fields, places, {REMAINDER: remainder})
+    else:
+        weight[indices] = plain
+    return Survival(indices.numel(), int(intended.sum()), int((intended & (plain == stored)).sum()))
+
+
+def _scaled(values: Tensor | None, scale: float) -> Tensor:
+    if values is None:
+        return torch.empty(0)
+    return values if scale == 1.0 else values * scale
+
+
+def _put(fields: Mapping[str, Tensor], places: Tensor, values: Mapping[str, Tensor]) -> None:
+    for name, column in values.items():
+        fields[name][places] = column
