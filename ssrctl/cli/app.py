@@ -41,3 +41,14 @@ command(app, "critic", configs.CriticConfig, "ssrctl.stages.critic:run")
 command(app, "train", configs.TrainConfig, "ssrctl.stages.train:run")
 command(app, "eval", configs.EvalConfig, "ssrctl.stages.eval:run")
 command(app, "diagnose", configs.DiagnoseConfig, "ssrctl.stages.diagnose:run")
+
+delta = typer.Typer(
+    name="delta",
+    help="Make, apply and show sparse checkpoints: the coordinates that differ from a base model.",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+command(delta, "diff", configs.DeltaDiffConfig, "ssrctl.stages.delta:run_diff")
+command(delta, "apply", configs.DeltaApplyConfig, "ssrctl.stages.delta:run_apply")
+command(delta, "info", configs.DeltaInfoConfig, "ssrctl.stages.delta:run_info")
+app.add_typer(delta)

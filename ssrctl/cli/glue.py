@@ -60,7 +60,7 @@ def command(app: typer.Typer, name: str, config: type, stage: str, *, epilog: st
             *_parameters(config),
         ]
     )
-    body.__doc__ = inspect.getdoc(config)
+    body.__doc__ = "\n\n".join(" ".join(part.split()) for part in (inspect.getdoc(config) or "").split("\n\n"))
     app.command(name, epilog=epilog)(body)
 
 

@@ -42,12 +42,17 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], kind: str, met
     """Write a safetensors file, whole or not at all; metadata values that are not text are stored as json."""
     from safetensors.torch import save_file
 
-    header = {"ssrctl_kind": kind, "ssrctl_version": ssrctl.__version__, "format": "pt"}
-    header |= {
-        key: value if isinstance(value, str) else json.dumps(value, sort_keys=True) for key, value in metadata.items()
-    }
+    header = header_metadata(kind, metadata)
     with whole_file(path) as temporary:
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, metadata=header)
+
+
+def header_metadata(kind: str, metadata: Mapping[str, Any]) -> dict[str, str]:
+    """The metadata of an artifact as safetensors takes it: text, what is no text as json."""
+    header = {"ssrctl_kind": kind, "ssrctl_version": ssrctl.__version__, "format": "pt"}
+    return header | {
+        key: value if isinstance(value, str) else json.dumps(value, sort_keys=True) for key, value in metadata.items()
+    }
 
 
 def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -1,6 +1,7 @@
 """Reading checkpoints one tensor at a time: Hugging Face folders, single safetensors files, deltas.
 
-Files are memory-mapped; a tensor's bytes are read when it is asked for, and a whole model is never held.
+A tensor's bytes are read when it is asked for, and a whole model is never held. ``tensor`` gives all of a
+tensor, memory-mapped; ``pieces`` gives a few megabytes of it at a time, however large it is.
 """
 
 from __future__ import annotations
@@ -8,18 +9,19 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssrctl.configs import TINY
 from ssrctl.errors import UserError
-from ssrctl.io.artifacts import open_safetensors
+from ssrctl.io.artifacts import ModelIdentity, open_safetensors
 from ssrctl.io.checkpoint_files import INDEX, SINGLE, locate, tiny_location
 from ssrctl.io.delta import KIND as DELTA_KIND
 from ssrctl.io.delta import Delta, load_delta
 from ssrctl.io.run_dir import DELTA_FILE, find_delta
+from ssrctl.io.tensor_files import StoredTensor, read_pieces, stored_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -30,31 +32,15 @@ _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings)\.wei
 # Constants that older files store beside the weights: causal masks, rotary frequencies, position numbers.
 _BUFFER = re.compile(r"(^|\.)((attn|attention)\.(masked_)?bias|rotary_emb\.inv_freq|position_ids)$")
 
-_DTYPES = {
-    "BOOL": "bool",
-    "U8": "uint8",
-    "I8": "int8",
-    "I16": "int16",
-    "U16": "uint16",
-    "I32": "int32",
-    "U32": "uint32",
-    "I64": "int64",
-    "U64": "uint64",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F32": "float32",
-    "F64": "float64",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-}
-
 
 class TensorReader:
     """An open checkpoint: a model folder (one file or shards with an index) or one safetensors file.
 
     Attributes:
         label: its last path part, for reports.
+        folder: where the files are, and whatever belongs to them.
         files: the safetensors files, in order.
+        sharded: a folder whose index says which file holds what.
         shapes: by tensor name, sorted.
         dtypes: by tensor name.
         prefix: what ``align`` put before the names of the file; empty at first.
@@ -72,8 +58,11 @@ class TensorReader:
         location = tiny_location() if str(path) == TINY else Path(path)
         self.label = TINY if str(path) == TINY else location.resolve().name
         self.prefix = ""
+        self.folder = location.parent if location.is_file() else location
         self._places = locate(location)
+        self.sharded = "" not in self._places
         self.files = sorted(set(self._places.values()))
+        self._stored: dict[Path, dict[str, StoredTensor]] = {}
         self._stack = contextlib.ExitStack()
         self._handles: dict[Path, Any] = {}
         self._renamed: set[str] = set()
@@ -86,25 +75,20 @@ class TensorReader:
             raise
 
     def _read_headers(self) -> None:
-        import torch
-
-        held = {}
         for file in self.files:
             self._handles[file] = self._stack.enter_context(open_safetensors(file))
-            held[file] = set(self._handles[file].keys())
+            self._stored[file] = stored_tensors(file)
         if "" in self._places:  # one file: whatever it holds
             only = self._places.pop("")
-            self._places = dict.fromkeys(held[only], only)
+            self._places = dict.fromkeys(self._stored[only], only)
         for name in sorted(self._places):
             file = self._places[name]
-            if name not in held[file]:
+            if name not in self._stored[file]:
                 raise UserError(f"{file}: the index says that it holds {name}, but it does not", "copy the model again")
-            view = self._handles[file].get_slice(name)
-            self.shapes[name] = tuple(view.get_shape())
-            kind = view.get_dtype()
-            if kind not in _DTYPES:
-                raise UserError(f"{file}: {name} is stored as {kind}, which cannot be compared")
-            self.dtypes[name] = getattr(torch, _DTYPES[kind])
+            stored = self._stored[file][name]
+            if stored.dtype is None:
+                raise UserError(f"{file}: {name} is stored as {stored.stored_dtype}, which cannot be compared")
+            self.shapes[name], self.dtypes[name] = stored.shape, stored.dtype
         if not self.shapes:
             raise UserError(f"{self.label}: no tensors in it", "check the path")
 
@@ -114,10 +98,28 @@ class TensorReader:
 
         file = self._places[name]
         try:
-            stored = name.removeprefix(self.prefix) if name in self._renamed else name
-            return self._handles[file].get_tensor(stored)
+            return self._handles[file].get_tensor(self.stored_name(name))
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file}: {name} cannot be read: {error}", "it may be torn; copy it again") from error
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """One tensor, as stored, as flat tensors of 2^20 elements in order; the last is shorter, an empty one has none."""
+        file = self._places[name]
+        return read_pieces(file, self._stored[file][self.stored_name(name)])
+
+    def stored_name(self, name: str) -> str:
+        """The name in the file, which lacks the prefix that ``align`` put before it."""
+        return name.removeprefix(self.prefix) if name in self._renamed else name
+
+    def file_of(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self._places[name]
+
+    def in_file_order(self, names: Collection[str]) -> list[str]:
+        """The names in the order in which their bytes lie on disk."""
+        return sorted(
+            names, key=lambda name: (self._places[name], self._stored[self._places[name]][self.stored_name(name)].start)
+        )
 
     def align(self, names: Collection[str]) -> None:
         """Put a model prefix before this file's names when that is all that keeps them from ``names``.
@@ -230,32 +232,71 @@ def open_delta(path: Path, base: TensorReader) -> DeltaReader:
     Raises:
         UserError: other tensors, other shapes, or other weights.
     """
-    from ssrctl.io.fingerprint import fingerprint
-
     delta = load_delta(path)
-    base.align(delta.shapes)
-    differing = [name for name, shape in delta.shapes.items() if base.shapes.get(name) != shape]
+    check_shapes(path, delta.base, delta.shapes, base)
+    return DeltaReader(_delta_label(path), base, delta, check_weights(path, delta.base, delta.shapes, base))
+
+
+def check_shapes(path: Path, wanted: ModelIdentity, shapes: Mapping[str, tuple[int, ...]], base: TensorReader) -> None:
+    """Check that ``base``, its names aligned, has the tensors that a delta applies to.
+
+    Raises:
+        UserError: it lacks some, or their shapes differ.
+    """
+    base.align(shapes)
+    differing = [name for name, shape in shapes.items() if base.shapes.get(name) != shape]
     if differing:
         name = differing[0]
         theirs = base.shapes.get(name)
         raise UserError(
             f"{path} does not fit {base.label}: {len(differing)} tensors differ, first {name}: "
-            f"{list(delta.shapes[name])} in the delta, {'absent' if theirs is None else list(theirs)} in the base",
-            f"give the model that the run started from ({delta.base.name})",
+            f"{list(shapes[name])} in the delta, {'absent' if theirs is None else list(theirs)} in the base",
+            f"give the model that the run started from ({wanted.name})",
         )
-    # Tied duplicates and buffers are in the file but are no parameters of the model that was trained.
-    found = fingerprint((name, base.tensor(name)) for name in delta.shapes)
-    if found == delta.base.fingerprint:
-        return DeltaReader(_delta_label(path), base, delta)
+
+
+def check_weights(
+    path: Path, wanted: ModelIdentity, names: Collection[str], base: TensorReader, or_else: str = ""
+) -> torch.dtype | None:
+    """Check by fingerprint that a delta belongs to ``base``; reads all of it, in bounded memory.
+
+    Args:
+        path: the delta's file, for messages.
+        wanted: the model that the delta names.
+        names: the parameters; tied duplicates and buffers are in the file too, but were not trained.
+        base: the open base, its shapes checked.
+        or_else: what to say after the remedy.
+
+    Returns:
+        What the base's weights were rounded to when the run loaded them; None: loaded as stored.
+
+    Raises:
+        UserError: other weights.
+    """
+    found = _fingerprint(base, names)
+    if found == wanted.fingerprint:
+        return None
     dtype = base.load_dtype()
-    if dtype is not None and any(base.dtypes[name] != dtype for name in delta.shapes):
-        loaded = fingerprint((name, _loaded(base.tensor(name), dtype)) for name in delta.shapes)
-        if loaded == delta.base.fingerprint:
-            return DeltaReader(_delta_label(path), base, delta, dtype)
+    rounded = dtype is not None and any(base.dtypes[name] != dtype for name in names)
+    if rounded and _fingerprint(base, names, dtype) == wanted.fingerprint:
+        return dtype
     raise UserError(
-        f"{path} belongs to {delta.base.name} {delta.base.fingerprint}, {base.label} has {found}",
-        "give the model that the run started from",
+        f"{path} belongs to {wanted.name} {wanted.fingerprint}, {base.label} has {found}",
+        "give the model that the run started from" + or_else,
     )
+
+
+def _fingerprint(reader: TensorReader, names: Collection[str], load_dtype: torch.dtype | None = None) -> str:
+    from ssrctl.io.fingerprint import RunningFingerprint
+
+    running = RunningFingerprint()
+    for name in reader.in_file_order(names):
+        stored = reader.dtypes[name]
+        loaded = load_dtype if load_dtype is not None and stored.is_floating_point else stored
+        running.begin(name, loaded, reader.shapes[name])
+        for piece in reader.pieces(name):
+            running.update(piece.to(loaded))
+    return running.digest()
 
 
 def _loaded(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -293,7 +334,7 @@ def matching_names(base: TensorReader, tuned: TensorReader) -> tuple[list[str], 
             )
     for head in sorted(name for name in base.shapes.keys() | tuned.shapes.keys() if _HEAD.search(name)):
         holders = [one for one in (base, tuned) if head in one.shapes]
-        if all(_is_tied_copy(one, head) for one in holders):
+        if all(tied_embedding(one, head) for one in holders):
             skipped.add(head)
             where = "both" if len(holders) == 2 else "BASE" if holders[0] is base else "TUNED"
             notes.append(f"{head} is stored in {where} as a copy of the embedding (tied) and was counted once.")
@@ -314,12 +355,29 @@ def matching_names(base: TensorReader, tuned: TensorReader) -> tuple[list[str], 
     return sorted(ours), notes
 
 
-def _is_tied_copy(reader: TensorReader, head: str) -> bool:
-    """Is the output head stored bit for bit as the input embedding is?"""
+def same_constants(base: TensorReader, tuned: TensorReader, names: Collection[str]) -> set[str]:
+    """Those of ``names`` that are constants (attention masks and the like), bit for bit the same in both."""
+    from ssrctl.io.delta import same_bits
+
+    found = {name for name in names if _BUFFER.search(name) and base.dtypes[name] == tuned.dtypes[name]}
+    pieces = {name: zip(base.pieces(name), tuned.pieces(name), strict=True) for name in found}
+    return {name for name in found if all(bool(same_bits(a, b).all()) for a, b in pieces[name])}
+
+
+def tied_embedding(reader: TensorReader, head: str) -> str | None:
+    """The input embedding that the output head is stored bit for bit as a copy of; None when it is no such copy."""
     from ssrctl.io.delta import same_bits
 
     for name, shape in reader.shapes.items():
         if _EMBEDDING.search(name) and shape == reader.shapes[head] and reader.dtypes[name] == reader.dtypes[head]:
-            pairs = zip(reader.tensor(name).split(4096), reader.tensor(head).split(4096), strict=True)
-            return all(bool(same_bits(a, b).all()) for a, b in pairs)
-    return False
+            pairs = zip(reader.pieces(name), reader.pieces(head), strict=True)
+            if all(bool(same_bits(a, b).all()) for a, b in pairs):
+                return name
+    return None
+
+
+def tied_copies(reader: TensorReader, names: Collection[str]) -> dict[str, str]:
+    """{head: embedding} for what the file stores beside the parameters ``names`` and is a tied copy of one of them."""
+    heads = [name for name in reader.shapes if name not in names and _HEAD.search(name)]
+    found = [(head, tied_embedding(reader, head)) for head in heads]
+    return {head: embedding for head, embedding in found if embedding is not None and embedding in names}

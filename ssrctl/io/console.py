@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -41,6 +41,24 @@ def show_plan(title: str, plan: dict[str, Any]) -> None:
     table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
     for key, value in plan.items():
         table.add_row(key.replace("_", " "), Text("-" if value is None else str(value)))
+    console().print(table)
+
+
+def show_rates(results: Sequence[Any]) -> None:
+    """The curve of ``--find-lr``: one row per learning rate, with a bar for the late reward."""
+    from rich.table import Table
+
+    table = Table("learning rate", "late reward", "", "late accuracy", "grad norm", box=None, pad_edge=False)
+    rewards = [made.late_reward for made in results]
+    known = [reward for reward in rewards if reward is not None]
+    low, high = min(known), max(known)
+    for made, reward in zip(results, rewards, strict=True):
+        if reward is None:
+            table.add_row(f"{made.learning_rate:.1e}", "broke" if made.broke else "-", "", "-", "-")
+            continue
+        bar = "█" * (1 + round(19 * (reward - low) / (high - low))) if high > low else "█"
+        norm = f"{sum(made.grad_norm) / len(made.grad_norm):.3f}"
+        table.add_row(f"{made.learning_rate:.1e}", f"{reward:+.3f}", bar, f"{made.late_accuracy:.3f}", norm)
     console().print(table)
 
 

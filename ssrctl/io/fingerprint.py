@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -18,12 +19,42 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
     Args:
         tensors: (name, tensor) pairs; a tied tensor once. On any device.
     """
-    import torch
-    import xxhash
-
-    lines = []
+    running = RunningFingerprint()
     for name, tensor in tensors:
-        data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
-        shape = "x".join(map(str, tensor.shape))
-        lines.append(f"{name} {str(tensor.dtype).removeprefix('torch.')} {shape} {xxhash.xxh3_128_hexdigest(data)}")
-    return "xxh3:" + xxhash.xxh3_128_hexdigest("\n".join(sorted(lines)).encode())
+        running.begin(name, tensor.dtype, tuple(tensor.shape))
+        running.update(tensor.detach().cpu())
+    return running.digest()
+
+
+class RunningFingerprint:
+    """``fingerprint`` of tensors that come in pieces: ``begin`` a tensor, ``update`` with its pieces in order."""
+
+    def __init__(self) -> None:
+        import xxhash
+
+        self._new_hash = xxhash.xxh3_128
+        self._hash = xxhash.xxh3_128()
+        self._prefix: str | None = None
+        self._lines: list[str] = []
+
+    def begin(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        """The pieces that follow are of this tensor."""
+        self._end_tensor()
+        self._prefix = f"{name} {str(dtype).removeprefix('torch.')} {'x'.join(map(str, shape))}"
+        self._hash = self._new_hash()
+
+    def update(self, piece: Tensor) -> None:
+        """Add a piece, on the CPU, in the tensor's dtype."""
+        import torch
+
+        self._hash.update(piece.contiguous().flatten().view(torch.uint8).numpy().data)
+
+    def digest(self) -> str:
+        """The fingerprint of all tensors begun so far."""
+        self._end_tensor()
+        return "xxh3:" + self._new_hash("\n".join(sorted(self._lines)).encode()).hexdigest()
+
+    def _end_tensor(self) -> None:
+        if self._prefix is not None:
+            self._lines.append(f"{self._prefix} {self._hash.hexdigest()}")
+            self._prefix = None

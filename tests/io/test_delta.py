@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ssrctl.errors import UserError
+from ssrctl.io import delta as delta_module
 from ssrctl.io.artifacts import ModelIdentity
-from ssrctl.io.delta import Delta, apply_delta, changed_indices, load_delta, same_bits, save_delta
+from ssrctl.io.delta import Delta, DeltaFile, apply_delta, changed_indices, load_delta, same_bits, save_delta
 
 BASE = ModelIdentity(name="tiny", revision=None, fingerprint="xxh3:base")
 INTEGER = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
@@ -148,8 +149,12 @@ def test_a_delta_applies_to_its_own_base_alone() -> None:
         ({"w.values": None}, "do not pair up"),
         ({"w.indices": None}, "do not pair up"),
         ({"new.indices": torch.tensor([0]), "new.values": torch.ones(1)}, "new: indices and values do not pair up"),
+        ({"w.values": torch.ones(2, dtype=torch.int32)}, "w: the values are I32, not floating-point numbers"),
+        ({"w.extra": torch.ones(2)}, "does not hold the 3 entries that it names"),
+        ({"w.indices": torch.tensor([1]), "w.values": torch.ones(1)}, "does not hold the 3 entries that it names"),
+        ({"stray": torch.ones(2)}, "indices and values do not pair up"),
     ],
-    ids=range(10),
+    ids=range(14),
 )
 def test_damaged_deltas_are_refused(tmp_path: Path, change: dict[str, Tensor | None], message: str) -> None:
     path = tmp_path / "d.safetensors"
@@ -179,3 +184,50 @@ def test_torn_and_foreign_files_are_refused(tmp_path: Path) -> None:
     save_file({"w.indices": torch.tensor([0]), "w.values": torch.ones(1)}, path, metadata=metadata)
     with pytest.raises(UserError, match="'base' names no model"):
         load_delta(path)
+
+
+def with_metadata(path: Path, **changes: str) -> Path:
+    """The example delta with other metadata."""
+    save_delta(path, example())
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file(tensors, path, metadata=metadata | changes)
+    return path
+
+
+FLOATS = {"w": "float32", "b": "float32", "unchanged": "float32"}
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "message"),
+    [
+        ("[]", "does not name every tensor's dtype"),
+        ('{"w": "float32"}', "does not name every tensor's dtype"),
+        (json.dumps(FLOATS | {"b": "float33"}), "does not name every tensor's dtype"),
+        (json.dumps(FLOATS | {"b": ["float32"]}), "does not name every tensor's dtype"),
+        (json.dumps(FLOATS | {"b": "bfloat16"}), "b: the values are F32, not bfloat16"),
+    ],
+    ids=range(5),
+)
+def test_declared_dtypes_must_be_those_of_the_values(tmp_path: Path, dtypes: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        DeltaFile(with_metadata(tmp_path / "d.safetensors", dtypes=dtypes))
+    declared = DeltaFile(with_metadata(tmp_path / "d.safetensors", dtypes=json.dumps(FLOATS)))
+    assert declared.dtypes == dict.fromkeys(FLOATS, torch.float32)
+
+
+def test_blocks_are_checked_against_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(delta_module, "BLOCK_ENTRIES", 2)
+    changes = {"w": (torch.tensor([0, 2, 3, 4, 5]), torch.arange(5.0))}
+    path = tmp_path / "d.safetensors"
+    save_delta(path, Delta(BASE, {"w": (2, 3)}, changes))
+    file = DeltaFile(path)
+    blocks = list(file.blocks("w"))
+    assert [indices.tolist() for indices, _ in blocks] == [[0, 2], [3, 4], [5]]
+    assert [values.tolist() for _, values in blocks] == [[0, 1], [2, 3], [4]]
+    assert torch.equal(file.change("w")[1], torch.arange(5.0)) and list(file.blocks("absent")) == []
+    for listed in ([0, 2, 2, 4, 5], [0, 3, 1, 4, 5], [0, 2, 3, 4, 6]):
+        save_delta(path, Delta(BASE, {"w": (2, 3)}, {"w": (torch.tensor(listed), torch.arange(5.0))}))
+        with pytest.raises(UserError, match=r"not ascending within 0\.\.5"):
+            load_delta(path)

@@ -1,0 +1,377 @@
+"""`ssrctl delta`: sparse checkpoints made from two dense ones, put back into a dense one, and shown."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import re
+import shutil
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ssrctl
+from ssrctl.analysis.document import Document, Section, Table, percent, times
+from ssrctl.configs import DeltaApplyConfig, DeltaDiffConfig, DeltaInfoConfig
+from ssrctl.errors import UserError
+from ssrctl.io import console, manifest
+from ssrctl.io.checkpoint_files import INDEX, SINGLE
+from ssrctl.io.delta import DeltaFile, dtype_name
+from ssrctl.io.run_dir import find_delta
+
+if TYPE_CHECKING:
+    import torch
+
+    from ssrctl.io.delta_apply import AppliedCheckpoint
+
+TOP_TENSORS = 10
+MOST_LAYERS = 200
+_PLAIN_WIDTH = 120
+_LAYER = re.compile(r"\.(?:layers|layer|blocks|block|h)\.(\d+)\.")
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorRow:
+    """One tensor of a delta; ``dtype`` is None where the delta does not tell."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+    changed: int
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+# --------------------------------------------------------------------------------------------------
+# diff
+
+
+def run_diff(config: DeltaDiffConfig) -> dict[str, Any]:
+    """Write the difference of two checkpoints as a delta, and show how large it is.
+
+    Raises:
+        UserError: checkpoints of different architectures, or dtypes that cannot be compared exactly.
+    """
+    from ssrctl.io.checkpoint_reader import TensorReader, delta_meant_by, matching_names, same_constants
+    from ssrctl.io.delta_diff import write_difference
+
+    for side, path in (("BASE", config.base), ("TUNED", config.tuned)):
+        if (delta := delta_meant_by(path)) is not None:
+            raise UserError(f"{side} {path} is a delta, not whole weights", f"see `ssrctl delta info {delta}`")
+    with _one_thread(), TensorReader(config.base) as base, TensorReader(config.tuned) as tuned:
+        if config.output.resolve() in {file.resolve() for file in (*base.files, *tuned.files)}:
+            raise UserError(f"{config.output} is one of the weights to compare", "name another file with -o")
+        names, notes = matching_names(base, tuned)
+        if constants := same_constants(base, tuned, names):
+            notes.append(f"{times(len(constants), 'constant')}, the same in both, left out: no parameters.")
+        names = base.in_file_order([name for name in names if name not in constants])
+        if config.dry_run:
+            return _plan([*base.files, *tuned.files], config.output, {"tensors": len(names)})
+        notes += _dtype_notes({name: (base.dtypes[name], tuned.dtypes[name]) for name in names})
+        base_name, revision = _published_name(config.base, base.label)
+        made = write_difference(
+            config.output,
+            base,
+            tuned,
+            _tracked(names, "comparing"),
+            base_name=base_name,
+            revision=revision,
+            settings=_settings(config),
+        )
+    rows = [TensorRow(one.name, one.shape, one.dtype, one.changed) for one in made.tensors]
+    report: dict[str, Any] = {
+        "delta": str(config.output),
+        "base": dataclasses.asdict(made.base),
+        "tuned": dataclasses.asdict(made.tuned),
+        "notes": notes,
+    } | _measures(rows, config.output.stat().st_size)
+    if not config.json:
+        facts = [("base", base_name), ("tuned", made.tuned.name)]
+        _show("Difference of two checkpoints", facts, report, [_largest(rows)])
+        console.note(f"wrote {config.output}")
+    return report
+
+
+def _published_name(path: Path, label: str) -> tuple[str, str | None]:
+    """What to call a checkpoint, and its revision: in the hub's cache, the folder's name alone says neither."""
+    parts = path.absolute().parts
+    for position, part in enumerate(parts[:-2]):
+        if part.startswith("models--") and parts[position + 1] == "snapshots":
+            return "/".join(part.split("--")[1:]), parts[position + 2]
+    return label, None
+
+
+def _dtype_notes(pairs: Mapping[str, tuple[torch.dtype, torch.dtype]]) -> list[str]:
+    found = Counter((before, after) for before, after in pairs.values() if before != after)
+    return [
+        f"{times(number, 'tensor')} stored as {dtype_name(before)} in BASE converted to {dtype_name(after)}."
+        for (before, after), number in sorted(found.items(), key=str)
+    ]
+
+
+# --------------------------------------------------------------------------------------------------
+# apply
+
+
+def run_apply(config: DeltaApplyConfig) -> dict[str, Any]:
+    """Write a base with a delta put in as a model folder.
+
+    Raises:
+        UserError: a delta of another base, a damaged one, or an output that exists.
+    """
+    from ssrctl.io.checkpoint_reader import TensorReader, check_shapes, check_weights, delta_meant_by
+    from ssrctl.io.delta_apply import AppliedCheckpoint
+    from ssrctl.io.model_folder import check_free
+
+    if delta_meant_by(config.base) is not None:
+        raise UserError(f"BASE {config.base} is a delta, not whole weights", "give the model that it was made from")
+    delta = DeltaFile(_delta_file(config.delta))
+    check_free(config.output)
+    with _one_thread(), TensorReader(config.base) as base:
+        check_shapes(delta.path, delta.base, delta.shapes, base)
+        load_dtype = None
+        if not (config.ignore_fingerprint or config.dry_run):
+            load_dtype = check_weights(
+                delta.path, delta.base, delta.shapes, base, or_else=", or give --ignore-fingerprint"
+            )
+        made = AppliedCheckpoint(base, delta, load_dtype)
+        if config.dry_run:
+            return _plan([delta.path, *base.files], config.output, {"write_bytes": made.nbytes})
+        notes = _dtype_notes({name: (base.dtypes[name], dtype) for name, dtype in made.dtypes.items()})
+        notes += [f"{head} is stored as a copy of {one} (tied) and follows it." for head, one in made.copies.items()]
+        if config.ignore_fingerprint:
+            notes.append(f"Not checked whether {base.label} is the base that the delta was made from.")
+        return _write_folder(config, made, notes)
+
+
+def _write_folder(config: DeltaApplyConfig, made: AppliedCheckpoint, notes: list[str]) -> dict[str, Any]:
+    from ssrctl.io.delta_apply import write_applied
+    from ssrctl.io.model_folder import CONFIG, copy_companions, set_config_dtype, whole_folder
+
+    base, delta = made.base, made.delta
+    metadata = {
+        "format": "pt",  # what transformers asks for
+        "ssrctl_version": ssrctl.__version__,
+        "base": json.dumps(dataclasses.asdict(delta.base)),
+        "settings": json.dumps(_settings(config)),
+    }
+    with whole_folder(config.output) as folder:
+        if (free := shutil.disk_usage(folder).free) < made.nbytes:
+            raise UserError(
+                f"{config.output} would take {_bytes(made.nbytes)}, {_bytes(free)} are free", "name a folder elsewhere"
+            )
+        if (base.folder / CONFIG).is_file():
+            copied = copy_companions(base.folder, folder)
+            if made.uniform_dtype is not None and set_config_dtype(folder, made.uniform_dtype):
+                notes.append(f"{CONFIG} now asks for {dtype_name(made.uniform_dtype)}, as the weights are stored.")
+        else:
+            copied = []
+            notes.append(f"There is no {CONFIG} beside {base.label}: the folder holds the weights alone.")
+        with console.progress(unit="tensors") as bar:
+            task = bar.add_task("writing", total=len(base.shapes), status="")
+            fingerprint = write_applied(made, folder, metadata, lambda name: bar.update(task, advance=1))
+        if delta.tuned is not None and not config.ignore_fingerprint and fingerprint != delta.tuned.fingerprint:
+            raise UserError(
+                f"{delta.path} gives {fingerprint}, it was made from {delta.tuned.name} {delta.tuned.fingerprint}",
+                "the delta's values are damaged; make or copy it again",
+            )
+    report: dict[str, Any] = {
+        "output": str(config.output),
+        "delta": str(delta.path),
+        "base": dataclasses.asdict(delta.base),
+        "fingerprint": fingerprint,
+        "entries": delta.count,
+        "coordinates": sum(math.prod(shape) for shape in delta.shapes.values()),
+        "bytes": made.nbytes,
+        "dtypes": _dtype_counts(made.dtypes.values()),
+        "weights": sorted(one.relative_to(config.output).as_posix() for one in config.output.rglob("*.safetensors")),
+        "copied": copied,
+        "notes": notes,
+    }
+    if not config.json:
+        facts = [("base", base.label), ("delta", str(delta.path))]
+        kinds = ", ".join(report["dtypes"])
+        headlines = [f"{times(delta.count, 'value')} put in; {_bytes(made.nbytes)} of weights in {kinds}."]
+        if delta.tuned is not None and not config.ignore_fingerprint:
+            headlines.append(f"The weights are bit for bit those of {delta.tuned.name}.")
+        _print(Document(title="Delta applied", facts=facts, headlines=headlines, notes=notes, sections=[]))
+        console.note(f"wrote {config.output}")
+    return report
+
+
+# --------------------------------------------------------------------------------------------------
+# info
+
+
+def run_info(config: DeltaInfoConfig) -> dict[str, Any]:
+    """Check a delta and show what it holds.
+
+    Raises:
+        UserError: no delta, or a damaged one.
+    """
+    delta = DeltaFile(_delta_file(config.delta))
+    with _one_thread():
+        for name in _tracked(list(delta.counts), "checking"):
+            for _ in delta.blocks(name):  # reading is what checks them
+                pass
+    listed = {delta.dtype(name) for name in delta.counts}
+    common = listed.pop() if len(listed) == 1 else None
+    dtypes = dict.fromkeys(delta.shapes, common) | {name: delta.dtype(name) for name in delta.counts}
+    dtypes |= delta.dtypes or {}
+    rows = [TensorRow(name, delta.shapes[name], dtypes[name], delta.counts.get(name, 0)) for name in delta.shapes]
+    report: dict[str, Any] = {
+        "delta": str(delta.path),
+        "ssrctl_version": delta.version,
+        "base": dataclasses.asdict(delta.base),
+        "tuned": None if delta.tuned is None else dataclasses.asdict(delta.tuned),
+        "settings": delta.settings,
+        "notes": [],
+    } | _measures(rows, delta.path.stat().st_size)
+    if not config.json:
+        base = delta.base.name + ("" if delta.base.revision is None else f" ({delta.base.revision})")
+        facts = [("delta", str(delta.path)), ("base", base), ("fingerprint", delta.base.fingerprint)]
+        if delta.tuned is not None:
+            facts.append(("tuned", delta.tuned.name))
+        facts += [("dtypes", ", ".join(report["dtypes"]) or "not recorded"), ("written by", f"ssrctl {delta.version}")]
+        _show("Delta", facts, report, [_layer_table(report["layers"]), _largest(rows)])
+    return report
+
+
+# --------------------------------------------------------------------------------------------------
+# what they share
+
+
+def _delta_file(path: Path) -> Path:
+    """The delta that ``path`` means, a whole model being told apart from a run without checkpoints."""
+    if (path / SINGLE).exists() or (path / INDEX).exists():
+        raise UserError(f"{path} is a whole model, not a delta", "make a delta with `ssrctl delta diff BASE TUNED`")
+    return find_delta(path)
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    return manifest.published_settings(config) | {"versions": manifest.versions()}
+
+
+def _plan(reads: Sequence[Path], writes: Path, more: Mapping[str, Any]) -> dict[str, Any]:
+    """What would be read and written, shown on stderr."""
+    size = sum(one.stat().st_size for one in reads)
+    plan = {"reads": [str(one) for one in reads], "read_bytes": size, "writes": str(writes), **more}
+    shown = {key: _bytes(value) if key.endswith("_bytes") else value for key, value in plan.items()}
+    console.show_plan("plan", shown | {"reads": f"{reads[0]}" + (f" and {len(reads) - 1} more" if reads[1:] else "")})
+    return plan
+
+
+def _measures(rows: Sequence[TensorRow], size: int) -> dict[str, Any]:
+    """Counts, shares and sizes of a delta."""
+    coordinates, changed = sum(row.numel for row in rows), sum(row.changed for row in rows)
+    known = [row.numel * row.dtype.itemsize for row in rows if row.dtype is not None]
+    dense = sum(known) if len(known) == len(rows) else None
+    layers: dict[str, list[TensorRow]] = defaultdict(list)
+    for row in rows:
+        match = _LAYER.search(row.name)
+        layers["other" if match is None else match[1]].append(row)
+    return {
+        "coordinates": coordinates,
+        "changed": changed,
+        "changed_frac": _share(changed, coordinates),
+        "num_tensors": len(rows),
+        "num_tensors_changed": sum(row.changed > 0 for row in rows),
+        "dtypes": _dtype_counts(row.dtype for row in rows if row.dtype is not None),
+        "bytes": size,
+        "dense_bytes": dense,
+        "bytes_frac": None if dense is None else _share(size, dense),
+        "layers": [
+            {"layer": layer} | _counted(sum(row.numel for row in of_it), sum(row.changed for row in of_it))
+            for layer, of_it in sorted(layers.items(), key=lambda item: (item[0] == "other", item[0].zfill(9)))
+        ],
+        "tensors": [
+            {"name": row.name, "shape": list(row.shape), "dtype": row.dtype and dtype_name(row.dtype)}
+            | _counted(row.numel, row.changed)
+            for row in sorted(rows, key=lambda row: row.name)
+        ],
+    }
+
+
+def _counted(coordinates: int, changed: int) -> dict[str, Any]:
+    return {"coordinates": coordinates, "changed": changed, "changed_frac": _share(changed, coordinates)}
+
+
+def _share(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
+
+
+def _dtype_counts(dtypes: Iterable[torch.dtype]) -> dict[str, int]:
+    """Tensors by dtype."""
+    return dict(sorted(Counter(dtype_name(dtype) for dtype in dtypes).items()))
+
+
+def _show(title: str, facts: list[tuple[str, str]], report: Mapping[str, Any], tables: list[Table]) -> None:
+    changed, of, size, dense = (report[key] for key in ("changed", "coordinates", "bytes", "dense_bytes"))
+    headlines = [
+        f"{changed:,} of {of:,} coordinates changed ({percent(report['changed_frac'])}), in "
+        f"{report['num_tensors_changed']} of {times(report['num_tensors'], 'tensor')}.",
+        f"The delta takes {_bytes(size)}"
+        + (f"; the dense weights take {_bytes(dense)} ({percent(size / dense)})." if dense else "."),
+    ]
+    if dense and size > dense:
+        headlines.append("It is larger than the dense weights: keep those instead.")
+    sections = [Section(title="", tables=tables)] if changed else []
+    _print(Document(title=title, facts=facts, headlines=headlines, notes=report["notes"], sections=sections))
+
+
+def _largest(rows: Sequence[TensorRow]) -> Table:
+    changed = sorted((row for row in rows if row.changed), key=lambda row: (-row.changed, row.name))
+    return Table(
+        title="Tensors with the most changes",
+        columns=["tensor", "changed", "share"],
+        rows=[[row.name, f"{row.changed:,}", percent(row.changed / row.numel)] for row in changed],
+        terminal_rows=TOP_TENSORS,
+    )
+
+
+def _layer_table(layers: Sequence[Mapping[str, Any]]) -> Table:
+    rows = [[one["layer"], f"{one['changed']:,}", percent(one["changed_frac"])] for one in layers]
+    return Table(title="By layer", columns=["layer", "changed", "share"], rows=rows, terminal_rows=MOST_LAYERS)
+
+
+def _print(document: Document) -> None:
+    from rich.console import Console
+
+    from ssrctl.analysis.render import print_document
+
+    width = None if sys.stdout.isatty() else _PLAIN_WIDTH
+    print_document(document, Console(width=width, highlight=False), "the output of --json")
+
+
+def _bytes(number: int) -> str:
+    from rich.filesize import decimal
+
+    return decimal(number)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let torch use one thread: the work is bound by memory, and waking a second one costs more than it brings."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _tracked(names: Sequence[str], what: str) -> Iterator[str]:
+    """The names one by one, with a progress bar on stderr."""
+    with console.progress(unit="tensors") as bar:
+        task = bar.add_task(what, total=len(names), status="")
+        for name in names:
+            yield name
+            bar.update(task, advance=1)
