@@ -359,11 +359,34 @@ class TrainConfig(ModelConfig, SamplingConfig, DatasetConfig, CriticOptions, Com
     output_dir: Path | None = output(None)
     """Run directory; by default a new one under runs/."""
 
-    optimizer: Literal["kronos", "adamw"] = "kronos"
-    """kronos: per-step, disjoint, sparse updates; adamw: dense updates in the same loop."""
+    optimizer: Literal["kronos", "adamw"] | None = None
+    """kronos: per-step, disjoint, sparse updates; adamw: dense updates in the same loop, or with --mask updates
+    and state for the masked weights alone. By default kronos, with --mask adamw."""
+
+    update_rule: Literal["sgd", "adam", "rms"] = "sgd"
+    """Kronos: what the kept gradient becomes. sgd: itself; adam: moments for the weights that were ever selected;
+    rms: each step's, divided by its root mean square."""
 
     learning_rate: float | None = None
-    """Step size; by default 3e-2 for kronos (sgd rule) and 1e-4 for adamw. It does not carry over between them."""
+    """Step size; by default 3e-2 for kronos with sgd and 1e-4 for everything else. It does not carry over
+    between optimizers, rules or models."""
+
+    find_lr: bool = False
+    """Instead of training, try a few steps at six learning rates around --learning-rate, from the same weights and on
+    the same questions, and print what each did."""
+
+    find_lr_steps: int = 8
+    """Training steps at each rate of --find-lr."""
+
+    adam_beta1: float = 0.9
+    """Decay of the first moment."""
+
+    adam_beta2: float | None = None
+    """Decay of the second moment; by default 0.95 for kronos, whose coordinates are selected now and then, and
+    0.999 for adamw."""
+
+    adam_epsilon: float = 1e-8
+    """Added to the denominator of adam, adamw and rms."""
 
     lr_scheduler_type: Literal["constant", "linear", "cosine", "constant_with_warmup"] = "constant"
     """Learning-rate schedule over --max-steps."""
@@ -406,6 +429,9 @@ class TrainConfig(ModelConfig, SamplingConfig, DatasetConfig, CriticOptions, Com
     protect: Path | None = None
     """Superweight mask whose coordinates never change."""
 
+    mask: Path | None = None
+    """Train only the coordinates of this mask; budgets are shares of these then."""
+
     ignore_fingerprint: bool = False
     """Use a mask that was made for other weights of the same shapes."""
 
@@ -421,6 +447,32 @@ class TrainConfig(ModelConfig, SamplingConfig, DatasetConfig, CriticOptions, Com
 
     fuse_tol: float = 0.0
     """Neighbouring steps whose advantages over the group differ by less are updated as one; 0 is off."""
+
+    max_units: int | None = None
+    """Join the most similar neighbouring steps until a question has at most so many updates, which bounds the cost
+    of long responses."""
+
+    scope: Literal["global", "tensor"] = "global"
+    """global: one threshold over all weights; tensor: the same share of each tensor, whose gradient is dropped
+    at once."""
+
+    allocation: Literal["disjoint", "overlap", "pooled", "shuffled"] = "disjoint"
+    """disjoint: no two steps of a question update the same weight. Controls: overlap, every step its own largest;
+    pooled, the largest of all steps' gradients together; shuffled, each step gets the set of the step before."""
+
+    selection: Literal["exact", "block"] = "exact"
+    """exact: the largest gradients; block: the paper's tile-wise approximation, whose recall is logged."""
+
+    reuse_factor: float | None = None
+    """A step may take a claimed weight whose gradient is so many times the smallest free one's; off by default."""
+
+    master_weights: bool = True
+    """With bfloat16 or float16 weights, keep the exact float32 value of those that kronos (or adamw with
+    --mask) updates."""
+
+    step_gradient: Literal["auto", "kept", "truncated", "chunked", "local"] = "auto"
+    """How each step's gradient is computed. kept, truncated and chunked are exact and differ in cost; auto takes the
+    cheapest; local ignores what a step does to earlier steps' keys and values."""
 
     max_segments: int = 64
     """Most reasoning steps per response; the shortest neighbours are merged."""
@@ -458,6 +510,7 @@ class TrainConfig(ModelConfig, SamplingConfig, DatasetConfig, CriticOptions, Com
             "save_steps",
             "logging_steps",
             "max_segments",
+            "find_lr_steps",
         ):
             _require(getattr(self, name) >= 1, "--" + name.replace("_", "-"), "at least 1", getattr(self, name))
         _require(self.num_generations >= 2, "--num-generations", "at least 2", self.num_generations)
@@ -476,17 +529,59 @@ class TrainConfig(ModelConfig, SamplingConfig, DatasetConfig, CriticOptions, Com
             "at least 1",
             self.save_total_limit,
         )
-        if self.optimizer == "kronos" and self.weight_decay > 0:
-            raise UserError(
-                "--weight-decay has no meaning for kronos, whose updates are sparse", "use --optimizer adamw"
-            )
+        _require(0 <= self.adam_beta1 < 1, "--adam-beta1", "in [0, 1)", self.adam_beta1)
+        _require(self.adam_beta2 is None or 0 <= self.adam_beta2 < 1, "--adam-beta2", "in [0, 1)", self.adam_beta2)
+        _require(self.adam_epsilon > 0, "--adam-epsilon", "above 0", self.adam_epsilon)
+        _require(self.max_units is None or self.max_units >= 1, "--max-units", "at least 1", self.max_units)
+        _require(self.reuse_factor is None or self.reuse_factor >= 1, "--reuse-factor", "at least 1", self.reuse_factor)
+        if self.optimizer is None:
+            self.optimizer = "kronos" if self.mask is None else "adamw"
+        if self.find_lr and self.resume_from_checkpoint is not None:
+            raise UserError("--find-lr starts from the model's weights", "leave out --resume-from-checkpoint")
+        self._check_optimizer()
+
+    def _check_optimizer(self) -> None:
+        """Settings that the optimizer would ignore are errors."""
+        if self.optimizer == "kronos":
+            if self.weight_decay > 0:
+                raise UserError(
+                    "--weight-decay has no meaning for kronos, whose updates are sparse", "use --optimizer adamw"
+                )
+            if self.scope == "tensor" and self.allocation == "shuffled":
+                raise UserError(
+                    "--allocation shuffled needs whole gradients, which --scope tensor drops at once",
+                    "use --scope global",
+                )
+            if self.scope == "tensor" and self.log_gradient_cosine:
+                raise UserError(
+                    "--log-gradient-cosine needs whole gradients, which --scope tensor drops at once",
+                    "use --scope global",
+                )
+            if self.reuse_factor is not None and self.allocation != "disjoint":
+                raise UserError(
+                    f"--reuse-factor loosens the disjoint allocation; it has no meaning with {self.allocation}"
+                )
+            return
+        defaults = {spec.name: spec.default for spec in dataclasses.fields(self)}
+        kronos_only = ("update_rule", "scope", "allocation", "selection", "reuse_factor", "max_units")
+        if odd := [name for name in kronos_only if getattr(self, name) != defaults[name]]:
+            flags = ", ".join("--" + name.replace("_", "-") for name in odd)
+            raise UserError(f"{flags} has no meaning for adamw", "use --optimizer kronos")
 
     @property
     def resolved_learning_rate(self) -> float:
         """The learning rate in force."""
         if self.learning_rate is not None:
             return self.learning_rate
-        return {"kronos": 3e-2, "adamw": 1e-4}[self.optimizer]
+        return 3e-2 if self.optimizer == "kronos" and self.update_rule == "sgd" else 1e-4
+
+    @property
+    def betas(self) -> tuple[float, float]:
+        """Decays of the two moments in force."""
+        second = self.adam_beta2
+        if second is None:
+            second = 0.95 if self.optimizer == "kronos" else 0.999
+        return self.adam_beta1, second
 
 
 @dataclass(kw_only=True)
@@ -541,3 +636,53 @@ class DiagnoseConfig(CommonConfig):
                 f"expected BASE and TUNED, got {len(self.paths)} paths",
                 "name two checkpoints, or use --jaccard for a run",
             )
+
+
+@dataclass(kw_only=True)
+class DeltaDiffConfig(CommonConfig):
+    """Write what turns a base into a tuned checkpoint as a delta: the coordinates that differ bit for bit.
+
+    Checkpoints are model folders (one file or shards) or safetensors files. Where the dtypes differ, the tuned
+    one's counts, provided that the base's values have an exact form in it.
+    """
+
+    base: Path = positional(metavar="BASE")
+    """The checkpoint that the delta will apply to: a model folder, a safetensors file, or tiny-reasoner."""
+
+    tuned: Path = positional(metavar="TUNED")
+    """The checkpoint that applying it will give again: a model folder or a safetensors file."""
+
+    output: Path = output()
+    """Delta to write (safetensors)."""
+
+
+@dataclass(kw_only=True)
+class DeltaApplyConfig(CommonConfig):
+    """Put a delta into its base and write the result as a model folder, with config and tokenizer.
+
+    The folder has the base's layout, one file or the same shards. Values are written bit for bit, in the delta's
+    dtype: a run in float32 on a bfloat16 base gives a float32 folder, and its config.json says so.
+    """
+
+    base: Path = positional(metavar="BASE")
+    """What the delta was made from: a model folder, a safetensors file, or tiny-reasoner."""
+
+    delta: Path = positional(metavar="DELTA")
+    """A delta file, a checkpoint folder, or a run directory, of which the newest checkpoint is taken."""
+
+    output: Path = output()
+    """Model folder to write; must not exist, or be empty."""
+
+    ignore_fingerprint: bool = False
+    """Apply a delta that was made from other weights of the same shapes."""
+
+
+@dataclass(kw_only=True)
+class DeltaInfoConfig:
+    """Show what a delta holds: its base, its size, and how many entries each tensor and layer has."""
+
+    delta: Path = positional(metavar="DELTA")
+    """A delta file, a checkpoint folder, or a run directory, of which the newest checkpoint is taken."""
+
+    json: bool = False
+    """Print the result as one json object on stdout."""

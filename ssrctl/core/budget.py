@@ -32,7 +32,7 @@ def step_budgets(
     curve: Sequence[float], num_steps: int, *, budget: float = 0.05, max_step_budget: float = 0.01
 ) -> list[float]:
     """k_i = min(k_max, B w_i), fractions of the unprotected coordinates; their sum is at most B."""
-    return shared_budget(step_weights(curve, num_steps), budget=budget, max_step_budget=max_step_budget)
+    return [min(max_step_budget, budget * weight) for weight in step_weights(curve, num_steps)]
 
 
 def shared_budget(weights: Sequence[float], *, budget: float = 0.05, max_step_budget: float = 0.01) -> list[float]:

@@ -1,109 +1,78 @@
-"""Log-probabilities of a group's responses, and the exact gradient of each update unit's loss.
+"""The gradient of each update unit's loss, by whichever way is cheapest.
 
-Shapes: G responses of one question, P prompt tokens (the same for all), R response tokens (padded on the
-right).
+The loss of unit i needs no token after unit i, so there are several ways to the same gradient: one graph kept for
+all backward passes, a pass per unit that ends where the unit ends, and one pass in chunks whose keys and values
+stay in the graph. A fourth, ``local``, is an approximation. Each is a module of ``models.step_gradients``.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ssrctl.core.losses import step_policy_loss
 from ssrctl.core.units import Unit
 from ssrctl.errors import UserError
+from ssrctl.models.step_gradients.batch import GroupBatch, make_batch, response_logprobs
+from ssrctl.models.step_gradients.chunked import chunked_gradients
+from ssrctl.models.step_gradients.chunks import cache_obstacle
+from ssrctl.models.step_gradients.compare import GradientPair, gradient_cosine, gradient_dot, paired
+from ssrctl.models.step_gradients.cost import ModelCosts, choose_method
+from ssrctl.models.step_gradients.kept import kept_gradients
+from ssrctl.models.step_gradients.local import layout_obstacle, local_gradients
+from ssrctl.models.step_gradients.shape import group_shape
+from ssrctl.models.step_gradients.task import GradientTask, NonFiniteLoss, UnitGradient
+from ssrctl.models.step_gradients.truncated import truncated_gradients
+
+__all__ = [
+    "METHODS",
+    "GradientPair",
+    "GradientTask",
+    "GroupBatch",
+    "NonFiniteLoss",
+    "UnitGradient",
+    "automatic_method",
+    "compare_methods",
+    "gradient_cosine",
+    "gradient_dot",
+    "make_batch",
+    "method_obstacle",
+    "paired_gradients",
+    "response_logprobs",
+    "trainable",
+    "unit_gradients",
+]
 
 
-@dataclass(frozen=True)
-class GroupBatch:
-    """The responses to one question as tensors.
-
-    Attributes:
-        input_ids: int64 ``[G, P + R]``, prompt and response, padded on the right.
-        attention_mask: int64 ``[G, P + R]``, 1 where there is a token.
-        prompt_length: P.
-        old_logprobs: float32 ``[G, R]``, log-probabilities at sampling time; 0 in the padding.
-        step_ids: int64 ``[G, R]``, each token's step, -1 in the padding.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    prompt_length: int
-    old_logprobs: Tensor
-    step_ids: Tensor
-
-    @property
-    def known(self) -> Tensor:
-        """bool ``[G, R]``: True at response tokens, False in the padding."""
-        return self.attention_mask[:, self.prompt_length :].bool()
+def automatic_gradients(task: GradientTask) -> Iterator[UnitGradient]:
+    """By the exact way that ``automatic_method`` takes."""
+    return METHODS[automatic_method(task)](task)
 
 
-def make_batch(
-    prompt_ids: Sequence[int],
-    responses: Sequence[Sequence[int]],
-    old_logprobs: Sequence[Tensor],
-    step_ids: Sequence[Sequence[int]],
-    *,
-    pad_token_id: int,
-    device: torch.device,
-) -> GroupBatch:
-    """Pad one group's responses into a batch; every response needs at least one token."""
-    prompt_length = len(prompt_ids)
-    width = max(len(response) for response in responses)
-    rows = len(responses)
-    input_ids = torch.full((rows, prompt_length + width), pad_token_id, dtype=torch.int64)
-    attention_mask = torch.zeros_like(input_ids)
-    old = torch.zeros(rows, width)
-    steps = torch.full((rows, width), -1, dtype=torch.int64)
-    input_ids[:, :prompt_length] = torch.tensor(list(prompt_ids))
-    for row, response in enumerate(responses):
-        end = prompt_length + len(response)
-        input_ids[row, prompt_length:end] = torch.tensor(list(response))
-        attention_mask[row, :end] = 1
-        old[row, : len(response)] = old_logprobs[row]
-        steps[row, : len(response)] = torch.tensor(list(step_ids[row]))
-    return GroupBatch(input_ids.to(device), attention_mask.to(device), prompt_length, old.to(device), steps.to(device))
+METHODS: dict[str, Callable[[GradientTask], Iterator[UnitGradient]]] = {
+    "auto": automatic_gradients,
+    "kept": kept_gradients,
+    "truncated": truncated_gradients,
+    "chunked": chunked_gradients,
+    "local": local_gradients,
+}
 
 
-def response_logprobs(model: Any, batch: GroupBatch, temperature: float) -> Tensor:
-    """float32 ``[G, R]``: log-probability of every response token under the temperature-scaled logits.
-
-    What stands in the padding has no meaning. The graph is kept where gradients are enabled.
-    """
-    width = batch.step_ids.shape[1]
-    extra = {}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        extra["logits_to_keep"] = width + 1  # from the prompt's last token on
-    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **extra).logits
-    logits = logits[:, -(width + 1) : -1].float() / temperature
-    targets = batch.input_ids[:, batch.prompt_length :].unsqueeze(-1)
-    return logits.gather(-1, targets).squeeze(-1) - logits.logsumexp(-1)
+def method_obstacle(task: GradientTask, method: str) -> str | None:
+    """Why this model cannot compute its gradients by ``method``; None if it can."""
+    if method not in ("chunked", "local"):
+        return None
+    obstacle = cache_obstacle(task.model)
+    return layout_obstacle(task) if obstacle is None and method == "local" else obstacle
 
 
-@dataclass(frozen=True)
-class UnitGradient:
-    """One unit's loss, after its backward pass has filled ``parameter.grad``.
-
-    Attributes:
-        unit: which.
-        loss: its value (before ``loss_scale``).
-        num_terms: surrogate terms in it.
-        num_clipped: those in which the clip was active.
-    """
-
-    unit: Unit
-    loss: float
-    num_terms: int
-    num_clipped: int
-
-
-class NonFiniteLoss(ValueError):
-    """A unit's loss is NaN or infinite."""
+def automatic_method(task: GradientTask) -> str:
+    """The cheapest exact way that the model can do, by the lengths alone (``step_gradients.cost``)."""
+    able = [name for name in ("kept", "truncated", "chunked") if method_obstacle(task, name) is None]
+    costs = ModelCosts.of(task.model)
+    return choose_method(group_shape(task), costs, all_logprobs=task.needs_all_logprobs, methods=able)
 
 
 def unit_gradients(
@@ -115,13 +84,18 @@ def unit_gradients(
     clip_epsilon: float = 0.2,
     level: str = "sequence",
     loss_scale: float = 1.0,
+    method: str = "auto",
     on_logprobs: Callable[[Tensor], None] | None = None,
+    on_unit: Callable[[Unit], None] | None = None,
 ) -> Iterator[UnitGradient]:
-    """Backpropagate the units' losses one after the other through one kept graph.
+    """Backpropagate the units' losses one after the other.
 
-    After each ``next()``, ``parameter.grad`` holds the exact gradient of that unit's loss alone, provided that
-    the caller has dropped the one before (``grad = None``). The forward pass is run once; the graph is freed
-    after the last unit.
+    After each ``next()``, ``parameter.grad`` holds the gradient of that unit's loss alone, provided that the
+    caller has dropped the one before (``grad = None``). The weights must stay as they are until the last unit,
+    and the model must be deterministic (in eval mode, or without dropout).
+
+    The exact ways differ by the rounding of sums taken in another order: about 1e-6 of a tensor's largest entry
+    in float32.
 
     Args:
         model: a causal LM.
@@ -130,40 +104,58 @@ def unit_gradients(
         temperature: of the sampling.
         clip_epsilon, level: see ``core.losses.step_policy_loss``.
         loss_scale: multiplies each loss before the backward pass, such as 1 / questions in the batch.
-        on_logprobs: called with the detached log-probabilities ``[G, R]`` of this pass.
+        method: one of ``METHODS``; all but ``local`` are exact, and ``auto`` takes the cheapest of these.
+        on_logprobs: called with the detached log-probabilities ``[G, R]`` of this pass, before the first unit.
+        on_unit: called with each unit right before its backward pass.
 
     Raises:
         NonFiniteLoss: a loss is NaN or infinite; nothing was backpropagated for it.
+        UserError: unknown method, or one that this model cannot do.
     """
-    logprobs = response_logprobs(model, batch, temperature)
-    if on_logprobs is not None:
-        on_logprobs(logprobs.detach())
-    losses = [_unit_loss(logprobs, batch, unit, clip_epsilon, level) for unit in units]
-    todo = [(unit, made) for unit, made in zip(units, losses, strict=True) if made is not None]
-    for place, (unit, (loss, terms, clipped)) in enumerate(todo):
-        value = float(loss.detach())
-        if not torch.isfinite(loss.detach()):
-            raise NonFiniteLoss(f"the loss of steps {list(unit.steps)} is {value}")
-        (loss * loss_scale).backward(retain_graph=place < len(todo) - 1)
-        yield UnitGradient(unit, value, terms, clipped)
-
-
-def _unit_loss(
-    logprobs: Tensor, batch: GroupBatch, unit: Unit, clip_epsilon: float, level: str
-) -> tuple[Tensor, int, int] | None:
-    """The sum of the unit's step losses, its number of terms, and how many were clipped."""
-    parts = []
-    for step, column in zip(unit.steps, unit.advantages, strict=True):
-        values = [float("nan") if a is None else a for a in column]
-        advantages = torch.tensor(values, dtype=torch.float64, device=logprobs.device)
-        made = step_policy_loss(
-            logprobs, batch.old_logprobs, batch.step_ids, step, advantages, clip_epsilon=clip_epsilon, level=level
+    if method not in METHODS:
+        raise UserError(f"unknown way to compute step gradients: {method!r}", f"use one of {', '.join(METHODS)}")
+    task = GradientTask(
+        model, batch, units, temperature, clip_epsilon, level, loss_scale, on_logprobs=on_logprobs, on_unit=on_unit
+    )
+    obstacle = method_obstacle(task, method)
+    if obstacle is not None:
+        raise UserError(
+            f"step gradients of {type(model).__name__} cannot be computed by {method}: {obstacle}",
+            "use --step-gradient auto",
         )
-        if made.loss is not None:
-            parts.append((made.loss, made.num_terms, made.num_clipped))
-    if not parts:
-        return None
-    return torch.stack([loss for loss, _, _ in parts]).sum(), sum(t for _, t, _ in parts), sum(c for _, _, c in parts)
+    return METHODS[method](task)
+
+
+def paired_gradients(
+    model: Any, batch: GroupBatch, units: Sequence[Unit], first: str, second: str, **settings: Any
+) -> Iterator[GradientPair]:
+    """Each unit's gradient by two methods, and the cosine between them.
+
+    Two gradients exist at a time, and the activations of both methods.
+
+    Args:
+        model, batch, units: see ``unit_gradients``; ``parameter.grad`` must be None, and is None afterwards.
+        first, second: methods.
+        settings: the other arguments of ``unit_gradients``.
+
+    Raises:
+        ValueError: a gradient is there already.
+    """
+    named = dict(trainable(model))
+    if present := [name for name, parameter in named.items() if parameter.grad is not None]:
+        raise ValueError(f"{len(present)} parameters already have a gradient, {present[0]} among them")
+    return paired(
+        named,
+        unit_gradients(model, batch, units, method=first, **settings),
+        unit_gradients(model, batch, units, method=second, **settings),
+    )
+
+
+def compare_methods(
+    model: Any, batch: GroupBatch, units: Sequence[Unit], first: str, second: str, **settings: Any
+) -> list[float]:
+    """Per unit that has a loss, the cosine (float64) between its gradients by two methods; see ``paired_gradients``."""
+    return [pair.cosine for pair in paired_gradients(model, batch, units, first, second, **settings)]
 
 
 def trainable(model: Any) -> list[tuple[str, torch.nn.Parameter]]:

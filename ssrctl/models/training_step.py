@@ -30,6 +30,9 @@ from ssrctl.models.loading import LoadedModel
 from ssrctl.models.updaters import QuestionUpdate, Updater
 
 
+LOWER_RATE = "start from an earlier checkpoint with a lower --learning-rate, or use --dtype float32"
+
+
 class NonFiniteBatch(UserError):
     """No question of a batch gave a finite gradient; the weights were not touched."""
 
@@ -61,7 +64,6 @@ class _Tally:
     gap_max: float = 0.0
     num_units: int = 0
     granted_frac: list[float] = field(default_factory=list)
-    claimed: int = 0
     non_finite: int = 0
     without_signal: int = 0
 
@@ -77,7 +79,6 @@ class _Tally:
         self.clipped += sum(made.num_clipped for made in update.gradients)
         self.num_units += len(update.gradients)
         self.granted_frac.append(sum(update.granted) / num_unprotected)
-        self.claimed += sum(indices.numel() for chosen in update.selected for indices in chosen.values())
 
 
 class TrainingStep:
@@ -124,19 +125,22 @@ class TrainingStep:
         scored = time.perf_counter()
         plans = [self._credit(group, tally) for group in groups]
         mask_log: list[QuestionLog] = []
-        update_metrics: dict[str, float] = {}
+        update_metrics: dict[str, float | None] = {}
         for iteration in range(config.num_iterations):
             logging = log_masks and iteration == 0
             for group, units in zip(groups, plans, strict=True):
                 update = self._learn(group, units, len(groups), tally, logging and config.log_gradient_cosine)
-                if logging and update is not None and update.selected:
+                if logging and update is not None and update.kept:
                     mask_log.append(self._question_log(group, update))
             if iteration == 0 and tally.non_finite == len(groups):
                 raise NonFiniteBatch(
                     f"the loss or gradient of all {len(groups)} questions is NaN or infinite",
-                    "start from an earlier checkpoint with a lower --learning-rate, or use --dtype float32",
+                    LOWER_RATE,
                 )
-            update_metrics = self.updater.step()
+            try:
+                update_metrics = self.updater.step()
+            except NonFiniteGradient as error:
+                raise NonFiniteBatch(f"summed over the batch, {error}", LOWER_RATE) from error
         done = time.perf_counter()
         seconds = {"sample": sampled - started, "score": scored - sampled, "update": done - scored}
         return StepResult(self._metrics(groups, tally, seconds) | update_metrics, groups, mask_log)
@@ -156,7 +160,7 @@ class TrainingStep:
             rollout.advantages = list(row)
         longest = max((len(row) for row in values), default=0)
         budgets = step_budgets(self.curve, longest, budget=config.budget, max_step_budget=config.max_step_budget)
-        return self.updater.plan(plan_units(values, budgets, fuse_tol=config.fuse_tol))
+        return self.updater.plan(plan_units(values, budgets, fuse_tol=config.fuse_tol, max_units=config.max_units))
 
     def _learn(
         self, group: Group, units: list[Unit], num_questions: int, tally: _Tally, with_cosine: bool
@@ -173,7 +177,9 @@ class TrainingStep:
             clip_epsilon=self.config.clip_epsilon,
             level=self.config.importance_level,
             loss_scale=1.0 / num_questions,
+            method=self.config.step_gradient,
             on_logprobs=lambda logprobs: tally.add_gap(logprobs, batch),
+            on_unit=self.updater.before_unit,
         )
         try:
             update = self.updater.add_question(gradients, with_cosine=with_cosine)
@@ -190,9 +196,9 @@ class TrainingStep:
                 steps=list(made.unit.steps),
                 budget=made.unit.budget,
                 advantages=[a for column in made.unit.advantages for a in column if a is not None],
-                mask=BlockMask.from_indices(shapes, {name: i.cpu() for name, i in selected.items()}),
+                mask=BlockMask.from_indices(shapes, {name: s.to_indices().cpu() for name, s in kept.sets.items()}),
             )
-            for made, selected in zip(update.gradients, update.selected, strict=True)
+            for made, kept in zip(update.gradients, update.kept, strict=True)
         ]
         return QuestionLog(id=group.id, units=units, gradient_cosine=update.cosine)
 

@@ -32,7 +32,7 @@ from ssrctl.models.collect import Prompted, prepare_prompts
 from ssrctl.models.gradients import trainable
 from ssrctl.models.loading import LoadedModel, describe_model, load_model
 from ssrctl.models.training_step import NonFiniteBatch, StepResult, TrainingStep
-from ssrctl.models.updaters import UPDATERS
+from ssrctl.models.updaters import make_updater, updater_kind
 from ssrctl.text.prompts import load_template
 
 # Settings that may differ between a run and its continuation without changing what it computes.
@@ -53,24 +53,27 @@ def run(config: TrainConfig) -> dict[str, Any] | None:
     console.note(describe_model(config))
     _check_tracker(config.report_to)
     run_dir, checkpoint = _open_run(config)
-    updater_kind = UPDATERS[config.optimizer]
     template = load_template(config.prompt_template, config.dataset)
     problems = load_problems(config, "train", derive_seed(config.seed, "problems"))
     loaded = load_model(
         config,
-        bytes_per_parameter=updater_kind.bytes_per_parameter + ACTIVATION_BYTES_PER_PARAMETER,
+        bytes_per_parameter=_update_bytes(config) + ACTIVATION_BYTES_PER_PARAMETER,
     )
-    protected = _protected(config, loaded)
+    protected = _mask_at(config.protect, config, loaded)
+    mask = _mask_at(config.mask, config, loaded)
+    _check_trainable(config, loaded, protected, mask)
     curve, profile_name = _budget_curve(config)
     prompts, num_left_out = prepare_prompts(loaded, problems, template, config.max_new_tokens)
     if num_left_out:
         console.warn(f"{num_left_out} of {len(problems)} questions do not fit the context and are left out")
     _warn_about_sampling(config)
     if config.dry_run:
-        plan = _plan(config, loaded, protected, curve, profile_name, prompts, run_dir)
+        plan = _plan(config, loaded, protected, mask, curve, profile_name, prompts, run_dir)
         console.show_plan("plan", plan)
         return plan
-    updater = updater_kind(trainable(loaded.model), config, protected)
+    if config.find_lr:
+        return _find_lr(config, loaded, prompts, curve, protected, mask)
+    updater = make_updater(trainable(loaded.model), config, protected, mask)
     trainer = Trainer(
         config, loaded, run_dir, prompts, TrainingStep(loaded, make_critic(config), updater, config, curve)
     )
@@ -108,7 +111,7 @@ class Trainer:
         """Write what describes the run."""
         self.run_dir.path.mkdir(parents=True, exist_ok=True)
         self.run_dir.write_config(manifest.settings_of(self.config))
-        inputs = {key: manifest.file_hash(path) for key in ("protect",) if (path := getattr(self.config, key))}
+        inputs = {key: manifest.file_hash(path) for key in ("protect", "mask") if (path := getattr(self.config, key))}
         for key in ("dataset", "budget_profile"):
             if Path(getattr(self.config, key)).is_file():
                 inputs[key] = manifest.file_hash(getattr(self.config, key))
@@ -174,7 +177,7 @@ class Trainer:
         log_masks = config.log_masks_every > 0 and step % config.log_masks_every == 0
         rate = self.updater.optimizer.param_groups[0]["lr"]
         result = self.training_step.run(
-            self._questions(step), seed=derive_seed(config.seed, "rollout", step), log_masks=log_masks
+            questions_of(step, self.prompts, config), seed=derive_seed(config.seed, "rollout", step), log_masks=log_masks
         )
         self.scheduler.step()
         self.step = step
@@ -183,16 +186,6 @@ class Trainer:
         row = {"step": step, "epoch": round(epoch, 4), "learning_rate": rate, **result.metrics}
         self.recent = [*self.recent[-9:], row]
         return row
-
-    def _questions(self, step: int) -> list[Prompted]:
-        """The questions of a step: each epoch is its own seeded permutation, so no state has to be kept."""
-        size, count = self.config.questions_per_step, len(self.prompts)
-        chosen = []
-        for position in range((step - 1) * size, step * size):
-            epoch, place = divmod(position, count)
-            generator = torch.Generator().manual_seed(derive_seed(self.config.seed, "order", epoch))
-            chosen.append(self.prompts[int(torch.randperm(count, generator=generator)[place])])
-        return chosen
 
     def _write_logs(self, result: StepResult) -> None:
         rows = (rollout.to_dict() for group in result.groups for rollout in group.rollouts)
@@ -237,6 +230,58 @@ class Trainer:
             f"{self.run_dir.path}"
         )
         return summary
+
+
+def questions_of(step: int, prompts: Sequence[Prompted], config: TrainConfig) -> list[Prompted]:
+    """The questions of a step: each epoch is its own seeded permutation, so no state has to be kept."""
+    size, count = config.questions_per_step, len(prompts)
+    chosen = []
+    for position in range((step - 1) * size, step * size):
+        epoch, place = divmod(position, count)
+        generator = torch.Generator().manual_seed(derive_seed(config.seed, "order", epoch))
+        chosen.append(prompts[int(torch.randperm(count, generator=generator)[place])])
+    return chosen
+
+
+def _find_lr(
+    config: TrainConfig,
+    loaded: LoadedModel,
+    prompts: Sequence[Prompted],
+    curve: Sequence[float],
+    protected: BlockMask | None,
+    mask: BlockMask | None,
+) -> dict[str, Any]:
+    """``--find-lr``: print the curve, and return it; nothing is written."""
+    from ssrctl.models.lr_sweep import SPREAD, sweep
+
+    results = []
+    bar = console.progress(unit="rates")
+    with bar:
+        task = bar.add_task("find-lr", total=len(SPREAD), status="")
+        for made in sweep(
+            loaded,
+            make_critic(config),
+            config,
+            lambda step: questions_of(step, prompts, config),
+            curve,
+            protected,
+            mask,
+            num_steps=config.find_lr_steps,
+        ):
+            results.append(made)
+            bar.update(task, advance=1, status=f"{made.learning_rate:.1e}")
+    late = [made.late_reward for made in results]
+    known = [reward for reward in late if reward is not None]
+    if not known:
+        raise UserError("no learning rate gave a reward", "check the critic's scores with --max-steps 1")
+    console.show_rates(results)
+    best = results[late.index(max(known))]
+    console.note(
+        f"highest late reward at {best.learning_rate:.1e}; few steps are noisy: take it as the middle of a longer "
+        "comparison, and stay below the first rate that breaks"
+    )
+    rows = [dataclasses.asdict(made) | {"late_reward": made.late_reward} for made in results]
+    return {"rates": rows, "best": best.learning_rate}
 
 
 def _status(row: dict[str, Any]) -> str:
@@ -310,15 +355,34 @@ def _budget_curve(config: TrainConfig) -> tuple[Sequence[float], str]:
     return load_budget_profile(profile_path("budgets", name, ".json")).curve, Path(name).name
 
 
-def _protected(config: TrainConfig, loaded: LoadedModel) -> BlockMask | None:
-    if config.protect is None:
+def _mask_at(path: Path | None, config: TrainConfig, loaded: LoadedModel) -> BlockMask | None:
+    if path is None:
         return None
-    mask = load_mask_for(
-        config.protect, loaded.shapes(), loaded.identity.fingerprint, ignore_fingerprint=config.ignore_fingerprint
+    return load_mask_for(
+        path, loaded.shapes(), loaded.identity.fingerprint, ignore_fingerprint=config.ignore_fingerprint
     )
-    if mask.count() >= loaded.num_parameters:
-        raise UserError(f"{config.protect} protects all {mask.count()} weights", "nothing would be left to train")
-    return mask
+
+
+def _check_trainable(
+    config: TrainConfig, loaded: LoadedModel, protected: BlockMask | None, mask: BlockMask | None
+) -> None:
+    """Something must be left to train."""
+    if protected is not None and protected.count() >= loaded.num_parameters:
+        raise UserError(f"{config.protect} protects all {protected.count()} weights", "nothing would be left to train")
+    if mask is None:
+        return
+    left = mask if protected is None else mask - protected
+    if not left.count():
+        raise UserError(
+            f"{config.mask} selects {mask.count()} weights, of which {left.count()} are not protected",
+            "nothing would be left to train",
+        )
+
+
+def _update_bytes(config: TrainConfig) -> float:
+    """Memory of an update per parameter, beside the weights."""
+    itemsize = 4 if config.dtype in ("auto", "float32") else 2
+    return updater_kind(config).bytes_per_parameter(config, itemsize)
 
 
 def _warn_about_sampling(config: TrainConfig) -> None:
@@ -335,6 +399,7 @@ def _plan(
     config: TrainConfig,
     loaded: LoadedModel,
     protected: BlockMask | None,
+    mask: BlockMask | None,
     curve: Sequence[float],
     profile_name: str,
     prompts: Sequence[Prompted],
@@ -343,11 +408,13 @@ def _plan(
     """What `--dry-run` prints."""
     responses = config.max_steps * config.questions_per_step * config.num_generations
     budgets = step_budgets(curve, 8, budget=config.budget, max_step_budget=config.max_step_budget)
-    per_parameter = UPDATERS[config.optimizer].bytes_per_parameter
     stored = next(loaded.model.parameters()).element_size()
+    per_parameter = updater_kind(config).bytes_per_parameter(config, stored)
     return {
         "parameters": loaded.num_parameters,
         "protected": 0 if protected is None else protected.count(),
+        "optimizer": config.optimizer,
+        "trained": loaded.num_parameters if mask is None else mask.count(),
         "problems": len(prompts),
         "epochs": round(config.max_steps * config.questions_per_step / len(prompts), 3),
         "responses": responses,

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,10 @@ from ssrctl.core.mask import BlockMask
 from ssrctl.core.topk import NonFiniteGradient
 from ssrctl.core.units import Unit
 from ssrctl.models.gradients import UnitGradient
-from ssrctl.models.updaters import UPDATERS, AdamWUpdater, KronosUpdater, cosine_matrix
+from ssrctl.models.updaters import make_updater
+from ssrctl.models.updaters.adamw import AdamWUpdater
+from ssrctl.models.updaters.cosine import cosine_matrix
+from ssrctl.models.updaters.kronos import KronosUpdater
 
 SHAPES = {"w": (6, 10), "v": (20,), "s": ()}
 
@@ -25,16 +29,18 @@ def protect(*indices):
     return BlockMask.from_indices(SHAPES, {"w": torch.tensor(indices, dtype=torch.int64)})
 
 
-def gradients(named, seed, budgets, *, broken_at=None):
-    """As ``unit_gradients`` does it: before each unit is handed over, the parameters hold its gradient."""
+def gradients(updater, named, seed, budgets, *, broken_at=None):
+    """As ``unit_gradients`` does it: the updater hears of each unit, then the parameters hold its gradient."""
     generator = torch.Generator().manual_seed(seed)
     for number, budget in enumerate(budgets):
+        unit = Unit((number,), budget, ((1.0,),))
+        updater.before_unit(unit)
         for parameter in named.values():
             fresh = torch.randn(parameter.shape, generator=generator)
             if number == broken_at:
                 fresh.view(-1)[0] = float("nan")
             parameter.grad = fresh if parameter.grad is None else parameter.grad + fresh
-        yield UnitGradient(Unit((number,), budget, ((1.0,),)), 0.5, 3, 1)
+        yield UnitGradient(unit, 0.5, 3, 1)
 
 
 def dense(seed, count):
@@ -49,16 +55,25 @@ def bits(named):
 def run(updater, named, steps, first_seed=0):
     for number in range(steps):
         for question in range(2):
-            updater.add_question(gradients(named, first_seed + 10 * number + question, [0.1, 0.2]))
+            updater.add_question(gradients(updater, named, first_seed + 10 * number + question, [0.1, 0.2]))
         updater.step()
 
 
-@pytest.mark.parametrize(("kind", "decay"), [("kronos", 0.0), ("adamw", 0.0), ("adamw", 0.1)])
-def test_protected_coordinates_keep_every_bit(kind, decay):
+KINDS = {
+    "sgd": {"optimizer": "kronos"},
+    "adam": {"optimizer": "kronos", "update_rule": "adam"},
+    "rms": {"optimizer": "kronos", "update_rule": "rms"},
+    "adamw": {"optimizer": "adamw"},
+    "decay": {"optimizer": "adamw", "weight_decay": 0.1},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_protected_coordinates_keep_every_bit(kind):
     named = parameters()
     start = bits(named)
-    config = TrainConfig(optimizer=kind, learning_rate=0.1, weight_decay=decay)
-    updater = UPDATERS[kind](list(named.items()), config, protect(0, 7, 59))
+    config = TrainConfig(**KINDS[kind], learning_rate=0.1)
+    updater = make_updater(list(named.items()), config, protect(0, 7, 59))
     assert updater.num_protected == 3
     run(updater, named, 5)
     now = bits(named)
@@ -66,11 +81,49 @@ def test_protected_coordinates_keep_every_bit(kind, decay):
     assert sum(a != b for name in SHAPES for a, b in zip(start[name], now[name], strict=True)) > 40
 
 
+MASK = BlockMask.from_indices(SHAPES, {"w": torch.arange(0, 60, 2), "s": torch.tensor([0])})
+
+
+@pytest.mark.parametrize("settings", [{"weight_decay": 0.1}, {"optimizer": "kronos", "max_step_budget": 0.2}])
+def test_a_mask_trains_its_coordinates_alone(settings):
+    named = parameters()
+    start = bits(named)
+    config = TrainConfig(mask=Path("m.safetensors"), learning_rate=0.1, **settings)
+    updater = make_updater(list(named.items()), config, protect(0, 7), MASK)
+    assert updater.num_protected == 81 - 30
+    run(updater, named, 5)
+    now = bits(named)
+    moved = {n: [i for i, (a, b) in enumerate(zip(start[n], now[n], strict=True)) if a != b] for n in SHAPES}
+    assert moved["v"] == [] and set(moved["w"]) <= set(range(2, 60, 2)) and len(moved["w"]) > 15
+    assert set(updater.changes()) == {"w", "s"}
+
+
+def test_a_mask_of_everything_is_adamw():
+    whole, masked = parameters(), parameters()
+    config = {"learning_rate": 0.01, "weight_decay": 0.1, "max_grad_norm": 1.0}
+    everything = BlockMask.from_dense({name: torch.ones(shape, dtype=torch.bool) for name, shape in SHAPES.items()})
+    first = make_updater(list(whole.items()), TrainConfig(optimizer="adamw", **config))
+    second = make_updater(list(masked.items()), TrainConfig(mask=Path("m"), **config), None, everything)
+    run(first, whole, 4)
+    run(second, masked, 4)
+    for name in SHAPES:  # the norms of the clip are summed in float32 by one and in float64 by the other
+        torch.testing.assert_close(whole[name].detach(), masked[name].detach(), rtol=1e-5, atol=1e-7)
+
+
+def test_only_the_masked_gradient_is_clipped():
+    named = parameters()
+    updater = make_updater(list(named.items()), TrainConfig(mask=Path("m")), None, MASK)
+    updater.add_question(gradients(updater, named, 9, [0.1]))
+    given = dense(9, 1)[0]
+    square = float(given["w"].view(-1)[::2].double().square().sum()) + float(given["s"].double().square())
+    assert updater.step()["grad_norm"] == pytest.approx(math.sqrt(square), rel=1e-12)
+
+
 @pytest.mark.parametrize("kind", ["kronos", "adamw"])
 def test_changes_are_what_differs_from_the_start(kind):
     named = parameters()
     start = {name: parameter.detach().clone() for name, parameter in named.items()}
-    updater = UPDATERS[kind](list(named.items()), TrainConfig(optimizer=kind), protect(3))
+    updater = make_updater(list(named.items()), TrainConfig(optimizer=kind), protect(3))
     assert updater.changes() == {}
     run(updater, named, 2)
     changes = updater.changes()
@@ -82,18 +135,19 @@ def test_changes_are_what_differs_from_the_start(kind):
     assert 3 not in changes["w"][0].tolist()
 
 
-@pytest.mark.parametrize("kind", ["kronos", "adamw"])
+@pytest.mark.parametrize("kind", [*KINDS, "mask"])
 def test_a_restored_updater_goes_on_bit_for_bit(kind):
-    config = TrainConfig(optimizer=kind, learning_rate=0.01, weight_decay=0.1 if kind == "adamw" else 0.0)
+    config = TrainConfig(**KINDS.get(kind, {"mask": Path("m")}), learning_rate=0.01)
+    mask = MASK if kind == "mask" else None
     whole = parameters()
-    updater = UPDATERS[kind](list(whole.items()), config, protect(3))
+    updater = make_updater(list(whole.items()), config, protect(3), mask)
     run(updater, whole, 2)
     saved = {name: tensor.clone() for name, tensor in updater.state().items()}
     weights = {name: parameter.detach().clone() for name, parameter in whole.items()}
     run(updater, whole, 2, first_seed=100)
 
     resumed = parameters()
-    again = UPDATERS[kind](list(resumed.items()), config, protect(3))  # made over the base, as in training
+    again = make_updater(list(resumed.items()), config, protect(3), mask)  # made over the base, as in training
     with torch.no_grad():
         for name, parameter in resumed.items():
             parameter.copy_(weights[name])
@@ -108,12 +162,12 @@ def test_a_restored_updater_goes_on_bit_for_bit(kind):
 def test_a_question_with_a_nan_leaves_nothing_behind(kind):
     config = TrainConfig(optimizer=kind)
     clean, mixed = parameters(), parameters()
-    first = UPDATERS[kind](list(clean.items()), config, None)
-    second = UPDATERS[kind](list(mixed.items()), config, None)
-    first.add_question(gradients(clean, 1, [0.1, 0.1]))
-    second.add_question(gradients(mixed, 1, [0.1, 0.1]))
+    first = make_updater(list(clean.items()), config, None)
+    second = make_updater(list(mixed.items()), config, None)
+    first.add_question(gradients(first, clean, 1, [0.1, 0.1]))
+    second.add_question(gradients(second, mixed, 1, [0.1, 0.1]))
     with pytest.raises(NonFiniteGradient):
-        second.add_question(gradients(mixed, 2, [0.1, 0.1, 0.1], broken_at=2))
+        second.add_question(gradients(second, mixed, 2, [0.1, 0.1, 0.1], broken_at=2))
     assert all(parameter.grad is None for parameter in mixed.values())
     first.step()
     second.step()
@@ -123,13 +177,12 @@ def test_a_question_with_a_nan_leaves_nothing_behind(kind):
 def test_kronos_claims_the_granted_share_of_what_is_not_protected():
     named = parameters()
     updater = KronosUpdater(list(named.items()), TrainConfig(), protect(*range(21)))
-    made = updater.add_question(gradients(named, 0, [0.1, 0.05, 0.001]))
+    made = updater.add_question(gradients(updater, named, 0, [0.1, 0.05, 0.001]))
     assert made.granted == [6, 3, 0]  # of 60 unprotected coordinates
-    sizes = [sum(indices.numel() for indices in chosen.values()) for chosen in made.selected]
-    assert sizes == [6, 3, 0]
-    for a, b in itertools.combinations(made.selected, 2):
-        for name in a.keys() & b.keys():
-            assert not set(a[name].tolist()) & set(b[name].tolist())
+    assert [unit.count for unit in made.kept] == [6, 3, 0]
+    for a, b in itertools.combinations(made.kept, 2):
+        for name in a.sets.keys() & b.sets.keys():
+            assert not set(a.sets[name].to_indices().tolist()) & set(b.sets[name].to_indices().tolist())
     assert [g.loss for g in made.gradients] == [0.5] * 3
     metrics = updater.step()
     assert metrics["updated_frac"] == 9 / 81
@@ -139,6 +192,30 @@ def test_kronos_leaves_out_units_without_signal():
     silent, loud = Unit((0,), 0.1, ((0.0, None),)), Unit((1,), 0.1, ((0.0, -0.1),))
     updater = KronosUpdater(list(parameters().items()), TrainConfig(), None)
     assert updater.plan([silent, loud, silent]) == [loud]
+
+
+def test_scope_tensor_is_told_k_before_the_backward_pass():
+    parameter = torch.nn.Parameter(torch.arange(10.0))
+    updater = KronosUpdater([("w", parameter)], TrainConfig(scope="tensor"), None)
+
+    def backward():
+        for number in (0, 1):
+            unit = Unit((number,), 0.2, ((1.0,),))
+            updater.before_unit(unit)
+            parameter.square().sum().backward()
+            assert parameter.grad is None
+            yield UnitGradient(unit, 0.5, 3, 1)
+
+    made = updater.add_question(backward())
+    assert [unit.sets["w"].to_indices().tolist() for unit in made.kept] == [[8, 9], [6, 7]]
+
+
+def test_the_pooled_control_is_one_unit():
+    first, second = Unit((0,), 0.1, ((1.0,),)), Unit((1,), 0.2, ((-1.0,),))
+    updater = KronosUpdater(list(parameters().items()), TrainConfig(allocation="pooled"), None)
+    (unit,) = updater.plan([first, second])
+    assert unit.steps == (0, 1) and unit.budget == pytest.approx(0.3)
+    assert updater.plan([Unit((0,), 0.1, ((0.0,),))]) == []
 
 
 def test_adamw_takes_all_steps_at_once():
@@ -161,7 +238,7 @@ def test_adamw_follows_the_textbook():
     for step in (1, 2, 3):
         total = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in SHAPES.items()}
         for seed in (2 * step, 2 * step + 1):
-            updater.add_question(gradients(named, seed, [0.1]))
+            updater.add_question(gradients(updater, named, seed, [0.1]))
             for name, gradient in dense(seed, 1)[0].items():
                 total[name] += gradient.double()
         norm = math.sqrt(sum(float(g.square().sum()) for g in total.values()))
@@ -182,7 +259,7 @@ def test_adamw_clips_by_what_may_move():
     """A protected weight often has the largest gradient; it must not shrink everybody else's step."""
     named = parameters()
     updater = AdamWUpdater(list(named.items()), TrainConfig(optimizer="adamw"), protect(3))
-    updater.add_question(gradients(named, 9, [0.1]))
+    updater.add_question(gradients(updater, named, 9, [0.1]))
     expected = dense(9, 1)[0]
     expected["w"].view(-1)[3] = 0.0
     norm = math.sqrt(sum(float(g.double().square().sum()) for g in expected.values()))
@@ -216,7 +293,7 @@ def test_cosine_with_a_zero_gradient_is_zero():
 def test_kronos_logs_cosines_of_gradients_before_masking():
     named = parameters()
     updater = KronosUpdater(list(named.items()), TrainConfig(), None)
-    made = updater.add_question(gradients(named, 5, [0.01, 0.01]), with_cosine=True)
+    made = updater.add_question(gradients(updater, named, 5, [0.01, 0.01]), with_cosine=True)
     expected = cosine_matrix(dense(5, 2))
     assert made.cosine == expected
-    assert updater.add_question(gradients(named, 5, [0.01])).cosine is None
+    assert updater.add_question(gradients(updater, named, 5, [0.01])).cosine is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -103,9 +104,42 @@ def test_adamw_keeps_protected_weights_under_weight_decay(tmp_path: Path, protec
         assert bool((before[name][~frozen] != after[name][~frozen]).any())
 
 
-@pytest.mark.parametrize("optimizer", ["kronos", "adamw"])
-def test_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path: Path, optimizer: str) -> None:
-    shared = {"optimizer": optimizer, "lr_scheduler_type": "cosine", "max_steps": 3, "save_steps": 1}
+def test_only_the_mask_is_trained(tmp_path: Path, protected: Path) -> None:
+    """With a mask adamw is the default, and nothing outside of the mask moves, not even by weight decay."""
+    from ssrctl.io.artifacts import load_mask
+
+    mask, _ = load_mask(protected)
+    before = {name: p.detach() for name, p in load_model(TrainConfig()).model.named_parameters()}
+    for settings in ({"weight_decay": 0.1}, {"optimizer": "kronos"}):
+        run = tmp_path / str(len(settings["optimizer"]) if "optimizer" in settings else 0)
+        train.run(config(run, mask=protected, learning_rate=1e-2, **settings))
+        moved = 0
+        for name, tensor in final_weights(run).items():
+            changed = before[name] != tensor
+            assert not (changed & ~mask.tensors[name].to_dense()).any()
+            moved += int(changed.sum())
+        assert moved > 0.005 * mask.count()
+        (row,) = metrics(run)[-1:]
+        assert row["updated_frac"] <= mask.density()
+
+
+RESUMED = {
+    "sgd": {},
+    "adam-bfloat16": {"update_rule": "adam", "dtype": "bfloat16"},
+    "rms-tensor": {"update_rule": "rms", "scope": "tensor"},
+    "adamw": {"optimizer": "adamw"},
+    "mask-bfloat16": {"mask": "protected", "dtype": "bfloat16"},
+}
+
+
+@pytest.mark.parametrize("kind", RESUMED)
+def test_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
+    tmp_path: Path, kind: str, request: pytest.FixtureRequest
+) -> None:
+    shared = {**RESUMED[kind], "lr_scheduler_type": "cosine", "max_steps": 3, "save_steps": 1}
+    if "mask" in shared:
+        # the mask was made for the float32 weights
+        shared |= {"mask": request.getfixturevalue("protected"), "ignore_fingerprint": True}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train.run(config(whole, **shared))
     train.run(config(parts, **shared))
@@ -116,9 +150,10 @@ def test_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path: Pat
         stream.write('{"step": 4, "rew')
     train.run(config(parts, **shared, resume_from_checkpoint="latest"))
     assert metrics(whole) == metrics(parts)
-    first, second = final_weights(whole), final_weights(parts)
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert any(bool((first[name] != p).any()) for name, p in load_model(TrainConfig()).model.named_parameters())
+    first, second = (load_delta(RunDir(run).checkpoints()[-1] / "delta.safetensors") for run in (whole, parts))
+    assert first.count > 100 and first.changes.keys() == second.changes.keys()
+    for name, (indices, values) in first.changes.items():
+        assert torch.equal(indices, second.changes[name][0]) and torch.equal(values, second.changes[name][1])
     rollouts = [list(read_rollouts(run / "rollouts" / "000003.jsonl")) for run in (whole, parts)]
     assert rollouts[0] == rollouts[1]
 
@@ -190,6 +225,84 @@ def test_equal_or_missing_scores_change_nothing(tmp_path: Path, monkeypatch: pyt
     row = metrics(run)[0]
     assert row["no_signal_responses"] == 8 and row["num_units"] == 0 and row["missing_score_frac"] > 0.3
     assert row["reward"] == 0.5 and row["loss"] is None
+
+
+def test_allocations_differ_in_what_they_share(tmp_path: Path) -> None:
+    for allocation in ("disjoint", "overlap", "pooled", "shuffled"):
+        run = tmp_path / allocation
+        train.run(config(run, max_steps=1, allocation=allocation))
+        for question in load_mask_log(mask_log_paths(run)[0]).questions:
+            sets = [unit.mask for unit in question.units]
+            shared = sum((a & b).count() for a, b in itertools.combinations(sets, 2))
+            if allocation == "pooled":
+                assert len(sets) == 1 and len(question.units[0].steps) > 3
+            else:
+                assert len(sets) > 2 and (shared > 0) == (allocation == "overlap")
+
+
+def test_reuse_takes_claimed_coordinates_again(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train.run(config(run, max_steps=1, reuse_factor=2.0))
+    (row,) = metrics(run)
+    sets = [[unit.mask for unit in question.units] for question in load_mask_log(mask_log_paths(run)[0]).questions]
+    shared = sum((a & b).count() for one in sets for a, b in itertools.combinations(one, 2))
+    assert row["reused_coordinates"] > 0 and shared >= row["reused_coordinates"]
+
+
+def test_block_selection_logs_what_it_misses(tmp_path: Path) -> None:
+    train.run(config(tmp_path / "block", max_steps=1, selection="block"))
+    (row,) = metrics(tmp_path / "block")
+    assert 0.05 < row["selection_recall"] < 0.95
+    train.run(config(tmp_path / "exact", max_steps=1))
+    assert metrics(tmp_path / "exact")[0]["selection_recall"] is None
+
+
+def test_masters_decide_what_small_updates_of_bfloat16_weights_do(tmp_path: Path) -> None:
+    changed = {}
+    for masters in (True, False):
+        run = tmp_path / str(masters)
+        train.run(config(run, max_steps=4, dtype="bfloat16", learning_rate=1e-4, master_weights=masters))
+        assert all(row["lost_update_frac"] > 0.5 for row in metrics(run))
+        base = dict(load_model(TrainConfig(dtype="bfloat16")).model.named_parameters())
+        delta = load_delta(RunDir(run).checkpoints()[-1] / "delta.safetensors")
+        changed[masters] = sum(int((base[n].view(-1)[i] != v).sum()) for n, (i, v) in delta.changes.items())
+    assert changed[True] > changed[False]
+
+
+@pytest.mark.parametrize("method", ["kept", "truncated", "chunked"])
+def test_exact_step_gradients_train_alike(tmp_path: Path, method: str) -> None:
+    for name in ("auto", method):
+        train.run(config(tmp_path / name, max_steps=1, step_gradient=name))
+    first, second = final_weights(tmp_path / "auto"), final_weights(tmp_path / method)
+    start = dict(load_model(TrainConfig()).model.named_parameters())
+    distance = sum(float((first[n] - second[n]).double().square().sum()) for n in first) ** 0.5
+    moved = sum(float((first[n] - p.detach()).double().square().sum()) for n, p in start.items()) ** 0.5
+    assert distance < 0.02 * moved  # rounding moves a few coordinates across the selection threshold
+
+
+def test_max_units_bounds_the_updates_of_a_question(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train.run(config(run, max_steps=1, max_units=2))
+    questions = load_mask_log(mask_log_paths(run)[0]).questions
+    assert questions and all(len(question.units) <= 2 for question in questions)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"optimizer": "adamw", "update_rule": "adam"}, "--update-rule has no meaning for adamw"),
+        ({"optimizer": "adamw", "scope": "tensor", "max_units": 2}, "--scope, --max-units has no meaning"),
+        ({"scope": "tensor", "allocation": "shuffled"}, "shuffled needs whole gradients"),
+        ({"scope": "tensor", "log_gradient_cosine": True}, "--log-gradient-cosine needs whole gradients"),
+        ({"reuse_factor": 2.0, "allocation": "overlap"}, "--reuse-factor loosens the disjoint"),
+        ({"reuse_factor": 0.5}, "--reuse-factor must be at least 1"),
+        ({"max_units": 0}, "--max-units must be at least 1"),
+        ({"adam_beta2": 1.0}, "--adam-beta2"),
+    ],
+)
+def test_settings_that_would_do_nothing_are_refused(settings: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        TrainConfig(**settings)
 
 
 def test_fusing_everything_makes_one_unit(tmp_path: Path) -> None:
@@ -313,3 +426,28 @@ def test_ctrl_c_keeps_what_was_done_and_the_run_goes_on(tmp_path: Path) -> None:
     assert metrics(whole) == metrics(run)
     first, second = final_weights(whole), final_weights(run)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_find_lr_tries_rates_from_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ssrctl.models import lr_sweep
+
+    monkeypatch.setattr(lr_sweep, "SPREAD", (1e-12, 1.0, 1e9))
+    loaded = load_model(TrainConfig())
+    before = {name: p.detach().clone() for name, p in loaded.model.named_parameters()}
+    monkeypatch.setattr(train, "load_model", lambda *a, **k: loaded)
+    result = train.run(config(tmp_path / "run", find_lr=True, find_lr_steps=2, update_rule="rms"))
+    assert result is not None and not (tmp_path / "run").exists()
+    still, usual, wild = result["rates"]
+    assert all(torch.equal(before[name], p.detach()) for name, p in loaded.model.named_parameters())
+    # every rate samples its first batch from the same weights with the same seeds
+    assert still["reward"][0] == usual["reward"][0] == wild["reward"][0]
+    assert still["grad_norm"][1] != usual["grad_norm"][1]
+    assert wild["broke"] or wild["late_reward"] < usual["late_reward"]
+    assert result["best"] in (still["learning_rate"], usual["learning_rate"])
+
+
+def test_find_lr_prints_a_curve(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    flags = ["--find-lr-steps", "1", "--questions-per-step", "1", "--num-generations", "2", "--max-new-tokens", "24"]
+    assert main(["train", "--find-lr", *flags, "-o", str(tmp_path / "run")]) == 0
+    shown = capfd.readouterr().err
+    assert "1.0e-03" in shown and "3.0e-01" in shown and "highest late reward at" in shown

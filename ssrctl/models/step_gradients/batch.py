@@ -1,0 +1,131 @@
+"""One question's responses as tensors, and the log-probabilities of their tokens.
+
+Shapes: G responses of one question, P prompt tokens (the same for all), R response tokens (padded on the
+right).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class GroupBatch:
+    """The responses to one question as tensors.
+
+    Attributes:
+        input_ids: int64 ``[G, P + R]``, prompt and response, padded on the right.
+        attention_mask: int64 ``[G, P + R]``, 1 where there is a token.
+        prompt_length: P, at least 1.
+        old_logprobs: float32 ``[G, R]``, log-probabilities at sampling time; 0 in the padding.
+        step_ids: int64 ``[G, R]``, each token's step, never falling along a response, -1 in the padding.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    prompt_length: int
+    old_logprobs: Tensor
+    step_ids: Tensor
+
+    @property
+    def known(self) -> Tensor:
+        """bool ``[G, R]``: True at response tokens, False in the padding."""
+        return self.attention_mask[:, self.prompt_length :].bool()
+
+    @property
+    def targets(self) -> Tensor:
+        """int64 ``[G, R]``: the response tokens; the logits at column P - 1 + t predict the t-th."""
+        return self.input_ids[:, self.prompt_length :]
+
+
+def make_batch(
+    prompt_ids: Sequence[int],
+    responses: Sequence[Sequence[int]],
+    old_logprobs: Sequence[Tensor],
+    step_ids: Sequence[Sequence[int]],
+    *,
+    pad_token_id: int,
+    device: torch.device,
+) -> GroupBatch:
+    """Pad one group's responses into a batch; every response needs at least one token."""
+    prompt_length = len(prompt_ids)
+    width = max(len(response) for response in responses)
+    rows = len(responses)
+    input_ids = torch.full((rows, prompt_length + width), pad_token_id, dtype=torch.int64)
+    attention_mask = torch.zeros_like(input_ids)
+    old = torch.zeros(rows, width)
+    steps = torch.full((rows, width), -1, dtype=torch.int64)
+    input_ids[:, :prompt_length] = torch.tensor(list(prompt_ids))
+    for row, response in enumerate(responses):
+        end = prompt_length + len(response)
+        input_ids[row, prompt_length:end] = torch.tensor(list(response))
+        attention_mask[row, :end] = 1
+        old[row, : len(response)] = old_logprobs[row]
+        steps[row, : len(response)] = torch.tensor(list(step_ids[row]))
+    return GroupBatch(input_ids.to(device), attention_mask.to(device), prompt_length, old.to(device), steps.to(device))
+
+
+def response_logprobs(
+    model: Any, batch: GroupBatch, temperature: float, *, rows: Tensor | None = None, end: int | None = None
+) -> Tensor:
+    """Log-probability of every response token under the temperature-scaled logits.
+
+    Logits are computed at the positions that predict a response token, no others.
+
+    Args:
+        model: a causal LM.
+        batch: the group.
+        temperature: of the sampling.
+        rows: int64 indices of the responses wanted; None for all.
+        end: how many tokens of each; None for all.
+
+    Returns:
+        float32 (float64 for a float64 model) ``[len(rows), end]``. What stands in the padding has no meaning.
+        The graph is kept where gradients are enabled.
+    """
+    width = batch.step_ids.shape[1] if end is None else end
+    # the last token predicts nothing that is wanted
+    inputs = batch.input_ids[:, : batch.prompt_length + width - 1]
+    targets = batch.targets[:, :width]
+    if rows is not None:
+        inputs, targets = inputs[rows], targets[rows]
+    # The padding stands on the right, where causal attention of a token never looks; without a mask to apply,
+    # the attention kernels that need none are taken.
+    logits = model(
+        input_ids=inputs, attention_mask=torch.ones_like(inputs), use_cache=False, **last_logits(model, width)
+    ).logits[:, -width:]
+    return token_logprobs(logits, targets, temperature)
+
+
+def last_logits(model: Any, count: int) -> dict[str, int]:
+    """What to pass to ``model`` so that it computes its last ``count`` logits only; nothing if it cannot."""
+    return {"logits_to_keep": count} if "logits_to_keep" in forward_parameters(model) else {}
+
+
+def forward_parameters(model: Any) -> set[str]:
+    """The names that the model's forward method takes."""
+    return set(inspect.signature(model.forward).parameters)
+
+
+def token_logprobs(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """Log-softmax of ``logits / temperature`` at ``targets``.
+
+    Args:
+        logits: float ``[G, w, V]``, or ``[1, w, V]`` when they are the same for all responses.
+        targets: int64 ``[G, w]``.
+        temperature: of the sampling.
+
+    Returns:
+        ``[G, w]``, float32, or float64 where the logits are.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if temperature != 1.0:
+        logits = logits / temperature
+    chosen = logits.expand(len(targets), -1, -1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    return chosen - logits.logsumexp(-1)
