@@ -6,6 +6,8 @@ Bit ``i`` of a tensor with ``n`` coordinates is bit ``i % 8`` of byte ``i // 8``
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -21,22 +23,24 @@ def bits_from_indices(indices: Tensor, numel: int) -> Tensor:
 
 def set_bits(packed: Tensor, indices: Tensor) -> None:
     """Set the bits of distinct flat indices (int64 ``[k]``, any order) in place."""
-    if indices.numel() == 0:
-        return
-    indices = indices.sort().values
-    byte, value = indices >> 3, (1 << (indices & 7)).to(torch.int32)
-    # Indices are distinct, so within a byte the sum of the bits is their OR.
-    touched, inverse = torch.unique_consecutive(byte, return_inverse=True)
-    merged = torch.zeros(touched.numel(), dtype=torch.int32, device=packed.device).index_add_(0, inverse, value)
-    packed[touched] |= merged.to(torch.uint8)
+    fresh = indices[~get_bits(packed, indices)]
+    # Distinct and clear until now: within a byte the sum of the bits is their union.
+    packed.index_add_(0, fresh >> 3, (1 << (fresh & 7)).to(torch.uint8))
 
 
 def unpack_bits(packed: Tensor, start: int, stop: int) -> Tensor:
     """bool ``[stop - start]``: the bits of coordinates ``start..stop-1``; ``start`` is a multiple of 8."""
     assert start % 8 == 0, start
-    places = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    chunk = packed[start // 8 : -(-stop // 8)]
-    return (chunk.unsqueeze(-1) >> places).bitwise_and_(1).view(-1)[: stop - start].bool()
+    # Looking up eight flags at once is several times as fast as shifting every byte by 0..7.
+    chunk = packed[start // 8 : -(-stop // 8)].to(torch.int32)
+    return _eight_flags(packed.device).index_select(0, chunk).view(torch.bool)[: stop - start]
+
+
+@cache
+def _eight_flags(device: torch.device) -> Tensor:
+    """int64 ``[256]``: per byte value, its bits as eight bytes of 0 or 1, in the order of memory."""
+    places = torch.arange(8)
+    return ((torch.arange(256).unsqueeze(-1) >> places) & 1).to(torch.uint8).view(torch.int64).flatten().to(device)
 
 
 def get_bits(packed: Tensor, indices: Tensor) -> Tensor:

@@ -1,140 +1,184 @@
 """The k largest |g| among eligible coordinates over many tensors: exact and deterministic, by counting.
 
-The bit pattern of |x| orders like |x| itself for every IEEE float. The top 16 bits of a float32 pattern
-(all 16 of a bfloat16 or float16) are counted in one histogram of 32,768 bins; the bin in which the k-th
-largest falls is known from the cumulative counts, and float32 counts its lower 16 bits once more inside that
-bin. No sort, no copy of the whole gradient: tensors are read in chunks.
+``core.counting`` finds a threshold from counts of keys (the float32 patterns of |g|). Counting every coordinate
+and then collecting those above the threshold would read the gradients twice. Instead a sample gives a lower
+*bound* on the threshold; one pass collects the eligible coordinates that reach it (the candidates, little more
+than k), and only these are counted exactly. Where the sample misled, so that there are fewer than k candidates,
+all coordinates are counted to get the bound. The result is exact either way. There is no sort and no copy of the
+gradients, and counts add up over processes.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
-from ssrctl.core.bits import unpack_bits
+from ssrctl.core.counting import INFINITY, PATTERN_DTYPES, Candidates, Group, Layout, choose, threshold_bin
+from ssrctl.core.topk_plain import CHUNK, PlainReader
 
-CHUNK = 1 << 22  # coordinates read at once: 16 MiB of float32, a few times that of scratch
-HIGH_BINS = 1 << 15
-LOW_BINS = 1 << 16
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["CHUNK", "NonFiniteGradient", "Reader", "count_non_finite", "select_topk"]
+
+SAMPLED_FROM = 1 << 21  # coordinates from which sampling is cheaper than counting all
+SAMPLE = 1 << 16  # coordinates in a sample
+MARGIN = 5.0  # how far below the wanted rank the bound is set, in standard deviations of the sample's count
 
 
 class NonFiniteGradient(ValueError):
-    """A gradient holds NaN or infinity; ``name`` is the tensor."""
+    """A gradient holds NaN or infinity.
+
+    Attributes:
+        name: the tensor.
+        count: how many eligible coordinates of it.
+    """
 
     def __init__(self, name: str, count: int) -> None:
         super().__init__(f"the gradient of {name} has {count} values that are NaN or infinite")
         self.name = name
+        self.count = count
+
+
+class Reader(Protocol):
+    """A way to read gradients.
+
+    Attributes:
+        gradients: tensors without autograd history.
+        taken: bits per tensor as in ``core.bits``.
+        layout: what positions mean.
+    """
+
+    gradients: Mapping[str, Tensor]
+    taken: Mapping[str, Tensor]
+    layout: Layout
+
+    def histogram(self, stride: int) -> Tensor:
+        """int64 ``[HIGH_BINS]`` (CPU): eligible coordinates at multiples of ``stride``, by their key's upper bits."""
+
+    def collect(self, bound: int, k: int) -> tuple[Tensor, Tensor]:
+        """(positions, keys) of eligible coordinates whose key is at least ``bound``, by ascending position.
+
+        All of them, or a part that includes the ``k`` largest (of equal ones, those of lowest position): what
+        keeps memory in bounds where the bound lets too many pass.
+        """
 
 
 def select_topk(
-    gradients: Mapping[str, Tensor], k: int, taken: Mapping[str, Tensor] | None = None
+    gradients: Mapping[str, Tensor],
+    k: int,
+    taken: Mapping[str, Tensor] | None = None,
+    *,
+    process_group: ProcessGroup | None = None,
 ) -> dict[str, Tensor]:
     """Select the ``k`` coordinates with the largest |g| that are not taken.
 
-    Ties at the threshold go to the lowest (tensor in the mapping's order, flat index). Zero gradients are
-    eligible like any other magnitude.
+    Ties at the threshold go to the lowest (rank in the process group, tensor in the mapping's order, flat index).
+    Zero gradients are eligible like any other magnitude. Dtypes may be mixed: true magnitudes are compared.
 
     Args:
-        gradients: tensors of any shape; all float32, or all of one of bfloat16 and float16.
+        gradients: tensors of any shape and strides, each float32, bfloat16 or float16, all on one device.
         k: how many, at least 0. When fewer are eligible, all of these are selected.
-        taken: bits per tensor as in ``core.bits`` (set = not eligible); a name without bits is all eligible.
+        taken: bits per tensor as in ``core.bits`` (set = not eligible), on the tensor's device; a name without
+            bits is all eligible.
+        process_group: every process of the group holds tensors of its own and calls with the same ``k``, which
+            counts over all of them; each gets its own part of the selection. None: this process alone.
 
     Returns:
-        Ascending flat indices, int64 ``[k_t]``, for every tensor; the ``k_t`` sum to ``min(k, eligible)``.
+        Ascending flat indices, int64 ``[k_t]``, for every tensor, on its device; the ``k_t`` sum to
+        ``min(k, eligible)``. They are views of one storage.
 
     Raises:
-        ValueError: negative k, or mixed dtypes.
-        NonFiniteGradient: NaN or infinity in an eligible coordinate.
+        ValueError: negative k, another dtype, tensors on different devices, bits of another size than the tensor.
+        NonFiniteGradient: NaN or infinity in an eligible coordinate; in a group, every process raises it.
     """
+    taken = taken or {}
+    _check(gradients, k, taken)
+    if k == 0:
+        return {name: torch.empty(0, dtype=torch.int64, device=g.device) for name, g in gradients.items()}
+    group = Group(process_group)
+    reader = make_reader({name: gradient.detach() for name, gradient in gradients.items()}, taken)
+    positions, keys = _candidates(reader, k, group)
+    chosen, _ = choose(keys, k, group)
+    return reader.layout.split(positions[chosen])
+
+
+def count_non_finite(gradient: Tensor, bits: Tensor | None = None) -> int:
+    """How many eligible values of one tensor are NaN or infinite; ``bits`` as one entry of ``taken``."""
+    reader = PlainReader({"": gradient.detach()}, {} if bits is None else {"": bits})
+    return sum(positions.numel() for positions, _ in reader.hits(Candidates(0, INFINITY)))
+
+
+def make_reader(gradients: Mapping[str, Tensor], taken: Mapping[str, Tensor]) -> Reader:
+    """The fused kernels on CUDA where Triton works, plain torch otherwise; both give the same result."""
+    device = next((gradient.device for gradient in gradients.values()), torch.device("cpu"))
+    if device.type == "cuda":
+        try:
+            from ssrctl.core.topk_triton import TritonReader, usable
+        except ImportError:  # Triton is optional
+            return PlainReader(gradients, taken)
+        if usable(device):
+            return TritonReader(gradients, taken)
+    return PlainReader(gradients, taken)
+
+
+def _check(gradients: Mapping[str, Tensor], k: int, taken: Mapping[str, Tensor]) -> None:
     if k < 0:
         raise ValueError(f"k must be at least 0, got {k}")
-    dtypes = {gradient.dtype for gradient in gradients.values()}
-    if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.bfloat16, torch.float16}:
-        raise ValueError(
-            f"expected gradients of one dtype among float32, bfloat16, float16; got {sorted(map(str, dtypes))}"
-        )
-    source = _Source(gradients, taken or {})
-    if k == 0 or not gradients:
-        return {name: torch.empty(0, dtype=torch.int64, device=g.device) for name, g in gradients.items()}
-    wide = dtypes == {torch.float32}
-    counts = source.histogram(lambda pattern: pattern >> 16 if wide else pattern, HIGH_BINS)
-    source.check_finite(counts, wide)
-    if int(counts.sum()) <= k:
-        return source.collect(threshold=-1, num_ties=0)
-    threshold, above = _threshold_bin(counts, k)
-    if wide:
-        high = threshold
-        low = source.histogram(lambda p: torch.where(p >> 16 == high, p & 0xFFFF, -1), LOW_BINS)
-        low_bin, above_low = _threshold_bin(low, k - above)
-        threshold, above = (high << 16) | low_bin, above + above_low
-    return source.collect(threshold, num_ties=k - above)
+    first = next(iter(gradients), "")
+    for name, gradient in gradients.items():
+        if gradient.dtype not in PATTERN_DTYPES:
+            raise ValueError(f"expected gradients in float32, bfloat16 or float16; that of {name} is {gradient.dtype}")
+        if gradient.device != gradients[first].device:
+            raise ValueError(
+                f"expected all gradients on one device; that of {first} is on {gradients[first].device}, that of "
+                f"{name} on {gradient.device}"
+            )
+        num_bytes = -(-gradient.numel() // 8)
+        if name in taken and taken[name].shape != (num_bytes,):
+            raise ValueError(f"{name} needs {num_bytes} bytes of bits, got a tensor of shape {list(taken[name].shape)}")
 
 
-def _threshold_bin(counts: Tensor, k: int) -> tuple[int, int]:
-    """The bin that holds the k-th largest, and how many lie in higher bins (fewer than k)."""
-    from_top = counts.flip(0).cumsum(0)
-    place = int(torch.searchsorted(from_top, k))
-    above = int(from_top[place - 1]) if place else 0
-    return counts.numel() - 1 - place, above
+def _candidates(reader: Reader, k: int, group: Group) -> tuple[Tensor, Tensor]:
+    """(positions, keys) of eligible coordinates, among them this process's part of the k largest of all."""
+    size = int(group.total(torch.tensor(reader.layout.size)))
+    stride = _stride(size) if size >= SAMPLED_FROM else 1
+    bound = _bound(reader, k, stride, group)
+    positions, keys = reader.collect(bound, k)
+    _check_finite(reader, keys, group)
+    if stride > 1 and bound > 0 and int(group.total(torch.tensor(keys.numel()))) < k:
+        positions, keys = reader.collect(_bound(reader, k, 1, group), k)
+    return positions, keys
 
 
-class _Source:
-    """Chunks of magnitude patterns of the eligible coordinates, in (tensor, index) order."""
+def _stride(size: int) -> int:
+    """A step that samples ``size`` coordinates; coprime to likely row lengths, so that no column is favoured."""
+    stride = max(2, size // SAMPLE)
+    while math.gcd(stride, 2 * 3 * 5 * 7 * 11 * 13) > 1:
+        stride += 1
+    return stride
 
-    def __init__(self, gradients: Mapping[str, Tensor], taken: Mapping[str, Tensor]) -> None:
-        self.gradients = {name: gradient.detach().reshape(-1) for name, gradient in gradients.items()}
-        self.taken = taken
 
-    def patterns(self, name: str) -> list[tuple[int, int]]:
-        size = self.gradients[name].numel()
-        return [(start, min(size, start + CHUNK)) for start in range(0, size, CHUNK)]
+def _bound(reader: Reader, k: int, stride: int, group: Group) -> int:
+    """A key that at least k coordinates of all processes reach: surely at stride 1, very likely above."""
+    counts = group.total(reader.histogram(stride))
+    rank = k if stride == 1 else math.ceil(k / stride + MARGIN * math.sqrt(k / stride) + MARGIN)
+    if int(counts.sum()) <= rank:
+        return 0
+    # NaN and infinity must always be candidates: that is how they are noticed
+    return min(threshold_bin(counts, rank)[0] << 16, INFINITY)
 
-    def chunk(self, name: str, start: int, stop: int) -> Tensor:
-        """int32 patterns of |g|, -1 where taken."""
-        values = self.gradients[name][start:stop]
-        if values.dtype == torch.float32:
-            pattern = values.view(torch.int32) & 0x7FFFFFFF
-        else:
-            pattern = (values.view(torch.int16) & 0x7FFF).to(torch.int32)
-        if name in self.taken:
-            pattern = pattern.masked_fill(unpack_bits(self.taken[name], start, stop), -1)
-        return pattern
 
-    def histogram(self, bin_of: object, num_bins: int) -> Tensor:
-        """int64 ``[num_bins]`` counts over all tensors; what maps to -1 is left out."""
-        total = torch.zeros(num_bins, dtype=torch.int64)
-        for name in self.gradients:
-            for start, stop in self.patterns(name):
-                bins = bin_of(self.chunk(name, start, stop))  # type: ignore[operator]
-                total += torch.bincount(bins + 1, minlength=num_bins + 1)[1:].cpu()
-        return total
-
-    def check_finite(self, counts: Tensor, wide: bool) -> None:
-        """NaN and infinity have the largest patterns, so the histogram shows at once whether there are any."""
-        dtype = next(iter(self.gradients.values())).dtype
-        infinity = int(torch.tensor(float("inf"), dtype=dtype).view(torch.int32 if wide else torch.int16))
-        if int(counts[infinity >> 16 if wide else infinity :].sum()) == 0:
-            return
-        for name in self.gradients:
-            # what is taken has the pattern -1, so that a NaN there is not blamed
-            bad = sum(int((self.chunk(name, *part) >= infinity).sum()) for part in self.patterns(name))
-            if bad:
-                raise NonFiniteGradient(name, bad)
-
-    def collect(self, threshold: int, num_ties: int) -> dict[str, Tensor]:
-        """Indices with a pattern above ``threshold``, and the first ``num_ties`` that equal it."""
-        selected = {}
-        for name, gradient in self.gradients.items():
-            parts = []
-            for start, stop in self.patterns(name):
-                pattern = self.chunk(name, start, stop)
-                chosen = pattern > threshold
-                if num_ties:
-                    ties = (pattern == threshold).nonzero().flatten()[:num_ties]
-                    chosen[ties] = True
-                    num_ties -= ties.numel()
-                parts.append(chosen.nonzero().flatten() + start)
-            selected[name] = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=gradient.device)
-        return selected
+def _check_finite(reader: Reader, keys: Tensor, group: Group) -> None:
+    broken = keys.numel() > 0 and int(keys.max()) >= INFINITY
+    if not int(group.total(torch.tensor(int(broken)))):
+        return
+    found = None
+    if broken:
+        counts = ((name, count_non_finite(g, reader.taken.get(name))) for name, g in reader.gradients.items())
+        found = next(pair for pair in counts if pair[1])
+    raise NonFiniteGradient(*group.first(found))

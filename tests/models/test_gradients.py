@@ -74,6 +74,25 @@ def test_right_padding_changes_nothing(tiny_model):
             torch.testing.assert_close(padded[row, : len(response)], alone[0], rtol=0, atol=2e-5)
 
 
+def test_logprobs_of_some_responses_up_to_some_token(tiny_model):
+    batch = batch_of(RESPONSES, STEPS)
+    with torch.no_grad():
+        whole = response_logprobs(tiny_model, batch, 0.7)
+        part = response_logprobs(tiny_model, batch, 0.7, rows=torch.tensor([0, 2]), end=5)
+        assert part.shape == (2, 5)
+        torch.testing.assert_close(part, whole[[0, 2], :5], rtol=0, atol=2e-5)
+        assert response_logprobs(tiny_model.double(), batch, 0.7).dtype == torch.float64
+
+
+def test_no_more_logits_are_computed_than_predict_a_token(tiny_model):
+    seen = []
+    tiny_model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[:2]))
+    with torch.no_grad():
+        response_logprobs(tiny_model, batch_of(RESPONSES, STEPS), 1.0)
+        response_logprobs(tiny_model, batch_of(RESPONSES, STEPS), 1.0, end=2)
+    assert seen == [(3, 7), (3, 2)]
+
+
 def test_a_model_without_logits_to_keep_gives_the_same(tiny_model, monkeypatch):
     batch = batch_of(RESPONSES, STEPS)
     with torch.no_grad():

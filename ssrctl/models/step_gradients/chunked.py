@@ -25,7 +25,7 @@ def chunked_gradients(task: GradientTask) -> Iterator[UnitGradient]:
     Needs a model without a ``cache_obstacle``. Memory: the activations of all chunks until the last unit is
     done, about as much as the kept graph. A backward pass adds up each parameter's gradient over the chunks
     before any is final, so a whole dense gradient exists even if each is consumed as it becomes final. With
-    bfloat16 weights these additions are rounded to bfloat16.
+    bfloat16 weights these sums are rounded to bfloat16, which is no more than what that arithmetic loses anyway.
     """
     boundaries = plan_boundaries(group_shape(task), ModelCosts.of(task.model))
     chunks = column_chunks(task.batch, boundaries, to_the_end=task.needs_all_logprobs)

@@ -24,8 +24,8 @@ class DeviceCosts:
     """What a device is slow at, in terms of what it is fast at.
 
     Attributes:
-        layer_flops: floating-point operations that would fit into the time in which one layer's operations
-            are dispatched, whatever their size.
+        forward_layer, backward_layer: floating-point operations that would fit into the time in which one
+            layer's operations are dispatched, whatever their size.
         forward_weights: tokens whose arithmetic takes as long as one read of the weights.
         backward_weights: the same for reading them and adding to their gradient.
         backward_table: as ``backward_weights`` for the output projection, one large tensor whose gradient is
@@ -34,7 +34,8 @@ class DeviceCosts:
             copied and read.
     """
 
-    layer_flops: float
+    forward_layer: float
+    backward_layer: float
     forward_weights: float
     backward_weights: float
     backward_table: float
@@ -46,8 +47,8 @@ class DeviceCosts:
 # parameters in float32 (benchmarks/step_gradients.py --calibrate). cuda: not measured; arithmetic with
 # 0.3 ms per layer, 2e14 operations/s, 2e12 bytes/s and bfloat16.
 DEVICE_COSTS = {
-    "cpu": DeviceCosts(2.5e7, 30.0, 45.0, 150.0, 28.0, 60.0),
-    "cuda": DeviceCosts(6e10, 100.0, 300.0, 300.0, 400.0, 800.0),
+    "cpu": DeviceCosts(2.5e7, 1e7, 30.0, 45.0, 150.0, 28.0, 55.0),
+    "cuda": DeviceCosts(6e10, 3e10, 100.0, 300.0, 300.0, 400.0, 800.0),
 }
 
 # Keeping a cache and gathering log-probabilities from pieces, as a share of a chunk's own forward cost: what one
@@ -62,27 +63,29 @@ class PassCosts:
     Attributes:
         chunk: of having a chunk at all.
         logits: of its having any logits.
-        token: of a token through the body.
-        through: of a token that only hands on gradients of its keys and values, which skip the last layer.
         head: of a position's logits and log-probability.
+        token: of a token through the body.
         pair: of a query looking at a key.
         cached: of a key and value that were there before, per chunk.
+        without_logits: share of the last three that remains where no logits count; a backward pass then starts
+            from keys and values, which skips most of the last layer.
     """
 
     chunk: float
     logits: float
-    token: float
-    through: float
     head: float
+    token: float
     pair: float
     cached: float
+    without_logits: float
 
     def of(self, rows: int, width: int, past: int, heads: int) -> float:
         """Cost of a chunk of ``rows`` x ``width`` tokens after ``past``, with ``heads`` logits per row."""
-        token = self.token if heads else self.through
-        fixed = self.chunk + (self.logits if heads else 0.0)
         pairs = width * past + width * (width + 1) / 2
-        return fixed + rows * (width * token + heads * self.head + pairs * self.pair + past * self.cached)
+        body = width * self.token + pairs * self.pair + past * self.cached
+        if not heads:
+            return self.chunk + rows * body * self.without_logits
+        return self.chunk + self.logits + rows * (body + heads * self.head)
 
 
 @dataclass(frozen=True)
@@ -126,27 +129,27 @@ class ModelCosts:
         """
         costs = DEVICE_COSTS.get(device, DEVICE_COSTS["cuda"])
         # a layer more for what a model does beside its layers: masks, embeddings, loss
-        dispatch = costs.layer_flops * (num_layers + 1) / (2 * body)
+        dispatched = (num_layers + 1) / (2 * body)
         # keys and values once as they are cached and once as they are repeated for the query heads
         cached = 2 * num_layers * (attention_width + cache_width) / body
         pair = 2 * num_layers * attention_width / body
         forward = PassCosts(
-            chunk=dispatch + costs.forward_weights,
+            chunk=dispatched * costs.forward_layer + costs.forward_weights,
             logits=costs.forward_weights * head / body,
-            token=1.0,
-            through=1.0,
             head=head / body,
+            token=1.0,
             pair=pair,
             cached=cached * costs.forward_copy,
+            without_logits=1.0,
         )
         backward = PassCosts(
-            chunk=dispatch + costs.backward_weights,
+            chunk=dispatched * costs.backward_layer + costs.backward_weights,
             logits=costs.backward_table * head / body,
-            token=2.0,
-            through=2.0 * (1 - 1 / num_layers),
             head=2 * head / body,
+            token=2.0,
             pair=2 * pair,
             cached=cached * costs.backward_copy,
+            without_logits=1 - 1 / num_layers,
         )
         return cls(forward, backward)
 

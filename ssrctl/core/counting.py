@@ -1,0 +1,194 @@
+"""Keys of magnitudes, and thresholds from counts of keys: what exact selection is made of.
+
+The bit pattern of |x| orders like |x| itself for every IEEE float, and a bfloat16 or float16 has the same value
+as a float32. So the float32 pattern of |g| is the *key* of a coordinate: an int32 that compares across dtypes.
+The upper 16 bits of keys are counted in 32,768 bins (for bfloat16 they are the whole magnitude); the bin in which
+the k-th largest falls follows from the cumulative counts, and the lower 16 bits are counted once more inside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+HIGH_BINS = 1 << 15
+LOW_BINS = 1 << 16
+INFINITY = 0x7F800000  # the key of infinity; those of NaN are larger
+LARGEST_KEY = 0x7FFFFFFF
+PATTERN_DTYPES = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+
+
+def keys_of(pattern: Tensor, dtype: torch.dtype) -> Tensor:
+    """int32 keys of the integer patterns of magnitudes in ``dtype``; negative patterns give negative keys."""
+    if dtype == torch.bfloat16:
+        return pattern.to(torch.int32) << 16
+    return pattern if dtype == torch.float32 else pattern.view(torch.float16).float().view(torch.int32)
+
+
+def pattern_bound(bound: int, dtype: torch.dtype) -> int:
+    """The smallest pattern of ``dtype`` whose key is at least ``bound``, or else the largest pattern."""
+    if dtype == torch.float32:
+        return bound
+    if dtype == torch.bfloat16:
+        return min((bound + 0xFFFF) >> 16, 0x7FFF)
+    return int(torch.searchsorted(_half_keys(), bound))
+
+
+@cache
+def _half_keys() -> Tensor:
+    """int32 ``[0x7C01]``: the keys of the float16 patterns from zero to infinity, ascending."""
+    return keys_of(torch.arange(0x7C01, dtype=torch.int16), torch.float16)
+
+
+class Group:
+    """Sums of counts over the processes that hold the shards; one process when there is no process group."""
+
+    def __init__(self, process_group: ProcessGroup | None = None) -> None:
+        self.group = process_group
+
+    def total(self, counts: Tensor) -> Tensor:
+        """The int64 tensor (CPU) summed over all processes."""
+        if self.group is None:
+            return counts
+        import torch.distributed as dist
+
+        device = f"cuda:{torch.cuda.current_device()}" if dist.get_backend(self.group) == "nccl" else "cpu"
+        summed = counts.to(device, copy=True)
+        dist.all_reduce(summed, group=self.group)
+        return summed.cpu()
+
+    def before(self, count: int) -> int:
+        """The sum of ``count`` over the processes of lower rank."""
+        if self.group is None:
+            return 0
+        counts = torch.zeros(self.group.size(), dtype=torch.int64)
+        counts[self.group.rank()] = count
+        return int(self.total(counts)[: self.group.rank()].sum())
+
+    def first(self, found: tuple[str, int] | None) -> tuple[str, int]:
+        """What the process of lowest rank found, among those that found anything; there must be one."""
+        everyone = [found]
+        if self.group is not None:
+            import torch.distributed as dist
+
+            everyone = [None] * self.group.size()
+            dist.all_gather_object(everyone, found, group=self.group)
+        return next(one for one in everyone if one is not None)
+
+
+ALONE = Group()
+
+
+def choose(keys: Tensor, k: int, group: Group = ALONE) -> tuple[Tensor, int]:
+    """Which of the candidates are among the ``k`` largest of all processes, ties to the first ones.
+
+    Args:
+        keys: int32 ``[m]``, at least 0, in the order in which ties are decided.
+        k: at least 1.
+        group: ties between processes go to the lowest rank.
+
+    Returns:
+        bool ``[m]``, True = chosen, and the k-th largest key; -1 when all processes together have at most k
+        candidates, which are all chosen.
+    """
+    high = group.total(torch.bincount(keys >> 16, minlength=HIGH_BINS).cpu())
+    if int(high.sum()) <= k:
+        return torch.ones_like(keys, dtype=torch.bool), -1
+    high_bin, above = threshold_bin(high, k)
+    inside = keys[keys >> 16 == high_bin] & (LOW_BINS - 1)
+    low = group.total(torch.bincount(inside, minlength=LOW_BINS).cpu())
+    low_bin, above_inside = threshold_bin(low, k - above)
+    threshold = high_bin << 16 | low_bin
+    chosen = keys > threshold
+    ties = (keys == threshold).nonzero().flatten()
+    num_ties = k - above - above_inside - group.before(ties.numel())
+    chosen[ties[: max(0, num_ties)]] = True
+    return chosen, threshold
+
+
+def threshold_bin(counts: Tensor, k: int) -> tuple[int, int]:
+    """The bin that holds the k-th largest, and how many lie in higher bins (fewer than k).
+
+    Args:
+        counts: int64 ``[bins]`` (CPU), which sum to at least ``k``; the number of bins is a multiple of 256.
+    """
+    blocks = counts.view(-1, 256)
+    block, above = _last_from_top(blocks.sum(1), k)
+    place, above_inside = _last_from_top(blocks[block], k - above)
+    return block * 256 + place, above + above_inside
+
+
+def _last_from_top(counts: Tensor, k: int) -> tuple[int, int]:
+    """``threshold_bin`` for few bins: one cumulative sum over all."""
+    from_top = counts.flip(0).cumsum(0)
+    place = int(torch.searchsorted(from_top, k))
+    above = int(from_top[place - 1]) if place else 0
+    return counts.numel() - 1 - place, above
+
+
+class Candidates:
+    """What a pass over the gradients has found so far, in order of position.
+
+    Attributes:
+        k: how many are wanted.
+        bound: the key that a coordinate has to reach to be of interest.
+        count: how many there are.
+    """
+
+    def __init__(self, k: int, bound: int) -> None:
+        self.k, self.bound, self.count = k, bound, 0
+        self._parts: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, positions: Tensor, keys: Tensor) -> None:
+        """Positions (int64 ``[m]``), ascending and above all earlier ones, and their keys (int32 ``[m]``)."""
+        self._parts.append((positions, keys))
+        self.count += keys.numel()
+
+    def prune(self) -> None:
+        """Keep the k largest: these beat whatever comes later with no larger key, so that the bound rises."""
+        positions, keys = self.joined()
+        chosen, threshold = choose(keys, self.k)
+        if threshold >= 0:
+            self._parts, self.count = [(positions[chosen], keys[chosen])], self.k
+            self.bound = min(max(self.bound, threshold + 1), LARGEST_KEY)
+
+    def joined(self) -> tuple[Tensor, Tensor]:
+        """(positions, keys) of all."""
+        if not self._parts:
+            return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int32)
+        positions, keys = zip(*self._parts, strict=True)
+        return torch.cat(positions), torch.cat(keys)
+
+
+class Layout:
+    """Positions number the coordinates through all tensors in order, each tensor from a multiple of ``align``.
+
+    Attributes:
+        names: of the tensors.
+        offsets: the position of each tensor's first coordinate.
+        size: one past the last position.
+    """
+
+    def __init__(self, gradients: Mapping[str, Tensor], align: int) -> None:
+        self.names = list(gradients)
+        self.offsets: list[int] = []
+        self.size = 0
+        for gradient in gradients.values():
+            self.offsets.append(self.size)
+            self.size += -(-gradient.numel() // align) * align
+
+    def split(self, positions: Tensor) -> dict[str, Tensor]:
+        """Ascending positions (int64) as flat indices per tensor: views of one storage."""
+        if not self.names:
+            return {}
+        edges = torch.tensor([*self.offsets, self.size], device=positions.device)
+        counts = torch.searchsorted(positions, edges).diff()
+        indices = positions - torch.repeat_interleave(edges[:-1], counts, output_size=positions.numel())
+        return dict(zip(self.names, indices.split(counts.tolist()), strict=True))

@@ -1,0 +1,172 @@
+"""How exact selection reads gradients in plain torch: window by window, with scratch memory for one window."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ssrctl.core.bits import get_bits, unpack_bits
+from ssrctl.core.counting import HIGH_BINS, PATTERN_DTYPES, Candidates, Layout, keys_of, pattern_bound
+
+CHUNK = 1 << 21  # coordinates read at once on a CPU, so that their patterns stay in its cache; a multiple of 8
+DEVICE_CHUNK = 1 << 25  # and on other devices, where every window waits for the device
+LANES = 8  # patterns that share a maximum; for k = 1% most maxima are below the bound with 8, with 32 few are
+
+
+@dataclass(frozen=True)
+class _Window:
+    """Neighbouring positions that are read together: a part of one tensor, or several small tensors.
+
+    Attributes:
+        base: the first position, a multiple of 8.
+        size: positions covered, among them the gaps between tensors.
+        dtype: of the gradients of all pieces.
+        pieces: (place in the window, integer patterns with their sign, of any shape and strides).
+        bits: uint8 ``[ceil(size / 8)]``, set = not eligible; None when all are eligible.
+    """
+
+    base: int
+    size: int
+    dtype: torch.dtype
+    pieces: list[tuple[int, Tensor]]
+    bits: Tensor | None
+
+
+class PlainReader:
+    """A ``topk.Reader`` for any device."""
+
+    def __init__(self, gradients: Mapping[str, Tensor], taken: Mapping[str, Tensor]) -> None:
+        self.gradients, self.taken = gradients, taken
+        self.layout = Layout(gradients, align=8)
+        self._chunk = CHUNK if all(g.device.type == "cpu" for g in gradients.values()) else DEVICE_CHUNK
+        self._scratch: dict[torch.dtype, Tensor] = {}
+        self._windows = list(self._plan())
+        self._read: _Window | None = None  # whose patterns the buffer holds
+
+    def histogram(self, stride: int) -> Tensor:
+        """See ``topk.Reader``."""
+        counts = torch.zeros(HIGH_BINS, dtype=torch.int64)
+        for keys in self._all_keys() if stride == 1 else self._sampled_keys(stride):
+            # a negative key is counted in a bin before the first, which is cut off
+            bins = (keys >> 16).clamp_(min=-1).add_(1)
+            counts += torch.bincount(bins, minlength=HIGH_BINS + 1)[1:].cpu()
+        return counts
+
+    def collect(self, bound: int, k: int) -> tuple[Tensor, Tensor]:
+        """See ``topk.Reader``."""
+        found = Candidates(k, bound)
+        for positions, keys in self.hits(found):
+            found.add(positions, keys)
+            if found.count > 2 * k + 4 * self._chunk:
+                found.prune()
+        return found.joined()
+
+    def hits(self, wanted: Candidates) -> Iterator[tuple[Tensor, Tensor]]:
+        """(positions, keys) of eligible coordinates that reach ``wanted.bound``, which may rise meanwhile."""
+        for window in self._windows:
+            places, patterns = _at_least(self._patterns(window), pattern_bound(wanted.bound, window.dtype))
+            yield places + window.base, keys_of(patterns, window.dtype)
+
+    def _all_keys(self) -> Iterator[Tensor]:
+        """int32 keys of every window; negative where not eligible."""
+        for window in self._windows:
+            yield keys_of(self._patterns(window), window.dtype)
+
+    def _sampled_keys(self, stride: int) -> Iterator[Tensor]:
+        """int32 keys of the eligible coordinates at multiples of ``stride``."""
+        parts = []
+        for (name, gradient), offset in zip(self.gradients.items(), self.layout.offsets, strict=True):
+            first = -offset % stride
+            if first >= gradient.numel():
+                continue
+            indices = torch.arange(first, gradient.numel(), stride, device=gradient.device)
+            if name in self.taken:
+                indices = indices[~get_bits(self.taken[name], indices)]
+            parts.append(keys_of(gradient.take(indices).abs().view(PATTERN_DTYPES[gradient.dtype]), gradient.dtype))
+        if parts:
+            yield torch.cat(parts)
+
+    def _patterns(self, window: _Window) -> Tensor:
+        """The patterns of |g| in a buffer that the next window reuses; -1 where not eligible and between tensors.
+
+        ``[window.size]``, and as many more as make it a multiple of ``LANES``.
+        """
+        dtype = PATTERN_DTYPES[window.dtype]
+        patterns = self._buffer(dtype)[: -(-window.size // LANES) * LANES]
+        if self._read is window:  # small models have one window, which is counted and then collected
+            return patterns
+        if len(window.pieces) > 1:
+            patterns.fill_(-1)
+        patterns[window.size :] = -1
+        all_but_the_sign = torch.tensor(torch.iinfo(dtype).max, dtype=dtype, device=patterns.device)
+        for place, piece in window.pieces:
+            torch.bitwise_and(piece, all_but_the_sign, out=patterns[place : place + piece.numel()].view(piece.shape))
+        if window.bits is not None and bool(window.bits.any()):
+            # an OR with -1 does what masked_fill does, several times as fast
+            patterns[: window.size] |= unpack_bits(window.bits, 0, window.size).to(dtype).neg_()
+        self._read = window
+        return patterns
+
+    def _buffer(self, dtype: torch.dtype) -> Tensor:
+        if dtype not in self._scratch:
+            largest = max(window.size for window in self._windows if PATTERN_DTYPES[window.dtype] == dtype)
+            device = next(iter(self.gradients.values())).device
+            self._scratch[dtype] = torch.empty(largest + LANES, dtype=dtype, device=device)
+        return self._scratch[dtype]
+
+    def _plan(self) -> Iterator[_Window]:
+        """Windows of at most about ``chunk`` positions of one dtype, in order."""
+        opened: list[tuple[int, Tensor, Tensor | None]] = []
+        base, dtype = 0, torch.float32
+        for position, gradient, patterns, bits in self._pieces():
+            full = position + patterns.numel() - base > self._chunk
+            if opened and (full or gradient.dtype != dtype):
+                yield _window(base, dtype, opened)
+                opened = []
+            if not opened:
+                base, dtype = position, gradient.dtype
+            opened.append((position - base, patterns, bits))
+        if opened:
+            yield _window(base, dtype, opened)
+
+    def _pieces(self) -> Iterator[tuple[int, Tensor, Tensor, Tensor | None]]:
+        """(position, tensor, patterns, bits) of parts of tensors, each from a multiple of 8 within its tensor."""
+        for (name, gradient), offset in zip(self.gradients.items(), self.layout.offsets, strict=True):
+            if gradient.numel() == 0:
+                continue
+            patterns = gradient.view(PATTERN_DTYPES[gradient.dtype])
+            # Strided tensors are read by rows, as a flat view of them does not exist.
+            patterns = patterns.view(-1) if patterns.is_contiguous() else patterns
+            row = patterns[0].numel()
+            rows = max(8, self._chunk // row // 8 * 8)
+            for first in range(0, patterns.shape[0], rows):
+                start, part = first * row, patterns[first : first + rows]
+                bits = self.taken[name][start // 8 : -(-(start + part.numel()) // 8)] if name in self.taken else None
+                yield offset + start, gradient, part, bits
+
+
+def _at_least(patterns: Tensor, least: int) -> tuple[Tensor, Tensor]:
+    """(ascending indices, patterns) of the patterns (``[n]``, n a multiple of ``LANES``) that are at least ``least``.
+
+    Comparing all and listing the hits costs several times what a maximum does. So maxima of every ``LANES`` patterns
+    at the same place of as many equal parts are compared, and then only patterns at places with a hit.
+    """
+    lanes = patterns.view(LANES, -1)
+    places = (lanes.amax(0) >= least).nonzero().flatten()
+    near = lanes[:, places]
+    lane, which = (near >= least).nonzero(as_tuple=True)  # by lane, then by place: ascending
+    return lane * lanes.shape[1] + places[which], near[lane, which]
+
+
+def _window(base: int, dtype: torch.dtype, pieces: list[tuple[int, Tensor, Tensor | None]]) -> _Window:
+    """Join neighbouring pieces: (place, patterns, bits)."""
+    places = [(place, patterns) for place, patterns, _ in pieces]
+    place, patterns, bits = pieces[-1]
+    size = place + patterns.numel()
+    if len(pieces) > 1 and any(part is not None for _, _, part in pieces):
+        # a piece begins at a whole byte, and the last byte of its bits also covers the gap after it
+        bits = torch.cat([p.new_zeros(-(-p.numel() // 8), dtype=torch.uint8) if b is None else b for _, p, b in pieces])
+    return _Window(base, size, dtype, places, bits)
