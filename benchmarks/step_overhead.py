@@ -1,0 +1,105 @@
+"""What KronosOpt adds to a training step over AdamW with the same backward passes.
+
+One question of 8 samples x 256 tokens in T = 8 steps on a model of 135M float32 weights. Both optimizers get the very same
+backward passes; what is timed beside them is, for Kronos, all claims, the closing of the question and the step, for AdamW
+its step. Sampling is not part of the step here, so that the share is not flattered.
+
+    python benchmarks/step_overhead.py [--model FOLDER] [--samples 8] [--tokens 256] [--units 8]
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import torch
+from common import goal, machine, synchronize, table
+from shapes import llama_135m
+
+from ssrctl.core.kronos import KronosOpt
+from ssrctl.core.units import Unit
+from ssrctl.models.gradients import make_batch, unit_gradients
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--model", help="a causal LM's folder; by default random weights of a 135M Llama")
+    options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    options.add_argument("--samples", type=int, default=8)
+    options.add_argument("--tokens", type=int, default=256)
+    options.add_argument("--units", type=int, default=8)
+    options.add_argument("--method", default="auto", help="way of computing the per-step gradients")
+    given = options.parse_args()
+    print(machine())
+    model = load(given.model, getattr(torch, given.dtype)).to(given.device)
+    count = sum(p.numel() for p in model.parameters())
+    print(
+        f"{count / 1e6:.1f}M {given.dtype} weights, {given.samples} samples x {given.tokens} tokens, T = {given.units}\n"
+    )
+
+    kronos, adamw = {"backward": 0.0, "update": 0.0}, {"backward": 0.0, "update": 0.0}
+    optimizer = KronosOpt(model.named_parameters(), lr=1e-5)
+    dense = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    for number in range(2):  # the first round allocates state and warms up
+        kronos = one_step(model, given, number, optimizer.begin_question, optimizer.claim, optimizer.step)
+        adamw = one_step(model, given, number, lambda units: None, lambda: None, dense.step)
+        dense.zero_grad(set_to_none=True)
+    rows = [[name, f"{t['backward']:.2f}", f"{t['update']:.2f}"] for name, t in (("kronos", kronos), ("AdamW", adamw))]
+    print(table(["optimizer", "backward passes, s", "everything else, s"], rows))
+    passes = min(kronos["backward"], adamw["backward"])
+    added = (kronos["update"] - adamw["update"]) / (passes + adamw["update"])
+    print()
+    goal("added by Kronos, share of a step with AdamW", added, at_most=0.05)
+
+
+def load(folder: str | None, dtype: torch.dtype) -> torch.nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    return llama_135m(dtype) if folder is None else AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+
+
+def one_step(model, given, seed, begin, after_each, finish) -> dict[str, float]:  # type: ignore[no-untyped-def]
+    """Seconds of the backward passes and of everything else of one step."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1000, 40000, (given.samples, 32 + given.tokens), generator=generator).tolist()
+    length = -(-given.tokens // given.units)
+    steps = [place // length for place in range(given.tokens)]
+    advantages = torch.randn(given.units, given.samples, generator=generator, dtype=torch.float64).tolist()
+    units = [Unit((i,), 0.01, (tuple(advantages[i]),)) for i in range(given.units)]
+    batch = make_batch(
+        ids[0][:32],
+        [row[32:] for row in ids],
+        [torch.full((given.tokens,), -10.8)] * given.samples,  # about log(1 / vocabulary): the ratio is near 1
+        [steps] * given.samples,
+        pad_token_id=0,
+        device=torch.device(given.device),
+    )
+    seconds = {"backward": 0.0, "update": 0.0}
+    clock = Clock()
+    begin(len(units))
+    seconds["update"] += clock.lap()
+    for _ in unit_gradients(model, batch, units, level="token", clip_epsilon=0.9, method=given.method):
+        seconds["backward"] += clock.lap()
+        after_each()
+        seconds["update"] += clock.lap()
+    seconds["backward"] += clock.lap()
+    finish()
+    seconds["update"] += clock.lap()
+    return seconds
+
+
+class Clock:
+    """Seconds since the last lap."""
+
+    def __init__(self) -> None:
+        self.last = time.perf_counter()
+
+    def lap(self) -> float:
+        synchronize()
+        before, self.last = self.last, time.perf_counter()
+        return self.last - before
+
+
+if __name__ == "__main__":
+    main()
