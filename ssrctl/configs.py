@@ -472,7 +472,8 @@ class TrainConfig(ModelConfig, SamplingConfig, DatasetConfig, CriticOptions, Com
 
     step_gradient: Literal["auto", "kept", "truncated", "chunked", "local"] = "auto"
     """How each step's gradient is computed. kept, truncated and chunked are exact and differ in cost; auto takes the
-    cheapest; local ignores what a step does to earlier steps' keys and values."""
+    cheapest (with --scope tensor not chunked, which adds up whole gradients); local ignores what a step does to
+    earlier steps' keys and values."""
 
     max_segments: int = 64
     """Most reasoning steps per response; the shortest neighbours are merged."""
@@ -574,6 +575,11 @@ class TrainConfig(ModelConfig, SamplingConfig, DatasetConfig, CriticOptions, Com
         if self.learning_rate is not None:
             return self.learning_rate
         return 3e-2 if self.optimizer == "kronos" and self.update_rule == "sgd" else 1e-4
+
+    @property
+    def step_gradient_method(self) -> str:
+        """The way in force: with scope tensor, auto takes one that needs no whole gradient."""
+        return "piecemeal" if self.step_gradient == "auto" and self.scope == "tensor" else self.step_gradient
 
     @property
     def betas(self) -> tuple[float, float]:

@@ -60,14 +60,15 @@ class PlainReader:
         found = Candidates(k, bound)
         for positions, keys in self.hits(found):
             found.add(positions, keys)
-            if found.count > 2 * k + 4 * self._chunk:
+            if found.count > 2 * k + self._chunk // 2:
                 found.prune()
         return found.joined()
 
     def hits(self, wanted: Candidates) -> Iterator[tuple[Tensor, Tensor]]:
         """(positions, keys) of eligible coordinates that reach ``wanted.bound``, which may rise meanwhile."""
         for window in self._windows:
-            places, patterns = _at_least(self._patterns(window), pattern_bound(wanted.bound, window.dtype))
+            bound = pattern_bound(wanted.bound, window.dtype)
+            places, patterns = _at_least(self._patterns(window), bound, wanted.k)
             yield places + window.base, keys_of(patterns, window.dtype)
 
     def _all_keys(self) -> Iterator[Tensor]:
@@ -148,14 +149,24 @@ class PlainReader:
                 yield offset + start, gradient, part, bits
 
 
-def _at_least(patterns: Tensor, least: int) -> tuple[Tensor, Tensor]:
+def _at_least(patterns: Tensor, least: int, k: int = 0) -> tuple[Tensor, Tensor]:
     """(ascending indices, patterns) of the patterns (``[n]``, n a multiple of ``LANES``) that are at least ``least``.
+
+    With ``k``, of those that equal ``least`` the first k are enough. Where most patterns reach it (an embedding's
+    gradient may be 0 but for a few rows) the others are left out, which keeps the scratch small.
 
     Comparing all and listing the hits costs several times what a maximum does. So maxima of every ``LANES`` patterns
     at the same place of as many equal parts are compared, and then only patterns at places with a hit.
     """
     lanes = patterns.view(LANES, -1)
     places = (lanes.amax(0) >= least).nonzero().flatten()
+    if 2 * places.numel() > lanes.shape[1]:
+        chosen = patterns >= least
+        if 0 < k < patterns.numel():
+            ties = patterns == least
+            chosen &= ~(ties & (ties.cumsum(0, dtype=torch.int32) > k))
+        indices = chosen.nonzero().flatten()
+        return indices, patterns[indices]
     near = lanes[:, places]
     lane, which = (near >= least).nonzero(as_tuple=True)  # by lane, then by place: ascending
     return lane * lanes.shape[1] + places[which], near[lane, which]

@@ -51,8 +51,14 @@ def automatic_gradients(task: GradientTask) -> Iterator[UnitGradient]:
     return METHODS[automatic_method(task)](task)
 
 
+def piecemeal_gradients(task: GradientTask) -> Iterator[UnitGradient]:
+    """By the cheaper exact way in which each parameter's gradient is final as soon as it exists."""
+    return METHODS[automatic_method(task, ("kept", "truncated"))](task)
+
+
 METHODS: dict[str, Callable[[GradientTask], Iterator[UnitGradient]]] = {
     "auto": automatic_gradients,
+    "piecemeal": piecemeal_gradients,
     "kept": kept_gradients,
     "truncated": truncated_gradients,
     "chunked": chunked_gradients,
@@ -68,9 +74,9 @@ def method_obstacle(task: GradientTask, method: str) -> str | None:
     return layout_obstacle(task) if obstacle is None and method == "local" else obstacle
 
 
-def automatic_method(task: GradientTask) -> str:
-    """The cheapest exact way that the model can do, by the lengths alone (``step_gradients.cost``)."""
-    able = [name for name in ("kept", "truncated", "chunked") if method_obstacle(task, name) is None]
+def automatic_method(task: GradientTask, methods: Sequence[str] = ("kept", "truncated", "chunked")) -> str:
+    """The cheapest of the exact ways that the model can do, by the lengths alone (``step_gradients.cost``)."""
+    able = [name for name in methods if method_obstacle(task, name) is None]
     costs = ModelCosts.of(task.model)
     return choose_method(group_shape(task), costs, all_logprobs=task.needs_all_logprobs, methods=able)
 
@@ -104,7 +110,8 @@ def unit_gradients(
         temperature: of the sampling.
         clip_epsilon, level: see ``core.losses.step_policy_loss``.
         loss_scale: multiplies each loss before the backward pass, such as 1 / questions in the batch.
-        method: one of ``METHODS``; all but ``local`` are exact, and ``auto`` takes the cheapest of these.
+        method: one of ``METHODS``; all but ``local`` are exact, and ``auto`` takes the cheapest of these,
+            ``piecemeal`` the cheapest that never needs a whole dense gradient to exist.
         on_logprobs: called with the detached log-probabilities ``[G, R]`` of this pass, before the first unit.
         on_unit: called with each unit right before its backward pass.
 

@@ -177,7 +177,7 @@ class TrainingStep:
             clip_epsilon=self.config.clip_epsilon,
             level=self.config.importance_level,
             loss_scale=1.0 / num_questions,
-            method=self.config.step_gradient,
+            method=self.config.step_gradient_method,
             on_logprobs=lambda logprobs: tally.add_gap(logprobs, batch),
             on_unit=self.updater.before_unit,
         )

@@ -75,7 +75,7 @@ def test_a_cache_that_is_not_filled_is_noticed(qwen, monkeypatch):
 
 def test_unknown_methods_are_refused(qwen):
     case = CASES["ragged"]
-    with pytest.raises(UserError, match=r"'exact'.*auto, kept, truncated, chunked, local"):
+    with pytest.raises(UserError, match=r"'exact'.*auto, piecemeal, kept, truncated, chunked, local"):
         unit_gradients(qwen, case.batch(), case.units, method="exact")
 
 

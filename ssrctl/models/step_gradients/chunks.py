@@ -60,13 +60,13 @@ def cache_obstacle(model: Any) -> str | None:
     if getattr(model, "_is_stateful", False):
         return "it carries a state beside keys and values"
     config = model.config.get_text_config()
-    if config.is_encoder_decoder or not getattr(config, "is_causal", True):
+    if getattr(config, "is_encoder_decoder", False) or not getattr(config, "is_causal", True):
         return "it is not a causal decoder"
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    layers = {type(layer) for layer in DynamicCache(config=config).layers} - {DynamicLayer, DynamicSlidingWindowLayer}
-    if kinds or layers:
-        return f"it has layers of other kinds ({', '.join(sorted(kinds or {kind.__name__ for kind in layers}))})"
-    return None
+    if not kinds:
+        layers = {type(layer) for layer in DynamicCache(config=config).layers}
+        kinds = {layer.__name__ for layer in layers - {DynamicLayer, DynamicSlidingWindowLayer}}
+    return f"it has layers of other kinds ({', '.join(sorted(kinds))})" if kinds else None
 
 
 def run_chunks(

@@ -12,7 +12,7 @@ with different numbers forward and backward.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,8 +157,8 @@ class ModelCosts:
 def plan_boundaries(shape: GroupShape, costs: ModelCosts) -> list[int]:
     """Where the chunked way should cut: the cheapest choice among the end of the prompt and the units' ends.
 
-    A cut saves later units nothing and earlier units the walk through what follows it, but each chunk costs
-    something by itself, so short units share one. The end of the last unit is always a cut. A cut at the end
+    A cut spares the units that end at it the walk through what follows, but each chunk costs something by
+    itself, so short units share one. The end of the last unit is always a cut. A cut at the end
     of the prompt has it run once for all rows. Shortest path over the possible cuts.
 
     Returns:
@@ -194,11 +194,13 @@ def _forward_all(shape: GroupShape, costs: ModelCosts) -> float:
 
 
 def kept_cost(shape: GroupShape, costs: ModelCosts, all_logprobs: bool) -> float:
+    """One forward pass over everything, and one backward pass over everything per unit."""
     backward = costs.backward.of(len(shape.lengths), shape.input_end(shape.width), 0, shape.width)
     return _forward_all(shape, costs) + len(shape.units) * backward
 
 
 def truncated_cost(shape: GroupShape, costs: ModelCosts, all_logprobs: bool) -> float:
+    """Per unit, both directions up to its end for the rows that have it; a forward pass more for all values."""
     total = _forward_all(shape, costs) if all_logprobs else 0.0
     for unit in shape.units:
         for direction in (costs.forward, costs.backward):
@@ -207,6 +209,7 @@ def truncated_cost(shape: GroupShape, costs: ModelCosts, all_logprobs: bool) -> 
 
 
 def chunked_cost(shape: GroupShape, costs: ModelCosts, all_logprobs: bool) -> float:
+    """The best cuts, and the tail's forward pass for all values."""
     boundaries = plan_boundaries(shape, costs)
     total = CACHE_OVERHEAD * costs.forward.chunk + sum(
         _chunk_cost(shape, costs, a, b) for a, b in zip([0, *boundaries], boundaries, strict=False)
@@ -222,7 +225,7 @@ COSTS: dict[str, Cost] = {"kept": kept_cost, "truncated": truncated_cost, "chunk
 
 
 def choose_method(
-    shape: GroupShape, costs: ModelCosts, *, all_logprobs: bool, methods: Collection[str] | Sequence[str] = tuple(COSTS)
+    shape: GroupShape, costs: ModelCosts, *, all_logprobs: bool, methods: Collection[str] = tuple(COSTS)
 ) -> str:
     """The cheapest exact way.
 
