@@ -44,7 +44,9 @@ def main() -> None:
                 seconds[name] += [[row[part] for part in PARTS] for row in rows[1:]]
     middle = {name: [statistics.median(column) for column in zip(*rows, strict=True)] for name, rows in seconds.items()}
     whole = {name: statistics.median(sum(row) for row in rows) for name, rows in seconds.items()}
-    cells = [[n, *(f"{v:.3f}" for v in middle[n]), f"{whole[n]:.3f}", f"{whole[n] / whole['adamw']:.2f}"] for n in kinds]
+    cells = [
+        [n, *(f"{v:.3f}" for v in middle[n]), f"{whole[n]:.3f}", f"{whole[n] / whole['adamw']:.2f}"] for n in kinds
+    ]
     print(table(["optimizer", "sample, s", "score, s", "update, s", "step, s", "dense steps"], cells))
     print()
     few = f"kronos, --max-units {given.max_units}"

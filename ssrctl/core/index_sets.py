@@ -52,13 +52,18 @@ class IndexSet:
             first, last = int(indices[0]), int(indices[-1])
             if first < 0 or last >= numel:
                 raise IndexError(f"flat index {first if first < 0 else last} is outside a tensor of {numel} elements")
-        edges = torch.arange(-(-numel // (1 << BLOCK_BITS)) + 1, device=indices.device) << BLOCK_BITS
-        counts = torch.searchsorted(indices, edges).diff().to(torch.int32)
+        if 0 < numel <= 1 << BLOCK_BITS:  # small tensors are many
+            counts = torch.full((1,), indices.numel(), dtype=torch.int32, device=indices.device)
+        else:
+            edges = torch.arange(-(-numel // (1 << BLOCK_BITS)) + 1, device=indices.device) << BLOCK_BITS
+            counts = torch.searchsorted(indices, edges).diff().to(torch.int32)
         low = indices & _LOW
         return cls(numel, (low - ((low >> (BLOCK_BITS - 1)) << BLOCK_BITS)).to(torch.int16), counts)
 
     def to_indices(self) -> Tensor:
         """Ascending flat indices, int64 ``[count]``."""
+        if self.counts.numel() == 1:
+            return self.low.to(torch.int64).bitwise_and_(_LOW)
         bases = torch.arange(self.counts.numel(), device=self.low.device) << BLOCK_BITS
         indices = torch.repeat_interleave(bases, self.counts.long(), output_size=self.count)
         return indices.add_(self.low.to(torch.int32) & _LOW)

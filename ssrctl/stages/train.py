@@ -177,7 +177,9 @@ class Trainer:
         log_masks = config.log_masks_every > 0 and step % config.log_masks_every == 0
         rate = self.updater.optimizer.param_groups[0]["lr"]
         result = self.training_step.run(
-            questions_of(step, self.prompts, config), seed=derive_seed(config.seed, "rollout", step), log_masks=log_masks
+            questions_of(step, self.prompts, config),
+            seed=derive_seed(config.seed, "rollout", step),
+            log_masks=log_masks,
         )
         self.scheduler.step()
         self.step = step
