@@ -29,7 +29,6 @@ from ssrctl.models.gradients import GroupBatch, NonFiniteLoss, unit_gradients
 from ssrctl.models.loading import LoadedModel
 from ssrctl.models.updaters import QuestionUpdate, Updater
 
-
 LOWER_RATE = "start from an earlier checkpoint with a lower --learning-rate, or use --dtype float32"
 
 

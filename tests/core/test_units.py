@@ -1,5 +1,7 @@
 """Update units and their fusion."""
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -72,7 +74,7 @@ def test_max_units_joins_the_most_similar_neighbours(advantages, limit, toleranc
         def mean(row, steps):
             return sum((row[i] if i < len(row) else None) or 0.0 for i in sorted(steps)) / len(steps)
 
-        gaps = [max(abs(mean(r, a) - mean(r, b)) for r in advantages) for a, b in zip(heard, heard[1:], strict=False)]
+        gaps = [max(abs(mean(r, a) - mean(r, b)) for r in advantages) for a, b in itertools.pairwise(heard)]
         place = min(range(len(gaps)), key=lambda i: (round(gaps[i], 9), i))
         heard[place] |= heard.pop(place + 1)
     assert [set(unit.steps) for unit in units if unit.has_signal] == heard
