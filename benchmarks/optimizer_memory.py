@@ -20,6 +20,7 @@ from common import goal, machine
 from live_bytes import LiveBytes
 from shapes import llama_135m
 
+from ssrctl.core.bits import bits_to_indices
 from ssrctl.core.kronos import KronosOpt
 
 QUESTIONS, UNITS, TOKENS = 4, 5, 8
@@ -158,8 +159,9 @@ class Kronos:
         self.optimizer.step()
 
     def touched(self) -> float:
-        kept = sum(state.count for state in self.optimizer._states.values())
-        return kept / self.optimizer.num_coordinates
+        named, touched = self.optimizer.named, self.optimizer.touched
+        count = sum(bits_to_indices(touched[name], named[name].numel()).numel() for name in named)
+        return count / self.optimizer.num_coordinates
 
 
 def shira(model: Model) -> Dense:

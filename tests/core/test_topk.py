@@ -255,3 +255,19 @@ def test_refusals():
         select_topk({"a": torch.ones(3), "b": torch.ones(3, device="meta")}, 1)
     with pytest.raises(ValueError, match=r"a needs 2 bytes of bits, got a tensor of shape \[1\]"):
         select_topk({"a": torch.ones(9)}, 1, {"a": torch.zeros(1, dtype=torch.uint8)})
+
+
+@pytest.mark.parametrize("k", [5, 40, 300, 900])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gradient_that_is_zero_but_for_a_few(monkeypatch, k, dtype):
+    """As an embedding's: most reach the threshold, and the first zeros are taken."""
+    monkeypatch.setattr(topk_plain, "CHUNK", 256)
+    generator = torch.Generator().manual_seed(0)
+    gradient = torch.zeros(1000, dtype=dtype)
+    gradient[torch.randperm(1000, generator=generator)[:30]] = torch.randn(30, generator=generator).to(dtype)
+    taken = torch.randperm(1000, generator=generator)[:50].sort().values
+    free = torch.ones(1000, dtype=torch.bool)
+    free[taken] = False
+    ranked = sorted(free.nonzero().flatten().tolist(), key=lambda i: (-abs(float(gradient[i])), i))
+    found = select_topk({"w": gradient}, k, {"w": bits_from_indices(taken, 1000)})
+    assert found["w"].tolist() == sorted(ranked[:k])

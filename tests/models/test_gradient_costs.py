@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference.unit_gradients import CASES, build
 
+from ssrctl.configs import TrainConfig
 from ssrctl.models.gradients import GradientTask, automatic_method
 from ssrctl.models.step_gradients.cost import (
     CACHE_OVERHEAD,
@@ -183,3 +184,15 @@ def test_the_automatic_choice_does_what_the_model_can(monkeypatch):
         assert automatic_method(task) == wanted
     model.train().gradient_checkpointing_enable()
     assert automatic_method(task) == "kept", "chunked would be cheapest, but a checkpointed model cannot do it"
+
+
+def test_a_way_without_whole_gradients_is_never_chunked(monkeypatch):
+    case = CASES["ragged"]
+    task = GradientTask(build("qwen3"), case.batch(), case.units)
+    for name in COSTS:  # however cheap it is
+        monkeypatch.setitem(COSTS, name, lambda *_, name=name: float(name != "chunked"))
+    assert automatic_method(task) == "chunked"
+    assert automatic_method(task, ("kept", "truncated")) in ("kept", "truncated")
+    assert TrainConfig(scope="tensor").step_gradient_method == "piecemeal"
+    assert TrainConfig(scope="tensor", step_gradient="chunked").step_gradient_method == "chunked"
+    assert TrainConfig().step_gradient_method == "auto"
