@@ -368,8 +368,8 @@ class TrainConfig(ModelConfig, SamplingConfig, DatasetConfig, CriticOptions, Com
     rms: each step's, divided by its root mean square."""
 
     learning_rate: float | None = None
-    """Step size; by default 3e-2 for kronos with sgd and 1e-4 for everything else. It does not carry over
-    between optimizers, rules or models."""
+    """Step size; by default 3e-2 for kronos with sgd, 1e-5 with rms, and 1e-4 for everything else. It does not
+    carry over between optimizers, rules or models."""
 
     find_lr: bool = False
     """Instead of training, try a few steps at six learning rates around --learning-rate, from the same weights and on
@@ -574,7 +574,7 @@ class TrainConfig(ModelConfig, SamplingConfig, DatasetConfig, CriticOptions, Com
         """The learning rate in force."""
         if self.learning_rate is not None:
             return self.learning_rate
-        return 3e-2 if self.optimizer == "kronos" and self.update_rule == "sgd" else 1e-4
+        return {"sgd": 3e-2, "rms": 1e-5, "adam": 1e-4}[self.update_rule if self.optimizer == "kronos" else "adam"]
 
     @property
     def step_gradient_method(self) -> str:
