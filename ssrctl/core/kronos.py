@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssrctl.core.bits import bits_from_indices
+from ssrctl.core.bits import bits_from_mask
 from ssrctl.core.budget import coordinates, shared_budget
 from ssrctl.core.claims import ALLOCATIONS, SELECTIONS, Indices, KeptUnit, Selection, Tally
 from ssrctl.core.mask import BlockMask
@@ -424,9 +424,7 @@ class KronosOpt(torch.optim.Optimizer):
         self._protected_counts = {name: tiles.count() for name, tiles in protected.tensors.items()}
         self.num_protected = sum(self._protected_counts.values())
         self._protected = {
-            name: bits_from_indices(tiles.to_indices().to(self.named[name].device), tiles.numel)
-            for name, tiles in protected.tensors.items()
-            if self._protected_counts[name]
+            name: bits for name, bits in bits_from_mask(protected).items() if self._protected_counts[name]
         }
 
     def state_dict(self) -> dict[str, Any]:

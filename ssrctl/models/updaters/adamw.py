@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 
 from ssrctl.configs import TrainConfig
-from ssrctl.core.bits import bits_from_mask, bits_to_indices
 from ssrctl.core.mask import BlockMask
 from ssrctl.io.delta import changed_indices
 from ssrctl.models.updaters.base import Changes
@@ -30,8 +29,7 @@ class AdamWUpdater(DenseGradients):
         )
         self.base = {name: parameter.detach().to("cpu", copy=True) for name, parameter in self.named.items()}
         self.num_protected = frozen.count() if frozen is not None else 0
-        bits = bits_from_mask(frozen) if frozen is not None else {}
-        self._frozen = {name: bits_to_indices(b, self.named[name].numel()) for name, b in bits.items()}
+        self._frozen = frozen.to_indices() if frozen is not None else {}
 
     @staticmethod
     def bytes_per_parameter(config: TrainConfig, itemsize: int) -> float:

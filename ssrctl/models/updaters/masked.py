@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from ssrctl.configs import TrainConfig
+from ssrctl.core.index_sets import IndexSet
 from ssrctl.core.mask import BlockMask
 from ssrctl.core.masked_adamw import MaskedAdamW
 from ssrctl.models.updaters.base import Changes
@@ -24,17 +26,23 @@ class MaskedAdamWUpdater(DenseGradients):
         assert frozen is not None, "a mask leaves something frozen"
         super().__init__(dict(parameters), config.max_grad_norm)
         self.num_protected = frozen.count()
-        trained = ~frozen
         self.optimizer = MaskedAdamW(
             parameters,
-            trained,
+            ~frozen,
             lr=config.resolved_learning_rate,
             betas=config.betas,
             eps=config.adam_epsilon,
             weight_decay=config.weight_decay,
             master_weights=config.master_weights,
         )
-        self._trained = {n: tiles.to_indices().to(self.named[n].device) for n, tiles in trained.tensors.items()}
+
+    def _trained(self, name: str) -> Tensor:
+        """Ascending flat indices (int64) of a parameter's masked coordinates, from the optimizer's own compact sets."""
+        parameter = self.named[name]
+        state = self.optimizer.state.get(parameter)
+        if not state:
+            return torch.empty(0, dtype=torch.int64, device=parameter.device)
+        return IndexSet(parameter.numel(), state["low"], state["counts"]).to_indices()
 
     @staticmethod
     def bytes_per_parameter(config: TrainConfig, itemsize: int) -> float:
@@ -47,7 +55,7 @@ class MaskedAdamWUpdater(DenseGradients):
         for name, parameter in self.named.items():
             parameter.grad = self.sum.pop(name, None)
             if parameter.grad is not None:
-                square += float(parameter.grad.view(-1)[self._trained[name]].double().square().sum())
+                square += float(parameter.grad.view(-1)[self._trained(name)].double().square().sum())
         norm = square**0.5
         scale = self.clip_scale(norm)
         for parameter in self.named.values():
@@ -60,8 +68,8 @@ class MaskedAdamWUpdater(DenseGradients):
         return {"grad_norm": norm, "clip_scale": scale, "updated_frac": updated / total}
 
     def changes(self) -> Changes:
-        return {
-            name: (indices.cpu(), self.named[name].detach().view(-1)[indices].cpu())
-            for name, indices in self._trained.items()
-            if indices.numel() and float(self.optimizer.state[self.named[name]]["step"])
-        }
+        found: Changes = {}
+        for name, parameter in self.named.items():
+            if (indices := self._trained(name)).numel() and float(self.optimizer.state[parameter]["step"]):
+                found[name] = (indices.cpu(), parameter.detach().view(-1)[indices].cpu())
+        return found
