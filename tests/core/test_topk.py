@@ -258,13 +258,14 @@ def test_refusals():
 
 
 @pytest.mark.parametrize("k", [5, 40, 300, 900])
+@pytest.mark.parametrize("few", [0, 30])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_gradient_that_is_zero_but_for_a_few(monkeypatch, k, dtype):
+def test_a_gradient_that_is_zero_but_for_a_few(monkeypatch, k, few, dtype):
     """As an embedding's: most reach the threshold, and the first zeros are taken."""
     monkeypatch.setattr(topk_plain, "CHUNK", 256)
     generator = torch.Generator().manual_seed(0)
     gradient = torch.zeros(1000, dtype=dtype)
-    gradient[torch.randperm(1000, generator=generator)[:30]] = torch.randn(30, generator=generator).to(dtype)
+    gradient[torch.randperm(1000, generator=generator)[:few]] = torch.randn(few, generator=generator).to(dtype)
     taken = torch.randperm(1000, generator=generator)[:50].sort().values
     free = torch.ones(1000, dtype=torch.bool)
     free[taken] = False
