@@ -20,7 +20,7 @@ ALLOWED = {
     "stages": {*HELPERS, "core", *BASE},  # not each other
     **{name: {*HELPERS, "core", *BASE} for name in HELPERS},
     "core": {"core"},
-    "configs": {"io", "core", "errors"},
+    "configs": {"configs", "io", "core", "errors"},
     "errors": set(),
 }
 

@@ -19,6 +19,7 @@ def run(config: CriticConfig) -> dict[str, Any]:
     """Score every step and return the summary."""
     if config.json and config.output == STDIO:
         raise UserError("--json and the records cannot both go to stdout", "give -o FILE")
+    assert config.input is not None
     torn: list[str] = []
     rollouts = list(read_rollouts(config.input, needs=("question", "response", "steps"), on_torn=torn.append))
     for message in torn:

@@ -18,6 +18,7 @@ from typer.main import get_command
 from ssrctl import __version__, cli, configs
 from ssrctl.cli import app as app_module
 from ssrctl.cli import glue
+from ssrctl.configs import building
 from ssrctl.errors import UserError
 
 COMMANDS = {
@@ -82,10 +83,10 @@ def test_version_and_bare_call(capsys: pytest.CaptureFixture[str]) -> None:
 class Settings(configs.CommonConfig):
     """A command for these tests."""
 
-    input: str = configs.positional(metavar="INPUT")
+    input: str = building.positional(metavar="INPUT")
     """What to read."""
 
-    output: str = configs.output("-")
+    output: str = building.output("-")
     """Where to write."""
 
     num_things: int = 3

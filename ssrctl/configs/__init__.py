@@ -1,0 +1,38 @@
+"""One dataclass per stage: every setting, its default, and the doc line that `--help` shows."""
+
+from ssrctl.configs.building import build_config
+from ssrctl.configs.common import (
+    TINY,
+    TINY_DATASET,
+    CommonConfig,
+    DatasetConfig,
+    ModelConfig,
+    SamplingConfig,
+)
+from ssrctl.configs.delta import DeltaApplyConfig, DeltaDiffConfig, DeltaInfoConfig
+from ssrctl.configs.evaluate import DiagnoseConfig, EvalConfig
+from ssrctl.configs.masks import ProfileBudgetConfig, SuperweightsConfig
+from ssrctl.configs.text import CriticConfig, CriticOptions, SegmentConfig, SegmentOptions
+from ssrctl.configs.train import TrainConfig
+
+__all__ = [
+    "TINY",
+    "TINY_DATASET",
+    "CommonConfig",
+    "CriticConfig",
+    "CriticOptions",
+    "DatasetConfig",
+    "DeltaApplyConfig",
+    "DeltaDiffConfig",
+    "DeltaInfoConfig",
+    "DiagnoseConfig",
+    "EvalConfig",
+    "ModelConfig",
+    "ProfileBudgetConfig",
+    "SamplingConfig",
+    "SegmentConfig",
+    "SegmentOptions",
+    "SuperweightsConfig",
+    "TrainConfig",
+    "build_config",
+]
