@@ -1,4 +1,4 @@
-"""The one exception that users see."""
+"""The exceptions that users see."""
 
 
 class UserError(Exception):
@@ -10,6 +10,23 @@ class UserError(Exception):
     Args:
         message: what was wrong, with the numbers.
         remedy: what to do about it.
+    """
+
+    def __init__(self, message: str, remedy: str | None = None) -> None:
+        super().__init__(message if remedy is None else f"{message} ({remedy})")
+        self.message = message
+        self.remedy = remedy
+
+
+class Stopped(Exception):
+    """Work that ended early at a limit that the user set, or for an outage; what was done is kept.
+
+    The command line prints ``message`` and ``remedy`` and exits with code 3, so that a script can tell "go on
+    later" from a mistake (2) and a failure (1).
+
+    Args:
+        message: why, with the numbers.
+        remedy: how to go on.
     """
 
     def __init__(self, message: str, remedy: str | None = None) -> None:

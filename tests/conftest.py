@@ -7,6 +7,8 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Importing litellm would fetch its price table.
+os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
 
 import hypothesis
 import pytest

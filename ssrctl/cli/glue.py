@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import typer
 
 from ssrctl.configs import build_config
-from ssrctl.errors import UserError
+from ssrctl.errors import Stopped, UserError
 
 
 def command(app: typer.Typer, name: str, config: type, stage: str, *, epilog: str | None = None) -> None:
@@ -152,13 +152,16 @@ def run_guarded(call: Callable[[], int]) -> int:
     """Run ``call``; print a ``UserError`` as one or two lines; map the outcome to the exit code of the contract.
 
     Returns:
-        0 success, 2 user error, 1 anything else (Ctrl-C included).
+        0 success, 2 user error, 3 stopped early with what was done kept, 1 anything else (Ctrl-C included).
     """
     try:
         return call()
     except UserError as error:
         say_error(error.message, error.remedy)
         return 2
+    except Stopped as stop:
+        say_error(stop.message, stop.remedy, title="stopped: ")
+        return 3
     except KeyboardInterrupt:
         say_error("interrupted", None)
         return 1
@@ -174,12 +177,12 @@ def run_guarded(call: Callable[[], int]) -> int:
         return 1
 
 
-def say_error(message: str, remedy: str | None) -> None:
+def say_error(message: str, remedy: str | None, *, title: str = "error: ") -> None:
     """Print an error to stderr; nothing in it is taken as markup."""
     from rich.console import Console
     from rich.text import Text
 
     console = Console(stderr=True, soft_wrap=True, highlight=False)
-    console.print(Text.assemble(("error: ", "bold red"), message))
+    console.print(Text.assemble((title, "bold red"), message))
     if remedy:
         console.print(Text.assemble(("  fix: ", "bold"), remedy))

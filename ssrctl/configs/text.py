@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -66,7 +67,7 @@ class CriticOptions:
     """Endpoint of the llm critic, for an OpenAI-compatible server of your own."""
 
     rubric: str = "steps"
-    """Rubric of the llm critic: a name in profiles/rubrics or a text file."""
+    """Rubric of the llm critic: steps, correctness, progress, clarity, final, or a text file."""
 
     per_step: bool = False
     """One call per step with the steps before it as context (the paper's way) instead of one per response."""
@@ -76,6 +77,9 @@ class CriticOptions:
 
     critic_temperature: float = 0.0
     """Sampling temperature of the llm critic."""
+
+    critic_thinking_tokens: int = 2048
+    """Room in a reply, beside the scores, for what a reasoning model writes before them."""
 
     max_concurrency: int = 8
     """Calls of the llm critic in flight at once."""
@@ -115,7 +119,8 @@ class CriticOptions:
 class CriticConfig(ModelConfig, SamplingConfig, CriticOptions, CommonConfig):
     """Score each reasoning step; what cannot be judged is missing, never 0.
 
-    --model, --temperature and the other sampling settings are those of the rollout critic's policy.
+    --model, --temperature and the other sampling settings are those of the rollout critic's policy; its
+    --max-new-tokens covers the response's steps so far and the continuation together.
     """
 
     input: str | None = positional(metavar="STEPS", default=None)
@@ -146,10 +151,13 @@ class CriticConfig(ModelConfig, SamplingConfig, CriticOptions, CommonConfig):
         check_sampling(self)
         require(self.limit is None or self.limit >= 1, "--limit", "at least 1", self.limit)
         require(self.repeats >= 1, "--repeats", "at least 1", self.repeats)
+        require(-100 < self.wrong_below <= 100, "--wrong-below", "above -100 and at most 100", self.wrong_below)
         if self.calibrate is not None and self.input is not None:
             raise UserError("--calibrate takes the place of STEPS", "give one of them")
         if self.calibrate is None and self.input is None:
             raise UserError("no input", "name the file that `ssrctl segment` wrote, or - for stdin")
+        if self.ledger is not None and str(self.ledger) in (self.input, self.output):
+            raise UserError(f"--ledger {self.ledger} is also the input or the output", "name another file")
         if self.calibrate is None and self.repeats > 1:
             raise UserError("--repeats measures the noise of scores", "use it with --calibrate")
 
@@ -165,13 +173,14 @@ def check_critic(config: CriticOptions) -> None:
     require(config.max_concurrency >= 1, "--max-concurrency", "at least 1", config.max_concurrency)
     require(config.critic_timeout > 0, "--critic-timeout", "above 0", config.critic_timeout)
     require(config.critic_retries >= 0, "--critic-retries", "0 or more", config.critic_retries)
+    require(config.critic_thinking_tokens >= 0, "--critic-thinking-tokens", "0 or more", config.critic_thinking_tokens)
     require(config.critic_temperature >= 0, "--critic-temperature", "0 or more", config.critic_temperature)
     require(config.critic_rollouts >= 1, "--critic-rollouts", "at least 1", config.critic_rollouts)
     for name in ("requests_per_minute", "budget_usd"):
         value = getattr(config, name)
-        require(value is None or value > 0, "--" + name.replace("_", "-"), "above 0", value)
+        require(value is None or 0 < value < math.inf, "--" + name.replace("_", "-"), "above 0 and finite", value)
     for name in ("input_price", "output_price"):
         value = getattr(config, name)
-        require(value is None or value >= 0, "--" + name.replace("_", "-"), "0 or more", value)
+        require(value is None or 0 <= value < math.inf, "--" + name.replace("_", "-"), "0 or more and finite", value)
     if (config.input_price is None) != (config.output_price is None):
         raise UserError("--input-price and --output-price belong together", "give both")

@@ -3,28 +3,74 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
-from ssrctl.configs import CriticOptions
+from ssrctl.configs import CriticOptions, SamplingConfig
 from ssrctl.io.records import Rollout, StepScore
+
+if TYPE_CHECKING:
+    from ssrctl.models.loading import LoadedModel
 
 STEP_RANGE = (-100.0, 100.0)
 FINAL_RANGE = (0.0, 100.0)
 
 
-class Critic(Protocol):
-    """Scores reasoning steps."""
+# Reasons to be missing that asking again would not mend.
+LASTING = frozenset(
+    {"no_equation", "no_answer", "no_reference", "too_long", "context_window", "content_filter", "empty_step"}
+)
 
-    def score(self, rollouts: Sequence[Rollout], on_done: Callable[[int], None] | None = None) -> list[list[StepScore]]:
-        """One list per rollout, one score per step, in order.
+# Reasons that say nothing about the response.
+OUTAGES = frozenset({"timeout", "rate_limit", "connection", "api_error"})
+
+
+class Critic(Protocol):
+    """Scores reasoning steps.
+
+    Its ``identity`` names the critic and every setting that its scores depend on; records scored under the same
+    identity need not be scored again. None for a critic whose scores cost nothing.
+    """
+
+    @property
+    def identity(self) -> str | None: ...
+
+    def stream(self, rollouts: Iterable[Rollout]) -> Iterator[tuple[Rollout, list[StepScore]]]:
+        """Yield each rollout with one score per step, as they are finished: in any order, each once.
 
         What a response says never raises; a step that cannot be judged is missing.
 
         Args:
-            rollouts: with question, response and steps.
-            on_done: called with the number of rollouts that were just finished.
+            rollouts: with question, response and steps; drawn on only as far as work can begin.
+
+        Raises:
+            Stopped: a limit was reached; what was finished before has been yielded.
+            UserError: no rollout could be scored (no key, an unknown model).
         """
+
+    def summary(self) -> dict[str, Any]:
+        """What the work took so far: calls, tokens, cost; empty for a critic that has none of these."""
+
+    def close(self) -> None:
+        """Let go of connections, threads and files."""
+
+
+def score_all(critic: Critic, rollouts: Sequence[Rollout]) -> list[list[StepScore]]:
+    """The scores of all ``rollouts``, in their order; errors as in ``Critic.stream``."""
+    places = {id(rollout): place for place, rollout in enumerate(rollouts)}
+    scores: list[list[StepScore] | None] = [None] * len(rollouts)
+    for rollout, mine in critic.stream(rollouts):
+        scores[places[id(rollout)]] = mine
+    done = [mine for mine in scores if mine is not None]
+    assert len(done) == len(rollouts), (len(done), len(rollouts))
+    return done
+
+
+def needs_another_try(scores: Iterable[StepScore]) -> bool:
+    """Whether any score is missing for a reason that may have passed."""
+    return any(score.reward is None and score.error not in LASTING for score in scores)
 
 
 def scored(score: float, kind: str, rationale: str | None = None) -> StepScore:
@@ -46,21 +92,58 @@ def missing(error: str, rationale: str | None = None) -> StepScore:
     return StepScore(score=None, reward=None, rationale=rationale, error=error)
 
 
-def make_critic(options: CriticOptions) -> Critic:
-    """The critic that ``options.critic`` names."""
-    return CRITICS[options.critic](options)
+def make_critic(
+    options: CriticOptions,
+    *,
+    policy: Callable[[], LoadedModel] | None = None,
+    sampling: SamplingConfig | None = None,
+    seed: int = 0,
+    ledger: Path | None = None,
+) -> Critic:
+    """The critic that ``options.critic`` names.
+
+    Args:
+        options: who scores, and how.
+        policy: gives the model whose continuations the rollout critic samples; loaded only if it is asked for.
+        sampling: how it samples.
+        seed: of that sampling.
+        ledger: where the llm critic notes its calls; None keeps no ledger.
+
+    Raises:
+        UserError: the critic lacks something: a key, a package, a rubric, a model.
+    """
+    return CRITICS[options.critic](
+        options, _Company(policy=policy, sampling=sampling or SamplingConfig(), seed=seed, ledger=ledger)
+    )
 
 
-def _rule(options: CriticOptions) -> Critic:
+@dataclass(frozen=True, kw_only=True)
+class _Company:
+    """What a critic may need beside its options."""
+
+    policy: Callable[[], LoadedModel] | None
+    sampling: SamplingConfig
+    seed: int
+    ledger: Path | None
+
+
+def _rule(options: CriticOptions, company: _Company) -> Critic:
     from ssrctl.critics.rule import RuleCritic
 
     return RuleCritic()
 
 
-def _llm(options: CriticOptions) -> Critic:
+def _llm(options: CriticOptions, company: _Company) -> Critic:
     from ssrctl.critics.llm import LLMCritic
 
-    return LLMCritic(options)
+    return LLMCritic(options, ledger=company.ledger)
 
 
-CRITICS: dict[str, Callable[[CriticOptions], Critic]] = {"rule": _rule, "llm": _llm}
+def _rollout(options: CriticOptions, company: _Company) -> Critic:
+    from ssrctl.critics.rollout import RolloutCritic
+
+    assert company.policy is not None, "the rollout critic needs the policy"
+    return RolloutCritic(options, company.policy(), company.sampling, company.seed)
+
+
+CRITICS: dict[str, Callable[[CriticOptions, _Company], Critic]] = {"rule": _rule, "llm": _llm, "rollout": _rollout}

@@ -3,60 +3,67 @@
 Scores of a step:
 
 - no equality to check: missing (``no_equation``);
-- a false equality: -100;
+- a false equality, or a number copied wrongly out of a calculator mark ``<<48/2=24>>24``: -100;
 - the bundled task (the record has ``modulus``): a true equality that is not the next operation of the question
   on the previous result: -50; that is: 100;
-- other text: true equalities whose numbers all occur in the question or an earlier step: 100; some number
-  comes from nowhere: 50, a weak sign, since reading "half" as 2 is no mistake.
+- other text: true equalities whose numbers are all given by the question, an earlier step or common knowledge (60
+  minutes where minutes are spoken of): 100; some number comes from nowhere: 50, a weak sign.
 
 A true equality on a wrong earlier result counts as right: the blame stays with the step that erred. The final
 answer is right (100) or wrong (0) against the reference; without one it is checked against the last result.
+What arithmetic cannot show (the wrong operation, a misread question) this critic does not see.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
+from typing import Any
 
 from ssrctl.critics.base import missing, scored
 from ssrctl.io.records import Rollout, StepScore
-from ssrctl.text.answers import check_answer, extract_answer, same_answer
-from ssrctl.text.equations import Equality, find_equalities, numbers_in
+from ssrctl.text.answers import check_answer
+from ssrctl.text.equations import Equality, find_equalities
+from ssrctl.text.quantities import given_numbers, numbers_of_words
 
 WRONG, MISPLACED, UNSOURCED, RIGHT = -100.0, -50.0, 50.0, 100.0
 _CHAIN = re.compile(r"\s*(\d{1,18})((?:[-+*]\d{1,18})+)\s*=\s*\?\s*")
 _LINK = re.compile(r"([-+*])(\d+)")
-_WORDS = {
-    "zero": 0, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9,
-    "ten": 10, "eleven": 11, "twelve": 12, "dozen": 12, "twenty": 20, "thirty": 30, "hundred": 100, "half": 2,
-    "twice": 2, "double": 2, "triple": 3, "third": 3, "quarter": 4, "week": 7, "year": 12, "percent": 100,
-}  # fmt: skip
-_WORD = re.compile(r"[a-z]+")
+# Needed to halve, to subtract a share from the whole, to go from percent to a share; they carry no information.
+_COMMON = frozenset(Fraction(number) for number in (0, 1, 2, 100))
 
 
 class RuleCritic:
     """See the module's text."""
 
-    def score(self, rollouts: Sequence[Rollout], on_done: Callable[[int], None] | None = None) -> list[list[StepScore]]:
-        out = []
+    identity: str | None = None  # its scores cost nothing
+
+    def stream(self, rollouts: Iterable[Rollout]) -> Iterator[tuple[Rollout, list[StepScore]]]:
+        """Yield each rollout with its scores, in order, one at a time."""
         for rollout in rollouts:
-            out.append(_score_one(rollout))
-            if on_done is not None:
-                on_done(1)
-        return out
+            yield rollout, _score_one(rollout)
+
+    def summary(self) -> dict[str, Any]:
+        """Nothing: it costs nothing."""
+        return {}
+
+    def close(self) -> None:
+        """Nothing is held open."""
 
 
 def _score_one(rollout: Rollout) -> list[StepScore]:
+    question = rollout.question or ""
     modulus = rollout.extra.get("modulus")
     modulus = modulus if isinstance(modulus, int) and modulus > 1 else None
-    chain = _parse_chain(rollout.question or "") if modulus else None
-    known = set(numbers_in(rollout.question or "")) | _numbers_as_words(rollout.question or "")
+    chain = _parse_chain(question) if modulus else None
+    known = given_numbers(question)
     scores: list[StepScore] = []
     last: Fraction | None = None if chain is None else chain[0]
     for index, step in enumerate(rollout.steps or ()):
         text = rollout.step_text(index)
-        equalities = find_equalities(text)
+        # A number that was copied rightly shows nothing.
+        equalities = [each for each in find_equalities(text) if each.operators or not each.holds(modulus)]
         if step.kind == "final":
             scores.append(_score_final(rollout, text, last))
         elif not equalities:
@@ -64,8 +71,8 @@ def _score_one(rollout: Rollout) -> list[StepScore]:
         elif chain is not None:
             scores.append(_score_link(equalities, index, chain[1], last, modulus))
         else:
-            scores.append(_score_text(equalities, known, modulus))
-        known |= set(numbers_in(text))
+            scores.append(_score_text(equalities, known | numbers_of_words(text), modulus))
+        known |= given_numbers(text)
         if equalities:
             last = equalities[-1].right
     return scores
@@ -92,25 +99,27 @@ def _score_text(equalities: list[Equality], known: set[Fraction], modulus: int |
     wrong = sum(not equality.holds(modulus) for equality in equalities)
     if wrong:
         return scored(WRONG, "step", f"{wrong} of {len(equalities)} equalities are false")
-    sourced = set(known)
+    sourced = known | _COMMON
     for equality in equalities:
         if any(operand not in sourced for operand in equality.operands):
             return scored(UNSOURCED, "step", "true, but with a number that was not given")
-        sourced |= {value for value in (equality.left, equality.right) if value is not None}
+        sourced |= {abs(value) for value in (equality.left, equality.right) if value is not None}
     return scored(RIGHT, "step", "true and from known numbers")
 
 
 def _score_final(rollout: Rollout, text: str, last: Fraction | None) -> StepScore:
-    found = extract_answer(text)
-    if found is None:
+    reference = rollout.answer if rollout.answer is not None or last is None else str(last)
+    verdict = check_answer(text, reference)
+    if verdict.extracted is None:
         return missing("no_answer")
-    if rollout.answer is not None:
-        right = check_answer(text, rollout.answer).correct
-        return scored(100.0 if right else 0.0, "final", "right answer" if right else "wrong answer")
-    if last is None:
+    if reference is None:
         return missing("no_reference")
-    agrees = same_answer(found.value, str(last))
-    return scored(100.0 if agrees else 0.0, "final", "no reference; compared with the last result")
+    if verdict.correct is None:
+        return missing("answer_timeout")
+    why = "right answer" if verdict.correct else "wrong answer"
+    if rollout.answer is None:
+        why = "no reference; compared with the last result"
+    return scored(100.0 if verdict.correct else 0.0, "final", why)
 
 
 def _parse_chain(question: str) -> tuple[Fraction, list[tuple[str, int]]] | None:
@@ -119,7 +128,3 @@ def _parse_chain(question: str) -> tuple[Fraction, list[tuple[str, int]]] | None
     if match is None:
         return None
     return Fraction(match.group(1)), [(operator, int(number)) for operator, number in _LINK.findall(match.group(2))]
-
-
-def _numbers_as_words(text: str) -> set[Fraction]:
-    return {Fraction(_WORDS[word]) for word in _WORD.findall(text.lower()) if word in _WORDS}

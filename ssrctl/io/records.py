@@ -35,16 +35,38 @@ class StepScore:
     error: str | None = None
 
 
+# What each outcome says about `correct`. A comparison that was given up says nothing, so it never is a reward.
+_CORRECT: dict[str, bool | None] = {"correct": True, "wrong": False, "unparsed": False, "timed_out": None}
+
+
 @dataclass(kw_only=True)
 class FinalAnswer:
-    """What was extracted as the final answer, and whether it is right (None: cannot be told).
+    """What was extracted as the final answer, how, and whether it is right.
 
-    ``{"extracted": "42", "correct": true, "way": "hashes"}``
+    ``{"extracted": "42", "correct": true, "way": "hashes", "outcome": "correct"}``
+
+    Attributes:
+        extracted: the answer as the response words it; None when it states none.
+        correct: None when it cannot be told: no reference, or the comparison was given up.
+        way: how it was found: boxed, hashes, marker, phrase or last-number.
+        outcome: ``correct``; ``wrong``; ``unparsed``, no answer was found (``correct`` is False); ``timed_out``,
+            one was found and comparing it took too long (``correct`` is None); None without a reference. Records
+            of earlier versions have none; it is then made of the other fields.
+
+    Raises:
+        ValueError: ``outcome`` and ``correct`` contradict each other.
     """
 
     extracted: str | None
     correct: bool | None
     way: str | None = None
+    outcome: Literal["correct", "wrong", "unparsed", "timed_out"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.outcome is None and isinstance(self.correct, bool):
+            self.outcome = "correct" if self.correct else "unparsed" if self.extracted is None else "wrong"
+        if self.outcome in _CORRECT and self.correct is not _CORRECT[self.outcome]:
+            raise ValueError(f"'outcome' {self.outcome} contradicts 'correct' {self.correct}")
 
 
 @dataclass(kw_only=True)
@@ -56,7 +78,7 @@ class Rollout:
         {"id": "q17/3", "question": "...", "answer": "42", "prompt": "...", "response": "...",
          "steps": [{"start": 0, "end": 57, "kind": "step"}, {"start": 57, "end": 80, "kind": "final"}],
          "scores": [{"score": 85, "reward": 0.85, "rationale": "...", "error": null}, ...],
-         "final": {"extracted": "42", "correct": true}, "advantages": [0.4, -1.2]}
+         "final": {"extracted": "42", "correct": true, "way": "hashes", "outcome": "correct"}, "advantages": [0.4, -1.2]}
 
     ``extra`` holds every field that is not listed here; it is written back unchanged.
     """

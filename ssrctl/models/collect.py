@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ssrctl.configs import SamplingConfig
+from ssrctl.configs import SamplingConfig, SegmentOptions
 from ssrctl.core.seeds import derive_seed
-from ssrctl.errors import UserError
+from ssrctl.errors import Stopped, UserError
 from ssrctl.io.problems import Problem
 from ssrctl.io.records import Rollout
 from ssrctl.models.alignment import step_of_tokens, token_starts
@@ -97,7 +99,7 @@ def sample_groups(
     *,
     num_generations: int,
     seed: int,
-    max_segments: int = 64,
+    segmentation: SegmentOptions | None = None,
     on_samples: Callable[[int], None] | None = None,
 ) -> list[Group]:
     """Sample ``num_generations`` responses per prompt and segment them.
@@ -108,7 +110,7 @@ def sample_groups(
         sampling: how; ``generation_batch_size`` responses go through the model at once.
         num_generations: G, responses per question.
         seed: of this draw; batch ``b`` uses the seed derived from it.
-        max_segments: most steps per response.
+        segmentation: how responses are cut into steps; None is the default way.
         on_samples: called with the number of new tokens after each batch.
     """
     flat = [prompt for prompt in prompts for _ in range(num_generations)]
@@ -124,14 +126,16 @@ def sample_groups(
     groups = []
     for place, prompt in enumerate(prompts):
         mine = samples[place * num_generations : (place + 1) * num_generations]
-        rollouts = [_record(prompt, number, sample, max_segments) for number, sample in enumerate(mine)]
+        rollouts = [
+            _record(prompt, number, sample, segmentation or SegmentOptions()) for number, sample in enumerate(mine)
+        ]
         groups.append(
             Group(prompt, mine, rollouts, [_token_steps(loaded, r, s) for r, s in zip(rollouts, mine, strict=True)])
         )
     return groups
 
 
-def _record(prompt: Prompted, number: int, sample: Sample, max_segments: int) -> Rollout:
+def _record(prompt: Prompted, number: int, sample: Sample, segmentation: SegmentOptions) -> Rollout:
     problem = prompt.problem
     extra = copy.deepcopy(problem.extra) | {"num_tokens": len(sample.response_ids), "finished": sample.finished}
     return Rollout(
@@ -140,7 +144,7 @@ def _record(prompt: Prompted, number: int, sample: Sample, max_segments: int) ->
         answer=problem.answer,
         prompt=prompt.prompt,
         response=sample.text,
-        steps=segment(sample.text, max_steps=max_segments),
+        steps=segment(sample.text, **dataclasses.asdict(segmentation)),
         extra=extra,
     )
 
@@ -151,15 +155,24 @@ def _token_steps(loaded: LoadedModel, rollout: Rollout, sample: Sample) -> list[
 
 
 def score_groups(groups: Sequence[Group], critic: Critic) -> None:
-    """Have the critic score every response, and check the final answers; fills the records in place."""
+    """Have the critic score every response, and check the final answers; fills the records in place.
+
+    Raises:
+        Stopped: the critic could not be reached for any of the steps, so that there is nothing to learn from.
+    """
+    from ssrctl.critics.base import OUTAGES, score_all
     from ssrctl.text.answers import check_answer
 
     rollouts = [rollout for group in groups for rollout in group.rollouts]
-    for rollout, scores in zip(rollouts, critic.score(rollouts), strict=True):
+    for rollout, scores in zip(rollouts, score_all(critic, rollouts), strict=True):
         assert len(scores) == len(rollout.steps or ()), (rollout.id, len(scores))
         rollout.scores = scores
         assert rollout.response is not None and rollout.answer is not None
         rollout.final = check_answer(rollout.response, rollout.answer)
+    errors = Counter(score.error for rollout in rollouts for score in rollout.scores or ())
+    if errors and set(errors) <= OUTAGES:
+        classes = ", ".join(f"{kind} {count}" for kind, count in errors.items())
+        raise Stopped(f"the critic gave none of {errors.total()} scores: {classes}", "go on when it answers again")
 
 
 def group_batch(loaded: LoadedModel, group: Group, *, whole_response: bool = False) -> GroupBatch:

@@ -127,7 +127,7 @@ def sample_responses(
         use_cache=True,
     )
     devices = [loaded.device] if loaded.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), _plain_generation_config(loaded.model):
+    with torch.random.fork_rng(devices=devices), plain_generation_config(loaded.model):
         torch.manual_seed(seed)
         output = loaded.model.generate(
             input_ids=input_ids.to(loaded.device),
@@ -149,7 +149,7 @@ def _sample(loaded: LoadedModel, ids: list[int], logprobs: Tensor, ends: list[in
     return Sample(kept, logprobs[:length].clone(), text, finished)
 
 
-class _plain_generation_config:
+class plain_generation_config:
     """While sampling, the model's own generation defaults (temperature, top_p, ...) are set aside.
 
     ``generate`` fills every field that ours leaves unset from the model's own config; a repetition penalty

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ssrctl.configs import TrainConfig
+from ssrctl.configs import SegmentOptions, TrainConfig
 from ssrctl.core.advantages import response_advantages, two_level_advantages
 from ssrctl.core.budget import step_budgets
 from ssrctl.core.mask import BlockMask
@@ -117,7 +117,7 @@ class TrainingStep:
             config,
             num_generations=config.num_generations,
             seed=seed,
-            max_segments=config.max_segments,
+            segmentation=SegmentOptions(style=config.segment_style, max_steps=config.max_segments),
         )
         sampled = time.perf_counter()
         score_groups(groups, self.critic)
@@ -237,7 +237,7 @@ def final_reward(group: Group, index: int) -> float | None:
     for span, score in zip(rollout.steps or (), rollout.scores or (), strict=True):
         if span.kind == "final" and score.reward is not None:
             return score.reward
-    if rollout.final is None or rollout.answer is None:
+    if rollout.final is None or rollout.final.correct is None:
         return None
     return 1.0 if rollout.final.correct else -1.0
 

@@ -1,65 +1,247 @@
-"""`ssrctl critic`: segmented responses in, scored responses out."""
+"""`ssrctl critic`: segmented responses in, scored responses out; or a critic measured on labelled solutions."""
 
 from __future__ import annotations
 
-import statistics
-from collections import Counter
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from ssrctl.analysis.calibration_table import show_calibration
 from ssrctl.configs import CriticConfig
-from ssrctl.critics.base import make_critic
-from ssrctl.errors import UserError
+from ssrctl.critics.base import LASTING, Critic, make_critic, needs_another_try
+from ssrctl.critics.calibration import calibrate
+from ssrctl.critics.estimate import Estimate
+from ssrctl.critics.tally import ScoreTally
+from ssrctl.errors import Stopped, UserError
 from ssrctl.io import console
 from ssrctl.io.jsonl import STDIO, write_jsonl
-from ssrctl.io.records import Rollout, read_rollouts
+from ssrctl.io.labelled import read_labelled
+from ssrctl.io.records import Rollout, StepScore, read_rollouts
+from ssrctl.io.resumable import ResumableOutput
 from ssrctl.text.answers import check_answer
+
+IDENTITY_FIELD = "critic"
+MADE_FIELDS = ("scores", "final", "advantages")
 
 
 def run(config: CriticConfig) -> dict[str, Any]:
-    """Score every step and return the summary."""
-    if config.json and config.output == STDIO:
-        raise UserError("--json and the records cannot both go to stdout", "give -o FILE")
+    """Score every step, or with ``--calibrate`` measure the critic, and return the summary.
+
+    Raises:
+        UserError: unusable settings or input.
+        Stopped: the budget is reached; what was scored is kept and the same command goes on from there.
+        KeyboardInterrupt: Ctrl-C; the same.
+    """
+    if config.calibrate is not None:
+        return _calibrate(config)
     assert config.input is not None
+    if config.json and config.output == STDIO and not config.dry_run:
+        raise UserError("--json and the records cannot both go to stdout", "give -o FILE")
+    if config.dry_run:
+        return _plan(config)
     torn: list[str] = []
-    rollouts = list(read_rollouts(config.input, needs=("question", "response", "steps"), on_torn=torn.append))
+    with contextlib.closing(_make(config)) as critic, _bar(config, critic) as advance:
+        work = _Work(ScoreTally(), advance)
+        if critic.identity is None or config.output == STDIO:
+            write_jsonl(config.output, map(work.finish, _in_order(critic, _read(config, torn))))
+        else:
+            _resumable(config, critic, critic.identity, work, torn)
+        summary = work.tally.summary() | {"torn_lines": len(torn)} | critic.summary()
     for message in torn:
         console.warn(message)
-    if config.dry_run:
-        plan = {
-            "critic": config.critic,
-            "responses": len(rollouts),
-            "steps": sum(len(rollout.steps or ()) for rollout in rollouts),
-            "calls": sum(bool(rollout.steps) for rollout in rollouts) if config.critic == "llm" else 0,
-            "output": config.output,
-        }
-        console.show_plan("plan", plan)
-        return plan
-    critic = make_critic(config)
-    with console.progress(unit="responses") as bar:
-        task = bar.add_task(config.critic, total=len(rollouts), status="")
-        scores = critic.score(rollouts, on_done=lambda count: bar.update(task, advance=count))
-    for rollout, mine in zip(rollouts, scores, strict=True):
-        rollout.scores = mine
-        rollout.advantages = None  # those of other scores would be wrong for these
-        assert rollout.response is not None
-        rollout.final = check_answer(rollout.response, rollout.answer)
-    write_jsonl(config.output, (rollout.to_dict() for rollout in rollouts))
-    summary = summarise(rollouts) | {"torn_lines": len(torn)}
     console.show_plan(f"scored {config.input} -> {config.output}", summary)
+    passing = sum(count for error, count in summary["missing_by_class"].items() if error not in LASTING)
+    if passing and critic.identity is not None:
+        console.note(f"{passing} scores are missing for reasons that may pass: run the same command again")
     return summary
 
 
-def summarise(rollouts: list[Rollout]) -> dict[str, Any]:
-    """Counts, mean reward, what is missing and why, and accuracy where there are reference answers."""
-    scores = [score for rollout in rollouts for score in rollout.scores or ()]
-    rewards = [score.reward for score in scores if score.reward is not None]
-    graded = [r.final.correct for r in rollouts if r.final is not None and r.final.correct is not None]
-    return {
-        "responses": len(rollouts),
-        "steps": len(scores),
-        "mean_reward": statistics.fmean(rewards) if rewards else None,
-        "missing": len(scores) - len(rewards),
-        "missing_by_class": dict(Counter(score.error for score in scores if score.reward is None)),
-        "without_steps": sum(not rollout.steps for rollout in rollouts),
-        "accuracy": sum(graded) / len(graded) if graded else None,
-    }
+def _make(config: CriticConfig) -> Critic:
+    def policy() -> Any:
+        from ssrctl.models.loading import describe_model, load_model
+
+        console.note(describe_model(config))
+        return load_model(config)
+
+    return make_critic(config, policy=policy, sampling=config, seed=config.seed, ledger=_ledger_path(config))
+
+
+def _ledger_path(config: CriticConfig) -> Path | None:
+    if config.critic != "llm":
+        return None
+    if config.ledger is None and config.output != STDIO and config.calibrate is None:
+        return Path(config.output + ".ledger.jsonl")
+    return config.ledger
+
+
+def _read(config: CriticConfig, torn: list[str]) -> Iterator[Rollout]:
+    assert config.input is not None
+    rollouts = read_rollouts(config.input, needs=("question", "response", "steps"), on_torn=torn.append)
+    return itertools.islice(rollouts, config.limit)
+
+
+@dataclass
+class _Work:
+    """What happens to each scored response: the final answer is checked, the score counted, the bar moved."""
+
+    tally: ScoreTally
+    advance: Callable[[], None]
+
+    def finish(self, pair: tuple[Rollout, list[StepScore]]) -> dict[str, Any]:
+        """The row to write."""
+        rollout, scores = pair
+        rollout.scores = scores
+        rollout.advantages = None  # those of other scores would be wrong for these
+        assert rollout.response is not None
+        rollout.final = check_answer(rollout.response, rollout.answer)
+        self.tally.add(rollout)
+        self.advance()
+        return rollout.to_dict()
+
+
+@contextlib.contextmanager
+def _bar(config: CriticConfig, critic: Critic) -> Iterator[Callable[[], None]]:
+    """A progress bar with what was spent; yields what moves it by one response."""
+    with console.progress(unit="responses") as bar:
+        task = bar.add_task(config.critic, total=_num_lines(config), status="")
+
+        def advance() -> None:
+            cost = critic.summary().get("cost_usd")
+            bar.update(task, advance=1, status="" if cost is None else f"${cost:.4f}")
+
+        yield advance
+
+
+def _num_lines(config: CriticConfig) -> int | None:
+    """How many records there are to go through; unknown for stdin."""
+    if config.input in (None, STDIO) or not Path(str(config.input)).is_file():
+        return config.limit
+    with Path(str(config.input)).open("rb") as stream:
+        count = sum(1 for line in stream if line.strip())
+    return count if config.limit is None else min(count, config.limit)
+
+
+def _in_order(critic: Critic, rollouts: Iterator[Rollout]) -> Iterator[tuple[Rollout, list[StepScore]]]:
+    waiting: dict[int, tuple[Rollout, list[StepScore]]] = {}
+    places: dict[int, int] = {}
+    counter = itertools.count()
+
+    def placed() -> Iterator[Rollout]:
+        for rollout in rollouts:
+            places[id(rollout)] = next(counter)
+            yield rollout
+
+    due = 0
+    for rollout, scores in critic.stream(placed()):
+        waiting[places.pop(id(rollout))] = (rollout, scores)
+        while due in waiting:
+            yield waiting.pop(due)
+            due += 1
+
+
+def _resumable(config: CriticConfig, critic: Critic, identity: str, work: _Work, torn: list[str]) -> None:
+    """Each row is kept as soon as it is scored; what earlier runs scored is not asked for again."""
+    positions: dict[int, int] = {}
+    with contextlib.closing(_output(config, identity)) as output:
+
+        def unscored() -> Iterator[Rollout]:
+            for rollout in _read(config, torn):
+                position = output.reserve(rollout.to_dict())
+                if position is None:
+                    work.tally.kept += 1
+                    work.advance()
+                else:
+                    positions[id(rollout)] = position
+                    yield rollout
+
+        try:
+            for rollout, scores in critic.stream(unscored()):
+                output.add(positions.pop(id(rollout)), work.finish((rollout, scores)))
+        except BaseException:
+            if output.partial.is_file():
+                console.note(f"{output.num_done} responses are scored and kept in {output.partial}")
+            raise
+        for row in output.earlier_rows():
+            work.tally.add(Rollout.from_dict(row, where=config.output))
+        output.finish()
+
+
+def _output(config: CriticConfig, identity: str) -> ResumableOutput:
+    return ResumableOutput(
+        config.output, identity=identity, identity_field=IDENTITY_FIELD, made_fields=MADE_FIELDS, is_done=_is_scored
+    )
+
+
+def _is_scored(row: dict[str, Any]) -> bool:
+    try:
+        rollout = Rollout.from_dict(row, where="")
+    except UserError:
+        return False
+    return rollout.scores is not None and not needs_another_try(rollout.scores)
+
+
+def _plan(config: CriticConfig) -> dict[str, Any]:
+    """What `--dry-run` prints: for the llm critic what it will cost, without what is scored or judged already."""
+    plan: dict[str, Any] = {"critic": config.critic, "responses": 0, "steps": 0, "output": config.output}
+    torn: list[str] = []
+    kept = None
+    estimate = None
+    if config.critic == "llm":
+        estimate = Estimate(config)
+        kept = None if config.output == STDIO else _output(config, estimate.questions.identity)
+
+    def to_score() -> Iterator[Rollout]:
+        for rollout in _read(config, torn):
+            plan["responses"] += 1
+            plan["steps"] += len(rollout.steps or ())
+            if kept is None or kept.reserve(rollout.to_dict()) is not None:
+                yield rollout
+
+    if estimate is None:
+        for _ in to_score():
+            pass
+    else:
+        estimate.add_all(to_score())
+        plan |= {"scored_before": 0 if kept is None else kept.num_done} | estimate.plan()
+    if config.critic == "rollout":
+        plan["continuations"] = (plan["steps"] + plan["responses"]) * config.critic_rollouts
+    for message in torn:
+        console.warn(message)
+    console.show_plan("plan", plan)
+    if estimate is not None and estimate.prices is None:
+        console.warn("no price is known for this model: give --input-price and --output-price")
+    return plan
+
+
+def _calibrate(config: CriticConfig) -> dict[str, Any]:
+    """``--calibrate``: how well the critic finds the first error, and what that takes."""
+    assert config.calibrate is not None
+    labelled = list(itertools.islice(read_labelled(config.calibrate), config.limit))
+    if config.dry_run:
+        estimate = Estimate(config) if config.critic == "llm" else None
+        plan: dict[str, Any] = {"critic": config.critic, "traces": len(labelled), "repeats": config.repeats}
+        if estimate is not None:
+            for estimate.questions.repeat in range(config.repeats):
+                estimate.add_all(given.rollout for given in labelled)
+            plan |= estimate.plan()
+        console.show_plan("plan", plan)
+        return plan
+    with contextlib.closing(_make(config)) as critic, console.progress(unit="judgements") as bar:
+        task = bar.add_task(config.critic, total=len(labelled) * config.repeats, status="")
+        result = calibrate(
+            critic,
+            labelled,
+            repeats=config.repeats,
+            wrong_below=config.wrong_below,
+            seed=config.seed,
+            on_done=lambda count: bar.update(task, advance=count),
+        )
+    result = {"critic": critic.identity or config.critic} | result
+    if not config.json:
+        show_calibration(result)
+    if result["stopped"] is not None:
+        raise Stopped(**result["stopped"])
+    return result

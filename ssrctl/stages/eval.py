@@ -1,33 +1,34 @@
-"""`ssrctl eval`: sampled accuracy with an interval, and the paired difference to an earlier evaluation."""
+"""`ssrctl eval`: sampled accuracy with an interval, or that of given responses, and the paired difference to another."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import statistics
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ssrctl.analysis.intervals import accuracy_interval, paired_difference
-from ssrctl.configs import TINY, EvalConfig
+from ssrctl.analysis.accuracy import compare, summarise, with_reference
+from ssrctl.configs import TINY, TINY_DATASET, EvalConfig
 from ssrctl.core.seeds import derive_seed
 from ssrctl.errors import UserError
 from ssrctl.io import console, manifest
 from ssrctl.io.delta import apply_delta, load_delta
 from ssrctl.io.files import existing_file, write_text
-from ssrctl.io.jsonl import JsonlLog
+from ssrctl.io.jsonl import STDIO, JsonlLog, write_jsonl
 from ssrctl.io.problems import load_problems
-from ssrctl.io.records import Rollout, read_rollouts
+from ssrctl.io.records import FinalAnswer, Rollout, read_rollouts
 from ssrctl.io.run_dir import RunDir, find_delta
-from ssrctl.models.collect import Prompted, prepare_prompts
-from ssrctl.models.loading import LoadedModel, describe_model, load_model
-from ssrctl.models.rollout import Sample, sample_responses
-from ssrctl.text.answers import check_answer
-from ssrctl.text.prompts import load_template
+from ssrctl.text.answers import check_answers
+
+if TYPE_CHECKING:  # grading given responses loads no torch
+    from ssrctl.models.collect import Prompted
+    from ssrctl.models.loading import LoadedModel
+    from ssrctl.models.rollout import Sample
 
 SAMPLES, SUMMARY, SETTINGS = "samples.jsonl", "summary.json", "settings.json"
+GRADING_BATCH = 256  # responses read, compared in parallel and written at once
 # What decides which samples are drawn; an evaluation is only continued under the same.
 DECISIVE = (
     "dataset", "dataset_config", "dataset_split", "question_column", "answer_column", "prompt_template", "limit",
@@ -42,9 +43,109 @@ def run(config: EvalConfig) -> dict[str, Any]:
         UserError: unusable settings or inputs, or a folder that holds another evaluation.
         KeyboardInterrupt: Ctrl-C; the samples drawn so far are kept and the next run goes on from them.
     """
+    baseline = None if config.baseline is None else _read_samples(config.baseline)
+    found = _sample(config) if config.responses is None else _grade(config, config.responses)
+    if config.dry_run:
+        console.show_plan("plan", found.about)
+        return found.about
+    summary = found.about | summarise(found.samples, config.confidence)
+    if unknown := summary["without_reference"]:
+        console.warn(f"{unknown} of {len(found.samples)} responses have no reference answer and are not counted")
+    if baseline is not None:
+        summary["paired"] = compare(baseline, found.samples, config.confidence) | {"baseline": str(config.baseline)}
+        if left_out := summary["paired"]["unpaired_problems"]:
+            console.warn(
+                f"{left_out} problems are in only one of the two evaluations and are left out of the comparison"
+            )
+    write_text(config.output_dir / SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    if not config.json:
+        _show(summary, config)
+    return summary
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """What there is to summarise: facts about where it comes from (the plan under --dry-run), and the samples."""
+
+    about: dict[str, Any]
+    samples: list[Rollout] = dataclasses.field(default_factory=list)
+
+
+# --------------------------------------------------------------------------------------------------
+# given responses
+
+
+def _grade(config: EvalConfig, source: str) -> _Found:
+    """Grade the responses of ``source`` into the output folder."""
+    about = {"responses": "<stdin>" if source == STDIO else Path(source).name}
+    references = _References(config)
+    records = read_rollouts(source, needs=("response",), on_torn=console.warn)
+    if config.dry_run:
+        answers = [references.of(record) for record in records]
+        known = sum(answer is not None for answer in answers)
+        return _Found(about | {"count": len(answers), "with_reference": known, "output_dir": str(config.output_dir)})
+    _claim_for_grading(config.output_dir)
+    slim: list[Rollout] = []
+    with console.progress(unit="responses") as bar:
+        task = bar.add_task("grading", total=None, status="")
+
+        def graded() -> Iterator[dict[str, Any]]:
+            while batch := list(islice(records, GRADING_BATCH)):
+                pairs = [(record.response or "", references.of(record)) for record in batch]
+                finals = check_answers(pairs, on_done=lambda count: bar.update(task, advance=count))
+                for record, (_, reference), final in zip(batch, pairs, finals, strict=True):
+                    record.answer, record.final = reference, final
+                    # The summary needs no texts, of which there may be more than fit into memory.
+                    kept = {key: value for key, value in record.extra.items() if key in ("num_tokens", "finished")}
+                    slim.append(Rollout(id=record.id, question=record.question, final=final, extra=kept))
+                    yield record.to_dict()
+            with_reference(slim)  # an error before the file is put into place
+
+        write_jsonl(config.output_dir / SAMPLES, graded())
+    # What comes through a pipe cannot be read a second time.
+    digest = manifest.file_hash(source) if source != STDIO and Path(source).is_file() else None
+    made_by = {"sha256": digest, "dataset": config.dataset, "versions": manifest.versions()}
+    write_text(config.output_dir / SETTINGS, json.dumps(about | made_by, indent=2) + "\n")
+    return _Found(about, slim)
+
+
+class _References:
+    """The reference answer of a record: its own, else that of the problem in ``--dataset`` with its question, or,
+    where the record has no question, with its id or its id's group."""
+
+    def __init__(self, config: EvalConfig) -> None:
+        problems = [] if config.dataset == TINY_DATASET else load_problems(config, "test")
+        self._by_question = {" ".join(p.question.split()): p.answer for p in problems}
+        self._by_id = {p.id: p.answer for p in problems}
+
+    def of(self, record: Rollout) -> str | None:
+        if record.answer is not None:
+            return record.answer
+        if record.question is not None:
+            return self._by_question.get(" ".join(record.question.split()))
+        return self._by_id.get(record.id, self._by_id.get(record.group))
+
+
+def _claim_for_grading(folder: Path) -> None:
+    """Refuse a folder whose samples were drawn from a model: what took hours is not overwritten by a re-grading."""
+    if not (folder / SAMPLES).exists():
+        return
+    if "responses" not in _read_settings(folder):
+        raise UserError(f"{folder} holds samples that were not graded from a file", "name another --output-dir")
+
+
+# --------------------------------------------------------------------------------------------------
+# sampled responses
+
+
+def _sample(config: EvalConfig) -> _Found:
+    """Sample what is still missing and read all of it back."""
+    from ssrctl.models.collect import prepare_prompts
+    from ssrctl.models.loading import describe_model, load_model
+    from ssrctl.text.prompts import load_template
+
     config = _with_checkpoint(config)
     console.note(describe_model(config) + (f" + {config.checkpoint}" if config.checkpoint else ""))
-    baseline = None if config.baseline is None else _read_samples(config.baseline)
     template = load_template(config.prompt_template, config.dataset)
     problems = load_problems(config, "test", derive_seed(config.seed, "problems"))
     loaded = load_model(config)
@@ -60,74 +161,18 @@ def run(config: EvalConfig) -> dict[str, Any]:
             "changed_coordinates": changed,
             "output_dir": str(config.output_dir),
         }
-        console.show_plan("plan", plan)
-        return plan
+        return _Found(plan)
     _claim_folder(config, loaded)
     _draw(config, loaded, prompts)
-    samples = _read_samples(config.output_dir)
     wanted = {f"{p.problem.id}/{i}" for p in prompts for i in range(config.num_samples)}
-    summary = summarise([s for s in samples if s.id in wanted], config.confidence)
-    summary = {"model": dataclasses.asdict(loaded.identity), "checkpoint": _name(config.checkpoint)} | summary
-    if baseline is not None:
-        summary["paired"] = compare(baseline, samples, config.confidence) | {"baseline": str(config.baseline)}
-    write_text(config.output_dir / SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
-    if not config.json:
-        _show(summary, config)
-    return summary
-
-
-def summarise(samples: Sequence[Rollout], confidence: float) -> dict[str, Any]:
-    """Accuracy with its interval, and how responses ended."""
-    by_problem = _per_problem(samples)
-    accuracy = accuracy_interval(list(by_problem.values()), confidence)
-    return {
-        "accuracy": accuracy.to_dict(),
-        "num_problems": len(by_problem),
-        "num_samples": len(samples),
-        "solved_at_least_once": sum(1 for share in by_problem.values() if share > 0) / len(by_problem),
-        "answered_frac": sum(s.final is not None and s.final.extracted is not None for s in samples) / len(samples),
-        "finished_frac": sum(bool(s.extra.get("finished")) for s in samples) / len(samples),
-        "mean_response_tokens": statistics.fmean(s.extra.get("num_tokens", 0) for s in samples),
-    }
-
-
-def compare(before: Iterable[Rollout], after: Iterable[Rollout], confidence: float) -> dict[str, Any]:
-    """The paired difference over the problems that both evaluations have.
-
-    Raises:
-        UserError: they have none in common, or one id names different questions.
-    """
-    first, second = list(before), list(after)
-    questions = {s.group: s.question for s in first}
-    for sample in second:
-        if questions.get(sample.group, sample.question) != sample.question:
-            raise UserError(
-                f"problem {sample.group} has different questions in the two evaluations",
-                "compare evaluations of the same data set",
-            )
-    old, new = _per_problem(first), _per_problem(second)
-    shared = sorted(old.keys() & new.keys())
-    if not shared:
-        raise UserError(
-            f"the baseline has {len(old)} problems, this evaluation {len(new)}, and none in common",
-            "evaluate both on the same problems",
-        )
-    if left_out := len(old.keys() ^ new.keys()):
-        console.warn(f"{left_out} problems are in only one of the two evaluations and are left out of the comparison")
-    difference = paired_difference([old[p] for p in shared], [new[p] for p in shared], confidence)
-    baseline = accuracy_interval([old[p] for p in shared], confidence)
-    return {"baseline_accuracy": baseline.to_dict(), "difference": difference.to_dict()}
-
-
-def _per_problem(samples: Iterable[Rollout]) -> dict[str, float]:
-    right: dict[str, list[bool]] = defaultdict(list)
-    for sample in samples:
-        right[sample.group].append(sample.final is not None and sample.final.correct is True)
-    return {problem: sum(flags) / len(flags) for problem, flags in right.items()}
+    about = {"model": dataclasses.asdict(loaded.identity), "checkpoint": _name(config.checkpoint)}
+    return _Found(about, [s for s in _read_samples(config.output_dir) if s.id in wanted])
 
 
 def _draw(config: EvalConfig, loaded: LoadedModel, prompts: Sequence[Prompted]) -> None:
     """Draw what is still missing, batch by batch; each batch has its own seed, so a continuation draws the same."""
+    from ssrctl.models.rollout import sample_responses
+
     jobs = [(prompt, number) for prompt in prompts for number in range(config.num_samples)]
     path = config.output_dir / SAMPLES
     with JsonlLog(path) as log, console.progress(unit="samples") as bar:
@@ -142,12 +187,13 @@ def _draw(config: EvalConfig, loaded: LoadedModel, prompts: Sequence[Prompted]) 
             if missing:
                 seed = derive_seed(config.seed, "eval", start)
                 drawn = sample_responses(loaded, [p.prompt_ids for p, _ in batch], config, seed)
-                for place in missing:
-                    log.append(_record(*batch[place], drawn[place]).to_dict())
+                finals = check_answers([(drawn[place].text, batch[place][0].problem.answer) for place in missing])
+                for place, final in zip(missing, finals, strict=True):
+                    log.append(_record(*batch[place], drawn[place], final).to_dict())
             bar.update(task, advance=len(batch))
 
 
-def _record(prompt: Prompted, number: int, sample: Sample) -> Rollout:
+def _record(prompt: Prompted, number: int, sample: Sample, final: FinalAnswer) -> Rollout:
     problem = prompt.problem
     return Rollout(
         id=f"{problem.id}/{number}",
@@ -155,14 +201,29 @@ def _record(prompt: Prompted, number: int, sample: Sample) -> Rollout:
         answer=problem.answer,
         prompt=prompt.prompt,
         response=sample.text,
-        final=check_answer(sample.text, problem.answer),
+        final=final,
         extra=dict(problem.extra) | {"num_tokens": len(sample.response_ids), "finished": sample.finished},
     )
 
 
+# --------------------------------------------------------------------------------------------------
+# the folder and the table
+
+
 def _read_samples(folder: Path) -> list[Rollout]:
     path = existing_file(folder / SAMPLES, "evaluation")
-    return list(read_rollouts(path, needs=("question", "final"), on_torn=console.warn))
+    return list(read_rollouts(path, needs=("final",), on_torn=console.warn))
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    """What was evaluated in a folder; nothing when it does not say."""
+    path = folder / SETTINGS
+    if not path.exists():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is torn: {error}", "remove that folder or name another --output-dir") from error
 
 
 def _with_checkpoint(config: EvalConfig) -> EvalConfig:
@@ -193,12 +254,8 @@ def _claim_folder(config: EvalConfig, loaded: LoadedModel) -> None:
     decisive: dict[str, Any] = {key: settings[key] for key in DECISIVE}
     decisive["fingerprint"] = loaded.identity.fingerprint
     decisive["checkpoint"] = None if config.checkpoint is None else manifest.file_hash(find_delta(config.checkpoint))
-    path = config.output_dir / SETTINGS
-    if path.exists():
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{path} is torn: {error}", "remove that folder or name another --output-dir") from error
+    if (config.output_dir / SETTINGS).exists():
+        before = _read_settings(config.output_dir)
         odd = [key for key in decisive if before.get(key) != decisive[key]]
         if odd:
             listed = ", ".join(f"{key} was {before.get(key)!r}, is {decisive[key]!r}" for key in odd)
@@ -206,16 +263,21 @@ def _claim_folder(config: EvalConfig, loaded: LoadedModel) -> None:
     elif (config.output_dir / SAMPLES).exists():
         raise UserError(f"{config.output_dir} has samples but no {SETTINGS}", "name another --output-dir")
     else:
-        write_text(path, json.dumps(decisive | {"versions": manifest.versions()}, indent=2) + "\n")
+        settled = decisive | {"versions": manifest.versions()}
+        write_text(config.output_dir / SETTINGS, json.dumps(settled, indent=2) + "\n")
 
 
 def _show(summary: dict[str, Any], config: EvalConfig) -> None:
     """The result as a small table on stdout."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     level = f"{config.confidence:.0%} interval"
-    table = Table(title=f"{config.dataset}, {summary['num_problems']} problems", title_justify="left")
+    source = summary["responses"] if config.responses else config.dataset
+    counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in summary["outcomes"].items())
+    title = Text(f"{source}, {summary['num_problems']} problems")
+    table = Table(title=title, title_justify="left", caption=counts, caption_justify="left")
     for column in ("", "accuracy", level):
         table.add_column(column, justify="left" if not column else "right")
     if paired := summary.get("paired"):
@@ -223,7 +285,7 @@ def _show(summary: dict[str, Any], config: EvalConfig) -> None:
         table.add_row("after", *_cells(summary["accuracy"]))
         table.add_row("difference (paired)", *_cells(paired["difference"], signed=True))
     else:
-        table.add_row("sampled", *_cells(summary["accuracy"]))
+        table.add_row("given" if config.responses else "sampled", *_cells(summary["accuracy"]))
     Console().print(table)
 
 

@@ -17,8 +17,8 @@ from ssrctl.configs import TrainConfig
 from ssrctl.core.budget import step_budgets
 from ssrctl.core.mask import BlockMask
 from ssrctl.core.seeds import derive_seed
-from ssrctl.critics.base import make_critic
-from ssrctl.errors import UserError
+from ssrctl.critics.base import Critic, make_critic
+from ssrctl.errors import Stopped, UserError
 from ssrctl.io import console, manifest
 from ssrctl.io.artifacts import load_mask_for
 from ssrctl.io.budget_profiles import load_budget_profile
@@ -38,8 +38,10 @@ from ssrctl.text.prompts import load_template
 # Settings that may differ between a run and its continuation without changing what it computes.
 FREE_ON_RESUME = {
     "json", "dry_run", "output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "logging_steps",
-    "report_to", "max_concurrency", "critic_timeout",
+    "report_to", "max_concurrency", "critic_timeout", "critic_retries", "requests_per_minute", "input_price",
+    "output_price", "budget_usd", "cache", "cache_dir",
 }  # fmt: skip
+CRITIC_CALLS = "critic_calls.jsonl"
 ACTIVATION_BYTES_PER_PARAMETER = 2.0  # a rough allowance for graphs and caches in the memory check
 
 
@@ -74,14 +76,19 @@ def run(config: TrainConfig) -> dict[str, Any] | None:
     if config.find_lr:
         return _find_lr(config, loaded, prompts, curve, protected, mask)
     updater = make_updater(trainable(loaded.model), config, protected, mask)
-    trainer = Trainer(
-        config, loaded, run_dir, prompts, TrainingStep(loaded, make_critic(config), updater, config, curve)
-    )
-    if checkpoint is None:
-        trainer.start(profile_name)
-    else:
-        trainer.resume(checkpoint)
-    return trainer.train()
+    ledger = run_dir.path / CRITIC_CALLS if config.critic == "llm" else None
+    with contextlib.closing(_critic(config, loaded, ledger)) as critic:
+        trainer = Trainer(config, loaded, run_dir, prompts, TrainingStep(loaded, critic, updater, config, curve))
+        if checkpoint is None:
+            trainer.start(profile_name)
+        else:
+            trainer.resume(checkpoint)
+        return trainer.train()
+
+
+def _critic(config: TrainConfig, loaded: LoadedModel, ledger: Path | None = None) -> Critic:
+    seed = derive_seed(config.seed, "critic")
+    return make_critic(config, policy=lambda: loaded, sampling=config, seed=seed, ledger=ledger)
 
 
 class Trainer:
@@ -155,6 +162,9 @@ class Trainer:
                     except NonFiniteBatch:
                         self._save()  # the weights are still those of the last whole step
                         raise
+                    except Stopped as stop:
+                        self._save()
+                        raise Stopped(stop.message, f"to go on after step {self.step}: {self._again()}") from None
                     log.append(row)
                     track(row)
                     bar.update(task, completed=self.step, status=_status(row))
@@ -166,10 +176,12 @@ class Trainer:
                     log.sync()
                     self._save()
         if self.step < self.config.max_steps:
-            again = f"--output-dir {self.run_dir.path} --resume-from-checkpoint latest" if self.step else "start anew"
-            console.note(f"stopped after step {self.step} of {self.config.max_steps}; to continue: {again}")
+            console.note(f"stopped after step {self.step} of {self.config.max_steps}; to continue: {self._again()}")
             raise KeyboardInterrupt
         return self._summary()
+
+    def _again(self) -> str:
+        return f"--output-dir {self.run_dir.path} --resume-from-checkpoint latest" if self.step else "start anew"
 
     def _one_step(self) -> dict[str, Any]:
         config = self.config
@@ -258,11 +270,11 @@ def _find_lr(
 
     results = []
     bar = console.progress(unit="rates")
-    with bar:
+    with bar, contextlib.closing(_critic(config, loaded)) as critic:
         task = bar.add_task("find-lr", total=len(SPREAD), status="")
         for made in sweep(
             loaded,
-            make_critic(config),
+            critic,
             config,
             lambda step: questions_of(step, prompts, config),
             curve,

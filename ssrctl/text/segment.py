@@ -2,130 +2,193 @@
 
 from __future__ import annotations
 
-import bisect
-import heapq
 import re
-from dataclasses import dataclass
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
 from itertools import pairwise
+from typing import Literal
 
 from ssrctl.io.records import StepSpan
 from ssrctl.text.answers import find_marker
+from ssrctl.text.segment_merge import LINE_BREAK, TAG, join_pieces, merge_shortest, split_long
+from ssrctl.text.segment_sentences import opens_item, sentence_starts
+from ssrctl.text.segment_shield import Shield
 
-# What is never cut inside: (opening, closing) pairs. Only these environments, so that the scan stays linear.
-_ENVIRONMENTS = ("equation", "align", "gather", "multline", "array", "cases", "matrix", "pmatrix", "bmatrix", "tabular")
-_PROTECTED = {"```": "```", "$$": "$$", r"\[": r"\]", r"\(": r"\)"} | {
-    rf"\begin{{{name}{star}}}": rf"\end{{{name}{star}}}" for name in _ENVIRONMENTS for star in ("", "*")
-}
-_OPENING = re.compile("|".join(re.escape(opening) for opening in _PROTECTED))
+Style = Literal["auto", "newline", "paragraph"]
 
-_LINE_BREAK = re.compile(r"\n\s*")
-# Inside a line: "... Step 2: ..." and an answer behind four number signs.
-_INLINE_LABEL = re.compile(r"(?<=\s)(?:Step[ \t]{1,3}\d{1,3}[ \t]?[:.)]|####(?!#)(?=[ \t]?[-\d$\\]))")
-_ENUMERATOR = re.compile(r"(?<!\S)(?:(?P<dot>\d{1,3})[.)]|\((?P<digit>\d{1,3})\)|\((?P<letter>[a-z])\))(?=\s)")
-
-# White space is taken from its first character and in one piece: trying each of its ends is quadratic.
-_SENTENCE_END = re.compile(
-    r"""(?P<stop>[.!?])["'”’)\]*_]{0,3}\s++(?=["'“‘(\[*_$\\]{0,3}[A-Z0-9$\\])"""
-    r"|(?<=[。！？])(?=\S)"
-    r"|;\s++(?=\S)"
-    r"|,\s++(?=(?:therefore|thus|hence|consequently)\b)"
-    r"|(?<!\s)\s++(?=(?:Therefore|Thus|Hence|So|Then|Next|Finally|Consequently|Now),\s)"
+_BLANK_LINE = re.compile(r"\n[^\S\n]*+\n\s*+")
+# Inside a line: "... Step 2: ...", and an answer behind "A:" or four number signs. The look behind comes after the first
+# character, so that the search can skip to it.
+_STEP_LABEL = re.compile(r"S(?<=[^#*>•-]\sS)tep[ \t]{1,3}\d{1,3}[ \t]?[:.)]")
+_ANSWER_LABEL = re.compile(r"A(?<=\sA):[ \t]?(?=[-\d$\\])|#(?<=\s#)###(?!#)(?=[ \t]?[-\d$\\])")
+_CHINESE_LABEL = re.compile(
+    r"(?<![^\s。；;:：！？])(?:第[一二三四五六七八九十\d]{1,3}步(?=[:：，,])|步骤[ \t]?\d{1,3}[:：])"
 )
-_ABBREVIATION = re.compile(
-    r"""(?:^|[("'\[])(?:[A-Z]|Mr|Mrs|Ms|Dr|Prof|St|vs|cf|e\.?g|i\.?e|[Ff]igs?|[Ee]qs?|[Nn]os?|approx|ca|[Ss]ec|resp|Jr|Sr|p+)\.$"""
-)
-_LONGEST_ABBREVIATION = 20
-_BARE_ENUMERATOR = re.compile(r"(?:\d{1,3}|\(?[a-z])\.$")
-# A piece that only names what follows: a heading, "Step 3:", "2.", a bullet.
-_LABEL = re.compile(
-    r"#{1,6}[ \t][^\n]*|\*\*Step[^*\n]*\*\*:?|Step[ \t]+\d+[ \t]?[:.)]?|\(?(?:\d{1,3}|[a-z])[.)]|[-*+•]"
-)
+# The end of what may be an enumerator, and then the whole of it.
+_ENUMERATOR_END = re.compile(r"\.(?<=\d\.)(?=\s)|\)(?<=[\da-z]\))(?=\s)")
+_ENUMERATOR = re.compile(r"(?<!\S)(?:(?P<dot>\d{1,3})[.)]|\((?:(?P<digit>\d{1,3})|(?P<letter>[a-z]))\))$")
+_LONGEST_ENUMERATOR = 5
+_SECOND_ITEM = re.compile(r"2[.)]\s|\(b\)\s|（2）|②")  # without one there is no enumeration
+_CHINESE_ENUMERATOR = re.compile(r"（(?P<wide>\d{1,2})）|(?P<circled>[①-⑳])")
 
 
-def segment(text: str, *, max_steps: int = 64, min_chars: int = 2) -> list[StepSpan]:
+def segment(
+    text: str, *, style: Style = "auto", max_steps: int = 64, min_chars: int = 2, max_chars: int = 2000
+) -> list[StepSpan]:
     """Split ``text`` into step spans that are ordered, non-empty and cover it exactly.
 
-    Cuts are made at line breaks, enumerations (``1.``, ``(a)``, ``Step 3:``) and before ``####``; white space
-    between two steps belongs to the earlier one. Where that leaves one paragraph of reasoning, it is cut at
-    sentence ends and discourse markers instead. Code fences and display math are never cut inside. Headings
-    and bare labels go with what follows them; a step without any letter or digit, or with fewer than
-    ``min_chars`` characters, is merged into its neighbour (the earlier one where there is a choice).
+    ``auto`` cuts at line breaks, enumerations (``1.``, ``(a)``, ``Step 3:``) and before ``####``; white space
+    between two steps belongs to the earlier one. Where that leaves one paragraph of reasoning (of the text or
+    of a ``<think>`` section), it is cut at sentence ends and discourse markers instead, see
+    ``sentence_starts``. ``newline`` cuts at line breaks alone, ``paragraph`` at blank lines alone, both also at
+    ``<think>`` and its like. Code, mathematics and tables are not cut inside, see ``Shield``.
+
+    What is no step by itself joins a neighbour: headings, bare labels and opening tags what follows; closing
+    tags, crumbs under ``min_chars`` or without a letter or digit, and a formula that its sentence waits for
+    what went before, see ``join_pieces``.
 
     The last span has kind ``final`` if it holds a final-answer marker (``####``, ``\\boxed{``, ``A:``,
     ``Answer:``, "the answer is 42"); text after the step with the last marker is merged into it, except that
-    "the answer is" loses its standing when what follows still calculates (holds an ``=``). Without a marker
-    no span is final.
+    "the answer is" loses its standing when what follows still calculates (holds an ``=``), and a marker inside
+    ``<think>`` when anything follows its step. Without a marker no span is final.
 
     Args:
         text: the response. Empty gives no span, white space alone gives a single one.
+        style: where to cut.
         max_steps: at most so many spans; the shortest neighbouring pairs are merged, the earliest of
             equals first, and never into the final span unless ``max_steps`` is 1.
         min_chars: smallest length of a step, its surrounding white space not counted.
+        max_chars: a step longer than this is cut at line ends, else at sentence ends, where it has any; 0 is
+            off. ``max_steps`` comes after it and wins.
 
     Raises:
-        ValueError: ``max_steps`` or ``min_chars`` below 1.
+        ValueError: unknown style, ``max_steps`` or ``min_chars`` below 1, ``max_chars`` below 0.
     """
     if max_steps < 1 or min_chars < 1:
         raise ValueError(f"max_steps and min_chars must be at least 1, got {max_steps} and {min_chars}")
+    if max_chars < 0:
+        raise ValueError(f"max_chars must be at least 1, or 0 for no limit, got {max_chars}")
+    if style not in ("auto", "newline", "paragraph"):
+        raise ValueError(f"style must be auto, newline or paragraph, got {style!r}")
     if not text:
         return []
-    shield = _Shield(text)
-    starts = _explicit_cuts(text, shield)
-    steps, has_final = _steps(text, starts, min_chars)
-    if len(steps) - has_final <= 1:
-        # The paragraph may hold the answer too: "... So 5 are left. The answer is 5."
-        marker = find_marker(text) if has_final else None
-        reasoning_end = len(text) if marker is None else marker[0]
-        starts = sorted({*starts, *_sentence_cuts(text, reasoning_end, shield)})
-        steps, has_final = _steps(text, starts, min_chars)
-    if has_final:
-        steps = [*_merge_shortest(steps[:-1], steps[-1], max_steps - 1), steps[-1]] if max_steps > 1 else [0]
+    shield = Shield(text)
+    tags = list(TAG.finditer(text)) if "<" in text else []
+    marker = _Marker(text, tags)
+    cuts = _explicit_cuts(text, shield, tags, style)
+    starts, final = _steps(text, cuts, shield, marker, min_chars, style)
+    if style == "auto" and (more := _fallback_cuts(text, starts, shield, tags, marker, final)):
+        starts, final = _steps(text, sorted({*cuts, *more}), shield, marker, min_chars, style)
+    if max_chars and len(text) > max_chars:
+        last_cut = marker.offset if final and marker.offset is not None else len(text)
+        starts = split_long(text, starts, shield, max_chars=max_chars, min_chars=min_chars, last_cut=last_cut)
+    if final:
+        starts = [*merge_shortest(starts[:-1], starts[-1], max_steps - 1), starts[-1]] if max_steps > 1 else [0]
     else:
-        steps = _merge_shortest(steps, len(text), max_steps)
-    spans = [StepSpan(start=start, end=end) for start, end in pairwise([*steps, len(text)])]
-    if has_final:
+        starts = merge_shortest(starts, len(text), max_steps)
+    spans = [StepSpan(start=start, end=end) for start, end in pairwise([*starts, len(text)])]
+    if final:
         spans[-1].kind = "final"
     return spans
 
 
-class _Shield:
-    """The stretches of a text that are not cut inside."""
+class _Marker:
+    """The last final-answer marker of a text.
 
-    def __init__(self, text: str) -> None:
-        self.starts: list[int] = []
-        self.ends: list[int] = []
-        position = 0
-        without_end: set[str] = set()  # a closing that is not found once is not looked for again
-        while (match := _OPENING.search(text, position)) is not None:
-            position = match.end()
-            closing = _PROTECTED[match.group()]
-            if closing in without_end:
-                continue
-            end = text.find(closing, position)
-            if end < 0:
-                without_end.add(closing)
-                continue
-            self.starts.append(match.start())
-            self.ends.append(end + len(closing))
-            position = self.ends[-1]
+    One inside a ``<think>`` section is passed over when text follows the section, and has no standing when text
+    follows it in there.
 
-    def covers(self, cut: int) -> bool:
-        """Whether ``cut`` lies strictly inside a stretch."""
-        before = bisect.bisect_left(self.starts, cut) - 1
-        return before >= 0 and cut < self.ends[before]
+    Attributes:
+        offset: where it starts; None without one.
+        decisive: whether it stands although calculations follow.
+    """
+
+    def __init__(self, text: str, tags: list[re.Match[str]]) -> None:
+        self.offset: int | None = None
+        self.decisive = False
+        thinking = [tag for tag in tags if _is_thinking(tag)]
+        closed = max((tag.end() for tag in thinking if _is_closing(tag)), default=0)
+        opened = max((tag.end() for tag in thinking if not _is_closing(tag)), default=0)
+        answer_from = closed if closed and text[closed:].strip() else 0
+        found = find_marker(text[answer_from:] if answer_from else text)
+        if found is None:
+            return
+        offset, self.decisive = found[0] + answer_from, found[1]
+        thought = offset >= opened if opened > closed else offset < closed
+        if not (thought and _goes_on(text, offset)):
+            self.offset = offset
+
+    def start(self, text: str, starts: list[int]) -> int | None:
+        """The start of the piece that holds the marker, if that is a final answer."""
+        if self.offset is None:
+            return None
+        # The marker of a line may begin with the emphasis before it, but never before its step.
+        after = bisect_right(starts, self.offset)
+        if not self.decisive and after < len(starts) and text.find("=", starts[after]) >= 0:
+            return None
+        return starts[after - 1]
+
+
+def _is_closing(tag: re.Match[str]) -> bool:
+    return tag.group()[1] == "/"
+
+
+def _is_thinking(tag: re.Match[str]) -> bool:
+    return tag.group().strip("</>").lower() not in ("answer", "solution")
+
+
+def _goes_on(text: str, offset: int) -> bool:
+    """Whether anything but tags follows the sentence or line around ``offset``."""
+    line_break = LINE_BREAK.search(text, offset)
+    end = line_break.end() if line_break else len(text)
+    end = next(iter(sentence_starts(text, offset, end)), end)
+    return bool(TAG.sub("", text[end:]).strip())
+
+
+def _steps(
+    text: str, cuts: list[int], shield: Shield, marker: _Marker, min_chars: int, style: Style
+) -> tuple[list[int], bool]:
+    """Starts of the steps, and whether the last one is the final answer."""
+    final = marker.start(text, cuts)
+    starts = join_pieces(text, cuts, shield, final=final, min_chars=min_chars, lines_alone=style == "newline")
+    return starts, final is not None
 
 
 # --------------------------------------------------------------------------------------------------
-# where to cut; a cut is the start of a step, the first is always 0
+# where to cut; a cut is the start of a piece, the first is always 0
 
 
-def _explicit_cuts(text: str, shield: _Shield) -> list[int]:
-    cuts = {match.end() for match in _LINE_BREAK.finditer(text)}
-    cuts |= {match.start() for match in _INLINE_LABEL.finditer(text)}
-    cuts |= _enumeration_cuts(text)
+def _explicit_cuts(text: str, shield: Shield, tags: list[re.Match[str]], style: Style) -> list[int]:
+    line_break = _BLANK_LINE if style == "paragraph" else LINE_BREAK
+    cuts = {match.end() for match in line_break.finditer(text)}
+    if style == "auto":
+        if "Step" in text:
+            cuts |= {match.start() for match in _STEP_LABEL.finditer(text)}
+        cuts.update(_answer_labels(text))
+        if not text.isascii():
+            cuts |= {match.start() for match in _CHINESE_LABEL.finditer(text)}
+        cuts |= _enumeration_cuts(text)
+    for tag in tags:
+        # A closing tag ends its step: with no word of its own it joins the piece before it.
+        cuts.add(_next_word(text, tag.end()) if _is_closing(tag) else tag.start())
     # White space before the first word is no step, and neither is what follows the last character.
-    first = len(text) - len(text.lstrip())
-    return [0, *sorted(cut for cut in cuts if first < cut < len(text) and not shield.covers(cut))]
+    first = _next_word(text, 0)
+    return [0, *shield.outside(sorted(cut for cut in cuts if first < cut < len(text)))]
+
+
+def _answer_labels(text: str) -> list[int]:
+    if "A:" not in text and "####" not in text:
+        return []
+    return [match.start() for match in _ANSWER_LABEL.finditer(text)]
+
+
+_SPACE = re.compile(r"\s*+")
+
+
+def _next_word(text: str, position: int) -> int:
+    match = _SPACE.match(text, position)
+    assert match is not None
+    return match.end()
 
 
 def _enumeration_cuts(text: str) -> set[int]:
@@ -135,112 +198,53 @@ def _enumeration_cuts(text: str) -> set[int]:
     "the answer is 1. Then" are left alone.
     """
     cuts: set[int] = set()
+    if _SECOND_ITEM.search(text) is None:
+        return cuts
     runs: dict[str, list[int]] = {}
-    for match in _ENUMERATOR.finditer(text):
-        style = match.lastgroup
-        assert style is not None
-        number = ord(match[style]) - ord("a") + 1 if style == "letter" else int(match[style])
+    for style, number, start in _enumerators(text):
         run = runs.get(style, [])
         if number == 1:
-            runs[style] = [match.start()] if _opens_item(text, match.start()) else []
+            runs[style] = [start] if opens_item(text, start) else []
         elif run and number == len(run) + 1:
-            run.append(match.start())
+            run.append(start)
             cuts.update(run[-2:])
         else:
             runs[style] = []
     return cuts
 
 
-def _opens_item(text: str, start: int) -> bool:
-    before = text[max(0, start - 20) : start].rstrip(" \t")
-    return before == "" or before[-1] in "\n:;.!?"
+def _enumerators(text: str) -> Iterator[tuple[str, int, int]]:
+    """Style, number and start of whatever looks like ``1.``, ``2)``, ``(3)``, ``(d)``, ``（5）`` or ``⑥``."""
+    for end in _ENUMERATOR_END.finditer(text):
+        window = max(0, end.end() - _LONGEST_ENUMERATOR - 1)
+        match = _ENUMERATOR.search(text[window : end.end()])
+        if match is not None:
+            style = match.lastgroup
+            assert style is not None
+            number = ord(match[style]) - ord("a") + 1 if style == "letter" else int(match[style])
+            yield style, number, window + match.start()
+    if not text.isascii():
+        for match in _CHINESE_ENUMERATOR.finditer(text):
+            if circled := match["circled"]:
+                yield "circled", ord(circled) - ord("①") + 1, match.start()
+            else:
+                yield "wide", int(match["wide"]), match.start()
 
 
-def _sentence_cuts(text: str, end: int, shield: _Shield) -> list[int]:
-    """Cuts before ``end`` after sentences, semicolons and before discourse markers."""
-    cuts = []
-    for match in _SENTENCE_END.finditer(text, 0, end):
-        cut = match.end()
-        if match["stop"] and _is_no_end(text, match.start()):
-            continue
-        if 0 < cut < end and not shield.covers(cut):
-            cuts.append(cut)
-    return cuts
-
-
-def _is_no_end(text: str, stop: int) -> bool:
-    """Whether the period at ``stop`` belongs to an abbreviation or to an enumerator at the start of its item."""
-    window = text[max(0, stop - _LONGEST_ABBREVIATION) : stop + 1]
-    word = window.split()[-1]
-    if len(word) > _LONGEST_ABBREVIATION:
-        return False
-    start = stop + 1 - len(word)
-    return bool(_ABBREVIATION.search(word) or (_BARE_ENUMERATOR.fullmatch(word) and _opens_item(text, start)))
-
-
-def _final_start(text: str, starts: list[int]) -> int | None:
-    """Start of the step that holds the last answer marker, or None."""
-    found = find_marker(text)
-    if found is None:
-        return None
-    offset, decisive = found
-    index = bisect.bisect_right(starts, offset) - 1
-    # The marker of a line may begin with the emphasis before it, but never before its step.
-    if not decisive and index + 1 < len(starts) and "=" in text[starts[index + 1] :]:
-        return None
-    return starts[index]
-
-
-# --------------------------------------------------------------------------------------------------
-# merging
-
-
-@dataclass(slots=True)
-class _Piece:
-    start: int
-    length: int
-    before: int
-    after: int
-    alive: bool = True
-
-
-def _steps(text: str, starts: list[int], min_chars: int) -> tuple[list[int], bool]:
-    """Starts of the steps, labels and crumbs merged, and whether the last one is the final answer."""
-    final = _final_start(text, starts)
-    kept: list[int] = []
-    join_next = True  # the first piece always opens a step
-    for start, stop in pairwise([*starts, len(text)]):
-        if final is not None and start >= final:
-            # A label or a lone crumb before the final answer goes with it.
-            return [*(kept[:-1] if kept and join_next else kept), kept[-1] if kept and join_next else final], True
-        piece = text[start:stop].strip()
-        small = len(piece) < min_chars or not any(map(str.isalnum, piece))
-        label = _LABEL.fullmatch(piece) is not None
-        if not kept or not (join_next or (small and not label)):
-            kept.append(start)
-        # A crumb at the very start has only what follows to go with, as a label always has.
-        join_next = label or (join_next and small)
-    return kept, False
-
-
-def _merge_shortest(starts: list[int], end: int, limit: int) -> list[int]:
-    """Merge the neighbouring pair of least total length until ``limit`` pieces remain; earliest first on ties."""
-    if len(starts) <= limit:
-        return starts
-    pieces = [_Piece(a, b - a, i - 1, i + 1) for i, (a, b) in enumerate(pairwise([*starts, end]))]
-    pairs = [(pieces[i].length + pieces[i + 1].length, i, i + 1) for i in range(len(pieces) - 1)]
-    heapq.heapify(pairs)
-    remaining = len(pieces)
-    while remaining > limit:
-        length, left, right = heapq.heappop(pairs)
-        first, second = pieces[left], pieces[right]
-        if not (first.alive and second.alive) or first.length + second.length != length or first.after != right:
-            continue  # one of the two has been merged since
-        first.length, first.after, second.alive = length, second.after, False
-        remaining -= 1
-        if second.after < len(pieces):
-            pieces[second.after].before = left
-            heapq.heappush(pairs, (length + pieces[second.after].length, left, second.after))
-        if first.before >= 0:
-            heapq.heappush(pairs, (pieces[first.before].length + length, first.before, left))
-    return [piece.start for piece in pieces if piece.alive]
+def _fallback_cuts(
+    text: str, starts: list[int], shield: Shield, tags: list[re.Match[str]], marker: _Marker, final: bool
+) -> list[int]:
+    """Sentence starts of the sections (what tags and answer labels separate) whose reasoning is a single step so far."""
+    # The paragraph may hold the answer too: "... So 5 are left. The answer is 5."
+    end = marker.offset if final and marker.offset is not None else len(text)
+    reasoning = starts[:-1] if final else starts
+    # An opening tag belongs to its section, as it does to that section's first step.
+    edges = [0, *(tag.end() if _is_closing(tag) else tag.start() for tag in tags)]
+    if len(starts) > 1:
+        edges = sorted({*edges, *_answer_labels(text)})
+    cuts: list[int] = []
+    for start, stop in pairwise([*edges, len(text)]):
+        inside = bisect_left(reasoning, stop) - bisect_left(reasoning, start)
+        if inside <= 1 and start < min(stop, end):
+            cuts += sentence_starts(text, start, min(stop, end))
+    return shield.outside(cuts)

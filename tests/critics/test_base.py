@@ -50,5 +50,5 @@ def test_missing_is_not_zero():
 
 
 def test_the_option_decides():
-    assert set(CRITICS) == {"rule", "llm"}
+    assert set(CRITICS) == {"rule", "llm", "rollout"}
     assert isinstance(make_critic(CriticOptions(critic="rule")), RuleCritic)

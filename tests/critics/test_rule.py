@@ -1,28 +1,35 @@
 """The rule critic: where the blame goes, and what the rewards of eq. 2-3 are."""
 
 import dataclasses
+import itertools
+import json
 import math
+import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssrctl.critics.base import missing, scored
+from ssrctl.critics import rule as rule_module
+from ssrctl.critics.base import missing, score_all, scored
 from ssrctl.critics.rule import RuleCritic
-from ssrctl.io.records import Rollout
-from ssrctl.text.segment import segment
+from ssrctl.io.records import FinalAnswer, Rollout, StepSpan
 
 QUESTION = "48*6-2*9+2-3=?"
 SOLUTION = ["48*6=88", "88-2=86", "86*9=74", "74+2=76", "76-3=73", "####73"]
 
 
 def judge(lines, *, question=QUESTION, answer="73", modulus=100):
-    response = "\n".join(lines)
+    """One step per line; a line that starts with #### or A: is the final answer."""
+    lines = [line + "\n" for line in lines]
+    ends = list(itertools.accumulate(len(line) for line in lines))
+    steps = [
+        StepSpan(start=end - len(line), end=end, kind="final" if line.startswith(("####", "A:")) else "step")
+        for line, end in zip(lines, ends, strict=True)
+    ]
     extra = {} if modulus is None else {"modulus": modulus}
-    rollout = Rollout(
-        id="q/0", question=question, answer=answer, response=response, steps=segment(response), extra=extra
-    )
-    (scores,) = RuleCritic().score([rollout])
+    rollout = Rollout(id="q/0", question=question, answer=answer, response="".join(lines), steps=steps, extra=extra)
+    (scores,) = score_all(RuleCritic(), [rollout])
     return [score.score if score.error is None else score.error for score in scores]
 
 
@@ -66,6 +73,51 @@ def test_text_without_a_modulus():
     assert judge(["There are 7*12 = 84 eggs.", "So many.", "A: 18"], **plain) == [50, "no_equation", 100]
 
 
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("He sells 36/2=<<36/2=18>>18.", 100),
+        ("He sells 36/2=<<36/2=18>>19.", -100),  # copied wrongly
+        ("He sells $<<36/2=19>>19.", -100),  # calculated wrongly
+        ("He sells 36/2=<<36/3=12>>12.", -100),  # the text says something else than the mark
+        ("He sells <<18=18>>18.", "no_equation"),  # nothing was calculated
+        ("He sells <<18=18>>81.", -100),
+        ("That is 36*1.07=<<36*1.07=38.519999999999996>>38.52.", 100),
+        ("That is 36*1.08=<<36*1.08=38.519999999999996>>38.52.", -100),
+    ],
+)
+def test_calculator_marks(line, expected):
+    question = "Tom has 3 boxes of 12 eggs and sells half at 7% more. How many are left?"
+    found = judge(["There are 3*12 = 36 eggs.", line, "A: 18"], question=question, modulus=None, answer="18")
+    assert found == [100, expected, 100]
+
+
+@pytest.mark.parametrize(
+    ("question", "line", "expected"),
+    [
+        ("A pen costs 80 cents. What do twelve cost?", "12*0.8=9.6", 100),
+        ("Of 50 cars 20% are red.", "50*.2=10, and 50*.8=40, and 50*20/100=10, and 50*1.2=60, and 50*20*.01=10", 100),
+        ("Of 50 cars 20% are red.", "50*.3=15", 50),
+        ("She reads for 3 hours, half a page a minute.", "3*60=180 and 180/2=90", 100),
+        ("She reads 3 books of fifty-two pages.", "3*52=156", 100),
+        ("She reads 3 books of fifty-two pages.", "3*53=159", 50),
+        ("Three-fourths of the 16 boys left.", "16*3/4=12 and 16*.75=12", 100),
+        ("She walks 2 and a half miles on 5 days.", "2.5*5=12.5", 100),
+        ("She walks 2 miles on 5 days.", "2.5*5=12.5", 50),
+        ("He has 9 eggs and 3 bags.", "3-9=-6 and 6+9=15", 100),  # the size of a result counts
+        ("He has 9 eggs.", "In 3 weeks he has 9*7=63.", 100),  # seven days in a week
+    ],
+)
+def test_where_numbers_come_from(question, line, expected):
+    assert judge([line], question=question, modulus=None) == [expected]
+
+
+def test_an_answer_that_could_not_be_compared_is_missing(monkeypatch):
+    given_up = FinalAnswer(extracted="73", correct=None, way="hashes", outcome="timed_out")
+    monkeypatch.setattr(rule_module, "check_answer", lambda *_, **__: given_up)
+    assert judge(SOLUTION)[-1] == judge(SOLUTION, answer=None)[-1] == "answer_timeout"
+
+
 def test_without_a_reference_the_last_result_decides():
     assert judge(SOLUTION, answer=None) == [100] * 6
     assert judge(changed(5, "####72"), answer=None)[-1] == 0
@@ -75,23 +127,70 @@ def test_without_a_reference_the_last_result_decides():
     ]
 
 
-def test_progress_and_empty_steps():
-    done = []
-    rollouts = [Rollout(id=str(i), question="", response="", steps=[]) for i in range(3)]
-    assert RuleCritic().score(rollouts, on_done=done.append) == [[], [], []] and sum(done) == 3
+def test_rollouts_pass_one_by_one():
+    taken = []
+
+    def source():
+        for number in range(3):
+            taken.append(number)
+            yield Rollout(id=str(number), question="", response="", steps=[])
+
+    critic = RuleCritic()
+    for number, (rollout, scores) in enumerate(critic.stream(source())):
+        assert rollout.id == str(number) and scores == [] and len(taken) == number + 1
+    assert number == 2 and critic.summary() == {} and critic.identity is None
 
 
 @given(
-    st.text(alphabet="0123456789+-*/=().,$x \n#A:\\{}<>%", max_size=200), st.sampled_from([None, 100, True, 0, -3, "7"])
+    st.text(alphabet="0123456789+-*/=().,$x #A:\\{}<>%half²٣", max_size=200),
+    st.sampled_from([None, 100, True, 0, -3, "7"]),
 )
 def test_no_response_raises(text, modulus):
-    scores = judge([text], modulus=modulus)
-    assert len(scores) == len(segment(text))
+    assert len(judge([text, text], modulus=modulus, question=text)) == 2
 
 
 def test_huge_responses_end():
     for text in ("9" * 200_000 + "=1", "1+" * 20_000 + "1=2", "(" * 20_000 + "1=1", "2*3=6\n" * 3_000):
         judge([text])
+
+
+def gold_solutions(data_dir, every):
+    """(question, lines) of worked solutions by people."""
+    rows = [json.loads(line) for line in (data_dir / "gsm8k_train.jsonl").open(encoding="utf-8")][::every]
+    return [(row["question"], row["solution"].split("\n")) for row in rows]
+
+
+def test_few_false_alarms_in_peoples_solutions(data_dir):
+    found = [
+        score
+        for question, lines in gold_solutions(data_dir, 4)
+        for score in judge(lines, question=question, modulus=None, answer=None)
+    ]
+    shares = {score: found.count(score) / len(found) for score in (-100, 50, 100, "no_equation")}
+    assert len(found) > 1_500
+    assert shares[-100] < 0.005 and shares[50] < 0.03 and shares[100] > 0.88 and shares["no_equation"] < 0.1
+
+
+@pytest.mark.parametrize(("marks", "detected"), [(True, 0.97), (False, 0.9)])
+def test_a_changed_result_is_found(data_dir, marks, detected):
+    """In one line of each solution the calculator's result and its copy are changed."""
+    copied = re.compile(r"=(\d+)>>\1(?![\d,]|\.\d)")
+    hits = []
+    for number, (question, lines) in enumerate(gold_solutions(data_dir, 8)):
+        places = [place for place, line in enumerate(lines) if copied.search(line)]
+        if not places:
+            continue
+        place = places[number % len(places)]
+        change = 1 + number % 7
+
+        def raised(match, change=change):
+            result = int(match.group(1)) + change
+            return f"={result}>>{result}"
+
+        lines[place] = copied.sub(raised, lines[place], count=1)
+        lines = lines if marks else [re.sub("<<[^<>]*>>", "", line) for line in lines]
+        hits.append(judge(lines, question=question, modulus=None, answer=None)[place] == -100)
+    assert len(hits) > 150 and sum(hits) / len(hits) > detected
 
 
 @given(st.floats(allow_nan=True, allow_infinity=True), st.sampled_from(["step", "final"]))

@@ -27,7 +27,7 @@ def full() -> dict[str, Any]:
             {"score": 85, "reward": 0.85, "rationale": "fine", "error": None},
             {"score": None, "reward": None, "rationale": None, "error": "timeout"},
         ],
-        "final": {"extracted": "42", "correct": True, "way": "last"},
+        "final": {"extracted": "42", "correct": True, "way": "hashes", "outcome": "correct"},
         "advantages": [0.4, None],
         "colour": {"nested": [1, None]},
         "extra": "a column of the user's that is called so",
@@ -44,8 +44,30 @@ def test_there_and_back_with_unknown_fields() -> None:
     assert json.loads(json.dumps(rollout.to_dict())) == full()
     assert rollout.steps == [StepSpan(start=0, end=8), StepSpan(start=8, end=10, kind="final")]
     assert rollout.scores is not None and rollout.scores[1] == StepScore(score=None, reward=None, error="timeout")
-    assert rollout.final == FinalAnswer(extracted="42", correct=True, way="last")
+    assert rollout.final == FinalAnswer(extracted="42", correct=True, way="hashes", outcome="correct")
     assert rollout.extra.keys() == {"colour", "extra"}
+
+
+@pytest.mark.parametrize(
+    ("extracted", "correct", "outcome"),
+    [
+        ("42", True, "correct"),
+        ("42", False, "wrong"),
+        (None, False, "unparsed"),
+        ("42", None, None),
+        (None, None, None),
+    ],
+)
+def test_outcomes_of_earlier_versions_follow_from_the_other_fields(
+    extracted: str | None, correct: bool | None, outcome: str | None
+) -> None:
+    final = parse({"final": {"extracted": extracted, "correct": correct}}).final
+    assert final is not None and final.outcome == outcome and final.correct is correct and final.way is None
+
+
+def test_a_comparison_that_was_given_up_is_no_verdict() -> None:
+    row = {"extracted": "9^9^9", "correct": None, "way": "boxed", "outcome": "timed_out"}
+    assert parse({"id": "a", "final": row}).to_dict() == {"id": "a", "final": row}
 
 
 def test_fields_that_no_stage_filled_are_left_out() -> None:
@@ -122,6 +144,11 @@ def test_spans_need_a_response() -> None:
         ({"steps": None}, "'scores' has 2 entries for 0 steps"),
         ({"final": "42"}, "'final' is malformed"),
         ({"final": {"extracted": "42", "correct": "yes"}}, "'correct' must be bool"),
+        ({"final": {"extracted": "42", "correct": True, "outcome": "right"}}, "'outcome' must be"),
+        ({"final": {"extracted": "42", "correct": True, "outcome": ["correct"]}}, "'final' is malformed"),
+        ({"final": {"extracted": "42", "correct": True, "outcome": "wrong"}}, "wrong contradicts 'correct' True"),
+        ({"final": {"extracted": "42", "correct": False, "outcome": "timed_out"}}, "timed_out contradicts"),
+        ({"final": {"extracted": "42", "correct": None, "outcome": "correct"}}, "correct contradicts"),
         ({"advantages": ["1", None]}, "'advantages' is malformed"),
         ({"advantages": [True, None]}, "'advantages' is malformed"),
     ],

@@ -40,7 +40,7 @@ def test_rule_critic_end_to_end(steps, tmp_path):
     assert [score["error"] for score in unclear["scores"]] == [None, "no_equation", "no_answer"]
     assert unclear["scores"][1]["score"] is None and unclear["scores"][1]["reward"] is None
     assert empty["scores"] == [] and empty["tag"] == "kept" and right["modulus"] == 100
-    assert right["final"] == {"extracted": "86", "correct": True, "way": "hashes"}
+    assert right["final"] == {"extracted": "86", "correct": True, "way": "hashes", "outcome": "correct"}
     assert wrong["final"]["correct"] is False and empty["final"]["correct"] is None
     assert summary["missing"] == 2 and summary["missing_by_class"] == {"no_equation": 1, "no_answer": 1}
     assert summary["mean_reward"] == pytest.approx((1 + 1 + 1 + 1 - 1 - 1 + 1) / 7)  # missing ones are left out
@@ -83,10 +83,19 @@ def test_ctrl_c_leaves_the_old_output(steps, tmp_path, monkeypatch):
     target.write_text("old", encoding="utf-8")
 
     class Interrupted:
-        def score(self, rollouts, on_done=None):
+        identity = None
+
+        def stream(self, rollouts):
+            yield next(iter(rollouts)), []
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(stage, "make_critic", lambda options: Interrupted())
+        def summary(self):
+            return {}
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(stage, "make_critic", lambda options, **company: Interrupted())
     assert main(["critic", str(steps), "-o", str(target)]) == 1
     assert target.read_text(encoding="utf-8") == "old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "scored.jsonl", "steps.jsonl"]

@@ -1,15 +1,17 @@
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from reference.critics import FunctionCritic
 
 from ssrctl.configs import ProfileBudgetConfig
 from ssrctl.core.mask import BlockMask
 from ssrctl.core.seeds import derive_seed
 from ssrctl.core.unions import random_coordinates
+from ssrctl.critics.base import score_all
 from ssrctl.errors import UserError
 from ssrctl.io.artifacts import ModelIdentity, save_mask
 from ssrctl.io.budget_profiles import load_budget_profile
@@ -21,20 +23,15 @@ from ssrctl.models.loading import load_model
 from ssrctl.stages import profile_budget
 
 
-class FakeCritic:
-    """Scores depend on the step's text alone."""
-
-    def score(self, rollouts: Sequence[Rollout]) -> list[list[StepScore]]:
-        return [[self._one(r.step_text(i)) for i in range(len(r.steps or ()))] for r in rollouts]
-
-    def _one(self, text: str) -> StepScore:
-        reward = (sum(map(ord, text)) % 7 - 3) / 3
-        return StepScore(score=100 * reward, reward=reward)
+def score_of(rollout: Rollout, index: int) -> StepScore:
+    """Depends on the step's text alone."""
+    reward = (sum(map(ord, rollout.step_text(index))) % 7 - 3) / 3
+    return StepScore(score=100 * reward, reward=reward)
 
 
 @pytest.fixture(autouse=True)
 def fake_critic(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(profile_budget, "make_critic", lambda options: FakeCritic())
+    monkeypatch.setattr(profile_budget, "make_critic", lambda options: FunctionCritic(score_of))
 
 
 def config(tmp_path: Path, **given: Any) -> ProfileBudgetConfig:
@@ -51,7 +48,7 @@ def scored_rollouts(made: ProfileBudgetConfig) -> list[dict[str, Any]]:
     for prompt in prompts:
         seed = derive_seed(made.seed, "profile-budget", prompt.problem.id)
         group = sample_groups(loaded, [prompt], made, num_generations=made.num_generations, seed=seed)[0]
-        for rollout, scores in zip(group.rollouts, FakeCritic().score(group.rollouts), strict=True):
+        for rollout, scores in zip(group.rollouts, score_all(FunctionCritic(score_of), group.rollouts), strict=True):
             rollout.scores = scores
             rows.append(rollout.to_dict())
     return rows
@@ -108,7 +105,8 @@ def test_profile_ends_at_max_steps(tmp_path: Path) -> None:
 
 
 def test_equal_scores_leave_nothing_to_measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(FakeCritic, "_one", lambda self, text: StepScore(score=50, reward=0.5))
+    flat = FunctionCritic(lambda rollout, index: StepScore(score=50, reward=0.5))
+    monkeypatch.setattr(profile_budget, "make_critic", lambda options: flat)
     made = config(tmp_path)
     with pytest.raises(UserError, match=r"none of 2 problems has a first step with a gradient.*profile more problems"):
         profile_budget.run(made)

@@ -13,18 +13,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from reference.critics import FunctionCritic
 
 from ssrctl.cli import main
 from ssrctl.configs import TrainConfig
 from ssrctl.core.mask import BlockMask
 from ssrctl.core.seeds import derive_seed
-from ssrctl.errors import UserError
+from ssrctl.errors import Stopped, UserError
 from ssrctl.io.artifacts import save_mask
 from ssrctl.io.delta import load_delta
 from ssrctl.io.jsonl import read_jsonl
 from ssrctl.io.mask_log import load_mask_log, mask_log_paths
 from ssrctl.io.records import read_rollouts
-from ssrctl.io.run_dir import RunDir
+from ssrctl.io.run_dir import RunDir, newest_checkpoint
 from ssrctl.models import training_step
 from ssrctl.models.gradients import NonFiniteLoss
 from ssrctl.models.loading import load_model
@@ -213,18 +214,34 @@ def _raise():  # type: ignore[no-untyped-def]
 def test_equal_or_missing_scores_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from ssrctl.io.records import StepScore
 
-    class Flat:
-        def score(self, rollouts, on_done=None):  # type: ignore[no-untyped-def]
-            scores = [StepScore(score=50.0, reward=0.5), StepScore(score=None, reward=None, error="planted")]
-            return [[scores[i % 2] for i in range(len(r.steps))] for r in rollouts]
-
-    monkeypatch.setattr(train, "make_critic", lambda options: Flat())
+    scores = [StepScore(score=50.0, reward=0.5), StepScore(score=None, reward=None, error="planted")]
+    flat = FunctionCritic(lambda rollout, index: scores[index % 2])
+    monkeypatch.setattr(train, "make_critic", lambda options, **company: flat)
     run = tmp_path / "run"
     summary = train.run(config(run))
     assert summary is not None and summary["changed_frac"] == 0.0
     row = metrics(run)[0]
     assert row["no_signal_responses"] == 8 and row["num_units"] == 0 and row["missing_score_frac"] > 0.3
     assert row["reward"] == 0.5 and row["loss"] is None
+
+
+def test_an_outage_of_the_critic_stops_the_run_with_what_was_learned_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ssrctl.io.records import StepScore
+
+    gone = StepScore(score=None, reward=None, error="connection")
+    calls = []
+
+    def score_of(rollout, index):  # type: ignore[no-untyped-def]
+        calls.append(rollout.id)
+        return gone if len(set(calls)) > 8 else StepScore(score=100.0 * (index % 2), reward=float(index % 2))
+
+    monkeypatch.setattr(train, "make_critic", lambda options, **company: FunctionCritic(score_of))
+    run = tmp_path / "run"
+    with pytest.raises(Stopped, match=r"none of \d+ scores: connection \d+ \(to go on after step 1: .*--resume"):
+        train.run(config(run, max_steps=3))
+    assert len(metrics(run)) == 1 and newest_checkpoint(run) is not None
 
 
 def test_allocations_differ_in_what_they_share(tmp_path: Path) -> None:

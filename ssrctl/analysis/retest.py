@@ -1,0 +1,114 @@
+"""Whether scores separate right from wrong, and how far they differ when the same is judged again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+
+
+def auc(positive: Sequence[float], negative: Sequence[float]) -> float | None:
+    """Chance that a value of ``positive`` exceeds one of ``negative``, ties counted half (Mann-Whitney U / nm).
+
+    Returns:
+        In [0, 1]; 0.5 says nothing was told apart. None when either is empty.
+    """
+    from scipy.stats import rankdata
+
+    if not positive or not negative:
+        return None
+    ranks = rankdata([*positive, *negative])
+    smallest = len(positive) * (len(positive) + 1) / 2
+    return float((ranks[: len(positive)].sum() - smallest) / (len(positive) * len(negative)))
+
+
+def point_biserial(values: Sequence[float], outcomes: Sequence[bool]) -> float | None:
+    """Pearson's correlation of ``values`` with a yes-or-no outcome, in [-1, 1]; None when either is constant."""
+    from scipy.stats import pointbiserialr
+
+    if len(set(outcomes)) < 2 or max(values) - min(values) <= 1e-9 * max(map(abs, values)):
+        return None
+    return float(pointbiserialr(outcomes, values).statistic)
+
+
+@dataclass(frozen=True)
+class Noise:
+    """How far scores of the same step differ between judgements.
+
+    Attributes:
+        num_steps: steps with at least two scores, which the others are over.
+        score_std: standard deviation of one score about its step's mean (root of the mean square within steps,
+            n - 1 in the denominator), in points of score.
+        mean_abs_difference: mean over steps of the mean |difference| of two scores, in points of score.
+        icc: intraclass correlation ICC(1), one-way random effects (Shrout & Fleiss 1979; for unequal numbers of
+            scores with the usual effective number): the share of the scores' variance that is the steps'. At most
+            1; None with a single step or without any variance.
+    """
+
+    num_steps: int
+    score_std: float
+    mean_abs_difference: float
+    icc: float | None
+
+    def to_dict(self) -> dict[str, float | None]:
+        return asdict(self)
+
+
+def score_noise(steps: Sequence[Sequence[float]]) -> Noise | None:
+    """The noise of repeated scores.
+
+    Args:
+        steps: the known scores of each step, one per judgement, in points of score; steps with fewer than two are
+            left out.
+
+    Returns:
+        None when no step has two scores.
+    """
+    steps = [scores for scores in steps if len(scores) >= 2]
+    if not steps:
+        return None
+    total = sum(len(scores) for scores in steps)
+    means = [math.fsum(scores) / len(scores) for scores in steps]
+    within = math.fsum((x - mean) ** 2 for scores, mean in zip(steps, means, strict=True) for x in scores)
+    within /= total - len(steps)
+    differences = [
+        math.fsum(abs(a - b) for a, b in combinations(scores, 2)) / math.comb(len(scores), 2) for scores in steps
+    ]
+    return Noise(
+        num_steps=len(steps),
+        score_std=math.sqrt(within),
+        mean_abs_difference=math.fsum(differences) / len(steps),
+        icc=_icc([len(scores) for scores in steps], means, within),
+    )
+
+
+def _icc(counts: Sequence[int], means: Sequence[float], within: float) -> float | None:
+    """ICC(1) from the steps' numbers of scores, their means and the mean square within."""
+    if len(means) < 2:
+        return None
+    total = sum(counts)
+    grand = math.fsum(count * mean for count, mean in zip(counts, means, strict=True)) / total
+    between = math.fsum(count * (mean - grand) ** 2 for count, mean in zip(counts, means, strict=True))
+    between /= len(means) - 1
+    effective = (total - sum(count**2 for count in counts) / total) / (len(means) - 1)
+    spread = between + (effective - 1) * within
+    return (between - within) / spread if spread > 0 else None
+
+
+def changed_frac(predictions: Sequence[Sequence[int | None]]) -> float | None:
+    """Chance that two judgements of a trace name different first errors.
+
+    Args:
+        predictions: per trace, one per judgement; undecided ones (None) are left out.
+
+    Returns:
+        Mean over the traces with two decided judgements of the share of pairs that differ; None without such.
+    """
+    shares = []
+    for mine in predictions:
+        decided = [prediction for prediction in mine if prediction is not None]
+        if len(decided) >= 2:
+            pairs = math.comb(len(decided), 2)
+            shares.append(sum(a != b for a, b in combinations(decided, 2)) / pairs)
+    return sum(shares) / len(shares) if shares else None

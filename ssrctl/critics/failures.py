@@ -1,0 +1,209 @@
+"""What went wrong with a request to a judge: its class, whether it may have been billed, whether to try again.
+
+litellm reports a server's 500, a closed connection and an unreadable body alike, as an InternalServerError with
+status 500. What happened is told by the errors below it, which it leaves in place as cause or context.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import email.utils
+import json
+import os
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+MAX_DETAIL_CHARS = 200
+MIN_SECRET_CHARS = 6  # shorter values of variables named like secrets ("true", "none") are none
+
+Kind = Literal[
+    "timeout",
+    "rate_limit",
+    "connection",
+    "api_error",
+    "bad_request",
+    "context_window",
+    "content_filter",
+    "empty_reply",
+]
+# Gateways' time limits: the model behind may have finished, and been billed, unheard.
+LATE = frozenset({408, 504, 524})
+PASSING_STATUSES = frozenset({409, 425})
+KINDS: dict[int, Kind] = {413: "context_window", 429: "rate_limit", **dict.fromkeys(LATE, "timeout")}
+NO_CREDIT = frozenset({"insufficient_quota", "billing_hard_limit_reached", "insufficient_balance"})
+
+_SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
+_SECRET = re.compile(r"(?i)\bbearer\s+\S+|\b(?:sk|pk|rk|gsk|xai|hf)[-_][\w*.-]{6,}|\bAIza[\w-]{20,}")
+
+
+class CallFailed(Exception):
+    """A question to the judge that got no usable answer.
+
+    Args:
+        kind: class of the failure.
+        may_be_billed: whether any of its requests may have cost money.
+        detail: what the provider said, for people to read, without keys; may be empty.
+    """
+
+    def __init__(self, kind: Kind, *, may_be_billed: bool, detail: str = "") -> None:
+        super().__init__(f"{kind}: {detail}" if detail else kind)
+        self.kind = kind
+        self.may_be_billed = may_be_billed
+        self.detail = detail
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """What one request came to.
+
+    Attributes:
+        kind: its class.
+        may_be_billed: False only where the provider certainly did not bill: a status of failure, nothing sent.
+        passing: whether the same request may do better later.
+        reached: whether the server was reached at all.
+        refused: what it was refused for, where other requests probably will be, too: the key, what the key gives
+            access to, the model's name, used-up credit.
+        retry_after: seconds for which the server asked to be left alone.
+        detail: what the provider said, without keys.
+    """
+
+    kind: Kind
+    may_be_billed: bool
+    passing: bool
+    reached: bool = True
+    refused: Literal["key", "access", "model", "credit"] | None = None
+    retry_after: float | None = None
+    detail: str = ""
+
+
+def understand(error: BaseException) -> Failure:
+    """The failure that an exception of litellm's, or our own TimeoutError, stands for."""
+    import aiohttp
+    import httpx
+    import openai
+    from litellm import exceptions
+
+    chain = _chain(error)
+    detail = _detail(chain)
+    status, headers, code = _reply(chain)
+    if isinstance(error, exceptions.ContextWindowExceededError):
+        return Failure(kind="context_window", may_be_billed=False, passing=False, detail=detail)
+    if isinstance(error, exceptions.ContentPolicyViolationError) or code == "content_filter":
+        return Failure(kind="content_filter", may_be_billed=False, passing=False, detail=detail)
+    if status is not None:
+        return _of_status(status, headers, code, detail)
+    unsent = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError, httpx.ConnectTimeout, httpx.PoolTimeout)
+    # aiohttp's broken pipes, too, come as httpx.ConnectError.
+    plain = _has(chain, httpx.ConnectError) and not _has(chain, aiohttp.ClientError)
+    if _has(chain, unsent) or plain:
+        return Failure(kind="connection", may_be_billed=False, passing=True, reached=False, detail=detail)
+    if _has(chain, (TimeoutError, openai.APITimeoutError)):
+        return Failure(kind="timeout", may_be_billed=True, passing=True, detail=detail)
+    if _has(chain, (httpx.TransportError, aiohttp.ClientError)):
+        return Failure(kind="connection", may_be_billed=True, passing=True, detail=detail)
+    unreadable = _has(chain, ValueError)  # of json, text encoding or pydantic
+    if not unreadable and isinstance(error, openai.APIStatusError) and 400 <= error.status_code < 500:
+        # An error in a reply of status 200, or a request that litellm itself turned down.
+        return _of_status(error.status_code, headers, code, detail)
+    return Failure(kind="api_error", may_be_billed=True, passing=True, detail=detail)
+
+
+def _of_status(status: int, headers: Mapping[str, str], code: str | None, detail: str) -> Failure:
+    refused: dict[int, Any] = {401: "key", 402: "credit", 403: "access", 404: "model"}
+    passing = status >= 500 or status == 429 or status in LATE | PASSING_STATUSES
+    return Failure(
+        kind=KINDS.get(status, "api_error" if passing else "bad_request"),
+        may_be_billed=status in LATE,
+        passing=passing,
+        refused="credit" if code in NO_CREDIT else refused.get(status),
+        retry_after=retry_after(headers),
+        detail=f"status {status}: {detail}" if detail else f"status {status}",
+    )
+
+
+def retry_after(headers: Mapping[str, str], now: float | None = None) -> float | None:
+    """Seconds that a reply's headers ask to wait; None when they do not.
+
+    Args:
+        headers: ``retry-after-ms``, or ``retry-after`` as seconds or as a date (RFC 9110, 10.2.3).
+        now: Unix time, for tests.
+    """
+    try:
+        if "retry-after-ms" in headers:
+            seconds = float(headers["retry-after-ms"]) / 1000
+        else:
+            seconds = float(headers["retry-after"])
+    except KeyError:
+        return None
+    except ValueError:
+        try:
+            date = email.utils.parsedate_to_datetime(headers["retry-after"])
+            seconds = date.timestamp() - (time.time() if now is None else now)
+        except (KeyError, ValueError, OverflowError, OSError):
+            return None
+    return max(0.0, seconds) if seconds == seconds else None  # not NaN
+
+
+def redact(text: str) -> str:
+    """``text`` as one short printable line in which no key stands.
+
+    Every value of an environment variable that is named like a secret is taken out, and what looks like a key.
+    """
+    secrets = (value.strip() for name, value in os.environ.items() if _SECRET_NAME.search(name))
+    for secret in sorted(secrets, key=len, reverse=True):  # one may begin another
+        if len(secret) >= MIN_SECRET_CHARS:
+            text = text.replace(secret, "***")
+    text = _SECRET.sub("***", text)
+    text = "".join(char if char.isprintable() else " " for char in text)
+    text = " ".join(text.split())
+    return text if len(text) <= MAX_DETAIL_CHARS else text[: MAX_DETAIL_CHARS - 3] + "..."
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """The error, and what it was raised from, outermost first."""
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    return chain
+
+
+def _has(chain: list[BaseException], types: type[BaseException] | tuple[type[BaseException], ...]) -> bool:
+    return any(isinstance(error, types) for error in chain)
+
+
+def _reply(chain: list[BaseException]) -> tuple[int | None, Mapping[str, str], str | None]:
+    """Status, headers and the body's error code of the reply with which the server refused; None without one."""
+    import httpx
+    import openai
+
+    status: int | None = None
+    headers: Mapping[str, str] = {}
+    code: str | None = None
+    for error in chain:
+        if isinstance(error, httpx.HTTPStatusError):
+            status, headers = error.response.status_code, error.response.headers
+        # litellm's own classes derive from openai's, and put in a status of their own.
+        elif isinstance(error, openai.APIStatusError) and type(error).__module__.startswith("openai"):
+            status, headers = error.status_code, error.response.headers
+            code = error.code if isinstance(error.code, str) else code
+    return status, headers, code
+
+
+def _detail(chain: list[BaseException]) -> str:
+    """What the provider said."""
+    for error in chain:
+        body = getattr(error, "body", None)
+        if isinstance(body, dict) and isinstance(body.get("message"), str):
+            return redact(body["message"])
+    # The outermost of litellm's errors adds its own remarks to what the one below quotes.
+    told = chain[1] if len(chain) > 1 else chain[0]
+    message = getattr(told, "message", None)
+    text = message if isinstance(message, str) else str(told)
+    with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
+        text = str(json.loads(text)["error"]["message"])
+    return redact(text)

@@ -1,0 +1,174 @@
+"""What the llm critic gets back: the reply's schema, and a reader that believes nothing it cannot check."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ssrctl.critics.base import missing, scored
+from ssrctl.io.records import StepScore
+
+MAX_RATIONALE_CHARS = 300
+MAX_REPLY_CHARS = 1_000_000  # more than any model writes; what a server sends knows no bound
+MAX_LISTED = 20  # steps that a problem names
+
+_OBJECT = re.compile(r'\{\s*"')  # braces of LaTeX or prose are none
+_END_OF_FENCE = "` \t\r\n"
+_THINKING, _THOUGHT = "<think>", "</think>"
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]+")
+
+
+class StepVerdict(BaseModel):
+    """The verdict on one step."""
+
+    # Providers want every key required and no other one, and refuse bounds on numbers and lengths. The reason comes
+    # before the score, so that the score can follow from it.
+    model_config = ConfigDict(extra="forbid", strict=True)
+    index: int = Field(description="the number in the step's heading")
+    rationale: str = Field(description="the reason, in at most 20 words")
+    score: float = Field(description="-100 to 100 for a step, 0 to 100 for the final answer")
+
+
+class Verdicts(BaseModel):
+    """One verdict for every step that is to be scored."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    scores: list[StepVerdict]
+
+
+_KEYS = StepVerdict.model_fields.keys()
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a reply says.
+
+    Attributes:
+        scores: one per wanted step, in their order; those that could not be read are missing, with their class.
+        problem: what was wrong, to be told to the judge, with no word of the reply in it; None when every wanted
+            step has its score.
+    """
+
+    scores: list[StepScore]
+    problem: str | None
+
+
+def read_verdicts(reply: str, wanted: Sequence[tuple[int, str]]) -> Reading:
+    """Read a judge's reply. Whatever it is, a score is one that stands in it under that index, or missing.
+
+    Classes of the missing, for all steps: ``bad_json`` (the reply does not end in a json object with "scores", or
+    holds something that begins like an object and is none), ``bad_schema`` ("scores" is not a list of objects, or
+    not the only key), ``bad_index`` (an index that was not asked for: a judge that counts from 0 means another step
+    by every index), ``duplicate_index`` (two entries for a step, as when a quoted step breaks out of its quotation
+    marks). For one step: ``missing_index``, ``bad_schema`` (a score that is no number, a rationale that is no text, a key
+    twice or unknown) and ``out_of_range`` (also NaN and infinities).
+
+    Args:
+        reply: a json object, possibly after prose or a ``<think>`` section, possibly in a code fence.
+        wanted: number (from 1) and kind (``step`` or ``final``) of each step that was asked for.
+    """
+    found, problem = _find_object(reply[:MAX_REPLY_CHARS])
+    if found is None:
+        return _all_missing("bad_json", wanted, problem)
+    items = found["scores"]
+    if len(found) > 1:
+        return _all_missing("bad_schema", wanted, 'the JSON object has other keys than "scores"')
+    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        return _all_missing("bad_schema", wanted, '"scores" is not a list of objects')
+    by_number: dict[int, list[dict[str, Any]]] = {number: [] for number, _ in wanted}
+    for item in items:
+        index = item.get("index")
+        if type(index) is not int or index not in by_number:
+            asked = f"asked for: {_listed(list(by_number))}, counted from 1"
+            return _all_missing("bad_index", wanted, f'an "index" is not one of those {asked}')
+        by_number[index].append(item)
+    if doubled := [number for number, mine in by_number.items() if len(mine) > 1]:
+        return _all_missing("duplicate_index", wanted, f"more than one entry for step {_listed(doubled)}")
+    scores = [_read_one(by_number[number], kind) for number, kind in wanted]
+    return Reading(scores, _describe(scores, wanted))
+
+
+class _Doubled(dict[str, Any]):
+    """A json object in which a key occurs twice, so that what it says depends on who reads it."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    return made if len(made) == len(pairs) else _Doubled(made)
+
+
+def _find_object(reply: str) -> tuple[dict[str, Any] | None, str]:
+    """The json object with "scores" that ends ``reply``, or None and why there is none that could be trusted.
+
+    A judge that quotes a step may leave the step's own json in its reply: before its verdict, in a broken object when
+    it does not escape quotation marks, or in place of the verdict with words about it after. So what begins like an
+    object and cannot be parsed ends the search, and nothing but the end of a code fence may follow what is found.
+    """
+    decoder = json.JSONDecoder(object_pairs_hook=_object)
+    place = 0
+    if reply.lstrip().startswith(_THINKING):
+        place = reply.find(_THOUGHT)
+        if place < 0:
+            return None, "it ends before the JSON object"
+    while match := _OBJECT.search(reply, place):
+        try:
+            value, place = decoder.raw_decode(reply, match.start())
+        except (ValueError, RecursionError):
+            return None, "it is not valid JSON, or ends within it"
+        if "scores" not in value:
+            continue
+        if isinstance(value, _Doubled):
+            return None, "a key occurs twice in the JSON object"
+        if reply[place:].strip(_END_OF_FENCE):
+            return None, "something follows the JSON object"
+        return value, ""
+    return None, 'it holds no JSON object with the key "scores"'
+
+
+def _read_one(items: list[dict[str, Any]], kind: str) -> StepScore:
+    if not items:
+        return missing("missing_index")
+    (item,) = items
+    score, rationale = item.get("score"), item.get("rationale")
+    if not isinstance(score, int | float) or isinstance(score, bool):
+        return missing("bad_schema")
+    if not isinstance(rationale, str | None) or isinstance(item, _Doubled) or not item.keys() <= _KEYS:
+        return missing("bad_schema")
+    try:
+        value = float(score)
+    except OverflowError:  # json's whole numbers know no largest one
+        return missing("out_of_range")
+    text = _UNPRINTABLE.sub(" ", (rationale or "")[:MAX_RATIONALE_CHARS]).strip()
+    return scored(value, kind, text or None)
+
+
+def _all_missing(error: str, wanted: Sequence[tuple[int, str]], problem: str) -> Reading:
+    return Reading([missing(error) for _ in wanted], problem if wanted else None)
+
+
+def _describe(scores: list[StepScore], wanted: Sequence[tuple[int, str]]) -> str | None:
+    """The failures of single steps in words, those of one class together; None when there are none."""
+    steps: dict[str, list[int]] = defaultdict(list)
+    for score, (number, kind) in zip(scores, wanted, strict=True):
+        if score.error is not None:
+            steps[f"{score.error} {kind}" if score.error == "out_of_range" else score.error].append(number)
+    return "; ".join(_WORDS[error].format(steps=_listed(numbers)) for error, numbers in steps.items()) or None
+
+
+_WORDS = {
+    "missing_index": "no entry for step {steps}",
+    "bad_schema": 'no number as "score", no text as "rationale", or other keys, or a key twice, in the entry of step {steps}',
+    "out_of_range step": "a score that is not between -100 and 100 for step {steps}",
+    "out_of_range final": "a score that is not between 0 and 100 for the final answer, step {steps}",
+}
+
+
+def _listed(numbers: list[int]) -> str:
+    more = len(numbers) - MAX_LISTED
+    return ", ".join(map(str, numbers[:MAX_LISTED])) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,148 @@
+"""A jsonl output that is filled in any order, survives a kill, and is finished by the next run of the same work.
+
+Beside ``OUT`` stands ``OUT.partial`` while the work goes on: every finished row is appended to it at once. When all
+rows are there, ``OUT`` is written whole and in order, and ``OUT.partial`` is removed. The next run takes what both
+files hold already, if it was made under the same identity from the same input.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ssrctl.errors import UserError
+from ssrctl.io.files import whole_file
+from ssrctl.io.jsonl import JsonlLog, dump_line
+
+SUFFIX = ".partial"
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A row: the file it is in, and its offset there."""
+
+    path: Path
+    offset: int
+
+
+class ResumableOutput:
+    """Rows for the lines of an input, by their position in it.
+
+    Args:
+        path: the finished file.
+        identity: names what made the rows; stands in each of them under ``identity_field``.
+        identity_field: that field's name.
+        made_fields: the fields that the work adds or replaces; the others tell which input a row was made from.
+        is_done: whether an earlier row needs no other try.
+
+    Raises:
+        UserError: ``OUT.partial`` holds rows that were made under another identity.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        identity: str,
+        identity_field: str,
+        made_fields: Collection[str],
+        is_done: Callable[[dict[str, Any]], bool],
+    ) -> None:
+        self.path = Path(path)
+        self.partial = self.path.with_name(self.path.name + SUFFIX)
+        self._identity, self._field = identity, identity_field
+        self._made_fields = {*made_fields, identity_field}
+        self._places: list[_Place | None] = []
+        self._reused: list[_Place] = []
+        self._earlier: dict[bytes, _Place] = {}
+        # The newest row of an input counts: those of the partial file come later than those of the finished one.
+        for file, must_match in ((self.path, False), (self.partial, True)):
+            if file.is_file() and file.stat().st_size:
+                self._read_earlier(file, is_done, must_match)
+        self._log: JsonlLog | None = None
+
+    def reserve(self, row: dict[str, Any]) -> int | None:
+        """Take the next position for input ``row``. Returns it, or None when the row is there from an earlier run."""
+        earlier = self._earlier.get(self._input_key(row))
+        self._places.append(earlier)
+        if earlier is not None:
+            self._reused.append(earlier)
+        return None if earlier is not None else len(self._places) - 1
+
+    def add(self, position: int, row: dict[str, Any]) -> None:
+        """Store the finished row of ``position``; it survives a kill from now on."""
+        if self._log is None:
+            self._log = JsonlLog(self.partial)
+        assert self._places[position] is None
+        offset = self._log.path.stat().st_size
+        self._log.append(row | {self._field: self._identity})
+        self._places[position] = _Place(self.partial, offset)
+
+    @property
+    def num_done(self) -> int:
+        """Positions whose row is there."""
+        return sum(place is not None for place in self._places)
+
+    def earlier_rows(self) -> Iterator[dict[str, Any]]:
+        """The rows that earlier runs made."""
+        return self._rows(self._reused)
+
+    def _rows(self, places: Iterable[_Place | None]) -> Iterator[dict[str, Any]]:
+        streams: dict[Path, BinaryIO] = {}
+        try:
+            for place in places:
+                if place is not None:
+                    if place.path not in streams:
+                        streams[place.path] = place.path.open("rb")
+                    stream = streams[place.path]
+                    stream.seek(place.offset)
+                    yield json.loads(stream.readline())
+        finally:
+            for stream in streams.values():
+                stream.close()
+
+    def finish(self) -> None:
+        """Write the finished file, in the order of the input, and remove the partial one."""
+        assert None not in self._places
+        self.close()
+        with whole_file(self.path) as temporary, temporary.open("w", encoding="utf-8") as stream:
+            for row in self._rows(self._places):
+                stream.write(dump_line(row))
+        self.partial.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Leave what is done in the partial file."""
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+
+    def _read_earlier(self, file: Path, is_done: Callable[[dict[str, Any]], bool], must_match: bool) -> None:
+        offset = 0
+        with file.open("rb") as stream:
+            for number, line in enumerate(stream, start=1):
+                start, offset = offset, offset + len(line)
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError):
+                    continue  # torn by a kill, or no file of ours: then no row of it is used
+                if not isinstance(row, dict):
+                    continue
+                if row.get(self._field) != self._identity:
+                    if must_match:
+                        raise UserError(
+                            f"{file}:{number} was made with other settings ({row.get(self._field)!r}, "
+                            f"now {self._identity!r})",
+                            f"finish that run with its settings, or remove {file.name}",
+                        )
+                    continue
+                if is_done(row):
+                    self._earlier[self._input_key(row)] = _Place(file, start)
+
+    def _input_key(self, row: dict[str, Any]) -> bytes:
+        given = {key: value for key, value in row.items() if key not in self._made_fields}
+        text = json.dumps(given, sort_keys=True, ensure_ascii=True)
+        return hashlib.sha256(text.encode("ascii")).digest()

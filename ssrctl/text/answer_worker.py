@@ -1,0 +1,95 @@
+"""The process in which symbolic algebra runs: one comparison per line in, one verdict per line out.
+
+Run as ``python -m ssrctl.text.answer_worker`` by ``answer_pool``. Lines are json: ``{"extracted": ...,
+"reference": ..., "seconds": 11.0}`` in, ``{"same": true}`` out; the first line out is ``{"ready": true}``, or
+``{"error": ...}`` when math-verify cannot be imported. The process ends when its input does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+# Of address space. Importing everything takes 0.06 GiB; a power tower asks for as much as there is.
+MEMORY_LIMIT_BYTES = 2 * 2**30
+
+
+def main() -> None:
+    """Serve comparisons until the input ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    _prepare_alarm()
+    _limit_memory()
+    # Whatever a library prints must not get between the replies.
+    replies = os.fdopen(os.dup(1), "w", encoding="ascii")
+    os.dup2(2, 1)
+
+    def reply(message: dict[str, Any]) -> None:
+        replies.write(json.dumps(message) + "\n")
+        replies.flush()
+
+    try:
+        same = _comparison()
+        same("x^2 + 2x + 1", "(x + 1)^2")  # what is imported and built on first use is no part of a comparison's time
+    except ImportError as error:
+        reply({"error": str(error)})
+        return
+    reply({"ready": True})
+    for line in sys.stdin.buffer:
+        job = json.loads(line)
+        # The parent kills a worker that takes too long. If the parent itself was killed meanwhile, nobody
+        # would: then this timer ends the process, even inside one long operation on huge integers.
+        signal.setitimer(signal.ITIMER_REAL, job["seconds"])
+        verdict = same(job["extracted"], job["reference"])
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        reply({"same": verdict})
+
+
+def _prepare_alarm() -> None:
+    """Let SIGALRM end the process, whatever the parent had inherited or blocked."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
+
+
+def _limit_memory() -> None:
+    """So that a bomb ends in an error here, not in the machine's memory; macOS knows no such limit."""
+    import resource
+
+    if not sys.platform.startswith("linux"):
+        return
+
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = MEMORY_LIMIT_BYTES if hard == resource.RLIM_INFINITY else min(MEMORY_LIMIT_BYTES, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+
+
+def _comparison() -> Callable[[str, str], bool]:
+    """A function (extracted, reference) -> whether math-verify takes them for the same."""
+    import math_verify
+
+    # It warns that its own timeouts are off, and reports what it cannot parse.
+    logging.disable(logging.CRITICAL)
+    usual = math_verify.LatexExtractionConfig()
+    # Only as LaTeX: the other reader picks the first number out of what it cannot parse ("not 5" is 5). Units are
+    # taken off before: its list takes the letters off 3ab and 2d, too.
+    normalization = dataclasses.replace(usual.normalization_config, units=False)
+    configs = (dataclasses.replace(usual, normalization_config=normalization),)
+
+    def parsed(text: str) -> list[Any]:
+        bare = text.replace("$", " ").strip()
+        return math_verify.parse(f"${bare}$", extraction_config=configs, parsing_timeout=None)
+
+    def same(extracted: str, reference: str) -> bool:
+        gold, answer = parsed(reference), parsed(extracted)
+        return bool(math_verify.verify(gold, answer, allow_set_relation_comp=True, timeout_seconds=None))
+
+    return same
+
+
+if __name__ == "__main__":
+    main()

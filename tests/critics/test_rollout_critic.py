@@ -1,0 +1,452 @@
+"""The rollout critic against continuations drawn one at a time, exact enumeration, and corrupted solutions."""
+
+import dataclasses
+import itertools
+import statistics
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from ssrctl.configs import CriticOptions, SamplingConfig, TrainConfig
+from ssrctl.critics import rollout as rollout_module
+from ssrctl.critics.base import score_all
+from ssrctl.critics.rollout import RolloutCritic, prefix_seeds
+from ssrctl.errors import UserError
+from ssrctl.io.records import FinalAnswer, Rollout, StepSpan
+from ssrctl.models.continuations import (
+    Start,
+    _Draw,
+    decode_continuation,
+    encode_response,
+    plan_batches,
+    sample_continuations,
+    tokens_before,
+)
+from ssrctl.models.loading import load_model
+from ssrctl.models.tiny_reasoner.problems import problems
+from ssrctl.text.answers import check_answer
+
+# The reasoner knows questions of four operations and more; this one it gets right about every other time.
+QUESTION, SOLUTION = "55-7*8+3+6=?", "55-7=48\n48*8=84\n84+3=87\n87+6=93\n####93"
+WRONG = "55-7=48\n48*8=64\n64+3=67\n67+6=73\n####73"
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    """The bundled reasoner on the CPU."""
+    return load_model(TrainConfig(device="cpu"))
+
+
+def lines(response, kinds=None):
+    """One span per line; the last is the final answer when it starts with #."""
+    parts = response.splitlines(keepends=True)
+    ends = list(itertools.accumulate(len(part) for part in parts))
+    kinds = kinds or ["final" if part.startswith("#") else "step" for part in parts]
+    return [StepSpan(start=e - len(p), end=e, kind=k) for p, e, k in zip(parts, ends, kinds, strict=True)]
+
+
+def record(response=SOLUTION, *, answer="93", name="q/0", question=QUESTION, **fields):
+    return Rollout(
+        id=name,
+        question=question,
+        answer=answer,
+        **{"prompt": f"<bos>{question}\n", "response": response, "steps": lines(response)} | fields,
+    )
+
+
+def critic(loaded, *, k=4, mode="value", seed=0, **sampling):
+    options = CriticOptions(critic="rollout", critic_rollouts=k, rollout_value=mode)
+    return RolloutCritic(options, loaded, SamplingConfig(**{"max_new_tokens": 64} | sampling), seed)
+
+
+def verdicts(scores):
+    return [score.score if score.error is None else score.error for score in scores]
+
+
+# --------------------------------------------------------------------------------------------------
+# independent references
+
+
+def continue_slowly(loaded, text, limit, seed, temperature=1.0):
+    """One continuation of the bundled reasoner (a token is a character): no batch, no cache, float64 in numpy."""
+    ids = loaded.tokenizer(text)["input_ids"]
+    start = len(ids)
+    uniforms = np.random.default_rng(seed).random(limit)
+    for uniform in uniforms:
+        with torch.no_grad():
+            logits = loaded.model(input_ids=torch.tensor([ids])).logits[0, -1].double().numpy() / temperature
+        weights = np.exp(logits - logits.max())
+        token = int(np.flatnonzero(np.cumsum(weights / weights.sum()) > uniform)[0])
+        if token == loaded.tokenizer.eos_token_id:
+            break
+        ids.append(token)
+    return loaded.tokenizer.decode(ids[start:], skip_special_tokens=True)
+
+
+def next_probabilities(loaded, ids):
+    with torch.no_grad():
+        return loaded.model(input_ids=torch.tensor([ids])).logits[0, -1].double().softmax(-1).tolist()
+
+
+def test_values_are_those_of_continuations_drawn_one_at_a_time(bundled):
+    k, seed, temperature = 3, 11, 1.5
+    rollouts = [
+        record(),
+        record(WRONG, name="q/1"),
+        record("64-4=60\n60*8=80\n80*7=60\n60*9=40\n####40", question="64-4*8*7*9=?", answer="40", name="r/0"),
+    ]
+    found = score_all(critic(bundled, k=k, seed=seed, temperature=temperature, max_new_tokens=50), rollouts)
+    shares = set()
+    for rollout, scores in zip(rollouts, found, strict=True):
+        for index, step in enumerate(rollout.steps):
+            if step.kind == "final":
+                continue
+            before = rollout.response[: step.end]
+            ids = bundled.tokenizer(rollout.prompt + before, add_special_tokens=False)["input_ids"]
+            right = 0
+            for one in prefix_seeds(seed, ids, k):
+                text = continue_slowly(bundled, rollout.prompt + before, 50 - len(before), one, temperature)
+                right += check_answer(before + text, rollout.answer).correct
+            assert scores[index].score == pytest.approx((2 * right / k - 1) * 100)
+            assert scores[index].rationale == f"{right} of {k} continuations end right"
+            shares.add(right)
+    assert len(shares) > 2  # neither all right nor all wrong, so that a shifted prefix shows
+
+
+def test_the_share_estimates_the_exact_value(bundled):
+    """Two tokens are left, so every path of two tokens can be weighed; the answer has begun before."""
+    prompt, before, answer = f"<bos>{QUESTION}\n", SOLUTION[:-1], "93"
+    ids = bundled.tokenizer(prompt + before)["input_ids"]
+    temperature, k = 4.0, 800
+    vocabulary = range(len(bundled.tokenizer))
+    with torch.no_grad():
+        first = (bundled.model(input_ids=torch.tensor([ids])).logits[0, -1].double() / temperature).softmax(-1)
+        batch = torch.tensor([[*ids, token] for token in vocabulary])
+        second = (bundled.model(input_ids=batch).logits[:, -1].double() / temperature).softmax(-1)
+    exact = 0.0
+    for a, b in itertools.product(vocabulary, vocabulary):
+        path = [a] if a == bundled.tokenizer.eos_token_id else [a, b]
+        text = bundled.tokenizer.decode(path, skip_special_tokens=True)
+        exact += float(first[a] * second[a, b]) * check_answer(before + text, answer).correct
+    assert 0.1 < exact < 0.9
+    steps = [StepSpan(start=0, end=len(before)), StepSpan(start=len(before), end=len(before) + 2, kind="final")]
+    rollout = record(before + "3\n", steps=steps)
+    judge = critic(bundled, k=k, temperature=temperature, max_new_tokens=len(before) + 2, generation_batch_size=1000)
+    ((score, final),) = score_all(judge, [rollout])
+    share = (score.score / 100 + 1) / 2
+    assert abs(share - exact) < 4 * (exact * (1 - exact) / k) ** 0.5  # four standard errors
+    assert final.score == 100
+
+
+def test_corrupted_steps_lower_the_difference(bundled):
+    """A wrong result in step 2 of solutions: its difference falls, the step before keeps its own."""
+    rights, wrongs = [], []
+    for problem in problems("heldout", 12, seed=5, min_ops=4, max_ops=4):
+        parts = problem.solution.split("\n")
+        rights.append(record(problem.solution, question=problem.question, answer=problem.answer, name=problem.id))
+        parts[1] = parts[1][:-2] + f"{(int(parts[1][-2:]) + 37) % 100:02d}"
+        wrongs.append(
+            record("\n".join(parts), question=problem.question, answer=problem.answer, name=problem.id + "/wrong")
+        )
+    judge = critic(bundled, k=4, mode="difference")
+    clean, corrupted = score_all(judge, rights), score_all(judge, wrongs)
+    assert all(a[0] == b[0] for a, b in zip(clean, corrupted, strict=True))
+    gaps = [a[1].score - b[1].score for a, b in zip(clean, corrupted, strict=True)]
+    # About 54 points with a standard error of 12.
+    assert statistics.fmean(gaps) > 20 and statistics.fmean(b[1].score for b in corrupted) < 0
+
+
+# --------------------------------------------------------------------------------------------------
+# what the scores are made of
+
+
+def test_differences_are_those_of_the_values(bundled):
+    rollouts = [record(), record(WRONG, name="q/1")]
+    values = score_all(critic(bundled, k=6, seed=2), rollouts)
+    differences = score_all(critic(bundled, k=6, seed=2, mode="difference"), rollouts)
+    for value, difference in zip(values, differences, strict=True):
+        shares = [(score.score / 100 + 1) / 2 for score in value[:-1]]
+        steps = [score.score / 100 for score in difference[:-1]]
+        assert steps[1:] == pytest.approx([b - a for a, b in itertools.pairwise(shares)])
+        assert value[-1] == difference[-1]
+    assert len({round(d[0].score - (v[0].score + 100) / 2, 9) for v, d in zip(values, differences, strict=True)}) == 1
+    assert [scores[-1].score for scores in values] == [100, 0]
+    assert differences[0][1].rationale.endswith(" of 6 before")
+
+
+def test_nothing_depends_on_batches_order_or_company(bundled):
+    others = [record(p.solution, question=p.question, answer=p.answer, name=p.id) for p in problems("train", 1, seed=1)]
+    rollouts = [record(), *others, record("55-7=48\n", name="q/1")]
+
+    def found(rollouts, repeat=0, **settings):
+        judge = critic(bundled, k=2, mode="difference", **settings)
+        judge.repeat = repeat
+        return [verdicts(scores) for scores in score_all(judge, rollouts)]
+
+    expected = found(rollouts)
+    for size in (3, 1000):
+        assert found(rollouts[::-1], generation_batch_size=size)[::-1] == expected
+    assert [found([rollout])[0] for rollout in rollouts] == expected
+    assert found(rollouts, seed=1) != expected and found(rollouts, repeat=1) != expected
+    fewer, more = prefix_seeds(0, (1, 2), 3), prefix_seeds(0, (1, 2), 5)
+    assert more[:3] == fewer and len(set(more)) == 5 and prefix_seeds(0, (12,), 3) != fewer
+
+
+def test_the_global_generator_is_left_alone(bundled):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    score_all(critic(bundled), [record()])
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_equal_prefixes_are_estimated_once(bundled):
+    judge = critic(bundled, mode="difference")
+    group = [record(name=f"q/{number}") for number in range(3)]
+    first, second, third = score_all(judge, group)
+    assert first == second == third
+    summary = judge.summary()
+    assert summary["prefixes"] == 5 and summary["shared_prefixes"] == 10 and summary["continuations"] == 20
+    assert 0 < summary["continuation_tokens"] <= 20 * 64 and summary["answer_timeouts"] == 0
+    other = critic(bundled, mode="difference")
+    score_all(other, [record(), record(answer="94", name="q/1")])  # another answer, another value
+    assert other.summary()["prefixes"] == 10
+
+
+def test_rollouts_are_taken_as_they_are_needed(bundled):
+    taken = []
+
+    def source():
+        for number in range(40):
+            taken.append(number)
+            yield record(name=f"q/{number}")
+
+    judge = critic(bundled, k=2, generation_batch_size=2)
+    done = judge.stream(source())
+    rollout, scores = next(done)
+    assert rollout.id == "q/0" and len(scores) == 5
+    assert len(taken) <= 4
+    assert len(list(done)) == 39 and critic(bundled).stream([]) is not None
+    assert list(critic(bundled).stream([])) == [] and critic(bundled).summary()["unfinished_frac"] is None
+
+
+def test_what_decides_the_scores_is_in_the_identity(bundled):
+    base = critic(bundled).identity
+    assert base == critic(bundled, generation_batch_size=3).identity
+    others = [critic(bundled, **change).identity for change in ({"k": 5}, {"seed": 1}, {"mode": "difference"}, {"temperature": 0.5}, {"top_p": 0.5}, {"top_k": 3}, {"max_new_tokens": 20})]  # fmt: skip
+    assert len({base, *others}) == len(others) + 1
+
+
+# --------------------------------------------------------------------------------------------------
+# ends of responses, limits, what cannot be scored
+
+
+def test_a_response_that_ends_without_a_final_step(bundled):
+    response = SOLUTION[:-7]
+    for answer, score in (("93", 100), ("75", -100)):
+        ((*_, last),) = score_all(critic(bundled), [record(response, answer=answer)])
+        assert last.score == score and last.rationale == "the response ends " + ("right" if score > 0 else "wrong")
+
+
+def test_a_step_after_the_final_one(bundled):
+    response = "55-7=48\n####48\n48*8=84\n"
+    rollout = record(response, answer="84")
+    ((first, final, last),) = score_all(critic(bundled, mode="difference"), [rollout])
+    assert first.error is final.error is last.error is None and final.score in (0, 100)
+
+
+def test_without_a_reference_nothing_is_estimated(bundled):
+    judge = critic(bundled)
+    assert verdicts(score_all(judge, [record(answer=None)])[0]) == ["no_reference"] * 5
+    assert judge.summary()["continuations"] == 0
+
+
+@pytest.mark.parametrize("prompt", [None, ""])
+def test_a_record_without_a_prompt_is_refused(bundled, prompt):
+    with pytest.raises(UserError, match=r"q/0 has no prompt.*'prompt'"):
+        score_all(critic(bundled), [record(prompt=prompt)])
+    assert score_all(critic(bundled), [record(prompt=prompt, steps=[])]) == [[]]
+
+
+def test_continuations_keep_within_what_the_policy_may_write(bundled):
+    length = len(SOLUTION)
+    judge = critic(bundled, max_new_tokens=length)
+    assert all(score.error is None for score in score_all(judge, [record()])[0])
+    # From the ends of four steps of eight tokens.
+    assert judge.summary()["continuation_tokens"] <= 4 * (4 * length - 8 * (1 + 2 + 3 + 4))
+
+
+def test_a_response_longer_than_the_policy_may_write(bundled, capsys):
+    judge = critic(bundled, max_new_tokens=len(SOLUTION) - 1, mode="difference")
+    assert verdicts(score_all(judge, [record(), record(name="q/1")])[0]) == ["too_long"] * 4 + [100]
+    assert capsys.readouterr().err.count("--max-new-tokens") == 1
+    assert judge.summary()["continuations"] == 0
+
+
+def test_the_context_limits_too(bundled):
+    prompt_length = len(bundled.tokenizer(f"<bos>{QUESTION}\n")["input_ids"])
+    narrow = dataclasses.replace(bundled, context_length=prompt_length + len(SOLUTION) + 1)
+    # One prompt is longer: its row cannot share a batch with the long continuations of the other.
+    other = record("7+1=8\n####08", question="7+1" + "+0" * 12 + "=?", answer="08", name="long/0")
+    found = score_all(critic(narrow, max_new_tokens=1000), [record(), other])
+    assert all(score.error is None for scores in found for score in scores)
+    too_narrow = dataclasses.replace(bundled, context_length=prompt_length + len(SOLUTION) - 1)
+    assert verdicts(score_all(critic(too_narrow), [record()])[0]) == ["too_long"] * 4 + [100]
+    none_left = dataclasses.replace(bundled, context_length=3)
+    assert verdicts(score_all(critic(none_left), [record()])[0]) == ["too_long"] * 4 + [100]
+
+
+def test_continuations_that_could_not_be_compared_count_neither_way(bundled, monkeypatch):
+    given_up = FinalAnswer(extracted="1", correct=None, outcome="timed_out")
+
+    def check_answers(pairs):
+        outcomes = itertools.cycle((True, None, None, False, True, None))
+        return [given_up if o is None else FinalAnswer(extracted="1", correct=o) for _, o in zip(pairs, outcomes)]  # noqa: B905
+
+    monkeypatch.setattr(rollout_module, "check_answers", check_answers)
+    monkeypatch.setattr(rollout_module, "check_answer", lambda *_: given_up)
+    judge = critic(bundled, k=6)
+    assert verdicts(score_all(judge, [record()])[0]) == [pytest.approx(100 / 3)] * 4 + ["answer_timeout"]
+    assert judge.summary()["answer_timeouts"] == 12
+    monkeypatch.setattr(rollout_module, "check_answers", lambda pairs: [given_up] * len(pairs))
+    for mode in ("value", "difference"):
+        assert verdicts(score_all(critic(bundled, mode=mode), [record()])[0]) == ["answer_timeout"] * 5
+
+
+def test_a_model_without_finite_probabilities_is_refused(tiny_loaded):
+    with torch.no_grad():
+        tiny_loaded.model.model.norm.weight.fill_(torch.nan)
+    with pytest.raises(UserError, match="not finite"):
+        sample_continuations(tiny_loaded, [Start([5, 6], 3, 0)], SamplingConfig())
+
+
+@settings(max_examples=15)
+@given(response=st.text(max_size=60), prompt=st.text(min_size=1, max_size=10), answer=st.text(max_size=5))
+def test_no_text_raises(tiny_loaded_once, response, prompt, answer):
+    """Lone surrogates, names of special tokens, characters of several tokens, any spans."""
+    cut = len(response) // 2
+    steps = [StepSpan(start=a, end=b) for a, b in ((0, cut), (cut, len(response))) if b > a]
+    rollout = record(response + "<end>\ud83d", prompt=prompt + "\udc00", answer=answer, steps=steps)
+    rollout.response = response if steps else ""
+    (scores,) = score_all(critic(tiny_loaded_once, k=1, max_new_tokens=40, mode="difference"), [rollout])
+    assert len(scores) == len(steps) and all((s.score is None) == (s.error is not None) for s in scores)
+
+
+@pytest.fixture(scope="module")
+def tiny_loaded_once(bpe_tokenizer):
+    from ssrctl.io.artifacts import ModelIdentity
+    from ssrctl.models.loading import LoadedModel
+
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Qwen3Config(
+        vocab_size=300,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=512,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.Qwen3ForCausalLM(config).eval()
+    return LoadedModel(model, bpe_tokenizer, ModelIdentity(name="tiny", revision=None, fingerprint="x"), 512)
+
+
+# --------------------------------------------------------------------------------------------------
+# tokens
+
+
+@example("7<end>8<pad>", 3)
+@given(st.text(alphabet="First add 12 and 30.\n=+½🙂三é<end>", max_size=60), st.integers(0, 60))
+def test_prefixes_end_where_tokens_do(bpe_tokenizer, text, place):
+    ids, ends = encode_response(bpe_tokenizer, text)
+    assert bpe_tokenizer.decode(ids) == text and not set(ids) & set(bpe_tokenizer.all_special_ids)
+    count = tokens_before(ends, place)
+    prefix = bpe_tokenizer.decode(ids[:count])
+    assert len(prefix) <= place and text.startswith(prefix)
+    # One token more would pass the place; characters of several tokens are taken whole.
+    assert count == len(ids) or len(bpe_tokenizer.decode(ids[: count + 1]).rstrip("\ufffd")) + 1 > place
+
+
+def test_a_token_across_the_end_of_a_step_is_left_out(bpe_tokenizer):
+    text = "Then double it: 42*2=84 the answer is"
+    ids, ends = encode_response(bpe_tokenizer, text)
+    pieces = [bpe_tokenizer.decode([token]) for token in ids]
+    index = next(i for i, piece in enumerate(pieces) if len(piece) > 2 and piece.startswith(" "))
+    inside = ends[index] - 1
+    assert tokens_before(ends, inside) == index and tokens_before(ends, ends[index]) == index + 1
+    assert tokens_before(ends, 0) == 0 and tokens_before([], 5) == 0
+
+
+def test_a_continuation_keeps_its_first_space():
+    class DropsFirstSpace:
+        def decode(self, ids, **options):
+            return "".join(ids).removeprefix(" ")
+
+    words = DropsFirstSpace()
+    assert decode_continuation(words, [" The", " sum"], [" is", " 5"]) == " is 5"
+    assert decode_continuation(words, [], [" is"]) == "is"
+
+
+starts = st.lists(st.builds(lambda n, limit: Start([1] * n, limit, 0), st.integers(1, 20), st.integers(1, 20)))
+
+
+@given(starts, st.integers(1, 6), st.none() | st.integers(0, 15))
+def test_batches_fit(starts, size, slack):
+    context = None if slack is None else slack + max((len(s.ids) + s.limit for s in starts), default=0)
+    batches = list(plan_batches(starts, size, context))
+    assert sorted(place for batch in batches for place in batch) == list(range(len(starts)))
+    lengths = [len(starts[place].ids) for batch in batches for place in batch]
+    assert lengths == sorted(lengths)
+    for batch in batches:
+        assert 1 <= len(batch) <= size
+        if context is not None:
+            assert max(len(starts[p].ids) for p in batch) + max(starts[p].limit for p in batch) <= context
+
+
+def test_continuations_end_by_token_or_limit(tiny_loaded):
+    tiny_loaded.model.generation_config.eos_token_id = list(range(1, 40))
+    limits = [1, 3, 9, 20, 20, 20]
+    rows = [Start([50 + n] * (n + 1), limit, n) for n, limit in enumerate(limits)]
+    made = sample_continuations(tiny_loaded, rows, SamplingConfig(generation_batch_size=6))
+    assert {one.finished for one in made} == {True, False}
+    for one, limit in zip(made, limits, strict=True):
+        assert 1 <= len(one.ids) <= limit
+        assert one.finished == (one.ids[-1] in range(1, 40)) and (one.finished or len(one.ids) == limit)
+        assert not set(one.ids[:-1]) & set(range(1, 40))
+
+
+@pytest.mark.parametrize(("uniform", "token"), [(0.0, 1), (0.49, 1), (0.51, 3), (1 - 2**-53, 3)])
+def test_a_token_without_probability_is_never_drawn(uniform, token):
+    scores = torch.tensor([[-torch.inf, 1.0, -torch.inf, 1.0, -torch.inf]])
+    draw = _Draw(torch.tensor([[0.3, uniform]], dtype=torch.float64), width=2)
+    chosen = draw(torch.zeros(1, 3, dtype=torch.int64), scores)
+    assert chosen.argmax().item() == token and chosen.isfinite().sum() == 1
+
+
+def test_a_models_own_generation_settings_do_not_warp(bundled):
+    expected = score_all(critic(bundled, k=6), [record()])
+    own = bundled.model.generation_config
+    kept = own.to_dict()
+    try:
+        own.update(repetition_penalty=5.0, min_new_tokens=30, temperature=0.01)
+        assert score_all(critic(bundled, k=6), [record()]) == expected
+    finally:
+        own.update(repetition_penalty=kept.get("repetition_penalty"), temperature=kept.get("temperature"))
+        own.min_new_tokens = kept.get("min_new_tokens")
+
+
+@pytest.mark.parametrize("settings", [{"top_k": 1}, {"top_p": 1e-6}])
+def test_top_k_and_top_p_bind_the_draw(bundled, settings):
+    ids = bundled.tokenizer(f"<bos>{QUESTION}\n")["input_ids"]
+    made = sample_continuations(bundled, [Start(ids, 20, seed) for seed in range(4)], SamplingConfig(**settings))
+    assert len({tuple(one.ids) for one in made}) == 1  # the likeliest token each time
+    best = int(np.argmax(next_probabilities(bundled, ids)))
+    assert made[0].ids[0] == best
