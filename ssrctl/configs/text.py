@@ -64,7 +64,8 @@ class CriticOptions:
     """litellm model to ask when the first one fails; may be given several times."""
 
     critic_api_base: str | None = None
-    """Endpoint of the llm critic, for an OpenAI-compatible server of your own."""
+    """Endpoint of the llm critic, for an OpenAI-compatible server of your own; it serves the fallbacks with the same
+    provider prefix too."""
 
     rubric: str = "steps"
     """Rubric of the llm critic: steps, correctness, progress, clarity, final, or a text file."""

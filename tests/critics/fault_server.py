@@ -171,7 +171,7 @@ def failure(status: int, message: str, *, code: str | None = None, headers: dict
     return web.json_response({"error": error}, status=status, headers=headers)
 
 
-# -- grading ---------------------------------------------------------------------------------------------------
+# -- grading ---------------------------------------------------------------------------------------------------------
 
 
 def score_of(text: str, kind: str) -> int:
@@ -213,7 +213,7 @@ def grade_steps(messages: Messages) -> str:
     return verdicts({index: score_of(text, kind) for index, (kind, text) in steps_of(messages).items()})
 
 
-# -- what can happen to a request -------------------------------------------------------------------------------
+# -- what can happen to a request ------------------------------------------------------------------------------------
 
 
 async def answer(server: FaultServer, http: web.Request, body: dict[str, Any]) -> web.StreamResponse:

@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("litellm")
 
-from fault_server import FaultServer, score_of
+from critics.fault_server import FaultServer, score_of
 
 from ssrctl.cli import main
 from ssrctl.io.jsonl import read_jsonl

@@ -8,6 +8,9 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+
+pytest.importorskip("litellm")  # and what comes with it
+
 from critics.fault_server import FAULTS, FaultServer, score_of, steps_of
 
 from ssrctl.critics.judge_prompt import as_sent, load_rubric, repair_messages, step_messages, trace_messages

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("litellm")
 
-from fault_server import FaultServer, score_of, steps_of, verdicts
+from critics.fault_server import FaultServer, score_of, steps_of, verdicts
 
 from ssrctl.configs import CriticOptions
 from ssrctl.critics.base import make_critic, score_all

@@ -5,18 +5,18 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+
+pytest.importorskip("litellm")  # and what comes with it
+
 from critics.real_server import save_judge, serve
 
 from ssrctl.configs import CriticOptions
+from ssrctl.critics.client import CallTag, JudgeClient
 from ssrctl.critics.failures import CallFailed
 from ssrctl.critics.meter import Meter, Prices
 from ssrctl.critics.pacing import Pacer
 from ssrctl.critics.verdicts import Verdicts
 from ssrctl.errors import UserError
-
-pytest.importorskip("litellm")
-
-from ssrctl.critics.client import CallTag, JudgeClient
 
 pytestmark = pytest.mark.slow
 

@@ -114,6 +114,6 @@ def test_starts_are_ascending_inside_and_at_no_white_space(text, start, end):
      "a = 5 Bob ", ". \n"],
 )  # fmt: skip
 def test_long_repetitions_end(piece):
-    # Quadratic time over 100,000 characters would take minutes; the suite would not end.
+    # Where time grows with the square, this is where it is felt; benchmarks/segmentation.py measures it.
     text = piece * (100_000 // len(piece))
     assert all(0 < cut < len(text) for cut in sentence_starts(text, 0, len(text)))

@@ -81,6 +81,6 @@ def test_stretches_are_ordered_and_apart_and_cover_their_inside(text):
 @pytest.mark.parametrize("piece", ["$", "$a ", "$$", "`", "`a", "``` ", "\n```", "\n```a", "\\(", "\\[", "\\(\n\n", "$$\n\n", "|", "\n|-|",
                                    "\n|", "[asy]", "\\begin{array}", "$a\\$"])  # fmt: skip
 def test_long_repetitions_end(piece):
-    # Quadratic time over 100,000 characters would take minutes; the suite would not end.
+    # Where time grows with the square, this is where it is felt; benchmarks/segmentation.py measures it.
     text = piece * (100_000 // len(piece))
     assert Shield(text + "\\)\\]$$x").covers(0) is False
