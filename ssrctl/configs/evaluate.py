@@ -1,13 +1,12 @@
-"""Settings of evaluation and diagnosis."""
+"""Settings of evaluation."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from ssrctl.configs.building import output, positional, require
+from ssrctl.configs.building import output, require
 from ssrctl.configs.common import CommonConfig, DatasetConfig, ModelConfig, SamplingConfig, check_limit, check_sampling
-from ssrctl.errors import UserError
 
 
 @dataclass(kw_only=True)
@@ -37,31 +36,3 @@ class EvalConfig(ModelConfig, SamplingConfig, DatasetConfig, CommonConfig):
         check_limit(self)
         require(self.num_samples >= 1, "--num-samples", "at least 1", self.num_samples)
         require(0.5 < self.confidence < 1, "--confidence", "between 0.5 and 1", self.confidence)
-
-
-@dataclass(kw_only=True)
-class DiagnoseConfig(CommonConfig):
-    """Measure what updates did: between two checkpoints, or between the steps of a run."""
-
-    paths: list[Path] = positional(metavar="[RUN | BASE TUNED]", default=None)
-    """A run directory (with --jaccard; the newest under runs/ when omitted), or a base and a tuned checkpoint."""
-
-    jaccard: bool = False
-    """Overlap of the coordinates that the steps of each question selected."""
-
-    output_dir: Path | None = output(None)
-    """Folder for report.json and report.html; by default the run itself, or diagnose/ for two checkpoints."""
-
-    atol: float = 1e-5
-    """Fixed tolerance below which a weight counts as unchanged (Mukherjee et al. 2025)."""
-
-    def __post_init__(self) -> None:
-        self.paths = list(self.paths or [])
-        require(self.atol >= 0, "--atol", "0 or more", self.atol)
-        if self.jaccard and len(self.paths) > 1:
-            raise UserError(f"--jaccard takes one run directory, got {len(self.paths)} paths")
-        if not self.jaccard and len(self.paths) != 2:
-            raise UserError(
-                f"expected BASE and TUNED, got {len(self.paths)} paths",
-                "name two checkpoints, or use --jaccard for a run",
-            )

@@ -17,8 +17,8 @@ class SegmentOptions:
     """How a response is cut into steps."""
 
     style: Literal["auto", "newline", "paragraph"] = "auto"
-    """auto: line breaks, enumerations and headings, else sentence ends and discourse markers; newline: every line;
-    paragraph: blank lines alone."""
+    """auto: line breaks, enumerations and headings, else sentence ends and discourse markers; newline: every
+    line outside of code, formulas and tables; paragraph: blank lines alone."""
 
     max_steps: int = 64
     """Most steps per response; the shortest neighbours are merged until so many remain."""

@@ -64,11 +64,16 @@ def find_marker(text: str) -> tuple[int, bool] | None:
     Returns:
         (offset, decisive) or None.
     """
-    starts = [match.start() for match in _HASHES.finditer(text)]
-    starts += [match.start() for match in _MARKER.finditer(text)]
-    starts += [match.start() for match in _BRACES.finditer(text) if "boxed" in match.group()]
+    starts = [match.start() for match in _MARKER.finditer(text)]
+    # Looking for a fixed word first takes a tenth of the time of a pattern that does not occur.
+    if "####" in text:
+        starts += [match.start() for match in _HASHES.finditer(text)]
+    if "boxed" in text:
+        starts += [match.start() for match in _BRACES.finditer(text) if "boxed" in match.group()]
     if starts:
         return max(starts), True
+    if "答案" not in text and "answer" not in text.lower():
+        return None
     phrases = [match.start() for match in _PHRASE.finditer(text)]
     return (phrases[-1], False) if phrases else None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
@@ -64,32 +65,42 @@ def segment(
     Raises:
         ValueError: unknown style, ``max_steps`` or ``min_chars`` below 1, ``max_chars`` below 0.
     """
-    if max_steps < 1 or min_chars < 1:
-        raise ValueError(f"max_steps and min_chars must be at least 1, got {max_steps} and {min_chars}")
-    if max_chars < 0:
-        raise ValueError(f"max_chars must be at least 1, or 0 for no limit, got {max_chars}")
-    if style not in ("auto", "newline", "paragraph"):
-        raise ValueError(f"style must be auto, newline or paragraph, got {style!r}")
+    _check(style, max_steps, min_chars, max_chars)
     if not text:
         return []
     shield = Shield(text)
     tags = list(TAG.finditer(text)) if "<" in text else []
     marker = _Marker(text, tags)
     cuts = _explicit_cuts(text, shield, tags, style)
-    starts, final = _steps(text, cuts, shield, marker, min_chars, style)
-    if style == "auto" and (more := _fallback_cuts(text, starts, shield, tags, marker, final)):
-        starts, final = _steps(text, sorted({*cuts, *more}), shield, marker, min_chars, style)
+    join = functools.partial(
+        join_pieces, text, shield=shield, min_chars=min_chars, tagged=bool(tags), lines_alone=style == "newline"
+    )
+    final = marker.start(text, cuts)
+    starts = join(cuts, final=final)
+    if style == "auto" and (more := _fallback_cuts(text, starts, shield, tags, marker, final is not None)):
+        cuts = sorted({*cuts, *more})
+        final = marker.start(text, cuts)
+        starts = join(cuts, final=final)
     if max_chars and len(text) > max_chars:
-        last_cut = marker.offset if final and marker.offset is not None else len(text)
+        last_cut = len(text) if final is None or marker.offset is None else marker.offset
         starts = split_long(text, starts, shield, max_chars=max_chars, min_chars=min_chars, last_cut=last_cut)
-    if final:
+    if final is not None:
         starts = [*merge_shortest(starts[:-1], starts[-1], max_steps - 1), starts[-1]] if max_steps > 1 else [0]
     else:
         starts = merge_shortest(starts, len(text), max_steps)
     spans = [StepSpan(start=start, end=end) for start, end in pairwise([*starts, len(text)])]
-    if final:
+    if final is not None:
         spans[-1].kind = "final"
     return spans
+
+
+def _check(style: str, max_steps: int, min_chars: int, max_chars: int) -> None:
+    if max_steps < 1 or min_chars < 1:
+        raise ValueError(f"max_steps and min_chars must be at least 1, got {max_steps} and {min_chars}")
+    if max_chars < 0:
+        raise ValueError(f"max_chars must be at least 1, or 0 for no limit, got {max_chars}")
+    if style not in ("auto", "newline", "paragraph"):
+        raise ValueError(f"style must be auto, newline or paragraph, got {style!r}")
 
 
 class _Marker:
@@ -143,15 +154,6 @@ def _goes_on(text: str, offset: int) -> bool:
     end = line_break.end() if line_break else len(text)
     end = next(iter(sentence_starts(text, offset, end)), end)
     return bool(TAG.sub("", text[end:]).strip())
-
-
-def _steps(
-    text: str, cuts: list[int], shield: Shield, marker: _Marker, min_chars: int, style: Style
-) -> tuple[list[int], bool]:
-    """Starts of the steps, and whether the last one is the final answer."""
-    final = marker.start(text, cuts)
-    starts = join_pieces(text, cuts, shield, final=final, min_chars=min_chars, lines_alone=style == "newline")
-    return starts, final is not None
 
 
 # --------------------------------------------------------------------------------------------------

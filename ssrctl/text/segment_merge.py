@@ -42,7 +42,14 @@ _NEW_CLAUSE = re.compile(r"(?:so|then|therefore|thus|hence|now|next|finally|also
 
 
 def join_pieces(
-    text: str, starts: list[int], shield: Shield, *, final: int | None, min_chars: int, lines_alone: bool = False
+    text: str,
+    starts: list[int],
+    shield: Shield,
+    *,
+    final: int | None,
+    min_chars: int,
+    tagged: bool = True,
+    lines_alone: bool = False,
 ) -> list[int]:
     """Starts of the steps that remain when each piece that is no step has joined a neighbour.
 
@@ -57,11 +64,12 @@ def join_pieces(
         shield: of ``text``.
         final: the start of the final answer, one of ``starts``, if there is one: it and what follows are one step.
         min_chars: smallest length of a step, surrounding white space not counted.
+        tagged: False when there is no ``TAG`` in the text, which saves looking for them.
         lines_alone: undisplayed formulas keep their own steps.
     """
     if len(starts) == 1:
         return starts
-    joiner = _Joiner(text, shield, min_chars, lines_alone)
+    joiner = _Joiner(text, shield, min_chars, tagged, lines_alone)
     for start, stop in pairwise([*starts, len(text)]):
         if start == final:
             joiner.add(start, stop, forced=True)
@@ -73,11 +81,10 @@ def join_pieces(
 class _Joiner:
     """Takes the pieces in their order and keeps the starts of steps."""
 
-    def __init__(self, text: str, shield: Shield, min_chars: int, lines_alone: bool) -> None:
+    def __init__(self, text: str, shield: Shield, min_chars: int, tagged: bool, lines_alone: bool) -> None:
         self.text, self.shield = text, shield
-        self.min_chars, self.lines_alone = min_chars, lines_alone
+        self.min_chars, self.tagged, self.lines_alone = min_chars, tagged, lines_alone
         self.kept: list[int] = []
-        self._tagged = "<" in text and TAG.search(text) is not None
         self._join_next = True  # the first piece always opens a step
         self._open_display = False  # the last piece was a displayed formula in the middle of its sentence
 
@@ -99,13 +106,13 @@ class _Joiner:
     def _is_label(self, piece: str) -> bool:
         if len(piece) > _LONGEST_LABEL and piece[0] != "#":
             return False
-        if self._tagged and (tag := TAG.match(piece)) is not None:
+        if self.tagged and (tag := TAG.match(piece)) is not None:
             rest = TAG.sub("", piece).strip()
             return not rest and not tag.group().startswith("</")
         return _LABEL.fullmatch(piece) is not None
 
     def _is_small(self, piece: str) -> bool:
-        content = TAG.sub("", piece) if self._tagged and "<" in piece else piece
+        content = TAG.sub("", piece) if self.tagged and "<" in piece else piece
         return len(piece) < self.min_chars or not any(map(str.isalnum, content))
 
     def _belongs(self, start: int, piece: str, waits: bool) -> bool:

@@ -54,6 +54,7 @@ class Shield:
             found = _united([*found, *(Stretch(m.start(), m.end(), "table") for m in _TABLE.finditer(text))])
         self.stretches = found
         self._starts = [stretch.start for stretch in found]
+        self._ends = [stretch.end for stretch in found]
         self._at = {stretch.start: stretch for stretch in found}
 
     def at(self, position: int) -> Stretch | None:
@@ -62,12 +63,13 @@ class Shield:
 
     def covers(self, position: int) -> bool:
         """Whether a cut at ``position`` would fall inside a stretch."""
-        before = bisect_left(self._starts, position) - 1
-        return before >= 0 and position < self.stretches[before].end
+        after = bisect_left(self._starts, position)
+        return after > 0 and position < self._ends[after - 1]
 
     def outside(self, cuts: Iterable[int]) -> list[int]:
         """The cuts that fall inside no stretch."""
-        return [cut for cut in cuts if not self.covers(cut)] if self.stretches else list(cuts)
+        starts, ends = self._starts, self._ends
+        return [cut for cut in cuts if not (after := bisect_left(starts, cut)) or cut >= ends[after - 1]]
 
 
 def _united(stretches: list[Stretch]) -> list[Stretch]:

@@ -138,6 +138,11 @@ def test_many_numbers_of_steps_share_rows(tmp_path, capsys):
     source = write(tmp_path / "in.jsonl", rows)
     summary = run(SegmentConfig(input=str(source), output=str(tmp_path / "out.jsonl")))
     assert summary["steps_histogram"] == {str(steps): 1 for steps in range(1, 51)}
+    assert summary["steps_per_response"] == {
+        "mean": 25.5,
+        "median": 25,
+        "max": 50,
+    }  # the lower of the two in the middle
     shown = [line.split()[:2] for line in capsys.readouterr().err.splitlines() if "█" in line]
     assert shown[0] == ["1-4", "4"] and shown[-1] == ["49-50", "2"] and len(shown) == 13
 
