@@ -161,14 +161,14 @@ def score_groups(groups: Sequence[Group], critic: Critic) -> None:
         Stopped: the critic could not be reached for any of the steps, so that there is nothing to learn from.
     """
     from ssrctl.critics.base import OUTAGES, score_all
-    from ssrctl.text.answers import check_answer
+    from ssrctl.text.answers import check_answers
 
     rollouts = [rollout for group in groups for rollout in group.rollouts]
-    for rollout, scores in zip(rollouts, score_all(critic, rollouts), strict=True):
+    finals = check_answers([(rollout.response or "", rollout.answer) for rollout in rollouts])
+    for rollout, scores, final in zip(rollouts, score_all(critic, rollouts), finals, strict=True):
         assert len(scores) == len(rollout.steps or ()), (rollout.id, len(scores))
-        rollout.scores = scores
         assert rollout.response is not None and rollout.answer is not None
-        rollout.final = check_answer(rollout.response, rollout.answer)
+        rollout.scores, rollout.final = scores, final
     errors = Counter(score.error for rollout in rollouts for score in rollout.scores or ())
     if errors and set(errors) <= OUTAGES:
         classes = ", ".join(f"{kind} {count}" for kind, count in errors.items())

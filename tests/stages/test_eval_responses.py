@@ -155,6 +155,7 @@ def test_grading_again_is_allowed_but_not_over_drawn_samples(tmp_path: Path) -> 
     assert (tmp_path / "out" / "samples.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow  # loads a model
 def test_nothing_is_drawn_into_a_graded_folder(tmp_path: Path) -> None:
     grade(tmp_path, ROWS)
     with pytest.raises(UserError, match="holds another evaluation"):
