@@ -33,3 +33,17 @@ class Stopped(Exception):
         super().__init__(message if remedy is None else f"{message} ({remedy})")
         self.message = message
         self.remedy = remedy
+
+
+class CheckFailed(Exception):
+    """A check that the user asked for does not hold; the report of it is written.
+
+    The command line prints ``message`` and exits with code 4, for use in continuous integration.
+
+    Args:
+        message: what does not hold, with the numbers.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message

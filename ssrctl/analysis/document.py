@@ -1,20 +1,42 @@
 """What a report is made of: plain data that the terminal and the html page both show.
 
-A family of measures turns its numbers into a ``Document``; nothing here knows which family it is.
+A family of measures turns its numbers into ``Section``s; nothing here knows which family it is. Numbers that are
+None, NaN or infinite are left blank in figures. Text may come from files: whatever shows it escapes it.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+Numbers = Sequence[float | None]
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A published value or range, or what chance gives, that a figure shows beside what was measured.
+
+    Attributes:
+        label: what it is and where it stands: ``Mukherjee et al. 2025, table 1: 68.5-96.0%``.
+        low: the value, or the lower end, in the units of the figure's numbers.
+        high: the upper end of a range; None for a single value, drawn as a line.
+    """
+
+    label: str
+    low: float
+    high: float | None = None
 
 
 @dataclass(kw_only=True)
 class Table:
-    """Rows of text; the first column is aligned left, the others right.
+    """Rows of text; the first column and columns of words are aligned left, columns of numbers right.
 
     Attributes:
+        raw: the same cells as plain numbers, for the csv and json files; without it these hold what can be read
+            back from ``rows``.
         terminal_rows: the terminal shows so many rows and says how many more there are; 0 leaves the table
             to the report, which the terminal says.
         collapsed: the page shows it only when asked to.
@@ -23,64 +45,185 @@ class Table:
     title: str
     columns: list[str]
     rows: list[list[str]]
+    raw: Sequence[Sequence[float | int | str | None]] | None = None
     note: str = ""
     terminal_rows: int = 16
     collapsed: bool = False
 
+    def __post_init__(self) -> None:
+        width = len(self.columns)
+        for rows in (self.rows, self.raw or []):
+            if wrong := [len(row) for row in rows if len(row) != width]:
+                raise ValueError(f"table {self.title!r}: {width} columns, but a row of {wrong[0]} cells")
+        if self.raw is not None and len(self.raw) != len(self.rows):
+            raise ValueError(f"table {self.title!r}: {len(self.rows)} rows, but {len(self.raw)} raw ones")
+
 
 @dataclass(kw_only=True)
 class Heatmap:
-    """A square matrix, ``values[row][column]``; None is left blank.
+    """A matrix, ``values[row][column]``; None is left blank. Up to 80 columns can be told apart.
 
     Attributes:
-        labels: of rows and of columns.
-        scale: the magnitude drawn in full colour; negative values take the second hue.
-        decimals: of the numbers in the cells.
+        labels: of rows and of columns, where they are the same.
+        row_labels: of rows; ``labels`` when empty.
+        column_labels: of columns; ``labels`` when empty.
+        axis: what both axes count.
+        row_axis: what the rows are; ``axis`` when empty.
+        column_axis: what the columns are; ``axis`` when empty.
+        centre: the value without colour. Larger ones take the first hue, smaller ones the second: with the least
+            value as centre the scale is sequential, with a baseline in the middle it is diverging.
+        scale: the distance from ``centre`` drawn in full colour; None is the largest there is.
+        decimals: of the numbers in the cells, which are written only where they are few.
+        shares: numbers are shares and shown as percentages (``decimals`` then counts those of the percentage).
     """
 
     title: str
-    labels: list[str]
-    values: list[list[float | None]]
-    axis: str
-    scale: float
+    values: Sequence[Numbers]
+    labels: Sequence[str] = ()
+    row_labels: Sequence[str] = ()
+    column_labels: Sequence[str] = ()
+    axis: str = ""
+    row_axis: str = ""
+    column_axis: str = ""
+    centre: float = 0.0
+    scale: float | None = None
     decimals: int = 3
+    shares: bool = False
     caption: str = ""
+
+    def __post_init__(self) -> None:
+        self.row_labels = self.row_labels or self.labels
+        self.column_labels = self.column_labels or self.labels
+        self.row_axis = self.row_axis or self.axis
+        self.column_axis = self.column_axis or self.axis
+        shape = (len(self.row_labels), len(self.column_labels))
+        if len(self.values) != shape[0] or any(len(row) != shape[1] for row in self.values):
+            raise ValueError(f"heat map {self.title!r}: its values do not have the shape of its labels, {shape}")
 
 
 @dataclass(kw_only=True)
 class Bars:
-    """Horizontal bars of shares in [0, 1], one group per label; a series named ``expected ...`` is drawn grey."""
+    """Horizontal bars, one group per label; a series named ``expected ...`` is drawn grey.
+
+    Attributes:
+        axis: what the bars' lengths say.
+        shares: lengths are in [0, 1] and the axis shows all of it in per cent; otherwise it fits the numbers.
+        log: a logarithmic axis; numbers of 0 or less are left out.
+        intervals: per series, (low, high) around each bar's end.
+        references: published values, drawn across all bars.
+    """
 
     title: str
-    labels: list[str]
-    series: dict[str, list[float | None]]
+    labels: Sequence[str]
+    series: Mapping[str, Numbers]
     axis: str
+    shares: bool = True
+    log: bool = False
+    intervals: Mapping[str, Sequence[Interval | None]] = field(default_factory=dict)
+    references: Sequence[Reference] = ()
     caption: str = ""
+
+    def __post_init__(self) -> None:
+        _check_lengths(self.title, self.labels, {**self.series, **_prefixed(self.intervals)})
 
 
 @dataclass(kw_only=True)
 class Lines:
-    """Series over a common x; a series named ``expected ...`` is drawn grey and dashed."""
+    """Series over a common x; a series named ``expected ...`` is drawn grey and dashed.
+
+    Attributes:
+        log_x, log_y: logarithmic axes; numbers of 0 or less are left out.
+        shares: y is shown in per cent.
+        intervals: per series, (low, high) at each x, drawn as a ribbon.
+        references: published values of y.
+    """
 
     title: str
-    x: list[int]
-    series: dict[str, list[float | None]]
+    x: Sequence[float]
+    series: Mapping[str, Numbers]
     x_label: str
     y_label: str
+    log_x: bool = False
+    log_y: bool = False
+    shares: bool = False
+    intervals: Mapping[str, Sequence[Interval | None]] = field(default_factory=dict)
+    references: Sequence[Reference] = ()
     caption: str = ""
 
+    def __post_init__(self) -> None:
+        _check_lengths(self.title, self.x, {**self.series, **_prefixed(self.intervals)})
 
-Figure = Heatmap | Bars | Lines
+
+@dataclass(kw_only=True)
+class Histogram:
+    """Counts or shares in bins, as upright columns; the first series stands in front.
+
+    Attributes:
+        bins: names of the bins from left to right: ``1``, ``2``, ``3-4``, ...
+        log: a logarithmic y axis, for counts over several orders of magnitude.
+        shares: y is shown in per cent.
+    """
+
+    title: str
+    bins: Sequence[str]
+    series: Mapping[str, Numbers]
+    x_label: str
+    y_label: str
+    log: bool = False
+    shares: bool = False
+    caption: str = ""
+
+    def __post_init__(self) -> None:
+        _check_lengths(self.title, self.bins, self.series)
+
+
+@dataclass(kw_only=True)
+class Ranges:
+    """Measured values as dots on one axis of shares, each above the ranges that were published for it.
+
+    Attributes:
+        labels: what was measured, one row each.
+        values: shares in [0, 1].
+        references: of each row.
+    """
+
+    title: str
+    labels: Sequence[str]
+    values: Numbers
+    references: Sequence[Sequence[Reference]]
+    axis: str
+    caption: str = ""
+
+    def __post_init__(self) -> None:
+        _check_lengths(self.title, self.labels, {"values": self.values, "references": self.references})
+
+
+Figure = Heatmap | Bars | Lines | Histogram | Ranges
+
+
+def _check_lengths(title: str, along: Sequence[Any], series: Mapping[str, Sequence[Any]]) -> None:
+    for name, values in series.items():
+        if len(values) != len(along):
+            raise ValueError(f"figure {title!r}: {name!r} has {len(values)} values for {len(along)} places")
+
+
+def _prefixed(intervals: Mapping[str, Sequence[Any]]) -> dict[str, Sequence[Any]]:
+    return {f"interval of {name}": values for name, values in intervals.items()}
 
 
 @dataclass(kw_only=True)
 class Section:
-    """A heading, what to look for, and what to look at."""
+    """A heading, what to look for, and what to look at.
+
+    Attributes:
+        collapsed: a detail that the page shows only when asked to.
+    """
 
     title: str
     text: str = ""
     figures: list[Figure] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
+    collapsed: bool = False
 
 
 @dataclass(kw_only=True)
@@ -91,8 +234,9 @@ class Document:
         title: what was measured.
         facts: what was compared, as (name, value).
         headlines: the answer, in sentences with numbers.
+        unusual: what a reader would not expect, in sentences; shown right under the headlines.
         notes: what a reader must know so as not to be misled.
-        sections: tables and figures.
+        sections: tables and figures, those that answer before those that detail.
     """
 
     title: str
@@ -100,6 +244,7 @@ class Document:
     headlines: list[str]
     notes: list[str]
     sections: list[Section]
+    unusual: list[str] = field(default_factory=list)
 
 
 def json_safe(value: Any) -> Any:

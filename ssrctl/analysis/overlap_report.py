@@ -98,6 +98,7 @@ def overlap_document(
     facts: list[tuple[str, str]],
     sentences: list[str],
     notes: list[str],
+    before_masking: Sequence[Section] = (),
 ) -> Document:
     """The whole report of ``diagnose --jaccard``.
 
@@ -107,10 +108,12 @@ def overlap_document(
         facts: what was read.
         sentences: from ``headlines``.
         notes: what else a reader must know.
+        before_masking: sections on what the steps' gradients were before their sets were cut out.
     """
     sections = [_pair_section(summary), _position_section(summary)]
     if summary.pairs.cosine is not None:
         sections.insert(1, _cosine_section(summary))
+    sections += before_masking
     sections += [_training_section(summary), _question_section(steps)]
     return Document(
         title="Do reasoning steps update the same weights?",

@@ -1,24 +1,55 @@
 """How sparse is the update between two checkpoints?
 
-Update sparsity (Mukherjee et al. 2025, arXiv:2505.11711): the share of weights with ``|tuned - base| <=
-atol`` for one fixed tolerance, 1e-5 there. Beside it the share that is equal bit for bit, since the fixed
-tolerance also hides real changes of small weights.
+Three rules say when a weight is unchanged, and they are counted side by side in one pass:
+
+- ``atol``: ``|tuned - base| <= atol`` for a fixed tolerance, 1e-5 in Mukherjee et al. 2025 (arXiv:2505.11711);
+- ``bf16``: ``|tuned - base| <= eta max(|base|, |tuned|)`` of the values rounded to bfloat16, eta 1e-3 (Zhu et al.
+  2025, arXiv:2511.08567, def. 2.1), which for finite bfloat16 weights is equality (their corollary E.4);
+- ``bits``: equality bit for bit, 0 and -0 apart.
+
+A fixed tolerance calls float32 weights changed that are the same in bfloat16 where weights are large, and hides real
+changes where they are small (Zhu et al. 2025, app. E.1).
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Literal
+
+from ssrctl.analysis.change import DEFAULT_ATOL, DEFAULT_ETA, Change, add_up
+from ssrctl.analysis.movers import TopMovers
+from ssrctl.analysis.piece_pair import PiecePair, common_dtype
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
-# Elements compared at once: 8 MiB as float64, so that the temporaries stay near the caches.
-_CHUNK = 1 << 20
+    from ssrctl.io.checkpoint_reader import DeltaReader, TensorReader
+
+__all__ = [
+    "KINDS",
+    "Change",
+    "Rule",
+    "add_up",
+    "changed",
+    "common_dtype",
+    "compare_all",
+    "compare_pieces",
+    "compare_tensors",
+    "group_changes",
+    "layer_index",
+    "matrix_kind",
+]
+
+Rule = Literal["bits", "atol", "bf16"]
+
+# Elements compared at once: their float64 copies stay near the caches.
+_CHUNK = 1 << 18
+# Elements that one worker takes at a time: enough to be worth a task, and few enough that the embedding, far larger
+# than any other tensor, is shared.
+_RANGE = 1 << 23
 
 KINDS = ("embed", "q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "norm", "lm_head", "other")
 
@@ -55,166 +86,161 @@ def layer_index(name: str) -> int | None:
     return int(found.group(1)) if found else None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Change:
-    """Counts and sums over compared weights; two of them add up.
+def changed(base: Tensor, tuned: Tensor, rule: Rule, *, atol: float = DEFAULT_ATOL, eta: float = DEFAULT_ETA) -> Tensor:
+    """Which weights changed, by one rule (see the top of this file); works on whole tensors and on pieces.
 
-    Attributes:
-        numel: weights compared.
-        num_within: with ``|difference| <= atol``, or equal bit for bit (as NaN to the same NaN is).
-        num_equal: equal bit for bit in the dtype of the comparison; 0 and -0 differ.
-        num_finite: with a finite difference; the sums and the maximum below are over these.
-        sum_abs: sum of ``|difference|``, float64.
-        max_abs: largest ``|difference|``, 0 when there is none.
-        sum_sq: sum of squared differences, float64.
-        base_sum_sq: sum of squares of the base's finite weights, float64.
-        num_nan_base, num_inf_base, num_nan_tuned, num_inf_tuned: how many weights are NaN or infinite.
-    """
+    Args:
+        base: any shape, any real dtype.
+        tuned: the same shape; two dtypes are compared in the one that holds both exactly.
+        rule: ``bits``, ``atol`` or ``bf16``.
+        atol: of ``atol``, 0 or more.
+        eta: of ``bf16``, 0 or more.
 
-    numel: int = 0
-    num_within: int = 0
-    num_equal: int = 0
-    num_finite: int = 0
-    sum_abs: float = 0.0
-    max_abs: float = 0.0
-    sum_sq: float = 0.0
-    base_sum_sq: float = 0.0
-    num_nan_base: int = 0
-    num_inf_base: int = 0
-    num_nan_tuned: int = 0
-    num_inf_tuned: int = 0
+    Returns:
+        bool in the shape of ``base``, True = changed. NaN and infinite weights changed unless they are equal bit for
+        bit (for ``bf16`` also infinities of one sign). Of tensors that hold no floating-point numbers ``bf16`` asks
+        what ``bits`` asks.
 
-    def __add__(self, other: Change) -> Change:
-        total = {name: getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__}
-        total["max_abs"] = max(self.max_abs, other.max_abs)
-        return Change(**total)
-
-    @property
-    def sparsity(self) -> float | None:
-        """Share unchanged within the tolerance, in [0, 1]; None when nothing was compared."""
-        return self.num_within / self.numel if self.numel else None
-
-    @property
-    def equal_frac(self) -> float | None:
-        """Share equal bit for bit, in [0, 1]; None when nothing was compared."""
-        return self.num_equal / self.numel if self.numel else None
-
-    @property
-    def mean_abs(self) -> float | None:
-        """Mean ``|difference|`` over the finite differences, changed or not."""
-        return self.sum_abs / self.num_finite if self.num_finite else None
-
-    @property
-    def relative_l2(self) -> float | None:
-        """``||tuned - base|| / ||base||``; 0 without any change, None when only the base is zero."""
-        if self.sum_sq == 0:
-            return 0.0
-        return math.sqrt(self.sum_sq / self.base_sum_sq) if self.base_sum_sq else None
-
-    def numbers(self) -> dict[str, float | int | None]:
-        """What the report shows: counts as stored, shares and norms derived."""
-        return {
-            "numel": self.numel,
-            "sparsity": self.sparsity,
-            "bit_equal_frac": self.equal_frac,
-            "num_changed": self.numel - self.num_within,
-            "num_bit_changed": self.numel - self.num_equal,
-            "relative_l2": self.relative_l2,
-            "mean_abs_difference": self.mean_abs,
-            "max_abs_difference": self.max_abs if self.num_finite else None,
-            "num_nan_base": self.num_nan_base,
-            "num_inf_base": self.num_inf_base,
-            "num_nan_tuned": self.num_nan_tuned,
-            "num_inf_tuned": self.num_inf_tuned,
-        }
-
-
-def common_dtype(a: torch.dtype, b: torch.dtype) -> torch.dtype:
-    """The narrowest floating dtype that holds the values of both exactly; 8-bit floats meet in float32.
-
-    Integers follow ``torch.promote_types``, which can round large ones that meet floats.
+    Raises:
+        ValueError: different shapes, complex tensors, or another rule.
     """
     import torch
 
-    if a == b:
-        return a
-    wide = [torch.float32 if dtype.is_floating_point and dtype.itemsize == 1 else dtype for dtype in (a, b)]
-    return torch.promote_types(*wide)
+    if rule not in ("bits", "atol", "bf16"):
+        raise ValueError(f"no rule {rule!r}: bits, atol or bf16")
+    _check_pair(base, tuned)
+    marks = []
+    for a, b in _slices(base, tuned):
+        pair = PiecePair(a, b)
+        mark = torch.zeros(pair.numel, dtype=torch.bool)
+        mark.numpy()[pair.where] = (
+            True if rule == "bits" else ~(pair.within(atol) if rule == "atol" else pair.same_bf16(eta))
+        )
+        marks.append(mark)
+    return torch.cat(marks).view(base.shape) if marks else torch.zeros(base.shape, dtype=torch.bool)
 
 
-def compare_tensors(base: Tensor, tuned: Tensor, atol: float) -> Change:
-    """Compare two tensors of one shape, of any real dtypes, in the wider of the two.
+def compare_tensors(base: Tensor, tuned: Tensor, atol: float = DEFAULT_ATOL, eta: float = DEFAULT_ETA) -> Change:
+    """Compare two tensors of one shape, of any real dtypes, in the wider of the two, in float64.
 
-    Works through slices of fixed size in float64, so memory-mapped tensors are never held whole.
+    Args:
+        base: any shape, any real dtype, on the CPU.
+        tuned: the same shape.
+        atol: fixed tolerance of ``num_within``, 0 or more.
+        eta: relative tolerance of ``num_same_bf16``, 0 or more.
 
     Raises:
         ValueError: different shapes, or complex tensors.
     """
+    return compare_pieces([base], [tuned], atol=atol, eta=eta)
+
+
+def compare_pieces(
+    base: Iterable[Tensor],
+    tuned: Iterable[Tensor],
+    *,
+    atol: float = DEFAULT_ATOL,
+    eta: float = DEFAULT_ETA,
+    movers: TopMovers | None = None,
+    name: str = "",
+    start: int = 0,
+) -> Change:
+    """Compare a tensor that comes in pieces, so that it is never whole in memory.
+
+    Args:
+        base, tuned: pieces in order, those of ``tuned`` cut as those of ``base`` are.
+        atol, eta: as in ``compare_tensors``.
+        movers: takes note of the weights that moved furthest.
+        name: of the tensor, for ``movers``.
+        start: flat index of the first element, for ``movers``.
+
+    Raises:
+        ValueError: pieces of different shapes, more of them on one side, or complex numbers.
+    """
+    parts = []
+    for ours, theirs in zip(base, tuned, strict=True):
+        _check_pair(ours, theirs)
+        for a, b in _slices(ours, theirs):
+            pair = PiecePair(a, b)
+            parts += pair.changes(atol, eta)
+            if movers is not None:
+                movers.add(name, pair.before, pair.after, pair.where, start)
+            start += a.numel()
+    return add_up(parts)
+
+
+def compare_all(
+    base: TensorReader,
+    tuned: TensorReader | DeltaReader,
+    names: Collection[str],
+    *,
+    atol: float = DEFAULT_ATOL,
+    eta: float = DEFAULT_ETA,
+    num_workers: int = 2,
+    movers: TopMovers | None = None,
+    on_done: Callable[[str], None] | None = None,
+) -> dict[str, Change]:
+    """Compare two open checkpoints, reading a few megabytes of each at a time; the result does not depend on threads.
+
+    Args:
+        base: the base, names aligned (``matching_names``).
+        tuned: the tuned checkpoint; for a delta, the base is taken as its run loaded it.
+        names: tensors of both, of the same shapes.
+        atol, eta: as in ``compare_tensors``.
+        num_workers: threads that read and compare at once, at least 1; each uses one core.
+        movers: takes note of the weights that moved furthest.
+        on_done: called with a tensor's name when it was compared, in the order in which they lie on disk.
+
+    Returns:
+        By name, in the order of ``names``.
+
+    Raises:
+        UserError: a file that changes or cannot be read.
+    """
+    import torch
+
+    from ssrctl.io.checkpoint_reader import DeltaReader
+
+    def both(name: str, first: int) -> tuple[Iterator[Tensor], Iterator[Tensor]]:
+        last = first + _RANGE
+        if isinstance(tuned, DeltaReader):
+            return tuned.base_pieces(name, first, last), tuned.pieces(name, first, last)
+        return base.pieces(name, first, last, reuse=True), tuned.pieces(name, first, last, reuse=True)
+
+    order = base.in_file_order(names)
+    numels = {name: math.prod(base.shapes[name]) for name in order}
+    ranges = [(name, first) for name in order for first in range(0, numels[name] or 1, _RANGE)]
+
+    def compare(task: tuple[str, int]) -> tuple[Change, TopMovers | None]:
+        name, first = task
+        found = None if movers is None else TopMovers(movers.count)
+        return compare_pieces(*both(name, first), atol=atol, eta=eta, movers=found, name=name, start=first), found
+
+    changes = dict.fromkeys(names, Change())
+    # A team of torch threads inside of every worker would be more threads than cores.
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(num_workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for (name, first), (change, found) in zip(ranges, pool.map(compare, ranges), strict=True):
+                changes[name] += change
+                if movers is not None and found is not None:
+                    movers.merge(found)
+                if on_done is not None and first + _RANGE >= numels[name]:
+                    on_done(name)
+    finally:
+        torch.set_num_threads(threads)
+    return changes
+
+
+def _check_pair(base: Tensor, tuned: Tensor) -> None:
     if base.shape != tuned.shape:
         raise ValueError(f"shapes differ: {list(base.shape)} and {list(tuned.shape)}")
     if base.is_complex() or tuned.is_complex():
         raise ValueError("complex tensors are not compared")
-    dtype = common_dtype(base.dtype, tuned.dtype)
-    total = Change()
-    for a, b in zip(base.flatten().split(_CHUNK), tuned.flatten().split(_CHUNK), strict=True):
-        total += _compare_slice(a.to(dtype), b.to(dtype), atol)
-    return total
 
 
-def _compare_slice(base: Tensor, tuned: Tensor, atol: float) -> Change:
-    import torch
-
-    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[base.element_size()]
-    equal = base.contiguous().view(integer) == tuned.contiguous().view(integer)
-    num_equal = int(equal.sum())
-    same = num_equal == base.numel()
-    a = base.to(torch.float64)
-    b = a if same else tuned.to(torch.float64)
-    base_sum_sq = float(a.dot(a))
-    if math.isfinite(base_sum_sq) and (same or math.isfinite(float(b.dot(b)))):
-        # Every weight of both is finite, so nothing has to be left out: several times as fast.
-        return _finite_slice(a, b, num_equal, base_sum_sq, atol)
-    # Equal infinities have a difference of NaN; bit-equal weights have one of 0 whatever they are.
-    difference = (b - a).masked_fill_(equal, 0.0).abs_()
-    finite = difference.isfinite()
-    kept = difference[finite]
-    return Change(
-        numel=base.numel(),
-        num_within=int((equal | (difference <= atol)).sum()),
-        num_equal=num_equal,
-        num_finite=int(finite.sum()),
-        sum_abs=float(kept.sum()),
-        max_abs=float(kept.max()) if kept.numel() else 0.0,
-        sum_sq=float(kept.square().sum()),
-        base_sum_sq=float(a[a.isfinite()].square().sum()),
-        num_nan_base=int(a.isnan().sum()),
-        num_inf_base=int(a.isinf().sum()),
-        num_nan_tuned=int(b.isnan().sum()),
-        num_inf_tuned=int(b.isinf().sum()),
-    )
-
-
-def _finite_slice(base: Tensor, tuned: Tensor, num_equal: int, base_sum_sq: float, atol: float) -> Change:
-    """The same for float64 ``[n]`` without NaN or infinity, ``num_equal`` of which are equal bit for bit."""
-    numel = base.numel()
-    if num_equal == numel:
-        return Change(numel=numel, num_within=numel, num_equal=numel, num_finite=numel, base_sum_sq=base_sum_sq)
-    difference = (tuned - base).abs_()
-    return Change(
-        numel=numel,
-        num_within=int((difference <= atol).sum()),
-        num_equal=num_equal,
-        num_finite=numel,
-        sum_abs=float(difference.sum()),
-        max_abs=float(difference.max()),
-        sum_sq=float(difference.dot(difference)),
-        base_sum_sq=base_sum_sq,
-    )
-
-
-def add_up(changes: Iterable[Change]) -> Change:
-    """The sum; of nothing, an empty ``Change``."""
-    return sum(changes, Change())
+def _slices(base: Tensor, tuned: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(base.flatten().split(_CHUNK), tuned.flatten().split(_CHUNK), strict=True)
 
 
 def group_changes(changes: Mapping[str, Change]) -> tuple[dict[int | None, Change], dict[str, Change]]:

@@ -52,3 +52,21 @@ command(delta, "diff", configs.DeltaDiffConfig, "ssrctl.stages.delta:run_diff")
 command(delta, "apply", configs.DeltaApplyConfig, "ssrctl.stages.delta:run_apply")
 command(delta, "info", configs.DeltaInfoConfig, "ssrctl.stages.delta:run_info")
 app.add_typer(delta)
+
+mask = typer.Typer(
+    name="mask",
+    help="Make, combine and show masks: the weights that `train --mask` trains.",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+command(mask, "random", configs.MaskRandomConfig, "ssrctl.stages.mask:run_random")
+command(mask, "principal", configs.MaskPrincipalConfig, "ssrctl.stages.mask:run_principal")
+command(mask, "low-magnitude", configs.MaskLowMagnitudeConfig, "ssrctl.stages.mask:run_low_magnitude")
+command(mask, "diff", configs.MaskDiffConfig, "ssrctl.stages.mask:run_diff")
+command(mask, "layers", configs.MaskLayersConfig, "ssrctl.stages.mask:run_layers")
+command(mask, "union", configs.MaskUnionConfig, "ssrctl.stages.mask:run_union")
+command(mask, "intersect", configs.MaskIntersectConfig, "ssrctl.stages.mask:run_intersect")
+command(mask, "minus", configs.MaskMinusConfig, "ssrctl.stages.mask:run_minus")
+command(mask, "complement", configs.MaskComplementConfig, "ssrctl.stages.mask:run_complement")
+command(mask, "info", configs.MaskInfoConfig, "ssrctl.stages.mask:run_info")
+app.add_typer(mask)

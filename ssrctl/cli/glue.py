@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import typer
 
 from ssrctl.configs import build_config
-from ssrctl.errors import Stopped, UserError
+from ssrctl.errors import CheckFailed, Stopped, UserError
 
 
 def command(app: typer.Typer, name: str, config: type, stage: str, *, epilog: str | None = None) -> None:
@@ -152,7 +152,8 @@ def run_guarded(call: Callable[[], int]) -> int:
     """Run ``call``; print a ``UserError`` as one or two lines; map the outcome to the exit code of the contract.
 
     Returns:
-        0 success, 2 user error, 3 stopped early with what was done kept, 1 anything else (Ctrl-C included).
+        0 success, 2 user error, 3 stopped early with what was done kept, 4 a check that was
+        asked for does not hold, 1 anything else (Ctrl-C included).
     """
     try:
         return call()
@@ -162,6 +163,9 @@ def run_guarded(call: Callable[[], int]) -> int:
     except Stopped as stop:
         say_error(stop.message, stop.remedy, title="stopped: ")
         return 3
+    except CheckFailed as check:
+        say_error(check.message, None, title="check failed: ")
+        return 4
     except KeyboardInterrupt:
         say_error("interrupted", None)
         return 1

@@ -10,7 +10,20 @@ from ssrctl.configs.common import (
     SamplingConfig,
 )
 from ssrctl.configs.delta import DeltaApplyConfig, DeltaDiffConfig, DeltaInfoConfig
-from ssrctl.configs.evaluate import DiagnoseConfig, EvalConfig
+from ssrctl.configs.diagnose import (
+    DiagnoseConfig,
+    MaskComplementConfig,
+    MaskDiffConfig,
+    MaskInfoConfig,
+    MaskIntersectConfig,
+    MaskLayersConfig,
+    MaskLowMagnitudeConfig,
+    MaskMinusConfig,
+    MaskPrincipalConfig,
+    MaskRandomConfig,
+    MaskUnionConfig,
+)
+from ssrctl.configs.evaluate import EvalConfig
 from ssrctl.configs.masks import ProfileBudgetConfig, SuperweightsConfig
 from ssrctl.configs.text import CriticConfig, CriticOptions, SegmentConfig, SegmentOptions
 from ssrctl.configs.train import TrainConfig
@@ -27,6 +40,16 @@ __all__ = [
     "DeltaInfoConfig",
     "DiagnoseConfig",
     "EvalConfig",
+    "MaskComplementConfig",
+    "MaskDiffConfig",
+    "MaskInfoConfig",
+    "MaskIntersectConfig",
+    "MaskLayersConfig",
+    "MaskLowMagnitudeConfig",
+    "MaskMinusConfig",
+    "MaskPrincipalConfig",
+    "MaskRandomConfig",
+    "MaskUnionConfig",
     "ModelConfig",
     "ProfileBudgetConfig",
     "SamplingConfig",

@@ -158,8 +158,15 @@ class TrainConfig(ModelConfig, SamplingConfig, DatasetConfig, CriticOptions, Com
     """Store every step's selected coordinates each so many training steps; 0 is off."""
 
     log_gradient_cosine: bool = False
-    """With the masks, store the cosine between the per-step gradients before masking (costs memory: one
-    dense gradient per step)."""
+    """With the masks, store the cosine between the per-step gradients before masking, and where their signs conflict
+    (costs memory: one dense gradient per step)."""
+
+    log_gradients: int = 0
+    """Store a sketch of each batch's gradient every so many steps, for `ssrctl diagnose RUN`; 0 is off."""
+
+    log_gradients_size: int = 65_536
+    """Numbers in a stored sketch: inner products are off by sqrt(2 / size) of the product of the norms at most, in the
+    mean square. A model with fewer weights is stored exactly."""
 
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     """Also send metrics to this tracker."""
@@ -188,6 +195,8 @@ class TrainConfig(ModelConfig, SamplingConfig, DatasetConfig, CriticOptions, Com
         require(0 < self.max_step_budget <= 1, "--max-step-budget", "in (0, 1]", self.max_step_budget)
         require(self.fuse_tol >= 0, "--fuse-tol", "0 or more", self.fuse_tol)
         require(self.log_masks_every >= 0, "--log-masks-every", "0 or more", self.log_masks_every)
+        require(self.log_gradients >= 0, "--log-gradients", "0 or more", self.log_gradients)
+        require(self.log_gradients_size >= 64, "--log-gradients-size", "at least 64", self.log_gradients_size)
         require(
             self.save_total_limit is None or self.save_total_limit >= 1,
             "--save-total-limit",
@@ -228,7 +237,9 @@ class TrainConfig(ModelConfig, SamplingConfig, DatasetConfig, CriticOptions, Com
                 )
             return
         defaults = {spec.name: spec.default for spec in dataclasses.fields(self)}
-        kronos_only = ("update_rule", "scope", "allocation", "selection", "reuse_factor", "max_units")
+        kronos_only = (
+            "update_rule", "scope", "allocation", "selection", "reuse_factor", "max_units", "log_gradient_cosine",
+        )  # fmt: skip
         if odd := [name for name in kronos_only if getattr(self, name) != defaults[name]]:
             flags = ", ".join("--" + name.replace("_", "-") for name in odd)
             raise UserError(f"{flags} has no meaning for adamw", "use --optimizer kronos")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ssrctl.configs import TINY
 from ssrctl.errors import UserError
 from ssrctl.io.artifacts import ModelIdentity, open_safetensors
-from ssrctl.io.checkpoint_files import INDEX, SINGLE, locate, tiny_location
+from ssrctl.io.checkpoint_files import INDEX, SINGLE, locate, refuse_adapter, tiny_location
 from ssrctl.io.delta import KIND as DELTA_KIND
 from ssrctl.io.delta import Delta, load_delta
 from ssrctl.io.run_dir import DELTA_FILE, find_delta
@@ -31,6 +31,8 @@ _HEAD = re.compile(r"(^|\.)lm_head\.weight$")
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings)\.weight$")
 # Constants that older files store beside the weights: causal masks, rotary frequencies, position numbers.
 _BUFFER = re.compile(r"(^|\.)((attn|attention)\.(masked_)?bias|rotary_emb\.inv_freq|position_ids)$")
+# Differences of each sort that a message lists.
+_LISTED = 3
 
 
 class TensorReader:
@@ -58,8 +60,8 @@ class TensorReader:
         location = tiny_location() if str(path) == TINY else Path(path)
         self.label = TINY if str(path) == TINY else location.resolve().name
         self.prefix = ""
-        self.folder = location.parent if location.is_file() else location
         self._places = locate(location)
+        self.folder = location.parent if location.is_file() else location
         self.sharded = "" not in self._places
         self.files = sorted(set(self._places.values()))
         self._stored: dict[Path, dict[str, StoredTensor]] = {}
@@ -76,8 +78,9 @@ class TensorReader:
 
     def _read_headers(self) -> None:
         for file in self.files:
+            self._stored[file] = stored_tensors(file)  # checks the header, which is then safe to open
+            refuse_adapter(file, self._stored[file])
             self._handles[file] = self._stack.enter_context(open_safetensors(file))
-            self._stored[file] = stored_tensors(file)
         if "" in self._places:  # one file: whatever it holds
             only = self._places.pop("")
             self._places = dict.fromkeys(self._stored[only], only)
@@ -87,7 +90,10 @@ class TensorReader:
                 raise UserError(f"{file}: the index says that it holds {name}, but it does not", "copy the model again")
             stored = self._stored[file][name]
             if stored.dtype is None:
-                raise UserError(f"{file}: {name} is stored as {stored.stored_dtype}, which cannot be compared")
+                raise UserError(
+                    f"{file}: {name} is stored as {stored.stored_dtype}, which cannot be compared",
+                    "give a checkpoint in bfloat16, float16 or float32",
+                )
             self.shapes[name], self.dtypes[name] = stored.shape, stored.dtype
         if not self.shapes:
             raise UserError(f"{self.label}: no tensors in it", "check the path")
@@ -99,13 +105,17 @@ class TensorReader:
         file = self._places[name]
         try:
             return self._handles[file].get_tensor(self.stored_name(name))
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, RuntimeError, TypeError) as error:  # the last two: absurd empty shapes
             raise UserError(f"{file}: {name} cannot be read: {error}", "it may be torn; copy it again") from error
 
-    def pieces(self, name: str) -> Iterator[Tensor]:
-        """One tensor, as stored, as flat tensors of 2^20 elements in order; the last is shorter, an empty one has none."""
+    def pieces(self, name: str, start: int = 0, stop: int | None = None, *, reuse: bool = False) -> Iterator[Tensor]:
+        """One tensor, as stored, as flat tensors of 2^20 elements in order; the last is shorter, an empty one has none.
+
+        ``start`` and ``stop`` are flat indices, for a part of it; with ``reuse`` a piece is overwritten by the next one.
+        Threads may read at the same time.
+        """
         file = self._places[name]
-        return read_pieces(file, self._stored[file][self.stored_name(name)])
+        return read_pieces(file, self._stored[file][self.stored_name(name)], start=start, stop=stop, reuse=reuse)
 
     def stored_name(self, name: str) -> str:
         """The name in the file, which lacks the prefix that ``align`` put before it."""
@@ -149,7 +159,7 @@ class TensorReader:
 
         try:
             config = json.loads((self.files[0].parent / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # a single file needs no config
+        except (OSError, ValueError, RecursionError):  # a single file needs no config
             return None
         name = (config.get("dtype") or config.get("torch_dtype")) if isinstance(config, dict) else None
         dtype = getattr(torch, name, None) if isinstance(name, str) else None
@@ -197,6 +207,24 @@ class DeltaReader:
     def base_tensor(self, name: str) -> Tensor:
         """The base's tensor as the run began from it: in the delta's dtype (exact when that is the wider one)."""
         return _loaded(self.base.tensor(name), self.load_dtype).to(self._dtype(name))
+
+    def base_pieces(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
+        """``base_tensor`` as flat tensors of 2^20 elements in order, from flat index ``start`` to before ``stop``."""
+        dtype = self._dtype(name)
+        return (_loaded(piece, self.load_dtype).to(dtype) for piece in self.base.pieces(name, start, stop))
+
+    def pieces(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
+        """``tensor`` as flat tensors of 2^20 elements in order, from flat index ``start`` to before ``stop``."""
+        import torch
+
+        indices, values = self.delta.changes.get(name, (None, None))
+        for piece in self.base_pieces(name, start, stop):
+            end = start + piece.numel()
+            if indices is not None and values is not None:
+                first, last = torch.searchsorted(indices, torch.tensor([start, end])).tolist()
+                piece[indices[first:last] - start] = values[first:last]
+            yield piece
+            start = end
 
     def tensor(self, name: str) -> Tensor:
         """The base's tensor with the delta's values put in."""
@@ -339,17 +367,21 @@ def matching_names(base: TensorReader, tuned: TensorReader) -> tuple[list[str], 
             where = "both" if len(holders) == 2 else "BASE" if holders[0] is base else "TUNED"
             notes.append(f"{head} is stored in {where} as a copy of the embedding (tied) and was counted once.")
     ours, theirs = base.shapes.keys() - skipped, tuned.shapes.keys() - skipped
-    differences = [f"{name} only in BASE" for name in sorted(ours - theirs)]
-    differences += [f"{name} only in TUNED" for name in sorted(theirs - ours)]
-    differences += [
-        f"{name} is {list(base.shapes[name])} in BASE, {list(tuned.shapes[name])} in TUNED"
-        for name in sorted(ours & theirs)
-        if base.shapes[name] != tuned.shapes[name]
-    ]
-    if differences:
+    missing, extra = sorted(ours - theirs), sorted(theirs - ours)
+    reshaped = [name for name in sorted(ours & theirs) if base.shapes[name] != tuned.shapes[name]]
+    if missing or extra or reshaped:
+        counts = {"only in BASE": len(missing), "only in TUNED": len(extra), "of another shape": len(reshaped)}
+        first = [f"{name} only in BASE" for name in missing[:_LISTED]]
+        first += [f"{name} only in TUNED" for name in extra[:_LISTED]]
+        first += [
+            f"{name} is {list(base.shapes[name])} in BASE, {list(tuned.shapes[name])} in TUNED"
+            for name in reshaped[:_LISTED]
+        ]
         raise UserError(
-            f"{base.label} and {tuned.label} are not the same architecture, {len(differences)} tensors differ: "
-            + "; ".join(differences[:5]),
+            f"{base.label} and {tuned.label} are not the same architecture, {sum(counts.values())} tensors differ ("
+            + ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+            + f"), of {len(ours | theirs)}: "
+            + "; ".join(first),
             "compare checkpoints of one model",
         )
     return sorted(ours), notes

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ssrctl.errors import UserError
-from ssrctl.io.artifacts import open_safetensors
+from ssrctl.io.safetensors_header import read_header
 
 if TYPE_CHECKING:
     import torch
@@ -75,26 +75,38 @@ def stored_tensors(path: str | Path) -> dict[str, StoredTensor]:
     """Where each tensor of a safetensors file lies, in the order of the bytes.
 
     Raises:
-        UserError: missing, torn or foreign file.
+        UserError: missing, torn, foreign or hostile file.
     """
     import torch
 
-    open_safetensors(path)  # checks that the offsets leave no gap and end where the file ends
-    with Path(path).open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header: dict[str, Any] = json.loads(file.read(length))
-    header.pop("__metadata__", None)
+    widths = {stored: getattr(torch, ours).itemsize for stored, ours in DTYPES.items()}
+    entries, data = read_header(path, widths)
     found = {}
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+    for name, entry in entries.items():
         ours = DTYPES.get(entry["dtype"])
         dtype = None if ours is None else getattr(torch, ours)
-        start = 8 + length + entry["data_offsets"][0]
-        found[name] = StoredTensor(dtype, entry["dtype"], tuple(entry["shape"]), start)
+        found[name] = StoredTensor(dtype, entry["dtype"], tuple(entry["shape"]), data + entry["data_offsets"][0])
     return found
 
 
-def read_pieces(path: str | Path, place: StoredTensor, piece_elements: int | None = None) -> Iterator[Tensor]:
+def read_pieces(
+    path: str | Path,
+    place: StoredTensor,
+    piece_elements: int | None = None,
+    start: int = 0,
+    stop: int | None = None,
+    *,
+    reuse: bool = False,
+) -> Iterator[Tensor]:
     """A stored tensor as flat tensors in order, each of ``piece_elements`` (2^20) but the last; an empty one has none.
+
+    Args:
+        path: the file.
+        place: where it keeps the tensor.
+        piece_elements: how many elements each piece has.
+        start: flat index of the first element to read.
+        stop: flat index behind the last one; the tensor's end when None or beyond it.
+        reuse: a piece is overwritten by the next one, which spares the system finding new memory for each.
 
     Raises:
         UserError: the file became shorter since its header was read.
@@ -103,10 +115,13 @@ def read_pieces(path: str | Path, place: StoredTensor, piece_elements: int | Non
 
     assert place.dtype is not None
     elements = piece_elements or PIECE_ELEMENTS
+    end = place.numel if stop is None else min(stop, place.numel)
+    room = torch.empty(max(min(elements, end - start), 0) if reuse else 0, dtype=place.dtype)
     with Path(path).open("rb", buffering=0) as file:
-        file.seek(place.start)
-        for first in range(0, place.numel, elements):
-            piece = torch.empty(min(elements, place.numel - first), dtype=place.dtype)
+        file.seek(place.start + start * place.dtype.itemsize)
+        for first in range(start, end, elements):
+            length = min(elements, end - first)
+            piece = room[:length] if reuse else torch.empty(length, dtype=place.dtype)
             buffer = piece.view(torch.uint8).numpy().data
             if _fill(file, buffer) < len(buffer):
                 raise UserError(f"{path} ends too early", "it was changed while it was read; copy it again")

@@ -7,6 +7,7 @@ give is left out rather than counted as anything; the default advantage is eq. 6
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ from ssrctl.io.mask_log import QuestionLog, UnitLog
 from ssrctl.models.collect import Group, Prompted, group_batch, sample_groups, score_groups
 from ssrctl.models.gradients import GroupBatch, NonFiniteLoss, unit_gradients
 from ssrctl.models.loading import LoadedModel
+from ssrctl.models.unit_observer import QuestionView, UnitObserver, Wanted
 from ssrctl.models.updaters import QuestionUpdate, Updater
 
 LOWER_RATE = "start from an earlier checkpoint with a lower --learning-rate, or use --dtype float32"
@@ -44,11 +46,14 @@ class StepResult:
         metrics: the row for metrics.jsonl; every key is defined in docs/metrics.md.
         groups: the sampled and scored responses.
         mask_log: per question, what each unit selected; empty when not asked for.
+        gradient: the sketch (float64) of the batch's gradient before masking, the sum over its questions' units; None
+            when not asked for.
     """
 
     metrics: dict[str, Any]
     groups: list[Group]
     mask_log: list[QuestionLog]
+    gradient: Tensor | None = None
 
 
 @dataclass
@@ -89,22 +94,31 @@ class TrainingStep:
         updater: who updates.
         config: the run's settings.
         curve: the budget profile v_1..; ``[1.0]`` for equal budgets.
+        observer: who looks at gradients for the logs; None looks at none.
     """
 
     def __init__(
-        self, loaded: LoadedModel, critic: Critic, updater: Updater, config: TrainConfig, curve: Sequence[float]
+        self,
+        loaded: LoadedModel,
+        critic: Critic,
+        updater: Updater,
+        config: TrainConfig,
+        curve: Sequence[float],
+        observer: UnitObserver | None = None,
     ) -> None:
         self.loaded, self.critic, self.updater, self.config, self.curve = loaded, critic, updater, config, curve
+        self.observer = observer
         self.num_coordinates = loaded.num_parameters
         self.num_unprotected = self.num_coordinates - updater.num_protected
 
-    def run(self, prompts: Sequence[Prompted], *, seed: int, log_masks: bool) -> StepResult:
+    def run(self, prompts: Sequence[Prompted], *, seed: int, log_masks: bool, log_gradient: bool = False) -> StepResult:
         """Sample, score and learn from one batch of questions.
 
         Args:
             prompts: the questions of this step.
             seed: of the sampling.
             log_masks: return what was selected, and gradient cosines if the config asks for them.
+            log_gradient: return the sketch of the batch's gradient.
 
         Raises:
             NonFiniteBatch: every question of the batch gave a NaN or infinite loss or gradient.
@@ -124,13 +138,19 @@ class TrainingStep:
         scored = time.perf_counter()
         plans = [self._credit(group, tally) for group in groups]
         mask_log: list[QuestionLog] = []
+        gradient: Tensor | None = None
         update_metrics: dict[str, float | None] = {}
         for iteration in range(config.num_iterations):
-            logging = log_masks and iteration == 0
+            wanted = self._wanted(log_masks, log_gradient) if iteration == 0 else Wanted()
             for group, units in zip(groups, plans, strict=True):
-                update = self._learn(group, units, len(groups), tally, logging and config.log_gradient_cosine)
-                if logging and update is not None and update.kept:
-                    mask_log.append(self._question_log(group, update))
+                view = self.observer.question(wanted) if self.observer is not None and wanted else None
+                update = self._learn(group, units, len(groups), tally, view)
+                if update is None:
+                    continue
+                if log_masks and iteration == 0 and update.kept:
+                    mask_log.append(self._question_log(group, update, view))
+                if view is not None and view.sketched is not None:
+                    gradient = view.sketched if gradient is None else gradient + view.sketched
             if iteration == 0 and tally.non_finite == len(groups):
                 raise NonFiniteBatch(
                     f"the loss or gradient of all {len(groups)} questions is NaN or infinite",
@@ -142,7 +162,11 @@ class TrainingStep:
                 raise NonFiniteBatch(f"summed over the batch, {error}", LOWER_RATE) from error
         done = time.perf_counter()
         seconds = {"sample": sampled - started, "score": scored - sampled, "update": done - scored}
-        return StepResult(self._metrics(groups, tally, seconds) | update_metrics, groups, mask_log)
+        return StepResult(self._metrics(groups, tally, seconds) | update_metrics, groups, mask_log, gradient)
+
+    def _wanted(self, log_masks: bool, log_gradient: bool) -> Wanted:
+        sets = log_masks and self.config.optimizer == "kronos"
+        return Wanted(sets=sets, conflict=sets and self.config.log_gradient_cosine, sketch=log_gradient)
 
     def _credit(self, group: Group, tally: _Tally) -> list[Unit]:
         """Advantages of a group, written into its records, and the update units that follow from them."""
@@ -162,9 +186,15 @@ class TrainingStep:
         return self.updater.plan(plan_units(values, budgets, fuse_tol=config.fuse_tol, max_units=config.max_units))
 
     def _learn(
-        self, group: Group, units: list[Unit], num_questions: int, tally: _Tally, with_cosine: bool
+        self, group: Group, units: list[Unit], num_questions: int, tally: _Tally, view: QuestionView | None
     ) -> QuestionUpdate | None:
         """Backpropagate one question; a NaN anywhere drops the question, and it is counted."""
+
+        def before_unit(unit: Unit) -> None:
+            if view is not None:
+                view.before_unit(unit)
+            self.updater.before_unit(unit)
+
         if not units:
             return None
         batch = group_batch(self.loaded, group, whole_response=self.config.credit != "step")
@@ -178,28 +208,41 @@ class TrainingStep:
             loss_scale=1.0 / num_questions,
             method=self.config.step_gradient_method,
             on_logprobs=lambda logprobs: tally.add_gap(logprobs, batch),
-            on_unit=self.updater.before_unit,
+            on_unit=before_unit,
         )
-        try:
-            update = self.updater.add_question(gradients, with_cosine=with_cosine)
-        except (NonFiniteLoss, NonFiniteGradient):
-            tally.non_finite += 1
-            return None
+        with contextlib.ExitStack() as stack:
+            if view is not None:
+                gradients = stack.enter_context(contextlib.closing(view.watch(gradients)))
+            try:
+                update = self.updater.add_question(gradients)
+            except (NonFiniteLoss, NonFiniteGradient):
+                tally.non_finite += 1
+                return None
         tally.add_update(update, self.num_unprotected)
         return update
 
-    def _question_log(self, group: Group, update: QuestionUpdate) -> QuestionLog:
+    def _question_log(self, group: Group, update: QuestionUpdate, view: QuestionView | None) -> QuestionLog:
         shapes = self.loaded.shapes()
-        units = [
-            UnitLog(
+        units = []
+        for place, (made, kept) in enumerate(zip(update.gradients, update.kept, strict=True)):
+            unit = UnitLog(
                 steps=list(made.unit.steps),
                 budget=made.unit.budget,
                 advantages=[a for column in made.unit.advantages for a in column if a is not None],
                 mask=BlockMask.from_indices(shapes, {name: s.to_indices().cpu() for name, s in kept.sets.items()}),
             )
-            for made, kept in zip(update.gradients, update.kept, strict=True)
-        ]
-        return QuestionLog(id=group.id, units=units, gradient_cosine=update.cosine)
+            if view is not None:
+                seen = view.units[place]
+                unit.gradient_norm, unit.captured = seen.square**0.5, seen.captured(kept)
+                unit.unconstrained_captured = seen.top_captured
+                if seen.top is not None:
+                    unit.unconstrained = BlockMask.from_indices(shapes, {n: i.cpu() for n, i in seen.top.items()})
+            units.append(unit)
+        log = QuestionLog(id=group.id, units=units)
+        if view is not None and view.wanted.conflict:
+            found = view.conflict()
+            log.gradient_cosine, log.conflict = found.cosine, found.shares
+        return log
 
     def _metrics(self, groups: list[Group], tally: _Tally, seconds: dict[str, float]) -> dict[str, Any]:
         rollouts = [rollout for group in groups for rollout in group.rollouts]

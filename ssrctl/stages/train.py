@@ -23,6 +23,7 @@ from ssrctl.io import console, manifest
 from ssrctl.io.artifacts import load_mask_for
 from ssrctl.io.budget_profiles import load_budget_profile
 from ssrctl.io.delta import Delta, apply_delta
+from ssrctl.io.gradient_log import GradientHeader, gradient_log_path, save_gradient_log
 from ssrctl.io.jsonl import JsonlLog, write_jsonl
 from ssrctl.io.mask_log import StepMaskLog, save_mask_log
 from ssrctl.io.problems import load_problems
@@ -32,6 +33,7 @@ from ssrctl.models.collect import Prompted, prepare_prompts
 from ssrctl.models.gradients import trainable
 from ssrctl.models.loading import LoadedModel, describe_model, load_model
 from ssrctl.models.training_step import NonFiniteBatch, StepResult, TrainingStep
+from ssrctl.models.unit_observer import UnitObserver, frozen_coordinates
 from ssrctl.models.updaters import make_updater, updater_kind
 from ssrctl.text.prompts import load_template
 
@@ -75,10 +77,13 @@ def run(config: TrainConfig) -> dict[str, Any] | None:
         return plan
     if config.find_lr:
         return _find_lr(config, loaded, prompts, curve, protected, mask)
-    updater = make_updater(trainable(loaded.model), config, protected, mask)
+    parameters = trainable(loaded.model)
+    updater = make_updater(parameters, config, protected, mask)
+    observer = UnitObserver(parameters, config, frozen_coordinates(protected, mask))
     ledger = run_dir.path / CRITIC_CALLS if config.critic == "llm" else None
     with contextlib.closing(_critic(config, loaded, ledger)) as critic:
-        trainer = Trainer(config, loaded, run_dir, prompts, TrainingStep(loaded, critic, updater, config, curve))
+        step = TrainingStep(loaded, critic, updater, config, curve, observer)
+        trainer = Trainer(config, loaded, run_dir, prompts, step)
         if checkpoint is None:
             trainer.start(profile_name)
         else:
@@ -187,11 +192,13 @@ class Trainer:
         config = self.config
         step = self.step + 1
         log_masks = config.log_masks_every > 0 and step % config.log_masks_every == 0
+        log_gradient = config.log_gradients > 0 and step % config.log_gradients == 0
         rate = self.updater.optimizer.param_groups[0]["lr"]
         result = self.training_step.run(
             questions_of(step, self.prompts, config),
             seed=derive_seed(config.seed, "rollout", step),
             log_masks=log_masks,
+            log_gradient=log_gradient,
         )
         self.scheduler.step()
         self.step = step
@@ -212,6 +219,23 @@ class Trainer:
                 questions=result.mask_log,
             )
             save_mask_log(self.run_dir.masks(self.step), log)
+        if result.gradient is not None:
+            self._log_gradient(result.gradient)
+
+    def _log_gradient(self, gradient: torch.Tensor) -> None:
+        assert self.training_step.observer is not None
+        sketch = self.training_step.observer.sketch
+        header = GradientHeader(
+            step=self.step,
+            sketch="exact" if sketch.exact else "count-sketch",
+            size=sketch.size,
+            seed=sketch.seed,
+            num_coordinates=sketch.num_coordinates,
+        )
+        try:
+            save_gradient_log(gradient_log_path(self.run_dir.path, self.step), header, gradient)
+        except ValueError as error:  # NaN in coordinates that nobody may claim does not stop the training
+            console.warn(f"the gradient of step {self.step} is not stored: {error}")
 
     def _save(self) -> None:
         if self.step == self.last_saved:
@@ -340,7 +364,9 @@ def _open_run(config: TrainConfig) -> tuple[RunDir, Checkpoint | None]:
 
 def _check_same_settings(config: TrainConfig, run_dir: RunDir) -> None:
     """A continuation must compute what the run would have computed."""
-    before, now = run_dir.read_config(), manifest.settings_of(config)
+    # what a run of an earlier version does not name had its default
+    defaults = {spec.name: spec.default for spec in dataclasses.fields(config)}
+    before, now = defaults | run_dir.read_config(), manifest.settings_of(config)
     free = FREE_ON_RESUME | ({"max_steps"} if config.lr_scheduler_type.startswith("constant") else set())
     odd = [key for key in now if key not in free and before.get(key) != now[key]]
     if odd:

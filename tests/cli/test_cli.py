@@ -19,6 +19,7 @@ from ssrctl import __version__, cli, configs
 from ssrctl.cli import app as app_module
 from ssrctl.cli import glue
 from ssrctl.configs import building
+from ssrctl.configs.layers import layer_ranges
 from ssrctl.errors import UserError
 
 COMMANDS = {
@@ -32,6 +33,16 @@ COMMANDS = {
     "delta diff": configs.DeltaDiffConfig,
     "delta apply": configs.DeltaApplyConfig,
     "delta info": configs.DeltaInfoConfig,
+    "mask random": configs.MaskRandomConfig,
+    "mask principal": configs.MaskPrincipalConfig,
+    "mask low-magnitude": configs.MaskLowMagnitudeConfig,
+    "mask diff": configs.MaskDiffConfig,
+    "mask layers": configs.MaskLayersConfig,
+    "mask union": configs.MaskUnionConfig,
+    "mask intersect": configs.MaskIntersectConfig,
+    "mask minus": configs.MaskMinusConfig,
+    "mask complement": configs.MaskComplementConfig,
+    "mask info": configs.MaskInfoConfig,
 }
 
 
@@ -265,10 +276,23 @@ def build(kind: Any, **values: Any) -> Any:
         (configs.ProfileBudgetConfig, {"output": "b", "claim_fraction": 0}, "--claim-fraction must be between"),
         (configs.SegmentConfig, {"input": "x", "max_steps": 0}, "--max-steps must be at least 1"),
         (configs.EvalConfig, {"confidence": 1}, "--confidence must be between"),
-        (configs.DiagnoseConfig, {}, "expected BASE and TUNED, got 0 paths"),
-        (configs.DiagnoseConfig, {"paths": ["a", "b", "c"]}, "expected BASE and TUNED, got 3 paths"),
+        (configs.DiagnoseConfig, {}, "nothing to measure"),
+        (configs.DiagnoseConfig, {"paths": ["a", "b"], "series": True}, "at least two checkpoints, got 2 paths"),
+        (configs.DiagnoseConfig, {"paths": ["a", "b"], "measures": "sparsity, rnk"}, "a list of sparsity, size"),
+        (configs.DiagnoseConfig, {"paths": ["a", "b"], "intervene": "rotate"}, "takes one model, got 2 paths"),
+        (configs.DiagnoseConfig, {"paths": ["a"], "intervene": "rotate"}, "--intervene writes a model"),
+        (configs.DiagnoseConfig, {"paths": ["a"], "intervene": "rotate", "jaccard": True}, "exclude each other"),
         (configs.DiagnoseConfig, {"paths": ["a", "b"], "jaccard": True}, "one run directory, got 2"),
         (configs.DiagnoseConfig, {"paths": ["a", "b"], "atol": -1}, "--atol must be 0 or more"),
+        (configs.MaskRandomConfig, {"model": "m", "output": "o", "density": 0}, "--density must be in"),
+        (configs.MaskPrincipalConfig, {"model": "m", "output": "o", "density": 1}, "--density must be between"),
+        (configs.MaskPrincipalConfig, {"model": "m", "output": "o", "rank": 1.1}, "--rank must be in"),
+        (configs.MaskLowMagnitudeConfig, {"model": "m", "output": "o", "density": 1}, "--density must be between"),
+        (configs.MaskDiffConfig, {"base": "b", "tuned": "t", "output": "o", "eta": 0}, "--eta must be above 0"),
+        (configs.MaskLayersConfig, {"model": "m", "output": "o"}, "nothing says which weights to take"),
+        (configs.MaskLayersConfig, {"model": "m", "output": "o", "layers": "1,"}, "must list layers like 0-3,7"),
+        (configs.MaskUnionConfig, {"masks": ["a"], "output": "o"}, "must be two or more masks, got 1"),
+        (configs.MaskInfoConfig, {}, "'mask' is needed"),
     ],
 )
 def test_ranges(kind: Any, values: dict[str, Any], message: str) -> None:
@@ -283,6 +307,20 @@ def test_the_edges_of_ranges_are_fine() -> None:
     assert build(configs.DiagnoseConfig, paths=["a", "b"]).paths == [Path("a"), Path("b")]
 
 
+@pytest.mark.parametrize(
+    ("text", "layers"),
+    [("0", [[0]]), ("0-3,7", [[0, 1, 2, 3], [7]]), (" 2 , 4-5", [[2], [4, 5]]), ("3-3", [[3]])],
+)
+def test_layers_are_numbers_and_ranges(text: str, layers: list[list[int]]) -> None:
+    assert [list(one) for one in layer_ranges(text)] == layers
+
+
+@pytest.mark.parametrize("text", ["", "-1", "1-", "a", "1..2", "1;2", "1,,2", "٣", "1-2-3", "1" * 7, "2-1"])
+def test_other_spellings_of_layers_are_refused(text: str) -> None:
+    with pytest.raises(UserError, match="--layers"):
+        layer_ranges(text)
+
+
 def test_learning_rates_by_optimizer() -> None:
     assert build(configs.TrainConfig).resolved_learning_rate == 3e-2
     assert build(configs.TrainConfig, optimizer="adamw").resolved_learning_rate == 1e-4
@@ -291,7 +329,7 @@ def test_learning_rates_by_optimizer() -> None:
 
 def test_the_first_positional_paths_reach_diagnose(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["diagnose", "one"]) == 2
-    assert "expected BASE and TUNED, got 1 paths" in capsys.readouterr().err
+    assert "one is no run directory with checkpoints" in capsys.readouterr().err
 
 
 def test_errors_are_not_markup() -> None:

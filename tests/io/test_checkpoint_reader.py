@@ -67,6 +67,9 @@ def assert_holds(reader: object, expected: Weights) -> None:
         found = reader.tensor(name)  # type: ignore[attr-defined]
         assert found.dtype == reader.dtypes[name] == tensor.dtype and torch.equal(found, tensor)  # type: ignore[attr-defined]
         assert reader.shapes[name] == tuple(tensor.shape)  # type: ignore[attr-defined]
+        for start, stop in ((0, None), (0, 3), (3, tensor.numel()), (2, 7)):
+            part = torch.cat(list(reader.pieces(name, start, stop)))  # type: ignore[attr-defined]
+            assert part.dtype == tensor.dtype and torch.equal(part, tensor.flatten()[start:stop])
 
 
 def test_file_folder_and_shards_hold_the_same(tmp_path: Path) -> None:
@@ -96,7 +99,9 @@ def test_what_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert "neither model.safetensors nor" in opening(tmp_path / "empty")
     (tmp_path / "empty" / "pytorch_model.bin").write_bytes(b"x")
-    assert "but pytorch_model.bin" in opening(tmp_path / "empty")
+    assert "but pytorch_model.bin" in (message := opening(tmp_path / "empty")) and "save_pretrained" in message
+    assert "is a pickle" in opening(tmp_path / "empty" / "pytorch_model.bin")
+    assert "checkpoint not found" in opening(tmp_path / ("x" * 300))
     save_file({}, tmp_path / "none.safetensors")
     assert "no tensors in it" in opening(tmp_path / "none.safetensors")
 
@@ -104,7 +109,58 @@ def test_what_is_not_there(tmp_path: Path) -> None:
 def test_missing_shard_is_named(tmp_path: Path) -> None:
     folder = save_shards(tmp_path / "m", weights())
     (folder / "model-1.safetensors").unlink()
-    assert "shard model-1.safetensors is missing" in opening(folder)
+    assert "shard model-1.safetensors is missing (1 of 3 shards are)" in opening(folder)
+    (folder / "model-0.safetensors").unlink()
+    assert "shard model-0.safetensors is missing (2 of 3 shards are)" in opening(folder)
+
+
+@pytest.mark.parametrize("shard", ["", ".", "a\0b", "x" * 5000, "\ud800", "\x1b[31m.safetensors"])
+def test_index_that_names_what_is_no_file(tmp_path: Path, shard: str) -> None:
+    message = opening(save_shards(tmp_path / "m", weights(), shard1=shard))
+    assert "is missing (1 of 3 shards are)" in message and len(message) < 600 and "\x1b" not in message
+
+
+def test_links_out_of_the_folder_are_refused(tmp_path: Path) -> None:
+    save_file(weights(), tmp_path / "elsewhere.safetensors")
+    folder = save_shards(tmp_path / "m", weights())
+    for name in ("model-1.safetensors", INDEX):
+        kept = (folder / name).read_bytes()
+        (folder / name).unlink()
+        (tmp_path / name).write_bytes(kept)
+        (folder / name).symlink_to(tmp_path / name)
+        assert f"{name} is a link that leads out of the model's folder" in opening(folder)
+        (folder / name).unlink()
+        (folder / name).write_bytes(kept)
+    single = tmp_path / "single"
+    single.mkdir()
+    (single / "model.safetensors").symlink_to(tmp_path / "elsewhere.safetensors")
+    assert "leads out" in opening(single)
+    with TensorReader(single / "model.safetensors") as reader:  # named itself: the user's choice
+        assert_holds(reader, weights())
+    (single / "model.safetensors").unlink()
+    (single / "model.safetensors").symlink_to(single / "model.safetensors")
+    assert "not found" in opening(single)
+
+
+def test_links_within_the_folder_and_in_the_hubs_cache_are_followed(tmp_path: Path) -> None:
+    folder = save_folder(tmp_path / "m", weights())
+    (folder / "model.safetensors").rename(folder / "real")
+    (folder / "model.safetensors").symlink_to("real")
+    blobs = tmp_path / "models--org--name" / "blobs"
+    blobs.mkdir(parents=True)
+    snapshot = save_folder(blobs.parent / "snapshots" / "abc", weights())
+    (snapshot / "model.safetensors").rename(blobs / "0123")
+    (snapshot / "model.safetensors").symlink_to("../../blobs/0123")
+    for place in (folder, snapshot):
+        with TensorReader(place) as reader:
+            assert_holds(reader, weights())
+
+
+def test_adapter_file_named_itself(tmp_path: Path) -> None:
+    names = [f"base_model.model.layers.0.q_proj.lora_{side}.weight" for side in "AB"]
+    save_file({name: torch.ones(2, 2) for name in names}, tmp_path / "adapter_model.safetensors")
+    message = opening(tmp_path / "adapter_model.safetensors")
+    assert "is a LoRA adapter" in message and "2 tensors like" in message and "merge_and_unload" in message
 
 
 @pytest.mark.parametrize(
@@ -119,7 +175,8 @@ def test_shard_outside_the_folder_is_refused(tmp_path: Path, shard: str) -> None
 def test_index_that_does_not_fit_its_shards(tmp_path: Path) -> None:
     folder = save_shards(tmp_path / "m", weights(), shard1="model-0.safetensors")
     assert "says that it holds model.layers.0.mlp.up_proj.weight, but it does not" in opening(folder)
-    for text in ("{", "[]", '{"weight_map": 3}', "{}", "\xff"):
+    deep = '{"weight_map": ' + "[" * 100_000
+    for text in ("{", "[]", '{"weight_map": 3}', "{}", "\xff", '{"weight_map": {"a": {}}}', deep):
         (folder / INDEX).write_text(text, encoding="latin-1")
         assert "not an index of shards" in opening(folder)
 
@@ -157,6 +214,7 @@ def test_different_shapes_and_names_are_listed(tmp_path: Path) -> None:
         match(tmp_path, weights(), tuned)
     message = str(caught.value)
     assert "base and tuned are not the same architecture, 3 tensors differ" in message
+    assert "(1 only in BASE, 1 only in TUNED, 1 of another shape), of 4" in message
     assert "model.norm.weight is [4] in BASE, [5] in TUNED" in message
     assert "extra only in TUNED" in message and "model.layers.0.mlp.up_proj.weight only in BASE" in message
 
@@ -164,7 +222,8 @@ def test_different_shapes_and_names_are_listed(tmp_path: Path) -> None:
 def test_only_the_first_differences_are_listed(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         match(tmp_path, weights(), weights() | {f"extra{i}": torch.ones(1) for i in range(9)})
-    assert "9 tensors differ" in str(caught.value) and str(caught.value).count("only in TUNED") == 5
+    assert "9 tensors differ (9 only in TUNED), of 12" in str(caught.value)
+    assert str(caught.value).count("extra") == 3
 
 
 @pytest.mark.parametrize("holders", ["both", "BASE", "TUNED"])

@@ -19,7 +19,7 @@ from ssrctl.errors import UserError
 from ssrctl.io.artifacts import ModelIdentity
 from ssrctl.io.delta import Delta, changed_indices, save_delta
 from ssrctl.io.fingerprint import fingerprint
-from ssrctl.io.mask_log import QuestionLog, StepMaskLog, UnitLog, save_mask_log
+from ssrctl.io.mask_log import CONFLICTS, QuestionLog, StepMaskLog, UnitLog, save_mask_log
 from ssrctl.models import tiny_reasoner
 from ssrctl.stages import diagnose
 
@@ -172,6 +172,29 @@ def test_logs_without_pairs(tmp_path: Path, questions: list[QuestionLog]) -> Non
     assert (run / "report.html").read_text().count("no pairs to compare") == 1
 
 
+def test_what_steps_wanted_is_reported_beside_what_they_got(tmp_path: Path) -> None:
+    logged = question(range(10), range(10, 20), cosine=[[1.0, -0.5], [-0.5, 1.0]])
+    for unit, wanted in zip(logged.units, (range(10), range(5, 15)), strict=True):
+        unit.unconstrained = BlockMask.from_indices(SHAPES, {"w": torch.tensor(list(wanted))})
+        unit.gradient_norm, unit.captured, unit.unconstrained_captured = 2.0, 0.25, 0.5
+    logged.conflict = {name: [[None, 0.75], [0.75, None]] for name in CONFLICTS}
+    run = write_run(tmp_path / "run", {10: [logged], 20: [question(range(10))]})
+    report = jaccard(run)
+    assert strict_json(run / "report.json") == report
+    found = report["before_masking"]
+    [pair] = found["questions"][0]["pairs"]
+    # {0..9} and {5..14}: 5 of 15
+    assert (pair["unconstrained_overlap"], pair["unconstrained_jaccard"]) == (5, pytest.approx(1 / 3))
+    assert (pair["advantage_signs"], pair["cosine"], pair["top_conflict"]) == ("equal", -0.5, 0.75)
+    assert found["summary"]["units"]["claims_loss"] == 0.25 and found["summary"]["equal"]["num_pairs"] == 1
+    assert [point["step"] for point in found["summary"]["over_training"]] == [10, 20]
+    page = html.unescape((run / "report.html").read_text(encoding="utf-8"))
+    for line in report["headlines"]:
+        assert line in page
+    assert "What would have collided without claims" in page and "Sign conflict by pair of units" in page
+    assert not any("earlier version" in note for note in report["notes"])
+
+
 @pytest.mark.usefixtures("no_matplotlib")
 def test_newest_run_is_taken_without_a_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
@@ -285,12 +308,15 @@ def test_pair_report_in_all_its_forms(
     assert "report.html" in err
     assert str(tuned.parent) not in out
     written = {name: (tmp_path / "diagnose" / name).read_bytes() for name in ("report.json", "report.html")}
-    page = written["report.html"]
+    page = written["report.html"].replace(b"<wbr>", b"")
     assert MOVED.encode() in page and b"<script" not in page
     assert main(["diagnose", "tiny-reasoner", str(tuned)]) == 0
     assert written == {name: (tmp_path / "diagnose" / name).read_bytes() for name in written}
     out = capfd.readouterr().out
-    assert "By kind of matrix" in out and "All tensors (24 rows)" in out and MOVED not in out
+    assert "By kind of matrix" in out and "All tensors (24 rows)" in out
+    index = json.loads((tmp_path / "diagnose" / "tables" / "index.json").read_text(encoding="utf-8"))
+    assert all((tmp_path / "diagnose" / "tables" / f"{entry['name']}.csv").is_file() for entry in index)
+    assert {"By kind of matrix", "All tensors"} <= {entry["title"] for entry in index}
 
 
 @pytest.mark.usefixtures("no_matplotlib")
@@ -298,7 +324,7 @@ def test_model_against_itself_and_in_another_dtype(tmp_path: Path) -> None:
     same = pair("tiny-reasoner", tiny_reasoner.path(), tmp_path / "a")
     assert same["total"]["sparsity"] == same["total"]["bit_equal_frac"] == 1.0
     assert "identical bit for bit" in same["headlines"][0]
-    narrow = pair("tiny-reasoner", tuned_folder(tmp_path / "bf16", torch.bfloat16), tmp_path / "b")
+    narrow = pair("tiny-reasoner", tuned_folder(tmp_path / "bf16", torch.bfloat16), tmp_path / "b", measures="sparsity")
     assert narrow["notes"] == ["24 tensors are float32 in BASE and bfloat16 in TUNED; they were compared in float32."]
     assert 0.0 < narrow["total"]["bit_equal_frac"] < 0.1  # few fp32 weights are bf16 numbers
 
@@ -331,7 +357,7 @@ def test_pairs_that_do_not_fit(tmp_path: Path, tuned: Path, delta: Path, capfd: 
         out, err = capfd.readouterr()
         assert said in err and out == "" and "Traceback" not in err
     assert main(["diagnose", str(tuned)]) == 2
-    assert "expected BASE and TUNED, got 1 paths" in capfd.readouterr().err
+    assert "is no run directory with checkpoints" in capfd.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -344,7 +370,7 @@ def test_dry_run_writes_nothing(tmp_path: Path, delta: Path, capfd: pytest.Captu
     before = snapshot(tmp_path)
     plan = jaccard(run, dry_run=True)
     assert [Path(one["path"]).name for one in plan["reads"]] == ["000010.safetensors", "000020.safetensors"]
-    assert plan["writes"] == [str(run / "report.json"), str(run / "report.html")]
+    assert plan["writes"] == [str(run / "report.json"), str(run / "report.html"), str(run / "tables")]
     assert f"would write {run / 'report.json'}\n" in capfd.readouterr().out
     plan = pair("tiny-reasoner", delta, tmp_path / "out", dry_run=True, json=True)
     assert [Path(one["path"]).name for one in plan["reads"]] == ["model.safetensors", "delta.safetensors"]

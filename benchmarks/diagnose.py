@@ -1,0 +1,169 @@
+"""Speed and peak memory of the sparsity pass of `ssrctl diagnose` against a plain read of both checkpoints.
+
+Makes a pair of sharded bfloat16 checkpoints, 4 GB together unless told otherwise, in which some of the weights moved to
+the next representable number, and compares them in a process of its own: all rules, norms, distances and largest
+movers. The plain read runs `readinto` over the same files, one after the other with one thread, and once more with
+as many threads as the pass has. Everything lies in a temporary folder that is removed at the end. The files were just
+written, so everything is read from the page cache as far as memory goes: the hardest case for the ratio, since a
+slow disk would hide the work behind the reading.
+
+    python benchmarks/diagnose.py
+    python benchmarks/diagnose.py --gigabytes 16 --changed 0.6 --folder /scratch
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from common import goal, machine, table
+
+from ssrctl.io.tensor_files import NewTensor, stored_bytes, write_header
+
+GOAL_SPEED = 0.5
+GIB = 2**30
+HIDDEN = 2048
+EMBEDDING_FRAC = 0.2  # one tensor far larger than the rest, as the embeddings of small models are
+SHARDS = 4
+LAYERS = 16
+PIECE = 2**22
+BUFFER = 16 * 2**20
+KINDS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+
+
+def make_pair(folder: Path, gigabytes: float, changed: float) -> tuple[list[Path], int]:
+    """Write a base and a tuned checkpoint, piece by piece: (the two folders, bytes of the largest tensor)."""
+    rows = int(gigabytes * 1e9 / 2 / 2 / HIDDEN)
+    embedding = int(rows * EMBEDDING_FRAC)
+    each = (rows - embedding) // (LAYERS * len(KINDS))
+    shapes = {"model.embed_tokens.weight": (embedding, HIDDEN)}
+    shapes |= {f"model.layers.{i}.{kind}.weight": (each, HIDDEN) for i in range(LAYERS) for kind in KINDS}
+    names = list(shapes)
+    sides = [folder / "base", folder / "tuned"]
+    for side in sides:
+        side.mkdir()
+    weight_map = {}
+    generator = torch.Generator().manual_seed(0)
+    for number in range(SHARDS):
+        file = f"model-{number + 1:05d}-of-{SHARDS:05d}.safetensors"
+        tensors = [NewTensor(name, torch.bfloat16, shapes[name]) for name in names[number::SHARDS]]
+        with (sides[0] / file).open("wb") as base, (sides[1] / file).open("wb") as tuned:
+            for stream in (base, tuned):
+                write_header(stream, tensors, {"format": "pt"})
+            for tensor in tensors:
+                weight_map[tensor.name] = file
+                write_tensor(base, tuned, tensor.nbytes // 2, changed, generator)
+    for side in sides:
+        (side / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return sides, 2 * max(rows * columns for rows, columns in shapes.values())
+
+
+def write_tensor(base, tuned, numel: int, changed: float, generator: torch.Generator) -> None:
+    """Normal weights to ``base``; to ``tuned`` the same, but for a share that moved by one or two steps."""
+    for start in range(0, numel, PIECE):
+        length = min(PIECE, numel - start)
+        weights = torch.randn(length, generator=generator).mul_(0.02).to(torch.bfloat16)
+        base.write(stored_bytes(weights))
+        moved = torch.rand(length, generator=generator) < changed
+        steps = 1 + (torch.rand(length, generator=generator) < 0.1).to(torch.int16)
+        tuned.write(stored_bytes(weights.view(torch.int16) + steps * moved))
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One comparison in a process of its own; times without the imports."""
+
+    seconds: float
+    peak_bytes: int
+    start_bytes: int
+    total: dict
+
+
+# The system's own count for a process, ru_maxrss, begins with what its parent had used; VmHWM does not.
+MEASURED = """
+import json, sys, time
+import torch
+from ssrctl.analysis.movers import TopMovers
+from ssrctl.analysis.sparsity import add_up, compare_all
+from ssrctl.io.checkpoint_reader import TensorReader, matching_names
+def peak():
+    return 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+workers, repeats = int(sys.argv[3]), int(sys.argv[4])
+before, times = peak(), []
+with TensorReader(sys.argv[1]) as base, TensorReader(sys.argv[2]) as tuned:
+    names, _ = matching_names(base, tuned)
+    for _ in range(repeats):
+        start = time.perf_counter()
+        total = add_up(compare_all(base, tuned, names, num_workers=workers, movers=TopMovers()).values())
+        times.append(time.perf_counter() - start)
+print(json.dumps([min(times), peak(), before, total.numbers()]))
+"""
+
+
+def sparsity_pass(sides: list[Path], workers: int, repeats: int) -> Pass:
+    """Compare the pair ``repeats`` times; the best time counts."""
+    call = [sys.executable, "-c", MEASURED, *map(str, sides), str(workers), str(repeats)]
+    return Pass(*json.loads(subprocess.run(call, capture_output=True, text=True, check=True).stdout))
+
+
+def read_file(file: Path) -> None:
+    buffer = bytearray(BUFFER)
+    with file.open("rb", buffering=0) as stream:
+        while stream.readinto(buffer):
+            pass
+
+
+def plain_read(files: list[Path], workers: int, repeats: int) -> float:
+    """Seconds of the best of several reads of all files."""
+    times = []
+    with ThreadPoolExecutor(workers) as pool:
+        for _ in range(repeats):
+            start = time.perf_counter()
+            list(pool.map(read_file, files))
+            times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--gigabytes", type=float, default=4.0, help="size of both checkpoints together")
+    parser.add_argument("--changed", type=float, default=0.2, help="share of the weights that moved")
+    parser.add_argument("--num-workers", type=int, default=2, help="threads of the pass")
+    parser.add_argument("--repeats", type=int, default=3, help="the best of so many runs counts")
+    parser.add_argument("--folder", type=Path, default=None, help="where to make the temporary folder")
+    args = parser.parse_args()
+    print(machine())
+    with tempfile.TemporaryDirectory(dir=args.folder) as name:
+        sides, largest = make_pair(Path(name), args.gigabytes, args.changed)
+        files = [file for side in sides for file in sorted(side.glob("*.safetensors"))]
+        size = sum(file.stat().st_size for file in files)
+        alone = plain_read(files, 1, args.repeats)
+        together = plain_read(files, args.num_workers, args.repeats)
+        found = sparsity_pass(sides, args.num_workers, args.repeats)
+    rows = [
+        [what, f"{seconds:.2f}", f"{size / seconds / 1e9:.2f}", f"{alone / seconds:.2f}"]
+        for what, seconds in (
+            ("plain read, 1 thread", alone),
+            (f"plain read, {args.num_workers} threads", together),
+            (f"sparsity pass, {args.num_workers} threads", found.seconds),
+        )
+    ]
+    moved = 1 - found.total["bit_equal_frac"]
+    print(f"{size / 1e9:.2f} GB pair in {len(files)} shards, {moved:.1%} of the weights changed, warm page cache")
+    print(table(["", "seconds", "GB/s", "of the plain read"], rows))
+    peak = found.peak_bytes / GIB
+    print(f"peak resident {peak:.2f} GiB, {found.start_bytes / GIB:.2f} of it before anything was read")
+    goal("speed of the pass over that of one plain read", alone / found.seconds, at_least=GOAL_SPEED)
+    goal("peak resident GB, 2 GB and four times the largest tensor", found.peak_bytes / 1e9, at_most=2 + 4e-9 * largest)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""Counting sets of weights by the power of two that the weights' magnitudes lie in.
+
+A weight of small magnitude has a small step to the next value that its dtype can store, so that the same update moves
+it more often (Zhu et al. 2025, arXiv:2511.08567, gate III and lemma E.2). Within a power of two all steps are equal:
+comparing weights there alone leaves nothing of this.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_PART = 1 << 20  # weights counted at once
+_LOWEST, _HIGHEST = -148, 128  # of ``frexp`` in float32; what lies beyond counts with the last
+NUM_CLASSES = _HIGHEST - _LOWEST + 3  # before them 0, after them NaN and infinity
+
+
+def magnitude_classes(weights: Tensor) -> Tensor:
+    """The class of each weight: 0 for zero, then by power of two, NaN and infinite ones last; int64, the same shape.
+
+    Args:
+        weights: any real dtype and shape.
+    """
+    import torch
+
+    wide = weights if weights.dtype == torch.float64 else weights.to(torch.float32)
+    exponent = torch.frexp(wide).exponent.to(torch.int64).clamp_(_LOWEST, _HIGHEST) - _LOWEST + 1
+    exponent[wide == 0] = 0
+    exponent[~wide.isfinite()] = NUM_CLASSES - 1
+    return exponent
+
+
+def count_by_magnitude(base: Tensor, *sets: Tensor) -> Tensor:
+    """How many weights, and how many of each set, are in each class of ``magnitude_classes``.
+
+    Args:
+        base: any real dtype and shape.
+        sets: bool, the same shape.
+
+    Returns:
+        int64 ``[1 + sets, classes]``; classes without weights are left out.
+
+    Raises:
+        ValueError: different shapes.
+    """
+    import torch
+
+    if any(one.shape != base.shape for one in sets):
+        raise ValueError(f"shapes differ: {list(base.shape)} and {[list(one.shape) for one in sets]}")
+    counts = torch.zeros(1 + len(sets), NUM_CLASSES, dtype=torch.int64)
+    for weights, *chosen in zip(*(one.flatten().split(_PART) for one in (base, *sets)), strict=True):
+        classes = magnitude_classes(weights)
+        counts[0] += torch.bincount(classes, minlength=NUM_CLASSES)
+        for place, one in enumerate(chosen, 1):
+            counts[place] += torch.bincount(classes[one], minlength=NUM_CLASSES)
+    return counts[:, counts[0] > 0]

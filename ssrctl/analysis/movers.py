@@ -1,0 +1,127 @@
+"""The coordinates that moved furthest, in absolute terms and relative to what they were."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+
+DEFAULT_COUNT = 20
+_TINY = 5e-324
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mover:
+    """One weight that changed.
+
+    Attributes:
+        name: its tensor.
+        index: flat, row by row, from 0.
+        before, after: its values, finite.
+    """
+
+    name: str
+    index: int
+    before: float
+    after: float
+
+    @property
+    def change(self) -> float:
+        """``after - before``."""
+        return self.after - self.before
+
+    @property
+    def relative_change(self) -> float | None:
+        """``|after - before| / |before|``; None when the weight was 0."""
+        return abs(self.change) / abs(self.before) if self.before else None
+
+    def position(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The index along each dimension of a tensor of this shape."""
+        place, rest = [], self.index
+        for size in reversed(shape):
+            rest, along = divmod(rest, size)
+            place.append(along)
+        return tuple(reversed(place))
+
+
+class TopMovers:
+    """The ``count`` furthest movers of everything that was added, by two measures, in bounded memory.
+
+    Ties go to the lower name, then to the lower index, so the order in which pieces are added does not matter.
+
+    Attributes:
+        count: how many are kept of each.
+        absolute: by ``|after - before|``, largest first.
+        relative: by ``|after - before| / |before|``, largest first; weights that were 0 are left out.
+    """
+
+    def __init__(self, count: int = DEFAULT_COUNT) -> None:
+        if count < 1:
+            raise ValueError(f"at least one mover is kept, not {count}")
+        self.count = count
+        self.absolute: list[Mover] = []
+        self.relative: list[Mover] = []
+
+    def add(self, name: str, before: np.ndarray, after: np.ndarray, indices: np.ndarray, start: int = 0) -> None:
+        """Consider some coordinates of one tensor.
+
+        Args:
+            name: of the tensor.
+            before: float64 ``[n]``.
+            after: float64 ``[n]``; where the difference is not finite the coordinate is left out.
+            indices: int64 ``[n]``, ascending.
+            start: flat index in the tensor of what ``indices`` calls 0.
+        """
+        import numpy as np
+
+        if not len(before):
+            return
+        with np.errstate(all="ignore"):
+            change = np.abs(after - before)
+            # The smallest positive number in the place of 0 makes the quotient overflow, and nothing else.
+            relative = change / np.maximum(np.abs(before), _TINY)
+        for kept, size, key in ((self.absolute, change, _by_change), (self.relative, relative, _by_relative_change)):
+            floor = key(kept[-1]) if len(kept) == self.count else -1.0
+            largest = size.max()
+            # As large as the last one that is kept is large enough only for what stands before it.
+            if largest < floor or (largest == floor and (name, start) > (kept[-1].name, kept[-1].index)):
+                continue
+            chosen = self._candidates(size, floor, before != 0 if key is _by_relative_change else None)
+            places = indices[chosen]
+            values = zip(places.tolist(), before[chosen].tolist(), after[chosen].tolist(), strict=True)
+            found = [Mover(name=name, index=start + place, before=old, after=new) for place, old, new in values]
+            kept[:] = _first(self.count, [*kept, *found], key)
+
+    def _candidates(self, size: np.ndarray, floor: float, allowed: np.ndarray | None) -> np.ndarray:
+        """Ascending places of the ``count`` largest finite sizes of at least ``floor``, above 0; ties: the first ones."""
+        import numpy as np
+
+        good = (size >= floor) & (size > 0) & (size < np.inf)
+        places = np.flatnonzero(good if allowed is None else good & allowed)
+        if len(places) <= self.count:
+            return places
+        sizes = size[places]
+        last = np.partition(sizes, -self.count)[-self.count]
+        above, ties = np.flatnonzero(sizes > last), np.flatnonzero(sizes == last)
+        return places[np.sort(np.concatenate([above, ties[: self.count - len(above)]]))]
+
+    def merge(self, other: TopMovers) -> None:
+        """Take in what another one found in other coordinates."""
+        self.absolute = _first(self.count, [*self.absolute, *other.absolute], _by_change)
+        self.relative = _first(self.count, [*self.relative, *other.relative], _by_relative_change)
+
+
+def _by_change(mover: Mover) -> float:
+    return abs(mover.change)
+
+
+def _by_relative_change(mover: Mover) -> float:
+    return mover.relative_change or 0.0
+
+
+def _first(count: int, movers: Iterable[Mover], key: Callable[[Mover], float]) -> list[Mover]:
+    return heapq.nsmallest(count, movers, key=lambda mover: (-key(mover), mover.name, mover.index))

@@ -1,0 +1,130 @@
+"""Which of a checkpoint's tensors are the model's parameters, without loading it: what a mask has to cover.
+
+Training knows a model by its ``named_parameters``: a tied tensor once, no buffers, in the dtype that its config asks
+for. A file may hold a tied head as well, buffers, and names without the model's prefix.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ssrctl.analysis.document import times
+from ssrctl.errors import UserError
+from ssrctl.io.checkpoint_reader import TensorReader, same_constants, tied_copies
+from ssrctl.io.model_folder import CONFIG
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class StoredParameters:
+    """The parameters of an open checkpoint.
+
+    Attributes:
+        reader: the checkpoint, its names aligned with the model's.
+        names: of the parameters, sorted.
+        dtype: what the model's floating-point weights are loaded in; None: as stored.
+        notes: what a reader must know, in sentences.
+    """
+
+    reader: TensorReader
+    names: list[str]
+    dtype: torch.dtype | None
+    notes: list[str] = field(default_factory=list)
+
+    @functools.cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: self.reader.shapes[name] for name in self.names}
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The dtype in which a parameter is loaded."""
+        stored = self.reader.dtypes[name]
+        return self.dtype if self.dtype is not None and stored.is_floating_point else stored
+
+    def tensor(self, name: str) -> Tensor:
+        """A parameter as training starts from it; memory-mapped unless its dtype changes on loading."""
+        return self.reader.tensor(name).to(self.dtype_of(name))
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """The same as flat tensors of 2^20 elements in order."""
+        dtype = self.dtype_of(name)
+        return (piece.to(dtype) for piece in self.reader.pieces(name))
+
+
+def stored_parameters(reader: TensorReader) -> StoredParameters:
+    """The parameters of an open checkpoint; aligns the reader's names with the model's.
+
+    With a config.json beside the weights they are those of the model that transformers makes of it, without memory
+    for its weights. Without, or where transformers does not know the model, they are what the file holds, except for a
+    head that is a bit for bit copy of the embedding.
+
+    Raises:
+        UserError: parameters that are not stored under their names, or in other shapes.
+    """
+    made = _described(reader)
+    if made is None:
+        return _as_stored(reader)
+    shapes, tied = made
+    reader.align(shapes)
+    # Tied by the config, yet stored with values of its own: transformers leaves it untied.
+    untied = {name for name in tied if name in reader.shapes and name not in tied_copies(reader, shapes)}
+    differing = [name for name, shape in shapes.items() if reader.shapes.get(name) != shape]
+    if differing:
+        name = min(differing)
+        found = reader.shapes.get(name)
+        raise UserError(
+            f"{reader.label}: {len(differing)} of the model's {len(shapes)} parameters are not stored as it has them, "
+            f"first {name}: {list(shapes[name])} in the model, {'absent' if found is None else list(found)} in the file",
+            f"the weights must fit the {CONFIG} beside them; models whose weights are put together on loading "
+            "(fused experts) are not supported",
+        )
+    dtype = reader.load_dtype() or _first_floating(reader)
+    return StoredParameters(reader, sorted(shapes.keys() | untied), dtype)
+
+
+def _as_stored(reader: TensorReader) -> StoredParameters:
+    """Everything in the file but tied copies, constants, and what holds no floating-point numbers."""
+    constants = same_constants(reader, reader, reader.shapes)  # a file compared with itself: all that it has
+    weights = [name for name in reader.shapes if name not in constants and reader.dtypes[name].is_floating_point]
+    heads = {name for name in weights if name == "lm_head.weight" or name.endswith(".lm_head.weight")}
+    copies = tied_copies(reader, [name for name in weights if name not in heads])
+    notes = [f"{head} is stored as a copy of {one} (tied) and was counted once." for head, one in copies.items()]
+    if left_out := len(reader.shapes) - len(weights):
+        notes.append(f"{times(left_out, 'tensor')} that are no weights (constants, codes) left out.")
+    return StoredParameters(reader, [name for name in weights if name not in copies], None, notes)
+
+
+def _described(reader: TensorReader) -> tuple[dict[str, tuple[int, ...]], list[str]] | None:
+    """(shapes of the parameters, further names of tied ones) of the model that config.json describes, if any does."""
+    if not (reader.folder / CONFIG).is_file():
+        return None
+    model = _empty_model(reader)
+    if model is None:
+        return None
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    everything = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    return shapes, [name for name in everything if name not in shapes]
+
+
+def _empty_model(reader: TensorReader) -> Any:
+    """The model without memory for its weights; None where transformers cannot make it without code of its own."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(str(reader.folder), trust_remote_code=False)
+        with torch.device("meta"):  # accelerate's init_empty_weights would untie
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError):
+        return None
+
+
+def _first_floating(reader: TensorReader) -> torch.dtype | None:
+    """What transformers loads a model in whose config names no dtype: that of the first floating-point tensor."""
+    first = [name for name in reader.shapes if reader.file_of(name) == reader.files[0]]
+    return next((reader.dtypes[name] for name in first if reader.dtypes[name].is_floating_point), None)

@@ -1,0 +1,26 @@
+"""`ssrctl diagnose`: what updates did, between the steps of a run or between checkpoints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ssrctl.configs import DiagnoseConfig
+from ssrctl.stages.diagnose.checkpoints import diagnose_checkpoints
+from ssrctl.stages.diagnose.steps import diagnose_steps
+
+
+def run(config: DiagnoseConfig) -> dict[str, Any]:
+    """Measure, write ``report.json``, ``report.html`` and ``tables/``, and show the tables on stdout (unless ``--json``).
+
+    Returns:
+        The report, as in report.json; under ``--dry-run`` the plan.
+
+    Raises:
+        UserError: nothing to measure, or inputs that do not fit each other.
+        CheckFailed: the report is written, and something that was asserted does not hold.
+    """
+    if config.intervene is not None:
+        from ssrctl.stages.diagnose.intervene import run_intervene
+
+        return run_intervene(config)
+    return diagnose_steps(config) if config.jaccard else diagnose_checkpoints(config)

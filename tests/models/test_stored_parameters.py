@@ -1,0 +1,188 @@
+"""The parameters of a checkpoint on disk are those that transformers makes of it: names, dtypes and every bit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
+
+from ssrctl.errors import UserError
+from ssrctl.io.checkpoint_reader import TensorReader
+from ssrctl.io.fingerprint import RunningFingerprint, fingerprint
+from ssrctl.models import tiny_reasoner
+from ssrctl.models.stored_parameters import StoredParameters, stored_parameters
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}  # fmt: skip
+WEIGHTS = "model.safetensors"
+
+
+def llama(tied: bool = True) -> LlamaForCausalLM:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=tied))
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+    save_file(change(load_file(folder / WEIGHTS)), folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def reconfigure(folder: Path, **settings: object) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | settings
+    path.write_text(json.dumps({key: value for key, value in config.items() if value != "absent"}))
+
+
+def sharded(folder: Path) -> None:
+    llama().bfloat16().save_pretrained(folder, max_shard_size="3KB")
+    assert len(list(folder.glob("*.safetensors"))) > 2
+
+
+def untied(folder: Path) -> None:
+    llama(tied=False).save_pretrained(folder)
+
+
+def untied_and_equal(folder: Path) -> None:
+    model = llama(tied=False)
+    model.lm_head.weight.data.copy_(model.model.embed_tokens.weight.data)
+    model.save_pretrained(folder)
+
+
+def tied_and_stored(folder: Path) -> None:
+    llama().save_pretrained(folder)
+    rewrite(folder, lambda tensors: tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()})
+
+
+def tied_and_stored_apart(folder: Path) -> None:
+    llama().save_pretrained(folder)
+    rewrite(folder, lambda tensors: tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1})
+
+
+def rounded_on_loading(folder: Path) -> None:
+    llama().save_pretrained(folder)
+    reconfigure(folder, dtype="bfloat16")
+
+
+def without_dtype(folder: Path) -> None:
+    llama().bfloat16().save_pretrained(folder)
+    reconfigure(folder, dtype="absent")
+
+
+def mixed_without_dtype(folder: Path) -> None:
+    llama().save_pretrained(folder)
+    reconfigure(folder, dtype=None)
+    rewrite(folder, lambda tensors: tensors | {min(tensors): tensors[min(tensors)].bfloat16()})
+
+
+def gpt2(folder: Path) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        settings = GPT2Config(
+            n_layer=2, n_embd=16, n_head=2, vocab_size=50, n_positions=20, bos_token_id=0, eos_token_id=0
+        )
+        GPT2LMHeadModel(settings).save_pretrained(folder)
+
+
+def gpt2_of_the_hub(folder: Path) -> None:
+    """Names without the model's prefix, and causal masks beside the weights."""
+    gpt2(folder)
+    masks = {f"h.{layer}.attn.bias": torch.ones(1, 1, 20, 20).tril() for layer in range(2)}
+    rewrite(folder, lambda tensors: {name.removeprefix("transformer."): one for name, one in tensors.items()} | masks)
+
+
+CHECKPOINTS = [
+    sharded, untied, untied_and_equal, tied_and_stored, tied_and_stored_apart, rounded_on_loading, without_dtype,
+    mixed_without_dtype, gpt2, gpt2_of_the_hub,
+]  # fmt: skip
+
+
+def digest(stored: StoredParameters) -> str:
+    running = RunningFingerprint()
+    for name in stored.names:
+        running.begin(name, stored.dtype_of(name), stored.shapes[name])
+        for piece in stored.pieces(name):
+            running.update(piece)
+    return running.digest()
+
+
+def check(folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    expected = dict(model.named_parameters())
+    with TensorReader(folder) as reader:
+        stored = stored_parameters(reader)
+        assert stored.names == sorted(expected) and stored.notes == []
+        for name, parameter in expected.items():
+            assert stored.dtype_of(name) == parameter.dtype and stored.shapes[name] == tuple(parameter.shape)
+            assert torch.equal(stored.tensor(name), parameter)
+        assert digest(stored) == fingerprint(expected.items())
+
+
+@pytest.mark.parametrize("make", CHECKPOINTS, ids=lambda make: make.__name__)
+def test_the_parameters_are_those_of_the_loaded_model(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    make(tmp_path)
+    check(tmp_path)
+
+
+def test_the_bundled_model() -> None:
+    check(tiny_reasoner.path())
+
+
+@pytest.mark.parametrize("make", [tied_and_stored, gpt2_of_the_hub], ids=lambda make: make.__name__)
+def test_without_a_config_everything_but_copies_and_constants_is_taken(
+    tmp_path: Path, make: Callable[[Path], None]
+) -> None:
+    make(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with TensorReader(tmp_path / WEIGHTS) as reader:
+        stored = stored_parameters(reader)
+        if make is tied_and_stored:
+            left_out = {"lm_head.weight"}
+            note = "lm_head.weight is stored as a copy of model.embed_tokens.weight (tied) and was counted once."
+        else:
+            left_out = {"h.0.attn.bias", "h.1.attn.bias"}
+            note = "2 tensors that are no weights (constants, codes) left out."
+        assert stored.names == sorted(reader.shapes.keys() - left_out) and stored.notes == [note]
+        assert stored.dtype is None
+
+
+def test_a_config_of_an_unknown_model_counts_as_none(tmp_path: Path) -> None:
+    untied(tmp_path)
+    for broken in ({"model_type": "unheard_of"}, {"model_type": "absent", "architectures": None}):
+        reconfigure(tmp_path, **broken)
+        with TensorReader(tmp_path) as reader:
+            assert stored_parameters(reader).names == sorted(reader.shapes)
+    (tmp_path / "config.json").write_text("{")
+    with TensorReader(tmp_path) as reader:
+        assert stored_parameters(reader).names == sorted(reader.shapes)
+
+
+def test_weights_that_do_not_fit_their_config_are_refused(tmp_path: Path) -> None:
+    untied(tmp_path)
+    reconfigure(tmp_path, intermediate_size=25)
+    with TensorReader(tmp_path) as reader, pytest.raises(UserError) as caught:
+        stored_parameters(reader)
+    assert "6 of the model's 21 parameters are not stored as it has them" in caught.value.message
+    assert "down_proj.weight: [16, 25] in the model, [16, 24] in the file" in caught.value.message
+
+
+def test_experts_that_are_fused_on_loading_are_refused(tmp_path: Path) -> None:
+    MixtralForCausalLM(MixtralConfig(**SMALL, num_local_experts=2)).save_pretrained(tmp_path)
+    with TensorReader(tmp_path) as reader, pytest.raises(UserError, match="fused experts") as caught:
+        stored_parameters(reader)
+    assert "experts.down_proj: [2, 16, 24] in the model, absent in the file" in caught.value.message
