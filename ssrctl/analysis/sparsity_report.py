@@ -91,11 +91,15 @@ def headlines(numbers: Mapping[str, Any], atol: float) -> list[str]:
         )
     kinds = [kind for kind in numbers["kinds"] if kind["numel"]]
     if len(kinds) > 1:
-        most = min(kinds, key=lambda kind: kind["sparsity"])
-        least = max(kinds, key=lambda kind: kind["sparsity"])
+        # Small changes may all lie within the tolerance; then the stored bits tell the kinds apart.
+        which, words = ("bit_equal_frac", "unchanged bit for bit")
+        if total["num_changed"]:
+            which, words = "sparsity", "sparsity"
+        most = min(kinds, key=lambda kind: kind[which])
+        least = max(kinds, key=lambda kind: kind[which])
         lines.append(
-            f"Most changed: {most['kind']} (sparsity {percent(most['sparsity'])}); least: {least['kind']} "
-            f"({percent(least['sparsity'])})."
+            f"Most changed: {most['kind']} ({words} {percent(most[which])}); least: {least['kind']} "
+            f"({percent(least[which])})."
         )
     return lines
 

@@ -46,7 +46,7 @@ class DiagnoseConfig(CommonConfig):
     """Relative tolerance of the bf16-aware rule (Zhu et al. 2025, definition 2.1)."""
 
     rule: Literal["bits", "atol", "bf16"] = "bits"
-    """What counts as changed in overlaps, landing, time and audit: any stored bit, more than --atol, or more than
+    """What counts as changed in overlaps, landing and time: any stored bit, more than --atol, or more than
     --eta by the bf16-aware rule. Sparsity is reported by all three."""
 
     k: int | None = None

@@ -3,6 +3,7 @@
 ::
 
     run/ config.yaml  manifest.json  metrics.jsonl  rollouts/000123.jsonl  masks/000123.safetensors
+         gradients/000123.safetensors
          checkpoints/000200/ delta.safetensors  optimizer.safetensors  state.json  COMPLETE
 """
 
@@ -90,7 +91,7 @@ class RunDir:
         if self.metrics.is_file() and self.metrics.stat().st_size:
             rows = [row for _, row in read_jsonl(self.metrics, on_torn=lambda message: None) if row["step"] <= step]
             write_jsonl(self.metrics, rows)
-        for folder, suffix in (("rollouts", ".jsonl"), ("masks", ".safetensors")):
+        for folder, suffix in (("rollouts", ".jsonl"), ("masks", ".safetensors"), ("gradients", ".safetensors")):
             for number, file in self._numbered(folder, suffix):
                 if number > step:
                     file.unlink()

@@ -93,7 +93,13 @@ def load_model(config: ModelConfig, *, bytes_per_parameter: float = 0.0) -> Load
     )
     dtype = model.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     try:
-        model = model.to(device=device, dtype=dtype).eval()
+        # Only what the checkpoint stores: computed buffers, rotary frequencies above all, stay in float32, as
+        # transformers keeps them.
+        stored = model.state_dict().keys()
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if name in stored and tensor.is_floating_point():
+                tensor.data = tensor.data.to(dtype)
+        model = model.to(device=device).eval()
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"{config.model} does not fit on {device}: {_first_line(error)}", "use --dtype bfloat16 or another --device"

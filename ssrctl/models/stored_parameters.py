@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssrctl.analysis.document import times
@@ -64,12 +65,17 @@ def stored_parameters(reader: TensorReader) -> StoredParameters:
     head that is a bit for bit copy of the embedding.
 
     Raises:
-        UserError: parameters that are not stored under their names, or in other shapes.
+        UserError: no weights, or parameters that are not stored under their names, or in other shapes.
     """
-    made = _described(reader)
-    if made is None:
-        return _as_stored(reader)
-    shapes, tied = made
+    if not (reader.folder / CONFIG).is_file():
+        return _as_stored(reader, [])
+    try:
+        model = _empty_model(reader.folder)
+    except Exception as error:  # whatever a foreign config makes transformers raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return _as_stored(reader, [f"Tensors were taken as stored, as transformers cannot use {CONFIG}: {reason}"])
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    tied = [name for name, _ in model.named_parameters(remove_duplicate=False) if name not in shapes]
     reader.align(shapes)
     # Tied by the config, yet stored with values of its own: transformers leaves it untied.
     untied = {name for name in tied if name in reader.shapes and name not in tied_copies(reader, shapes)}
@@ -87,41 +93,30 @@ def stored_parameters(reader: TensorReader) -> StoredParameters:
     return StoredParameters(reader, sorted(shapes.keys() | untied), dtype)
 
 
-def _as_stored(reader: TensorReader) -> StoredParameters:
+def _as_stored(reader: TensorReader, notes: list[str]) -> StoredParameters:
     """Everything in the file but tied copies, constants, and what holds no floating-point numbers."""
     constants = same_constants(reader, reader, reader.shapes)  # a file compared with itself: all that it has
     weights = [name for name in reader.shapes if name not in constants and reader.dtypes[name].is_floating_point]
+    if not weights:
+        raise UserError(f"{reader.label} holds no floating-point weights", "give a model that is not quantised")
     heads = {name for name in weights if name == "lm_head.weight" or name.endswith(".lm_head.weight")}
     copies = tied_copies(reader, [name for name in weights if name not in heads])
-    notes = [f"{head} is stored as a copy of {one} (tied) and was counted once." for head, one in copies.items()]
+    notes = notes + [
+        f"{head} is stored as a copy of {one} (tied) and was counted once." for head, one in copies.items()
+    ]
     if left_out := len(reader.shapes) - len(weights):
         notes.append(f"{times(left_out, 'tensor')} that are no weights (constants, codes) left out.")
     return StoredParameters(reader, [name for name in weights if name not in copies], None, notes)
 
 
-def _described(reader: TensorReader) -> tuple[dict[str, tuple[int, ...]], list[str]] | None:
-    """(shapes of the parameters, further names of tied ones) of the model that config.json describes, if any does."""
-    if not (reader.folder / CONFIG).is_file():
-        return None
-    model = _empty_model(reader)
-    if model is None:
-        return None
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    everything = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    return shapes, [name for name in everything if name not in shapes]
-
-
-def _empty_model(reader: TensorReader) -> Any:
-    """The model without memory for its weights; None where transformers cannot make it without code of its own."""
+def _empty_model(folder: Path) -> Any:
+    """The model that config.json describes, without memory for its weights and without running code of its own."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    try:
-        config = AutoConfig.from_pretrained(str(reader.folder), trust_remote_code=False)
-        with torch.device("meta"):  # accelerate's init_empty_weights would untie
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError):
-        return None
+    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    with torch.device("meta"):  # accelerate's init_empty_weights would untie
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def _first_floating(reader: TensorReader) -> torch.dtype | None:

@@ -226,10 +226,3 @@ def _compared(one: SeenUnit, other: SeenUnit) -> tuple[SignConflict, SignConflic
     if one.top is not None and other.top is not None:
         inside = sign_conflict(one.dense, other.dense, union_indices(one.top, other.top))
     return sign_conflict(one.dense, other.dense), inside
-
-
-def frozen_coordinates(protected: BlockMask | None, mask: BlockMask | None) -> BlockMask | None:
-    """What never changes: the protected coordinates, and with a mask all that is not in it."""
-    if mask is None:
-        return protected
-    return ~mask if protected is None else ~mask | protected

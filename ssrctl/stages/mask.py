@@ -206,7 +206,7 @@ def run_union(config: MaskUnionConfig) -> dict[str, Any]:
 
 def run_intersect(config: MaskIntersectConfig) -> dict[str, Any]:
     """Write what is in all of several masks; errors as in ``_combined``."""
-    return _combined(config, "intersect", config.masks, functools.partial(functools.reduce, operator.or_))
+    return _combined(config, "intersect", config.masks, functools.partial(functools.reduce, operator.and_))
 
 
 def run_minus(config: MaskMinusConfig) -> dict[str, Any]:

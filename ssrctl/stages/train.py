@@ -33,8 +33,8 @@ from ssrctl.models.collect import Prompted, prepare_prompts
 from ssrctl.models.gradients import trainable
 from ssrctl.models.loading import LoadedModel, describe_model, load_model
 from ssrctl.models.training_step import NonFiniteBatch, StepResult, TrainingStep
-from ssrctl.models.unit_observer import UnitObserver, frozen_coordinates
-from ssrctl.models.updaters import make_updater, updater_kind
+from ssrctl.models.unit_observer import UnitObserver
+from ssrctl.models.updaters import frozen_coordinates, make_updater, updater_kind
 from ssrctl.text.prompts import load_template
 
 # Settings that may differ between a run and its continuation without changing what it computes.
@@ -264,7 +264,7 @@ class Trainer:
             "changed_frac": changed / self.training_step.num_coordinates,
         }
         console.note(
-            f"done: {self.step} steps, {summary['changed_frac']:.1%} of the weights changed; run directory: "
+            f"done: {self.step} steps, {summary['changed_frac']:.1%} of the weights updated; run directory: "
             f"{self.run_dir.path}"
         )
         return summary

@@ -281,7 +281,7 @@ def test_the_report_has_every_rule_and_the_movers() -> None:
         names[0]: compare_pieces([base], [tuned], movers=top, name=names[0]),
         names[1]: compare_tensors(base, base),
     }
-    numbers = sparsity_numbers(changes, top, {name: (10, 20) for name in names})
+    numbers = sparsity_numbers(changes, top, dict.fromkeys(names, (10, 20)))
     assert [numbers["total"][key] for key in ("sparsity_1e-08", "sparsity_1e-07", "sparsity_1e-06", "sparsity_1e-05")] == [
         395 / 400, 395 / 400, 395 / 400, 398 / 400,
     ]  # fmt: skip

@@ -161,15 +161,26 @@ def test_without_a_config_everything_but_copies_and_constants_is_taken(
         assert stored.dtype is None
 
 
-def test_a_config_of_an_unknown_model_counts_as_none(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "broken",
+    [{"model_type": "unheard_of"}, {"model_type": "absent"}, {"hidden_size": "wide"}, {"num_attention_heads": 0}],
+)
+def test_a_config_that_is_of_no_use_is_said(tmp_path: Path, broken: dict[str, Any]) -> None:
     untied(tmp_path)
-    for broken in ({"model_type": "unheard_of"}, {"model_type": "absent", "architectures": None}):
-        reconfigure(tmp_path, **broken)
-        with TensorReader(tmp_path) as reader:
-            assert stored_parameters(reader).names == sorted(reader.shapes)
-    (tmp_path / "config.json").write_text("{")
+    reconfigure(tmp_path, architectures=None, **broken)
+    with TensorReader(tmp_path) as reader:
+        stored = stored_parameters(reader)
+        assert stored.names == sorted(reader.shapes)
+        assert len(stored.notes) == 1 and "taken as stored, as transformers cannot use config.json: " in stored.notes[0]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "3", "", "\0"])
+def test_a_config_that_is_none_is_said(tmp_path: Path, text: str) -> None:
+    untied(tmp_path)
+    (tmp_path / "config.json").write_text(text)
     with TensorReader(tmp_path) as reader:
         assert stored_parameters(reader).names == sorted(reader.shapes)
+        assert "cannot use config.json: " in stored_parameters(reader).notes[0]
 
 
 def test_weights_that_do_not_fit_their_config_are_refused(tmp_path: Path) -> None:
@@ -186,3 +197,9 @@ def test_experts_that_are_fused_on_loading_are_refused(tmp_path: Path) -> None:
     with TensorReader(tmp_path) as reader, pytest.raises(UserError, match="fused experts") as caught:
         stored_parameters(reader)
     assert "experts.down_proj: [2, 16, 24] in the model, absent in the file" in caught.value.message
+
+
+def test_a_file_without_weights_is_refused(tmp_path: Path) -> None:
+    save_file({"codes": torch.arange(3)}, tmp_path / "codes.safetensors")
+    with TensorReader(tmp_path / "codes.safetensors") as reader, pytest.raises(UserError, match="no floating-point"):
+        stored_parameters(reader)

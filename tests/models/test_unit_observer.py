@@ -13,8 +13,8 @@ from ssrctl.core.mask import BlockMask
 from ssrctl.core.units import Unit
 from ssrctl.io.mask_log import CONFLICTS
 from ssrctl.models.gradients import UnitGradient
-from ssrctl.models.unit_observer import QuestionView, UnitObserver, Wanted, frozen_coordinates
-from ssrctl.models.updaters import make_updater
+from ssrctl.models.unit_observer import QuestionView, UnitObserver, Wanted
+from ssrctl.models.updaters import frozen_coordinates, make_updater
 
 SHAPES = {"w": (6, 10), "v": (20,)}
 EVERYTHING = Wanted(sets=True, conflict=True, sketch=True)

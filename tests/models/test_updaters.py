@@ -14,7 +14,6 @@ from ssrctl.core.units import Unit
 from ssrctl.models.gradients import UnitGradient
 from ssrctl.models.updaters import make_updater
 from ssrctl.models.updaters.adamw import AdamWUpdater
-from ssrctl.models.updaters.cosine import cosine_matrix
 from ssrctl.models.updaters.kronos import KronosUpdater
 
 SHAPES = {"w": (6, 10), "v": (20,), "s": ()}
@@ -272,28 +271,3 @@ def test_adamw_without_a_question_changes_nothing():
     updater = AdamWUpdater(list(named.items()), TrainConfig(optimizer="adamw", weight_decay=0.1), None)
     assert updater.step() == {"grad_norm": 0.0, "clip_scale": 1.0, "updated_frac": 0.0}
     assert bits(named) == start
-
-
-def test_cosines_are_those_of_the_whole_gradients():
-    made = dense(3, 3)
-    del made[1]["v"]
-    flat = [torch.cat([g.get(n, torch.zeros(SHAPES[n])).double().flatten() for n in SHAPES]) for g in made]
-    found = cosine_matrix(made)
-    for i, j in itertools.product(range(3), repeat=2):
-        expected = float(flat[i] @ flat[j] / (flat[i].norm() * flat[j].norm()))
-        assert found[i][j] == pytest.approx(expected, abs=1e-12)
-    assert found[0][0] == pytest.approx(1.0, abs=1e-15)
-
-
-def test_cosine_with_a_zero_gradient_is_zero():
-    assert cosine_matrix([{"w": torch.zeros(3)}, {"w": torch.ones(3)}]) == [[0.0, 0.0], [0.0, 1.0]]
-    assert cosine_matrix([]) == []
-
-
-def test_kronos_logs_cosines_of_gradients_before_masking():
-    named = parameters()
-    updater = KronosUpdater(list(named.items()), TrainConfig(), None)
-    made = updater.add_question(gradients(updater, named, 5, [0.01, 0.01]), with_cosine=True)
-    expected = cosine_matrix(dense(5, 2))
-    assert made.cosine == expected
-    assert updater.add_question(gradients(updater, named, 5, [0.01])).cosine is None

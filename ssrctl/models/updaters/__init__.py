@@ -13,7 +13,7 @@ from ssrctl.models.updaters.base import QuestionUpdate, Updater
 from ssrctl.models.updaters.kronos import KronosUpdater
 from ssrctl.models.updaters.masked import MaskedAdamWUpdater
 
-__all__ = ["QuestionUpdate", "Updater", "make_updater", "updater_kind"]
+__all__ = ["QuestionUpdate", "Updater", "frozen_coordinates", "make_updater", "updater_kind"]
 
 
 def updater_kind(config: TrainConfig) -> type[KronosUpdater] | type[AdamWUpdater] | type[MaskedAdamWUpdater]:
@@ -37,7 +37,11 @@ def make_updater(
         protected: coordinates that never change.
         mask: the only coordinates that may change; None allows all.
     """
-    frozen = protected
-    if mask is not None:
-        frozen = ~mask if protected is None else ~mask | protected
-    return updater_kind(config)(parameters, config, frozen)
+    return updater_kind(config)(parameters, config, frozen_coordinates(protected, mask))
+
+
+def frozen_coordinates(protected: BlockMask | None, mask: BlockMask | None) -> BlockMask | None:
+    """What never changes: the protected coordinates, and with a mask all that is not in it."""
+    if mask is None:
+        return protected
+    return ~mask if protected is None else ~mask | protected

@@ -25,13 +25,11 @@ class QuestionUpdate:
         gradients: loss and clip counts of each unit, in order.
         kept: per unit, what it keeps of its gradient; empty for dense updates.
         granted: per unit, the budget in coordinates.
-        cosine: ``[units][units]`` cosines between dense gradients before masking, float64, when asked for.
     """
 
     gradients: list[UnitGradient] = field(default_factory=list)
     kept: list[KeptUnit] = field(default_factory=list)
     granted: list[int] = field(default_factory=list)
-    cosine: list[list[float]] | None = None
 
 
 class Updater(Protocol):
@@ -49,7 +47,7 @@ class Updater(Protocol):
     def before_unit(self, unit: Unit) -> None:
         """Told of each unit before its backward pass."""
 
-    def add_question(self, gradients: Iterator[UnitGradient], *, with_cosine: bool = False) -> QuestionUpdate:
+    def add_question(self, gradients: Iterator[UnitGradient]) -> QuestionUpdate:
         """Take in one question; on an exception nothing of it is kept."""
 
     def step(self) -> dict[str, float | None]:

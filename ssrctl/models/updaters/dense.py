@@ -35,7 +35,7 @@ class DenseGradients:
     def before_unit(self, unit: Unit) -> None:
         """Nothing to prepare."""
 
-    def add_question(self, gradients: Iterator[UnitGradient], *, with_cosine: bool = False) -> QuestionUpdate:
+    def add_question(self, gradients: Iterator[UnitGradient]) -> QuestionUpdate:
         update = QuestionUpdate()
         found: dict[str, Tensor] = {}
         try:

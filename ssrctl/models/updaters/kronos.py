@@ -15,7 +15,6 @@ from ssrctl.core.mask import BlockMask
 from ssrctl.core.units import Unit
 from ssrctl.models.gradients import UnitGradient
 from ssrctl.models.updaters.base import Changes, QuestionUpdate, joined, load_state_tensors, state_tensors
-from ssrctl.models.updaters.cosine import cosine_matrix
 
 
 class KronosUpdater:
@@ -70,14 +69,11 @@ class KronosUpdater:
         """Grant the unit its budget; scope ``tensor`` selects while the backward pass runs."""
         self.optimizer.begin_unit(coordinates(unit.budget, self.optimizer.num_unprotected))
 
-    def add_question(self, gradients: Iterator[UnitGradient], *, with_cosine: bool = False) -> QuestionUpdate:
+    def add_question(self, gradients: Iterator[UnitGradient]) -> QuestionUpdate:
         update = QuestionUpdate()
-        dense: list[dict[str, Tensor]] = []
         self.optimizer.begin_question()
         try:
             for made in gradients:
-                if with_cosine:
-                    dense.append({n: p.grad.clone() for n, p in self.optimizer.named.items() if p.grad is not None})
                 self.optimizer.claim()
                 update.granted.append(coordinates(made.unit.budget, self.optimizer.num_unprotected))
                 update.gradients.append(made)
@@ -85,8 +81,6 @@ class KronosUpdater:
         except BaseException:
             self.optimizer.abandon_question()
             raise
-        if with_cosine:
-            update.cosine = cosine_matrix(dense)
         return update
 
     def step(self) -> dict[str, float | None]:

@@ -116,7 +116,7 @@ def _sparsity(report: _Report, inputs: Inputs, tuned: Tuned, config: DiagnoseCon
         report.headlines += headlines(numbers, config.atol)
         report.sections += sparsity_sections(numbers, config.atol)
         report.published |= _published_sparsity(numbers["total"])
-    if config.wants("size", default=True):
+    elif config.wants("size", default=True):
         report.sections.append(size_section(numbers))
     return changes
 
@@ -259,9 +259,12 @@ def _audit(report: _Report, inputs: Inputs, config: DiagnoseConfig) -> None:
     for tuned in inputs.tuned if not config.series else inputs.tuned[-1:]:
         numbers = measure.audit(inputs, tuned, config)
         report.numbers.setdefault("audit", []).append({"label": tuned.label} | numbers)
-        report.headlines += audit_report.headlines(numbers)
-        report.sections.append(audit_report.audit_section(numbers))
-        report.failed += failures(numbers, frozen=config.assert_frozen is not None, moved_pattern=config.assert_moved)
+        label = tuned.label if len(inputs.tuned) > 1 else ""
+        before = f"{label}: " if label else ""
+        report.headlines += [before + line for line in audit_report.headlines(numbers)]
+        report.sections.append(audit_report.audit_section(numbers, label))
+        found = failures(numbers, frozen=config.assert_frozen is not None, moved_pattern=config.assert_moved)
+        report.failed += [before + line for line in found]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ssrctl.configs import DiagnoseConfig
 from ssrctl.errors import UserError
 from ssrctl.stages.diagnose.deliver import say, stderr
-from ssrctl.stages.diagnose.inputs import Inputs, Tuned
+from ssrctl.stages.diagnose.inputs import Inputs, Tuned, first_of
 from ssrctl.stages.diagnose.work import changed_rule, each_tensor
 
 if TYPE_CHECKING:
@@ -205,6 +205,8 @@ def audit(inputs: Inputs, tuned: Tuned, config: DiagnoseConfig) -> dict[str, Any
     differs, _ = changed_rule("bits", config.atol, config.eta)
     spikes = [] if path is None else _spikes(path)
     found_spikes: list[dict[str, Any]] = []
+    if unseen := sorted({spike["parameter"] for spike in spikes} - set(inputs.names)):
+        say(f"{len(unseen)} tensors with activation outliers are not compared: {first_of(unseen)}")
 
     def measure(name: str) -> tuple[Any, list[dict[str, Any]]]:
         changed: Tensor = differs(tuned.original(inputs.base, name), tuned.reader.tensor(name))
