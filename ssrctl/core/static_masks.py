@@ -69,8 +69,8 @@ def random_mask(shape: Sequence[int], density: float, seed: int) -> Tensor:
     while True:
         drawn = _coin_flips(numel, wanted, generator)
         missing = wanted - int(drawn.count_nonzero())  # a sum of flags would first copy them as int64
-        if missing >= 0:  # too many: six standard deviations were not enough
-            break
+        if missing >= 0:
+            break  # or else too many came up, which is rare: flip all coins again
     while missing:
         missing -= _draw_more(drawn, missing, generator)
     return (drawn if wanted == count else ~drawn).view(tuple(shape))
