@@ -24,7 +24,7 @@ LASTING = frozenset(
 )
 
 # Reasons that say nothing about the response.
-OUTAGES = frozenset({"timeout", "rate_limit", "connection", "api_error"})
+OUTAGES = frozenset({"timeout", "rate_limit", "connection", "api_error", "bad_request"})
 
 
 class Critic(Protocol):
