@@ -41,6 +41,7 @@ command(app, "critic", configs.CriticConfig, "ssrctl.stages.critic:run")
 command(app, "train", configs.TrainConfig, "ssrctl.stages.train:run")
 command(app, "eval", configs.EvalConfig, "ssrctl.stages.eval:run")
 command(app, "diagnose", configs.DiagnoseConfig, "ssrctl.stages.diagnose:run")
+command(app, "env", configs.EnvConfig, "ssrctl.stages.env:run")
 
 delta = typer.Typer(
     name="delta",

@@ -6,6 +6,7 @@ from ssrctl.configs.common import (
     TINY_DATASET,
     CommonConfig,
     DatasetConfig,
+    EnvConfig,
     ModelConfig,
     SamplingConfig,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "DeltaDiffConfig",
     "DeltaInfoConfig",
     "DiagnoseConfig",
+    "EnvConfig",
     "EvalConfig",
     "MaskComplementConfig",
     "MaskDiffConfig",

@@ -91,6 +91,14 @@ class DatasetConfig:
     """Use only the first so many problems."""
 
 
+@dataclass(kw_only=True)
+class EnvConfig:
+    """Print versions and devices, to paste into a bug report."""
+
+    json: bool = False
+    """Print the result as one json object on stdout."""
+
+
 def check_sampling(config: SamplingConfig) -> None:
     require(config.temperature > 0, "--temperature", "above 0", config.temperature)
     require(0 < config.top_p <= 1, "--top-p", "in (0, 1]", config.top_p)

@@ -30,6 +30,7 @@ COMMANDS = {
     "train": configs.TrainConfig,
     "eval": configs.EvalConfig,
     "diagnose": configs.DiagnoseConfig,
+    "env": configs.EnvConfig,
     "delta diff": configs.DeltaDiffConfig,
     "delta apply": configs.DeltaApplyConfig,
     "delta info": configs.DeltaInfoConfig,
