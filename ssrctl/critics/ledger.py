@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 from dataclasses import asdict, dataclass, field
@@ -69,7 +70,7 @@ class Ledger:
     lines. Lines of earlier runs stay. May be used from several threads.
 
     Args:
-        path: the file, made with its folder if need be; None notes nothing.
+        path: the file, made with its folder if need be; None and the null device note nothing.
 
     Raises:
         UserError: the file cannot be opened for writing.
@@ -79,7 +80,7 @@ class Ledger:
         self.path = None if path is None else Path(path)
         self._lock = threading.Lock()
         self._log: JsonlLog | None = None
-        if self.path is not None:
+        if self.path is not None and str(self.path) != os.devnull:  # which cannot be forced onto a disk
             try:
                 self._log = JsonlLog(self.path)
             except OSError as error:

@@ -42,7 +42,13 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
+        try:
+            yield temporary
+        except OSError as error:
+            if error.filename is not None:
+                raise
+            # A full disk, above all, which the system reports without a name.
+            raise UserError(f"cannot write {target}: {error.strerror}", "make room or name another place") from error
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         # mkstemp and safetensors both make files that only the owner reads; outputs get the usual mode.

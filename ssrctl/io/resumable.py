@@ -7,6 +7,7 @@ files hold already, if it was made under the same identity from the same input.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -41,6 +42,9 @@ class ResumableOutput:
 
     Raises:
         UserError: ``OUT.partial`` holds rows that were made under another identity.
+
+    Attributes:
+        num_others: rows of ``OUT`` that were made under another identity; ``finish`` replaces them.
     """
 
     def __init__(
@@ -59,6 +63,7 @@ class ResumableOutput:
         self._places: list[_Place | None] = []
         self._reused: list[_Place] = []
         self._earlier: dict[bytes, _Place] = {}
+        self.num_others = 0
         # The newest row of an input counts: those of the partial file come later than those of the finished one.
         for file, must_match in ((self.path, False), (self.partial, True)):
             if file.is_file() and file.stat().st_size:
@@ -74,18 +79,28 @@ class ResumableOutput:
         return None if earlier is not None else len(self._places) - 1
 
     def add(self, position: int, row: dict[str, Any]) -> None:
-        """Store the finished row of ``position``; it survives a kill from now on."""
-        if self._log is None:
-            self._log = JsonlLog(self.partial)
+        """Store the finished row of ``position``; it survives a kill from now on.
+
+        Raises:
+            UserError: it cannot be written, on a full disk for instance.
+        """
         assert self._places[position] is None
-        offset = self._log.path.stat().st_size
-        self._log.append(row | {self._field: self._identity})
+        with _writing(self.partial):
+            if self._log is None:
+                self._log = JsonlLog(self.partial)
+            offset = self._log.path.stat().st_size
+            self._log.append(row | {self._field: self._identity})
         self._places[position] = _Place(self.partial, offset)
 
     @property
     def num_done(self) -> int:
         """Positions whose row is there."""
         return sum(place is not None for place in self._places)
+
+    @property
+    def num_unused(self) -> int:
+        """Earlier rows whose input was not reserved so far; ``finish`` leaves them out."""
+        return len(set(self._earlier.values()) - set(self._reused))
 
     def earlier_rows(self) -> Iterator[dict[str, Any]]:
         """The rows that earlier runs made."""
@@ -106,19 +121,24 @@ class ResumableOutput:
                 stream.close()
 
     def finish(self) -> None:
-        """Write the finished file, in the order of the input, and remove the partial one."""
+        """Write the finished file, in the order of the input, and remove the partial one.
+
+        Raises:
+            UserError: it cannot be written; the partial one stays.
+        """
         assert None not in self._places
         self.close()
-        with whole_file(self.path) as temporary, temporary.open("w", encoding="utf-8") as stream:
+        with _writing(self.path), whole_file(self.path) as temporary, temporary.open("w", encoding="utf-8") as stream:
             for row in self._rows(self._places):
                 stream.write(dump_line(row))
         self.partial.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Leave what is done in the partial file."""
-        if self._log is not None:
-            self._log.close()
-            self._log = None
+        log, self._log = self._log, None
+        if log is not None:
+            with _writing(self.partial):
+                log.close()
 
     def _read_earlier(self, file: Path, is_done: Callable[[dict[str, Any]], bool], must_match: bool) -> None:
         offset = 0
@@ -138,6 +158,7 @@ class ResumableOutput:
                             f"now {self._identity!r})",
                             f"finish that run with its settings, or remove {file.name}",
                         )
+                    self.num_others += row.get(self._field) is not None
                     continue
                 if is_done(row):
                     self._earlier[self._input_key(row)] = _Place(file, start)
@@ -146,3 +167,14 @@ class ResumableOutput:
         given = {key: value for key, value in row.items() if key not in self._made_fields}
         text = json.dumps(given, sort_keys=True, ensure_ascii=True)
         return hashlib.sha256(text.encode("ascii")).digest()
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turn what the operating system has against writing ``path`` into an error that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror}", "make room, and run the same command again: it goes on from here"
+        ) from error

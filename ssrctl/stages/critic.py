@@ -146,6 +146,11 @@ def _resumable(config: CriticConfig, critic: Critic, identity: str, work: _Work,
     """Each row is kept as soon as it is scored; what earlier runs scored is not asked for again."""
     positions: dict[int, int] = {}
     with contextlib.closing(_output(config, identity)) as output:
+        if output.num_others:
+            console.warn(
+                f"{config.output} holds {output.num_others} responses scored with other settings; "
+                "they are replaced when this run is done"
+            )
 
         def unscored() -> Iterator[Rollout]:
             for rollout in _read(config, torn):
@@ -160,13 +165,16 @@ def _resumable(config: CriticConfig, critic: Critic, identity: str, work: _Work,
         try:
             for rollout, scores in critic.stream(unscored()):
                 output.add(positions.pop(id(rollout)), work.finish((rollout, scores)))
+            for row in output.earlier_rows():
+                work.tally.add(Rollout.from_dict(row, where=config.output))
+            unused = output.num_unused
+            output.finish()
         except BaseException:
             if output.partial.is_file():
                 console.note(f"{output.num_done} responses are scored and kept in {output.partial}")
             raise
-        for row in output.earlier_rows():
-            work.tally.add(Rollout.from_dict(row, where=config.output))
-        output.finish()
+        if unused:
+            console.warn(f"{unused} scored responses that {config.output} held are not in this input and were left out")
 
 
 def _output(config: CriticConfig, identity: str) -> ResumableOutput:

@@ -148,6 +148,41 @@ def numbers_of(messages):
     return int(re.search(r"\((\d+)\+1\)\*2", messages[-1]["content"]).group(1))
 
 
+def test_a_full_disk_names_the_file_and_loses_nothing(tmp_path, no_waits, capsys):
+    source, target = write_traces(tmp_path / "steps.jsonl", 30), tmp_path / "scored.jsonl"
+    partial = tmp_path / "scored.jsonl.partial"
+    more = ["--no-cache", "--ledger", os.devnull]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with FaultServer() as server:
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
+            assert main(words(server, source, target, *more)) == 2
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        stored = len(rows_of_torn(partial))
+        error = capsys.readouterr().err
+        assert f"cannot write {partial}: File too large" in error and f"{stored} responses are scored and kept" in error
+        sent = server.counts.total()
+        assert 0 < stored < 30 and not target.exists()
+        assert main(words(server, source, target, *more)) == 0
+        assert server.counts.total() - sent == 30 - stored
+    assert len(rows_of(target)) == 30 and not check(rows_of(target)) and not partial.exists()
+
+
+def test_scores_about_to_be_replaced_are_told(tmp_path, no_waits, capsys):
+    source, target = write_traces(tmp_path / "steps.jsonl", 5), tmp_path / "scored.jsonl"
+    with FaultServer() as server:
+        assert main(words(server, source, target)) == 0
+        assert "warning" not in capsys.readouterr().err
+        assert main(words(server, source, target, "--limit", "2")) == 0
+        assert f"3 scored responses that {target} held are not in this input" in capsys.readouterr().err
+        assert main(words(server, source, target, "--per-step")) == 0
+        assert "holds 2 responses scored with other settings" in capsys.readouterr().err
+        assert main(words(server, target, target, "--per-step")) == 0
+        assert "warning" not in capsys.readouterr().err
+    assert len(rows_of(target)) == 5
+
+
 def test_ctrl_c_keeps_what_is_done(tmp_path):
     source, target = write_traces(tmp_path / "steps.jsonl", 60), tmp_path / "scored.jsonl"
     with FaultServer(faults={"stall": 0.3}, seed=4) as server:
