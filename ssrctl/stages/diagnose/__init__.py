@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ssrctl.configs import DiagnoseConfig
+from ssrctl.errors import UserError
 from ssrctl.stages.diagnose.checkpoints import diagnose_checkpoints
 from ssrctl.stages.diagnose.steps import diagnose_steps
 
@@ -19,8 +20,21 @@ def run(config: DiagnoseConfig) -> dict[str, Any]:
         UserError: nothing to measure, or inputs that do not fit each other.
         CheckFailed: the report is written, and something that was asserted does not hold.
     """
+    _refuse_without_effect(config)
     if config.intervene is not None:
         from ssrctl.stages.diagnose.intervene import run_intervene
 
         return run_intervene(config)
     return diagnose_steps(config) if config.jaccard else diagnose_checkpoints(config)
+
+
+def _refuse_without_effect(config: DiagnoseConfig) -> None:
+    """An assertion that nothing looks at would pass whatever the weights are."""
+    mode = "--jaccard" if config.jaccard else "--intervene" if config.intervene is not None else None
+    if mode is None:
+        return
+    names = ["series", "measures", "protect", "assert_frozen", "assert_moved"] + ["layers"] * config.jaccard
+    for name in names:
+        if getattr(config, name):
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} has no effect with {mode}", f"leave out {flag}, or compare checkpoints with it")

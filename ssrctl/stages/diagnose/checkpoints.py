@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ssrctl
 from ssrctl.analysis.document import Document, Section, Table, number, percent, text_safe
@@ -14,6 +14,9 @@ from ssrctl.errors import CheckFailed, UserError
 from ssrctl.stages.diagnose import measure
 from ssrctl.stages.diagnose.deliver import deliver, show_plan
 from ssrctl.stages.diagnose.inputs import Inputs, Tuned, checkpoints_of, is_run, open_inputs
+
+if TYPE_CHECKING:
+    from ssrctl.core.mask import BlockMask
 
 _DEFAULT_FOLDER = Path("diagnose")
 
@@ -40,8 +43,12 @@ def diagnose_checkpoints(config: DiagnoseConfig) -> dict[str, Any]:
     base, paths, run = _what(config)
     output = config.output_dir or run or _DEFAULT_FOLDER
     series = config.series or run is not None
+    _check_measures(config, len(paths), series=series, of_run=run is not None)
+    if output.exists() and not output.is_dir():  # said now, not when everything is measured
+        raise UserError(f"{output} is a file", "name a folder for the report")
     with contextlib.ExitStack() as stack:
         inputs = open_inputs(stack, base, paths, config)
+        mask = measure.protected_weights(inputs, config)  # before anything slow
         if config.dry_run:
             return show_plan(config, _files(inputs, paths), output)
         report = _Report(notes=inputs.notes)
@@ -51,7 +58,7 @@ def diagnose_checkpoints(config: DiagnoseConfig) -> dict[str, Any]:
             _several(report, inputs, config)
         else:
             _pair(report, inputs, inputs.tuned[0], config)
-        _audit(report, inputs, config)
+        _audit(report, inputs, inputs.tuned[-1:] if series else inputs.tuned, mask, config)
         document = _document(report, inputs, config)
     kind = "run-over-time" if series else "checkpoint-difference" if len(inputs.tuned) == 1 else "several-checkpoints"
     made = deliver(config, _json(report, kind, inputs, config), document, output)
@@ -72,6 +79,20 @@ def _what(config: DiagnoseConfig) -> tuple[Path, list[Path], Path | None]:
         )
     base, checkpoints = checkpoints_of(run)
     return base, checkpoints, run
+
+
+def _check_measures(config: DiagnoseConfig, num_tuned: int, *, series: bool, of_run: bool) -> None:
+    """Refuse a measure that was asked for by name and that these paths cannot give."""
+    if config.measures is not None and not config.measures.strip():
+        raise UserError("--measures names no measure", "leave it out for all of them")
+    needs = {
+        "overlap": (num_tuned > 1 and not series, "two or more checkpoints of one base, not in a series"),
+        "time": (series, "--series, or a run"),
+        "gradients": (of_run, "a run that was trained with --log-gradients"),
+    }
+    for name, (possible, need) in needs.items():
+        if config.wants(name, default=False) and not possible:
+            raise UserError(f"--measures {name} cannot be taken of these paths", f"it needs {need}")
 
 
 def _files(inputs: Inputs, paths: list[Path]) -> list[Path]:
@@ -250,14 +271,17 @@ def _gradients(report: _Report, run: Path, *, asked: bool) -> None:
         report.sections.append(section)
 
 
-def _audit(report: _Report, inputs: Inputs, config: DiagnoseConfig) -> None:
+def _audit(
+    report: _Report, inputs: Inputs, audited: list[Tuned], mask: BlockMask | None, config: DiagnoseConfig
+) -> None:
+    """Did protected weights move; of a series only the last checkpoint counts."""
     if config.protect is None and config.assert_frozen is None and config.assert_moved is None:
         return
     from ssrctl.analysis import audit_report
     from ssrctl.analysis.audit import failures
 
-    for tuned in inputs.tuned if not config.series else inputs.tuned[-1:]:
-        numbers = measure.audit(inputs, tuned, config)
+    for tuned in audited:
+        numbers = measure.audit(inputs, tuned, mask, config)
         report.numbers.setdefault("audit", []).append({"label": tuned.label} | numbers)
         label = tuned.label if len(inputs.tuned) > 1 else ""
         before = f"{label}: " if label else ""

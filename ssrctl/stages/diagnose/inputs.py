@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import itertools
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,14 +110,19 @@ def open_inputs(stack: contextlib.ExitStack, base_path: Path, paths: list[Path],
             reader = stack.enter_context(TensorReader(local_copy(path)))
             names, said = matching_names(base, reader)
             one = Tuned("", reader, False)
-        label = text_safe(one.reader.label)
-        taken = sum(other.label.split(" #")[0] == label for other in tuned)
-        tuned.append(Tuned(f"{label} #{taken + 1}" if taken else label, one.reader, one.is_delta, one.step))
+        label = _unused(text_safe(one.reader.label), {other.label for other in tuned})
+        tuned.append(Tuned(label, one.reader, one.is_delta, one.step))
         shared = set(names) if shared is None else shared & set(names)
         notes += [note for note in said + _dtype_notes(base, one.reader, names) if note not in notes]
     assert shared is not None
     kept = _in_layers(sorted(shared), config.layers)
     return Inputs(base, tuned, kept, notes)
+
+
+def _unused(label: str, taken: set[str]) -> str:
+    """``label``, numbered when it is taken."""
+    numbered = (f"{label} #{number}" for number in itertools.count(2))
+    return next(one for one in itertools.chain([label], numbered) if one not in taken)
 
 
 def local_copy(path: Path) -> Path:
@@ -146,14 +152,13 @@ def _in_layers(names: list[str], layers: str | None) -> list[str]:
     if layers is None:
         return names
     wanted = {layer for span in layer_ranges(layers) for layer in span}
-    kept = [name for name in names if layer_index(name) in wanted]
-    if not kept:
-        known = sorted({layer for name in names if (layer := layer_index(name)) is not None})
+    known = sorted({layer for name in names if (layer := layer_index(name)) is not None})
+    if unknown := sorted(wanted.difference(known)):
         raise UserError(
-            f"--layers {layers} names no layer of this model",
-            f"it has the layers {known[0]} to {known[-1]}" if known else "its tensors' names have no layer numbers",
+            f"--layers {layers}: there is no layer {unknown[0]}",
+            f"the layers are {known[0]} to {known[-1]}" if known else "the tensors' names have no layer numbers",
         )
-    return kept
+    return [name for name in names if layer_index(name) in wanted]
 
 
 def _delta_names(base: TensorReader, tuned: TensorReader | DeltaReader) -> tuple[list[str], list[str]]:

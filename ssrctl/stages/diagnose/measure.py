@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from ssrctl.analysis.change import Change
     from ssrctl.analysis.movers import TopMovers
+    from ssrctl.core.mask import BlockMask
 
 # One core's time for rank, spectrum and landing of a matrix, over its size times its smaller side.
 SECONDS_PER_UNIT = 1e-9
@@ -81,7 +82,7 @@ def matrices(inputs: Inputs, tuned: Tuned, changes: Mapping[str, Change], config
             return spectra, {}, None, None
         if changes[name].num_equal == changes[name].numel:
             return spectra, {name: Unmeasured("nothing in it changed")}, None, None
-        changed = differs(base, now)
+        changed, base = differs(base, now), _widened(base)
         landed = landing.measure_tensor(name, base, changed, seed=config.seed, **sets)
         picture = landing.example(name, base, changed, seed=config.seed, **sets) if name in pictured else None
         return spectra, landed, profile(changed) if changed.dim() == 2 else None, picture
@@ -111,6 +112,13 @@ def _warn_if_long(shapes: list[tuple[int, ...]], config: DiagnoseConfig) -> None
             f"decomposing {len(shapes)} matrices takes about {seconds / 3600:.1f} hours; --layers 0,15,31 takes some of "
             "them, --measures sparsity,size none"
         )
+
+
+def _widened(weights: Tensor) -> Tensor:
+    """8-bit floating-point weights as bfloat16, which holds them exactly: torch hardly computes with the former."""
+    import torch
+
+    return weights.to(torch.bfloat16) if weights.dtype.is_floating_point and weights.itemsize == 1 else weights
 
 
 def _examples(inputs: Inputs, changes: Mapping[str, Change]) -> list[str]:
@@ -147,7 +155,7 @@ def overlap(inputs: Inputs, config: DiagnoseConfig) -> dict[str, Any]:
         found = run_overlap(
             [TileSet.from_dense(one) for one in changed],
             [profile(one) if one.dim() == 2 else None for one in changed],
-            count_by_magnitude(base, *changed) if base.dtype.is_floating_point else None,
+            count_by_magnitude(_widened(base), *changed) if base.dtype.is_floating_point else None,
         )
         return found, consensus_example(name, changed) if name == pictured else None
 
@@ -193,15 +201,40 @@ def over_time(inputs: Inputs, config: DiagnoseConfig) -> dict[str, Any]:
     return over_time_numbers(found, numbered, rule)
 
 
-def audit(inputs: Inputs, tuned: Tuned, config: DiagnoseConfig) -> dict[str, Any]:
-    """Whether protected weights moved, and which tensors did."""
-    from ssrctl.analysis.audit import audit_numbers, audit_tensor, spike_audit
+def protected_weights(inputs: Inputs, config: DiagnoseConfig) -> BlockMask | None:
+    """The mask of ``--protect`` or ``--assert-frozen``, if any.
+
+    Raises:
+        UserError: both, a mask that cannot be read, or one of other tensors.
+    """
     from ssrctl.io.artifacts import load_mask
 
+    if config.protect is not None and config.assert_frozen is not None:
+        raise UserError(
+            "--protect and --assert-frozen each name a mask", "give --assert-frozen alone; it reports the same"
+        )
     path = config.assert_frozen or config.protect
-    mask = None if path is None else load_mask(path)[0]
-    if mask is not None and not set(mask.shapes) & set(inputs.names):
-        raise UserError(f"{path} is a mask of other tensors: none of them is in the checkpoints", "name their mask")
+    if path is None:
+        return None
+    mask = load_mask(path)[0]
+    shared = [name for name in mask.shapes if name in inputs.names]
+    if not shared:
+        raise UserError(f"{path} is a mask of other tensors: none of them is compared", "name the checkpoints' mask")
+    for name in shared:
+        if mask.shapes[name] != inputs.base.shapes[name]:
+            raise UserError(
+                f"{path} has {name} with shape {list(mask.shapes[name])}, the checkpoints have it with "
+                f"{list(inputs.base.shapes[name])}",
+                "give a mask that was made for this model",
+            )
+    return mask
+
+
+def audit(inputs: Inputs, tuned: Tuned, mask: BlockMask | None, config: DiagnoseConfig) -> dict[str, Any]:
+    """Whether protected weights moved, and which tensors did; ``mask`` is from ``protected_weights``."""
+    from ssrctl.analysis.audit import audit_numbers, audit_tensor, spike_audit
+
+    path = config.assert_frozen or config.protect
     differs, _ = changed_rule("bits", config.atol, config.eta)
     spikes = [] if path is None else _spikes(path)
     found_spikes: list[dict[str, Any]] = []
