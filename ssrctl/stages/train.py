@@ -30,6 +30,7 @@ from ssrctl.io.problems import load_problems
 from ssrctl.io.profiles import profile_path, shipped_names
 from ssrctl.io.run_dir import Checkpoint, RunDir, load_checkpoint, newest_checkpoint, prune_checkpoints, save_checkpoint
 from ssrctl.models.collect import Prompted, prepare_prompts
+from ssrctl.models.exact_changes import exact_changes
 from ssrctl.models.gradients import trainable
 from ssrctl.models.loading import LoadedModel, describe_model, load_model
 from ssrctl.models.training_step import NonFiniteBatch, StepResult, TrainingStep
@@ -240,7 +241,7 @@ class Trainer:
     def _save(self) -> None:
         if self.step == self.last_saved:
             return
-        delta = Delta(self.loaded.identity, self.loaded.shapes(), self.updater.changes())
+        delta = Delta(self.loaded.identity, self.loaded.shapes(), exact_changes(self.updater.changes(), self.config))
         state = {
             "step": self.step,
             "scheduler": self.scheduler.state_dict(),
@@ -256,7 +257,8 @@ class Trainer:
             console.note(f"step {self.step}/{self.config.max_steps}  {_status(row)}")
 
     def _summary(self) -> dict[str, Any]:
-        changed = sum(indices.numel() for indices, _ in self.updater.changes().values())
+        changes = exact_changes(self.updater.changes(), self.config)
+        changed = sum(indices.numel() for indices, _ in changes.values())
         summary = {
             "run": str(self.run_dir.path),
             "steps": self.step,
@@ -264,7 +266,7 @@ class Trainer:
             "changed_frac": changed / self.training_step.num_coordinates,
         }
         console.note(
-            f"done: {self.step} steps, {summary['changed_frac']:.1%} of the weights updated; run directory: "
+            f"done: {self.step} steps, {summary['changed_frac']:.1%} of the weights changed; run directory: "
             f"{self.run_dir.path}"
         )
         return summary

@@ -1,0 +1,55 @@
+"""Of the coordinates that an optimizer touched, those that differ from the base model bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ssrctl.configs import TINY, ModelConfig
+from ssrctl.io.checkpoint_files import INDEX, SINGLE
+from ssrctl.io.checkpoint_reader import TensorReader
+from ssrctl.io.delta import changed_indices
+from ssrctl.models.stored_parameters import stored_parameters
+from ssrctl.models.updaters.base import Changes
+
+
+def exact_changes(changes: Changes, config: ModelConfig) -> Changes:
+    """Leave out what is stored as it was: a touched bfloat16 weight often still rounds to its old value.
+
+    The base is read from its files again, one touched tensor at a time, rather than kept in memory. A base without
+    safetensors files (pickled weights) cannot be read so, and all touched coordinates are kept.
+
+    Args:
+        changes: by parameter, sorted flat indices and the values in force there.
+        config: the model that they started from, in the precision of the training.
+
+    Returns:
+        The same for the coordinates whose value differs from the base's, as training loaded it; tensors without any
+        are left out.
+    """
+    folder = _folder(config)
+    if folder is None or not changes:
+        return changes
+    found: Changes = {}
+    with TensorReader(folder) as reader:
+        base = stored_parameters(reader)
+        if not set(changes) <= set(base.names):
+            return changes
+        for name, (indices, values) in changes.items():
+            before = base.tensor(name).flatten()[indices].to(values.dtype)
+            kept = changed_indices(before, values)
+            if kept.numel():
+                found[name] = (indices[kept], values[kept])
+    return found
+
+
+def _folder(config: ModelConfig) -> Path | None:
+    """Where the base's safetensors files are on this machine; None when it has none."""
+    if config.model == TINY:
+        return Path(TINY)
+    folder = Path(config.model).expanduser()
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        # Loading the model has put it there.
+        folder = Path(snapshot_download(config.model, revision=config.revision, local_files_only=True))
+    return folder if (folder / SINGLE).is_file() or (folder / INDEX).is_file() else None
