@@ -5,18 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 from ssrctl.configs import TINY, ModelConfig
+from ssrctl.errors import UserError
 from ssrctl.io.checkpoint_files import INDEX, SINGLE
 from ssrctl.io.checkpoint_reader import TensorReader
 from ssrctl.io.delta import changed_indices
-from ssrctl.models.stored_parameters import stored_parameters
+from ssrctl.models.stored_parameters import StoredParameters, stored_parameters
 from ssrctl.models.updaters.base import Changes
 
 
 def exact_changes(changes: Changes, config: ModelConfig) -> Changes:
     """Leave out what is stored as it was: a touched bfloat16 weight often still rounds to its old value.
 
-    The base is read from its files again, one touched tensor at a time, rather than kept in memory. A base without
-    safetensors files (pickled weights) cannot be read so, and all touched coordinates are kept.
+    The base is read from its files again, one touched tensor at a time, rather than kept in memory. Where that cannot be
+    done (pickled weights, experts that are fused on loading, files that are gone since) all touched coordinates are
+    kept, which is larger and as right.
 
     Args:
         changes: by parameter, sorted flat indices and the values in force there.
@@ -29,16 +31,22 @@ def exact_changes(changes: Changes, config: ModelConfig) -> Changes:
     folder = _folder(config)
     if folder is None or not changes:
         return changes
+    try:
+        with TensorReader(folder) as reader:
+            return _differing(changes, stored_parameters(reader))
+    except UserError:  # a checkpoint must not fail for the sake of its size
+        return changes
+
+
+def _differing(changes: Changes, base: StoredParameters) -> Changes:
+    if not set(changes) <= set(base.names):
+        return changes
     found: Changes = {}
-    with TensorReader(folder) as reader:
-        base = stored_parameters(reader)
-        if not set(changes) <= set(base.names):
-            return changes
-        for name, (indices, values) in changes.items():
-            before = base.tensor(name).flatten()[indices].to(values.dtype)
-            kept = changed_indices(before, values)
-            if kept.numel():
-                found[name] = (indices[kept], values[kept])
+    for name, (indices, values) in changes.items():
+        before = base.tensor(name).flatten()[indices].to(values.dtype)
+        kept = changed_indices(before, values)
+        if kept.numel():
+            found[name] = (indices[kept], values[kept])
     return found
 
 
@@ -49,7 +57,10 @@ def _folder(config: ModelConfig) -> Path | None:
     folder = Path(config.model).expanduser()
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
 
-        # Loading the model has put it there.
-        folder = Path(snapshot_download(config.model, revision=config.revision, local_files_only=True))
+        try:  # loading the model has put it there
+            folder = Path(snapshot_download(config.model, revision=config.revision, local_files_only=True))
+        except LocalEntryNotFoundError:
+            return None
     return folder if (folder / SINGLE).is_file() or (folder / INDEX).is_file() else None

@@ -42,3 +42,12 @@ def test_a_base_without_safetensors_keeps_everything(tmp_path):
     (tmp_path / "pytorch_model.bin").touch()
     given = {NAME: (torch.arange(3), base(torch.float32)[:3].clone())}
     assert exact_changes(given, ModelConfig(model=str(tmp_path))) is given
+
+
+def test_files_that_do_not_fit_the_parameters_keep_everything(tmp_path):
+    save_file({"experts.0.up.weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
+    given = {NAME: (torch.arange(3), base(torch.float32)[:3].clone())}
+    assert exact_changes(given, ModelConfig(model=str(tmp_path))) is given
+    (tmp_path / "model.safetensors").write_bytes(b"torn")
+    assert exact_changes(given, ModelConfig(model=str(tmp_path))) is given
+    assert exact_changes(given, ModelConfig(model="no-such/model")) is given
