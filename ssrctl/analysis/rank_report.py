@@ -164,33 +164,36 @@ def _tables(numbers: Mapping[str, Any]) -> list[Table]:
         "over spectral. Beyond chance: singular values above what random signs would give. Rounding ratio: what "
         "rounding the tuned weights once would change, over the update (median)."
     )
-    tables = [
-        measure_table(
-            "Rank by kind of matrix", "kind", [row["kind"] for row in numbers["kinds"]], numbers["kinds"], _GROUP, note
-        ),
-        measure_table(
-            "Rank by layer",
-            "layer",
-            [layer_label(row["layer"]) for row in numbers["layers"]],
-            numbers["layers"],
-            _GROUP,
-            note,
-            detail=True,
-        ),
-        measure_table(
-            "Rank, matrix by matrix",
-            "matrix",
-            [row["name"] for row in numbers["tensors"]],
-            numbers["tensors"],
-            _TENSOR,
-            "Changed rows or columns: the smaller number of rows and columns that are not all unchanged, which no rank "
-            "of these coordinates can exceed. Tolerance: as used for this matrix.",
-            detail=True,
-        ),
-    ]
-    return [
-        table for table in (*tables, unmeasured_table("Matrices without a rank", numbers["unmeasured"])) if table.rows
-    ]
+    details = (
+        "Changed rows or columns: the smaller number of rows and columns that are not all unchanged, which no rank "
+        "of these coordinates can exceed. Tolerance: as used for this matrix."
+    )
+    return measure_tables("Rank", numbers, (_GROUP, note), (_TENSOR, details))
+
+
+def measure_tables(
+    what: str,
+    numbers: Mapping[str, Any],
+    groups: tuple[Sequence[Column], str],
+    matrices: tuple[Sequence[Column], str],
+) -> list[Table]:
+    """A measure by kind of matrix, by layer and by matrix, and the matrices that lack it; empty tables are left out.
+
+    Args:
+        what: the measure, as titles begin.
+        numbers: with ``kinds``, ``layers``, ``tensors`` and ``unmeasured``.
+        groups, matrices: columns and note of the tables of groups, and of that of matrices.
+    """
+    kinds, layers, tensors = numbers["kinds"], numbers["layers"], numbers["tensors"]
+    by_layer = [layer_label(row["layer"]) for row in layers]
+    names = [row["name"] for row in tensors]
+    tables = (
+        measure_table(f"{what} by kind of matrix", "kind", [row["kind"] for row in kinds], kinds, *groups),
+        measure_table(f"{what} by layer", "layer", by_layer, layers, *groups, detail=True),
+        measure_table(f"{what}, matrix by matrix", "matrix", names, tensors, *matrices, detail=True),
+        unmeasured_table(f"Matrices without a {what.lower()}", numbers["unmeasured"]),
+    )
+    return [table for table in tables if table.rows]
 
 
 def measure_table(

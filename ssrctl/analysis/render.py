@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import sys
 from typing import TYPE_CHECKING, Any
 
 from ssrctl.analysis.document import Document, Figure, Section, Table, text_safe, times
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _TEMPLATE = "report.html"
+PLAIN_WIDTH = 120
 REPORT_LIBRARIES = ("jinja2", "matplotlib")
 # Beyond so many rows a page becomes slow and nobody reads them; the csv and json files have all.
 MOST_PAGE_ROWS = 500
@@ -140,6 +142,13 @@ def _breakable(text: str) -> Markup:
     from markupsafe import Markup, escape
 
     return Markup("<wbr>").join(escape(part) for part in _BREAKS.split(text_safe(text)))
+
+
+def show_document(document: Document, where: str) -> None:
+    """``print_document`` on stdout; without a terminal there is no width to fit, and folded cells are hard to read."""
+    from rich.console import Console
+
+    print_document(document, Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False), where)
 
 
 def print_document(document: Document, console: Console, where: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ssrctl.analysis.change import FIXED_TOLERANCES, tolerance_key
-from ssrctl.analysis.document import Bars, Document, Figure, Heatmap, Histogram, Section, Table, count, number, percent
+from ssrctl.analysis.document import Bars, Figure, Heatmap, Histogram, Section, Table, count, number, percent
 from ssrctl.analysis.movers import Mover, TopMovers
 from ssrctl.analysis.sparsity import KINDS, Change, add_up, group_changes, layer_index, matrix_kind
 from ssrctl.analysis.ulp import bin_label
@@ -117,23 +117,6 @@ def nonfinite_note(total: Mapping[str, Any]) -> str | None:
     return (
         f"Weights that are no numbers: {', '.join(found)}. They count as changed unless they are equal bit for bit; "
         "norms, means and maxima leave them out."
-    )
-
-
-def sparsity_document(
-    numbers: Mapping[str, Any],
-    facts: list[tuple[str, str]],
-    sentences: list[str],
-    notes: list[str],
-    atol: float,
-) -> Document:
-    """The whole report of ``diagnose BASE TUNED``."""
-    return Document(
-        title="Which weights did training change?",
-        facts=facts,
-        headlines=sentences,
-        notes=notes,
-        sections=sparsity_sections(numbers, atol),
     )
 
 

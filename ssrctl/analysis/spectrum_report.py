@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ssrctl.analysis.document import Bars, Figure, Heatmap, Lines, Reference, Section, Table, count, number, percent
-from ssrctl.analysis.grouping import grouped, layer_label
+from ssrctl.analysis.grouping import grouped
 from ssrctl.analysis.matrix_measures import MatrixMeasures
-from ssrctl.analysis.rank_report import Column, measure_table, rank_headlines, rank_numbers, unmeasured_table
+from ssrctl.analysis.rank_report import Column, measure_tables, rank_headlines, rank_numbers
 from ssrctl.analysis.sparsity import KINDS, layer_index, matrix_kind
 from ssrctl.analysis.spectrum import SpectrumChange
 from ssrctl.analysis.update_matrix import Unmeasured
@@ -313,37 +313,8 @@ def _tables(numbers: Mapping[str, Any]) -> list[Table]:
         "update in the base's leading directions, in multiples of chance. Small gap: matrices in which the update "
         "exceeds the gap after the k-th singular value."
     )
-    tables = [
-        measure_table(
-            "Spectrum by kind of matrix",
-            "kind",
-            [row["kind"] for row in numbers["kinds"]],
-            numbers["kinds"],
-            _GROUP,
-            note,
-        ),
-        measure_table(
-            "Spectrum by layer",
-            "layer",
-            [layer_label(row["layer"]) for row in numbers["layers"]],
-            numbers["layers"],
-            _GROUP,
-            note,
-            detail=True,
-        ),
-        measure_table(
-            "Spectrum, matrix by matrix",
-            "matrix",
-            [row["name"] for row in numbers["tensors"]],
-            numbers["tensors"],
-            _TENSOR,
-            "Error: bound on the error of the angles. At most: what perturbation theory allows, blank where it "
-            "excludes nothing. Gap: between the base's singular values k and k + 1, over the latter.",
-            detail=True,
-        ),
-    ]
-    return [
-        table
-        for table in (*tables, unmeasured_table("Matrices without a spectrum", numbers["unmeasured"]))
-        if table.rows
-    ]
+    details = (
+        "Error: bound on the error of the angles. At most: what perturbation theory allows, blank where it "
+        "excludes nothing. Gap: between the base's singular values k and k + 1, over the latter."
+    )
+    return measure_tables("Spectrum", numbers, (_GROUP, note), (_TENSOR, details))

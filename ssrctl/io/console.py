@@ -6,6 +6,7 @@ import contextlib
 import functools
 import signal
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -52,6 +53,17 @@ def _shown(value: Any) -> str:
     return "-" if value is None else str(value)
 
 
+def show_file_plan(reads: Sequence[Path], writes: Path, more: Mapping[str, Any]) -> dict[str, Any]:
+    """The plan of a command that turns files into a file: what would be read and written, shown; returns it."""
+    from rich.filesize import decimal
+
+    size = sum(one.stat().st_size for one in reads)
+    plan = {"reads": [str(one) for one in reads], "read_bytes": size, "writes": str(writes), **more}
+    shown = {key: decimal(value) if key.endswith("_bytes") else value for key, value in plan.items()}
+    show_plan("plan", shown | {"reads": f"{reads[0]}" + (f" and {len(reads) - 1} more" if reads[1:] else "")})
+    return plan
+
+
 def show_rates(results: Sequence[Any]) -> None:
     """The curve of ``--find-lr``: one row per learning rate, with a bar for the late reward."""
     from rich.table import Table
@@ -93,6 +105,15 @@ def progress(*, unit: str) -> Progress:
         console=console(),
         disable=not console().is_terminal,
     )
+
+
+def tracked(names: Sequence[str], what: str) -> Iterator[str]:
+    """The names one by one, with a progress bar on stderr."""
+    with progress(unit="tensors") as bar:
+        task = bar.add_task(what, total=len(names), status="")
+        for name in names:
+            yield name
+            bar.update(task, advance=1)
 
 
 @contextlib.contextmanager

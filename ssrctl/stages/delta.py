@@ -8,7 +8,6 @@ import json
 import math
 import re
 import shutil
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import ssrctl
 from ssrctl.analysis.document import Document, Section, Table, percent, times
+from ssrctl.analysis.render import show_document
 from ssrctl.configs import DeltaApplyConfig, DeltaDiffConfig, DeltaInfoConfig
 from ssrctl.errors import UserError
 from ssrctl.io import console, manifest
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 TOP_TENSORS = 10
 MOST_LAYERS = 200
-_PLAIN_WIDTH = 120
 _LAYER = re.compile(r"\.(?:layers|layer|blocks|block|h)\.(\d+)\.")
 
 
@@ -72,14 +71,14 @@ def run_diff(config: DeltaDiffConfig) -> dict[str, Any]:
             notes.append(f"{times(len(constants), 'constant')}, the same in both, left out: no parameters.")
         names = base.in_file_order([name for name in names if name not in constants])
         if config.dry_run:
-            return _plan([*base.files, *tuned.files], config.output, {"tensors": len(names)})
+            return console.show_file_plan([*base.files, *tuned.files], config.output, {"tensors": len(names)})
         notes += _dtype_notes({name: (base.dtypes[name], tuned.dtypes[name]) for name in names})
         base_name, revision = _published_name(config.base, base.label)
         made = write_difference(
             config.output,
             base,
             tuned,
-            _tracked(names, "comparing"),
+            console.tracked(names, "comparing"),
             base_name=base_name,
             revision=revision,
             settings=_settings(config),
@@ -142,7 +141,7 @@ def run_apply(config: DeltaApplyConfig) -> dict[str, Any]:
             )
         made = AppliedCheckpoint(base, delta, load_dtype)
         if config.dry_run:
-            return _plan([delta.path, *base.files], config.output, {"write_bytes": made.nbytes})
+            return console.show_file_plan([delta.path, *base.files], config.output, {"write_bytes": made.nbytes})
         notes = _dtype_notes({name: (base.dtypes[name], dtype) for name, dtype in made.dtypes.items()})
         notes += [f"{head} is stored as a copy of {one} (tied) and follows it." for head, one in made.copies.items()]
         if config.ignore_fingerprint:
@@ -200,7 +199,10 @@ def _write_folder(config: DeltaApplyConfig, made: AppliedCheckpoint, notes: list
         headlines = [f"{times(delta.count, 'value')} put in; {_bytes(made.nbytes)} of weights in {kinds}."]
         if delta.tuned is not None and not config.ignore_fingerprint:
             headlines.append(f"The weights are bit for bit those of {delta.tuned.name}.")
-        _print(Document(title="Delta applied", facts=facts, headlines=headlines, notes=notes, sections=[]))
+        show_document(
+            Document(title="Delta applied", facts=facts, headlines=headlines, notes=notes, sections=[]),
+            "the output of --json",
+        )
         console.note(f"wrote {config.output}")
     return report
 
@@ -217,7 +219,7 @@ def run_info(config: DeltaInfoConfig) -> dict[str, Any]:
     """
     delta = DeltaFile(_delta_file(config.delta))
     with _one_thread():
-        for name in _tracked(list(delta.counts), "checking"):
+        for name in console.tracked(list(delta.counts), "checking"):
             for _ in delta.blocks(name):  # reading is what checks them
                 pass
     listed = {delta.dtype(name) for name in delta.counts}
@@ -256,15 +258,6 @@ def _delta_file(path: Path) -> Path:
 
 def _settings(config: Any) -> dict[str, Any]:
     return manifest.published_settings(config) | {"versions": manifest.versions()}
-
-
-def _plan(reads: Sequence[Path], writes: Path, more: Mapping[str, Any]) -> dict[str, Any]:
-    """What would be read and written, shown on stderr."""
-    size = sum(one.stat().st_size for one in reads)
-    plan = {"reads": [str(one) for one in reads], "read_bytes": size, "writes": str(writes), **more}
-    shown = {key: _bytes(value) if key.endswith("_bytes") else value for key, value in plan.items()}
-    console.show_plan("plan", shown | {"reads": f"{reads[0]}" + (f" and {len(reads) - 1} more" if reads[1:] else "")})
-    return plan
 
 
 def _measures(rows: Sequence[TensorRow], size: int) -> dict[str, Any]:
@@ -322,7 +315,10 @@ def _show(title: str, facts: list[tuple[str, str]], report: Mapping[str, Any], t
     if dense and size > dense:
         headlines.append("It is larger than the dense weights: keep those instead.")
     sections = [Section(title="", tables=tables)] if changed else []
-    _print(Document(title=title, facts=facts, headlines=headlines, notes=report["notes"], sections=sections))
+    show_document(
+        Document(title=title, facts=facts, headlines=headlines, notes=report["notes"], sections=sections),
+        "the output of --json",
+    )
 
 
 def _largest(rows: Sequence[TensorRow]) -> Table:
@@ -338,15 +334,6 @@ def _largest(rows: Sequence[TensorRow]) -> Table:
 def _layer_table(layers: Sequence[Mapping[str, Any]]) -> Table:
     rows = [[one["layer"], f"{one['changed']:,}", percent(one["changed_frac"])] for one in layers]
     return Table(title="By layer", columns=["layer", "changed", "share"], rows=rows, terminal_rows=MOST_LAYERS)
-
-
-def _print(document: Document) -> None:
-    from rich.console import Console
-
-    from ssrctl.analysis.render import print_document
-
-    width = None if sys.stdout.isatty() else _PLAIN_WIDTH
-    print_document(document, Console(width=width, highlight=False), "the output of --json")
 
 
 def _bytes(number: int) -> str:
@@ -366,12 +353,3 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _tracked(names: Sequence[str], what: str) -> Iterator[str]:
-    """The names one by one, with a progress bar on stderr."""
-    with console.progress(unit="tensors") as bar:
-        task = bar.add_task(what, total=len(names), status="")
-        for name in names:
-            yield name
-            bar.update(task, advance=1)

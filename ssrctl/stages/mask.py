@@ -12,7 +12,6 @@ import functools
 import math
 import operator
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,8 +42,6 @@ if TYPE_CHECKING:
     from ssrctl.models.changed_weights import Rule
     from ssrctl.models.stored_parameters import StoredParameters
     from ssrctl.models.weight_masks import Recipe
-
-_PLAIN_WIDTH = 120
 
 
 # --------------------------------------------------------------------------------------------------
@@ -102,8 +99,10 @@ def _from_weights(config: MaskSource, recipe: Recipe, when_empty: str, layers: S
         if config.dry_run:
             planned = {"tensors": len(sizes), "tensors_selected": sum(count > 0 for count in counts.values())}
             planned |= {"coordinates": sum(sizes.values()), "selected": sum(counts.values())}
-            return _plan(reader.files, config.output, planned)
-        mask, fingerprint = make_mask(stored, recipe, counts, functools.partial(_tracked, what="making the mask"))
+            return console.show_file_plan(reader.files, config.output, planned)
+        mask, fingerprint = make_mask(
+            stored, recipe, counts, functools.partial(console.tracked, what="making the mask")
+        )
         identity = ModelIdentity(name=reader.label, revision=None, fingerprint=fingerprint)
     notes = stored.notes + recipe.remarks({name: stored.shapes[name] for name, count in counts.items() if not count})
     if left_out := len(sizes) - len(counts):
@@ -159,8 +158,8 @@ def _diff_pair(config: MaskDiffConfig, base: TensorReader, tuned: TensorReader, 
     if config.dry_run:
         coordinates = sum(map(math.prod, stored.shapes.values()))
         planned = {"tensors": len(stored.names), "coordinates": coordinates}
-        return _plan([*base.files, *tuned.files], config.output, planned)
-    mask, before, after = changed_in_pair(stored, tuned, rule, functools.partial(_tracked, what="comparing"))
+        return console.show_file_plan([*base.files, *tuned.files], config.output, planned)
+    mask, before, after = changed_in_pair(stored, tuned, rule, functools.partial(console.tracked, what="comparing"))
     identity = ModelIdentity(name=base.label, revision=None, fingerprint=before)
     other = ModelIdentity(name=tuned.label, revision=None, fingerprint=after)
     settings = _settings(config) | {"tuned_model": dataclasses.asdict(other)}
@@ -178,8 +177,8 @@ def _diff_delta(config: MaskDiffConfig, base: TensorReader, path: Path, rule: Ru
     if config.dry_run:
         coordinates = sum(map(math.prod, delta.shapes.values()))
         planned = {"tensors": len(delta.shapes), "coordinates": coordinates, "selected_at_most": delta.count}
-        return _plan([*base.files, path], config.output, planned)
-    mask = changed_by_delta(base, delta, path, rule, functools.partial(_tracked, what="comparing"))
+        return console.show_file_plan([*base.files, path], config.output, planned)
+    mask = changed_by_delta(base, delta, path, rule, functools.partial(console.tracked, what="comparing"))
     settings = _settings(config) | {"delta": {"name": path.name, "hash": manifest.file_hash(path)}}
     return _deliver(config, "diff", mask, delta.base, settings, [])
 
@@ -234,7 +233,7 @@ def _combined(
         check_same_model(known, one)
     if config.dry_run:
         planned = {"coordinates": known.numel, "selected_in": {str(one.path): one.count for one in headers}}
-        return _plan(paths, config.output, planned)
+        return console.show_file_plan(paths, config.output, planned)
     mask = combine(one.load() for one in headers)
     settings = {key: value for key, value in _settings(config).items() if key not in ("mask", "masks")}
     settings["inputs"] = [
@@ -299,17 +298,6 @@ def _settings(config: MaskOutput) -> dict[str, Any]:
     return manifest.published_settings(config) | {"versions": manifest.versions()}
 
 
-def _plan(reads: Sequence[Path], writes: Path, more: Mapping[str, Any]) -> dict[str, Any]:
-    """What would be read and written, shown on stderr."""
-    from rich.filesize import decimal
-
-    size = sum(one.stat().st_size for one in reads)
-    plan = {"reads": [str(one) for one in reads], "read_bytes": size, "writes": str(writes), **more}
-    first = f"{reads[0]}" + (f" and {len(reads) - 1} more" if reads[1:] else "")
-    console.show_plan("plan", plan | {"reads": first, "read_bytes": decimal(size)})
-    return plan
-
-
 def _deliver(
     config: MaskOutput,
     kind: str,
@@ -354,19 +342,7 @@ def _report(
 
 
 def _show(report: Mapping[str, Any]) -> None:
-    from rich.console import Console
-
     from ssrctl.analysis.mask_table import mask_document
-    from ssrctl.analysis.render import print_document
+    from ssrctl.analysis.render import show_document
 
-    width = None if sys.stdout.isatty() else _PLAIN_WIDTH
-    print_document(mask_document(report), Console(width=width, highlight=False), "the output of --json")
-
-
-def _tracked(names: Sequence[str], what: str) -> Iterator[str]:
-    """The names one by one, with a progress bar on stderr."""
-    with console.progress(unit="tensors") as bar:
-        task = bar.add_task(what, total=len(names), status="")
-        for name in names:
-            yield name
-            bar.update(task, advance=1)
+    show_document(mask_document(report), "the output of --json")

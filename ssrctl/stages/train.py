@@ -118,7 +118,7 @@ class Trainer:
         )
         self.step = 0
         self.recent: list[dict[str, Any]] = []
-        self.last_saved = 0
+        self.last_saved = self.num_changed = 0
 
     def start(self, profile_name: str) -> None:
         """Write what describes the run."""
@@ -147,6 +147,7 @@ class Trainer:
             self.loaded.identity.fingerprint,
             checkpoint.path,
         )
+        self.num_changed = checkpoint.delta.count
         self.updater.load_state(checkpoint.optimizer)
         self.step = self.last_saved = checkpoint.state["step"]
         self.scheduler.load_state_dict(checkpoint.state["scheduler"])
@@ -250,20 +251,18 @@ class Trainer:
         settings = manifest.published_settings(self.config)
         save_checkpoint(self.run_dir.checkpoint(self.step), delta, self.updater.state(), state, settings)
         prune_checkpoints(self.run_dir, self.config.save_total_limit)
-        self.last_saved = self.step
+        self.last_saved, self.num_changed = self.step, delta.count
 
     def _print_line(self, row: dict[str, Any]) -> None:
         if not console.console().is_terminal and self.step % self.config.logging_steps == 0:
             console.note(f"step {self.step}/{self.config.max_steps}  {_status(row)}")
 
     def _summary(self) -> dict[str, Any]:
-        changes = exact_changes(self.updater.changes(), self.config)
-        changed = sum(indices.numel() for indices, _ in changes.values())
         summary = {
             "run": str(self.run_dir.path),
             "steps": self.step,
             "accuracy_last_10": statistics.fmean(row["accuracy"] for row in self.recent) if self.recent else None,
-            "changed_frac": changed / self.training_step.num_coordinates,
+            "changed_frac": self.num_changed / self.training_step.num_coordinates,
         }
         console.note(
             f"done: {self.step} steps, {summary['changed_frac']:.1%} of the weights changed; run directory: "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -301,7 +302,7 @@ def _document(report: _Report, inputs: Inputs, config: DiagnoseConfig) -> Docume
     sections = list(report.sections)
     if report.published:
         sections.append(published_section(report.published))
-    numel = sum(_numel(inputs.base.shapes[name]) for name in inputs.names)
+    numel = sum(math.prod(inputs.base.shapes[name]) for name in inputs.names)
     many = len(inputs.tuned) > 1
     facts = [
         ("base", text_safe(inputs.base.label)),
@@ -341,10 +342,3 @@ def _json(report: _Report, kind: str, inputs: Inputs, config: DiagnoseConfig) ->
 
 def _described(tuned: Tuned) -> str:
     return tuned.label + (" (delta on top of the base)" if tuned.is_delta else "")
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count

@@ -10,15 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import ssrctl
 from ssrctl.analysis.document import Document, json_safe
-from ssrctl.analysis.render import html_page, missing_libraries, print_document
+from ssrctl.analysis.render import html_page, missing_libraries, show_document
 from ssrctl.analysis.tables import FOLDER, write_tables
 from ssrctl.configs import DiagnoseConfig
 from ssrctl.io.files import write_text
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-_PLAIN_WIDTH = 120
 
 
 def show_plan(config: DiagnoseConfig, reads: Sequence[Path], output: Path) -> dict[str, Any]:
@@ -37,7 +35,6 @@ def show_plan(config: DiagnoseConfig, reads: Sequence[Path], output: Path) -> di
 
 def deliver(config: DiagnoseConfig, report: dict[str, Any], document: Document, output: Path) -> dict[str, Any]:
     """Write the report, show the tables, and say where everything is."""
-    from rich.console import Console
 
     safe = json_safe(report)
     text = json.dumps(safe, indent=1, ensure_ascii=False, allow_nan=False)
@@ -48,8 +45,7 @@ def deliver(config: DiagnoseConfig, report: dict[str, Any], document: Document, 
         write_text(output / "report.html", html_page(document, ssrctl.__version__, table_files=True))
         written.append(output / "report.html")
     if not config.json:
-        # Without a terminal there is no width to fit, and folded cells are hard to read.
-        print_document(document, Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH), written[-1].name)
+        show_document(document, written[-1].name)
     write_tables(document, output)
     written.append(output / FOLDER)
     say("wrote " + " and ".join(str(path) for path in written))

@@ -170,15 +170,9 @@ def _middle_matrix(inputs: Inputs) -> str | None:
     """The first matrix of the middle layer, to be pictured."""
     from ssrctl.analysis.sparsity import layer_index
 
-    matrices = [name for name in inputs.names if len(inputs.base.shapes[name]) == 2 and _in_a_layer(name)]
-    layers = sorted({layer_index(name) or 0 for name in matrices})
-    return next((name for name in matrices if layer_index(name) == layers[len(layers) // 2]), None)
-
-
-def _in_a_layer(name: str) -> bool:
-    from ssrctl.analysis.sparsity import layer_index
-
-    return layer_index(name) is not None
+    layers = {name: layer_index(name) for name in inputs.names if len(inputs.base.shapes[name]) == 2}
+    numbers = sorted({layer for layer in layers.values() if layer is not None})
+    return next((name for name, layer in layers.items() if numbers and layer == numbers[len(numbers) // 2]), None)
 
 
 def over_time(inputs: Inputs, config: DiagnoseConfig) -> dict[str, Any]:
