@@ -25,8 +25,8 @@ from pathlib import Path
 import torch
 from common import goal, machine, table
 
-from ssrctl.io.checkpoint_reader import TensorReader
-from ssrctl.io.tensor_files import NewTensor, stored_bytes, write_header
+from ssrctl.checkpoints.reader import TensorReader
+from ssrctl.checkpoints.tensor_files import NewTensor, stored_bytes, write_header
 
 GOAL_RSS_GIB = 2.0
 CHANGED_FRAC = 0.01

@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from common import goal, machine, table
 
-from ssrctl.io.tensor_files import NewTensor, stored_bytes, write_header
+from ssrctl.checkpoints.tensor_files import NewTensor, stored_bytes, write_header
 
 GOAL_SPEED = 0.5
 GIB = 2**30
@@ -94,9 +94,9 @@ class Pass:
 MEASURED = """
 import json, sys, time
 import torch
-from ssrctl.analysis.movers import TopMovers
-from ssrctl.analysis.sparsity import add_up, compare_all
-from ssrctl.io.checkpoint_reader import TensorReader, matching_names
+from ssrctl.measures.maths.largest_changes import TopMovers
+from ssrctl.measures.sparsity import add_up, compare_all
+from ssrctl.checkpoints.reader import TensorReader, matching_names
 def peak():
     return 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 workers, repeats = int(sys.argv[3]), int(sys.argv[4])

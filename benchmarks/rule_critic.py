@@ -26,8 +26,8 @@ from typing import Any
 
 from common import table
 
-from ssrctl.analysis.retest import auc
 from ssrctl.critics.base import score_all
+from ssrctl.critics.calibration.retest import auc
 from ssrctl.critics.rule import WRONG, RuleCritic
 from ssrctl.io.records import Rollout, StepScore, StepSpan
 from ssrctl.text.segment import segment

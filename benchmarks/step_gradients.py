@@ -4,7 +4,7 @@ A dense pass is one forward and backward pass of the whole batch, as the kept gr
 measured in the same run, in turns with the methods, and the best of the rounds counts. Responses are ragged: step
 lengths are drawn between half and one and a half of their mean, and every second response lacks its last quarter of
 steps. Log-probabilities of all tokens are asked for, as the trainer does. In brackets: what the cost model
-(ssrctl.models.step_gradients.cost) expects.
+(ssrctl.training.step_gradients.cost) expects.
 
 With --calibrate, single chunks are timed instead and set against the cost model's numbers, which says how to mend
 them for another device.
@@ -25,12 +25,12 @@ from common import goal, machine, synchronize, table
 from shapes import llama_135m
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
+from ssrctl import tiny_reasoner
 from ssrctl.core.units import Unit
-from ssrctl.models import tiny_reasoner
-from ssrctl.models.gradients import GradientTask, GroupBatch, automatic_method, make_batch, unit_gradients
-from ssrctl.models.step_gradients.batch import token_logprobs
-from ssrctl.models.step_gradients.cost import COSTS, ModelCosts
-from ssrctl.models.step_gradients.shape import group_shape
+from ssrctl.training.step_gradients.batch import token_logprobs
+from ssrctl.training.step_gradients.cost import COSTS, ModelCosts
+from ssrctl.training.step_gradients.shape import group_shape
+from ssrctl.training.unit_gradients import GradientTask, GroupBatch, automatic_method, make_batch, unit_gradients
 
 Shape = tuple[int, int, int, int]  # responses, prompt tokens, units, mean tokens of a step
 EXACT = ("kept", "truncated", "chunked")

@@ -18,7 +18,7 @@ from shapes import llama_135m
 
 from ssrctl.core.kronos import KronosOpt
 from ssrctl.core.units import Unit
-from ssrctl.models.gradients import make_batch, unit_gradients
+from ssrctl.training.unit_gradients import make_batch, unit_gradients
 
 
 def main() -> None:

@@ -14,8 +14,7 @@ import re
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ssrctl import KronosOpt, segment, two_level_advantages
-from ssrctl.models import tiny_reasoner
+from ssrctl import KronosOpt, segment, tiny_reasoner, two_level_advantages
 
 GROUP_SIZE, QUESTIONS_PER_STEP, NUM_HELD_OUT = 8, 4, 256
 SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": 64}

@@ -17,8 +17,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
-from ssrctl import BlockMask, KronosOpt, select_topk
-from ssrctl.models import tiny_reasoner
+from ssrctl import BlockMask, KronosOpt, select_topk, tiny_reasoner
 
 PROTECTED_FRAC = 0.005
 NUM_GENERATIONS, QUESTIONS_PER_STEP = 8, 4

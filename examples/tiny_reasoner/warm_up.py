@@ -2,7 +2,7 @@
 
     python examples/tiny_reasoner/warm_up.py --output-dir tiny-reasoner
 
-The defaults made the weights that ship in `ssrctl/models/tiny_reasoner/weights`, and `warm_up.log`
+The defaults made the weights that ship in `ssrctl/tiny_reasoner/weights`, and `warm_up.log`
 beside this script is the log of that run (under two minutes on one core). Training ends on purpose
 while the model is still wrong more often than right: reinforcement learning needs questions that
 get both right and wrong answers.
@@ -30,7 +30,7 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from ssrctl.models.tiny_reasoner.problems import Problem, problems
+from ssrctl.tiny_reasoner.problems import Problem, problems
 
 SPECIAL_TOKENS = ["<pad>", "<bos>", "<eos>", "<unk>"]
 CHARACTERS = "0123456789+-*=?#\n"

@@ -134,7 +134,7 @@ def _rule(options: CriticOptions, company: _Company) -> Critic:
 
 
 def _llm(options: CriticOptions, company: _Company) -> Critic:
-    from ssrctl.critics.llm import LLMCritic
+    from ssrctl.critics.llm.critic import LLMCritic
 
     return LLMCritic(options, ledger=company.ledger)
 

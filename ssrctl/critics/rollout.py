@@ -162,7 +162,7 @@ class RolloutCritic:
             yield plans
 
     def _plan(self, rollout: Rollout) -> _Plan:
-        from ssrctl.models.continuations import encode_response, tokens_before
+        from ssrctl.sampling.continuations import encode_response, tokens_before
 
         steps = rollout.steps or []
         places: list[_Prefix | _Value | str | None] = [None] * (len(steps) + 1)
@@ -195,7 +195,7 @@ class RolloutCritic:
         return sorted(ends | {end - 1 for end in ends} if self.options.rollout_value == "difference" else ends)
 
     def _prompt_ids(self, rollout: Rollout) -> list[int]:
-        from ssrctl.models.continuations import without_surrogates
+        from ssrctl.sampling.continuations import without_surrogates
 
         ids = encode_prompt(self.loaded.tokenizer, without_surrogates(rollout.prompt)) if rollout.prompt else []
         if not ids:
@@ -215,7 +215,7 @@ class RolloutCritic:
             )
 
     def _estimate(self, prefixes: Sequence[_Prefix]) -> list[_Value]:
-        from ssrctl.models.continuations import Start, decode_continuation, sample_continuations
+        from ssrctl.sampling.continuations import Start, decode_continuation, sample_continuations
 
         num = self.options.critic_rollouts
         seed = derive_seed(self.seed, "repeat", self.repeat) if self.repeat else self.seed

@@ -1,1 +1,1 @@
-"""Files: records, artifacts, deltas, checkpoints, manifests."""
+"""Files, jsonl, records, artifacts, manifests, console output."""

@@ -30,7 +30,7 @@ class ModelIdentity:
         name: as given to ``--model``; a local folder is known by its last part, so that no path of the
             machine is published with the artifact.
         revision: of a hub model.
-        fingerprint: of the weights as stored, see ``io.fingerprint``.
+        fingerprint: of the weights as stored, see ``checkpoints.fingerprint``.
     """
 
     name: str
@@ -207,7 +207,7 @@ def load_mask_for(
     Args:
         path: the mask file.
         shapes: the model's tensors.
-        fingerprint: the model's, from ``io.fingerprint``.
+        fingerprint: the model's, from ``checkpoints.fingerprint``.
         ignore_fingerprint: accept other weights of the same shapes.
 
     Raises:

@@ -1,7 +1,7 @@
 """The gradient log of a training step: the batch's dense gradient before masking, or a sketch of it.
 
 One safetensors file per logged training step, ``gradients/000123.safetensors``, with one tensor ``gradient``
-(float32 ``[size]``). What the numbers mean is said by the metadata; see ``models.gradient_sketch``.
+(float32 ``[size]``). What the numbers mean is said by the metadata; see ``training.gradient_sketch``.
 """
 
 from __future__ import annotations

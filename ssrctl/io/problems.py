@@ -74,7 +74,7 @@ def load_problems(config: DatasetConfig, purpose: Purpose, seed: int = 0) -> lis
 
 
 def _bundled(config: DatasetConfig, purpose: Purpose, seed: int) -> Iterable[tuple[str, dict[str, Any]]]:
-    from ssrctl.models.tiny_reasoner.problems import problems
+    from ssrctl.tiny_reasoner.problems import problems
 
     split = config.dataset_split or {"train": "train", "test": "heldout"}[purpose]
     if split not in ("train", "heldout"):

@@ -1,1 +1,1 @@
-"""Models: loading, rollouts, gradients, and the bundled reasoner."""
+"""Models: loading, stored parameters, function-preserving interventions."""

@@ -139,7 +139,7 @@ def resolve_device(name: str) -> torch.device:
 def _source(config: ModelConfig) -> str:
     """Where transformers should look: the bundled folder, a local folder, or a hub name."""
     if config.model == TINY:
-        from ssrctl.models import tiny_reasoner
+        from ssrctl import tiny_reasoner
 
         return str(tiny_reasoner.path())
     path = Path(config.model).expanduser()
@@ -221,7 +221,7 @@ def _check_memory(config: ModelConfig, source: str, device: torch.device, bytes_
 
 
 def _fingerprint(model: Any) -> str:
-    from ssrctl.io.fingerprint import fingerprint
+    from ssrctl.checkpoints.fingerprint import fingerprint
 
     return fingerprint(model.named_parameters())
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ssrctl.analysis.document import times
+from ssrctl.checkpoints.model_folder import CONFIG
+from ssrctl.checkpoints.reader import TensorReader, same_constants, tied_copies
 from ssrctl.errors import UserError
-from ssrctl.io.checkpoint_reader import TensorReader, same_constants, tied_copies
-from ssrctl.io.model_folder import CONFIG
+from ssrctl.report.document import times
 
 if TYPE_CHECKING:
     import torch

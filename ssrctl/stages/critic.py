@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ssrctl.analysis.calibration_table import show_calibration
 from ssrctl.configs import CriticConfig
 from ssrctl.critics.base import LASTING, Critic, make_critic, needs_another_try
-from ssrctl.critics.calibration import calibrate
-from ssrctl.critics.estimate import Estimate
-from ssrctl.critics.tally import ScoreTally
+from ssrctl.critics.calibration.calibrate import calibrate
+from ssrctl.critics.calibration.table import show_calibration
+from ssrctl.critics.llm.estimate import Estimate
+from ssrctl.critics.score_summary import ScoreTally
 from ssrctl.errors import Stopped, UserError
 from ssrctl.io import console
 from ssrctl.io.jsonl import STDIO, write_jsonl

@@ -14,19 +14,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ssrctl
-from ssrctl.analysis.document import Document, Section, Table, percent, times
-from ssrctl.analysis.render import show_document
+from ssrctl.checkpoints.delta import DeltaFile, dtype_name
+from ssrctl.checkpoints.files import INDEX, SINGLE
+from ssrctl.checkpoints.run_dir import find_delta
 from ssrctl.configs import DeltaApplyConfig, DeltaDiffConfig, DeltaInfoConfig
 from ssrctl.errors import UserError
 from ssrctl.io import console, manifest
-from ssrctl.io.checkpoint_files import INDEX, SINGLE
-from ssrctl.io.delta import DeltaFile, dtype_name
-from ssrctl.io.run_dir import find_delta
+from ssrctl.report.document import Document, Section, Table, percent, times
+from ssrctl.report.render import show_document
 
 if TYPE_CHECKING:
     import torch
 
-    from ssrctl.io.delta_apply import AppliedCheckpoint
+    from ssrctl.checkpoints.delta_apply import AppliedCheckpoint
 
 TOP_TENSORS = 10
 MOST_LAYERS = 200
@@ -57,8 +57,8 @@ def run_diff(config: DeltaDiffConfig) -> dict[str, Any]:
     Raises:
         UserError: checkpoints of different architectures, or dtypes that cannot be compared exactly.
     """
-    from ssrctl.io.checkpoint_reader import TensorReader, delta_meant_by, matching_names, same_constants
-    from ssrctl.io.delta_diff import write_difference
+    from ssrctl.checkpoints.delta_diff import write_difference
+    from ssrctl.checkpoints.reader import TensorReader, delta_meant_by, matching_names, same_constants
 
     for side, path in (("BASE", config.base), ("TUNED", config.tuned)):
         if (delta := delta_meant_by(path)) is not None:
@@ -124,9 +124,9 @@ def run_apply(config: DeltaApplyConfig) -> dict[str, Any]:
     Raises:
         UserError: a delta of another base, a damaged one, or an output that exists.
     """
-    from ssrctl.io.checkpoint_reader import TensorReader, check_shapes, check_weights, delta_meant_by
-    from ssrctl.io.delta_apply import AppliedCheckpoint
-    from ssrctl.io.model_folder import check_free
+    from ssrctl.checkpoints.delta_apply import AppliedCheckpoint
+    from ssrctl.checkpoints.model_folder import check_free
+    from ssrctl.checkpoints.reader import TensorReader, check_shapes, check_weights, delta_meant_by
 
     if delta_meant_by(config.base) is not None:
         raise UserError(f"BASE {config.base} is a delta, not whole weights", "give the model that it was made from")
@@ -150,8 +150,8 @@ def run_apply(config: DeltaApplyConfig) -> dict[str, Any]:
 
 
 def _write_folder(config: DeltaApplyConfig, made: AppliedCheckpoint, notes: list[str]) -> dict[str, Any]:
-    from ssrctl.io.delta_apply import write_applied
-    from ssrctl.io.model_folder import CONFIG, copy_companions, set_config_dtype, whole_folder
+    from ssrctl.checkpoints.delta_apply import write_applied
+    from ssrctl.checkpoints.model_folder import CONFIG, copy_companions, set_config_dtype, whole_folder
 
     base, delta = made.base, made.delta
     metadata = {

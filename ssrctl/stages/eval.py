@@ -9,23 +9,23 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ssrctl.analysis.accuracy import compare, summarise, with_reference
+from ssrctl.checkpoints.delta import apply_delta, load_delta
+from ssrctl.checkpoints.run_dir import RunDir, find_delta
 from ssrctl.configs import TINY, TINY_DATASET, EvalConfig
 from ssrctl.core.seeds import derive_seed
 from ssrctl.errors import UserError
+from ssrctl.evaluation.accuracy import compare, summarise, with_reference
 from ssrctl.io import console, manifest
-from ssrctl.io.delta import apply_delta, load_delta
 from ssrctl.io.files import existing_file, write_text
 from ssrctl.io.jsonl import STDIO, JsonlLog, write_jsonl
 from ssrctl.io.problems import load_problems
 from ssrctl.io.records import FinalAnswer, Rollout, read_rollouts
-from ssrctl.io.run_dir import RunDir, find_delta
 from ssrctl.text.answers import check_answers
 
 if TYPE_CHECKING:  # grading given responses loads no torch
-    from ssrctl.models.collect import Prompted
     from ssrctl.models.loading import LoadedModel
-    from ssrctl.models.rollout import Sample
+    from ssrctl.sampling.generate import Sample
+    from ssrctl.sampling.groups import Prompted
 
 SAMPLES, SUMMARY, SETTINGS = "samples.jsonl", "summary.json", "settings.json"
 GRADING_BATCH = 256  # responses read, compared in parallel and written at once
@@ -140,8 +140,8 @@ def _claim_for_grading(folder: Path) -> None:
 
 def _sample(config: EvalConfig) -> _Found:
     """Sample what is still missing and read all of it back."""
-    from ssrctl.models.collect import prepare_prompts
     from ssrctl.models.loading import describe_model, load_model
+    from ssrctl.sampling.groups import prepare_prompts
     from ssrctl.text.prompts import load_template
 
     config = _with_checkpoint(config)
@@ -171,7 +171,7 @@ def _sample(config: EvalConfig) -> _Found:
 
 def _draw(config: EvalConfig, loaded: LoadedModel, prompts: Sequence[Prompted]) -> None:
     """Draw what is still missing, batch by batch; each batch has its own seed, so a continuation draws the same."""
-    from ssrctl.models.rollout import sample_responses
+    from ssrctl.sampling.generate import sample_responses
 
     jobs = [(prompt, number) for prompt in prompts for number in range(config.num_samples)]
     path = config.output_dir / SAMPLES

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ssrctl.analysis.document import times
 from ssrctl.configs import (
     MaskComplementConfig,
     MaskDiffConfig,
@@ -34,14 +33,15 @@ from ssrctl.configs.layers import layer_ranges
 from ssrctl.errors import UserError
 from ssrctl.io import console, manifest
 from ssrctl.io.artifacts import ModelIdentity
-from ssrctl.io.mask_headers import check_same_model, read_mask_header
+from ssrctl.masks.headers import check_same_model, read_mask_header
+from ssrctl.report.document import times
 
 if TYPE_CHECKING:
+    from ssrctl.checkpoints.reader import TensorReader
     from ssrctl.core.mask import BlockMask
-    from ssrctl.io.checkpoint_reader import TensorReader
-    from ssrctl.models.changed_weights import Rule
+    from ssrctl.masks.changed_weights import Rule
+    from ssrctl.masks.static_masks import Recipe
     from ssrctl.models.stored_parameters import StoredParameters
-    from ssrctl.models.weight_masks import Recipe
 
 
 # --------------------------------------------------------------------------------------------------
@@ -50,14 +50,14 @@ if TYPE_CHECKING:
 
 def run_random(config: MaskRandomConfig) -> dict[str, Any]:
     """Write a mask of a random share of each tensor; errors as in ``_from_weights``."""
-    from ssrctl.models.weight_masks import random_recipe
+    from ssrctl.masks.static_masks import random_recipe
 
     return _from_weights(config, random_recipe(config.density, config.seed), "raise --density")
 
 
 def run_principal(config: MaskPrincipalConfig) -> dict[str, Any]:
     """Write a mask of the largest weights of each matrix's reconstruction; errors as in ``_from_weights``."""
-    from ssrctl.models.weight_masks import principal_recipe
+    from ssrctl.masks.static_masks import principal_recipe
 
     recipe = principal_recipe(config.density, config.rank)
     return _from_weights(config, recipe, "raise --density, or choose tensors that are matrices")
@@ -65,14 +65,14 @@ def run_principal(config: MaskPrincipalConfig) -> dict[str, Any]:
 
 def run_low_magnitude(config: MaskLowMagnitudeConfig) -> dict[str, Any]:
     """Write a mask of each tensor's smallest weights; errors as in ``_from_weights``."""
-    from ssrctl.models.weight_masks import low_magnitude_recipe
+    from ssrctl.masks.static_masks import low_magnitude_recipe
 
     return _from_weights(config, low_magnitude_recipe(config.density), "raise --density")
 
 
 def run_layers(config: MaskLayersConfig) -> dict[str, Any]:
     """Write a mask of all weights of some layers; errors as in ``_from_weights``, and a layer that is not there."""
-    from ssrctl.models.weight_masks import layers_recipe
+    from ssrctl.masks.static_masks import layers_recipe
 
     layers = None if config.layers is None else layer_ranges(config.layers)
     return _from_weights(config, layers_recipe(layers), "choose other layers or patterns", layers or ())
@@ -85,9 +85,9 @@ def _from_weights(config: MaskSource, recipe: Recipe, when_empty: str, layers: S
         UserError: no model, a pattern or layer that is not in it, weights that are NaN or infinite where their order
             matters, or a mask of nothing or of everything.
     """
-    from ssrctl.io.checkpoint_reader import TensorReader
+    from ssrctl.checkpoints.reader import TensorReader
+    from ssrctl.masks.static_masks import make_mask, planned_counts
     from ssrctl.models.stored_parameters import stored_parameters
-    from ssrctl.models.weight_masks import make_mask, planned_counts
 
     with TensorReader(config.model) as reader:
         _check_output(config.output, reader.files)
@@ -112,7 +112,7 @@ def _from_weights(config: MaskSource, recipe: Recipe, when_empty: str, layers: S
 
 def _check_layers(stored: StoredParameters, layers: Iterable[range]) -> None:
     """A layer that the model does not have is a mistake."""
-    from ssrctl.analysis.sparsity import layer_index
+    from ssrctl.measures.sparsity import layer_index
 
     there = {layer for name in stored.names if (layer := layer_index(name)) is not None}
     highest = max((one[-1] for one in layers), default=-1)
@@ -134,8 +134,8 @@ def run_diff(config: MaskDiffConfig) -> dict[str, Any]:
     Raises:
         UserError: checkpoints of different models, a delta of another base, or no change at all.
     """
-    from ssrctl.analysis.sparsity import changed
-    from ssrctl.io.checkpoint_reader import TensorReader, delta_meant_by
+    from ssrctl.checkpoints.reader import TensorReader, delta_meant_by
+    from ssrctl.measures.sparsity import changed
 
     if delta_meant_by(config.base) is not None:
         raise UserError(f"BASE {config.base} is a delta, not whole weights", "give the model that training began from")
@@ -149,7 +149,7 @@ def run_diff(config: MaskDiffConfig) -> dict[str, Any]:
 
 
 def _diff_pair(config: MaskDiffConfig, base: TensorReader, tuned: TensorReader, rule: Rule) -> dict[str, Any]:
-    from ssrctl.models.changed_weights import changed_in_pair, check_pair
+    from ssrctl.masks.changed_weights import changed_in_pair, check_pair
     from ssrctl.models.stored_parameters import stored_parameters
 
     _check_output(config.output, [*base.files, *tuned.files])
@@ -167,9 +167,9 @@ def _diff_pair(config: MaskDiffConfig, base: TensorReader, tuned: TensorReader, 
 
 
 def _diff_delta(config: MaskDiffConfig, base: TensorReader, path: Path, rule: Rule) -> dict[str, Any]:
-    from ssrctl.io.checkpoint_reader import check_shapes
-    from ssrctl.io.delta import DeltaFile
-    from ssrctl.models.changed_weights import changed_by_delta
+    from ssrctl.checkpoints.delta import DeltaFile
+    from ssrctl.checkpoints.reader import check_shapes
+    from ssrctl.masks.changed_weights import changed_by_delta
 
     _check_output(config.output, [*base.files, path])
     delta = DeltaFile(path)
@@ -329,7 +329,7 @@ def _report(
     notes: list[str],
 ) -> dict[str, Any]:
     """What was written or read; the settings of a file are whatever json it holds."""
-    from ssrctl.analysis.mask_table import mask_numbers
+    from ssrctl.masks.table import mask_numbers
 
     return {
         "mask": str(path),
@@ -342,7 +342,7 @@ def _report(
 
 
 def _show(report: Mapping[str, Any]) -> None:
-    from ssrctl.analysis.mask_table import mask_document
-    from ssrctl.analysis.render import show_document
+    from ssrctl.masks.table import mask_document
+    from ssrctl.report.render import show_document
 
     show_document(mask_document(report), "the output of --json")

@@ -19,17 +19,17 @@ from ssrctl.core.seeds import derive_seed
 from ssrctl.critics.base import make_critic
 from ssrctl.errors import UserError
 from ssrctl.io.artifacts import load_mask_for
-from ssrctl.io.budget_profiles import BudgetProfile, save_budget_profile
+from ssrctl.io.budget_file import BudgetProfile, save_budget_profile
 from ssrctl.io.console import console, deferred_interrupt, note, progress, show_plan, warn
 from ssrctl.io.files import whole_file
 from ssrctl.io.manifest import file_hash, published_settings, versions
 from ssrctl.io.problems import load_problems
 from ssrctl.io.records import Rollout, read_rollouts
-from ssrctl.models.budget_profile import MeanCurve, StepMass, mean_curve, problem_masses, traces_batch
-from ssrctl.models.collect import Group, group_batch, prepare_prompts, sample_groups, score_groups
-from ssrctl.models.gradients import GroupBatch
+from ssrctl.masks.budget_profile import MeanCurve, StepMass, mean_curve, problem_masses, traces_batch
 from ssrctl.models.loading import LoadedModel, describe_model, load_model
+from ssrctl.sampling.groups import Group, group_batch, prepare_prompts, sample_groups, score_groups
 from ssrctl.text.prompts import build_prompt, load_template
+from ssrctl.training.unit_gradients import GroupBatch
 
 GRADIENT_BYTES = 4.0
 BITS_BYTES = 2 / 8  # protected and claimed coordinates, one bit each

@@ -120,8 +120,8 @@ def tokens_per_step(tokenizer: Any, response: str, steps: list[StepSpan]) -> lis
         response: the whole text; it is encoded once, never in pieces.
         steps: spans that cover it.
     """
-    from ssrctl.models.alignment import step_of_tokens
-    from ssrctl.models.continuations import without_surrogates
+    from ssrctl.sampling.alignment import step_of_tokens
+    from ssrctl.sampling.continuations import without_surrogates
 
     encoded = tokenizer(without_surrogates(response), add_special_tokens=False, return_offsets_mapping=True)
     counts = [0] * len(steps)
@@ -137,7 +137,7 @@ def _load_tokenizer(name: str) -> Any:
 
     hub_logging.set_verbosity_error()
     if name == TINY:
-        from ssrctl.models import tiny_reasoner
+        from ssrctl import tiny_reasoner
 
         source = str(tiny_reasoner.path())
     else:

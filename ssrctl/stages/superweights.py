@@ -23,11 +23,10 @@ from ssrctl.io.artifacts import save_mask
 from ssrctl.io.console import console, note, progress, show_plan, warn
 from ssrctl.io.files import write_text
 from ssrctl.io.manifest import file_hash, published_settings, versions
-from ssrctl.io.profiles import profile_path
+from ssrctl.io.package_data import profile_path
 from ssrctl.io.prompt_sets import load_prompt_set
-from ssrctl.models.loading import LoadedModel, describe_model, load_model
-from ssrctl.models.spikes import Spike, strongest_channels
-from ssrctl.models.superweights import (
+from ssrctl.masks.spikes import Spike, strongest_channels
+from ssrctl.masks.superweights import (
     AblationProbe,
     Divergence,
     TokenisedPrompts,
@@ -36,6 +35,7 @@ from ssrctl.models.superweights import (
     split_subsets,
     tokenise_prompts,
 )
+from ssrctl.models.loading import LoadedModel, describe_model, load_model
 
 DEFAULT_FRACTION = 0.005
 FIRST_MINIMAL_FRACTION = 0.04

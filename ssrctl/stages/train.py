@@ -1,4 +1,4 @@
-"""`ssrctl train`: the training loop around ``models.training_step``, its run directory, and resuming."""
+"""`ssrctl train`: the training loop around ``training.training_step``, its run directory, and resuming."""
 
 from __future__ import annotations
 
@@ -13,6 +13,15 @@ from typing import Any
 
 import torch
 
+from ssrctl.checkpoints.delta import Delta, apply_delta
+from ssrctl.checkpoints.run_dir import (
+    Checkpoint,
+    RunDir,
+    load_checkpoint,
+    newest_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+)
 from ssrctl.configs import TrainConfig
 from ssrctl.core.budget import step_budgets
 from ssrctl.core.mask import BlockMask
@@ -21,22 +30,20 @@ from ssrctl.critics.base import Critic, make_critic
 from ssrctl.errors import Stopped, UserError
 from ssrctl.io import console, manifest
 from ssrctl.io.artifacts import load_mask_for
-from ssrctl.io.budget_profiles import load_budget_profile
-from ssrctl.io.delta import Delta, apply_delta
+from ssrctl.io.budget_file import load_budget_profile
 from ssrctl.io.gradient_log import GradientHeader, gradient_log_path, save_gradient_log
 from ssrctl.io.jsonl import JsonlLog, write_jsonl
 from ssrctl.io.mask_log import StepMaskLog, save_mask_log
+from ssrctl.io.package_data import profile_path, shipped_names
 from ssrctl.io.problems import load_problems
-from ssrctl.io.profiles import profile_path, shipped_names
-from ssrctl.io.run_dir import Checkpoint, RunDir, load_checkpoint, newest_checkpoint, prune_checkpoints, save_checkpoint
-from ssrctl.models.collect import Prompted, prepare_prompts
-from ssrctl.models.exact_changes import exact_changes
-from ssrctl.models.gradients import trainable
 from ssrctl.models.loading import LoadedModel, describe_model, load_model
-from ssrctl.models.training_step import NonFiniteBatch, StepResult, TrainingStep
-from ssrctl.models.unit_observer import UnitObserver
-from ssrctl.models.updaters import frozen_coordinates, make_updater, updater_kind
+from ssrctl.sampling.groups import Prompted, prepare_prompts
 from ssrctl.text.prompts import load_template
+from ssrctl.training.exact_changes import exact_changes
+from ssrctl.training.training_step import NonFiniteBatch, StepResult, TrainingStep
+from ssrctl.training.unit_gradients import trainable
+from ssrctl.training.unit_observer import UnitObserver
+from ssrctl.training.updaters import frozen_coordinates, make_updater, updater_kind
 
 # Settings that may differ between a run and its continuation without changing what it computes.
 FREE_ON_RESUME = {
@@ -291,7 +298,7 @@ def _find_lr(
     mask: BlockMask | None,
 ) -> dict[str, Any]:
     """``--find-lr``: print the curve, and return it; nothing is written."""
-    from ssrctl.models.lr_sweep import SPREAD, sweep
+    from ssrctl.training.lr_sweep import SPREAD, sweep
 
     results = []
     bar = console.progress(unit="rates")

@@ -6,7 +6,7 @@ from typing import Any
 
 from ssrctl.configs import TINY_DATASET
 from ssrctl.errors import UserError
-from ssrctl.io.profiles import profile_path
+from ssrctl.io.package_data import profile_path
 
 SLOT = "{question}"
 

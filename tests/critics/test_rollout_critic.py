@@ -16,7 +16,8 @@ from ssrctl.critics.base import score_all
 from ssrctl.critics.rollout import RolloutCritic, prefix_seeds
 from ssrctl.errors import UserError
 from ssrctl.io.records import FinalAnswer, Rollout, StepSpan
-from ssrctl.models.continuations import (
+from ssrctl.models.loading import load_model
+from ssrctl.sampling.continuations import (
     Start,
     _Draw,
     decode_continuation,
@@ -25,9 +26,8 @@ from ssrctl.models.continuations import (
     sample_continuations,
     tokens_before,
 )
-from ssrctl.models.loading import load_model
-from ssrctl.models.tiny_reasoner.problems import problems
 from ssrctl.text.answers import check_answer
+from ssrctl.tiny_reasoner.problems import problems
 
 # The reasoner knows questions of four operations and more; this one it gets right about every other time.
 QUESTION, SOLUTION = "55-7*8+3+6=?", "55-7=48\n48*8=84\n84+3=87\n87+6=93\n####93"

@@ -11,8 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from ssrctl import KronosOpt
-from ssrctl.models import tiny_reasoner
+from ssrctl import KronosOpt, tiny_reasoner
 
 # TRL sets what transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated and will be removed:FutureWarning")

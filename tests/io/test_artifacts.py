@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ssrctl.checkpoints.fingerprint import fingerprint
 from ssrctl.core.mask import BlockMask
 from ssrctl.errors import UserError
 from ssrctl.io.artifacts import (
@@ -29,7 +30,6 @@ from ssrctl.io.artifacts import (
     save_mask,
     save_tensors,
 )
-from ssrctl.io.fingerprint import fingerprint
 from ssrctl.io.mask_log import QuestionLog, StepMaskLog, UnitLog, load_mask_log, mask_log_paths, save_mask_log
 
 SHAPES = {"model.w": (20, 40), "bias": (5,), "tiles": (3, 3)}  # one is called like a part of the format

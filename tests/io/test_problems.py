@@ -11,8 +11,8 @@ import pytest
 
 from ssrctl.configs import DatasetConfig
 from ssrctl.errors import UserError
+from ssrctl.io.package_data import profile_path, profiles_dir, shipped_names
 from ssrctl.io.problems import Problem, load_problems
-from ssrctl.io.profiles import profile_path, profiles_dir, shipped_names
 
 
 def jsonl(path: Path, *rows: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from ssrctl.errors import UserError
-from ssrctl.io.profiles import profile_path
+from ssrctl.io.package_data import profile_path
 from ssrctl.io.prompt_sets import load_prompt_set
 
 

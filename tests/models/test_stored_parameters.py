@@ -20,10 +20,10 @@ from transformers import (
     MixtralForCausalLM,
 )
 
+from ssrctl import tiny_reasoner
+from ssrctl.checkpoints.fingerprint import RunningFingerprint, fingerprint
+from ssrctl.checkpoints.reader import TensorReader
 from ssrctl.errors import UserError
-from ssrctl.io.checkpoint_reader import TensorReader
-from ssrctl.io.fingerprint import RunningFingerprint, fingerprint
-from ssrctl.models import tiny_reasoner
 from ssrctl.models.stored_parameters import StoredParameters, stored_parameters
 
 SMALL: dict[str, Any] = {

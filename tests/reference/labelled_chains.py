@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from ssrctl.models.tiny_reasoner.problems import MODULUS, problems
+from ssrctl.tiny_reasoner.problems import MODULUS, problems
 
 APPLY = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
 

@@ -13,7 +13,7 @@ import transformers
 
 from reference import policy_loss
 from ssrctl.core.units import Unit
-from ssrctl.models.gradients import make_batch, unit_gradients
+from ssrctl.training.unit_gradients import make_batch, unit_gradients
 
 VOCABULARY = 20  # the bundled model has one more
 SIZES = {

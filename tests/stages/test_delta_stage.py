@@ -13,12 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ssrctl import tiny_reasoner
+from ssrctl.checkpoints.delta import Delta, DeltaFile, apply_delta, load_delta, save_delta
+from ssrctl.checkpoints.fingerprint import fingerprint
 from ssrctl.cli import main
 from ssrctl.configs import DeltaApplyConfig, DeltaDiffConfig, ModelConfig
 from ssrctl.io.artifacts import ModelIdentity
-from ssrctl.io.delta import Delta, DeltaFile, apply_delta, load_delta, save_delta
-from ssrctl.io.fingerprint import fingerprint
-from ssrctl.models import tiny_reasoner
 from ssrctl.models.loading import load_model
 from ssrctl.stages import delta as stage
 

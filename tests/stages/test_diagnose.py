@@ -12,15 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ssrctl import tiny_reasoner
+from ssrctl.checkpoints.delta import Delta, changed_indices, save_delta
+from ssrctl.checkpoints.fingerprint import fingerprint
 from ssrctl.cli import main
 from ssrctl.configs import DiagnoseConfig
 from ssrctl.core.mask import BlockMask
 from ssrctl.errors import UserError
 from ssrctl.io.artifacts import ModelIdentity
-from ssrctl.io.delta import Delta, changed_indices, save_delta
-from ssrctl.io.fingerprint import fingerprint
 from ssrctl.io.mask_log import CONFLICTS, QuestionLog, StepMaskLog, UnitLog, save_mask_log
-from ssrctl.models import tiny_reasoner
 from ssrctl.stages import diagnose
 
 ATTACK = "<script>alert(1)</script>"

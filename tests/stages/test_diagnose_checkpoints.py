@@ -11,11 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ssrctl.analysis import landing, over_time, run_overlap, sparsity
 from ssrctl.cli import main
 from ssrctl.configs.diagnose import MEASURES
 from ssrctl.core.mask import BlockMask
 from ssrctl.io.artifacts import ModelIdentity, save_mask
+from ssrctl.measures import landing, over_time, sparsity
+from ssrctl.measures import overlap as run_overlap
 from ssrctl.stages.diagnose import deliver
 
 Weights = dict[str, torch.Tensor]

@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ssrctl import tiny_reasoner
 from ssrctl.configs import DiagnoseConfig
 from ssrctl.errors import UserError
-from ssrctl.models import interventions, tiny_reasoner
+from ssrctl.models import interventions
 from ssrctl.stages.diagnose.intervene import REPORT, TOLERANCE, run_intervene
 
 TINY = Path("tiny-reasoner")

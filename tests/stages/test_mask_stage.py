@@ -16,14 +16,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from ssrctl import tiny_reasoner
+from ssrctl.checkpoints.delta import Delta, load_delta, save_delta
+from ssrctl.checkpoints.fingerprint import fingerprint
+from ssrctl.checkpoints.run_dir import RunDir
 from ssrctl.cli import main
 from ssrctl.configs import ModelConfig, TrainConfig
 from ssrctl.core.mask import BlockMask
 from ssrctl.io.artifacts import ModelIdentity, load_mask, load_mask_for, save_mask
-from ssrctl.io.delta import Delta, load_delta, save_delta
-from ssrctl.io.fingerprint import fingerprint
-from ssrctl.io.run_dir import RunDir
-from ssrctl.models import tiny_reasoner
 from ssrctl.models.loading import LoadedModel, load_model
 from ssrctl.stages import train
 
@@ -130,7 +130,7 @@ def test_principal_selects_the_largest_of_each_reconstruction(
 def test_a_large_matrix_says_how_good_its_reconstruction_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from ssrctl.analysis import low_rank
+    from ssrctl.measures.maths import low_rank
 
     words = ["principal", TINY, "--include", UP, "--rank", 0.02]
     exact = mask_of(tmp_path, *words)

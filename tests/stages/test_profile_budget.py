@@ -14,12 +14,12 @@ from ssrctl.core.unions import random_coordinates
 from ssrctl.critics.base import score_all
 from ssrctl.errors import UserError
 from ssrctl.io.artifacts import ModelIdentity, save_mask
-from ssrctl.io.budget_profiles import load_budget_profile
+from ssrctl.io.budget_file import load_budget_profile
 from ssrctl.io.jsonl import write_jsonl
 from ssrctl.io.problems import load_problems
 from ssrctl.io.records import Rollout, StepScore
-from ssrctl.models.collect import prepare_prompts, sample_groups
 from ssrctl.models.loading import load_model
+from ssrctl.sampling.groups import prepare_prompts, sample_groups
 from ssrctl.stages import profile_budget
 
 

@@ -8,7 +8,7 @@ import torch
 from ssrctl.configs import SuperweightsConfig
 from ssrctl.errors import UserError
 from ssrctl.io.artifacts import load_mask, load_mask_for
-from ssrctl.io.profiles import profile_path
+from ssrctl.io.package_data import profile_path
 from ssrctl.io.prompt_sets import load_prompt_set
 from ssrctl.models.loading import load_model
 from ssrctl.stages.superweights import run

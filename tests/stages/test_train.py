@@ -15,21 +15,21 @@ import pytest
 import torch
 from reference.critics import FunctionCritic
 
+from ssrctl.checkpoints.delta import load_delta
+from ssrctl.checkpoints.run_dir import RunDir, newest_checkpoint
 from ssrctl.cli import main
 from ssrctl.configs import TrainConfig
 from ssrctl.core.mask import BlockMask
 from ssrctl.core.seeds import derive_seed
 from ssrctl.errors import Stopped, UserError
 from ssrctl.io.artifacts import save_mask
-from ssrctl.io.delta import load_delta
 from ssrctl.io.jsonl import read_jsonl
 from ssrctl.io.mask_log import load_mask_log, mask_log_paths
 from ssrctl.io.records import read_rollouts
-from ssrctl.io.run_dir import RunDir, newest_checkpoint
-from ssrctl.models import training_step
-from ssrctl.models.gradients import NonFiniteLoss
 from ssrctl.models.loading import load_model
 from ssrctl.stages import train
+from ssrctl.training import training_step
+from ssrctl.training.unit_gradients import NonFiniteLoss
 
 TIMES = {"tokens_per_second", "sample_seconds", "score_seconds", "update_seconds"}
 
@@ -449,7 +449,7 @@ def test_ctrl_c_keeps_what_was_done_and_the_run_goes_on(tmp_path: Path) -> None:
 
 
 def test_find_lr_tries_rates_from_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ssrctl.models import lr_sweep
+    from ssrctl.training import lr_sweep
 
     monkeypatch.setattr(lr_sweep, "SPREAD", (1e-12, 1.0, 1e9))
     loaded = load_model(TrainConfig())

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ssrctl.checkpoints.run_dir import RunDir
 from ssrctl.configs import TrainConfig
 from ssrctl.core.mask import BlockMask
 from ssrctl.core.seeds import derive_seed
@@ -17,7 +18,6 @@ from ssrctl.io.artifacts import save_mask
 from ssrctl.io.gradient_log import gradient_log_paths, load_gradient_log
 from ssrctl.io.jsonl import read_jsonl
 from ssrctl.io.mask_log import load_mask_log, mask_log_paths
-from ssrctl.io.run_dir import RunDir
 from ssrctl.models.loading import load_model
 from ssrctl.stages import train
 

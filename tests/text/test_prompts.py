@@ -4,7 +4,7 @@ import pytest
 
 from ssrctl.configs import TINY_DATASET
 from ssrctl.errors import UserError
-from ssrctl.io.profiles import shipped_names
+from ssrctl.io.package_data import shipped_names
 from ssrctl.text.prompts import SLOT, build_prompt, encode_prompt, load_template
 
 CHAT = (

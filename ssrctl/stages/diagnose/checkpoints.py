@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ssrctl
-from ssrctl.analysis.document import Document, Section, Table, number, percent, text_safe
 from ssrctl.configs import DiagnoseConfig
 from ssrctl.errors import CheckFailed, UserError
+from ssrctl.report.document import Document, Section, Table, number, percent, text_safe
 from ssrctl.stages.diagnose import measure
 from ssrctl.stages.diagnose.deliver import deliver, show_plan
 from ssrctl.stages.diagnose.inputs import Inputs, Tuned, checkpoints_of, is_run, open_inputs
@@ -97,7 +97,7 @@ def _check_measures(config: DiagnoseConfig, num_tuned: int, *, series: bool, of_
 
 
 def _files(inputs: Inputs, paths: list[Path]) -> list[Path]:
-    from ssrctl.io.checkpoint_reader import TensorReader, delta_meant_by
+    from ssrctl.checkpoints.reader import TensorReader, delta_meant_by
 
     files = list(inputs.base.files)
     for path, tuned in zip(paths, inputs.tuned, strict=True):
@@ -121,7 +121,7 @@ def _pair(report: _Report, inputs: Inputs, tuned: Tuned, config: DiagnoseConfig)
 
 def _sparsity(report: _Report, inputs: Inputs, tuned: Tuned, config: DiagnoseConfig) -> Any:
     """The size of the change and how many weights it touched: always counted, shown if wanted."""
-    from ssrctl.analysis.sparsity_report import (
+    from ssrctl.measures.sparsity_report import (
         headlines,
         nonfinite_note,
         size_section,
@@ -144,15 +144,15 @@ def _sparsity(report: _Report, inputs: Inputs, tuned: Tuned, config: DiagnoseCon
 
 
 def _published_sparsity(total: dict[str, Any]) -> dict[str, float | None]:
-    from ssrctl.analysis.change import FIXED_TOLERANCES, tolerance_key
+    from ssrctl.measures.maths.change import FIXED_TOLERANCES, tolerance_key
 
     found = {f"sparsity_{atol:.0e}".replace("e-0", "e-"): total[tolerance_key(atol)] for atol in FIXED_TOLERANCES}
     return found | {"sparsity_bf16": total["sparsity_bf16"]}
 
 
 def _matrices(report: _Report, inputs: Inputs, tuned: Tuned, changes: Any, config: DiagnoseConfig) -> None:
-    from ssrctl.analysis import landing_report, spectrum_report
-    from ssrctl.analysis.rank_report import rank_section
+    from ssrctl.measures import landing_report, spectrum_report
+    from ssrctl.measures.rank_report import rank_section
 
     numbers = measure.matrices(inputs, tuned, changes, config)
     report.numbers |= numbers
@@ -170,7 +170,7 @@ def _matrices(report: _Report, inputs: Inputs, tuned: Tuned, changes: Any, confi
 
 def _several(report: _Report, inputs: Inputs, config: DiagnoseConfig) -> None:
     """Each checkpoint's sparsity side by side, and what they have in common."""
-    from ssrctl.analysis import run_overlap_report
+    from ssrctl.measures import overlap_report as run_overlap_report
 
     report.numbers["checkpoints"] = []
     details: list[Section] = []
@@ -227,7 +227,7 @@ def _side_by_side(rows: list[dict[str, Any]], config: DiagnoseConfig) -> Section
 
 def _series(report: _Report, inputs: Inputs, config: DiagnoseConfig, run: Path | None) -> None:
     """The run over time, and what it ended with."""
-    from ssrctl.analysis import over_time_report
+    from ssrctl.measures import over_time_report
 
     if config.wants("time", default=True):
         numbers = measure.over_time(inputs, config)
@@ -255,9 +255,9 @@ def _series(report: _Report, inputs: Inputs, config: DiagnoseConfig, run: Path |
 
 
 def _gradients(report: _Report, run: Path, *, asked: bool) -> None:
-    from ssrctl.analysis import gradient_report
-    from ssrctl.analysis.gradient_geometry import gradient_numbers
     from ssrctl.io.gradient_log import gradient_log_paths
+    from ssrctl.measures import gradients_report as gradient_report
+    from ssrctl.measures.gradients import gradient_numbers
 
     paths = gradient_log_paths(run)
     if not paths:
@@ -278,8 +278,8 @@ def _audit(
     """Did protected weights move; of a series only the last checkpoint counts."""
     if config.protect is None and config.assert_frozen is None and config.assert_moved is None:
         return
-    from ssrctl.analysis import audit_report
-    from ssrctl.analysis.audit import failures
+    from ssrctl.measures import audit_report
+    from ssrctl.measures.audit import failures
 
     for tuned in audited:
         numbers = measure.audit(inputs, tuned, mask, config)
@@ -297,7 +297,7 @@ def _audit(
 
 
 def _document(report: _Report, inputs: Inputs, config: DiagnoseConfig) -> Document:
-    from ssrctl.analysis.published import published_section, unusual
+    from ssrctl.measures.published import published_section, unusual
 
     sections = list(report.sections)
     if report.published:

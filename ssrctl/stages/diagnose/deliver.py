@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ssrctl
-from ssrctl.analysis.document import Document, json_safe
-from ssrctl.analysis.render import html_page, missing_libraries, show_document
-from ssrctl.analysis.tables import FOLDER, write_tables
 from ssrctl.configs import DiagnoseConfig
 from ssrctl.io.files import write_text
+from ssrctl.report.document import Document, json_safe
+from ssrctl.report.render import html_page, missing_libraries, show_document
+from ssrctl.report.tables import FOLDER, write_tables
 
 if TYPE_CHECKING:
     from rich.console import Console

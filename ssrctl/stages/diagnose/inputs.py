@@ -10,16 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ssrctl.analysis.document import text_safe
+from ssrctl.checkpoints.run_dir import RunDir
 from ssrctl.configs import TINY, DiagnoseConfig
 from ssrctl.configs.layers import layer_ranges
 from ssrctl.errors import UserError
-from ssrctl.io.run_dir import RunDir
+from ssrctl.report.document import text_safe
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ssrctl.io.checkpoint_reader import DeltaReader, TensorReader
+    from ssrctl.checkpoints.reader import DeltaReader, TensorReader
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json")
@@ -43,7 +43,7 @@ class Tuned:
 
     def original(self, base: TensorReader, name: str) -> Tensor:
         """The base's tensor as this checkpoint's training began from it."""
-        from ssrctl.io.checkpoint_reader import DeltaReader
+        from ssrctl.checkpoints.reader import DeltaReader
 
         return self.reader.base_tensor(name) if isinstance(self.reader, DeltaReader) else base.tensor(name)
 
@@ -92,7 +92,7 @@ def open_inputs(stack: contextlib.ExitStack, base_path: Path, paths: list[Path],
     Raises:
         UserError: something that cannot be opened, or that was not made from the base.
     """
-    from ssrctl.io.checkpoint_reader import TensorReader, delta_meant_by, matching_names, open_delta
+    from ssrctl.checkpoints.reader import TensorReader, delta_meant_by, matching_names, open_delta
 
     if base_path.exists() and delta_meant_by(base_path) is not None:
         raise UserError(f"BASE {base_path} is a delta, not whole weights", "give the model that the run started from")
@@ -147,7 +147,7 @@ def local_copy(path: Path) -> Path:
 
 
 def _in_layers(names: list[str], layers: str | None) -> list[str]:
-    from ssrctl.analysis.sparsity import layer_index
+    from ssrctl.measures.sparsity import layer_index
 
     if layers is None:
         return names
@@ -175,8 +175,8 @@ def _delta_names(base: TensorReader, tuned: TensorReader | DeltaReader) -> tuple
 
 def _dtype_notes(base: TensorReader, tuned: TensorReader | DeltaReader, names: list[str]) -> list[str]:
     """Sentences on tensors whose dtypes differ, or that hold no floating-point numbers."""
-    from ssrctl.analysis.sparsity import common_dtype
-    from ssrctl.io.checkpoint_reader import DeltaReader
+    from ssrctl.checkpoints.reader import DeltaReader
+    from ssrctl.measures.sparsity import common_dtype
 
     notes = []
     if isinstance(tuned, DeltaReader) and tuned.load_dtype is not None:

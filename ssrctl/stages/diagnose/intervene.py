@@ -17,7 +17,7 @@ from ssrctl.io.console import note, show_plan
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ssrctl.io.checkpoint_reader import TensorReader
+    from ssrctl.checkpoints.reader import TensorReader
     from ssrctl.models.interventions import Attention, Edit, LogitDifference
     from ssrctl.models.loading import LoadedModel
 
@@ -43,9 +43,9 @@ def run_intervene(config: DiagnoseConfig) -> dict[str, Any]:
         UserError: an architecture that is not supported, layers that the model does not have, an output that exists,
             or logits that differ in float32 (nothing is written then).
     """
-    from ssrctl.io.checkpoint_reader import TensorReader
+    from ssrctl.checkpoints.model_folder import check_free, copy_companions, whole_folder
+    from ssrctl.checkpoints.reader import TensorReader
     from ssrctl.io.manifest import versions
-    from ssrctl.io.model_folder import check_free, copy_companions, whole_folder
     from ssrctl.models.interventions import attention_layers, chosen_layers, edits
     from ssrctl.models.loading import load_model
 
@@ -123,7 +123,7 @@ def _prompts(loaded: LoadedModel, config: DiagnoseConfig) -> list[Tensor]:
     import torch
 
     from ssrctl.core.seeds import derive_seed
-    from ssrctl.io.profiles import profile_path
+    from ssrctl.io.package_data import profile_path
     from ssrctl.io.prompt_sets import load_prompt_set
 
     name = TINY if str(config.paths[0]) == TINY else "general"
@@ -170,9 +170,9 @@ def _check_function(
 
 def _write_weights(reader: TensorReader, made: Mapping[str, Edit], folder: Path) -> None:
     """Every tensor in the layout and dtype of the base; those without an edit bit for bit."""
-    from ssrctl.io.checkpoint_files import INDEX, SINGLE
+    from ssrctl.checkpoints.files import INDEX, SINGLE
+    from ssrctl.checkpoints.tensor_files import NewTensor, aligned_order, stored_bytes, write_header
     from ssrctl.io.files import write_text
-    from ssrctl.io.tensor_files import NewTensor, aligned_order, stored_bytes, write_header
 
     weight_map, total = {}, 0
     for file in reader.files:
@@ -206,8 +206,8 @@ def _written_difference(folder: Path, prompts: Sequence[Tensor], before: Sequenc
 
 
 def _write_report(path: Path, report: Mapping[str, Any]) -> None:
-    from ssrctl.analysis.document import json_safe
     from ssrctl.io.files import write_text
+    from ssrctl.report.document import json_safe
 
     write_text(path, json.dumps(json_safe(dict(report)), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 

@@ -18,9 +18,9 @@ from ssrctl.stages.diagnose.work import changed_rule, each_tensor
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ssrctl.analysis.change import Change
-    from ssrctl.analysis.movers import TopMovers
     from ssrctl.core.mask import BlockMask
+    from ssrctl.measures.maths.change import Change
+    from ssrctl.measures.maths.largest_changes import TopMovers
 
 # One core's time for rank, spectrum and landing of a matrix, over its size times its smaller side.
 SECONDS_PER_UNIT = 1e-9
@@ -31,8 +31,8 @@ def compare(inputs: Inputs, tuned: Tuned, config: DiagnoseConfig) -> tuple[dict[
     """Every weight of one checkpoint against the base, in one pass over both."""
     from rich.progress import Progress
 
-    from ssrctl.analysis.movers import TopMovers
-    from ssrctl.analysis.sparsity import compare_all
+    from ssrctl.measures.maths.largest_changes import TopMovers
+    from ssrctl.measures.sparsity import compare_all
 
     movers = TopMovers()
     console = stderr()
@@ -53,10 +53,11 @@ def compare(inputs: Inputs, tuned: Tuned, config: DiagnoseConfig) -> tuple[dict[
 
 def matrices(inputs: Inputs, tuned: Tuned, changes: Mapping[str, Change], config: DiagnoseConfig) -> dict[str, Any]:
     """Rank, spectrum and landing of every matrix; keys ``rank``, ``spectrum``, ``skipped`` and ``landing``."""
-    from ssrctl.analysis import landing, matrix_measures
-    from ssrctl.analysis.profiles import Profile, profile
-    from ssrctl.analysis.spectrum_report import spectrum_numbers
-    from ssrctl.analysis.update_matrix import Unmeasured
+    from ssrctl.measures import landing
+    from ssrctl.measures.maths import matrices as matrix_measures
+    from ssrctl.measures.maths.row_column_counts import Profile, profile
+    from ssrctl.measures.maths.update_matrix import Unmeasured
+    from ssrctl.measures.spectrum_report import spectrum_numbers
 
     wants_rank, wants_spectrum, wants_landing = (
         config.wants(measure, default=True) for measure in ("rank", "spectrum", "landing")
@@ -123,7 +124,7 @@ def _widened(weights: Tensor) -> Tensor:
 
 def _examples(inputs: Inputs, changes: Mapping[str, Change]) -> list[str]:
     """A query or gate matrix of the middle layer, to be pictured; none where nothing changed."""
-    from ssrctl.analysis.sparsity import layer_index, matrix_kind
+    from ssrctl.measures.sparsity import layer_index, matrix_kind
 
     changed = [
         name
@@ -140,10 +141,10 @@ def _examples(inputs: Inputs, changes: Mapping[str, Change]) -> list[str]:
 
 def overlap(inputs: Inputs, config: DiagnoseConfig) -> dict[str, Any]:
     """How the changed sets of several checkpoints meet."""
-    from ssrctl.analysis.magnitude import count_by_magnitude
-    from ssrctl.analysis.profiles import profile
-    from ssrctl.analysis.run_overlap import RunOverlap, consensus_example, run_overlap, run_overlap_numbers
     from ssrctl.core.mask import TileSet
+    from ssrctl.measures.maths.magnitude import count_by_magnitude
+    from ssrctl.measures.maths.row_column_counts import profile
+    from ssrctl.measures.overlap import RunOverlap, consensus_example, run_overlap, run_overlap_numbers
 
     differs, rule = changed_rule(config.rule, config.atol, config.eta)
 
@@ -168,7 +169,7 @@ def overlap(inputs: Inputs, config: DiagnoseConfig) -> dict[str, Any]:
 
 def _middle_matrix(inputs: Inputs) -> str | None:
     """The first matrix of the middle layer, to be pictured."""
-    from ssrctl.analysis.sparsity import layer_index
+    from ssrctl.measures.sparsity import layer_index
 
     layers = {name: layer_index(name) for name in inputs.names if len(inputs.base.shapes[name]) == 2}
     numbers = sorted({layer for layer in layers.values() if layer is not None})
@@ -177,8 +178,8 @@ def _middle_matrix(inputs: Inputs) -> str | None:
 
 def over_time(inputs: Inputs, config: DiagnoseConfig) -> dict[str, Any]:
     """What a series of checkpoints changed, kept and took back."""
-    from ssrctl.analysis.over_time import OverTime, over_time_numbers
-    from ssrctl.analysis.over_time import over_time as follow
+    from ssrctl.measures.over_time import OverTime, over_time_numbers
+    from ssrctl.measures.over_time import over_time as follow
 
     differs, rule = changed_rule(config.rule, config.atol, config.eta)
     bits_differ, _ = changed_rule("bits", config.atol, config.eta)
@@ -226,7 +227,7 @@ def protected_weights(inputs: Inputs, config: DiagnoseConfig) -> BlockMask | Non
 
 def audit(inputs: Inputs, tuned: Tuned, mask: BlockMask | None, config: DiagnoseConfig) -> dict[str, Any]:
     """Whether protected weights moved, and which tensors did; ``mask`` is from ``protected_weights``."""
-    from ssrctl.analysis.audit import audit_numbers, audit_tensor, spike_audit
+    from ssrctl.measures.audit import audit_numbers, audit_tensor, spike_audit
 
     path = config.assert_frozen or config.protect
     differs, _ = changed_rule("bits", config.atol, config.eta)

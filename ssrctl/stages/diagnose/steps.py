@@ -8,24 +8,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ssrctl
-from ssrctl.analysis.document import percent, text_safe, times
 from ssrctl.configs import DiagnoseConfig
 from ssrctl.errors import UserError
 from ssrctl.io.mask_log import load_mask_log, mask_log_paths
+from ssrctl.report.document import percent, text_safe, times
 from ssrctl.stages.diagnose.deliver import deliver, say, show_plan, stderr
 
 if TYPE_CHECKING:
-    from ssrctl.analysis.overlap import StepOverlap
-    from ssrctl.analysis.step_geometry import QuestionGeometry
+    from ssrctl.measures.step_geometry import QuestionGeometry
+    from ssrctl.measures.step_overlap import StepOverlap
 
 _RUNS = Path("runs")
 
 
 def diagnose_steps(config: DiagnoseConfig) -> dict[str, Any]:
-    from ssrctl.analysis.overlap_report import disjoint_by_construction, headlines, overlap_document
-    from ssrctl.analysis.overlap_summary import summarise_run
-    from ssrctl.analysis.step_geometry import summarise_geometry
-    from ssrctl.analysis.step_geometry_report import geometry_headlines, geometry_notes, geometry_sections
+    from ssrctl.measures.step_geometry import summarise_geometry
+    from ssrctl.measures.step_geometry_report import geometry_headlines, geometry_notes, geometry_sections
+    from ssrctl.measures.step_overlap_report import disjoint_by_construction, headlines, overlap_document
+    from ssrctl.measures.step_overlap_summary import summarise_run
 
     folder = config.paths[0] if config.paths else _newest_run()
     settings = _run_settings(folder)
@@ -147,8 +147,8 @@ def _measure_logs(paths: list[Path]) -> tuple[list[StepOverlap], list[QuestionGe
     """Measure the logs one at a time; also (coordinates, protected) of each."""
     from rich.progress import track
 
-    from ssrctl.analysis.overlap import measure_step
-    from ssrctl.analysis.step_geometry import measure_step_geometry
+    from ssrctl.measures.step_geometry import measure_step_geometry
+    from ssrctl.measures.step_overlap import measure_step
 
     steps: list[StepOverlap] = []
     questions: list[QuestionGeometry] = []

@@ -12,7 +12,7 @@ from ssrctl.stages.diagnose.deliver import stderr
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ssrctl.analysis.sparsity import Rule
+    from ssrctl.measures.sparsity import Rule
 
 Made = TypeVar("Made")
 
@@ -25,7 +25,7 @@ RULES: dict[Rule, str] = {
 
 def changed_rule(rule: Rule, atol: float, eta: float) -> tuple[Callable[[Tensor, Tensor], Tensor], str]:
     """(what tells changed weights, the same in words)."""
-    from ssrctl.analysis.sparsity import changed
+    from ssrctl.measures.sparsity import changed
 
     def differs(base: Tensor, tuned: Tensor) -> Tensor:
         return changed(base, tuned, rule, atol=atol, eta=eta)

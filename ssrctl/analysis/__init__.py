@@ -1,1 +1,0 @@
-"""What `ssrctl diagnose` measures, one module per family of measures."""

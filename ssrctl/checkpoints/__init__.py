@@ -1,0 +1,1 @@
+"""Checkpoints: reading, tensor names, deltas, fingerprints, run directories."""

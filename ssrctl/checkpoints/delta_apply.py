@@ -1,0 +1,166 @@
+"""A base with a delta put in, written as a checkpoint of the same layout, in memory that does not depend on either."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ssrctl.checkpoints.delta import DeltaFile, dtype_name
+from ssrctl.checkpoints.files import INDEX, SINGLE
+from ssrctl.checkpoints.fingerprint import RunningFingerprint
+from ssrctl.checkpoints.reader import TensorReader, tied_copies
+from ssrctl.checkpoints.tensor_files import NewTensor, aligned_order, stored_bytes, write_header
+from ssrctl.errors import UserError
+from ssrctl.io.files import whole_file, write_text
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+class AppliedCheckpoint:
+    """The tensors of a base with a delta put in, piece by piece.
+
+    A tensor that the delta does not list keeps the base's values, but not always its dtype: a run computes in one
+    dtype, so its delta gives that dtype to every floating-point parameter; a delta of two checkpoints names the
+    dtype of each. Tied copies follow what they are copies of. Whatever else the base stores stays as it is.
+
+    Attributes:
+        base: open, its shapes checked against the delta's.
+        delta: the changes.
+        dtypes: what each of the base's tensors is written as.
+        copies: {tied head: embedding}, of what the base stores twice.
+    """
+
+    def __init__(self, base: TensorReader, delta: DeltaFile, load_dtype: torch.dtype | None) -> None:
+        """Decide what is written.
+
+        Args:
+            base: as above.
+            delta: as above.
+            load_dtype: what the base's floating-point tensors were rounded to before the run; None: not at all.
+
+        Raises:
+            UserError: the delta has floating-point values for a tensor of integers, or the other way round.
+        """
+        self.base, self.delta, self._load_dtype = base, delta, load_dtype
+        self.copies = tied_copies(base, delta.shapes)
+        self.dtypes = base.dtypes | self._parameter_dtypes()
+        self.dtypes |= {head: self.dtypes[embedding] for head, embedding in self.copies.items()}
+        for name, dtype in self.dtypes.items():
+            ours = base.dtypes[name]
+            if ours != dtype and not (ours.is_floating_point and dtype.is_floating_point):
+                raise UserError(
+                    f"{delta.path}: {name} holds {dtype_name(dtype)}, {base.label} stores {dtype_name(ours)}",
+                    "give the model that the delta was made from",
+                )
+
+    def _parameter_dtypes(self) -> dict[str, torch.dtype]:
+        if self.delta.dtypes is not None:
+            return self.delta.dtypes
+        listed = {name: dtype for name in self.delta.counts if (dtype := self.delta.dtype(name)) is not None}
+        common = next(iter(listed.values())) if len(set(listed.values())) == 1 else self._load_dtype
+        floating = [name for name in self.delta.shapes if self.base.dtypes[name].is_floating_point]
+        return (dict.fromkeys(floating, common) if common is not None else {}) | listed
+
+    @property
+    def uniform_dtype(self) -> torch.dtype | None:
+        """The dtype of all floating-point tensors, if it is one."""
+        found = {dtype for dtype in self.dtypes.values() if dtype.is_floating_point}
+        return found.pop() if len(found) == 1 else None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors as written."""
+        return sum(tensor.nbytes for file in self.base.files for tensor in self.tensors_of(file).values())
+
+    def tensors_of(self, file: Path) -> dict[str, NewTensor]:
+        """What a file of the base holds once written, by the base's name for it, in the order of the bytes."""
+        held = {self.base.stored_name(name): name for name in self.base.shapes if self.base.file_of(name) == file}
+        new = [NewTensor(stored, self.dtypes[name], self.base.shapes[name]) for stored, name in held.items()]
+        return {held[tensor.name]: tensor for tensor in aligned_order(new)}
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """A tensor of the base with its changes put in, as flat tensors in order.
+
+        Raises:
+            UserError: indices out of range or out of order.
+        """
+        source = self.copies.get(name, name)
+        if source not in self.delta.shapes:
+            yield from self.base.pieces(source)
+            return
+        blocks = _Blocks(self.delta.blocks(source))
+        start = 0
+        for piece in self.base.pieces(source):
+            loaded = self._load_dtype if self._load_dtype is not None and piece.is_floating_point() else piece.dtype
+            piece = piece.to(loaded).to(self.dtypes[name])
+            for indices, values in blocks.below(start + piece.numel()):
+                piece[indices - start] = values
+            yield piece
+            start += piece.numel()
+        left_over = any(blocks.below(start + 1))
+        assert not left_over, "indices beyond the tensor are refused as they are read"
+
+
+class _Blocks:
+    """Changes in order, handed out up to a bound that moves along."""
+
+    def __init__(self, blocks: Iterator[tuple[Tensor, Tensor]]) -> None:
+        self._blocks = blocks
+        self._left: tuple[Tensor, Tensor] | None = None
+
+    def below(self, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """(indices, values) of the changes below ``stop`` that were not handed out yet."""
+        import torch
+
+        while (block := self._left or next(self._blocks, None)) is not None:
+            indices, values = block
+            end = int(torch.searchsorted(indices, stop))
+            self._left = (indices[end:], values[end:]) if end < len(indices) else None
+            if end:
+                yield indices[:end], values[:end]
+            if self._left is not None:
+                return
+
+
+def write_applied(
+    made: AppliedCheckpoint, folder: Path, metadata: Mapping[str, str], advance: Callable[[str], None]
+) -> str:
+    """Write the weights into ``folder`` in the base's layout: one file, or the same shards and an index.
+
+    Args:
+        made: what to write.
+        folder: an existing folder.
+        metadata: of every file.
+        advance: called with each tensor's name once it is written.
+
+    Returns:
+        The fingerprint of the parameters, as written.
+
+    Raises:
+        UserError: indices out of range or out of order.
+    """
+    running = RunningFingerprint()
+    weight_map = {}
+    for file in made.base.files:
+        target = file.relative_to(made.base.folder) if made.base.sharded else Path(SINGLE)
+        tensors = made.tensors_of(file)
+        with whole_file(folder / target) as temporary, temporary.open("wb") as stream:
+            write_header(stream, list(tensors.values()), metadata)
+            for name, tensor in tensors.items():
+                weight_map[tensor.name] = target.as_posix()
+                is_parameter = name in made.delta.shapes
+                if is_parameter:
+                    running.begin(name, tensor.dtype, tensor.shape)
+                for piece in made.pieces(name):
+                    stream.write(stored_bytes(piece))
+                    if is_parameter:
+                        running.update(piece)
+                advance(name)
+    if made.base.sharded:
+        index = {"metadata": {"total_size": made.nbytes}, "weight_map": dict(sorted(weight_map.items()))}
+        write_text(folder / INDEX, json.dumps(index, indent=2, ensure_ascii=False) + "\n")
+    return running.digest()

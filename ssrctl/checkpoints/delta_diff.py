@@ -1,0 +1,151 @@
+"""The difference of two checkpoints as a delta, in memory that depends neither on the model nor on the difference."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ssrctl.checkpoints.delta import INT32_MAX, KIND, changed_indices, delta_metadata, dtype_name
+from ssrctl.checkpoints.fingerprint import RunningFingerprint
+from ssrctl.checkpoints.reader import TensorReader
+from ssrctl.checkpoints.tensor_files import TensorSpool
+from ssrctl.errors import UserError
+from ssrctl.io.artifacts import ModelIdentity, header_metadata
+from ssrctl.io.files import whole_file
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TensorChange:
+    """How much of a tensor changed; ``dtype`` is the tuned one's."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    changed: int
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What a delta that was written holds.
+
+    Attributes:
+        base: the model it applies to.
+        tuned: what applying it gives.
+        tensors: what changed in every tensor, by name.
+    """
+
+    base: ModelIdentity
+    tuned: ModelIdentity
+    tensors: list[TensorChange]
+
+
+def write_difference(
+    path: Path,
+    base: TensorReader,
+    tuned: TensorReader,
+    names: Iterable[str],
+    *,
+    base_name: str,
+    revision: str | None,
+    settings: Mapping[str, Any],
+) -> Difference:
+    """Write what turns ``base`` into ``tuned`` as a delta, whole or not at all.
+
+    Where dtypes differ, the tuned one's counts, provided that the base's values convert to it without rounding;
+    the changes are those after the conversion.
+
+    Args:
+        path: the delta to write.
+        base: open, its names aligned with ``tuned``'s.
+        tuned: likewise.
+        names: the tensors to compare, each of one shape in both; reading is fastest in the order on disk.
+        base_name: what the base is called in the delta.
+        revision: the base's, of a hub model.
+        settings: what made the delta, for its metadata.
+
+    Raises:
+        UserError: a tensor whose dtype changed and whose base values would have to be rounded.
+    """
+    with (
+        whole_file(path) as temporary,
+        tempfile.TemporaryDirectory(dir=temporary.parent, prefix=".delta.", suffix=".part") as folder,
+    ):
+        spool = TensorSpool(Path(folder))
+        try:
+            comparison = _Comparison(base, tuned, spool)
+            tensors = sorted((comparison.compare(name) for name in names), key=lambda one: one.name)
+            before, after = comparison.before.digest(), comparison.after.digest()
+            made = Difference(
+                ModelIdentity(name=base_name, revision=revision, fingerprint=before),
+                ModelIdentity(name=tuned.label, revision=None, fingerprint=after),
+                tensors,
+            )
+            spool.save(temporary, header_metadata(KIND, _metadata(made, settings)))
+        finally:
+            spool.close()
+    return made
+
+
+def _metadata(made: Difference, settings: Mapping[str, Any]) -> dict[str, Any]:
+    shapes = {one.name: one.shape for one in made.tensors}
+    count = sum(one.changed for one in made.tensors)
+    dtypes = {one.name: dtype_name(one.dtype) for one in made.tensors}
+    return delta_metadata(made.base, shapes, count, settings) | {"tuned": asdict(made.tuned), "dtypes": dtypes}
+
+
+class _Comparison:
+    """Two checkpoints, tensor by tensor; what differs goes to a spool, all of it into the fingerprints."""
+
+    def __init__(self, base: TensorReader, tuned: TensorReader, spool: TensorSpool) -> None:
+        self.base, self.tuned, self.spool = base, tuned, spool
+        self.before, self.after = RunningFingerprint(), RunningFingerprint()
+
+    def compare(self, name: str) -> TensorChange:
+        import torch
+
+        dtype, shape = self.tuned.dtypes[name], self.tuned.shapes[name]
+        index_dtype = torch.int32 if math.prod(shape) - 1 <= INT32_MAX else torch.int64
+        self.before.begin(name, self.base.dtypes[name], shape)
+        self.after.begin(name, dtype, shape)
+        start = changed = 0
+        for ours, theirs in zip(self.base.pieces(name), self.tuned.pieces(name), strict=True):
+            self.before.update(ours)
+            self.after.update(theirs)
+            indices = changed_indices(_converted(ours, dtype, name), theirs)
+            if indices.numel():
+                self.spool.append(f"{name}.values", theirs[indices])
+                self.spool.append(f"{name}.indices", (indices + start).to(index_dtype))
+            start += theirs.numel()
+            changed += indices.numel()
+        return TensorChange(name, shape, dtype, changed)
+
+
+def _converted(piece: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """``piece`` in ``dtype``, provided that every value has an exact form there (NaN as any NaN)."""
+    if piece.dtype == dtype:
+        return piece
+    ours, theirs = dtype_name(piece.dtype), dtype_name(dtype)
+    if not (piece.dtype.is_floating_point and dtype.is_floating_point):
+        raise UserError(f"{name} is {ours} in BASE and {theirs} in TUNED", "compare checkpoints of one model")
+    converted = piece.to(dtype)
+    wide = (piece.double(), converted.double())  # holds every value of either type
+    lost = int(((wide[0] != wide[1]) & ~(wide[0].isnan() & wide[1].isnan())).sum())
+    if lost:
+        raise UserError(
+            f"{name} is {ours} in BASE and {theirs} in TUNED, and {lost:,} of {piece.numel():,} base values have no "
+            f"exact {theirs} form, so their differences would be rounding",
+            f"save TUNED as {ours} or BASE as {theirs} first: from_pretrained(..., dtype=...).save_pretrained(...)",
+        )
+    return converted

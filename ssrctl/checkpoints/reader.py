@@ -1,0 +1,415 @@
+"""Reading checkpoints one tensor at a time: Hugging Face folders, single safetensors files, deltas.
+
+A tensor's bytes are read when it is asked for, and a whole model is never held. ``tensor`` gives all of a
+tensor, memory-mapped; ``pieces`` gives a few megabytes of it at a time, however large it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ssrctl.checkpoints.delta import KIND as DELTA_KIND
+from ssrctl.checkpoints.delta import Delta, load_delta
+from ssrctl.checkpoints.files import INDEX, SINGLE, locate, refuse_adapter, tiny_location
+from ssrctl.checkpoints.run_dir import DELTA_FILE, find_delta
+from ssrctl.checkpoints.tensor_files import StoredTensor, read_pieces, stored_tensors
+from ssrctl.configs import TINY
+from ssrctl.errors import UserError
+from ssrctl.io.artifacts import ModelIdentity, open_safetensors
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+_HEAD = re.compile(r"(^|\.)lm_head\.weight$")
+_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings)\.weight$")
+# Constants that older files store beside the weights: causal masks, rotary frequencies, position numbers.
+_BUFFER = re.compile(r"(^|\.)((attn|attention)\.(masked_)?bias|rotary_emb\.inv_freq|position_ids)$")
+# Differences of each sort that a message lists.
+_LISTED = 3
+
+
+class TensorReader:
+    """An open checkpoint: a model folder (one file or shards with an index) or one safetensors file.
+
+    Attributes:
+        label: its last path part, for reports.
+        folder: where the files are, and whatever belongs to them.
+        files: the safetensors files, in order.
+        sharded: a folder whose index says which file holds what.
+        shapes: by tensor name, sorted.
+        dtypes: by tensor name.
+        prefix: what ``align`` put before the names of the file; empty at first.
+
+    Use as a context manager; tensors that were read stay valid afterwards.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Open ``path`` and read the headers.
+
+        Raises:
+            UserError: nothing there, no safetensors in the folder, a shard that is missing or lies outside of
+                the folder, an index that does not fit its shards, a torn file.
+        """
+        location = tiny_location() if str(path) == TINY else Path(path)
+        self.label = TINY if str(path) == TINY else location.resolve().name
+        self.prefix = ""
+        self._places = locate(location)
+        self.folder = location.parent if location.is_file() else location
+        self.sharded = "" not in self._places
+        self.files = sorted(set(self._places.values()))
+        self._stored: dict[Path, dict[str, StoredTensor]] = {}
+        self._stack = contextlib.ExitStack()
+        self._handles: dict[Path, Any] = {}
+        self._renamed: set[str] = set()
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        try:
+            self._read_headers()
+        except BaseException:
+            self.close()
+            raise
+
+    def _read_headers(self) -> None:
+        for file in self.files:
+            self._stored[file] = stored_tensors(file)  # checks the header, which is then safe to open
+            refuse_adapter(file, self._stored[file])
+            self._handles[file] = self._stack.enter_context(open_safetensors(file))
+        if "" in self._places:  # one file: whatever it holds
+            only = self._places.pop("")
+            self._places = dict.fromkeys(self._stored[only], only)
+        for name in sorted(self._places):
+            file = self._places[name]
+            if name not in self._stored[file]:
+                raise UserError(f"{file}: the index says that it holds {name}, but it does not", "copy the model again")
+            stored = self._stored[file][name]
+            if stored.dtype is None:
+                raise UserError(
+                    f"{file}: {name} is stored as {stored.stored_dtype}, which cannot be compared",
+                    "give a checkpoint in bfloat16, float16 or float32",
+                )
+            self.shapes[name], self.dtypes[name] = stored.shape, stored.dtype
+        if not self.shapes:
+            raise UserError(f"{self.label}: no tensors in it", "check the path")
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, as stored."""
+        from safetensors import SafetensorError
+
+        file = self._places[name]
+        try:
+            return self._handles[file].get_tensor(self.stored_name(name))
+        except (SafetensorError, OSError, RuntimeError, TypeError) as error:  # the last two: absurd empty shapes
+            raise UserError(f"{file}: {name} cannot be read: {error}", "it may be torn; copy it again") from error
+
+    def pieces(self, name: str, start: int = 0, stop: int | None = None, *, reuse: bool = False) -> Iterator[Tensor]:
+        """One tensor, as stored, as flat tensors of 2^20 elements in order; the last is shorter, an empty one has none.
+
+        ``start`` and ``stop`` are flat indices, for a part of it; with ``reuse`` a piece is overwritten by the next one.
+        Threads may read at the same time.
+        """
+        file = self._places[name]
+        return read_pieces(file, self._stored[file][self.stored_name(name)], start=start, stop=stop, reuse=reuse)
+
+    def stored_name(self, name: str) -> str:
+        """The name in the file, which lacks the prefix that ``align`` put before it."""
+        return name.removeprefix(self.prefix) if name in self._renamed else name
+
+    def file_of(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self._places[name]
+
+    def in_file_order(self, names: Collection[str]) -> list[str]:
+        """The names in the order in which their bytes lie on disk."""
+        return sorted(
+            names, key=lambda name: (self._places[name], self._stored[self._places[name]][self.stored_name(name)].start)
+        )
+
+    def align(self, names: Collection[str]) -> None:
+        """Put a model prefix before this file's names when that is all that keeps them from ``names``.
+
+        The hub's GPT-2 holds ``wte.weight`` where ``save_pretrained`` writes ``transformer.wte.weight``.
+        """
+        body = [name for name in self.shapes if not _HEAD.search(name)]
+        if any(name in names for name in body):
+            return
+        hits = {
+            prefix: sum(prefix + name in names for name in body)
+            for prefix in {one.partition(".")[0] + "." for one in names}
+        }
+        prefix = max(sorted(hits), key=hits.__getitem__, default="")
+        if not hits.get(prefix):
+            return
+        self.prefix = prefix
+        longer = {name: prefix + name if prefix + name in names else name for name in self.shapes}
+        self._renamed = {new for old, new in longer.items() if new != old}
+        self._places = {longer[name]: file for name, file in self._places.items()}
+        self.dtypes = {longer[name]: dtype for name, dtype in self.dtypes.items()}
+        self.shapes = {longer[name]: self.shapes[name] for name in sorted(self.shapes, key=longer.__getitem__)}
+
+    def load_dtype(self) -> torch.dtype | None:
+        """The floating dtype that ``config.json`` beside the weights asks for, in which transformers loads them."""
+        import torch
+
+        try:
+            config = json.loads((self.files[0].parent / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):  # a single file needs no config
+            return None
+        name = (config.get("dtype") or config.get("torch_dtype")) if isinstance(config, dict) else None
+        dtype = getattr(torch, name, None) if isinstance(name, str) else None
+        return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else None
+
+    def close(self) -> None:
+        self._stack.close()
+
+    def __enter__(self) -> TensorReader:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+@dataclass
+class DeltaReader:
+    """A base with a delta on top, tensor by tensor.
+
+    Attributes:
+        label: of the delta, for reports.
+        base: the open base.
+        delta: the changes; its shapes were checked to be the base's.
+        load_dtype: what the base's weights were rounded to when the run loaded them; None: loaded as stored.
+    """
+
+    label: str
+    base: TensorReader
+    delta: Delta
+    load_dtype: torch.dtype | None = None
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return self.delta.shapes
+
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """The delta's where it changes a tensor, the base's elsewhere."""
+        return {name: self._dtype(name) for name in self.delta.shapes}
+
+    def _dtype(self, name: str) -> torch.dtype:
+        change = self.delta.changes.get(name)
+        return self.base.dtypes[name] if change is None else change[1].dtype
+
+    def base_tensor(self, name: str) -> Tensor:
+        """The base's tensor as the run began from it: in the delta's dtype (exact when that is the wider one)."""
+        return _loaded(self.base.tensor(name), self.load_dtype).to(self._dtype(name))
+
+    def base_pieces(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
+        """``base_tensor`` as flat tensors of 2^20 elements in order, from flat index ``start`` to before ``stop``."""
+        dtype = self._dtype(name)
+        return (_loaded(piece, self.load_dtype).to(dtype) for piece in self.base.pieces(name, start, stop))
+
+    def pieces(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
+        """``tensor`` as flat tensors of 2^20 elements in order, from flat index ``start`` to before ``stop``."""
+        import torch
+
+        indices, values = self.delta.changes.get(name, (None, None))
+        for piece in self.base_pieces(name, start, stop):
+            end = start + piece.numel()
+            if indices is not None and values is not None:
+                first, last = torch.searchsorted(indices, torch.tensor([start, end])).tolist()
+                piece[indices[first:last] - start] = values[first:last]
+            yield piece
+            start = end
+
+    def tensor(self, name: str) -> Tensor:
+        """The base's tensor with the delta's values put in."""
+        tensor = self.base_tensor(name)
+        if name in self.delta.changes:
+            indices, values = self.delta.changes[name]
+            tensor = tensor.clone()
+            tensor.view(-1)[indices] = values
+        return tensor
+
+
+def delta_meant_by(path: str | Path) -> Path | None:
+    """The delta file that ``path`` means (see ``run_dir.find_delta``), or None when it is an ordinary checkpoint.
+
+    Raises:
+        UserError: a run without any complete checkpoint, or a checkpoint that was not completed.
+    """
+    place = Path(path)
+    if place.is_file():
+        if place.suffix != ".safetensors":
+            return None
+        with open_safetensors(place) as file:
+            return place if (file.metadata() or {}).get("ssrctl_kind") == DELTA_KIND else None
+    if (place / SINGLE).exists() or (place / INDEX).exists():
+        return None
+    ours = (DELTA_FILE, "checkpoints", "manifest.json", "config.yaml")
+    return find_delta(place) if any((place / name).exists() for name in ours) else None
+
+
+def open_delta(path: Path, base: TensorReader) -> DeltaReader:
+    """A delta on top of ``base``, checked to belong to it by shapes and by fingerprint (reads all of the base).
+
+    Raises:
+        UserError: other tensors, other shapes, or other weights.
+    """
+    delta = load_delta(path)
+    check_shapes(path, delta.base, delta.shapes, base)
+    return DeltaReader(_delta_label(path), base, delta, check_weights(path, delta.base, delta.shapes, base))
+
+
+def check_shapes(path: Path, wanted: ModelIdentity, shapes: Mapping[str, tuple[int, ...]], base: TensorReader) -> None:
+    """Check that ``base``, its names aligned, has the tensors that a delta applies to.
+
+    Raises:
+        UserError: it lacks some, or their shapes differ.
+    """
+    base.align(shapes)
+    differing = [name for name, shape in shapes.items() if base.shapes.get(name) != shape]
+    if differing:
+        name = differing[0]
+        theirs = base.shapes.get(name)
+        raise UserError(
+            f"{path} does not fit {base.label}: {len(differing)} tensors differ, first {name}: "
+            f"{list(shapes[name])} in the delta, {'absent' if theirs is None else list(theirs)} in the base",
+            f"give the model that the run started from ({wanted.name})",
+        )
+
+
+def check_weights(
+    path: Path, wanted: ModelIdentity, names: Collection[str], base: TensorReader, or_else: str = ""
+) -> torch.dtype | None:
+    """Check by fingerprint that a delta belongs to ``base``; reads all of it, in bounded memory.
+
+    Args:
+        path: the delta's file, for messages.
+        wanted: the model that the delta names.
+        names: the parameters; tied duplicates and buffers are in the file too, but were not trained.
+        base: the open base, its shapes checked.
+        or_else: what to say after the remedy.
+
+    Returns:
+        What the base's weights were rounded to when the run loaded them; None: loaded as stored.
+
+    Raises:
+        UserError: other weights.
+    """
+    found = _fingerprint(base, names)
+    if found == wanted.fingerprint:
+        return None
+    dtype = base.load_dtype()
+    rounded = dtype is not None and any(base.dtypes[name] != dtype for name in names)
+    if rounded and _fingerprint(base, names, dtype) == wanted.fingerprint:
+        return dtype
+    raise UserError(
+        f"{path} belongs to {wanted.name} {wanted.fingerprint}, {base.label} has {found}",
+        "give the model that the run started from" + or_else,
+    )
+
+
+def _fingerprint(reader: TensorReader, names: Collection[str], load_dtype: torch.dtype | None = None) -> str:
+    from ssrctl.checkpoints.fingerprint import RunningFingerprint
+
+    running = RunningFingerprint()
+    for name in reader.in_file_order(names):
+        stored = reader.dtypes[name]
+        loaded = load_dtype if load_dtype is not None and stored.is_floating_point else stored
+        running.begin(name, loaded, reader.shapes[name])
+        for piece in reader.pieces(name):
+            running.update(piece.to(loaded))
+    return running.digest()
+
+
+def _loaded(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """As transformers loads a stored tensor: floating-point numbers in ``dtype``."""
+    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+
+
+def _delta_label(path: Path) -> str:
+    """``RUN/checkpoints/000120`` for a run's delta; no more of the path than that is published."""
+    parts = path.absolute().parts
+    if path.name != DELTA_FILE:
+        return path.name
+    return "/".join(parts[-4:-1] if parts[-3:-2] == ("checkpoints",) else parts[-2:]).lstrip("/")
+
+
+def matching_names(base: TensorReader, tuned: TensorReader) -> tuple[list[str], list[str]]:
+    """(names to compare, sorted; notes on what was left out): a head that is only a tied copy counts once.
+
+    Names that lack the model's prefix on one side get it, and constants that only one side stores are left out.
+
+    Raises:
+        UserError: names or shapes that differ, the first of them listed.
+    """
+    base.align(tuned.shapes)
+    tuned.align(base.shapes)
+    skipped, notes = set(), []
+    for side, one, other in (("BASE", base, tuned), ("TUNED", tuned, base)):
+        if one.prefix:
+            notes.append(f"The names in {side} lack the prefix '{one.prefix}'; they were compared with it.")
+        if constants := {name for name in one.shapes.keys() - other.shapes.keys() if _BUFFER.search(name)}:
+            skipped |= constants
+            notes.append(
+                f"Constants that only {side} stores (attention masks, rotary frequencies, position numbers) were left "
+                f"out, {len(constants)} in all, first {min(constants)}."
+            )
+    for head in sorted(name for name in base.shapes.keys() | tuned.shapes.keys() if _HEAD.search(name)):
+        holders = [one for one in (base, tuned) if head in one.shapes]
+        if all(tied_embedding(one, head) for one in holders):
+            skipped.add(head)
+            where = "both" if len(holders) == 2 else "BASE" if holders[0] is base else "TUNED"
+            notes.append(f"{head} is stored in {where} as a copy of the embedding (tied) and was counted once.")
+    ours, theirs = base.shapes.keys() - skipped, tuned.shapes.keys() - skipped
+    missing, extra = sorted(ours - theirs), sorted(theirs - ours)
+    reshaped = [name for name in sorted(ours & theirs) if base.shapes[name] != tuned.shapes[name]]
+    if missing or extra or reshaped:
+        counts = {"only in BASE": len(missing), "only in TUNED": len(extra), "of another shape": len(reshaped)}
+        first = [f"{name} only in BASE" for name in missing[:_LISTED]]
+        first += [f"{name} only in TUNED" for name in extra[:_LISTED]]
+        first += [
+            f"{name} is {list(base.shapes[name])} in BASE, {list(tuned.shapes[name])} in TUNED"
+            for name in reshaped[:_LISTED]
+        ]
+        raise UserError(
+            f"{base.label} and {tuned.label} are not the same architecture, {sum(counts.values())} tensors differ ("
+            + ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+            + f"), of {len(ours | theirs)}: "
+            + "; ".join(first),
+            "compare checkpoints of one model",
+        )
+    return sorted(ours), notes
+
+
+def same_constants(base: TensorReader, tuned: TensorReader, names: Collection[str]) -> set[str]:
+    """Those of ``names`` that are constants (attention masks and the like), bit for bit the same in both."""
+    from ssrctl.checkpoints.delta import same_bits
+
+    found = {name for name in names if _BUFFER.search(name) and base.dtypes[name] == tuned.dtypes[name]}
+    pieces = {name: zip(base.pieces(name), tuned.pieces(name), strict=True) for name in found}
+    return {name for name in found if all(bool(same_bits(a, b).all()) for a, b in pieces[name])}
+
+
+def tied_embedding(reader: TensorReader, head: str) -> str | None:
+    """The input embedding that the output head is stored bit for bit as a copy of; None when it is no such copy."""
+    from ssrctl.checkpoints.delta import same_bits
+
+    for name, shape in reader.shapes.items():
+        if _EMBEDDING.search(name) and shape == reader.shapes[head] and reader.dtypes[name] == reader.dtypes[head]:
+            pairs = zip(reader.pieces(name), reader.pieces(head), strict=True)
+            if all(bool(same_bits(a, b).all()) for a, b in pairs):
+                return name
+    return None
+
+
+def tied_copies(reader: TensorReader, names: Collection[str]) -> dict[str, str]:
+    """{head: embedding} for what the file stores beside the parameters ``names`` and is a tied copy of one of them."""
+    heads = [name for name in reader.shapes if name not in names and _HEAD.search(name)]
+    found = [(head, tied_embedding(reader, head)) for head in heads]
+    return {head: embedding for head, embedding in found if embedding is not None and embedding in names}

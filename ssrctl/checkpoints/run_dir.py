@@ -1,0 +1,188 @@
+"""The run directory: config, manifest, metrics, rollouts, mask logs, checkpoints.
+
+::
+
+    run/ config.yaml  manifest.json  metrics.jsonl  rollouts/000123.jsonl  masks/000123.safetensors
+         gradients/000123.safetensors
+         checkpoints/000200/ delta.safetensors  optimizer.safetensors  state.json  COMPLETE
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ssrctl.checkpoints.delta import Delta, load_delta, save_delta
+from ssrctl.errors import UserError
+from ssrctl.io.artifacts import load_tensors, save_tensors
+from ssrctl.io.files import write_text
+from ssrctl.io.jsonl import read_jsonl, write_jsonl
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+OPTIMIZER_KIND = "optimizer"
+COMPLETE = "COMPLETE"
+DELTA_FILE = "delta.safetensors"
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Paths in a run directory."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def manifest(self) -> Path:
+        return self.path / "manifest.json"
+
+    def rollouts(self, step: int) -> Path:
+        return self.path / "rollouts" / f"{step:06d}.jsonl"
+
+    def masks(self, step: int) -> Path:
+        return self.path / "masks" / f"{step:06d}.safetensors"
+
+    def checkpoint(self, step: int) -> Path:
+        return self.path / "checkpoints" / f"{step:06d}"
+
+    def checkpoints(self) -> list[Path]:
+        """Complete checkpoints, oldest first; one that a kill left half-written does not count."""
+        return [p for _, p in self._numbered("checkpoints", "") if (p / COMPLETE).is_file()]
+
+    def _numbered(self, folder: str, suffix: str) -> list[tuple[int, Path]]:
+        """(step, path) of what is named by its training step in a sub-folder, by step; other names are not ours."""
+        named = [(p.name.removesuffix(suffix), p) for p in (self.path / folder).glob(f"[0-9]*{suffix}")]
+        return sorted((int(stem), p) for stem, p in named if stem.isdecimal())
+
+    def write_config(self, settings: Mapping[str, Any]) -> None:
+        """Write the resolved settings as yaml that ``--config`` reads back."""
+        import yaml
+
+        write_text(self.config, yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True))
+
+    def read_config(self) -> dict[str, Any]:
+        import yaml
+
+        try:
+            loaded = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise UserError(f"{self.config} cannot be read: {error}", "name a run directory of ssrctl train") from error
+        if not isinstance(loaded, dict):
+            raise UserError(f"{self.config} holds no settings", "name a run directory of ssrctl train")
+        return loaded
+
+    def write_manifest(self, manifest: Mapping[str, Any]) -> None:
+        write_text(self.manifest, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+
+    def rewind(self, step: int) -> None:
+        """Drop what a run logged after ``step``: continuing from there writes it again."""
+        if self.metrics.is_file() and self.metrics.stat().st_size:
+            rows = [row for _, row in read_jsonl(self.metrics, on_torn=lambda message: None) if row["step"] <= step]
+            write_jsonl(self.metrics, rows)
+        for folder, suffix in (("rollouts", ".jsonl"), ("masks", ".safetensors"), ("gradients", ".safetensors")):
+            for number, file in self._numbered(folder, suffix):
+                if number > step:
+                    file.unlink()
+        for number, later in self._numbered("checkpoints", ""):
+            if number > step:
+                _remove_checkpoint(later)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint as read back.
+
+    Attributes:
+        path: its folder.
+        delta: what differs from the base model.
+        optimizer: the updater's tensors.
+        state: step, learning-rate schedule, and whatever else json holds.
+    """
+
+    path: Path
+    delta: Delta
+    optimizer: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def save_checkpoint(
+    folder: Path, delta: Delta, optimizer: Mapping[str, Tensor], state: Mapping[str, Any], settings: Mapping[str, Any]
+) -> None:
+    """Write a checkpoint; the file COMPLETE comes last, so that a torn one is known as such."""
+    if folder.exists():
+        _remove_checkpoint(folder)
+    save_delta(folder / DELTA_FILE, delta, settings)
+    save_tensors(folder / "optimizer.safetensors", optimizer, OPTIMIZER_KIND, {})
+    write_text(folder / "state.json", json.dumps(dict(state), indent=2) + "\n")
+    write_text(folder / COMPLETE, "")
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """Read a complete checkpoint; ``UserError`` when it is absent, torn or half-written."""
+    if not (folder / COMPLETE).is_file():
+        raise UserError(f"{folder} is no complete checkpoint", "name a folder that has a file COMPLETE in it")
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / 'state.json'} cannot be read: {error}") from error
+    optimizer, _ = load_tensors(folder / "optimizer.safetensors", OPTIMIZER_KIND)
+    return Checkpoint(folder, load_delta(folder / DELTA_FILE), optimizer, state)
+
+
+def newest_checkpoint(run: Path) -> Path:
+    """The checkpoint folder of a run with the highest training step among the complete ones.
+
+    Raises:
+        UserError: there is none.
+    """
+    complete = RunDir(run).checkpoints()
+    if not complete:
+        raise UserError(
+            f"{run} has no complete checkpoint", "train further, or lower --save-steps so that one is written"
+        )
+    return complete[-1]
+
+
+def find_delta(path: Path) -> Path:
+    """The delta of a run directory (its newest checkpoint's), of a checkpoint folder, or the file itself.
+
+    Raises:
+        UserError: there is none, or the checkpoint was not completed.
+    """
+    if path.is_file():
+        return path
+    if (path / DELTA_FILE).is_file():
+        if not (path / COMPLETE).is_file():
+            raise UserError(
+                f"{path} is not a complete checkpoint: it has no {COMPLETE} file",
+                f"use another checkpoint of the run, or name its {DELTA_FILE} itself",
+            )
+        return path / DELTA_FILE
+    if not path.is_dir():
+        raise UserError(f"checkpoint not found: {path}", "name a run directory, a checkpoint folder or a delta file")
+    return newest_checkpoint(path) / DELTA_FILE
+
+
+def prune_checkpoints(run: RunDir, keep: int | None) -> None:
+    """Remove all but the newest ``keep`` checkpoints; None keeps all."""
+    if keep is not None:
+        for old in run.checkpoints()[:-keep]:
+            _remove_checkpoint(old)
+
+
+def _remove_checkpoint(folder: Path) -> None:
+    """Remove a checkpoint; the file COMPLETE goes first, so that what a kill leaves of it does not count."""
+    (folder / COMPLETE).unlink(missing_ok=True)
+    shutil.rmtree(folder)

@@ -1,0 +1,213 @@
+"""Safetensors in bounded memory: tensors that are read and written in pieces.
+
+The safetensors library maps a file into memory, where every page that was touched counts until the system
+reclaims it, and writes only what is all in memory at once. Here a piece is read into memory of its own. The
+format is public: the header's length (64 bits, little endian), the header (json, padded with spaces), then the
+tensors' bytes in the header's order without gaps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from ssrctl.checkpoints.header import read_header
+from ssrctl.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+# So many elements stay in a core's cache from reading through hashing to comparing; with fewer, the fixed cost of
+# each call shows. 2^22 took 1.6 times as long, 2^18 1.1 times.
+PIECE_ELEMENTS = 2**20
+_COPY_BYTES = 16 * 2**20
+_ALIGNMENT = 8
+
+DTYPES = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "I16": "int16",
+    "U16": "uint16",
+    "I32": "int32",
+    "U32": "uint32",
+    "I64": "int64",
+    "U64": "uint64",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F32": "float32",
+    "F64": "float64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+}
+_STORED = {ours: stored for stored, ours in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a file keeps a tensor.
+
+    Attributes:
+        dtype: None for one that torch has no name for here (4-bit floats and the like).
+        stored_dtype: as the file spells it.
+        shape: as stored.
+        start: byte offset in the file.
+    """
+
+    dtype: torch.dtype | None
+    stored_dtype: str
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+def stored_tensors(path: str | Path) -> dict[str, StoredTensor]:
+    """Where each tensor of a safetensors file lies, in the order of the bytes.
+
+    Raises:
+        UserError: missing, torn, foreign or hostile file.
+    """
+    import torch
+
+    widths = {stored: getattr(torch, ours).itemsize for stored, ours in DTYPES.items()}
+    entries, data = read_header(path, widths)
+    found = {}
+    for name, entry in entries.items():
+        ours = DTYPES.get(entry["dtype"])
+        dtype = None if ours is None else getattr(torch, ours)
+        found[name] = StoredTensor(dtype, entry["dtype"], tuple(entry["shape"]), data + entry["data_offsets"][0])
+    return found
+
+
+def read_pieces(
+    path: str | Path,
+    place: StoredTensor,
+    piece_elements: int | None = None,
+    start: int = 0,
+    stop: int | None = None,
+    *,
+    reuse: bool = False,
+) -> Iterator[Tensor]:
+    """A stored tensor as flat tensors in order, each of ``piece_elements`` (2^20) but the last; an empty one has none.
+
+    Args:
+        path: the file.
+        place: where it keeps the tensor.
+        piece_elements: how many elements each piece has.
+        start: flat index of the first element to read.
+        stop: flat index behind the last one; the tensor's end when None or beyond it.
+        reuse: a piece is overwritten by the next one, which spares the system finding new memory for each.
+
+    Raises:
+        UserError: the file became shorter since its header was read.
+    """
+    import torch
+
+    assert place.dtype is not None
+    elements = piece_elements or PIECE_ELEMENTS
+    end = place.numel if stop is None else min(stop, place.numel)
+    room = torch.empty(max(min(elements, end - start), 0) if reuse else 0, dtype=place.dtype)
+    with Path(path).open("rb", buffering=0) as file:
+        file.seek(place.start + start * place.dtype.itemsize)
+        for first in range(start, end, elements):
+            length = min(elements, end - first)
+            piece = room[:length] if reuse else torch.empty(length, dtype=place.dtype)
+            buffer = piece.view(torch.uint8).numpy().data
+            if _fill(file, buffer) < len(buffer):
+                raise UserError(f"{path} ends too early", "it was changed while it was read; copy it again")
+            yield piece
+
+
+def _fill(file: Any, buffer: memoryview) -> int:
+    """Read until ``buffer`` is full or the file ends; one read returns at most 2 GiB, and may return less."""
+    done = 0
+    while done < len(buffer) and (count := file.readinto(buffer[done:])):
+        done += count
+    return done
+
+
+def stored_bytes(tensor: Tensor) -> memoryview:
+    """A CPU tensor's bytes as safetensors stores them."""
+    import torch
+
+    return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data
+
+
+@dataclass(frozen=True)
+class NewTensor:
+    """A tensor to be written."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def aligned_order(tensors: Iterable[NewTensor]) -> list[NewTensor]:
+    """Wide types first, then by name, as the library does: so every tensor starts at a multiple of its item size."""
+    return sorted(tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))
+
+
+def write_header(file: BinaryIO, tensors: Sequence[NewTensor], metadata: Mapping[str, str]) -> None:
+    """Write the header of a file that holds ``tensors`` in this order; their bytes must follow."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for tensor in tensors:
+        start, end = end, end + tensor.nbytes
+        stored = _STORED[str(tensor.dtype).removeprefix("torch.")]
+        header[tensor.name] = {"dtype": stored, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    file.write(len(text).to_bytes(8, "little") + text)
+
+
+class TensorSpool:
+    """1-d tensors whose lengths are not known beforehand: spooled to files, then put together.
+
+    Tensors of one item size and one suffix (the part behind the last dot) share a file, so the pieces of
+    ``a.indices`` may alternate with those of ``a.values``, not with those of ``b.indices``.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files: dict[tuple[int, str], BinaryIO] = {}
+        self._tensors: dict[tuple[int, str], dict[str, NewTensor]] = {}
+
+    def append(self, name: str, piece: Tensor) -> None:
+        """Add a piece to the end of tensor ``name``, which begins with its first piece."""
+        key = (-piece.dtype.itemsize, name.rpartition(".")[2])
+        if key not in self._files:
+            self._files[key] = (self._folder / f"spool{len(self._files)}").open("w+b")
+        tensors = self._tensors.setdefault(key, {})
+        assert name not in tensors or name == next(reversed(tensors)), "pieces of two tensors alternate"
+        before = tensors[name].shape[0] if name in tensors else 0
+        tensors[name] = NewTensor(name, piece.dtype, (before + piece.numel(),))
+        self._files[key].write(stored_bytes(piece))
+
+    def save(self, path: Path, metadata: Mapping[str, str]) -> None:
+        """Put everything together into one safetensors file."""
+        keys = sorted(self._files)  # wide types first
+        with path.open("wb") as target:
+            write_header(target, [tensor for key in keys for tensor in self._tensors[key].values()], metadata)
+            for key in keys:
+                self._files[key].seek(0)
+                shutil.copyfileobj(self._files[key], target, _COPY_BYTES)
+
+    def close(self) -> None:
+        """Close the spool files; whoever made the folder removes it."""
+        with contextlib.ExitStack() as stack:
+            for file in self._files.values():
+                stack.callback(file.close)

@@ -1,0 +1,1 @@
+"""Calibration: measure a critic on solutions whose first wrong step is known."""

@@ -1,0 +1,332 @@
+"""Measuring a critic on solutions whose first wrong step is known, before training is paid for.
+
+Every score is taken on the scale of steps, [-100, 100]: a final answer's 0, 50 and 100 become -100, 0 and 100 (100
+times its reward), so one threshold serves all.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any, Protocol, runtime_checkable
+
+from ssrctl.critics.base import Critic
+from ssrctl.critics.calibration.first_errors import (
+    accuracies,
+    best_random_f1,
+    best_threshold,
+    f1,
+    f1_estimate,
+    first_error,
+    verdict,
+)
+from ssrctl.critics.calibration.retest import auc, changed_frac, point_biserial, score_noise
+from ssrctl.errors import Stopped, UserError
+from ssrctl.io.labelled import ALL_RIGHT, Labelled
+from ssrctl.io.records import StepScore
+
+COUNTED = ("calls", "cached", "prompt_tokens", "completion_tokens", "cost_usd")
+
+
+@runtime_checkable
+class Repeatable(Protocol):
+    """A critic that gives the same answer again (from a cache, by a fixed seed) unless ``repeat`` changes."""
+
+    repeat: int
+
+
+@dataclass
+class Judged:
+    """A labelled trace with what the critic said of it.
+
+    Attributes:
+        given: the trace.
+        scores: per judgement, one number in [-100, 100] per step; None is missing.
+        errors: how often scores were missing, by class.
+    """
+
+    given: Labelled
+    scores: list[list[float | None]] = field(default_factory=list)
+    errors: Counter[str] = field(default_factory=Counter)
+
+    def add(self, scores: Sequence[StepScore]) -> None:
+        """Take in one more judgement."""
+        steps = self.given.rollout.steps or ()
+        self.scores.append([_on_step_scale(score, step.kind) for score, step in zip(scores, steps, strict=True)])
+        self.errors.update(score.error or "unknown" for score in scores if score.score is None)
+
+
+def _on_step_scale(score: StepScore, kind: str) -> float | None:
+    if score.score is None or kind == "step":
+        return score.score  # not by way of the reward, whose rounding could take 57 below a threshold of 57
+    return 2 * (score.score - 50)
+
+
+def calibrate(
+    critic: Critic,
+    labelled: Iterable[Labelled],
+    *,
+    repeats: int = 1,
+    wrong_below: float = 0.0,
+    seed: int = 0,
+    on_done: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """Let ``critic`` judge every trace ``repeats`` times, and measure it; see ``measure`` for the result.
+
+    A critic that stops at a limit is measured on what it judged until then; ``stopped`` of the result says why.
+
+    Args:
+        critic: who is measured.
+        labelled: the traces; all are held in memory.
+        repeats: judgements of each trace, at least 1.
+        wrong_below: a step whose score, in [-100, 100], is below this counts as called wrong.
+        seed: of the interval's resamples.
+        on_done: called with the number of traces just judged (each counts once per judgement).
+
+    Raises:
+        UserError: no traces, or what the critic raises.
+        Stopped: the critic stopped before it had judged anything.
+    """
+    judged = [Judged(given) for given in labelled]
+    if not judged:
+        raise UserError("no labelled solutions to measure the critic on", "give a file that has some")
+    by_rollout = {id(mine.given.rollout): mine for mine in judged}
+    before, started = critic.summary(), time.perf_counter()
+    stopped: Stopped | None = None
+    first_repeat = critic.repeat if isinstance(critic, Repeatable) else 0
+    try:
+        for repeat in range(repeats):
+            if isinstance(critic, Repeatable):
+                critic.repeat = first_repeat + repeat
+            for rollout, scores in critic.stream([mine.given.rollout for mine in judged]):
+                by_rollout[id(rollout)].add(scores)
+                if on_done is not None:
+                    on_done(1)
+    except Stopped as stop:
+        stopped = stop
+    finally:
+        if isinstance(critic, Repeatable):
+            critic.repeat = first_repeat
+    seconds = time.perf_counter() - started
+    known = [mine for mine in judged if mine.scores]
+    num_judgements = sum(len(mine.scores) for mine in known)
+    if stopped is not None and not known:
+        raise stopped
+    assert stopped is not None or num_judgements == repeats * len(judged), (num_judgements, repeats, len(judged))
+    return {
+        "repeats": repeats,
+        "judgements": num_judgements,
+        "stopped": None if stopped is None else {"message": stopped.message, "remedy": stopped.remedy},
+        "traces_given": len(judged),
+        **measure(known, wrong_below=wrong_below, seed=seed),
+        "cost": cost_per_trace(before, critic.summary(), num_judgements, seconds),
+    }
+
+
+def measure(judged: Sequence[Judged], *, wrong_below: float, seed: int = 0) -> dict[str, Any]:
+    """Everything that can be said of a critic from its scores and the labels.
+
+    A trace with a missing score before the first step called wrong is undecided, which counts as a miss in the
+    accuracies (ProcessBench counts unreadable verdicts so) and is reported as a share of its own. Several
+    judgements of a trace count by the share of them that hit its label. What is not defined is None.
+
+    Args:
+        judged: traces with at least one judgement each.
+        wrong_below: threshold on the scale of steps.
+        seed: of the interval's resamples.
+
+    Returns:
+        A json object; docs/metrics.md defines every entry.
+    """
+    labels = [mine.given.label for mine in judged]
+    lengths = [len(mine.given.rollout.steps or ()) for mine in judged]
+    problems = [mine.given.rollout.question for mine in judged]
+    num_erroneous = sum(label != ALL_RIGHT for label in labels)
+    return {
+        "traces": len(judged),
+        "erroneous": num_erroneous,
+        "correct": len(judged) - num_erroneous,
+        "problems": len(set(problems)),
+        "steps": sum(lengths),
+        "wrong_below": wrong_below,
+        "first_error": _first_errors(judged, labels, problems, wrong_below, seed),
+        "best_threshold": _best_threshold(judged, labels, wrong_below),
+        "random_f1": best_random_f1(labels, lengths),
+        "step_auc": _step_auc(judged),
+        "outcome": _outcome(judged),
+        "noise": _noise(judged, wrong_below),
+        "missing": _missing(judged),
+    }
+
+
+def _first_errors(
+    judged: Sequence[Judged], labels: Sequence[int], problems: Sequence[Any], wrong_below: float, seed: int
+) -> dict[str, Any]:
+    predictions = _predictions(judged, wrong_below)
+    hits = _hits(predictions, labels)
+    erroneous, correct = accuracies(labels, hits)
+    estimate = f1_estimate(labels, hits, problems, seed=seed)
+    lenient = _predictions(judged, wrong_below, missing_is_right=True)
+    whole_rounds = min(map(len, predictions))  # fewer than asked for when the critic stopped
+    rounds = [[[mine[number]] for mine in predictions] for number in range(whole_rounds)]
+    return {
+        "f1": None if estimate is None else estimate.to_dict(),
+        "erroneous_accuracy": erroneous,
+        "correct_accuracy": correct,
+        "undecided_frac": fmean(fmean(found is None for found in mine) for mine in predictions),
+        "erroneous_verdicts": _verdicts(predictions, labels, of_erroneous=True),
+        "correct_verdicts": _verdicts(predictions, labels, of_erroneous=False),
+        "f1_missing_as_right": _f1(labels, _hits(lenient, labels)),
+        "f1_by_repeat": [_f1(labels, _hits(mine, labels)) for mine in rounds],
+    }
+
+
+def _hits(predictions: Sequence[Sequence[int | None]], labels: Sequence[int]) -> list[float]:
+    """Per trace, the share of its judgements that hit the label."""
+    return [fmean(found == label for found in mine) for mine, label in zip(predictions, labels, strict=True)]
+
+
+def _predictions(
+    judged: Sequence[Judged], wrong_below: float, *, missing_is_right: bool = False
+) -> list[list[int | None]]:
+    return [
+        [first_error(scores, wrong_below, missing_is_right=missing_is_right) for scores in mine.scores]
+        for mine in judged
+    ]
+
+
+def _f1(labels: Sequence[int], hits: Sequence[float]) -> float | None:
+    erroneous, correct = accuracies(labels, hits)
+    return None if erroneous is None or correct is None else f1(erroneous, correct)
+
+
+def _verdicts(
+    predictions: Sequence[Sequence[int | None]], labels: Sequence[int], *, of_erroneous: bool
+) -> dict[str, float]:
+    """Share of each verdict among the traces of a class, each trace counting once."""
+    of_class = [
+        [verdict(label, found) for found in mine]
+        for mine, label in zip(predictions, labels, strict=True)
+        if (label != ALL_RIGHT) == of_erroneous
+    ]
+    names = sorted({name for mine in of_class for name in mine})
+    return {name: fmean(mine.count(name) / len(mine) for mine in of_class) for name in names}
+
+
+def _best_threshold(judged: Sequence[Judged], labels: Sequence[int], wrong_below: float) -> dict[str, Any] | None:
+    rounds = [
+        (scores, label, 1 / len(mine.scores))
+        for mine, label in zip(judged, labels, strict=True)
+        for scores in mine.scores
+    ]
+    scores, repeated, weights = zip(*rounds, strict=True)
+    best = best_threshold(scores, repeated, near=wrong_below, weights=weights)
+    return None if best is None else {"wrong_below": best.wrong_below, "f1": best.f1}
+
+
+def _step_auc(judged: Sequence[Judged]) -> float | None:
+    """Chance that a step before the first error scores above a first wrong one; what follows it has no label."""
+    right, wrong = [], []
+    for mine in judged:
+        label = mine.given.label
+        for scores in mine.scores:
+            right += [score for score in (scores if label == ALL_RIGHT else scores[:label]) if score is not None]
+            if label != ALL_RIGHT and (score := scores[label]) is not None:
+                wrong.append(score)
+    return auc(right, wrong)
+
+
+def _outcome(judged: Sequence[Judged]) -> dict[str, Any]:
+    """How the mean and the least step score of a trace go with its outcome, every judgement counted for itself.
+
+    The outcome is whether the final answer is right; where no trace says, whether no step is wrong. Scores of final
+    answers are left out.
+    """
+    told = any(mine.given.final_correct is not None for mine in judged)
+    outcomes: list[bool] = []
+    columns: dict[str, list[float]] = {"mean_score": [], "min_score": []}
+    num_traces = 0
+    for mine in judged:
+        right = mine.given.final_correct if told else mine.given.label == ALL_RIGHT
+        found = [] if right is None else [known for scores in mine.scores if (known := _of_steps(mine, scores))]
+        num_traces += bool(found)
+        for known in found:
+            outcomes.append(bool(right))
+            columns["mean_score"].append(fmean(known))
+            columns["min_score"].append(min(known))
+    measured: dict[str, Any] = {"of": "final_answer" if told else "label", "traces": num_traces}
+    for name, column in columns.items():
+        sides = [
+            [value for value, right in zip(column, outcomes, strict=True) if right == side] for side in (True, False)
+        ]
+        measured[name] = {"auc": auc(*sides), "correlation": point_biserial(column, outcomes)}
+    return measured
+
+
+def _of_steps(mine: Judged, scores: Sequence[float | None]) -> list[float]:
+    """The known scores of a judgement, those of final answers left out."""
+    steps = mine.given.rollout.steps or ()
+    return [score for score, step in zip(scores, steps, strict=True) if score is not None and step.kind == "step"]
+
+
+def _noise(judged: Sequence[Judged], wrong_below: float) -> dict[str, Any] | None:
+    """None unless some step was scored twice."""
+    steps = [
+        [score for score in scores if score is not None] for mine in judged for scores in zip(*mine.scores, strict=True)
+    ]
+    noise = score_noise(steps)
+    if noise is None:
+        return None
+    return {**noise.to_dict(), "first_error_changed_frac": changed_frac(_predictions(judged, wrong_below))}
+
+
+def _missing(judged: Sequence[Judged]) -> dict[str, Any]:
+    errors: Counter[str] = Counter()
+    for mine in judged:
+        errors.update(mine.errors)
+    total = sum(len(scores) for mine in judged for scores in mine.scores)
+    return {
+        "frac": errors.total() / total if total else None,
+        "by_class": {name: count / total for name, count in errors.most_common()},
+    }
+
+
+def cost_per_trace(
+    before: dict[str, Any], after: dict[str, Any], num_judgements: int, seconds: float
+) -> dict[str, float | None]:
+    """What one judgement of one trace takes.
+
+    Replies from a cache cost nothing now, but did once and will on new traces: cost and tokens are those of a call
+    that was made, times the calls per judgement. When every reply came from the cache they are None.
+
+    Args:
+        before, after: the critic's summaries around the work.
+        num_judgements: traces judged, each as often as it was.
+        seconds: that the work took.
+
+    Returns:
+        ``calls``, ``prompt_tokens``, ``completion_tokens``, ``cost_usd`` per judgement; ``cached_frac`` of the
+        calls; ``seconds`` per judgement at the concurrency in use (None when replies came from the cache) and
+        ``seconds_per_call``; ``spent_usd`` in all. None where the critic does not say.
+    """
+    spent = {name: _difference(before, after, name) for name in COUNTED}
+    made, cached = spent["calls"], spent["cached"] or 0
+    asked = None if made is None else made + cached
+    per: dict[str, float | None] = {"calls": None if asked is None else asked / num_judgements}
+    for name in ("prompt_tokens", "completion_tokens", "cost_usd"):
+        total = spent[name]
+        per[name] = None if total is None or not made or asked is None else total / made * asked / num_judgements
+    return {
+        **per,
+        "cached_frac": cached / asked if asked else None,
+        "seconds": None if cached else seconds / num_judgements,
+        "seconds_per_call": after.get("mean_latency_s"),
+        "spent_usd": spent["cost_usd"],
+    }
+
+
+def _difference(before: dict[str, Any], after: dict[str, Any], name: str) -> float | None:
+    return None if after.get(name) is None else after[name] - (before.get(name) or 0)

@@ -1,0 +1,1 @@
+"""The llm critic: a judge reached through litellm scores each step."""

@@ -1,0 +1,149 @@
+"""The models that a judge's questions may go to: endpoints, keys, and what form of reply they can be bound to."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from ssrctl.configs import CriticOptions
+from ssrctl.critics.llm.litellm_import import import_litellm
+from ssrctl.errors import UserError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+NO_KEY = "none"  # own servers need no key, but the SDK insists on one
+CONNECT_S = 10.0  # a server that does not take a connection for so long is down
+
+
+@dataclass(eq=False, kw_only=True)
+class JudgeModel:
+    """One model, and what a run has learned of it.
+
+    Attributes:
+        name: litellm name.
+        place: its endpoint or provider, for people.
+        keys: the environment variable of its key, for people.
+        parameters: litellm's, for every request.
+        reply_format: ``response_format`` of its requests: a schema, json at least, or None where neither is known to
+            work.
+        answered: whether it ever gave a reply.
+        format_works: whether it ever replied to a request with ``reply_format``.
+        turned_down: questions that it refused as malformed before it ever answered.
+        failed_in_a_row: questions since the last reply that it did not answer.
+        rests_until: before this time its fallbacks are asked first.
+    """
+
+    name: str
+    place: str
+    keys: str
+    parameters: dict[str, Any]
+    reply_format: Any
+    answered: bool = False
+    format_works: bool = False
+    turned_down: int = 0
+    failed_in_a_row: int = 0
+    rests_until: float = 0.0
+
+
+def prepare_models(options: CriticOptions, schema: type[BaseModel] | None) -> list[JudgeModel]:
+    """The model of ``options`` and its fallbacks, each once.
+
+    ``critic_api_base`` is the endpoint of every model with the first one's provider prefix, since an endpoint speaks
+    one provider's protocol; the others are asked at their own provider's.
+
+    Args:
+        options: of the llm critic.
+        schema: form of the replies, for models that can be bound to one.
+
+    Raises:
+        UserError: a model's provider is not known, its key is not set or cannot be one, or the endpoint is no
+            address.
+    """
+    assert options.critic_model is not None
+    if options.critic_api_base:
+        _check_endpoint(options.critic_api_base)
+    first = _provider(options.critic_model)
+    models = []
+    for name in dict.fromkeys([options.critic_model, *options.critic_fallback]):
+        provider = _provider(name)
+        endpoint = options.critic_api_base if provider == first else None
+        keys, parameters = _access(name, provider, endpoint)
+        models.append(
+            JudgeModel(
+                name=name,
+                place=endpoint or provider,
+                keys=keys,
+                parameters=parameters | _limits(options.critic_timeout),
+                reply_format=None if schema is None else _reply_format(name, schema, own=bool(endpoint)),
+            )
+        )
+    return models
+
+
+def _provider(name: str) -> str:
+    litellm = import_litellm()
+    try:
+        return str(litellm.get_llm_provider(name)[1])
+    except litellm.exceptions.BadRequestError:
+        pass
+    raise UserError(f"no provider is known for the critic model '{name}'", "put it in front, as in openai/gpt-oss-120b")
+
+
+def _access(name: str, provider: str, endpoint: str | None) -> tuple[str, dict[str, Any]]:
+    """The environment variables of the model's key, and its parameters."""
+    missing = import_litellm().validate_environment(name).get("missing_keys") or []
+    # Other credentials (of cloud roles, say) may come from elsewhere than the environment.
+    missing = missing if all(key.endswith("_API_KEY") for key in missing) else []
+    keys = " or ".join(missing) or _key_name(provider)
+    parameters: dict[str, Any] = {"model": name}
+    if endpoint:
+        parameters["api_base"] = endpoint
+        if missing:
+            parameters["api_key"] = NO_KEY
+    elif missing:
+        raise UserError(f"no key for {name} is set", f"set {keys}")
+    value = os.environ.get(keys, "")
+    if value.strip() != value or not value.isascii() or not value.isprintable():
+        raise UserError(f"{keys} cannot be a key: it has a space, line end or other odd character", f"set {keys}")
+    return keys, parameters
+
+
+def _key_name(provider: str) -> str:
+    """The environment variable that holds the provider's key; the usual name when none seems to."""
+    plain = provider.replace("_", "").upper()
+    names = (name for name in os.environ if name.endswith("_API_KEY"))
+    return next((name for name in names if name.replace("_", "").startswith(plain)), f"{provider.upper()}_API_KEY")
+
+
+def _limits(seconds: float) -> dict[str, Any]:
+    import httpx
+
+    return {
+        "timeout": httpx.Timeout(seconds, connect=min(0.8 * seconds, CONNECT_S)),
+        "drop_params": True,  # some models take no temperature
+    }
+
+
+def _reply_format(name: str, schema: type[BaseModel], *, own: bool) -> Any:
+    litellm = import_litellm()
+    if litellm.supports_response_schema(name):
+        return schema
+    # The row of a model that litellm does not know is empty, once a router has it.
+    known = litellm.model_cost.get(name) or litellm.model_cost.get(name.partition("/")[2])
+    listed = litellm.get_supported_openai_params(name) or ()
+    return {"type": "json_object"} if known and not own and "response_format" in listed else None
+
+
+def _check_endpoint(endpoint: str) -> None:
+    try:
+        url = urlsplit(endpoint)
+        usable = url.scheme in ("http", "https") and bool(url.hostname)
+    except ValueError:
+        usable = False
+    if not usable:
+        raise UserError("--critic-api-base is no address of a server", "give one such as http://localhost:8000/v1")
+    if "@" in url.netloc:
+        raise UserError("--critic-api-base cannot hold a password", "put the key into the provider's variable")

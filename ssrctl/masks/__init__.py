@@ -1,0 +1,1 @@
+"""Masks: superweights, static masks, and the budget profile."""

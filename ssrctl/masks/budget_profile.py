@@ -1,0 +1,223 @@
+"""Measuring what later steps still find when earlier ones have claimed their coordinates (SSR section 2.3.3)."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssrctl.core.bits import set_bits, unpack_bits
+from ssrctl.core.topk import CHUNK, NonFiniteGradient, select_topk
+from ssrctl.core.units import Unit, plan_units
+from ssrctl.errors import UserError
+from ssrctl.io.records import Rollout
+from ssrctl.models.loading import LoadedModel
+from ssrctl.sampling.alignment import step_of_tokens, token_starts
+from ssrctl.sampling.generate import end_token_ids
+from ssrctl.text.prompts import encode_prompt
+from ssrctl.training.unit_gradients import GroupBatch, NonFiniteLoss, make_batch, response_logprobs, unit_gradients
+
+
+@dataclass(frozen=True)
+class StepMass:
+    """What one step of one problem found.
+
+    Attributes:
+        step: its index, from 0.
+        mass: sum of |g| over the coordinates it claimed: the largest ones that were neither protected nor
+            claimed by an earlier step of the problem.
+        energy_available: sum of g^2 over all such coordinates, over the sum of g^2 over all coordinates.
+        energy_claimed: sum of g^2 over the coordinates it claimed, over the same.
+    """
+
+    step: int
+    mass: float
+    energy_available: float
+    energy_claimed: float
+
+
+def signal_units(advantages: Sequence[Sequence[float | None]], max_steps: int) -> list[Unit]:
+    """One unit per step that has an advantage other than 0 in any response, up to step ``max_steps``.
+
+    Args:
+        advantages: one list per response, one value per step, None where the score is missing.
+        max_steps: steps beyond this many are left out.
+    """
+    longest = max((len(row) for row in advantages), default=0)
+    return [unit for unit in plan_units(advantages, [0.0] * longest)[:max_steps] if unit.has_signal]
+
+
+def claim_masses(
+    gradients: Iterator[tuple[int, Mapping[str, Tensor]]], claim: int, protected: Mapping[str, Tensor]
+) -> Iterator[StepMass]:
+    """Let each step claim, in order, and measure its mass.
+
+    Args:
+        gradients: (step, gradient by tensor name) in step order; a gradient is read before the next is asked
+            for, so it may live in one place.
+        claim: coordinates that each step claims.
+        protected: bits per tensor name (``core.bits``), set = never claimed; every tensor has them. They are
+            copied, not changed.
+
+    Raises:
+        NonFiniteGradient: NaN or infinity in a gradient.
+    """
+    taken = {name: bits.clone() for name, bits in protected.items()}
+    for step, gradient in gradients:
+        whole = available = 0.0
+        for name, values in gradient.items():
+            flat = values.reshape(-1)
+            for start in range(0, flat.numel(), CHUNK):
+                square = flat[start : start + CHUNK].float().square()
+                free = ~unpack_bits(taken[name], start, start + square.numel())
+                # float64: over 1e8 coordinates a float32 sum is off by whole percents.
+                whole += float(square.double().sum())
+                available += float((square * free).double().sum())
+        mass = claimed = 0.0
+        for name, indices in select_topk(gradient, claim, taken).items():
+            chosen = gradient[name].reshape(-1)[indices].double()
+            mass += float(chosen.abs().sum())
+            claimed += float(chosen.float().square().double().sum())
+            set_bits(taken[name], indices)
+        if whole > 0:
+            yield StepMass(step, mass, available / whole, claimed / whole)
+
+
+def problem_masses(
+    model: Any,
+    batch: GroupBatch,
+    advantages: Sequence[Sequence[float | None]],
+    *,
+    claim: int,
+    protected: Mapping[str, Tensor],
+    max_steps: int,
+    temperature: float,
+) -> list[StepMass]:
+    """The masses of one problem's steps: exact gradients of the steps' policy losses, claims in step order.
+
+    A step without signal (all its advantages 0 or missing) has no gradient: it is left out, and claims nothing.
+
+    Args:
+        model: a causal LM; its gradients are None afterwards.
+        batch: the responses to the problem.
+        advantages: one list per response, one value per step.
+        claim: coordinates that each step claims.
+        protected: bits of every parameter by name.
+        max_steps: profile no further.
+        temperature: of the sampling.
+
+    Raises:
+        UserError: a loss or gradient that is NaN or infinite.
+    """
+    parameters = dict(model.named_parameters())
+
+    def gradients() -> Iterator[tuple[int, Mapping[str, Tensor]]]:
+        units = signal_units(advantages, max_steps)
+        for made in unit_gradients(model, batch, units, temperature=temperature):
+            yield made.unit.steps[0], {n: p.grad for n, p in parameters.items() if p.grad is not None}
+            model.zero_grad(set_to_none=True)
+
+    model.zero_grad(set_to_none=True)
+    try:
+        with torch.enable_grad():
+            return list(claim_masses(gradients(), claim, protected))
+    except (NonFiniteLoss, NonFiniteGradient) as error:
+        raise UserError(f"a step's gradient cannot be used: {error}", "use --dtype float32") from error
+    finally:
+        model.zero_grad(set_to_none=True)
+
+
+@dataclass(frozen=True)
+class MeanCurve:
+    """The profile by step index.
+
+    Attributes:
+        curve: mean mass over the problems that have the step, divided by that of step 1.
+        std: population standard deviation over these problems, in the same unit.
+        num_problems: how many they are.
+        energy_available, energy_claimed: their mean shares of the gradient's energy.
+    """
+
+    curve: list[float]
+    std: list[float]
+    num_problems: list[int]
+    energy_available: list[float]
+    energy_claimed: list[float]
+
+
+def mean_curve(problems: Sequence[Sequence[StepMass]]) -> MeanCurve:
+    """Average the masses over problems, then normalise to v_1 = 1 (SSR section 2.3.3).
+
+    A step that a problem lacks, or that had no signal there, does not count as 0. The average comes first: a
+    ratio per problem would be ruled by problems whose first step is nearly silent. The curve ends before the
+    first index that no problem has.
+
+    Args:
+        problems: each problem's masses, in step order.
+
+    Raises:
+        ValueError: no problem has a mass above 0 at step index 0.
+    """
+    by_step: dict[int, list[StepMass]] = {}
+    for found in (found for steps in problems for found in steps):
+        by_step.setdefault(found.step, []).append(found)
+    length = next(index for index in range(len(by_step) + 1) if index not in by_step)
+    rows = [by_step[index] for index in range(length)]
+    start = statistics.fmean(found.mass for found in rows[0]) if rows else 0.0
+    if start <= 0:
+        raise ValueError(f"none of {len(problems)} problems has a first step with a gradient")
+    return MeanCurve(
+        curve=[statistics.fmean(found.mass for found in row) / start for row in rows],
+        std=[statistics.pstdev(found.mass for found in row) / start for row in rows],
+        num_problems=[len(row) for row in rows],
+        energy_available=[statistics.fmean(found.energy_available for found in row) for row in rows],
+        energy_claimed=[statistics.fmean(found.energy_claimed for found in row) for row in rows],
+    )
+
+
+def traces_batch(loaded: LoadedModel, rollouts: Sequence[Rollout], temperature: float) -> GroupBatch:
+    """A group of stored responses as tensors.
+
+    Prompt and response are tokenised each by itself, since that is where generation joined them; steps follow
+    the tokenizer's offsets. The old log-probabilities are the model's own, so that every importance ratio is 1:
+    stored traces do not have those of the sampling.
+
+    Args:
+        loaded: the model.
+        rollouts: of one question, with ``prompt``, ``response`` (not empty) and ``steps``. One whose extra field
+            ``finished`` is true gets the end token.
+        temperature: of the log-probabilities.
+
+    Raises:
+        UserError: prompts that differ within the group, or more tokens than the model's context holds.
+    """
+    tokenizer, first = loaded.tokenizer, rollouts[0]
+    assert first.prompt is not None
+    prompt_ids = encode_prompt(tokenizer, first.prompt)
+    responses, steps = [], []
+    for rollout in rollouts:
+        assert rollout.response is not None and rollout.steps is not None
+        if rollout.prompt != first.prompt:
+            raise UserError(
+                f"{rollout.id} and {first.id} have different prompts but one question id",
+                "ids are QUESTION/NUMBER; give different questions different ids",
+            )
+        ids = tokenizer(rollout.response, add_special_tokens=False)["input_ids"]
+        if rollout.extra.get("finished") and (ends := end_token_ids(loaded)):
+            ids = [*ids, ends[0]]
+        if loaded.context_length is not None and len(prompt_ids) + len(ids) > loaded.context_length:
+            raise UserError(
+                f"{rollout.id} has {len(prompt_ids) + len(ids)} tokens, the model's context is {loaded.context_length}",
+                "leave it out of the traces",
+            )
+        responses.append(ids)
+        steps.append(step_of_tokens(token_starts(tokenizer, ids, rollout.response), rollout.steps))
+    nothing = [torch.zeros(len(ids)) for ids in responses]
+    batch = make_batch(prompt_ids, responses, nothing, steps, pad_token_id=tokenizer.pad_token_id, device=loaded.device)
+    with torch.no_grad():
+        now = response_logprobs(loaded.model, batch, temperature)
+    return GroupBatch(batch.input_ids, batch.attention_mask, batch.prompt_length, now, batch.step_ids)

@@ -1,0 +1,97 @@
+"""The weights that training changed, as a mask over the parameters of the model that it began from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ssrctl.checkpoints.fingerprint import RunningFingerprint
+from ssrctl.checkpoints.reader import TensorReader, check_weights, matching_names
+from ssrctl.errors import UserError
+from ssrctl.masks.static_masks import Names
+from ssrctl.models.stored_parameters import StoredParameters
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ssrctl.checkpoints.delta import DeltaFile
+    from ssrctl.core.mask import BlockMask
+
+Rule = Callable[["Tensor", "Tensor"], "Tensor"]  # flat pieces before and after -> bool, True = changed
+
+
+def check_pair(base: StoredParameters, tuned: TensorReader) -> None:
+    """Check that ``tuned`` has every parameter of ``base``; aligns its names.
+
+    Raises:
+        UserError: names or shapes that differ.
+    """
+    tuned.align(base.names)
+    matching_names(base.reader, tuned)
+    if missing := [name for name in base.names if name not in tuned.shapes]:
+        raise UserError(
+            f"{tuned.label} lacks {len(missing)} of the parameters of {base.reader.label}, first {missing[0]}",
+            "compare checkpoints of one model",
+        )
+
+
+def changed_in_pair(
+    base: StoredParameters, tuned: TensorReader, rule: Rule, one_by_one: Names
+) -> tuple[BlockMask, str, str]:
+    """What changed between two checkpoints that ``check_pair`` let pass: (mask, fingerprint before, after).
+
+    Args:
+        base: the parameters before, as training loads them.
+        tuned: the checkpoint after, as stored.
+        rule: tells what counts as changed.
+        one_by_one: follows the progress.
+    """
+    import torch
+
+    from ssrctl.core.mask import BlockMask, TileSet
+
+    before, after = RunningFingerprint(), RunningFingerprint()
+    tensors = {}
+    for name in one_by_one(base.reader.in_file_order(base.names)):
+        shape, start = base.shapes[name], 0
+        before.begin(name, base.dtype_of(name), shape)
+        after.begin(name, tuned.dtypes[name], shape)
+        changed = torch.zeros(math.prod(shape), dtype=torch.bool)
+        for ours, theirs in zip(base.pieces(name), tuned.pieces(name), strict=True):
+            before.update(ours)
+            after.update(theirs)
+            changed[start : start + ours.numel()] = rule(ours, theirs)
+            start += ours.numel()
+        tensors[name] = TileSet.from_dense(changed.view(shape))
+    return BlockMask({name: tensors[name] for name in base.names}), before.digest(), after.digest()
+
+
+def changed_by_delta(base: TensorReader, delta: DeltaFile, path: Path, rule: Rule, one_by_one: Names) -> BlockMask:
+    """What a delta changes; only the coordinates that it lists are looked at, as all others are equal bit for bit.
+
+    Args:
+        base: open, its shapes checked against the delta's.
+        delta: the changes.
+        path: its file, for messages.
+        rule: tells what counts as changed.
+        one_by_one: follows the progress.
+
+    Raises:
+        UserError: a delta of other weights, or a damaged one.
+    """
+    import torch
+
+    from ssrctl.core.mask import BlockMask, TileSet
+
+    load_dtype = check_weights(path, delta.base, delta.shapes, base)
+    tensors = {name: TileSet.empty(shape) for name, shape in sorted(delta.shapes.items())}
+    for name in one_by_one(sorted(delta.counts)):
+        weight = base.tensor(name).flatten()
+        changed = torch.zeros(weight.numel(), dtype=torch.bool)
+        for indices, values in delta.blocks(name):
+            ours = weight[indices] if load_dtype is None else weight[indices].to(load_dtype)
+            changed[indices] = rule(ours.to(values.dtype), values)
+        tensors[name] = TileSet.from_dense(changed.view(delta.shapes[name]))
+    return BlockMask(tensors)

@@ -1,0 +1,213 @@
+"""Masks that are made from a checkpoint's weights, one tensor at a time."""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import math
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ssrctl.core.seeds import derive_seed
+from ssrctl.errors import UserError
+from ssrctl.measures.sparsity import layer_index
+from ssrctl.report.document import times
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ssrctl.core.mask import BlockMask, TileSet
+    from ssrctl.models.stored_parameters import StoredParameters
+
+Shape = tuple[int, ...]
+Names = Callable[[Sequence[str]], Iterable[str]]  # gives the same names, one by one
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One way to make a mask.
+
+    Attributes:
+        kind: of the mask.
+        count: how many of a tensor's coordinates are selected, by its name and shape.
+        select: which ones, of a parameter with a count above 0.
+        remarks: what to say when all is made, given the shapes of those tensors of which nothing was to be selected.
+    """
+
+    kind: str
+    count: Callable[[str, Shape], int]
+    select: Callable[[str, StoredParameters], TileSet]
+    remarks: Callable[[Mapping[str, Shape]], list[str]]
+
+
+def random_recipe(density: float, seed: int) -> Recipe:
+    """A share of each tensor, drawn anew for each from the seed and its name."""
+    from ssrctl.core.mask import TileSet
+    from ssrctl.core.static_masks import random_mask
+
+    def select(name: str, stored: StoredParameters) -> TileSet:
+        draw = random_mask(stored.shapes[name], density, derive_seed(seed, "random mask", name))
+        return TileSet.from_dense(draw)
+
+    return Recipe("random", _share_of(density), select, _too_small)
+
+
+def low_magnitude_recipe(density: float) -> Recipe:
+    """The smallest weights of each tensor."""
+    from ssrctl.core.static_masks import low_magnitude_mask
+
+    def select(name: str, stored: StoredParameters) -> TileSet:
+        return _selected(name, stored, lambda weight: low_magnitude_mask(weight, density))
+
+    return Recipe("low-magnitude", _share_of(density), select, _too_small)
+
+
+def principal_recipe(density: float, rank: float) -> Recipe:
+    """The largest weights of each matrix's reconstruction from its leading singular directions.
+
+    Args:
+        density: share of each matrix.
+        rank: of the reconstruction, as a share of the smaller side.
+    """
+    from ssrctl.core.static_masks import principal_mask, rank_of
+
+    share, residuals = _share_of(density), dict[str, float]()
+
+    def count(name: str, shape: Shape) -> int:
+        return share(name, shape) if len(shape) == 2 else 0
+
+    def select(name: str, stored: StoredParameters) -> TileSet:
+        k, svd = rank_of(rank, stored.shapes[name]), functools.partial(_leading_triplets, name, residuals)
+        return _selected(name, stored, lambda weight: principal_mask(weight, k, density, svd))
+
+    def remarks(nothing: Mapping[str, Shape]) -> list[str]:
+        odd = [name for name, shape in nothing.items() if len(shape) != 2]
+        notes = [f"{times(len(odd), 'tensor')} that are no matrices left out, first {min(odd)}."] if odd else []
+        notes += _too_small({name: shape for name, shape in nothing.items() if name not in odd})
+        return notes + _residual_notes(residuals)
+
+    return Recipe("principal", count, select, remarks)
+
+
+def layers_recipe(layers: Sequence[range] | None) -> Recipe:
+    """All of the tensors in some layers; None: all tensors, wherever they are."""
+    from ssrctl.core.mask import TileSet
+
+    def count(name: str, shape: Shape) -> int:
+        layer = layer_index(name)
+        inside = layers is None or (layer is not None and any(layer in one for one in layers))
+        return math.prod(shape) if inside else 0
+
+    def select(name: str, stored: StoredParameters) -> TileSet:
+        return TileSet.empty(stored.shapes[name]).complement()
+
+    return Recipe("layers", count, select, lambda nothing: [])
+
+
+def planned_counts(
+    stored: StoredParameters, recipe: Recipe, include: Sequence[str], exclude: Sequence[str]
+) -> dict[str, int]:
+    """How many coordinates a recipe will select of each parameter that the patterns do not leave out.
+
+    Args:
+        stored: the parameters.
+        recipe: how the mask is made.
+        include: glob patterns; without any, all parameters are taken.
+        exclude: glob patterns of parameters to leave out.
+
+    Raises:
+        UserError: a pattern that matches no parameter.
+    """
+    taken = _matching(stored, "--include", include) if include else set(stored.names)
+    taken -= _matching(stored, "--exclude", exclude)
+    return {name: recipe.count(name, shape) for name, shape in stored.shapes.items() if name in taken}
+
+
+def make_mask(
+    stored: StoredParameters, recipe: Recipe, counts: Mapping[str, int], one_by_one: Names
+) -> tuple[BlockMask, str]:
+    """The mask, and the fingerprint of the weights, which are read on the way.
+
+    Args:
+        stored: the parameters.
+        recipe: how the mask is made.
+        counts: of ``planned_counts``.
+        one_by_one: follows the progress.
+
+    Raises:
+        UserError: weights that the recipe cannot order.
+    """
+    from ssrctl.checkpoints.fingerprint import RunningFingerprint
+    from ssrctl.core.mask import BlockMask, TileSet
+
+    fingerprint = RunningFingerprint()
+    tensors = {}
+    for name in one_by_one(stored.reader.in_file_order(stored.names)):
+        fingerprint.begin(name, stored.dtype_of(name), stored.shapes[name])
+        for piece in stored.pieces(name):
+            fingerprint.update(piece)
+        wanted = counts.get(name, 0)
+        tensors[name] = recipe.select(name, stored) if wanted else TileSet.empty(stored.shapes[name])
+        assert tensors[name].count() == wanted, name
+    return BlockMask({name: tensors[name] for name in stored.names}), fingerprint.digest()
+
+
+def _matching(stored: StoredParameters, flag: str, patterns: Iterable[str]) -> set[str]:
+    hits = set()
+    for pattern in patterns:
+        found = [name for name in stored.names if fnmatch.fnmatchcase(name, pattern)]
+        if not found:
+            raise UserError(
+                f"{flag} {pattern!r} matches none of the {len(stored.names)} tensors of {stored.reader.label}",
+                f"names are like {stored.names[0]}; * stands for anything",
+            )
+        hits |= set(found)
+    return hits
+
+
+def _share_of(density: float) -> Callable[[str, Shape], int]:
+    from ssrctl.core.static_masks import count_of
+
+    return lambda name, shape: count_of(density, math.prod(shape))
+
+
+def _selected(name: str, stored: StoredParameters, choose: Callable[[Tensor], Tensor]) -> TileSet:
+    """What ``choose`` selects of a parameter; weights that have no order are the user's to mend."""
+    from ssrctl.core.mask import TileSet
+
+    try:
+        return TileSet.from_dense(choose(stored.tensor(name)))
+    except ValueError as error:
+        raise UserError(
+            f"{stored.reader.label}: {name}: {error}", f"mend the weights, or leave it out with --exclude '{name}'"
+        ) from error
+
+
+def _leading_triplets(
+    name: str, residuals: dict[str, float], weight: Tensor, rank: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(U, S, V); what a randomised method leaves open goes to ``residuals``, in units of the last singular value."""
+    from ssrctl.measures.maths.low_rank import rank_k_svd
+
+    found = rank_k_svd(weight, rank, seed=derive_seed(0, "principal mask", name))
+    if found.error is not None:
+        residuals[name] = found.error / max(float(found.S[-1]), sys.float_info.min)
+    return found.U, found.S, found.V
+
+
+def _residual_notes(residuals: Mapping[str, float]) -> list[str]:
+    if not residuals:
+        return []
+    worst = max(residuals, key=lambda name: (residuals[name], name))
+    return [
+        f"Reconstructed by a randomised method: {times(len(residuals), 'tensor')}; largest residual "
+        f"{residuals[worst]:.1e} of the last singular value kept, in {worst}."
+    ]
+
+
+def _too_small(nothing: Mapping[str, Shape]) -> list[str]:
+    if not nothing:
+        return []
+    return [f"{times(len(nothing), 'tensor')} too small for one weight at this density, first {min(nothing)}."]

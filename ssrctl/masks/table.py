@@ -1,0 +1,91 @@
+"""What a mask holds, by layer and by kind of matrix: numbers, and the same for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ssrctl.measures.maths.grouping import by_kind, by_layer
+from ssrctl.measures.sparsity import KINDS
+from ssrctl.report.document import Document, Section, Table, percent, times
+
+if TYPE_CHECKING:
+    from ssrctl.core.mask import BlockMask
+
+OUTSIDE = "other"  # where a tensor that lies in no layer is counted
+_MOST_LAYERS = 200
+
+
+def mask_numbers(mask: BlockMask) -> dict[str, Any]:
+    """Counts and shares of a mask, all of them of its coordinates whether selected or not.
+
+    Returns:
+        ``coordinates``, ``selected``, ``selected_frac`` (the density); ``num_tensors``, ``num_tensors_selected``;
+        ``layers``, ``kinds`` and ``tensors``, one row of counts for each. A share of nothing is None.
+    """
+    counts = {name: (tiles.numel, tiles.count()) for name, tiles in sorted(mask.tensors.items())}
+    return {
+        **_counted(counts.values()),
+        "num_tensors": len(counts),
+        "num_tensors_selected": sum(selected > 0 for _, selected in counts.values()),
+        "layers": [
+            {"layer": OUTSIDE if layer is None else str(layer)} | _counted(pairs)
+            for layer, pairs in by_layer(counts).items()
+        ],
+        "kinds": [{"kind": kind} | _counted(pairs) for kind, pairs in by_kind(counts).items()],
+        "tensors": [
+            {"name": name, "shape": list(mask.tensors[name].shape)} | _counted([pair]) for name, pair in counts.items()
+        ],
+    }
+
+
+def mask_document(report: Mapping[str, Any]) -> Document:
+    """What the mask commands show.
+
+    Args:
+        report: the numbers of ``mask_numbers``, and ``mask`` (the file), ``mask_kind``, ``model`` (name and
+            fingerprint, or None), ``bytes`` and ``notes``.
+    """
+    from rich.filesize import decimal
+
+    model = report["model"]
+    facts = [("mask", report["mask"]), ("kind", report["mask_kind"])]
+    if model is None:
+        facts.append(("model", "not recorded"))
+    else:  # a foreign file may hold anything for these
+        facts += [("model", str(model["name"])), ("fingerprint", str(model["fingerprint"]))]
+    headline = (
+        f"{report['selected']:,} of {report['coordinates']:,} weights selected ({percent(report['selected_frac'])}), in "
+        f"{report['num_tensors_selected']} of {times(report['num_tensors'], 'tensor')}; {decimal(report['bytes'])}."
+    )
+    sections = [Section(title="", tables=_tables(report))]
+    return Document(title="Mask", facts=facts, headlines=[headline], notes=report["notes"], sections=sections)
+
+
+def _tables(numbers: Mapping[str, Any]) -> list[Table]:
+    return [
+        _table("By layer", "layer", numbers["layers"], _MOST_LAYERS),
+        _table("By kind of matrix", "kind", numbers["kinds"], len(KINDS)),
+    ]
+
+
+def _counted(pairs: Iterable[tuple[int, int]]) -> dict[str, Any]:
+    """Sums of (coordinates, selected)."""
+    listed = list(pairs)
+    coordinates, selected = (sum(pair[place] for pair in listed) for place in (0, 1))
+    return {
+        "coordinates": coordinates,
+        "selected": selected,
+        "selected_frac": selected / coordinates if coordinates else None,
+    }
+
+
+def _table(title: str, key: str, rows: Iterable[Mapping[str, Any]], most: int) -> Table:
+    return Table(
+        title=title,
+        columns=[key, "selected", "of", "share"],
+        rows=[
+            [row[key], f"{row['selected']:,}", f"{row['coordinates']:,}", percent(row["selected_frac"])] for row in rows
+        ],
+        terminal_rows=most,
+    )

@@ -1,0 +1,1 @@
+"""Measures that `ssrctl diagnose` takes, one module per family."""

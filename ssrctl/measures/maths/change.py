@@ -1,0 +1,142 @@
+"""What is counted of the difference of two checkpoints, and what follows from the counts."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Any
+
+from ssrctl.measures.maths.ulp import bin_label
+
+# Mukherjee et al. 2025, table 6.
+FIXED_TOLERANCES = (1e-8, 1e-7, 1e-6, 1e-5)
+DEFAULT_ATOL = 1e-5
+DEFAULT_ETA = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """Counts and sums over compared weights; two of them add up.
+
+    Attributes:
+        numel: weights compared.
+        num_within: with ``|difference| <= atol``, or equal bit for bit (as NaN to the same NaN is).
+        nums_within: the same for each of ``FIXED_TOLERANCES``.
+        num_same_bf16: unchanged by the bf16-aware rule (Zhu et al. 2025, def. 2.1).
+        num_equal: equal bit for bit in the dtype of the comparison; 0 and -0 differ.
+        num_finite: with a finite difference; the sums and the maximum below are over these.
+        sum_abs: sum of ``|difference|``, float64.
+        max_abs: largest ``|difference|``, 0 when there is none.
+        sum_sq: sum of squared differences, float64.
+        base_sum_sq: sum of squares of the base's finite weights, float64.
+        ulps: how many weights moved by 1, 2, 3-4, 5-8, ... representable steps (``ulp.count_by_powers``).
+        num_below_step: finite weights that are not equal bit for bit, yet 0 steps apart: 0 against -0, and where the
+            dtypes differ what the narrower one does not show.
+        num_nan_base, num_inf_base, num_nan_tuned, num_inf_tuned: how many weights are NaN or infinite.
+    """
+
+    numel: int = 0
+    num_within: int = 0
+    nums_within: tuple[int, ...] = (0,) * len(FIXED_TOLERANCES)
+    num_same_bf16: int = 0
+    num_equal: int = 0
+    num_finite: int = 0
+    sum_abs: float = 0.0
+    max_abs: float = 0.0
+    sum_sq: float = 0.0
+    base_sum_sq: float = 0.0
+    ulps: tuple[int, ...] = ()
+    num_below_step: int = 0
+    num_nan_base: int = 0
+    num_inf_base: int = 0
+    num_nan_tuned: int = 0
+    num_inf_tuned: int = 0
+
+    def __add__(self, other: Change) -> Change:
+        return add_up([self, other])
+
+    @property
+    def sparsity(self) -> float | None:
+        """Share unchanged within the tolerance, in [0, 1]; None when nothing was compared."""
+        return self._share(self.num_within)
+
+    @property
+    def sparsity_bf16(self) -> float | None:
+        """Share unchanged by the bf16-aware rule, in [0, 1]; None when nothing was compared."""
+        return self._share(self.num_same_bf16)
+
+    @property
+    def equal_frac(self) -> float | None:
+        """Share equal bit for bit, in [0, 1]; None when nothing was compared."""
+        return self._share(self.num_equal)
+
+    @property
+    def num_stepped(self) -> int:
+        """Finite weights that moved by at least one representable step."""
+        return sum(self.ulps)
+
+    @property
+    def one_step_frac(self) -> float | None:
+        """Share of exactly one step among the weights that moved by at least one; None when none did."""
+        return self.ulps[0] / self.num_stepped if self.num_stepped else None
+
+    @property
+    def mean_abs(self) -> float | None:
+        """Mean ``|difference|`` over the finite differences, changed or not."""
+        return self.sum_abs / self.num_finite if self.num_finite else None
+
+    @property
+    def relative_l2(self) -> float | None:
+        """``||tuned - base|| / ||base||``; 0 without any change, None when only the base is zero."""
+        if self.sum_sq == 0:
+            return 0.0
+        return math.sqrt(self.sum_sq / self.base_sum_sq) if self.base_sum_sq else None
+
+    def _share(self, count: int) -> float | None:
+        return count / self.numel if self.numel else None
+
+    def numbers(self) -> dict[str, Any]:
+        """What the report shows: counts as stored, shares and norms derived."""
+        fixed = zip(FIXED_TOLERANCES, self.nums_within, strict=True)
+        return {
+            "numel": self.numel,
+            "sparsity": self.sparsity,
+            **{tolerance_key(atol): self._share(count) for atol, count in fixed},
+            "sparsity_bf16": self.sparsity_bf16,
+            "bit_equal_frac": self.equal_frac,
+            "num_changed": self.numel - self.num_within,
+            "num_bf16_changed": self.numel - self.num_same_bf16,
+            "num_bit_changed": self.numel - self.num_equal,
+            "relative_l2": self.relative_l2,
+            "mean_abs_difference": self.mean_abs,
+            "max_abs_difference": self.max_abs if self.num_finite else None,
+            "num_stepped": self.num_stepped,
+            "one_step_frac": self.one_step_frac,
+            "num_below_step": self.num_below_step,
+            "ulp_distances": {bin_label(place): count for place, count in enumerate(self.ulps) if count},
+            "num_nan_base": self.num_nan_base,
+            "num_inf_base": self.num_inf_base,
+            "num_nan_tuned": self.num_nan_tuned,
+            "num_inf_tuned": self.num_inf_tuned,
+        }
+
+
+def tolerance_key(atol: float) -> str:
+    """The report's key for the sparsity at a fixed tolerance: ``sparsity_1e-08``."""
+    return f"sparsity_{atol:.0e}"
+
+
+def add_up(changes: Iterable[Change]) -> Change:
+    """The sum; of nothing, an empty ``Change``."""
+    parts = list(changes)
+    total: dict[str, Any] = {name: sum(getattr(part, name) for part in parts) for name in _SUMMED}
+    for name in ("nums_within", "ulps"):
+        columns = [getattr(part, name) for part in parts]
+        total[name] = tuple(map(sum, itertools.zip_longest(*columns, fillvalue=0)))
+    total["max_abs"] = max((part.max_abs for part in parts), default=0.0)
+    return Change(**total) if parts else Change()
+
+
+_SUMMED = [field.name for field in fields(Change) if field.name not in ("nums_within", "ulps", "max_abs")]

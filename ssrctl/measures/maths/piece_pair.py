@@ -1,0 +1,205 @@
+"""Two pieces of one tensor, before and after: where they differ, and everything that is counted of it.
+
+Pieces are compared as integers first. Only the elements that differ, few in most updates of reinforcement learning, are
+picked out and taken to float64, in which all differences and sums are.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from ssrctl.measures.maths.change import FIXED_TOLERANCES, Change
+from ssrctl.measures.maths.ulp import count_by_powers, step_dtype, ulp_distance
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import Tensor
+
+# Below this, distinct bfloat16 numbers are further apart than eta times the larger one, subnormal ones included: the
+# closest are a power of two and the number under it, 2^-8 of it away.
+_BF16_GAP = 2**-8
+_BLOCK = 1024
+
+
+def common_dtype(a: torch.dtype, b: torch.dtype) -> torch.dtype:
+    """The narrowest floating dtype that holds the values of both exactly; 8-bit floats meet in float32.
+
+    Integers follow ``torch.promote_types``, which can round large ones that meet floats.
+    """
+    import torch
+
+    if a == b:
+        return a
+    wide = [torch.float32 if dtype.is_floating_point and dtype.itemsize == 1 else dtype for dtype in (a, b)]
+    return torch.promote_types(*wide)
+
+
+class PiecePair:
+    """Flat pieces ``[n]`` of the base and the tuned tensor, and their elements ``[m]`` that differ bit for bit.
+
+    Attributes:
+        numel: n.
+        where: the places of what differs, int64 ``[m]``, ascending.
+        before, after: float64 ``[m]``, what differs.
+        difference: float64 ``[m]``, ``|after - before|``; NaN and infinity where one of the two is.
+    """
+
+    def __init__(self, base: Tensor, tuned: Tensor) -> None:
+        import numpy as np
+        import torch
+
+        dtype = common_dtype(base.dtype, tuned.dtype)
+        self._base = base.to(dtype)
+        theirs = tuned.to(dtype)
+        self.numel = base.numel()
+        self.where = np.flatnonzero(_bits(self._base) != _bits(theirs))
+        self._stored = _taken(base, self.where), _taken(tuned, self.where)
+        self._ours, self._theirs = (one.to(dtype) for one in self._stored)
+        self.before, self.after = (one.to(torch.float64).numpy() for one in (self._ours, self._theirs))
+        with np.errstate(invalid="ignore", over="ignore"):
+            self.difference = self.after - self.before
+        np.abs(self.difference, out=self.difference)
+
+    def within(self, atol: float) -> np.ndarray:
+        """bool ``[m]``: which of the differing weights are unchanged by the fixed tolerance."""
+        return self.difference <= atol
+
+    def same_bf16(self, eta: float) -> np.ndarray:
+        """bool ``[m]``: which of the differing weights are unchanged by the bf16-aware rule (Zhu et al. 2025, def. 2.1)."""
+        import numpy as np
+        import torch
+
+        if not self._base.dtype.is_floating_point:
+            return np.zeros(len(self.where), dtype=bool)
+        a, b, difference = self.before, self.after, self.difference
+        if self._base.dtype != torch.bfloat16:
+            a, b = (one.to(torch.bfloat16).to(torch.float64).numpy() for one in (self._ours, self._theirs))
+            with np.errstate(invalid="ignore"):
+                difference = np.abs(b - a)
+        # An infinite weight is no multiple of anything, so its distance to a finite one is never within.
+        within = (difference <= eta * np.maximum(np.abs(a), np.abs(b))) & (difference < np.inf)
+        return within | (a == b)
+
+    def changes(self, atol: float, eta: float) -> list[Change]:
+        """All counts and sums, in parts that are to be added up."""
+        import torch
+
+        numel, equal = self.numel, self.numel - len(self.where)
+        base_sum_sq, odd = self._base_sum_sq(), {"nan": 0, "inf": 0}
+        if not math.isfinite(base_sum_sq):
+            base = self._base.to(torch.float64)
+            odd = {"nan": _count(base.isnan().numpy()), "inf": _count(base.isinf().numpy())}
+            base_sum_sq = float(base[base.isfinite()].square().sum())
+        whole = Change(
+            numel=numel,
+            num_within=equal,
+            nums_within=(equal,) * len(FIXED_TOLERANCES),
+            num_same_bf16=equal,
+            num_equal=equal,
+            num_finite=equal,
+            base_sum_sq=base_sum_sq,
+            num_nan_base=odd["nan"],
+            num_inf_base=odd["inf"],
+            num_nan_tuned=odd["nan"],
+            num_inf_tuned=odd["inf"],
+        )
+        return [whole, self._moved(atol, eta)] if equal < numel else [whole]
+
+    def _base_sum_sq(self) -> float:
+        """In float64; 16-bit weights of usual size a thousand at a time in float32, which keeps six digits."""
+        import torch
+
+        if self._base.element_size() == 2 and self._base.is_floating_point() and self.numel % _BLOCK == 0:
+            rows = self._base.to(torch.float32).view(-1, _BLOCK)
+            total = float(torch.linalg.vector_norm(rows, dim=1).to(torch.float64).square().sum())
+            if 1e-20 < total < 1e20:  # far from what float32 cannot hold
+                return total
+        wide = self._base.to(torch.float64)
+        return float(wide.dot(wide))
+
+    def _moved(self, atol: float, eta: float) -> Change:
+        """What the differing weights add, their number excepted."""
+        import numpy as np
+
+        kept, odd = self.difference, {}
+        sum_sq = _sum_of_squares(kept)
+        finite = math.isfinite(sum_sq)
+        if not finite:
+            kept = kept[np.isfinite(kept)]
+            sum_sq = _sum_of_squares(kept)
+            for kind, test in (("nan", np.isnan), ("inf", np.isinf)):
+                odd[f"num_{kind}_tuned"] = _count(test(self.after)) - _count(test(self.before))
+        within = self._counts_within({atol, *FIXED_TOLERANCES})
+        below, ulps = self._steps(finite)
+        return Change(
+            num_within=within[atol],
+            nums_within=tuple(within[one] for one in FIXED_TOLERANCES),
+            num_same_bf16=below if finite and self._bf16_rule_is_equality(eta) else _count(self.same_bf16(eta)),
+            num_finite=len(kept),
+            sum_abs=float(kept.sum()),
+            max_abs=float(kept.max(initial=0.0)),
+            sum_sq=sum_sq,
+            ulps=ulps,
+            num_below_step=below,
+            **odd,
+        )
+
+    def _counts_within(self, tolerances: set[float]) -> dict[float, int]:
+        """How many of the differing weights are within each tolerance; nothing is below one that hides nothing."""
+        found, last = {}, 1
+        for tolerance in sorted(tolerances, reverse=True):
+            last = last and _count(self.within(tolerance))
+            found[tolerance] = last
+        return found
+
+    def _bf16_rule_is_equality(self, eta: float) -> bool:
+        """Finite bfloat16 weights are unchanged by the rule just where no step lies between them (cor. E.4)."""
+        import torch
+
+        return all(one.dtype == torch.bfloat16 for one in self._stored) and eta < _BF16_GAP
+
+    def _steps(self, finite: bool) -> tuple[int, tuple[int, ...]]:
+        """(how many of the differing weights are at distance 0, the others by powers of two), in the narrower dtype.
+
+        Weights that are NaN or infinite in it are left out; ``finite`` promises that none are in the wider one.
+        """
+        import torch
+
+        dtype = step_dtype(self._stored[0].dtype, self._stored[1].dtype)
+        if dtype is None:  # the codes of quantised weights have no neighbours
+            return 0, ()
+        ours, theirs = (one.to(dtype) for one in self._stored)
+        if not finite or dtype != self._base.dtype:  # rounding to the narrower one may overflow
+            good = ours.to(torch.float64).isfinite() & theirs.to(torch.float64).isfinite()
+            ours, theirs = ours[good], theirs[good]
+        distances = ulp_distance(ours, theirs)
+        return distances.size - _count(distances), count_by_powers(distances)
+
+
+def _sum_of_squares(values: np.ndarray) -> float:
+    import torch
+
+    vector = torch.from_numpy(values)  # whose product keeps to the threads that torch was given
+    return float(vector.dot(vector))
+
+
+def _bits(tensor: Tensor) -> np.ndarray:
+    import torch
+
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return tensor.contiguous().view(integer).numpy()
+
+
+def _taken(tensor: Tensor, where: np.ndarray) -> Tensor:
+    """``tensor[where]``; torch indexes fewer dtypes than it stores."""
+    import torch
+
+    return torch.from_numpy(_bits(tensor)[where]).view(tensor.dtype)
+
+
+def _count(flags: np.ndarray) -> int:
+    import numpy as np
+
+    return int(np.count_nonzero(flags))

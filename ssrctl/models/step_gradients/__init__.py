@@ -1,1 +1,0 @@
-"""The ways to compute the gradient of each update unit's loss, one module each (see ``models.gradients``)."""

@@ -1,0 +1,1 @@
+"""Reports: a document model, and its terminal, html, csv and json forms."""

@@ -1,0 +1,312 @@
+"""What all figures share: colours that follow the page's scheme, keys of series, and inline SVG.
+
+Colours are drawn as placeholders and then replaced by css variables, so that one figure suits light and dark pages.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any, Literal
+
+from ssrctl.report.document import Bars, Figure, Heatmap, Histogram, Lines, Ranges, Reference, percent, text_safe
+
+# Placeholders that stand for css variables; values without meaning, chosen to be unlike any other colour.
+TEXT, GRID, MUTED = "#010203", "#020304", "#050607"
+SERIES = ("#030405", "#040506", "#060708", "#070809", "#08090a", "#090a0b")
+_VARIABLES = {TEXT: "var(--text)", GRID: "var(--rule)", MUTED: "var(--muted)"} | {
+    colour: f"var(--series-{order})" for order, colour in enumerate(SERIES, 1)
+}
+MARKERS = ("o", "s", "^", "D", "v", "P")
+# The same markers around the origin, for the keys.
+_MARKER_PATHS = {
+    "o": "M-3 0a3 3 0 1 0 6 0a3 3 0 1 0 -6 0z",
+    "s": "M-2.6 -2.6h5.2v5.2h-5.2z",
+    "^": "M0 -3.2L3.2 2.6H-3.2z",
+    "D": "M0 -3.6L3.6 0L0 3.6L-3.6 0z",
+    "v": "M0 3.2L3.2 -2.6H-3.2z",
+    "P": "M-1.1 -3.2h2.2v2.1h2.1v2.2h-2.1v2.1h-2.2v-2.1h-2.1v-2.2h2.1z",
+}
+SETTINGS = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "ssrctl",
+    "text.parse_math": False,
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "text.color": TEXT,
+    "axes.labelcolor": TEXT,
+    "axes.edgecolor": GRID,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": TEXT,
+    "ytick.color": TEXT,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+}
+_LONGEST = 26
+_RAMP_STEPS = 9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Style:
+    """How one series is drawn; a yardstick rather than a measurement is grey and dashed."""
+
+    colour: str
+    marker: str
+    yardstick: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Key:
+    """One entry of a figure's legend: a small drawing (SVG, ours) and what it stands for (text, not escaped)."""
+
+    swatch: str
+    label: str
+
+
+def series_styles(names: Sequence[str]) -> dict[str, Style]:
+    """A colour and a marker for each series; the seventh measured one begins again with the first's."""
+    styles, order = {}, 0
+    for name in names:
+        if is_expected(name):
+            styles[name] = Style(colour=MUTED, marker="o", yardstick=True)
+        else:
+            styles[name] = Style(
+                colour=SERIES[order % len(SERIES)], marker=MARKERS[order % len(MARKERS)], yardstick=False
+            )
+            order += 1
+    return styles
+
+
+def is_expected(name: str) -> bool:
+    """Is a series what chance would give, rather than what was measured?"""
+    return name.startswith("expected")
+
+
+def finite(value: float | None) -> float | None:
+    """The value, or None where there is none that could be drawn."""
+    return None if value is None or not math.isfinite(value) else float(value)
+
+
+def label_text(text: str, longest: int = _LONGEST) -> str:
+    """Text for an axis: one line, without control characters, long names shortened in the middle."""
+    plain = " ".join("".join(" " if ord(one) < 32 or ord(one) == 127 else one for one in text_safe(text)).split())
+    if len(plain) <= longest:
+        return plain
+    tail = (longest - 1) // 2 + 2
+    return f"{plain[: longest - 1 - tail]}…{plain[-tail:]}"
+
+
+def label_lines(text: str, width: int = 22) -> str:
+    """Text for an axis in up to three lines of so many characters."""
+    return textwrap.fill(label_text(text, 3 * width), width, max_lines=3, placeholder="…")
+
+
+def reference_letters(figure: Bars | Lines | Ranges) -> dict[Reference, str]:
+    """A, B, C, ... for the references of a figure, as its legend and its drawing name them."""
+    if isinstance(figure, Ranges):
+        found = [one for row in figure.references for one in row]
+    else:
+        found = list(figure.references)
+    return {one: _letter(order) for order, one in enumerate(dict.fromkeys(found))}
+
+
+def _letter(order: int) -> str:
+    return chr(ord("A") + order) if order < 26 else f"{_letter(order // 26 - 1)}{_letter(order % 26)}"
+
+
+# --------------------------------------------------------------------------------------------------
+# keys
+
+
+def keys(figure: Figure) -> list[Key]:
+    """The legend of a figure, which the page shows as text; empty where the figure needs none."""
+    if isinstance(figure, Heatmap):
+        return _heat_keys(figure)
+    if isinstance(figure, Ranges):
+        return [Key(swatch=_mark(SERIES[0], "o"), label="measured"), *_reference_keys(figure)]
+    styles = series_styles(list(figure.series))
+    references = [] if isinstance(figure, Histogram) else _reference_keys(figure)
+    if len(styles) < 2 and not references:
+        return []
+    draw = _line if isinstance(figure, Lines) else _block
+    return [Key(swatch=draw(style), label=name) for name, style in styles.items()] + references
+
+
+def heat_limits(figure: Heatmap) -> tuple[float, float, float]:
+    """(value in full second hue, value without colour, value in full first hue).
+
+    A side on which no value lies ends at the centre, but where all values are the centre the upper side is kept.
+    """
+    shown = [value for row in figure.values for value in map(finite, row) if value is not None]
+    reach = figure.scale
+    if reach is None:
+        reach = max((abs(value - figure.centre) for value in shown), default=0.0)
+    below = any(value < figure.centre for value in shown)
+    above = any(value > figure.centre for value in shown) or not below
+    return figure.centre - reach * below, figure.centre, figure.centre + reach * above
+
+
+def cell_text(figure: Heatmap, value: float) -> str:
+    """A cell's number as the figure writes it: no negative zero, and a zero that is exact as ``0``."""
+    if not value:
+        return "0%" if figure.shares else "0"
+    scaled = value * 100 if figure.shares else value
+    # "+ 0.0" turns a negative zero, left by rounding, into a plain one.
+    text = f"{round(scaled, figure.decimals) + 0.0:.{figure.decimals}f}"
+    return text + "%" if figure.shares else text
+
+
+def _heat_keys(figure: Heatmap) -> list[Key]:
+    low, centre, high = heat_limits(figure)
+    found = []
+    if low < high:
+        ends = [_limit(figure, value) for value in (low, centre, high)]
+        middle = f", no colour at {ends[1]}" if low < centre < high else ""
+        found.append(Key(swatch=_ramp(low < centre, centre < high), label=f"{ends[0]} to {ends[2]}{middle}"))
+    if any(finite(value) is None for row in figure.values for value in row):
+        found.append(Key(swatch=_svg('<path d="M7 2L15 10" class="blank"/>'), label="no value"))
+    return found
+
+
+def _limit(figure: Heatmap, value: float) -> str:
+    if figure.shares:
+        return percent(value) if 0 <= value <= 1 else f"{value:.2%}"
+    return "0" if value == 0 else f"{value:#.3g}".removesuffix(".")
+
+
+def _reference_keys(figure: Bars | Lines | Ranges) -> list[Key]:
+    return [
+        Key(swatch=_reference(letter, one.high is not None), label=one.label)
+        for one, letter in reference_letters(figure).items()
+    ]
+
+
+def _svg(inside: str, width: int = 22) -> str:
+    return f'<svg viewBox="0 0 {width} 12" width="{width}" height="12" aria-hidden="true">{inside}</svg>'
+
+
+def _block(style: Style) -> str:
+    return _svg(f'<rect x="4" y="0.5" width="14" height="11" fill="{_VARIABLES[style.colour]}"/>')
+
+
+def _mark(colour: str, marker: str) -> str:
+    return _svg(f'<path d="{_MARKER_PATHS[marker]}" transform="translate(11 6)" fill="{_VARIABLES[colour]}"/>')
+
+
+def _line(style: Style) -> str:
+    colour = _VARIABLES[style.colour]
+    dashes = ' stroke-dasharray="4 3"' if style.yardstick else ""
+    return _svg(
+        f'<path d="M0 6H22" stroke="{colour}" stroke-width="2"{dashes}/>'
+        f'<path d="{_MARKER_PATHS[style.marker]}" transform="translate(11 6)" fill="{colour}"/>'
+    )
+
+
+def _reference(letter: str, is_range: bool) -> str:
+    # The letter is one of ours, so nothing is to be escaped.
+    drawn = (
+        '<rect x="0" y="0.5" width="12" height="11" fill="var(--muted)" fill-opacity="0.3"/>'
+        if is_range
+        else '<path d="M0 6H12" stroke="var(--muted)" stroke-width="2" stroke-dasharray="1.5 2"/>'
+    )
+    return _svg(
+        f'{drawn}<text x="18" y="10" font-size="11" text-anchor="middle" fill="var(--text)">{letter}</text>', 24
+    )
+
+
+def _ramp(below: bool, above: bool) -> str:
+    steps = [step / (_RAMP_STEPS - 1) for step in range(_RAMP_STEPS)]
+    values = ([-one for one in reversed(steps)] if below else []) + (steps[below:] if above else [])
+    drawn = "".join(
+        f'<rect x="{6 * place}" width="6" height="12" fill="{heat_colour(value)}" fill-opacity="{abs(value):.3g}"/>'
+        for place, value in enumerate(values)
+    )
+    return _svg(f'<g class="heat">{drawn}</g>', 6 * len(values))
+
+
+def heat_colour(signed: float) -> str:
+    """The hue of a value on this side of a heat map's centre."""
+    return _VARIABLES[SERIES[1] if signed < 0 else SERIES[0]]
+
+
+# --------------------------------------------------------------------------------------------------
+# SVG
+
+
+def tip(text: str) -> str:
+    """What a browser shows while the pointer rests on an element."""
+    return f"<title>{escape(label_text(text, 120))}</title>"
+
+
+def inline(svg: str, name: str) -> str:
+    """An element for inside a page: no prolog, no metadata, no fixed size, colours by css variable.
+
+    Ids of groups are dropped and those that are referred to (clip paths, markers) begin with ``name``, since several
+    figures share a page. Only tags are touched: text stays what it was.
+    """
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    # A rule for every element, which would apply to the whole page; the page has its own for figures.
+    svg = re.sub(r"<style[^>]*>.*?</style>", "", svg, flags=re.DOTALL)
+    # matplotlib escapes < and > in text and in attributes.
+    svg = re.sub(r"<[^>]+>", lambda tag: _tag(tag[0], name), svg)
+    svg = re.sub(r"\n\s*", "\n", svg)
+    return svg.strip()
+
+
+def _tag(tag: str, name: str) -> str:
+    if tag.startswith("<g "):
+        tag = re.sub(r' id="[^"]*"', "", tag)
+    if tag.startswith("<svg"):
+        tag = re.sub(r' (width|height)="[^"]*"', "", tag)
+    tag = re.sub(r'( id="|"#|url\(#)', rf"\g<1>{name}-", tag)
+    tag = re.sub(r"font-family: [^;]*; ?", "", tag)
+    for placeholder, variable in _VARIABLES.items():
+        tag = tag.replace(placeholder, variable)
+    return tag
+
+
+def spread(places: Sequence[float], gap: float) -> list[float]:
+    """Positions at least ``gap`` apart, in their order, as near to the given ones as moving upwards allows."""
+    moved: dict[int, float] = {}
+    last = -math.inf
+    for order in sorted(range(len(places)), key=lambda one: places[one]):
+        last = max(places[order], last + gap)
+        moved[order] = last
+    return [moved[order] for order in range(len(places))]
+
+
+def draw_references(axes: Any, references: dict[Reference, str], along: Literal["x", "y"]) -> None:
+    """Draw bands and lines at values of one axis, with their letters just outside of the plot.
+
+    Call it when the axis has its final limits and scale, and these hold the references.
+    """
+    span, line = (axes.axvspan, axes.axvline) if along == "x" else (axes.axhspan, axes.axhline)
+    to_axes = axes.transData + axes.transAxes.inverted()
+    side = 0 if along == "x" else 1
+    middles = []
+    for one in references:
+        ends = (one.low,) if one.high is None else (one.low, one.high)
+        if len(ends) == 2:
+            span(*ends, color=MUTED, alpha=0.2, linewidth=0, zorder=0.5)
+        for end in ends:
+            line(end, color=MUTED, linewidth=1, linestyle=(0, (1.5, 2)), zorder=2.5)
+        # In axes units, where the middle of a range is in the middle on a logarithmic axis too.
+        places = [float(to_axes.transform((end, end))[side]) for end in ends]
+        middles.append(min(max(sum(places) / len(places), 0.0), 1.0))
+    for letter, place in zip(references.values(), spread(middles, 0.07), strict=True):
+        axes.text(
+            *((place, 1.02) if along == "x" else (1.02, place)),
+            letter,
+            transform=axes.transAxes,
+            ha="center" if along == "x" else "left",
+            va="bottom" if along == "x" else "center",
+            fontsize=8,
+            clip_on=False,
+        )

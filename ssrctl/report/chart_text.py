@@ -1,0 +1,72 @@
+"""A figure in a sentence or two, for those who do not see it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from ssrctl.report.chart_style import cell_text, finite, label_text
+from ssrctl.report.document import Bars, Figure, Heatmap, Histogram, Ranges, Reference, number, percent, times
+
+_MOST_SERIES = 8
+
+
+def describe(figure: Figure) -> str:
+    """What the figure shows: its axes, and where each series is lowest and highest."""
+    if isinstance(figure, Heatmap):
+        return _heatmap(figure)
+    if isinstance(figure, Ranges):
+        return _ranges(figure)
+    write = percent if figure.shares else _plain
+    if isinstance(figure, Bars):
+        kind, places, references = f"Bars of {figure.axis}", list(figure.labels), figure.references
+    elif isinstance(figure, Histogram):
+        kind, places, references = f"Histogram of {figure.y_label} by {figure.x_label}", list(figure.bins), ()
+    else:
+        kind = f"Lines of {figure.y_label} over {figure.x_label}"
+        places, references = [f"{x:g}" for x in figure.x], figure.references
+    sentences = [f"{kind}."]
+    for order, (name, values) in enumerate(figure.series.items()):
+        if order == _MOST_SERIES:
+            sentences.append(f"And {len(figure.series) - order} more series.")
+            break
+        sentences.append(f"{label_text(name)}: {_extremes(values, places, write)}.")
+    return " ".join(sentences + _reference_words(references))
+
+
+def _plain(value: float) -> str:
+    return f"{int(value):,}" if float(value).is_integer() and abs(value) < 1e15 else number(value)
+
+
+def _extremes(values: Sequence[float | None], places: Sequence[str], write: Callable[[float], str]) -> str:
+    found = [(value, place) for value, place in zip(map(finite, values), places, strict=True) if value is not None]
+    if not found:
+        return "no values"
+    low, high = min(found, key=lambda one: one[0]), max(found, key=lambda one: one[0])
+    if low[0] == high[0]:
+        return f"{write(low[0])} throughout"
+    return f"from {write(low[0])} ({label_text(low[1])}) to {write(high[0])} ({label_text(high[1])})"
+
+
+def _heatmap(figure: Heatmap) -> str:
+    rows, columns = len(figure.row_labels), len(figure.column_labels)
+    cells = [value for row in figure.values for value in row]
+    places = [f"{row}, {column}" for row in figure.row_labels for column in figure.column_labels]
+    axes = (
+        f"Matrix of {times(rows, 'row')} ({label_text(figure.row_axis)}) and {times(columns, 'column')} "
+        f"({label_text(figure.column_axis)})"
+    )
+    return f"{axes}: {_extremes(cells, places, lambda value: cell_text(figure, value))}."
+
+
+def _ranges(figure: Ranges) -> str:
+    sentences = [f"Measured values beside published ones, {figure.axis}."]
+    for label, value, references in zip(figure.labels, figure.values, figure.references, strict=True):
+        beside = "; ".join(label_text(one.label, 120) for one in references)
+        sentences.append(
+            f"{label_text(label)}: {percent(finite(value))}" + (f", published: {beside}." if beside else ".")
+        )
+    return " ".join(sentences)
+
+
+def _reference_words(references: Sequence[Reference]) -> list[str]:
+    return [f"Beside it: {'; '.join(label_text(one.label, 120) for one in references)}."] if references else []

@@ -1,0 +1,299 @@
+"""Figures as inline SVG whose colours follow the page's light or dark scheme.
+
+Legends are no part of the drawing: the page shows them as text (``chart_style.keys``), where long names wrap. No
+global state of matplotlib is left changed, and the same data give the same bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ssrctl.report.chart_style import (
+    GRID,
+    MUTED,
+    SERIES,
+    SETTINGS,
+    TEXT,
+    Style,
+    draw_references,
+    finite,
+    inline,
+    label_lines,
+    label_text,
+    reference_letters,
+    series_styles,
+)
+from ssrctl.report.document import Bars, Figure, Heatmap, Histogram, Interval, Lines, Ranges, Reference
+from ssrctl.report.heatmap import draw_heatmap, heatmap_cells, heatmap_height, heatmap_is_wide
+
+# Inches. A phone shows the narrow width at more than 72 pixels to the inch, so that 9-point text stays readable
+# there; a wide figure scrolls in its box.
+_NARROW, _WIDE = 3.9, 8.6
+_MOST_COLUMNS = 16
+_MOST_MARKERS = 30
+_MANY_LABELS = 20
+_LINE = 0.14  # of text
+_AXIS_CHARACTERS = 34
+# Of the first series, the second, and the others: where they coincide, those beneath still show.
+_WIDTHS = (2.4, 1.6, 1.3)
+
+
+def is_wide(figure: Figure) -> bool:
+    """Does the figure take the page's whole width?"""
+    if isinstance(figure, Heatmap):
+        return heatmap_is_wide(figure)
+    return isinstance(figure, Histogram) and len(figure.bins) > _MOST_COLUMNS
+
+
+def draw(figure: Figure, name: str = "figure") -> str:
+    """One figure as an ``<svg>`` element, to be put into a page that defines the css variables.
+
+    Args:
+        figure: what to draw.
+        name: what the ids in it begin with; one of its own for each figure of a page.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    import matplotlib as mpl
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure as Canvas
+
+    size = (_WIDE if is_wide(figure) else _NARROW, _height(figure))
+    # The page's own fonts draw the text; that matplotlib's lack a character only makes its width a guess.
+    with mpl.rc_context(SETTINGS), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        warnings.filterwarnings("ignore", message="constrained_layout not applied")
+        canvas = Canvas(figsize=size, layout="constrained")
+        FigureCanvasSVG(canvas)
+        axes = canvas.subplots()
+        _draw_on(axes, figure)
+        stream = io.StringIO()
+        canvas.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        box = axes.get_position()
+    svg = inline(stream.getvalue(), name)
+    if not isinstance(figure, Heatmap):
+        return svg
+    width, height = (72 * one for one in size)
+    place = (box.x0 * width, (1 - box.y1) * height, box.width * width, box.height * height)
+    return svg.removesuffix("</svg>") + heatmap_cells(figure, *place) + "</svg>"
+
+
+def _height(figure: Figure) -> float:
+    """Inches."""
+    if isinstance(figure, Heatmap):
+        return heatmap_height(figure)
+    if isinstance(figure, Bars):
+        beneath = 0.56 + _LINE * len(label_lines(figure.axis, _AXIS_CHARACTERS).splitlines())
+        above = _LINE if figure.references else 0.0
+        thickness = 0.17 if len(figure.labels) <= _MANY_LABELS else 0.11
+        return beneath + above + thickness * len(figure.labels) * (len(figure.series) + 0.6)
+    if isinstance(figure, Ranges):
+        return 0.7 + sum(map(_range_row, figure.labels, figure.references))
+    return 2.4
+
+
+def _draw_on(axes: Any, figure: Figure) -> None:
+    if isinstance(figure, Heatmap):
+        draw_heatmap(axes, figure)
+    elif isinstance(figure, Bars):
+        _bars(axes, figure)
+    elif isinstance(figure, Lines):
+        _lines(axes, figure)
+    elif isinstance(figure, Histogram):
+        _histogram(axes, figure)
+    else:
+        _ranges(axes, figure)
+    axes.set_axisbelow(True)
+
+
+def _bars(axes: Any, figure: Bars) -> None:
+    thickness = 0.8 / max(1, len(figure.series))
+    for order, (style, values, intervals) in enumerate(_series(figure.series, figure.intervals)):
+        places = [position + (order + 0.5) * thickness - 0.4 for position in range(len(figure.labels))]
+        kept = [(place, value) for place, value in zip(places, values, strict=True) if _shown(value, figure.log)]
+        axes.barh([place for place, _ in kept], [value for _, value in kept], thickness * 0.9, color=style.colour)
+        for place, interval in zip(places, intervals, strict=True):
+            if interval is not None:
+                axes.plot(interval, (place, place), color=TEXT, linewidth=1, marker="|")
+    axes.set_yticks(range(len(figure.labels)), [label_text(label) for label in figure.labels])
+    axes.set_ylim(len(figure.labels) - 0.4, -0.6)
+    if figure.shares and not figure.log:
+        axes.set_xlim(0, 1)
+    else:
+        _fit(axes, "x", _numbers(figure.series, figure.intervals, figure.references), figure.log)
+    if figure.shares:
+        _in_per_cent(axes.xaxis)
+    axes.set_xlabel(label_lines(figure.axis, _AXIS_CHARACTERS))
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x")
+    draw_references(axes, reference_letters(figure), "x")
+
+
+def _lines(axes: Any, figure: Lines) -> None:
+    for order, (style, values, intervals) in enumerate(_series(figure.series, figure.intervals)):
+        kept = [
+            (x, value)
+            for x, value in zip(figure.x, values, strict=True)
+            if _shown(value, figure.log_y) and _shown(x, figure.log_x)
+        ]
+        if not kept:
+            continue
+        axes.plot(
+            *zip(*kept, strict=True),
+            color=style.colour,
+            linestyle="--" if style.yardstick else "-",
+            linewidth=_WIDTHS[min(order, len(_WIDTHS) - 1)],
+            marker=style.marker if len(figure.x) <= _MOST_MARKERS else None,
+            markersize=3.5,
+            clip_on=False,
+        )
+        ribbon = [(x, *one) for x, one in zip(figure.x, intervals, strict=True) if one is not None]
+        if ribbon:
+            axes.fill_between(*zip(*ribbon, strict=True), color=style.colour, alpha=0.18, linewidth=0)
+    positive = [x for x in figure.x if _shown(x, True)]
+    if figure.log_x and positive:
+        _log_scale(axes, "x", max(positive) / min(positive))
+    else:
+        _whole_ticks(axes, figure.x)
+    _fit(axes, "y", _numbers(figure.series, figure.intervals, figure.references), figure.log_y, figure.shares)
+    if figure.shares:
+        _in_per_cent(axes.yaxis)
+    axes.set(xlabel=label_lines(figure.x_label, _AXIS_CHARACTERS), ylabel=label_lines(figure.y_label, 26))
+    axes.grid(axis="y")
+    draw_references(axes, reference_letters(figure), "y")
+
+
+def _histogram(axes: Any, figure: Histogram) -> None:
+    thickness = 0.86 / max(1, len(figure.series))
+    for order, (style, values, _) in enumerate(_series(figure.series, {})):
+        places = [position + (order + 0.5) * thickness - 0.43 for position in range(len(figure.bins))]
+        kept = [(place, value) for place, value in zip(places, values, strict=True) if _shown(value, figure.log)]
+        axes.bar([place for place, _ in kept], [value for _, value in kept], thickness * 0.94, color=style.colour)
+    labels = [label_text(one, 12) for one in figure.bins]
+    longest = max(map(len, labels), default=1)
+    room = (_WIDE if is_wide(figure) else _NARROW) * 0.72 / max(1, len(labels))
+    axes.set_xticks(range(len(labels)), labels, rotation=0 if 0.075 * longest < room else 90)
+    axes.set_xlim(-0.6, len(labels) - 0.4)
+    _fit(axes, "y", _numbers(figure.series, {}, ()), figure.log)
+    if figure.shares:
+        _in_per_cent(axes.yaxis)
+    axes.set(xlabel=label_lines(figure.x_label, _AXIS_CHARACTERS), ylabel=label_lines(figure.y_label, 26))
+    axes.tick_params(axis="x", length=0)
+    axes.grid(axis="y")
+
+
+def _ranges(axes: Any, figure: Ranges) -> None:
+    letters = reference_letters(figure)
+    top, ticks = 0.0, []
+    for label, value, references in zip(figure.labels, figure.values, figure.references, strict=True):
+        place = top + 0.17
+        ticks.append(place)
+        if _shown(value, False):
+            axes.plot([value], [place], marker="o", markersize=6, color=SERIES[0], linestyle="none", clip_on=False)
+        for order, one in enumerate(references):
+            below = place + 0.17 + _LINE * order
+            end = one.low if one.high is None else one.high
+            if one.high is None:
+                axes.plot([end], [below], marker="d", markersize=4, color=MUTED, linestyle="none")
+            else:
+                axes.barh([below], [end - one.low], 0.09, left=[one.low], color=MUTED, alpha=0.6)
+            axes.text(end + 0.015, below, letters[one], va="center", fontsize=7.5, clip_on=False)
+        top += _range_row(label, references)
+        axes.axhline(top, color=GRID, linewidth=0.6)
+    axes.set_yticks(ticks, [label_lines(label) for label in figure.labels], va="top")
+    axes.set_ylim(max(top, 0.3), 0)
+    axes.set_xlim(0, 1)
+    _in_per_cent(axes.xaxis)
+    axes.set_xlabel(label_lines(figure.axis, _AXIS_CHARACTERS))
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x")
+
+
+def _range_row(label: str, references: Sequence[Reference]) -> float:
+    """Inches: room for the label's lines, or for the value and the ranges beneath it."""
+    return max(0.16 + _LINE * len(label_lines(label).splitlines()), 0.34 + _LINE * len(references))
+
+
+# --------------------------------------------------------------------------------------------------
+# what several kinds share
+
+
+def _series(
+    series: Mapping[str, Sequence[float | None]], intervals: Mapping[str, Sequence[Interval | None]]
+) -> Iterable[tuple[Style, Sequence[float | None], Sequence[Interval | None]]]:
+    for name, style in series_styles(list(series)).items():
+        found = intervals.get(name, [None] * len(series[name]))
+        kept = [one if one is not None and None not in map(finite, one) else None for one in found]
+        yield style, series[name], kept
+
+
+def _shown(value: float | None, log: bool) -> bool:
+    return finite(value) is not None and (not log or value > 0)  # type: ignore[operator]
+
+
+def _numbers(
+    series: Mapping[str, Sequence[float | None]],
+    intervals: Mapping[str, Sequence[Interval | None]],
+    references: Sequence[Reference],
+) -> list[float]:
+    """Everything that an axis of values has to hold."""
+    found: list[float | None] = [value for values in series.values() for value in values]
+    found += [end for ends in intervals.values() for interval in ends if interval is not None for end in interval]
+    found += [end for one in references for end in (one.low, one.high)]
+    return [value for value in map(finite, found) if value is not None]
+
+
+def _fit(axes: Any, which: str, numbers: list[float], log: bool, shares: bool = False) -> None:
+    """Set scale and limits: from 0 where nothing is negative, except for lines of large shares."""
+    set_limits = axes.set_xlim if which == "x" else axes.set_ylim
+    if log:
+        positive = [value for value in numbers if value > 0]
+        if positive:
+            set_limits(min(positive) / 1.6, max(positive) * 1.6)
+            _log_scale(axes, which, max(positive) / min(positive))
+        return
+    low, high = min(numbers, default=0.0), max(numbers, default=0.0)
+    if low < 0:
+        (axes.axvline if which == "x" else axes.axhline)(0, color=GRID, linewidth=1)
+        margin = 0.06 * (max(high, 0.0) - low)
+        set_limits(low - margin, max(high, 0.0) + margin)
+    elif shares and low > 0.5:
+        margin = 0.06 * (high - low) or 0.01
+        set_limits(low - margin, high + margin)
+    else:
+        set_limits(0, 1.08 * high or 1)
+
+
+def _log_scale(axes: Any, which: str, ratio: float) -> None:
+    """A logarithmic axis whose ticks are plain numbers; between powers of ten too where there are few of these."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    (axes.set_xscale if which == "x" else axes.set_yscale)("log")
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if ratio < 30 else (1.0,), numticks=7))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: _power_text(value)))
+
+
+def _power_text(value: float) -> str:
+    """``0.02``, ``500``, ``1e-6``."""
+    if 1e-3 <= value < 1e5:
+        return f"{value:.10g}"
+    digits, power = f"{value:.0e}".split("e")
+    return f"{digits}e{int(power)}"
+
+
+def _in_per_cent(axis: Any) -> None:
+    from matplotlib.ticker import FuncFormatter
+
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{_power_text(value * 100) if value else 0}%"))
+
+
+def _whole_ticks(axes: Any, x: Sequence[float]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=all(float(one).is_integer() for one in x)))

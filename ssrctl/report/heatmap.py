@@ -1,0 +1,124 @@
+"""Heat maps: axes from matplotlib, cells as compact rectangles whose opacity is the value.
+
+Opacity of one hue suits light and dark pages; a rectangle that matplotlib draws would take four times the bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ssrctl.report.chart_style import cell_text, finite, heat_colour, heat_limits, label_lines, label_text, tip
+from ssrctl.report.document import Heatmap
+
+# Inches, of figures as ``charts.draw`` makes them.
+_NARROW_ROOM, _WIDE_ROOM = 3.0, 7.7
+_CHARACTER = 0.072
+_MOST_NARROW_COLUMNS, _MOST_SQUARE_COLUMNS = 16, 40
+_MOST_NUMBERS = 100
+_NUMBER_SIZE = 7.5  # points
+
+
+def heatmap_is_wide(figure: Heatmap) -> bool:
+    """Are there more columns than half a page's width can show?"""
+    return len(figure.column_labels) > (_MOST_SQUARE_COLUMNS if _is_square(figure) else _MOST_NARROW_COLUMNS)
+
+
+def heatmap_height(figure: Heatmap) -> float:
+    """Inches."""
+    rows, wide = len(figure.row_labels), heatmap_is_wide(figure)
+    if _is_square(figure):
+        return (_WIDE_ROOM if wide else _NARROW_ROOM) + 0.6
+    labels = _column_labels(figure)
+    beneath = 0.45 + (_CHARACTER * max(map(len, labels), default=0) if _rotated(figure, labels) else 0.15)
+    return beneath + rows * (0.25 if rows <= 12 else max(0.12, 3.0 / rows))
+
+
+def _is_square(figure: Heatmap) -> bool:
+    return list(figure.row_labels) == list(figure.column_labels) and len(figure.row_labels) > 1
+
+
+def _cell_width(figure: Heatmap) -> float:
+    return (_WIDE_ROOM if heatmap_is_wide(figure) else _NARROW_ROOM) / max(1, len(figure.column_labels))
+
+
+def _column_labels(figure: Heatmap) -> list[str]:
+    return [label_text(one, 18) for one in figure.column_labels]
+
+
+def _rotated(figure: Heatmap, labels: Sequence[str]) -> bool:
+    """Do labels stand upright? Short ones (layer numbers) never do: they are thinned out."""
+    longest = max(map(len, labels), default=0)
+    return longest > 3 and (longest + 1) * _CHARACTER > _cell_width(figure)
+
+
+def draw_heatmap(axes: Any, figure: Heatmap) -> None:
+    """Axes, ticks and frame; the cells are added to the finished SVG by ``heatmap_cells``."""
+    rows, columns = [label_text(one, 22) for one in figure.row_labels], _column_labels(figure)
+    axes.set(
+        xlim=(-0.5, max(1, len(columns)) - 0.5),
+        ylim=(max(1, len(rows)) - 0.5, -0.5),
+        xlabel=label_lines(figure.column_axis, 36),
+        ylabel=label_lines(figure.row_axis, 30),
+    )
+    if _is_square(figure):
+        axes.set_aspect("equal")
+    rotated = _rotated(figure, columns)
+    needed = 0.13 if rotated else (max(map(len, columns), default=0) + 1) * _CHARACTER
+    stride = _stride(needed, _cell_width(figure))
+    axes.set_xticks(range(0, len(columns), stride), columns[::stride], rotation=90 if rotated else 0)
+    stride = _stride(0.13, max(0.01, heatmap_height(figure) - 0.6) / max(1, len(rows)))
+    axes.set_yticks(range(0, len(rows), stride), rows[::stride])
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(True)
+
+
+def _stride(needed: float, available: float) -> int:
+    """Every how manieth label is shown, so that they do not touch."""
+    return max(1, -int(-needed // available))
+
+
+def heatmap_cells(figure: Heatmap, left: float, top: float, width: float, height: float) -> str:
+    """The cells as SVG, with their values as tips, and their numbers where these are few and fit.
+
+    Args:
+        figure: the heat map.
+        left, top, width, height: of its axes in the SVG's own units (points).
+    """
+    low, centre, high = heat_limits(figure)
+    shape = len(figure.row_labels), len(figure.column_labels)
+    if 0 in shape:
+        return ""
+    wide, tall = width / shape[1], height / shape[0]
+    numbered = _are_numbered(figure, wide, tall)
+    cells, numbers = [], []
+    for row, values in enumerate(figure.values):
+        for column, value in enumerate(map(finite, values)):
+            x, y = left + column * wide, top + row * tall
+            name = f"{figure.row_labels[row]}, {figure.column_labels[column]}"
+            if value is None:
+                half = min(wide, tall, 12.0) / 3
+                cells.append(
+                    f'<path d="M{x + wide / 2 - half:.2f} {y + tall / 2 - half:.2f}l{2 * half:.2f} {2 * half:.2f}" '
+                    'class="blank"/>'
+                )
+                continue
+            reach = (high - centre) if value > centre else (centre - low)
+            strength = min(1.0, abs(value - centre) / reach) if reach else 0.0
+            place = f'x="{x:.2f}" y="{y:.2f}" width="{wide:.2f}" height="{tall:.2f}"'
+            fill = f'fill="{heat_colour(value - centre)}" fill-opacity="{strength:.3g}"'
+            cells.append(f"<rect {place} {fill}>{tip(f'{name}: {cell_text(figure, value)}')}</rect>")
+            if numbered:
+                at = f'x="{x + wide / 2:.2f}" y="{y + tall / 2 + 0.35 * _NUMBER_SIZE:.2f}"'
+                numbers.append(f"<text {at}>{cell_text(figure, value)}</text>")
+    style = f'font-size="{_NUMBER_SIZE}" text-anchor="middle" fill="var(--text)" pointer-events="none"'
+    return f'<g class="heat">{"".join(cells)}</g>' + (f"<g {style}>{''.join(numbers)}</g>" if numbers else "")
+
+
+def _are_numbered(figure: Heatmap, wide: float, tall: float) -> bool:
+    """Do all numbers fit into their cells (points), and are they few enough to be read?"""
+    shown = [value for values in figure.values for value in map(finite, values) if value is not None]
+    if not shown or len(figure.row_labels) * len(figure.column_labels) > _MOST_NUMBERS or tall < 1.3 * _NUMBER_SIZE:
+        return False
+    longest = max(len(cell_text(figure, value)) for value in shown)
+    return longest * 0.6 * _NUMBER_SIZE < wide

@@ -1,0 +1,195 @@
+"""Showing a ``Document``: as tables on a terminal, or as one self-contained html page."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from typing import TYPE_CHECKING, Any
+
+from ssrctl.report.document import Document, Figure, Section, Table, text_safe, times
+from ssrctl.report.tables import FOLDER, table_names, unique_slugs
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+    from rich.console import Console
+
+_TEMPLATE = "report.html"
+PLAIN_WIDTH = 120
+REPORT_LIBRARIES = ("jinja2", "matplotlib")
+# Beyond so many rows a page becomes slow and nobody reads them; the csv and json files have all.
+MOST_PAGE_ROWS = 500
+# A page of so many sections or fewer needs no list of them.
+_FEW_SECTIONS = 4
+# Characters: cells of words up to the first are never broken, and beyond the second they take a wider column.
+_SHORT, _NAME = 16, 64
+_NUMBER = re.compile(
+    r"[<>≤≥≈±~]?\s*[+-]?[0-9][0-9,]*(\.[0-9]+)?(e[+-]?[0-9]+)?\s*[%×]?"
+    r"(\s*(to|–|-|±|/|of)\s*[+-]?[0-9.,]+%?)?"
+)
+# After a dot or an underscore of a name, but not inside of a number; browsers break after a slash by themselves.
+_BREAKS = re.compile(r"(?<=[._])(?=[A-Za-z])|(?<=[A-Za-z][._])(?=\w)")
+_BLANKS = ("", "–", "-")
+
+
+def missing_libraries() -> list[str]:
+    """What ``html_page`` needs and is not installed."""
+    return [name for name in REPORT_LIBRARIES if not _installed(name)]
+
+
+def _installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ValueError:  # a module that was blocked by putting None into sys.modules
+        return False
+
+
+def html_page(document: Document, version: str, *, table_files: bool = False) -> str:
+    """The page: styles, figures (inline SVG) and text in one file; everything from files is escaped.
+
+    Args:
+        document: what to show.
+        version: of ssrctl, for the footer.
+        table_files: ``tables.write_tables`` writes the tables beside the page, which then links to them.
+
+    Raises:
+        ImportError: jinja2 or matplotlib is not installed.
+    """
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("ssrctl.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["breakable"] = _breakable
+    files = {id(table): name for name, _, table in table_names(document)} if table_files else {}
+    anchors = unique_slugs([section.title for section in document.sections], taken=["contents"])
+    sections = [
+        _section_view(section, anchor, files) for section, anchor in zip(document.sections, anchors, strict=True)
+    ]
+    page = environment.get_template(_TEMPLATE).render(
+        document=document,
+        sections=sections,
+        contents=len(sections) > _FEW_SECTIONS,
+        tables_folder=FOLDER if table_files else None,
+        version=version,
+    )
+    return text_safe(page)
+
+
+def _section_view(section: Section, anchor: str, files: dict[int, str]) -> dict[str, Any]:
+    """What the template shows of a section."""
+    return {
+        "section": section,
+        "anchor": anchor,
+        "figures": [_figure_view(figure, f"{anchor}-{order}") for order, figure in enumerate(section.figures, 1)],
+        "tables": [_table_view(table, files.get(id(table))) for table in section.tables if table.rows],
+    }
+
+
+def _figure_view(figure: Figure, name: str) -> dict[str, Any]:
+    from markupsafe import Markup
+
+    from ssrctl.report.chart_style import keys
+    from ssrctl.report.chart_text import describe
+    from ssrctl.report.charts import draw, is_wide
+
+    # The SVG is ours; matplotlib and ``charts`` have escaped the text in it. Keys have no text in their drawings.
+    return {
+        "figure": figure,
+        "id": name,
+        "wide": is_wide(figure),
+        "words": describe(figure),
+        "keys": [(Markup(key.swatch), key.label) for key in keys(figure)],
+        "svg": Markup(draw(figure, name)),
+    }
+
+
+def _table_view(table: Table, file: str | None) -> dict[str, Any]:
+    return {
+        "table": table,
+        "file": file,
+        "classes": _column_classes(table),
+        "rows": table.rows[:MOST_PAGE_ROWS],
+        "more": max(0, len(table.rows) - MOST_PAGE_ROWS),
+    }
+
+
+def _column_classes(table: Table) -> list[str]:
+    """The css class of each column: none for numbers, and of words those that are long may be broken."""
+    found = []
+    for position, words in enumerate(words_columns(table)):
+        longest = max((len(row[position]) for row in table.rows), default=0)
+        found.append(("words" + " broken" * (longest > _SHORT) + " prose" * (longest > _NAME)) if words else "")
+    return found
+
+
+def words_columns(table: Table) -> list[bool]:
+    """For each column: does it hold words, which are aligned left, rather than numbers? The first always does."""
+    found = []
+    for position in range(len(table.columns)):
+        cells = [cell for row in table.rows if (cell := row[position].strip()) not in _BLANKS]
+        numbers = sum(_NUMBER.fullmatch(cell) is not None for cell in cells)
+        found.append(position == 0 or numbers * 2 < len(cells))
+    return found
+
+
+def _breakable(text: str) -> Markup:
+    """Escaped text in which a long name may be broken after a dot or an underscore."""
+    from markupsafe import Markup, escape
+
+    return Markup("<wbr>").join(escape(part) for part in _BREAKS.split(text_safe(text)))
+
+
+def show_document(document: Document, where: str) -> None:
+    """``print_document`` on stdout; without a terminal there is no width to fit, and folded cells are hard to read."""
+    from rich.console import Console
+
+    print_document(document, Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False), where)
+
+
+def print_document(document: Document, console: Console, where: str) -> None:
+    """Print facts, headlines, what is unusual, notes and short tables; nothing in them is taken as markup.
+
+    Args:
+        document: what to show.
+        console: where to print.
+        where: the file that has what is not printed; named at the end.
+    """
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    console.print(Text(document.title, style="bold"))
+    for name, value in document.facts:
+        console.print(Text.assemble((f"{name}: ", "dim"), value))
+    console.print()
+    for headline in document.headlines:
+        console.print(Text(f"• {headline}"))
+    for sentence in document.unusual:
+        console.print(Text(f"unusual: {sentence}", style="bold"))
+    for note in document.notes:
+        console.print(Text(f"note: {note}", style="yellow"))
+    left_out = []
+    for section in document.sections:
+        for table in section.tables:
+            if not table.rows:
+                continue
+            if table.terminal_rows == 0:
+                left_out.append(f"{table.title} ({times(len(table.rows), 'row')})")
+                continue
+            shown = Table(title=Text(table.title), title_justify="left", box=box.SIMPLE_HEAD, title_style="bold")
+            for column, words in zip(table.columns, words_columns(table), strict=True):
+                shown.add_column(Text(column), justify="left" if words else "right", overflow="fold")
+            for row in table.rows[: table.terminal_rows]:
+                shown.add_row(*(Text(cell) for cell in row))
+            console.print()
+            console.print(shown)
+            if (more := len(table.rows) - table.terminal_rows) > 0:
+                console.print(Text(f"  … and {times(more, 'more row')} in {where}", style="dim"))
+    if left_out:
+        console.print()
+        console.print(Text(f"In {where}: {'; '.join(left_out)}.", style="dim"))

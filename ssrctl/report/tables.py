@@ -1,0 +1,160 @@
+"""Every table of a report as a csv and a json file."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from ssrctl.io.files import write_text
+from ssrctl.report.document import Document, Section, Table, json_safe, text_safe
+
+FOLDER = "tables"
+INDEX = "index.json"
+Cell = float | int | str | None
+
+_LONGEST_NAME = 60
+_OURS = re.compile(r"[a-z0-9][a-z0-9-]*")
+# At most so many digits that no number is out of range.
+_NUMBER = re.compile(
+    r"(?P<digits>[+-]?([0-9]{1,18}|[0-9]{1,3}(,[0-9]{3}){1,5})?(?P<point>\.[0-9]{0,18})?)"
+    r"(?P<power>e[+-]?[0-9]{1,2})?(?P<percent>%)?"
+)
+_BLANK = {"", "–"}
+# A spreadsheet takes a cell that begins so for a formula.
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+
+
+def slug(text: str) -> str:
+    """Text as a part of a file name or an address: lower-case ASCII letters, digits and single hyphens.
+
+    Nothing that can be written so gives ``table``.
+    """
+    words = re.findall(r"[a-z0-9]+", text.lower())
+    return "-".join(words)[:_LONGEST_NAME].strip("-") or "table"
+
+
+def unique_slugs(titles: Sequence[str], taken: Sequence[str] = ()) -> list[str]:
+    """A slug for each title; those that are taken get a number: ``by-layer``, ``by-layer-2``."""
+    used, found = set(taken), []
+    for title in titles:
+        name = first = slug(title)
+        number = 1
+        while name in used:
+            number += 1
+            name = f"{first}-{number}"
+        used.add(name)
+        found.append(name)
+    return found
+
+
+def table_names(document: Document) -> list[tuple[str, Section, Table]]:
+    """The tables that have rows, in order, each with the name of its files."""
+    found = [(section, table) for section in document.sections for table in section.tables if table.rows]
+    names = unique_slugs([table.title for _, table in found], taken=[Path(INDEX).stem])
+    return [(name, section, table) for name, (section, table) in zip(names, found, strict=True)]
+
+
+def plain_cell(text: str) -> Cell:
+    """A cell as a plain number where it is one: ``1,234`` is 1234, ``81.40%`` is 0.814, ``–`` is None."""
+    shown = text.strip()
+    if shown in _BLANK:
+        return None
+    found = _NUMBER.fullmatch(shown)
+    if found is None or not any(one.isdigit() for one in found["digits"]) or (found["power"] and found["percent"]):
+        return text_safe(text)
+    digits = found["digits"].replace(",", "")
+    if found["percent"]:
+        return float(f"{digits}e-2")  # exact, where a division by 100 would round once more
+    if found["point"] or found["power"]:
+        return float(digits + (found["power"] or ""))
+    return int(digits)
+
+
+def distinct_columns(table: Table) -> list[str]:
+    """The columns' names; one that occurs again says to which column it belongs: ``Jaccard: chance``."""
+    found: list[str] = []
+    for position, name in enumerate(table.columns):
+        if table.columns.count(name) > 1 and position:
+            before = next((one for one in reversed(table.columns[:position]) if one != name), name)
+            name = f"{before}: {name}"
+        number, first = 1, name
+        while name in found:
+            number += 1
+            name = f"{first} ({number})"
+        found.append(name)
+    return found
+
+
+def plain_rows(table: Table) -> list[list[Cell]]:
+    """The table's cells as plain numbers: its raw ones if it has any; the first column stays as it is shown."""
+    if table.raw is not None:
+        return [[json_safe(cell) for cell in row] for row in table.raw]
+    return [[text_safe(row[0]), *map(plain_cell, row[1:])] if row else [] for row in table.rows]
+
+
+def csv_text(table: Table) -> str:
+    """The table as csv (UTF-8), one header row; empty cells have no value, shares are in [0, 1]."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow([_harmless(column) for column in distinct_columns(table)])
+    writer.writerows([_harmless(cell) for cell in row] for row in plain_rows(table))
+    return text_safe(stream.getvalue())
+
+
+def _harmless(cell: Cell) -> Cell:
+    """The cell; text that a spreadsheet would run as a formula gets an apostrophe in front."""
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(_FORMULA) else cell
+
+
+def json_text(section: Section, table: Table) -> str:
+    """The table as json: ``{"section", "title", "note", "columns", "rows"}``; cells without value are null."""
+    held = {
+        "section": section.title,
+        "title": table.title,
+        "note": table.note,
+        "columns": distinct_columns(table),
+        "rows": plain_rows(table),
+    }
+    return json.dumps(json_safe(held), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def write_tables(document: Document, output: Path) -> list[Path]:
+    """Write ``output/tables/NAME.csv`` and ``NAME.json`` for every table with rows, and an index of them.
+
+    Each file is written whole or not at all, the index last. What an earlier index names and this report does not
+    have is removed, so that nobody reads old numbers; other files are left alone.
+
+    Returns:
+        The files written, the index last.
+
+    Raises:
+        UserError: the folder cannot be made or written to.
+    """
+    folder = output / FOLDER
+    earlier = _earlier_names(folder / INDEX)
+    written, index = [], []
+    for name, section, table in table_names(document):
+        for ending, text in (("csv", csv_text(table)), ("json", json_text(section, table))):
+            write_text(folder / f"{name}.{ending}", text)
+            written.append(folder / f"{name}.{ending}")
+        index.append({"name": name, "section": section.title, "title": table.title, "rows": len(table.rows)})
+    for stale in sorted(earlier - {path.stem for path in written}):
+        for ending in ("csv", "json"):
+            (folder / f"{stale}.{ending}").unlink(missing_ok=True)
+    write_text(folder / INDEX, json.dumps(json_safe(index), indent=1, ensure_ascii=False) + "\n")
+    return [*written, folder / INDEX]
+
+
+def _earlier_names(index: Path) -> set[str]:
+    """The tables that an index names; none when it is not one of ours, whose files are then not ours to remove."""
+    try:
+        held = json.loads(index.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return set()
+    names = [entry.get("name") for entry in held if isinstance(entry, dict)] if isinstance(held, list) else []
+    # Only plain names, since an index may have been changed to point elsewhere.
+    return {name for name in names if isinstance(name, str) and _OURS.fullmatch(name)} - {Path(INDEX).stem}

@@ -1,0 +1,1 @@
+"""Sampling: generation, groups, token alignment, continuations."""

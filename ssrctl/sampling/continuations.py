@@ -1,0 +1,203 @@
+"""Going on from the middle of a response, with randomness that belongs to each continuation alone.
+
+A batch of samples usually shares one random generator, so what a row draws depends on the rows beside it. Here
+each row has a seed, and with it one uniform number per token; the token is the one whose interval of the
+cumulative probabilities holds that number. What a continuation says is then a function of the model, the
+settings, its prefix and its seed, up to the rounding of logits that padding and batching change (about 1e-6).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from ssrctl.configs import SamplingConfig
+from ssrctl.errors import UserError
+from ssrctl.models.loading import LoadedModel
+from ssrctl.sampling.generate import end_token_ids, plain_generation_config
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a continuation starts.
+
+    Attributes:
+        ids: tokens of the prompt and of the response so far; at least one.
+        limit: most tokens to add, at least 1; ``len(ids) + limit`` is within the model's context.
+        seed: decides, with the settings, what is drawn.
+    """
+
+    ids: Sequence[int]
+    limit: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """The tokens that were added, the end token included when one was drawn (``finished``)."""
+
+    ids: list[int]
+    finished: bool
+
+
+def without_surrogates(text: str) -> str:
+    """``text`` with U+FFFD for every lone surrogate, which no tokenizer takes; as long as before."""
+    return _SURROGATE.sub("\ufffd", text)
+
+
+def encode_response(tokenizer: Any, response: str) -> tuple[list[int], list[int]]:
+    """Tokens of a response and the character at which each ends, from one encoding of the whole.
+
+    The response is encoded apart from its prompt, as it was sampled. Names of special tokens in it are text.
+    """
+    encoded = tokenizer(
+        without_surrogates(response),
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        split_special_tokens=True,
+    )
+    return list(encoded["input_ids"]), [end for _, end in encoded["offset_mapping"]]
+
+
+def tokens_before(ends: Sequence[int], place: int) -> int:
+    """How many tokens, from the first on, end at character ``place`` or before it.
+
+    A token across ``place`` is left out. It is most often a word with the space before it, and what is left
+    then stops where a token of the response does, rather than after a space that no word follows.
+    """
+    return next((index for index, end in enumerate(ends) if end > place), len(ends))
+
+
+def decode_continuation(tokenizer: Any, before: Sequence[int], added: Sequence[int]) -> str:
+    """The text that ``added`` writes after ``before``; some tokenizers drop the first space of what they decode."""
+
+    def decode(ids: Sequence[int]) -> str:
+        return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    head, whole = decode(before), decode([*before, *added])
+    return whole[len(head) :] if whole.startswith(head) else decode(added)
+
+
+def plan_batches(starts: Sequence[Start], size: int, context: int | None) -> Iterator[list[int]]:
+    """Cut ``starts`` into batches of places, of neighbours in length, that fit the context when padded.
+
+    Args:
+        starts: any number.
+        size: most rows in a batch.
+        context: positions of the model; the longest prefix plus the largest limit of a batch stay within it.
+    """
+    batch: list[int] = []
+    for place in sorted(range(len(starts)), key=lambda i: (len(starts[i].ids), -starts[i].limit)):
+        rows = [starts[i] for i in (*batch, place)]
+        too_wide = context is not None and max(len(r.ids) for r in rows) + max(r.limit for r in rows) > context
+        if batch and (len(batch) == size or too_wide):
+            yield batch
+            batch = []
+        batch.append(place)
+    if batch:
+        yield batch
+
+
+def sample_continuations(loaded: LoadedModel, starts: Sequence[Start], sampling: SamplingConfig) -> list[Continuation]:
+    """One continuation per start, in their order, in batches of ``generation_batch_size``.
+
+    Raises:
+        UserError: the model gives no finite probabilities.
+    """
+    out: dict[int, Continuation] = {}
+    for batch in plan_batches(starts, sampling.generation_batch_size, loaded.context_length):
+        drawn = _sample_batch(loaded, [starts[place] for place in batch], sampling)
+        out.update(zip(batch, drawn, strict=True))
+    return [out[place] for place in range(len(starts))]
+
+
+@torch.no_grad()
+def _sample_batch(loaded: LoadedModel, starts: Sequence[Start], sampling: SamplingConfig) -> list[Continuation]:
+    pad, ends = loaded.tokenizer.pad_token_id, end_token_ids(loaded)
+    width, room = max(len(start.ids) for start in starts), max(start.limit for start in starts)
+    input_ids = torch.full((len(starts), width), pad, dtype=torch.int64)
+    attention_mask = torch.zeros_like(input_ids)
+    uniforms = torch.zeros((len(starts), room), dtype=torch.float64)
+    for row, start in enumerate(starts):
+        input_ids[row, width - len(start.ids) :] = torch.tensor(start.ids)
+        attention_mask[row, width - len(start.ids) :] = 1
+        uniforms[row, : start.limit] = torch.from_numpy(np.random.default_rng(start.seed).random(start.limit))
+    processors = LogitsProcessorList()
+    if sampling.temperature != 1.0:
+        processors.append(TemperatureLogitsWarper(sampling.temperature))
+    if sampling.top_k:
+        processors.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1.0:
+        processors.append(TopPLogitsWarper(sampling.top_p))
+    processors.append(_Draw(uniforms.to(loaded.device), width))
+    limits = torch.tensor([start.limit for start in starts], device=loaded.device)
+    # Greedy, since _Draw has chosen already; the model's own generation settings must not warp a second time.
+    generation = GenerationConfig(
+        do_sample=False, max_new_tokens=room, eos_token_id=ends or None, pad_token_id=pad, use_cache=True
+    )
+    with plain_generation_config(loaded.model):
+        output = loaded.model.generate(
+            input_ids=input_ids.to(loaded.device),
+            attention_mask=attention_mask.to(loaded.device),
+            generation_config=generation,
+            logits_processor=processors,
+            stopping_criteria=StoppingCriteriaList([_OwnLimits(limits, width)]),
+        )
+    rows = output[:, width:].tolist()
+    return [_cut(ids[: start.limit], ends) for ids, start in zip(rows, starts, strict=True)]
+
+
+def _cut(ids: list[int], ends: Sequence[int]) -> Continuation:
+    length = next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))
+    return Continuation(ids[:length], bool(length) and ids[length - 1] in ends)
+
+
+class _Draw(LogitsProcessor):
+    """Leaves of each row's scores only the token that its next uniform number points at.
+
+    Args:
+        uniforms: float64 ``[B, R]`` in [0, 1), one number per row and new token.
+        width: tokens before the first new one.
+    """
+
+    def __init__(self, uniforms: Tensor, width: int) -> None:
+        self.uniforms, self.width = uniforms, width
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        # float64: in float32 the sum over a large vocabulary is off by more than its rarest tokens weigh.
+        cumulative = scores.double().softmax(dim=-1).cumsum(dim=-1)
+        total = cumulative[:, -1:]
+        if not bool(total.isfinite().all()):
+            raise UserError("the model's probabilities are not finite", "use --dtype float32, or check the weights")
+        # Below the total, or the last token would be drawn even when its probability is 0.
+        wanted = torch.minimum(self.uniforms[:, input_ids.shape[1] - self.width, None] * total, total * (1 - 1e-15))
+        token = torch.searchsorted(cumulative, wanted, right=True)
+        return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
+
+
+class _OwnLimits(StoppingCriteria):
+    """Stops each row at its own limit."""
+
+    def __init__(self, limits: Tensor, width: int) -> None:
+        self.limits, self.width = limits, width
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return input_ids.shape[1] - self.width >= self.limits

@@ -1,0 +1,194 @@
+"""From problems to groups: responses sampled, cut into steps, scored, and aligned with their tokens."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ssrctl.configs import SamplingConfig, SegmentOptions
+from ssrctl.core.seeds import derive_seed
+from ssrctl.errors import Stopped, UserError
+from ssrctl.io.problems import Problem
+from ssrctl.io.records import Rollout
+from ssrctl.models.loading import LoadedModel
+from ssrctl.sampling.alignment import step_of_tokens, token_starts
+from ssrctl.sampling.generate import Sample, sample_responses
+from ssrctl.text.prompts import build_prompt, encode_prompt
+from ssrctl.text.segment import segment
+from ssrctl.training.unit_gradients import GroupBatch, make_batch
+
+if TYPE_CHECKING:
+    from ssrctl.critics.base import Critic
+
+
+@dataclass(frozen=True)
+class Prompted:
+    """A problem with its prompt as text and as tokens."""
+
+    problem: Problem
+    prompt: str
+    prompt_ids: list[int]
+
+
+@dataclass
+class Group:
+    """All responses to one question.
+
+    Attributes:
+        prompted: the question.
+        samples: tokens and log-probabilities.
+        rollouts: the records, in the same order, with ``steps`` filled and, after scoring, ``scores``.
+        token_steps: per response, the step of each token (-1 throughout where the response has no step).
+    """
+
+    prompted: Prompted
+    samples: list[Sample]
+    rollouts: list[Rollout]
+    token_steps: list[list[int]]
+
+    @property
+    def id(self) -> str:
+        return self.prompted.problem.id
+
+    def rewards(self) -> list[list[float | None]]:
+        """Per response, the reward of each step; None where missing."""
+        return [[score.reward for score in rollout.scores or ()] for rollout in self.rollouts]
+
+
+def prepare_prompts(
+    loaded: LoadedModel, problems: Iterable[Problem], template: str, max_new_tokens: int
+) -> tuple[list[Prompted], int]:
+    """Word and encode every question; those that do not fit the model's context are left out.
+
+    A prompt fits when it leaves room for ``max_new_tokens`` or for half the context, whichever is less;
+    responses then end where the context does.
+
+    Returns:
+        The prompts that fit, and how many were left out.
+
+    Raises:
+        UserError: none fits.
+    """
+    context = loaded.context_length
+    kept: list[Prompted] = []
+    longest = total = 0
+    for problem in problems:
+        total += 1
+        prompt = build_prompt(loaded.tokenizer, template, problem.question)
+        ids = encode_prompt(loaded.tokenizer, prompt)
+        longest = max(longest, len(ids))
+        if ids and (context is None or len(ids) + min(max_new_tokens, context // 2) <= context):
+            kept.append(Prompted(problem, prompt, ids))
+    if not kept:
+        raise UserError(
+            f"none of {total} prompts fits: they have up to {longest} tokens, the model's context is {context}, half of "
+            f"which (or --max-new-tokens {max_new_tokens}) is kept for the response",
+            "use shorter questions or a model with a longer context",
+        )
+    return kept, total - len(kept)
+
+
+def sample_groups(
+    loaded: LoadedModel,
+    prompts: Sequence[Prompted],
+    sampling: SamplingConfig,
+    *,
+    num_generations: int,
+    seed: int,
+    segmentation: SegmentOptions | None = None,
+    on_samples: Callable[[int], None] | None = None,
+) -> list[Group]:
+    """Sample ``num_generations`` responses per prompt and segment them.
+
+    Args:
+        loaded: the model.
+        prompts: the questions.
+        sampling: how; ``generation_batch_size`` responses go through the model at once.
+        num_generations: G, responses per question.
+        seed: of this draw; batch ``b`` uses the seed derived from it.
+        segmentation: how responses are cut into steps; None is the default way.
+        on_samples: called with the number of new tokens after each batch.
+    """
+    flat = [prompt for prompt in prompts for _ in range(num_generations)]
+    samples: list[Sample] = []
+    size = sampling.generation_batch_size
+    for start in range(0, len(flat), size):
+        drawn = sample_responses(
+            loaded, [p.prompt_ids for p in flat[start : start + size]], sampling, derive_seed(seed, "batch", start)
+        )
+        samples += drawn
+        if on_samples is not None:
+            on_samples(sum(len(sample.response_ids) for sample in drawn))
+    groups = []
+    for place, prompt in enumerate(prompts):
+        mine = samples[place * num_generations : (place + 1) * num_generations]
+        rollouts = [
+            _record(prompt, number, sample, segmentation or SegmentOptions()) for number, sample in enumerate(mine)
+        ]
+        groups.append(
+            Group(prompt, mine, rollouts, [_token_steps(loaded, r, s) for r, s in zip(rollouts, mine, strict=True)])
+        )
+    return groups
+
+
+def _record(prompt: Prompted, number: int, sample: Sample, segmentation: SegmentOptions) -> Rollout:
+    problem = prompt.problem
+    extra = copy.deepcopy(problem.extra) | {"num_tokens": len(sample.response_ids), "finished": sample.finished}
+    return Rollout(
+        id=f"{problem.id}/{number}",
+        question=problem.question,
+        answer=problem.answer,
+        prompt=prompt.prompt,
+        response=sample.text,
+        steps=segment(sample.text, **dataclasses.asdict(segmentation)),
+        extra=extra,
+    )
+
+
+def _token_steps(loaded: LoadedModel, rollout: Rollout, sample: Sample) -> list[int]:
+    assert rollout.steps is not None
+    return step_of_tokens(token_starts(loaded.tokenizer, sample.response_ids, sample.text), rollout.steps)
+
+
+def score_groups(groups: Sequence[Group], critic: Critic) -> None:
+    """Have the critic score every response, and check the final answers; fills the records in place.
+
+    Raises:
+        Stopped: the critic could not be reached for any of the steps, so that there is nothing to learn from.
+    """
+    from ssrctl.critics.base import OUTAGES, score_all
+    from ssrctl.text.answers import check_answers
+
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    finals = check_answers([(rollout.response or "", rollout.answer) for rollout in rollouts])
+    for rollout, scores, final in zip(rollouts, score_all(critic, rollouts), finals, strict=True):
+        assert len(scores) == len(rollout.steps or ()), (rollout.id, len(scores))
+        assert rollout.response is not None and rollout.answer is not None
+        rollout.scores, rollout.final = scores, final
+    errors = Counter(score.error for rollout in rollouts for score in rollout.scores or ())
+    if errors and set(errors) <= OUTAGES:
+        classes = ", ".join(f"{kind} {count}" for kind, count in errors.items())
+        raise Stopped(f"the critic gave none of {errors.total()} scores: {classes}", "go on when it answers again")
+
+
+def group_batch(loaded: LoadedModel, group: Group, *, whole_response: bool = False) -> GroupBatch:
+    """The group as padded tensors on the model's device.
+
+    Args:
+        loaded: the model.
+        group: sampled and segmented.
+        whole_response: treat each response as one step 0, as sequence-level credit does.
+    """
+    steps = [[0] * len(s.response_ids) for s in group.samples] if whole_response else group.token_steps
+    return make_batch(
+        group.prompted.prompt_ids,
+        [sample.response_ids for sample in group.samples],
+        [sample.logprobs for sample in group.samples],
+        steps,
+        pad_token_id=loaded.tokenizer.pad_token_id,
+        device=loaded.device,
+    )

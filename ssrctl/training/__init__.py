@@ -1,0 +1,1 @@
+"""Training: the training step, step gradients, updaters, observers."""

@@ -1,0 +1,66 @@
+"""Of the coordinates that an optimizer touched, those that differ from the base model bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ssrctl.checkpoints.delta import changed_indices
+from ssrctl.checkpoints.files import INDEX, SINGLE
+from ssrctl.checkpoints.reader import TensorReader
+from ssrctl.configs import TINY, ModelConfig
+from ssrctl.errors import UserError
+from ssrctl.models.stored_parameters import StoredParameters, stored_parameters
+from ssrctl.training.updaters.base import Changes
+
+
+def exact_changes(changes: Changes, config: ModelConfig) -> Changes:
+    """Leave out what is stored as it was: a touched bfloat16 weight often still rounds to its old value.
+
+    The base is read from its files again, one touched tensor at a time, rather than kept in memory. Where that cannot be
+    done (pickled weights, experts that are fused on loading, files that are gone since) all touched coordinates are
+    kept, which is larger and as right.
+
+    Args:
+        changes: by parameter, sorted flat indices and the values in force there.
+        config: the model that they started from, in the precision of the training.
+
+    Returns:
+        The same for the coordinates whose value differs from the base's, as training loaded it; tensors without any
+        are left out.
+    """
+    folder = _folder(config)
+    if folder is None or not changes:
+        return changes
+    try:
+        with TensorReader(folder) as reader:
+            return _differing(changes, stored_parameters(reader))
+    except UserError:  # a checkpoint must not fail for the sake of its size
+        return changes
+
+
+def _differing(changes: Changes, base: StoredParameters) -> Changes:
+    if not set(changes) <= set(base.names):
+        return changes
+    found: Changes = {}
+    for name, (indices, values) in changes.items():
+        before = base.tensor(name).flatten()[indices].to(values.dtype)
+        kept = changed_indices(before, values)
+        if kept.numel():
+            found[name] = (indices[kept], values[kept])
+    return found
+
+
+def _folder(config: ModelConfig) -> Path | None:
+    """Where the base's safetensors files are on this machine; None when it has none."""
+    if config.model == TINY:
+        return Path(TINY)
+    folder = Path(config.model).expanduser()
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        try:  # loading the model has put it there
+            folder = Path(snapshot_download(config.model, revision=config.revision, local_files_only=True))
+        except LocalEntryNotFoundError:
+            return None
+    return folder if (folder / SINGLE).is_file() or (folder / INDEX).is_file() else None

@@ -1,0 +1,103 @@
+"""A short sweep over learning rates: the same few training steps from the same weights at each rate."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ssrctl.configs import TrainConfig
+from ssrctl.core.mask import BlockMask
+from ssrctl.core.seeds import derive_seed
+from ssrctl.critics.base import Critic
+from ssrctl.models.loading import LoadedModel
+from ssrctl.sampling.groups import Prompted
+from ssrctl.training.training_step import NonFiniteBatch, TrainingStep
+from ssrctl.training.unit_gradients import trainable
+from ssrctl.training.updaters import make_updater
+
+SPREAD = (1 / 30, 1 / 10, 1 / 3, 1.0, 3.0, 10.0)  # times the learning rate in force
+
+
+@dataclass(frozen=True)
+class RateResult:
+    """What a few steps at one learning rate did.
+
+    Attributes:
+        learning_rate: constant over the steps.
+        reward: mean reward per step; shorter than asked for when the weights became NaN.
+        accuracy: share of right responses per step.
+        grad_norm: per step, before the clip.
+        broke: whether losses or gradients became NaN or infinite.
+    """
+
+    learning_rate: float
+    reward: list[float]
+    accuracy: list[float]
+    grad_norm: list[float]
+    broke: bool
+
+    @property
+    def late_reward(self) -> float | None:
+        """Mean reward over the second half of the steps; None when it broke or nothing was scored."""
+        return statistics.fmean(self.reward[len(self.reward) // 2 :]) if self.reward and not self.broke else None
+
+    @property
+    def late_accuracy(self) -> float | None:
+        """Mean accuracy over the second half of the steps; None when it broke."""
+        return statistics.fmean(self.accuracy[len(self.accuracy) // 2 :]) if self.accuracy and not self.broke else None
+
+
+def sweep(
+    loaded: LoadedModel,
+    critic: Critic,
+    config: TrainConfig,
+    questions: Callable[[int], Sequence[Prompted]],
+    curve: Sequence[float],
+    protected: BlockMask | None,
+    mask: BlockMask | None,
+    *,
+    num_steps: int,
+) -> Iterator[RateResult]:
+    """Train ``num_steps`` steps at each rate, slowest first; the weights are put back after each, bit for bit.
+
+    Args:
+        loaded: the model.
+        critic: who scores.
+        config: the run's settings; its learning rate is the middle of the sweep.
+        questions: the questions of step 1, 2, ...; every rate gets the same ones and the same seeds.
+        curve: the budget profile.
+        protected, mask: see ``make_updater``.
+        num_steps: training steps at each rate.
+    """
+    parameters = trainable(loaded.model)
+    original = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters}
+    for factor in SPREAD:
+        rate = config.resolved_learning_rate * factor
+        updater = make_updater(parameters, dataclasses.replace(config, learning_rate=rate), protected, mask)
+        step = TrainingStep(loaded, critic, updater, config, curve)
+        try:
+            yield _at_rate(rate, step, config, questions, num_steps)
+        finally:
+            with torch.no_grad():
+                for name, parameter in parameters:
+                    parameter.copy_(original[name])
+
+
+def _at_rate(
+    rate: float, step: TrainingStep, config: TrainConfig, questions: Callable[[int], Sequence[Prompted]], num_steps: int
+) -> RateResult:
+    made = RateResult(rate, [], [], [], False)
+    for number in range(1, num_steps + 1):
+        try:
+            row = step.run(questions(number), seed=derive_seed(config.seed, "rollout", number), log_masks=False).metrics
+        except NonFiniteBatch:
+            return dataclasses.replace(made, broke=True)
+        if row["reward"] is not None:
+            made.reward.append(row["reward"])
+        made.accuracy.append(row["accuracy"])
+        made.grad_norm.append(row["grad_norm"])
+    return made

@@ -1,0 +1,243 @@
+"""What each exact way of computing the units' gradients costs, and so which to take.
+
+The unit of cost is one token's forward pass through the model's body (all but embeddings and logits). Costs
+follow from counts alone, never from a clock, so that the same run takes the same way every time.
+
+The cost of a chunk of r rows and w tokens after p cached ones, of which h predict something, is
+
+    chunk + logits [h > 0] + r (w token + h head + (w p + w (w + 1) / 2) pair + p cached)
+
+with different numbers forward and backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+from ssrctl.training.step_gradients.shape import GroupShape
+
+
+@dataclass(frozen=True)
+class DeviceCosts:
+    """What a device is slow at, in terms of what it is fast at.
+
+    Attributes:
+        forward_layer, backward_layer: floating-point operations that would fit into the time in which one
+            layer's operations are dispatched, whatever their size.
+        forward_weights: tokens whose arithmetic takes as long as one read of the weights.
+        backward_weights: the same for reading them and adding to their gradient.
+        backward_table: as ``backward_weights`` for the output projection, one large tensor whose gradient is
+            made anew by every chunk.
+        forward_copy, backward_copy: multiply-adds that would fit into the time in which one cached number is
+            copied and read.
+    """
+
+    forward_layer: float
+    backward_layer: float
+    forward_weights: float
+    backward_weights: float
+    backward_table: float
+    forward_copy: float
+    backward_copy: float
+
+
+# cpu: fitted to single chunks of 8 to 512 tokens after 16 to 512 cached ones, models of 0.4M, 16M and 135M
+# parameters in float32 (benchmarks/step_gradients.py --calibrate). cuda: not measured; arithmetic with
+# 0.3 ms per layer, 2e14 operations/s, 2e12 bytes/s and bfloat16.
+DEVICE_COSTS = {
+    "cpu": DeviceCosts(2.5e7, 1e7, 30.0, 45.0, 150.0, 28.0, 55.0),
+    "cuda": DeviceCosts(6e10, 3e10, 100.0, 300.0, 300.0, 400.0, 800.0),
+}
+
+# Keeping a cache and gathering log-probabilities from pieces, as a share of a chunk's own forward cost: what one
+# chunk took longer than the kept graph in short groups, for which the choice hangs on it.
+CACHE_OVERHEAD = 0.5
+
+
+@dataclass(frozen=True)
+class PassCosts:
+    """The numbers of the module's formula for one direction.
+
+    Attributes:
+        chunk: of having a chunk at all.
+        logits: of its having any logits.
+        head: of a position's logits and log-probability.
+        token: of a token through the body.
+        pair: of a query looking at a key.
+        cached: of a key and value that were there before, per chunk.
+        without_logits: share of the last three that remains where no logits count; a backward pass then starts
+            from keys and values, which skips most of the last layer.
+    """
+
+    chunk: float
+    logits: float
+    head: float
+    token: float
+    pair: float
+    cached: float
+    without_logits: float
+
+    def of(self, rows: int, width: int, past: int, heads: int) -> float:
+        """Cost of a chunk of ``rows`` x ``width`` tokens after ``past``, with ``heads`` logits per row."""
+        pairs = width * past + width * (width + 1) / 2
+        body = width * self.token + pairs * self.pair + past * self.cached
+        if not heads:
+            return self.chunk + rows * body * self.without_logits
+        return self.chunk + self.logits + rows * (body + heads * self.head)
+
+
+@dataclass(frozen=True)
+class ModelCosts:
+    """Costs of one model on one device."""
+
+    forward: PassCosts
+    backward: PassCosts
+
+    @classmethod
+    def of(cls, model: Any) -> ModelCosts:
+        """From the model's sizes; every weight counts as used by every token, and a model whose config names no
+        attention heads as one without attention."""
+        config = model.config.get_text_config()
+        inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+        tables = {id(module.weight): module.weight.numel() for module in (inputs, outputs) if module is not None}
+        heads = getattr(config, "num_attention_heads", None) or 0
+        width = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
+        return cls.from_sizes(
+            body=max(1, sum(p.numel() for p in model.parameters()) - sum(tables.values())),
+            head=outputs.weight.numel() if outputs is not None else 0,
+            num_layers=config.num_hidden_layers,
+            attention_width=heads * width,
+            cache_width=(getattr(config, "num_key_value_heads", None) or heads) * width,
+            device=model.device.type,
+        )
+
+    @classmethod
+    def from_sizes(
+        cls, *, body: int, head: int, num_layers: int, attention_width: int, cache_width: int, device: str = "cpu"
+    ) -> ModelCosts:
+        """From counts.
+
+        Args:
+            body: parameters without embeddings and output projection.
+            head: parameters of the output projection.
+            num_layers: of the model.
+            attention_width: query heads times their width.
+            cache_width: key and value heads times their width.
+            device: its type; an unknown one counts as ``cuda``.
+        """
+        costs = DEVICE_COSTS.get(device, DEVICE_COSTS["cuda"])
+        # a layer more for what a model does beside its layers: masks, embeddings, loss
+        dispatched = (num_layers + 1) / (2 * body)
+        # keys and values once as they are cached and once as they are repeated for the query heads
+        cached = 2 * num_layers * (attention_width + cache_width) / body
+        pair = 2 * num_layers * attention_width / body
+        forward = PassCosts(
+            chunk=dispatched * costs.forward_layer + costs.forward_weights,
+            logits=costs.forward_weights * head / body,
+            head=head / body,
+            token=1.0,
+            pair=pair,
+            cached=cached * costs.forward_copy,
+            without_logits=1.0,
+        )
+        backward = PassCosts(
+            chunk=dispatched * costs.backward_layer + costs.backward_weights,
+            logits=costs.backward_table * head / body,
+            head=2 * head / body,
+            token=2.0,
+            pair=2 * pair,
+            cached=cached * costs.backward_copy,
+            without_logits=1 - 1 / num_layers,
+        )
+        return cls(forward, backward)
+
+
+def plan_boundaries(shape: GroupShape, costs: ModelCosts) -> list[int]:
+    """Where the chunked way should cut: the cheapest choice among the end of the prompt and the units' ends.
+
+    A cut spares the units that end at it the walk through what follows, but each chunk costs something by
+    itself, so short units share one. The end of the last unit is always a cut. A cut at the end
+    of the prompt has it run once for all rows. Shortest path over the possible cuts.
+
+    Returns:
+        Ascending columns of ``input_ids`` at which chunks end; empty without units.
+    """
+    if not shape.units:
+        return []
+    nodes = sorted({0, shape.prompt_length, *(shape.input_end(unit.end) for unit in shape.units)})
+    best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}
+    for place, end in enumerate(nodes[1:], start=1):
+        best[end] = min(
+            (best[start][0] + _chunk_cost(shape, costs, start, end), [*best[start][1], end]) for start in nodes[:place]
+        )
+    return best[nodes[-1]][1]
+
+
+def _chunk_cost(shape: GroupShape, costs: ModelCosts, start: int, end: int) -> float:
+    """Of columns ``start`` to ``end``: one forward pass, and a backward pass for every unit that reaches them."""
+    rows = 1 if end == shape.prompt_length else shape.rows_beyond(start)
+    # response tokens that the chunk predicts
+    first, past_last = max(start, shape.prompt_length - 1) - shape.prompt_length + 1, end - shape.prompt_length + 1
+    heads = max(0, past_last - first)
+    total = costs.forward.of(rows, end - start, start, heads)
+    for unit in shape.units:
+        if shape.input_end(unit.end) > start:
+            own = unit.start < past_last and unit.end > first
+            total += costs.backward.of(rows, end - start, start, heads if own else 0)
+    return total
+
+
+def _forward_all(shape: GroupShape, costs: ModelCosts) -> float:
+    return costs.forward.of(len(shape.lengths), shape.input_end(shape.width), 0, shape.width)
+
+
+def kept_cost(shape: GroupShape, costs: ModelCosts, all_logprobs: bool) -> float:
+    """One forward pass over everything, and one backward pass over everything per unit."""
+    backward = costs.backward.of(len(shape.lengths), shape.input_end(shape.width), 0, shape.width)
+    return _forward_all(shape, costs) + len(shape.units) * backward
+
+
+def truncated_cost(shape: GroupShape, costs: ModelCosts, all_logprobs: bool) -> float:
+    """Per unit, both directions up to its end for the rows that have it; a forward pass more for all values."""
+    total = _forward_all(shape, costs) if all_logprobs else 0.0
+    for unit in shape.units:
+        for direction in (costs.forward, costs.backward):
+            total += direction.of(unit.num_rows, shape.input_end(unit.end), 0, unit.end)
+    return total
+
+
+def chunked_cost(shape: GroupShape, costs: ModelCosts, all_logprobs: bool) -> float:
+    """The best cuts, and the tail's forward pass for all values."""
+    boundaries = plan_boundaries(shape, costs)
+    total = CACHE_OVERHEAD * costs.forward.chunk + sum(
+        _chunk_cost(shape, costs, a, b) for a, b in zip([0, *boundaries], boundaries, strict=False)
+    )
+    start, end = boundaries[-1] if boundaries else 0, shape.input_end(shape.width)
+    if all_logprobs and end > start:
+        total += costs.forward.of(shape.rows_beyond(start), end - start, start, end - max(start, shape.prompt_length))
+    return total
+
+
+Cost = Callable[[GroupShape, ModelCosts, bool], float]
+COSTS: dict[str, Cost] = {"kept": kept_cost, "truncated": truncated_cost, "chunked": chunked_cost}
+
+
+def choose_method(
+    shape: GroupShape, costs: ModelCosts, *, all_logprobs: bool, methods: Collection[str] = tuple(COSTS)
+) -> str:
+    """The cheapest exact way.
+
+    Args:
+        shape: the lengths.
+        costs: of the model.
+        all_logprobs: whether log-probabilities are needed of tokens after the last unit as well.
+        methods: those that the model can do, of ``COSTS``.
+
+    Raises:
+        ValueError: no method given.
+    """
+    if not methods:
+        raise ValueError("no method to choose from")
+    return min(methods, key=lambda name: COSTS[name](shape, costs, all_logprobs))

@@ -1,0 +1,58 @@
+"""The lengths that decide which way of computing the units' gradients is cheapest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ssrctl.training.step_gradients.task import GradientTask
+
+
+@dataclass(frozen=True)
+class UnitSpan:
+    """Where the tokens of one unit's loss are.
+
+    Attributes:
+        start, end: the first such response token over all responses, and one past the last.
+        num_rows: responses that have any.
+    """
+
+    start: int
+    end: int
+    num_rows: int
+
+
+@dataclass(frozen=True)
+class GroupShape:
+    """The lengths of one question's batch.
+
+    Attributes:
+        prompt_length: tokens of the prompt.
+        lengths: tokens of each response.
+        units: of the units that have a loss, in order.
+    """
+
+    prompt_length: int
+    lengths: tuple[int, ...]
+    units: tuple[UnitSpan, ...]
+
+    @property
+    def width(self) -> int:
+        """Tokens of the longest response."""
+        return max(self.lengths)
+
+    def input_end(self, response_end: int) -> int:
+        """Input tokens, with the prompt, that predict a response's first ``response_end`` tokens."""
+        return self.prompt_length + response_end - 1
+
+    def rows_beyond(self, column: int) -> int:
+        """Responses with an input token at ``column`` that predicts something."""
+        return sum(self.input_end(length) > column for length in self.lengths)
+
+
+def group_shape(task: GradientTask) -> GroupShape:
+    """The shape of a task's batch and of its active units."""
+    return GroupShape(
+        prompt_length=task.batch.prompt_length,
+        lengths=tuple(task.batch.known.sum(1).tolist()),
+        units=tuple(UnitSpan(active.start, active.end, len(active.rows)) for active in task.active),
+    )

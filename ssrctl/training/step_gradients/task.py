@@ -1,0 +1,127 @@
+"""What every way of computing the units' gradients shares: the question, its units, one unit's backward pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssrctl.core.losses import step_policy_loss
+from ssrctl.core.units import Unit
+from ssrctl.training.step_gradients.batch import GroupBatch
+
+
+@dataclass(frozen=True)
+class UnitGradient:
+    """One unit's loss, after its backward pass has filled ``parameter.grad``.
+
+    Attributes:
+        unit: which.
+        loss: its value (before ``loss_scale``).
+        num_terms: surrogate terms in it.
+        num_clipped: those in which the clip was active.
+    """
+
+    unit: Unit
+    loss: float
+    num_terms: int
+    num_clipped: int
+
+
+class NonFiniteLoss(ValueError):
+    """A unit's loss is NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class ActiveUnit:
+    """A unit whose loss has at least one term.
+
+    Attributes:
+        unit: which.
+        inside: bool ``[G, R]``, True at the tokens that its loss is made of.
+        rows: indices of the responses that have such tokens.
+        start, end: the first such token over all responses, and one past the last.
+    """
+
+    unit: Unit
+    inside: Tensor
+    rows: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class GradientTask:
+    """One question to differentiate, with the settings of its loss; see ``training.unit_gradients.unit_gradients``."""
+
+    model: Any
+    batch: GroupBatch
+    units: Sequence[Unit]
+    temperature: float = 1.0
+    clip_epsilon: float = 0.2
+    level: str = "sequence"
+    loss_scale: float = 1.0
+    on_logprobs: Callable[[Tensor], None] | None = None
+    on_unit: Callable[[Unit], None] | None = None
+
+    @cached_property
+    def active(self) -> list[ActiveUnit]:
+        """The units that have a loss, in order."""
+        return list(self._active())
+
+    @property
+    def needs_all_logprobs(self) -> bool:
+        """Whether values (without a graph) are needed even of tokens that are in no unit."""
+        return self.on_logprobs is not None or self.level == "sequence"
+
+    def _active(self) -> Iterator[ActiveUnit]:
+        steps = self.batch.step_ids
+        for unit in self.units:
+            inside = torch.zeros_like(steps, dtype=torch.bool)
+            for step, column in zip(unit.steps, unit.advantages, strict=True):
+                scored = torch.tensor([a is not None and math.isfinite(a) for a in column], device=steps.device)
+                inside |= (steps == step) & scored.unsqueeze(1)
+            columns = inside.any(0).nonzero().flatten().tolist()
+            if columns:
+                rows = inside.any(1).nonzero().flatten().tolist()
+                yield ActiveUnit(unit, inside, tuple(rows), columns[0], columns[-1] + 1)
+
+    def backpropagate(self, unit: Unit, logprobs: Tensor, *, retain_graph: bool) -> UnitGradient:
+        """Add the gradient of the unit's loss to ``parameter.grad``.
+
+        Args:
+            unit: an active one.
+            logprobs: ``[G, R]``, with a graph at the unit's tokens.
+            retain_graph: whether another backward pass will go through any of it.
+
+        Raises:
+            NonFiniteLoss: nothing was backpropagated.
+        """
+        losses, terms, clipped = [], 0, 0
+        for step, column in zip(unit.steps, unit.advantages, strict=True):
+            values = [float("nan") if a is None else a for a in column]
+            made = step_policy_loss(
+                logprobs,
+                self.batch.old_logprobs,
+                self.batch.step_ids,
+                step,
+                torch.tensor(values, dtype=torch.float64, device=logprobs.device),
+                clip_epsilon=self.clip_epsilon,
+                level=self.level,
+            )
+            if made.loss is not None:
+                losses.append(made.loss)
+            terms, clipped = terms + made.num_terms, clipped + made.num_clipped
+        loss = torch.stack(losses).sum()
+        value = float(loss.detach())
+        if not torch.isfinite(loss.detach()):
+            raise NonFiniteLoss(f"the loss of steps {list(unit.steps)} is {value}")
+        if self.on_unit is not None:
+            self.on_unit(unit)
+        (loss * self.loss_scale).backward(retain_graph=retain_graph)
+        return UnitGradient(unit, value, terms, clipped)

@@ -1,0 +1,299 @@
+"""One training step: sample groups, score their steps, credit them, update.
+
+How this differs from SSR as published: the learning signal of a question is divided by the number of
+questions in the batch, so that the learning rate does not depend on it; a score that the critic could not
+give is left out rather than counted as anything; the default advantage is eq. 6 (see ``--advantage``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from ssrctl.configs import SegmentOptions, TrainConfig
+from ssrctl.core.advantages import response_advantages, two_level_advantages
+from ssrctl.core.budget import step_budgets
+from ssrctl.core.mask import BlockMask
+from ssrctl.core.topk import NonFiniteGradient
+from ssrctl.core.units import Unit, plan_units
+from ssrctl.critics.base import Critic
+from ssrctl.errors import UserError
+from ssrctl.io.mask_log import QuestionLog, UnitLog
+from ssrctl.models.loading import LoadedModel
+from ssrctl.sampling.groups import Group, Prompted, group_batch, sample_groups, score_groups
+from ssrctl.training.unit_gradients import GroupBatch, NonFiniteLoss, unit_gradients
+from ssrctl.training.unit_observer import QuestionView, UnitObserver, Wanted
+from ssrctl.training.updaters import QuestionUpdate, Updater
+
+LOWER_RATE = "start from an earlier checkpoint with a lower --learning-rate, or use --dtype float32"
+
+
+class NonFiniteBatch(UserError):
+    """No question of a batch gave a finite gradient; the weights were not touched."""
+
+
+@dataclass
+class StepResult:
+    """What one training step produced.
+
+    Attributes:
+        metrics: the row for metrics.jsonl; every key is defined in docs/metrics.md.
+        groups: the sampled and scored responses.
+        mask_log: per question, what each unit selected; empty when not asked for.
+        gradient: the sketch (float64) of the batch's gradient before masking, the sum over its questions' units; None
+            when not asked for.
+    """
+
+    metrics: dict[str, Any]
+    groups: list[Group]
+    mask_log: list[QuestionLog]
+    gradient: Tensor | None = None
+
+
+@dataclass
+class _Tally:
+    """Sums over the questions of a step."""
+
+    losses: list[float] = field(default_factory=list)
+    terms: int = 0
+    clipped: int = 0
+    gap_sum: float = 0.0
+    gap_tokens: int = 0
+    gap_max: float = 0.0
+    num_units: int = 0
+    granted_frac: list[float] = field(default_factory=list)
+    non_finite: int = 0
+    without_signal: int = 0
+
+    def add_gap(self, logprobs: Tensor, batch: GroupBatch) -> None:
+        gap = (logprobs - batch.old_logprobs).abs()[batch.known]
+        self.gap_sum += float(gap.double().sum())
+        self.gap_tokens += gap.numel()
+        self.gap_max = max(self.gap_max, float(gap.max()) if gap.numel() else 0.0)
+
+    def add_update(self, update: QuestionUpdate, num_unprotected: int) -> None:
+        self.losses.append(sum(made.loss for made in update.gradients))
+        self.terms += sum(made.num_terms for made in update.gradients)
+        self.clipped += sum(made.num_clipped for made in update.gradients)
+        self.num_units += len(update.gradients)
+        self.granted_frac.append(sum(update.granted) / num_unprotected)
+
+
+class TrainingStep:
+    """Everything that stays the same from step to step.
+
+    Args:
+        loaded: the model in training.
+        critic: who scores.
+        updater: who updates.
+        config: the run's settings.
+        curve: the budget profile v_1..; ``[1.0]`` for equal budgets.
+        observer: who looks at gradients for the logs; None looks at none.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        critic: Critic,
+        updater: Updater,
+        config: TrainConfig,
+        curve: Sequence[float],
+        observer: UnitObserver | None = None,
+    ) -> None:
+        self.loaded, self.critic, self.updater, self.config, self.curve = loaded, critic, updater, config, curve
+        self.observer = observer
+        self.num_coordinates = loaded.num_parameters
+        self.num_unprotected = self.num_coordinates - updater.num_protected
+
+    def run(self, prompts: Sequence[Prompted], *, seed: int, log_masks: bool, log_gradient: bool = False) -> StepResult:
+        """Sample, score and learn from one batch of questions.
+
+        Args:
+            prompts: the questions of this step.
+            seed: of the sampling.
+            log_masks: return what was selected, and gradient cosines if the config asks for them.
+            log_gradient: return the sketch of the batch's gradient.
+
+        Raises:
+            NonFiniteBatch: every question of the batch gave a NaN or infinite loss or gradient.
+        """
+        config, tally = self.config, _Tally()
+        started = time.perf_counter()
+        groups = sample_groups(
+            self.loaded,
+            prompts,
+            config,
+            num_generations=config.num_generations,
+            seed=seed,
+            segmentation=SegmentOptions(style=config.segment_style, max_steps=config.max_segments),
+        )
+        sampled = time.perf_counter()
+        score_groups(groups, self.critic)
+        scored = time.perf_counter()
+        plans = [self._credit(group, tally) for group in groups]
+        mask_log: list[QuestionLog] = []
+        gradient: Tensor | None = None
+        update_metrics: dict[str, float | None] = {}
+        for iteration in range(config.num_iterations):
+            wanted = self._wanted(log_masks, log_gradient) if iteration == 0 else Wanted()
+            for group, units in zip(groups, plans, strict=True):
+                view = self.observer.question(wanted) if self.observer is not None and wanted else None
+                update = self._learn(group, units, len(groups), tally, view)
+                if update is None:
+                    continue
+                if log_masks and iteration == 0 and update.kept:
+                    mask_log.append(self._question_log(group, update, view))
+                if view is not None and view.sketched is not None:
+                    gradient = view.sketched if gradient is None else gradient + view.sketched
+            if iteration == 0 and tally.non_finite == len(groups):
+                raise NonFiniteBatch(
+                    f"the loss or gradient of all {len(groups)} questions is NaN or infinite",
+                    LOWER_RATE,
+                )
+            try:
+                update_metrics = self.updater.step()
+            except NonFiniteGradient as error:
+                raise NonFiniteBatch(f"summed over the batch, {error}", LOWER_RATE) from error
+        done = time.perf_counter()
+        seconds = {"sample": sampled - started, "score": scored - sampled, "update": done - scored}
+        return StepResult(self._metrics(groups, tally, seconds) | update_metrics, groups, mask_log, gradient)
+
+    def _wanted(self, log_masks: bool, log_gradient: bool) -> Wanted:
+        sets = log_masks and self.config.optimizer == "kronos"
+        return Wanted(sets=sets, conflict=sets and self.config.log_gradient_cosine, sketch=log_gradient)
+
+    def _credit(self, group: Group, tally: _Tally) -> list[Unit]:
+        """Advantages of a group, written into its records, and the update units that follow from them."""
+        config = self.config
+        if config.credit == "step":
+            made = two_level_advantages(group.rewards(), config.advantage)
+            values = made.values
+            tally.without_signal += made.num_without_signal
+        else:
+            rewards = [RESPONSE_REWARDS[config.credit](group, j) for j in range(len(group.rollouts))]
+            values = [[a] for a in response_advantages(rewards)]
+            tally.without_signal += sum(1 for row in values if not row[0])
+        for rollout, row in zip(group.rollouts, values, strict=True):
+            rollout.advantages = list(row)
+        longest = max((len(row) for row in values), default=0)
+        budgets = step_budgets(self.curve, longest, budget=config.budget, max_step_budget=config.max_step_budget)
+        return self.updater.plan(plan_units(values, budgets, fuse_tol=config.fuse_tol, max_units=config.max_units))
+
+    def _learn(
+        self, group: Group, units: list[Unit], num_questions: int, tally: _Tally, view: QuestionView | None
+    ) -> QuestionUpdate | None:
+        """Backpropagate one question; a NaN anywhere drops the question, and it is counted."""
+
+        def before_unit(unit: Unit) -> None:
+            if view is not None:
+                view.before_unit(unit)
+            self.updater.before_unit(unit)
+
+        if not units:
+            return None
+        batch = group_batch(self.loaded, group, whole_response=self.config.credit != "step")
+        gradients = unit_gradients(
+            self.loaded.model,
+            batch,
+            units,
+            temperature=self.config.temperature,
+            clip_epsilon=self.config.clip_epsilon,
+            level=self.config.importance_level,
+            loss_scale=1.0 / num_questions,
+            method=self.config.step_gradient_method,
+            on_logprobs=lambda logprobs: tally.add_gap(logprobs, batch),
+            on_unit=before_unit,
+        )
+        with contextlib.ExitStack() as stack:
+            if view is not None:
+                gradients = stack.enter_context(contextlib.closing(view.watch(gradients)))
+            try:
+                update = self.updater.add_question(gradients)
+            except (NonFiniteLoss, NonFiniteGradient):
+                tally.non_finite += 1
+                return None
+        tally.add_update(update, self.num_unprotected)
+        return update
+
+    def _question_log(self, group: Group, update: QuestionUpdate, view: QuestionView | None) -> QuestionLog:
+        shapes = self.loaded.shapes()
+        units = []
+        for place, (made, kept) in enumerate(zip(update.gradients, update.kept, strict=True)):
+            unit = UnitLog(
+                steps=list(made.unit.steps),
+                budget=made.unit.budget,
+                advantages=[a for column in made.unit.advantages for a in column if a is not None],
+                mask=BlockMask.from_indices(shapes, {name: s.to_indices().cpu() for name, s in kept.sets.items()}),
+            )
+            if view is not None:
+                seen = view.units[place]
+                unit.gradient_norm, unit.captured = seen.square**0.5, seen.captured(kept)
+                unit.unconstrained_captured = seen.top_captured
+                if seen.top is not None:
+                    unit.unconstrained = BlockMask.from_indices(shapes, {n: i.cpu() for n, i in seen.top.items()})
+            units.append(unit)
+        log = QuestionLog(id=group.id, units=units)
+        if view is not None and view.wanted.conflict:
+            found = view.conflict()
+            log.gradient_cosine, log.conflict = found.cosine, found.shares
+        return log
+
+    def _metrics(self, groups: list[Group], tally: _Tally, seconds: dict[str, float]) -> dict[str, Any]:
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        samples = [sample for group in groups for sample in group.samples]
+        scores = [score for rollout in rollouts for score in rollout.scores or ()]
+        known = [score.reward for score in scores if score.reward is not None]
+        num_tokens = sum(len(sample.response_ids) for sample in samples)
+        return {
+            "reward": statistics.fmean(known) if known else None,
+            "accuracy": _share(rollout.final is not None and rollout.final.correct is True for rollout in rollouts),
+            "answered_frac": _share(r.final is not None and r.final.extracted is not None for r in rollouts),
+            "finished_frac": _share(sample.finished for sample in samples),
+            "steps_per_response": statistics.fmean(len(rollout.steps or ()) for rollout in rollouts),
+            "no_step_responses": sum(1 for rollout in rollouts if not rollout.steps),
+            "missing_score_frac": (len(scores) - len(known)) / len(scores) if scores else None,
+            "no_signal_responses": tally.without_signal,
+            "non_finite_questions": tally.non_finite,
+            "loss": statistics.fmean(tally.losses) if tally.losses else None,
+            "clip_frac": tally.clipped / tally.terms if tally.terms else 0.0,
+            "logprob_gap_mean": tally.gap_sum / tally.gap_tokens if tally.gap_tokens else None,
+            "logprob_gap_max": tally.gap_max,
+            "num_units": tally.num_units,
+            "granted_frac": statistics.fmean(tally.granted_frac) if tally.granted_frac else 0.0,
+            "response_tokens": num_tokens,
+            "tokens_per_second": num_tokens / max(sum(seconds.values()), 1e-9),
+            "sample_seconds": seconds["sample"],
+            "score_seconds": seconds["score"],
+            "update_seconds": seconds["update"],
+        }
+
+
+def final_reward(group: Group, index: int) -> float | None:
+    """The reward of one response's final answer: the critic's if it gave one, otherwise +1 right, -1 not right."""
+    rollout = group.rollouts[index]
+    for span, score in zip(rollout.steps or (), rollout.scores or (), strict=True):
+        if span.kind == "final" and score.reward is not None:
+            return score.reward
+    if rollout.final is None or rollout.final.correct is None:
+        return None
+    return 1.0 if rollout.final.correct else -1.0
+
+
+def cot_reward(group: Group, index: int) -> float | None:
+    """The mean reward of one response's judged steps, the final answer among them."""
+    known = [r for r in group.rewards()[index] if r is not None]
+    return statistics.fmean(known) if known else None
+
+
+RESPONSE_REWARDS = {"final": final_reward, "cot": cot_reward}
+
+
+def _share(flags: Any) -> float:
+    values = list(flags)
+    return sum(values) / len(values) if values else 0.0

@@ -1,0 +1,64 @@
+"""What the updaters with one dense gradient share: they sum it up over the questions of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ssrctl.core.topk import NonFiniteGradient
+from ssrctl.core.units import Unit
+from ssrctl.training.unit_gradients import UnitGradient
+from ssrctl.training.updaters.base import QuestionUpdate, joined, load_state_tensors, state_tensors
+
+
+class DenseGradients:
+    """Adds up whole gradients; a question with a NaN is left out of the sum.
+
+    Attributes:
+        named: the parameters by name.
+        max_grad_norm: clip on the norm of the summed gradient; 0 is off.
+        sum: the gradients of the questions since the last step, by name.
+    """
+
+    optimizer: torch.optim.Optimizer
+
+    def __init__(self, named: dict[str, torch.nn.Parameter], max_grad_norm: float) -> None:
+        self.named, self.max_grad_norm = named, max_grad_norm
+        self.sum: dict[str, Tensor] = {}
+
+    def plan(self, units: Sequence[Unit]) -> list[Unit]:
+        """All steps in one backward pass."""
+        return joined(units)
+
+    def before_unit(self, unit: Unit) -> None:
+        """Nothing to prepare."""
+
+    def add_question(self, gradients: Iterator[UnitGradient]) -> QuestionUpdate:
+        update = QuestionUpdate()
+        found: dict[str, Tensor] = {}
+        try:
+            for made in gradients:
+                update.gradients.append(made)
+            for name, parameter in self.named.items():
+                if parameter.grad is not None:
+                    if bad := int((~parameter.grad.isfinite()).sum()):
+                        raise NonFiniteGradient(name, bad)
+                    found[name] = parameter.grad
+        finally:
+            for parameter in self.named.values():
+                parameter.grad = None
+        for name, gradient in found.items():
+            self.sum[name] = self.sum[name].add_(gradient) if name in self.sum else gradient
+        return update
+
+    def state(self) -> dict[str, Tensor]:
+        return state_tensors(self.optimizer, list(self.named))
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        load_state_tensors(self.optimizer, list(self.named), tensors)
+
+    def clip_scale(self, norm: float) -> float:
+        """What the clip multiplies a gradient of this norm by, in (0, 1]."""
+        return min(1.0, self.max_grad_norm / norm) if self.max_grad_norm and norm > 0 else 1.0

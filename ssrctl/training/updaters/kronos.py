@@ -1,0 +1,110 @@
+"""KronosOpt as the trainer drives it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ssrctl.configs import TrainConfig
+from ssrctl.core.bits import bits_to_indices
+from ssrctl.core.budget import coordinates
+from ssrctl.core.kronos import KronosOpt
+from ssrctl.core.mask import BlockMask
+from ssrctl.core.units import Unit
+from ssrctl.training.unit_gradients import UnitGradient
+from ssrctl.training.updaters.base import Changes, QuestionUpdate, joined, load_state_tensors, state_tensors
+
+
+class KronosUpdater:
+    """SSR algorithm 2: sequential, disjoint, exactly selected claims."""
+
+    optimizer: KronosOpt
+
+    def __init__(
+        self, parameters: Sequence[tuple[str, torch.nn.Parameter]], config: TrainConfig, frozen: BlockMask | None
+    ) -> None:
+        self.optimizer = KronosOpt(
+            parameters,
+            lr=config.resolved_learning_rate,
+            protected=frozen,
+            update_rule=config.update_rule,
+            betas=config.betas,
+            eps=config.adam_epsilon,
+            max_grad_norm=config.max_grad_norm,
+            scope=config.scope,
+            # the pooled control comes as one unit: one backward pass, one selection
+            allocation="disjoint" if config.allocation == "pooled" else config.allocation,
+            selection=config.selection,
+            reuse_factor=config.reuse_factor,
+            budget=config.budget,
+            max_step_budget=config.max_step_budget,
+            master_weights=config.master_weights,
+        )
+        self.pools = config.allocation == "pooled"
+        self.num_protected = self.optimizer.num_protected
+
+    @staticmethod
+    def bytes_per_parameter(config: TrainConfig, itemsize: int) -> float:
+        """Memory beside the weights, an estimate: see ``benchmarks/optimizer_memory.py`` for measurements.
+
+        A gradient (with scope ``tensor`` of the largest tensor, put at a quarter of the model); a bit each for
+        protected, taken, waiting, touched; the kept sets of a question; sums and state of touched coordinates.
+        """
+        gradient = itemsize if config.scope == "global" else itemsize / 4
+        kept = config.budget * (2 + itemsize)
+        touched = min(1.0, config.budget * config.questions_per_step)
+        moments = 8 if config.update_rule == "adam" else 0
+        waiting = 8 if config.update_rule == "adam" else 4
+        masters = 2 if config.master_weights and itemsize == 2 else 0
+        # what a run touches in all grows from step to step; half of the weights is a cautious guess
+        return gradient + 4 / 8 + kept + touched * waiting + 0.5 * (moments + masters)
+
+    def plan(self, units: Sequence[Unit]) -> list[Unit]:
+        """Units without signal claim nothing and are left out."""
+        return joined(units) if self.pools else [unit for unit in units if unit.has_signal]
+
+    def before_unit(self, unit: Unit) -> None:
+        """Grant the unit its budget; scope ``tensor`` selects while the backward pass runs."""
+        self.optimizer.begin_unit(coordinates(unit.budget, self.optimizer.num_unprotected))
+
+    def add_question(self, gradients: Iterator[UnitGradient]) -> QuestionUpdate:
+        update = QuestionUpdate()
+        self.optimizer.begin_question()
+        try:
+            for made in gradients:
+                self.optimizer.claim()
+                update.granted.append(coordinates(made.unit.budget, self.optimizer.num_unprotected))
+                update.gradients.append(made)
+            update.kept = self.optimizer.end_question()
+        except BaseException:
+            self.optimizer.abandon_question()
+            raise
+        return update
+
+    def step(self) -> dict[str, float | None]:
+        stats = self.optimizer.step()
+        return {
+            "grad_norm": stats.grad_norm,
+            "clip_scale": stats.clip_scale,
+            "updated_frac": stats.num_updated / self.optimizer.num_coordinates,
+            "lost_update_frac": stats.lost_frac,
+            "missing_coordinates": stats.num_missing,
+            "reused_coordinates": stats.num_reused,
+            "selection_recall": stats.selection_recall,
+        }
+
+    def changes(self) -> Changes:
+        found: Changes = {}
+        for name, parameter in self.optimizer.named.items():
+            indices = bits_to_indices(self.optimizer.touched[name], parameter.numel())
+            if indices.numel():
+                found[name] = (indices.cpu(), parameter.detach().view(-1)[indices].cpu())
+        return found
+
+    def state(self) -> dict[str, Tensor]:
+        return state_tensors(self.optimizer, list(self.optimizer.named))
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        load_state_tensors(self.optimizer, list(self.optimizer.named), tensors)

@@ -1,0 +1,176 @@
+"""Tables as csv and json: the numbers that the page shows, for programs and spreadsheets."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+from example_document import example_document
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ssrctl.errors import UserError
+from ssrctl.report.document import Document, Section, Table, count, number, percent
+from ssrctl.report.tables import (
+    csv_text,
+    distinct_columns,
+    json_text,
+    plain_cell,
+    plain_rows,
+    slug,
+    table_names,
+    unique_slugs,
+    write_tables,
+)
+
+
+def report(*tables: Table) -> Document:
+    return Document(title="", facts=[], headlines=[], notes=[], sections=[Section(title="all", tables=list(tables))])
+
+
+def table(title: str = "By layer", cell: str = "1,234") -> Table:
+    return Table(title=title, columns=["layer", "n"], rows=[["0", cell]])
+
+
+@pytest.mark.parametrize(
+    ("shown", "plain"),
+    [
+        ("1,234", 1234), ("-7", -7), ("+0.250", 0.25), ("-0.062", -0.062), ("1e-5", 1e-5), ("5.", 5.0), (".5", 0.5),
+        ("81.40%", 0.814), ("0.00%", 0.0), ("100.00%", 1.0), ("-3%", -0.03), ("–", None), ("", None), (" 3 ", 3),
+        ("<0.0000001%", "<0.0000001%"), ("12,34", "12,34"), ("1,234,56", "1,234,56"), ("nan", "nan"), ("inf", "inf"),
+        ("-", "-"), ("%", "%"), ("1e999", "1e999"), ("9" * 5000, "9" * 5000), ("1_000", "1_000"), ("٣", "٣"),
+        ("=1+1", "=1+1"),
+    ],
+)  # fmt: skip
+def test_cells_are_read_back_as_numbers(shown: str, plain: object) -> None:
+    found = plain_cell(shown)
+    assert found == plain and type(found) is type(plain)
+
+
+@given(st.integers(-(10**15), 10**15), st.floats(0, 1), st.floats(1e-12, 1e12))
+def test_what_reports_write_is_read_back(whole: int, share: float, size: float) -> None:
+    assert plain_cell(count(whole)) == whole
+    assert plain_cell(number(size)) == pytest.approx(size, rel=5.1e-3)
+    shown = plain_cell(percent(share))
+    assert shown == pytest.approx(share, abs=5.1e-5) or percent(share).startswith(("<", ">"))
+
+
+@given(st.text(max_size=8))
+def test_any_cell_can_be_written(text: str) -> None:
+    shown = Table(title=text, columns=[text, text], rows=[[text, text]])
+    csv_text(shown).encode("utf-8")
+    assert len(json.loads(json_text(Section(title=text), shown))["rows"]) == 1
+
+
+def test_csv_is_what_a_reader_expects() -> None:
+    shown = Table(
+        title="",
+        columns=["tensor", "n", "share"],
+        rows=[['a "quoted", name\nof two lines', "1,234", "81.40%"], ["é", "–", "0.00%"]],
+    )
+    rows = list(csv.DictReader(io.StringIO(csv_text(shown))))
+    assert rows == [
+        {"tensor": 'a "quoted", name\nof two lines', "n": "1234", "share": "0.814"},
+        {"tensor": "é", "n": "", "share": "0.0"},
+    ]
+
+
+@pytest.mark.parametrize("name", ["=HYPERLINK(1)", "+1+cmd", "-1+cmd", "@SUM(A1)", "\tx"])
+def test_spreadsheets_run_no_formula_from_a_name(name: str) -> None:
+    shown = Table(title="", columns=["tensor", "n"], rows=[[name, "-0.5"]])
+    ((cell, value),) = list(csv.reader(io.StringIO(csv_text(shown))))[1:]
+    assert cell == f"'{name}" and value == "-0.5"
+    assert json.loads(json_text(Section(title=""), shown))["rows"] == [[name, -0.5]]  # exact where nothing runs it
+
+
+def test_raw_numbers_are_preferred_and_never_nan() -> None:
+    shown = Table(
+        title="", columns=["layer", "share"], rows=[["0", "33.33%"], ["1", "–"]], raw=[[0, 1 / 3], [1, float("nan")]]
+    )
+    assert plain_rows(shown) == [[0, 1 / 3], [1, None]]
+    assert csv_text(shown) == f"layer,share\n0,{1 / 3}\n1,\n"
+    with pytest.raises(ValueError, match="1 rows, but 2 raw"):
+        Table(title="t", columns=["a"], rows=[["1"]], raw=[[1], [2]])
+    with pytest.raises(ValueError, match="2 columns, but a row of 1"):
+        Table(title="t", columns=["a", "b"], rows=[["1"]])
+
+
+def test_columns_of_one_name_are_told_apart() -> None:
+    columns = ["pair", "shared", "chance", "Jaccard", "chance", "chance", "pair"]
+    found = distinct_columns(Table(title="", columns=columns, rows=[]))
+    assert found == [
+        "pair",
+        "shared",
+        "shared: chance",
+        "Jaccard",
+        "Jaccard: chance",
+        "Jaccard: chance (2)",
+        "chance: pair",
+    ]
+
+
+@given(st.lists(st.text(max_size=80), max_size=5))
+def test_slugs_are_plain_and_unique(titles: list[str]) -> None:
+    found = unique_slugs(titles, taken=["index"])
+    assert len(set(found)) == len(titles) and "index" not in found
+    assert all(re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", one) for one in found)
+    assert slug("Overlap by pair of units (i, j)") == "overlap-by-pair-of-units-i-j"
+    assert slug("../../etc/passwd") == "etc-passwd" and slug("…") == "table" and len(slug("a b" * 100)) <= 60
+
+
+def test_all_tables_of_a_report_are_written(tmp_path: Path) -> None:
+    document = example_document(rows=520)
+    written = write_tables(document, tmp_path)
+    assert {path.name for path in written} == {path.name for path in (tmp_path / "tables").iterdir()}
+    index = json.loads((tmp_path / "tables" / "index.json").read_text())
+    assert [entry["name"] for entry in index] == [name for name, _, _ in table_names(document)]
+    assert index[-2] == {"name": "all-tensors", "section": "All tensors", "title": "All tensors", "rows": 520}
+    held = json.loads((tmp_path / "tables" / "all-tensors.json").read_text())
+    read = list(csv.reader((tmp_path / "tables" / "all-tensors.csv").open(encoding="utf-8", newline="")))
+    assert len(held["rows"]) == len(read) - 1 == 520 and held["columns"] == read[0]
+    for row, line in zip(held["rows"], read[1:], strict=True):
+        assert ["" if cell is None else str(cell) for cell in row] == line
+
+
+def test_the_same_report_gives_the_same_bytes(tmp_path: Path) -> None:
+    first = {path.name: path.read_bytes() for path in write_tables(example_document(rows=3), tmp_path / "a")}
+    again = {path.name: path.read_bytes() for path in write_tables(example_document(rows=3), tmp_path / "b")}
+    assert first == again
+
+
+def test_tables_without_rows_have_no_files(tmp_path: Path) -> None:
+    written = write_tables(report(Table(title="empty", columns=["a"], rows=[]), table()), tmp_path)
+    assert [path.name for path in written] == ["by-layer.csv", "by-layer.json", "index.json"]
+
+
+def test_files_of_an_earlier_report_are_removed_and_others_kept(tmp_path: Path) -> None:
+    write_tables(report(table("Old"), table("By layer", "1")), tmp_path)
+    folder = tmp_path / "tables"
+    (folder / "mine.csv").write_text("kept")
+    write_tables(report(table("By layer", "2")), tmp_path)
+    assert sorted(path.name for path in folder.iterdir()) == ["by-layer.csv", "by-layer.json", "index.json", "mine.csv"]
+    assert (folder / "by-layer.csv").read_text() == "layer,n\n0,2\n"
+
+
+@pytest.mark.parametrize(
+    "index",
+    ['[{"name": "../outside"}, {"name": "a/b"}, {"name": 3}, {"name": "index"}, 7]', "{", "7", "\xff", "[" * 100_000],
+)
+def test_a_changed_index_removes_nothing_elsewhere(index: str, tmp_path: Path) -> None:
+    folder = tmp_path / "tables"
+    folder.mkdir()
+    (tmp_path / "outside.csv").write_text("kept")
+    (folder / "index.json").write_bytes(index.encode("latin-1"))
+    write_tables(report(table()), tmp_path)
+    assert (tmp_path / "outside.csv").read_text() == "kept"
+    assert [entry["name"] for entry in json.loads((folder / "index.json").read_text())] == ["by-layer"]
+
+
+def test_a_folder_that_cannot_be_made_is_said_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "tables").write_text("a file in the way")
+    with pytest.raises(UserError, match="cannot write"):
+        write_tables(report(table()), tmp_path)

@@ -1,0 +1,168 @@
+"""Sampling against fresh forward passes."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from ssrctl.configs import SamplingConfig, TrainConfig
+from ssrctl.models.loading import load_model
+from ssrctl.sampling.generate import end_token_ids, sample_responses
+
+QUESTION = "48*6-2=?\n"
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    """The bundled reasoner on the CPU."""
+    return load_model(TrainConfig(device="cpu"))
+
+
+def ids_of(loaded, text):
+    return loaded.tokenizer(text)["input_ids"]
+
+
+def logits_of(loaded, prompt, response):
+    """float32 ``[R, V]``: what the model says before each response token, without a cache or padding."""
+    with torch.no_grad():
+        logits = loaded.model(input_ids=torch.tensor([[*prompt, *response]])).logits[0].float()
+    return logits[len(prompt) - 1 : -1]
+
+
+def sampling(**settings):
+    return SamplingConfig(**{"max_new_tokens": 24} | settings)
+
+
+PROMPTS = ["3+4=?\n", QUESTION, "12+7-3*5=?\n"]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 1.7])
+def test_recorded_logprobs_are_those_of_a_fresh_pass(bundled, temperature):
+    prompts = [ids_of(bundled, text) for text in PROMPTS * 2]
+    samples = sample_responses(bundled, prompts, sampling(temperature=temperature), seed=3)
+    assert len(samples) == len(prompts)
+    for prompt, sample in zip(prompts, samples, strict=True):
+        rows = (logits_of(bundled, prompt, sample.response_ids) / temperature).log_softmax(-1)
+        expected = rows[torch.arange(len(sample.response_ids)), torch.tensor(sample.response_ids)]
+        assert sample.logprobs.dtype == torch.float32
+        assert expected.min() < -0.05  # not all certain, so that temperature and order matter
+        # float32 logits of size 20 through left padding and a cache: errors of a few 1e-6, over the temperature.
+        torch.testing.assert_close(sample.logprobs, expected, rtol=0, atol=1e-4)
+
+
+def test_logprobs_are_taken_before_top_p_and_top_k(bundled):
+    prompts = [ids_of(bundled, QUESTION)] * 4
+    for settings in ({"top_k": 1}, {"top_p": 0.5}, {"top_k": 2, "temperature": 0.7}):
+        for sample in sample_responses(bundled, prompts, sampling(**settings), seed=0):
+            rows = logits_of(bundled, prompts[0], sample.response_ids) / settings.get("temperature", 1.0)
+            expected = rows.log_softmax(-1)[torch.arange(len(rows)), torch.tensor(sample.response_ids)]
+            torch.testing.assert_close(sample.logprobs, expected, rtol=0, atol=1e-4)
+
+
+def test_top_k_1_gives_the_likeliest_tokens(bundled):
+    prompts = [ids_of(bundled, text) for text in PROMPTS]
+    for seed in (0, 1):
+        for prompt, sample in zip(prompts, sample_responses(bundled, prompts, sampling(top_k=1), seed), strict=True):
+            assert logits_of(bundled, prompt, sample.response_ids).argmax(-1).tolist() == sample.response_ids
+
+
+def test_top_p_keeps_to_the_nucleus(bundled):
+    prompt = ids_of(bundled, QUESTION)
+    for sample in sample_responses(bundled, [prompt] * 8, sampling(top_p=0.6, temperature=2.0), seed=0):
+        for row, token in zip(logits_of(bundled, prompt, sample.response_ids), sample.response_ids, strict=True):
+            likelihood = (row / 2.0).softmax(-1)
+            # The nucleus is the shortest list of likeliest tokens that reaches 0.6: what is likelier than one of
+            # its members sums to less.
+            assert likelihood[likelihood > likelihood[token]].sum() < 0.6 + 1e-5
+
+
+def test_the_first_token_is_drawn_from_the_models_distribution(bundled):
+    prompt = ids_of(bundled, QUESTION)
+    count = 600
+    config = sampling(temperature=1.5, max_new_tokens=1)
+    drawn = torch.tensor([s.response_ids[0] for s in sample_responses(bundled, [prompt] * count, config, seed=0)])
+    expected = (logits_of(bundled, prompt, [0])[0] / 1.5).softmax(-1)
+    found = torch.bincount(drawn, minlength=len(expected)) / count
+    # Five standard errors of each token's share; the seed is fixed.
+    assert ((found - expected).abs() <= 5 * (expected * (1 - expected) / count).sqrt() + 1 / count).all()
+
+
+def test_the_seed_decides_and_nothing_else(bundled):
+    prompts = [ids_of(bundled, QUESTION)] * 6
+    config = sampling(temperature=1.3)
+    first = sample_responses(bundled, prompts, config, seed=5)
+    torch.manual_seed(99)
+    torch.rand(7)
+    again = sample_responses(bundled, prompts, config, seed=5)
+    other = sample_responses(bundled, prompts, config, seed=6)
+    assert [s.response_ids for s in first] == [s.response_ids for s in again]
+    assert all(torch.equal(a.logprobs, b.logprobs) for a, b in zip(first, again, strict=True))
+    assert [s.response_ids for s in first] != [s.response_ids for s in other]
+    assert len({tuple(s.response_ids) for s in first}) > 1  # rows of one batch are drawn independently
+
+
+def test_global_state_is_left_alone(bundled):
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    config = bundled.model.generation_config.to_dict()
+    sample_responses(bundled, [ids_of(bundled, QUESTION)] * 2, sampling(top_k=3), seed=0)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert bundled.model.generation_config.to_dict() == config
+    assert not bundled.model.training
+
+
+def test_a_response_ends_with_its_end_token(bundled):
+    ends = end_token_ids(bundled)
+    assert ends == [bundled.tokenizer.eos_token_id]
+    prompts = [ids_of(bundled, text) for text in PROMPTS * 3]
+    samples = sample_responses(bundled, prompts, sampling(max_new_tokens=64), seed=0)
+    assert any(sample.finished for sample in samples)
+    assert len({len(sample.response_ids) for sample in samples}) > 1  # so that rows end at different places
+    for sample in samples:
+        assert len(sample.logprobs) == len(sample.response_ids)
+        assert sample.finished == (sample.response_ids[-1] in ends)
+        assert not set(sample.response_ids[:-1]) & set(ends)
+        assert sample.text == bundled.tokenizer.decode(sample.response_ids, skip_special_tokens=True)
+
+
+def test_what_does_not_end_is_cut_at_the_limit(bundled):
+    (sample,) = sample_responses(bundled, [ids_of(bundled, QUESTION)], sampling(max_new_tokens=3), seed=0)
+    assert len(sample.response_ids) == 3 == len(sample.logprobs)
+    assert not sample.finished
+
+
+def test_responses_end_where_the_context_does(tiny_loaded):
+    long, short = [7] * 120, [9] * 4
+    samples = sample_responses(tiny_loaded, [long, short], sampling(max_new_tokens=64), seed=0)
+    assert max(len(sample.response_ids) for sample in samples) <= 128 - 120
+
+
+def test_any_of_several_end_tokens_ends(tiny_loaded):
+    model = tiny_loaded.model
+    model.generation_config.eos_token_id = list(range(10, 250))
+    ends = end_token_ids(tiny_loaded)
+    assert set(ends) == {*range(10, 250), tiny_loaded.tokenizer.eos_token_id}
+    for sample in sample_responses(tiny_loaded, [[5, 6]] * 4, sampling(), seed=0):
+        assert sample.finished == (sample.response_ids[-1] in ends)
+        assert not set(sample.response_ids[:-1]) & set(ends)
+
+
+def test_a_models_own_generation_settings_do_not_warp(bundled):
+    prompts = [ids_of(bundled, QUESTION)] * 4
+    config = sampling(temperature=1.3)
+    expected = sample_responses(bundled, prompts, config, seed=2)
+    own = bundled.model.generation_config
+    kept = own.to_dict()
+    try:
+        own.update(temperature=0.1, top_k=1, top_p=0.1, repetition_penalty=3.0, min_new_tokens=20)
+        found = sample_responses(bundled, prompts, config, seed=2)
+    finally:
+        own.update(**{name: kept[name] for name in ("temperature", "top_k", "top_p", "repetition_penalty")})
+        own.min_new_tokens = kept.get("min_new_tokens")
+    assert [s.response_ids for s in found] == [s.response_ids for s in expected]
+
+
+def test_a_sample_cannot_be_changed(bundled):
+    (sample,) = sample_responses(bundled, [ids_of(bundled, QUESTION)], sampling(max_new_tokens=2), seed=0)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        sample.text = "other"
