@@ -9,7 +9,7 @@ What other programs build on is named here. Each name is imported when it is fir
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from ssrctl.version import __version__
 
 __all__ = ["BlockMask", "KronosOpt", "__version__", "segment", "select_topk", "two_level_advantages"]
 

@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from ssrctl import __version__, configs
+from ssrctl import configs
 from ssrctl.cli.glue import command
+from ssrctl.version import __version__
 
 app = typer.Typer(
     name="ssrctl",

@@ -70,10 +70,12 @@ def _flag(kind: type, name: str) -> str:
 def _read_yaml(path: Path) -> dict[Any, Any]:
     import yaml
 
-    from ssrctl.io.files import existing_file
-
     try:
-        loaded = yaml.safe_load(existing_file(path, "config file").read_text(encoding="utf-8"))
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"config file not found: {path}", "check the path") from error
+    except OSError as error:
+        raise UserError(f"config file cannot be read: {path}: {error.strerror}", "name a readable file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid yaml: {' '.join(str(error).split())}") from error
     if loaded is None:

@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol
 
-from ssrctl.configs import CriticOptions, SamplingConfig
 from ssrctl.io.records import Rollout, StepScore
-
-if TYPE_CHECKING:
-    from ssrctl.models.loading import LoadedModel
 
 STEP_RANGE = (-100.0, 100.0)
 FINAL_RANGE = (0.0, 100.0)
@@ -90,60 +84,3 @@ def scored(score: float, kind: str, rationale: str | None = None) -> StepScore:
 def missing(error: str, rationale: str | None = None) -> StepScore:
     """A score that could not be given, with its error class; never 0."""
     return StepScore(score=None, reward=None, rationale=rationale, error=error)
-
-
-def make_critic(
-    options: CriticOptions,
-    *,
-    policy: Callable[[], LoadedModel] | None = None,
-    sampling: SamplingConfig | None = None,
-    seed: int = 0,
-    ledger: Path | None = None,
-) -> Critic:
-    """The critic that ``options.critic`` names.
-
-    Args:
-        options: who scores, and how.
-        policy: gives the model whose continuations the rollout critic samples; loaded only if it is asked for.
-        sampling: how it samples.
-        seed: of that sampling.
-        ledger: where the llm critic notes its calls; None keeps no ledger.
-
-    Raises:
-        UserError: the critic lacks something: a key, a package, a rubric, a model.
-    """
-    return CRITICS[options.critic](
-        options, _Company(policy=policy, sampling=sampling or SamplingConfig(), seed=seed, ledger=ledger)
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Company:
-    """What a critic may need beside its options."""
-
-    policy: Callable[[], LoadedModel] | None
-    sampling: SamplingConfig
-    seed: int
-    ledger: Path | None
-
-
-def _rule(options: CriticOptions, company: _Company) -> Critic:
-    from ssrctl.critics.rule import RuleCritic
-
-    return RuleCritic()
-
-
-def _llm(options: CriticOptions, company: _Company) -> Critic:
-    from ssrctl.critics.llm.critic import LLMCritic
-
-    return LLMCritic(options, ledger=company.ledger)
-
-
-def _rollout(options: CriticOptions, company: _Company) -> Critic:
-    from ssrctl.critics.rollout import RolloutCritic
-
-    assert company.policy is not None, "the rollout critic needs the policy"
-    return RolloutCritic(options, company.policy(), company.sampling, company.seed)
-
-
-CRITICS: dict[str, Callable[[CriticOptions, _Company], Critic]] = {"rule": _rule, "llm": _llm, "rollout": _rollout}

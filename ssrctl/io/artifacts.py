@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import ssrctl
 from ssrctl.errors import UserError
 from ssrctl.io.files import existing_file, whole_file
+from ssrctl.version import __version__
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,7 +49,7 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], kind: str, met
 
 def header_metadata(kind: str, metadata: Mapping[str, Any]) -> dict[str, str]:
     """The metadata of an artifact as safetensors takes it: text, what is no text as json."""
-    header = {"ssrctl_kind": kind, "ssrctl_version": ssrctl.__version__, "format": "pt"}
+    header = {"ssrctl_kind": kind, "ssrctl_version": __version__, "format": "pt"}
     return header | {
         key: value if isinstance(value, str) else json.dumps(value, sort_keys=True) for key, value in metadata.items()
     }

@@ -9,8 +9,8 @@ import urllib.parse
 from pathlib import Path
 from typing import Any
 
-import ssrctl
 from ssrctl.io.files import existing_file
+from ssrctl.version import __version__
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "safetensors", "litellm")
 
@@ -33,7 +33,7 @@ def published_settings(config: Any) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """ssrctl, python and the libraries that bear on results."""
-    found = {"ssrctl": ssrctl.__version__, "python": platform.python_version()}
+    found = {"ssrctl": __version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)

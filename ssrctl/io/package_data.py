@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import ssrctl
 from ssrctl.errors import UserError
 
 
 def profiles_dir() -> Path:
     """The folder of shipped profiles: inside an installed package, at the top of a source checkout."""
-    package = Path(ssrctl.__file__).parent
+    package = Path(__file__).parent.parent
     installed = package / "profiles"
     return installed if installed.is_dir() else package.parent / "profiles"
 

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ssrctl.checkpoints.names import layer_index
 from ssrctl.core.seeds import derive_seed
 from ssrctl.errors import UserError
-from ssrctl.measures.sparsity import layer_index
-from ssrctl.report.document import times
+from ssrctl.report.formats import times
 
 if TYPE_CHECKING:
     from torch import Tensor

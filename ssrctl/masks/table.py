@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from ssrctl.checkpoints.names import KINDS
 from ssrctl.measures.maths.grouping import by_kind, by_layer
-from ssrctl.measures.sparsity import KINDS
-from ssrctl.report.document import Document, Section, Table, percent, times
+from ssrctl.report.document import Document, Section, Table
+from ssrctl.report.formats import percent, times
 
 if TYPE_CHECKING:
     from ssrctl.core.mask import BlockMask

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ssrctl.core.mask import TileSet, matrix_shape
 from ssrctl.errors import UserError
 from ssrctl.measures.maths.grouping import grouped
-from ssrctl.report.document import count, percent, times
+from ssrctl.report.formats import count, percent, times
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ssrctl.measures.maths.grouping import layer_label
-from ssrctl.report.document import Bars, Section, Table, count, number, percent, times
+from ssrctl.report.document import Bars, Section, Table
+from ssrctl.report.formats import count, number, percent, times
 
 _COLUMNS = ["weights", "protected", "changed", "both", "of protected", "of changed", "by chance", "ratio"]
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ssrctl.report.document import Figure, Heatmap, Lines, Section, Table, count, number, percent, times
+from ssrctl.report.document import Figure, Heatmap, Lines, Section, Table
+from ssrctl.report.formats import count, number, percent, times
 
 _CHANCE = "expected for independent directions"
 _TOP_ROWS = 20

@@ -17,13 +17,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ssrctl.checkpoints.names import matrix_kind
 from ssrctl.core.seeds import derive_seed
-from ssrctl.measures.maths import matrices as matrix_measures
+from ssrctl.measures import matrices as matrix_measures
 from ssrctl.measures.maths.grouping import grouped
 from ssrctl.measures.maths.magnitude import count_by_magnitude
 from ssrctl.measures.maths.row_column_counts import Profile, coarse_map, concentration, mean_concentration
 from ssrctl.measures.maths.update_matrix import Unmeasured
-from ssrctl.measures.sparsity import matrix_kind
 
 if TYPE_CHECKING:
     import torch

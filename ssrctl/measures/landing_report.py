@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ssrctl.checkpoints.names import KINDS
 from ssrctl.measures.landing import SETS
 from ssrctl.measures.maths.grouping import layer_label
 from ssrctl.measures.maths.row_column_counts import map_figure
-from ssrctl.measures.sparsity import KINDS
-from ssrctl.report.document import Bars, Heatmap, Lines, Section, Table, count, number, percent
+from ssrctl.report.document import Bars, Heatmap, Lines, Section, Table
+from ssrctl.report.formats import count, number, percent
 
 WORDS = {
     "principal": "principal",

@@ -7,7 +7,8 @@ from typing import Any
 
 from ssrctl.measures.maths.grouping import layer_label
 from ssrctl.measures.published import Measure, references
-from ssrctl.report.document import Heatmap, Lines, Section, Table, count, number, percent
+from ssrctl.report.document import Heatmap, Lines, Section, Table
+from ssrctl.report.formats import count, number, percent
 
 _MOST_COLUMNS = 80  # of a heat map
 

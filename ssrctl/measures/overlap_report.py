@@ -8,7 +8,8 @@ from typing import Any
 from ssrctl.measures.maths.grouping import layer_label
 from ssrctl.measures.maths.row_column_counts import map_figure
 from ssrctl.measures.published import references
-from ssrctl.report.document import Bars, Heatmap, Reference, Section, Table, count, number, percent
+from ssrctl.report.document import Bars, Heatmap, Reference, Section, Table
+from ssrctl.report.formats import count, number, percent
 
 _CHANCE = "expected by chance"
 

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ssrctl.report.document import Ranges, Reference, Section, Table, number, percent, times
+from ssrctl.report.document import Ranges, Reference, Section, Table
+from ssrctl.report.formats import number, percent, times
 
 Measure = Literal[
     "sparsity_1e-8", "sparsity_1e-7", "sparsity_1e-6", "sparsity_1e-5", "sparsity_bf16",

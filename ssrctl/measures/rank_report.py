@@ -6,13 +6,14 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ssrctl.checkpoints.names import layer_index, matrix_kind
 from ssrctl.measures.maths.grouping import grouped, layer_label
-from ssrctl.measures.maths.matrices import MatrixMeasures
 from ssrctl.measures.maths.update_matrix import Unmeasured
+from ssrctl.measures.matrices import MatrixMeasures
 from ssrctl.measures.published import references
 from ssrctl.measures.rank import UpdateRank
-from ssrctl.measures.sparsity import layer_index, matrix_kind
-from ssrctl.report.document import Bars, Lines, Section, Table, count, number, percent
+from ssrctl.report.document import Bars, Lines, Section, Table
+from ssrctl.report.formats import count, number, percent
 
 # (heading, key of the numbers, how it is written)
 Column = tuple[str, str, Callable[[Any], str]]

@@ -14,11 +14,11 @@ changes where they are small (Zhu et al. 2025, app. E.1).
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Literal
 
+from ssrctl.checkpoints.names import KINDS, layer_index, matrix_kind
 from ssrctl.measures.maths.change import DEFAULT_ATOL, DEFAULT_ETA, Change, add_up
 from ssrctl.measures.maths.largest_changes import TopMovers
 from ssrctl.measures.maths.piece_pair import PiecePair, common_dtype
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from ssrctl.checkpoints.reader import DeltaReader, TensorReader
 
 __all__ = [
-    "KINDS",
     "Change",
     "Rule",
     "add_up",
@@ -39,8 +38,6 @@ __all__ = [
     "compare_pieces",
     "compare_tensors",
     "group_changes",
-    "layer_index",
-    "matrix_kind",
 ]
 
 Rule = Literal["bits", "atol", "bf16"]
@@ -50,40 +47,6 @@ _CHUNK = 1 << 18
 # Elements that one worker takes at a time: enough to be worth a task, and few enough that the embedding, far larger
 # than any other tensor, is shared.
 _RANGE = 1 << 23
-
-KINDS = ("embed", "q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "norm", "lm_head", "other")
-
-# The first pattern that is found in the name decides, whatever its case; norms come first because of q_norm
-# and k_norm.
-_KIND_PATTERNS = (
-    ("norm", r"norm|(^|[._])ln(_\w+|\d*)?\."),
-    ("lm_head", r"(^|\.)(lm_head|embed_out|output_layer)\.|^(model\.)?output\.weight$"),
-    ("embed", r"embed|(^|\.)(wte|wpe)\."),
-    ("qkv", r"\.(qkv_proj|query_key_value|c_attn|wqkv|qkv)\."),
-    ("gate_up", r"\.gate_up_proj(\.|$)"),
-    ("q", r"\.(q_proj|wq|query|q_lin)\."),
-    ("k", r"\.(k_proj|wk|key|k_lin)\."),
-    ("v", r"\.(v_proj|wv|value|v_lin)\."),
-    ("o", r"\.(o_proj|wo|out_proj|out_lin|attn\.c_proj|(self_)?(attention|attn)\.dense|attention\.output\.dense)\."),
-    ("down", r"\.(down_proj|w2|fc2|fc_out|dense_4h_to_h|mlp\.c_proj|output\.dense)(\.|$)"),
-    ("gate", r"\.(gate_proj|w1)(\.|$)"),
-    ("up", r"\.(up_proj|w3|fc1|fc_in|c_fc|dense_h_to_4h)(\.|$)"),
-)
-_LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)\.")
-
-
-def matrix_kind(name: str) -> str:
-    """Which part of a transformer a tensor is, by its name: one of ``KINDS``. A bias counts with its matrix."""
-    for kind, pattern in _KIND_PATTERNS:
-        if re.search(pattern, name, re.IGNORECASE):
-            return kind
-    return "other"
-
-
-def layer_index(name: str) -> int | None:
-    """The layer number in a tensor's name, from 0; None outside of the layers."""
-    found = _LAYER.search(name)
-    return int(found.group(1)) if found else None
 
 
 def changed(base: Tensor, tuned: Tensor, rule: Rule, *, atol: float = DEFAULT_ATOL, eta: float = DEFAULT_ETA) -> Tensor:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ssrctl.checkpoints.names import KINDS, layer_index, matrix_kind
 from ssrctl.measures.maths.change import FIXED_TOLERANCES, tolerance_key
 from ssrctl.measures.maths.largest_changes import Mover, TopMovers
 from ssrctl.measures.maths.ulp import bin_label
-from ssrctl.measures.sparsity import KINDS, Change, add_up, group_changes, layer_index, matrix_kind
-from ssrctl.report.document import Bars, Figure, Heatmap, Histogram, Section, Table, count, number, percent
+from ssrctl.measures.sparsity import Change, add_up, group_changes
+from ssrctl.report.document import Bars, Figure, Heatmap, Histogram, Section, Table
+from ssrctl.report.formats import count, number, percent
 
 _OUTSIDE = "outside"
 

@@ -6,13 +6,14 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ssrctl.checkpoints.names import KINDS, layer_index, matrix_kind
 from ssrctl.measures.maths.grouping import grouped
-from ssrctl.measures.maths.matrices import MatrixMeasures
 from ssrctl.measures.maths.update_matrix import Unmeasured
+from ssrctl.measures.matrices import MatrixMeasures
 from ssrctl.measures.rank_report import Column, measure_tables, rank_headlines, rank_numbers
-from ssrctl.measures.sparsity import KINDS, layer_index, matrix_kind
 from ssrctl.measures.spectrum import SpectrumChange
-from ssrctl.report.document import Bars, Figure, Heatmap, Lines, Reference, Section, Table, count, number, percent
+from ssrctl.report.document import Bars, Figure, Heatmap, Lines, Reference, Section, Table
+from ssrctl.report.formats import count, number, percent
 
 _SIDES = ("left", "right")
 _RANDOM = ("gaussian", "signs")

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ssrctl.measures.step_geometry import GeometryPoint, PairMeans, RunGeometry
-from ssrctl.report.document import Bars, Figure, Heatmap, Lines, Section, Table, number, percent, times
+from ssrctl.report.document import Bars, Figure, Heatmap, Lines, Section, Table
+from ssrctl.report.formats import number, percent, times
 
 _MISSING_SETS = (
     "The mask logs hold neither unconstrained sets nor energies: they were written by an earlier version of ssrctl."

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from ssrctl.measures.step_overlap import StepOverlap
 from ssrctl.measures.step_overlap_summary import PairSummary, RunOverlap, mean
-from ssrctl.report.document import Bars, Document, Heatmap, Lines, Section, Table, count, number, percent, times
+from ssrctl.report.document import Bars, Document, Heatmap, Lines, Section, Table
+from ssrctl.report.formats import count, number, percent, times
 
 # Allocations under which no coordinate can belong to two steps of a question.
 DISJOINT_ALLOCATIONS = ("disjoint", "shuffled")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ssrctl.checkpoints.model_folder import CONFIG
 from ssrctl.checkpoints.reader import TensorReader, same_constants, tied_copies
 from ssrctl.errors import UserError
-from ssrctl.report.document import times
+from ssrctl.report.formats import times
 
 if TYPE_CHECKING:
     import torch

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any, Literal
 
-from ssrctl.report.document import Bars, Figure, Heatmap, Histogram, Lines, Ranges, Reference, percent, text_safe
+from ssrctl.report.document import Bars, Figure, Heatmap, Histogram, Lines, Ranges, Reference
+from ssrctl.report.formats import percent, text_safe
 
 # Placeholders that stand for css variables; values without meaning, chosen to be unlike any other colour.
 TEXT, GRID, MUTED = "#010203", "#020304", "#050607"

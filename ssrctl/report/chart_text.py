@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from ssrctl.report.chart_style import cell_text, finite, label_text
-from ssrctl.report.document import Bars, Figure, Heatmap, Histogram, Ranges, Reference, number, percent, times
+from ssrctl.report.document import Bars, Figure, Heatmap, Histogram, Ranges, Reference
+from ssrctl.report.formats import number, percent, times
 
 _MOST_SERIES = 8
 

@@ -6,10 +6,9 @@ None, NaN or infinite are left blank in figures. Text may come from files: whate
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 Numbers = Sequence[float | None]
 Interval = tuple[float, float]
@@ -245,51 +244,3 @@ class Document:
     notes: list[str]
     sections: list[Section]
     unusual: list[str] = field(default_factory=list)
-
-
-def json_safe(value: Any) -> Any:
-    """The same data with NaN and infinity, which json does not have, as None, and every key as text."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, str):
-        return text_safe(value)
-    if isinstance(value, dict):
-        return {text_safe(str(key)): json_safe(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [json_safe(item) for item in value]
-    return value
-
-
-def text_safe(text: str) -> str:
-    """The same text with lone surrogates, which have no UTF-8 form, as question marks."""
-    return text.encode("utf-8", "replace").decode("utf-8")
-
-
-def count(value: float | None) -> str:
-    """A count with thousands separators; means of counts keep one decimal."""
-    if value is None:
-        return "–"
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}"
-
-
-def percent(value: float | None) -> str:
-    """A share as a percentage, never rounded to 0% or 100% unless it is exactly that."""
-    if value is None:
-        return "–"
-    for digits in range(2, 8):
-        text = f"{value * 100:.{digits}f}"
-        if (float(text) == 0) == (value == 0) and (float(text) == 100) == (value == 1):
-            return text + "%"
-    return "<0.0000001%" if value < 0.5 else ">99.9999999%"
-
-
-def times(value: int, what: str) -> str:
-    """A count and its noun: ``1 pair``, ``12 pairs``."""
-    return f"{value:,} {what}" + ("" if value == 1 else "s")
-
-
-def number(value: float | None, style: Literal["short", "signed"] = "short") -> str:
-    """Three significant digits; ``signed`` has three decimals and always shows the sign."""
-    if value is None:
-        return "–"
-    return f"{value:+.3f}" if style == "signed" else "0" if value == 0 else f"{value:#.3g}".removesuffix(".")

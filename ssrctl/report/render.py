@@ -7,7 +7,8 @@ import re
 import sys
 from typing import TYPE_CHECKING, Any
 
-from ssrctl.report.document import Document, Figure, Section, Table, text_safe, times
+from ssrctl.report.document import Document, Figure, Section, Table
+from ssrctl.report.formats import text_safe, times
 from ssrctl.report.tables import FOLDER, table_names, unique_slugs
 
 if TYPE_CHECKING:

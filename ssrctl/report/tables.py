@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ssrctl.io.files import write_text
-from ssrctl.report.document import Document, Section, Table, json_safe, text_safe
+from ssrctl.report.document import Document, Section, Table
+from ssrctl.report.formats import json_safe, text_safe
 
 FOLDER = "tables"
 INDEX = "index.json"

@@ -1,17 +1,15 @@
-"""From problems to groups: responses sampled, cut into steps, scored, and aligned with their tokens."""
+"""Groups: sample the responses to each question, cut them into steps, align the steps with tokens."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from ssrctl.configs import SamplingConfig, SegmentOptions
 from ssrctl.core.seeds import derive_seed
-from ssrctl.errors import Stopped, UserError
+from ssrctl.errors import UserError
 from ssrctl.io.problems import Problem
 from ssrctl.io.records import Rollout
 from ssrctl.models.loading import LoadedModel
@@ -19,10 +17,6 @@ from ssrctl.sampling.alignment import step_of_tokens, token_starts
 from ssrctl.sampling.generate import Sample, sample_responses
 from ssrctl.text.prompts import build_prompt, encode_prompt
 from ssrctl.text.segment import segment
-from ssrctl.training.unit_gradients import GroupBatch, make_batch
-
-if TYPE_CHECKING:
-    from ssrctl.critics.base import Critic
 
 
 @dataclass(frozen=True)
@@ -152,43 +146,3 @@ def _record(prompt: Prompted, number: int, sample: Sample, segmentation: Segment
 def _token_steps(loaded: LoadedModel, rollout: Rollout, sample: Sample) -> list[int]:
     assert rollout.steps is not None
     return step_of_tokens(token_starts(loaded.tokenizer, sample.response_ids, sample.text), rollout.steps)
-
-
-def score_groups(groups: Sequence[Group], critic: Critic) -> None:
-    """Have the critic score every response, and check the final answers; fills the records in place.
-
-    Raises:
-        Stopped: the critic could not be reached for any of the steps, so that there is nothing to learn from.
-    """
-    from ssrctl.critics.base import OUTAGES, score_all
-    from ssrctl.text.answers import check_answers
-
-    rollouts = [rollout for group in groups for rollout in group.rollouts]
-    finals = check_answers([(rollout.response or "", rollout.answer) for rollout in rollouts])
-    for rollout, scores, final in zip(rollouts, score_all(critic, rollouts), finals, strict=True):
-        assert len(scores) == len(rollout.steps or ()), (rollout.id, len(scores))
-        assert rollout.response is not None and rollout.answer is not None
-        rollout.scores, rollout.final = scores, final
-    errors = Counter(score.error for rollout in rollouts for score in rollout.scores or ())
-    if errors and set(errors) <= OUTAGES:
-        classes = ", ".join(f"{kind} {count}" for kind, count in errors.items())
-        raise Stopped(f"the critic gave none of {errors.total()} scores: {classes}", "go on when it answers again")
-
-
-def group_batch(loaded: LoadedModel, group: Group, *, whole_response: bool = False) -> GroupBatch:
-    """The group as padded tensors on the model's device.
-
-    Args:
-        loaded: the model.
-        group: sampled and segmented.
-        whole_response: treat each response as one step 0, as sequence-level credit does.
-    """
-    steps = [[0] * len(s.response_ids) for s in group.samples] if whole_response else group.token_steps
-    return make_batch(
-        group.prompted.prompt_ids,
-        [sample.response_ids for sample in group.samples],
-        [sample.logprobs for sample in group.samples],
-        steps,
-        pad_token_id=loaded.tokenizer.pad_token_id,
-        device=loaded.device,
-    )

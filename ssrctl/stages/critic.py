@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from ssrctl.configs import CriticConfig
-from ssrctl.critics.base import LASTING, Critic, make_critic, needs_another_try
+from ssrctl.critics.base import LASTING, Critic, needs_another_try
 from ssrctl.critics.calibration.calibrate import calibrate
 from ssrctl.critics.calibration.table import show_calibration
 from ssrctl.critics.llm.estimate import Estimate
+from ssrctl.critics.registry import make_critic
 from ssrctl.critics.score_summary import ScoreTally
 from ssrctl.errors import Stopped, UserError
 from ssrctl.io import console

@@ -13,15 +13,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import ssrctl
 from ssrctl.checkpoints.delta import DeltaFile, dtype_name
 from ssrctl.checkpoints.files import INDEX, SINGLE
 from ssrctl.checkpoints.run_dir import find_delta
 from ssrctl.configs import DeltaApplyConfig, DeltaDiffConfig, DeltaInfoConfig
 from ssrctl.errors import UserError
 from ssrctl.io import console, manifest
-from ssrctl.report.document import Document, Section, Table, percent, times
+from ssrctl.report.document import Document, Section, Table
+from ssrctl.report.formats import percent, times
 from ssrctl.report.render import show_document
+from ssrctl.version import __version__
 
 if TYPE_CHECKING:
     import torch
@@ -156,7 +157,7 @@ def _write_folder(config: DeltaApplyConfig, made: AppliedCheckpoint, notes: list
     base, delta = made.base, made.delta
     metadata = {
         "format": "pt",  # what transformers asks for
-        "ssrctl_version": ssrctl.__version__,
+        "ssrctl_version": __version__,
         "base": json.dumps(dataclasses.asdict(delta.base)),
         "settings": json.dumps(_settings(config)),
     }

@@ -34,7 +34,7 @@ from ssrctl.errors import UserError
 from ssrctl.io import console, manifest
 from ssrctl.io.artifacts import ModelIdentity
 from ssrctl.masks.headers import check_same_model, read_mask_header
-from ssrctl.report.document import times
+from ssrctl.report.formats import times
 
 if TYPE_CHECKING:
     from ssrctl.checkpoints.reader import TensorReader
@@ -112,7 +112,7 @@ def _from_weights(config: MaskSource, recipe: Recipe, when_empty: str, layers: S
 
 def _check_layers(stored: StoredParameters, layers: Iterable[range]) -> None:
     """A layer that the model does not have is a mistake."""
-    from ssrctl.measures.sparsity import layer_index
+    from ssrctl.checkpoints.names import layer_index
 
     there = {layer for name in stored.names if (layer := layer_index(name)) is not None}
     highest = max((one[-1] for one in layers), default=-1)

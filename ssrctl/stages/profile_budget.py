@@ -16,7 +16,8 @@ from ssrctl.core.bits import bits_from_mask
 from ssrctl.core.budget import coordinates
 from ssrctl.core.mask import BlockMask
 from ssrctl.core.seeds import derive_seed
-from ssrctl.critics.base import make_critic
+from ssrctl.critics.registry import make_critic
+from ssrctl.critics.scoring import score_groups
 from ssrctl.errors import UserError
 from ssrctl.io.artifacts import load_mask_for
 from ssrctl.io.budget_file import BudgetProfile, save_budget_profile
@@ -27,8 +28,9 @@ from ssrctl.io.problems import load_problems
 from ssrctl.io.records import Rollout, read_rollouts
 from ssrctl.masks.budget_profile import MeanCurve, StepMass, mean_curve, problem_masses, traces_batch
 from ssrctl.models.loading import LoadedModel, describe_model, load_model
-from ssrctl.sampling.groups import Group, group_batch, prepare_prompts, sample_groups, score_groups
+from ssrctl.sampling.groups import Group, prepare_prompts, sample_groups
 from ssrctl.text.prompts import build_prompt, load_template
+from ssrctl.training.step_gradients.batch import group_batch
 from ssrctl.training.unit_gradients import GroupBatch
 
 GRADIENT_BYTES = 4.0

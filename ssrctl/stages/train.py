@@ -26,7 +26,8 @@ from ssrctl.configs import TrainConfig
 from ssrctl.core.budget import step_budgets
 from ssrctl.core.mask import BlockMask
 from ssrctl.core.seeds import derive_seed
-from ssrctl.critics.base import Critic, make_critic
+from ssrctl.critics.base import Critic
+from ssrctl.critics.registry import make_critic
 from ssrctl.errors import Stopped, UserError
 from ssrctl.io import console, manifest
 from ssrctl.io.artifacts import load_mask_for

@@ -23,10 +23,12 @@ from ssrctl.core.mask import BlockMask
 from ssrctl.core.topk import NonFiniteGradient
 from ssrctl.core.units import Unit, plan_units
 from ssrctl.critics.base import Critic
+from ssrctl.critics.scoring import score_groups
 from ssrctl.errors import UserError
 from ssrctl.io.mask_log import QuestionLog, UnitLog
 from ssrctl.models.loading import LoadedModel
-from ssrctl.sampling.groups import Group, Prompted, group_batch, sample_groups, score_groups
+from ssrctl.sampling.groups import Group, Prompted, sample_groups
+from ssrctl.training.step_gradients.batch import group_batch
 from ssrctl.training.unit_gradients import GroupBatch, NonFiniteLoss, unit_gradients
 from ssrctl.training.unit_observer import QuestionView, UnitObserver, Wanted
 from ssrctl.training.updaters import QuestionUpdate, Updater

@@ -3,7 +3,8 @@
 import pytest
 
 from ssrctl.configs import CriticOptions
-from ssrctl.critics.base import CRITICS, make_critic, missing, scored
+from ssrctl.critics.base import missing, scored
+from ssrctl.critics.registry import CRITICS, make_critic
 from ssrctl.critics.rule import RuleCritic
 
 

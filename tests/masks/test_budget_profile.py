@@ -19,7 +19,8 @@ from ssrctl.masks.budget_profile import (
     traces_batch,
 )
 from ssrctl.models.loading import LoadedModel, load_model
-from ssrctl.sampling.groups import group_batch, prepare_prompts, sample_groups
+from ssrctl.sampling.groups import prepare_prompts, sample_groups
+from ssrctl.training.step_gradients.batch import group_batch
 from ssrctl.training.unit_gradients import GroupBatch, make_batch, response_logprobs
 
 

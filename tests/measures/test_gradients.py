@@ -16,7 +16,8 @@ from ssrctl.io.gradient_log import GradientHeader, gradient_log_path, gradient_l
 from ssrctl.measures import gradients as gradient_geometry
 from ssrctl.measures.gradients import gradient_numbers, gram_matrix, random_gram, spectrum_of
 from ssrctl.measures.gradients_report import gradient_section, headlines
-from ssrctl.report.document import Lines, json_safe
+from ssrctl.report.document import Lines
+from ssrctl.report.formats import json_safe
 from ssrctl.training.gradient_sketch import GradientSketch
 
 

@@ -29,7 +29,7 @@ from ssrctl.measures.landing_report import headlines, landing_section
 from ssrctl.measures.maths.magnitude import count_by_magnitude, magnitude_classes
 from ssrctl.measures.maths.row_column_counts import profile
 from ssrctl.measures.maths.update_matrix import Unmeasured
-from ssrctl.report.document import json_safe
+from ssrctl.report.formats import json_safe
 from ssrctl.report.render import html_page
 
 SETTINGS = {"rank_share": 0.25, "density": 0.5}

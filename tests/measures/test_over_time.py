@@ -14,7 +14,8 @@ from ssrctl.measures import over_time as module
 from ssrctl.measures.maths.row_column_counts import profile, stability
 from ssrctl.measures.over_time import OverTime, over_time, over_time_numbers, series
 from ssrctl.measures.over_time_report import headlines, over_time_section
-from ssrctl.report.document import Document, Lines, json_safe
+from ssrctl.report.document import Document, Lines
+from ssrctl.report.formats import json_safe
 from ssrctl.report.render import html_page
 
 Values = list[list[int]]

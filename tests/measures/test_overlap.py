@@ -27,7 +27,8 @@ from ssrctl.measures.overlap import (
     run_overlap_numbers,
 )
 from ssrctl.measures.overlap_report import headlines, run_overlap_section
-from ssrctl.report.document import Document, json_safe
+from ssrctl.report.document import Document
+from ssrctl.report.formats import json_safe
 from ssrctl.report.render import html_page
 
 SHAPE = (5, 19)

@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 
+from ssrctl.checkpoints.names import matrix_kind
 from ssrctl.measures.published import (
     MEASURES,
     MUKHERJEE,
@@ -20,7 +21,6 @@ from ssrctl.measures.published import (
     references,
     unusual,
 )
-from ssrctl.measures.sparsity import matrix_kind
 from ssrctl.report.document import Ranges, Reference
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from ssrctl.checkpoints.delta import Delta, changed_indices
+from ssrctl.checkpoints.names import layer_index, matrix_kind
 from ssrctl.checkpoints.reader import DeltaReader, TensorReader
 from ssrctl.errors import UserError
 from ssrctl.io.artifacts import ModelIdentity
@@ -25,8 +26,6 @@ from ssrctl.measures.sparsity import (
     compare_pieces,
     compare_tensors,
     group_changes,
-    layer_index,
-    matrix_kind,
 )
 from ssrctl.measures.sparsity_report import headlines, nonfinite_note, rules_section, size_section, sparsity_numbers
 from ssrctl.report.document import Heatmap, Histogram

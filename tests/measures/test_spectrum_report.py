@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from ssrctl.measures.maths import matrices as matrix_measures
-from ssrctl.measures.maths.matrices import MatrixMeasures, measure_tensor, skip_reason
+from ssrctl.measures import matrices as matrix_measures
 from ssrctl.measures.maths.update_matrix import Unmeasured, UpdateMatrix, read_update
+from ssrctl.measures.matrices import MatrixMeasures, measure_tensor, skip_reason
 from ssrctl.measures.rank import UpdateRank, update_rank
 from ssrctl.measures.rank_report import rank_section
 from ssrctl.measures.spectrum import SpectrumChange
 from ssrctl.measures.spectrum_report import headlines, notes, spectrum_numbers, spectrum_section
-from ssrctl.report.document import Bars, Heatmap, Lines, Section, json_safe
+from ssrctl.report.document import Bars, Heatmap, Lines, Section
+from ssrctl.report.formats import json_safe
 
 
 def normal(*shape: int, seed: int) -> torch.Tensor:

@@ -20,7 +20,7 @@ from ssrctl.measures.step_geometry import (
     summarise_geometry,
 )
 from ssrctl.measures.step_geometry_report import geometry_headlines, geometry_notes, geometry_sections
-from ssrctl.report.document import json_safe
+from ssrctl.report.formats import json_safe
 
 SHAPES = {"w": (10, 10)}
 ELIGIBLE = 90

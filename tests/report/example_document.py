@@ -6,21 +6,8 @@ import math
 import random
 
 from ssrctl.measures.published import jaccard_by_kind, published_section, references, unusual
-from ssrctl.report.document import (
-    Bars,
-    Document,
-    Figure,
-    Heatmap,
-    Histogram,
-    Lines,
-    Ranges,
-    Reference,
-    Section,
-    Table,
-    count,
-    number,
-    percent,
-)
+from ssrctl.report.document import Bars, Document, Figure, Heatmap, Histogram, Lines, Ranges, Reference, Section, Table
+from ssrctl.report.formats import count, number, percent
 
 KINDS = ("embedding", "q", "k", "v", "o", "gate", "up", "down", "norm")
 BANDS = [Reference("published elsewhere, table 1: 68.5% to 96.0%", 0.685, 0.96), Reference("one value: 7.0%", 0.07)]

@@ -19,21 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from ssrctl.report.document import (
-    Bars,
-    Document,
-    Figure,
-    Heatmap,
-    Lines,
-    Section,
-    Table,
-    count,
-    json_safe,
-    number,
-    percent,
-    text_safe,
-    times,
-)
+from ssrctl.report.document import Bars, Document, Figure, Heatmap, Lines, Section, Table
+from ssrctl.report.formats import count, json_safe, number, percent, text_safe, times
 from ssrctl.report.render import MOST_PAGE_ROWS, html_page, missing_libraries, print_document, words_columns
 
 ATTACK = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>&amp;$x$[bold]"

@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ssrctl.errors import UserError
-from ssrctl.report.document import Document, Section, Table, count, number, percent
+from ssrctl.report.document import Document, Section, Table
+from ssrctl.report.formats import count, number, percent
 from ssrctl.report.tables import (
     csv_text,
     distinct_columns,

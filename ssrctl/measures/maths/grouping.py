@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from ssrctl.measures.sparsity import KINDS, layer_index, matrix_kind
+from ssrctl.checkpoints.names import KINDS, layer_index, matrix_kind
 
 T = TypeVar("T")
 

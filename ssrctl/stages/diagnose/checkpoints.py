@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import ssrctl
 from ssrctl.configs import DiagnoseConfig
 from ssrctl.errors import CheckFailed, UserError
-from ssrctl.report.document import Document, Section, Table, number, percent, text_safe
+from ssrctl.report.document import Document, Section, Table
+from ssrctl.report.formats import number, percent, text_safe
 from ssrctl.stages.diagnose import measure
 from ssrctl.stages.diagnose.deliver import deliver, show_plan
 from ssrctl.stages.diagnose.inputs import Inputs, Tuned, checkpoints_of, is_run, open_inputs
+from ssrctl.version import __version__
 
 if TYPE_CHECKING:
     from ssrctl.core.mask import BlockMask
@@ -327,7 +328,7 @@ def _json(report: _Report, kind: str, inputs: Inputs, config: DiagnoseConfig) ->
     labels = [tuned.label for tuned in inputs.tuned]
     return {
         "kind": kind,
-        "ssrctl_version": ssrctl.__version__,
+        "ssrctl_version": __version__,
         "base": text_safe(inputs.base.label),
         "tuned": labels[0] if len(labels) == 1 else labels,
         "atol": config.atol,

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import ssrctl
 from ssrctl.configs import DiagnoseConfig
 from ssrctl.io.files import write_text
-from ssrctl.report.document import Document, json_safe
+from ssrctl.report.document import Document
+from ssrctl.report.formats import json_safe
 from ssrctl.report.render import html_page, missing_libraries, show_document
 from ssrctl.report.tables import FOLDER, write_tables
+from ssrctl.version import __version__
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -42,7 +43,7 @@ def deliver(config: DiagnoseConfig, report: dict[str, Any], document: Document, 
     written = [output / "report.json"]
     missing = missing_libraries()
     if not missing:
-        write_text(output / "report.html", html_page(document, ssrctl.__version__, table_files=True))
+        write_text(output / "report.html", html_page(document, __version__, table_files=True))
         written.append(output / "report.html")
     if not config.json:
         show_document(document, written[-1].name)

@@ -14,7 +14,7 @@ from ssrctl.checkpoints.run_dir import RunDir
 from ssrctl.configs import TINY, DiagnoseConfig
 from ssrctl.configs.layers import layer_ranges
 from ssrctl.errors import UserError
-from ssrctl.report.document import text_safe
+from ssrctl.report.formats import text_safe
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -147,7 +147,7 @@ def local_copy(path: Path) -> Path:
 
 
 def _in_layers(names: list[str], layers: str | None) -> list[str]:
-    from ssrctl.measures.sparsity import layer_index
+    from ssrctl.checkpoints.names import layer_index
 
     if layers is None:
         return names

@@ -207,7 +207,7 @@ def _written_difference(folder: Path, prompts: Sequence[Tensor], before: Sequenc
 
 def _write_report(path: Path, report: Mapping[str, Any]) -> None:
     from ssrctl.io.files import write_text
-    from ssrctl.report.document import json_safe
+    from ssrctl.report.formats import json_safe
 
     write_text(path, json.dumps(json_safe(dict(report)), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 

@@ -54,7 +54,7 @@ def compare(inputs: Inputs, tuned: Tuned, config: DiagnoseConfig) -> tuple[dict[
 def matrices(inputs: Inputs, tuned: Tuned, changes: Mapping[str, Change], config: DiagnoseConfig) -> dict[str, Any]:
     """Rank, spectrum and landing of every matrix; keys ``rank``, ``spectrum``, ``skipped`` and ``landing``."""
     from ssrctl.measures import landing
-    from ssrctl.measures.maths import matrices as matrix_measures
+    from ssrctl.measures import matrices as matrix_measures
     from ssrctl.measures.maths.row_column_counts import Profile, profile
     from ssrctl.measures.maths.update_matrix import Unmeasured
     from ssrctl.measures.spectrum_report import spectrum_numbers
@@ -124,7 +124,7 @@ def _widened(weights: Tensor) -> Tensor:
 
 def _examples(inputs: Inputs, changes: Mapping[str, Change]) -> list[str]:
     """A query or gate matrix of the middle layer, to be pictured; none where nothing changed."""
-    from ssrctl.measures.sparsity import layer_index, matrix_kind
+    from ssrctl.checkpoints.names import layer_index, matrix_kind
 
     changed = [
         name
@@ -169,7 +169,7 @@ def overlap(inputs: Inputs, config: DiagnoseConfig) -> dict[str, Any]:
 
 def _middle_matrix(inputs: Inputs) -> str | None:
     """The first matrix of the middle layer, to be pictured."""
-    from ssrctl.measures.sparsity import layer_index
+    from ssrctl.checkpoints.names import layer_index
 
     layers = {name: layer_index(name) for name in inputs.names if len(inputs.base.shapes[name]) == 2}
     numbers = sorted({layer for layer in layers.values() if layer is not None})

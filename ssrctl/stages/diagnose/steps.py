@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import ssrctl
 from ssrctl.configs import DiagnoseConfig
 from ssrctl.errors import UserError
 from ssrctl.io.mask_log import load_mask_log, mask_log_paths
-from ssrctl.report.document import percent, text_safe, times
+from ssrctl.report.formats import percent, text_safe, times
 from ssrctl.stages.diagnose.deliver import deliver, say, show_plan, stderr
+from ssrctl.version import __version__
 
 if TYPE_CHECKING:
     from ssrctl.measures.step_geometry import QuestionGeometry
@@ -43,7 +43,7 @@ def diagnose_steps(config: DiagnoseConfig) -> dict[str, Any]:
     label = text_safe(folder.resolve().name)
     report = {
         "kind": "step-overlap",
-        "ssrctl_version": ssrctl.__version__,
+        "ssrctl_version": __version__,
         "run": label,
         "allocation": allocation,
         "num_coordinates": coordinates,

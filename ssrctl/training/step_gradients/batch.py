@@ -9,10 +9,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from ssrctl.models.loading import LoadedModel
+    from ssrctl.sampling.groups import Group
 
 
 @dataclass(frozen=True)
@@ -129,3 +133,22 @@ def token_logprobs(logits: Tensor, targets: Tensor, temperature: float) -> Tenso
         logits = logits / temperature
     chosen = logits.expand(len(targets), -1, -1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     return chosen - logits.logsumexp(-1)
+
+
+def group_batch(loaded: LoadedModel, group: Group, *, whole_response: bool = False) -> GroupBatch:
+    """The group as padded tensors on the model's device.
+
+    Args:
+        loaded: the model.
+        group: sampled and segmented.
+        whole_response: treat each response as one step 0, as sequence-level credit does.
+    """
+    steps = [[0] * len(s.response_ids) for s in group.samples] if whole_response else group.token_steps
+    return make_batch(
+        group.prompted.prompt_ids,
+        [sample.response_ids for sample in group.samples],
+        [sample.logprobs for sample in group.samples],
+        steps,
+        pad_token_id=loaded.tokenizer.pad_token_id,
+        device=loaded.device,
+    )
