@@ -1,4 +1,4 @@
-"""What the benchmark scripts share: the machine's line, timing, tables, goals."""
+"""Helpers of the benchmark scripts: the machine's description, timing, tables, goals."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 
 
 def machine() -> str:
-    """One line: cores, memory, threads, versions, and the GPU if there is one."""
+    """Describe the machine in one line: cores, memory, threads, versions, and the GPU if there is one."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     parts = [
         f"{os.cpu_count()} cores ({_processor()})",
@@ -36,7 +36,7 @@ def _processor() -> str:
 
 
 def synchronize() -> None:
-    """Wait for the GPU, where there is one."""
+    """Wait for the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
@@ -50,7 +50,7 @@ class Timing:
 
 
 def timed(run: Callable[[], object], repeats: int = 5, warm_up: int = 1) -> Timing:
-    """Time ``run``; the best of the repeats is least disturbed by whatever else the machine does."""
+    """Time ``run``; the best repeat is the one that other work on the machine disturbed least."""
     for _ in range(warm_up):
         run()
     seconds = []
@@ -64,12 +64,12 @@ def timed(run: Callable[[], object], repeats: int = 5, warm_up: int = 1) -> Timi
 
 
 def peak_rss_bytes() -> int:
-    """The largest resident set of this process so far."""
+    """Return the largest resident set of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Rows as aligned columns, numbers to the right."""
+    """Align rows as columns, numbers to the right."""
     cells = [[str(c) for c in row] for row in (header, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     lines = [
@@ -80,7 +80,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def goal(text: str, reached: float, *, at_most: float | None = None, at_least: float | None = None) -> bool:
-    """Print a goal beside what was reached; returns whether it was met."""
+    """Print a goal next to the measured value; return True if it was met."""
     assert (at_most is None) != (at_least is None)
     limit = at_most if at_most is not None else at_least
     met = reached <= limit if at_most is not None else reached >= limit  # type: ignore[operator]

@@ -1,4 +1,4 @@
-"""Peak memory and time of `ssrctl delta diff` and `ssrctl delta apply`, and how large the delta is.
+"""Peak memory and time of `ssrctl delta diff` and `ssrctl delta apply`, and the size of the delta.
 
 Makes a sharded bfloat16 checkpoint of the wanted size and a second one in which 1% of the coordinates changed,
 runs both commands as users do (a process each), and compares `diff` with a plain read of both checkpoints, `apply`
@@ -37,7 +37,7 @@ PIECE = 2**22
 
 
 def make_pair(folder: Path, gigabytes: float) -> tuple[Path, Path]:
-    """A base and a tuned checkpoint, written piece by piece."""
+    """Write a base and a tuned checkpoint, piece by piece."""
     rows = int(gigabytes * 1e9 / 2 / HIDDEN)
     embedding = int(rows * EMBEDDING_FRAC)
     layers = 4 * SHARDS
@@ -66,7 +66,7 @@ def make_pair(folder: Path, gigabytes: float) -> tuple[Path, Path]:
 
 
 def write_tensor(base, tuned, numel: int, generator: torch.Generator) -> None:
-    """Random weights to ``base``, the same but for 1% to ``tuned``."""
+    """Write random weights to ``base``, and the same ones except for 1% to ``tuned``."""
     for start in range(0, numel, PIECE):
         length = min(PIECE, numel - start)
         bits = torch.randint(-(2**15), 2**15, (length,), generator=generator, dtype=torch.int16)
@@ -78,7 +78,7 @@ def write_tensor(base, tuned, numel: int, generator: torch.Generator) -> None:
 
 @dataclass(frozen=True)
 class Run:
-    """One process."""
+    """Time and memory of one process."""
 
     seconds: float
     peak_bytes: int
@@ -103,7 +103,7 @@ def run(*words: str | Path) -> Run:
 
 
 def plain_read(folders: list[Path]) -> float:
-    """Seconds to read all weights of the folders once."""
+    """Time one read of all weights of the folders, in seconds."""
     buffer = bytearray(16 * 2**20)
     start = time.perf_counter()
     for folder in folders:
@@ -115,7 +115,7 @@ def plain_read(folders: list[Path]) -> float:
 
 
 def plain_copy(folder: Path, target: Path) -> float:
-    """Seconds to copy all weights of a folder onto the disk."""
+    """Time a copy of all weights of a folder onto the disk, in seconds."""
     target.mkdir()
     start = time.perf_counter()
     for file in sorted(folder.glob("*.safetensors")):
@@ -131,7 +131,7 @@ def weight_bytes(folder: Path) -> int:
 
 
 def same_weights(one: Path, other: Path) -> bool:
-    """Do two checkpoints hold the same tensors, bit for bit?"""
+    """Return True if two checkpoints hold the same tensors, bit for bit."""
     with TensorReader(one) as a, TensorReader(other) as b:
         return (a.shapes, a.dtypes) == (b.shapes, b.dtypes) and all(
             torch.equal(x.view(torch.int16), y.view(torch.int16))

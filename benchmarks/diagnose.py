@@ -69,7 +69,7 @@ def make_pair(folder: Path, gigabytes: float, changed: float) -> tuple[list[Path
 
 
 def write_tensor(base, tuned, numel: int, changed: float, generator: torch.Generator) -> None:
-    """Normal weights to ``base``; to ``tuned`` the same, but for a share that moved by one or two steps."""
+    """Write normal weights to ``base``, and to ``tuned`` the same with a share moved by one or two steps."""
     for start in range(0, numel, PIECE):
         length = min(PIECE, numel - start)
         weights = torch.randn(length, generator=generator).mul_(0.02).to(torch.bfloat16)
@@ -113,13 +113,13 @@ print(json.dumps([min(times), min(cpu), peak(), before, total.numbers()]))
 
 
 def sparsity_pass(sides: list[Path], workers: int, repeats: int) -> Pass:
-    """Compare the pair ``repeats`` times; the best time counts."""
+    """Compare the pair ``repeats`` times and return the best time."""
     call = [sys.executable, "-c", MEASURED, *map(str, sides), str(workers), str(repeats)]
     return Pass(*json.loads(subprocess.run(call, capture_output=True, text=True, check=True).stdout))
 
 
 def drop_cache(files: list[Path]) -> None:
-    """Have the system forget the files' pages, so that the next read comes from the disk."""
+    """Drop the files from the page cache, so that the next read comes from the disk."""
     for file in files:
         descriptor = os.open(file, os.O_RDONLY)
         try:
@@ -137,7 +137,7 @@ def read_file(file: Path) -> None:
 
 
 def plain_read(files: list[Path], workers: int, repeats: int) -> tuple[float, float]:
-    """(seconds, seconds of all cores) of the best of several reads of all files."""
+    """Return (seconds, seconds of all cores) of the best of several reads of all files."""
     times, cpu = [], []
     with ThreadPoolExecutor(workers) as pool:
         for _ in range(repeats):

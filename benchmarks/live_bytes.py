@@ -1,4 +1,4 @@
-"""How many bytes of tensors are alive, and at most were: exact, on any device, without the allocator's help."""
+"""Bytes of live tensors, now and at their peak: exact, on any device, without the allocator's help."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the storages that operations make inside ``with``; what existed before is not counted.
+    """A counter of the storages that operations make inside ``with``; older ones are not counted.
 
     Attributes:
         now: bytes alive.
@@ -25,7 +25,7 @@ class LiveBytes(TorchDispatchMode):
         self._known: set[int] = set()
 
     def ignore(self, *tensors: torch.Tensor) -> None:
-        """Do not count these tensors' storages, such as a model's parameters."""
+        """Exclude these tensors' storages, such as a model's parameters, from the count."""
         for tensor in tensors:
             self._known.add(tensor.untyped_storage()._cdata)
 
@@ -54,7 +54,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
-    """Of all tensors in a tree; a sparse one has those of its indices and values."""
+    """Yield the storages of all tensors in a tree; a sparse one has those of its indices and values."""
     for tensor in tree_leaves(tree):
         if isinstance(tensor, torch.Tensor):
             parts = (tensor._indices(), tensor._values()) if tensor.is_sparse else (tensor,)

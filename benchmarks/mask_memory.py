@@ -1,4 +1,4 @@
-"""Memory of masks: all of a training run's at once, and one mask at every density, in each form.
+"""Memory of masks in each form: all masks of a training run at once, and one mask at every density.
 
 The shapes are those of Qwen3-1.7B (1.72e9 coordinates); the gradients are drawn, one tensor at a time:
 
@@ -40,7 +40,7 @@ Bands = list[Tensor]  # ascending flat indices: the protected set, then the step
 
 
 def qwen3_shapes(layers: int) -> Iterator[tuple[int, ...]]:
-    """Qwen3-1.7B's trainable tensors; embeddings are tied."""
+    """Yield the shapes of Qwen3-1.7B's trainable tensors; embeddings are tied."""
     hidden, intermediate, query, key, head = 2048, 6144, 16 * 128, 8 * 128, 128
     yield (151936, hidden)
     for _ in range(layers):
@@ -50,12 +50,12 @@ def qwen3_shapes(layers: int) -> Iterator[tuple[int, ...]]:
 
 
 def shares(protected: float, steps: list[float]) -> Tensor:
-    """Cumulative share of all coordinates after the protected set and after each step; steps share the rest."""
+    """Return the cumulative share of all coordinates after the protected set and each step; steps share the rest."""
     return torch.tensor([protected, *(share * (1 - protected) for share in steps)], dtype=torch.float64).cumsum(0)
 
 
 def random_bands(shape: tuple[int, ...], upto: Tensor, generator: torch.Generator) -> Bands:
-    """Each coordinate independently in at most one band."""
+    """Draw for each coordinate, independently, at most one band."""
     numel, total = int(torch.tensor(shape).prod()), float(upto[-1])
     found = []
     for start in range(0, numel, _CHUNK):
@@ -66,7 +66,7 @@ def random_bands(shape: tuple[int, ...], upto: Tensor, generator: torch.Generato
 
 
 def clustered_bands(shape: tuple[int, ...], upto: Tensor, generator: torch.Generator) -> Bands:
-    """Bands of falling magnitude |a_i b_j x|; quantiles are those of a sample of a million."""
+    """Draw bands of falling magnitude |a_i b_j x|; quantiles are those of a sample of a million."""
     rows, columns = (1, shape[0]) if len(shape) == 1 else shape
     a, b = (torch.randn(size, generator=generator).exp() for size in (rows, columns))
     sample_rows = torch.randint(rows, (1_000_000,), generator=generator)
@@ -94,7 +94,7 @@ SPREADS = {"random": random_bands, "clustered": clustered_bands}
 
 
 def sizes(shape: tuple[int, ...], indices: Tensor) -> Counter[str]:
-    """Bytes of one set over one tensor, per form."""
+    """Count the bytes of one set over one tensor, per form."""
     tiles = TileSet.from_indices(shape, indices)
     index_bytes = tiles.num_bytes - tiles.tiles.numel()  # int32 columns and row pointers
     made = {
@@ -110,7 +110,7 @@ def sizes(shape: tuple[int, ...], indices: Tensor) -> Counter[str]:
 
 
 def whole_run(spread: str, layers: int) -> tuple[int, Counter[str], Counter[str]]:
-    """(coordinates, bytes of all sets per form, bytes that KronosOpt holds by part)."""
+    """Return (coordinates, bytes of all sets per form, bytes that KronosOpt holds by part)."""
     generator = torch.Generator().manual_seed(0)
     upto = shares(PROTECTED, [BUDGET / T] * T)
     numel, forms, ours = 0, Counter[str](), Counter[str]()
@@ -128,7 +128,7 @@ def whole_run(spread: str, layers: int) -> tuple[int, Counter[str], Counter[str]
 
 
 def by_density() -> None:
-    """Bytes per coordinate of one set over a 6144x2048 tensor."""
+    """Print the bytes per coordinate of one set over a 6144x2048 tensor."""
     shape, rows = (6144, 2048), []
     for spread, bands in SPREADS.items():
         for density in (1e-5, 1e-4, 1e-3, 0.0025, 0.01, 0.05, 0.2, 0.5):

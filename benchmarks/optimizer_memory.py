@@ -1,8 +1,8 @@
-"""Memory of a training step beside the weights: AdamW, SHiRA, and KronosOpt, on one model in one run.
+"""Memory of a training step on top of the weights: AdamW, SHiRA, and KronosOpt, on one model in one run.
 
 Every optimizer takes a step of four questions with five units each, 1% of the weights per unit. A unit is a forward and
 a backward pass over a few random tokens, so that activations are small beside gradients and state (they are counted
-all the same). What is counted is every tensor that is alive, at its peak, without the weights themselves.
+all the same). Counted are all live tensors at their peak, without the weights themselves.
 
     python benchmarks/optimizer_memory.py [--model FOLDER]
 """
@@ -87,7 +87,7 @@ def load(given: argparse.Namespace) -> Model:
 
 
 def losses(model: Model, seed: int) -> Iterator[torch.Tensor]:
-    """One question: a loss per unit."""
+    """Yield the losses of one question, one per unit."""
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     for _ in range(UNITS):
@@ -96,7 +96,7 @@ def losses(model: Model, seed: int) -> Iterator[torch.Tensor]:
 
 
 def steps(make: Run, model: Model, live: LiveBytes, count: int) -> float:
-    """Run an optimizer's steps; the peak is that of the last."""
+    """Run an optimizer's steps; the peak is that of the last step."""
     runner = make(model)
     for number in range(count):
         gc.collect()
@@ -109,7 +109,7 @@ def steps(make: Run, model: Model, live: LiveBytes, count: int) -> float:
 
 
 class Dense:
-    """Any optimizer that takes the sum of all gradients."""
+    """An optimizer that takes the sum of all gradients."""
 
     def __init__(self, model: Model, optimizer: torch.optim.Optimizer, trained: float = 1.0) -> None:
         self.model, self.optimizer, self.trained = model, optimizer, trained
@@ -144,7 +144,7 @@ class WithMasters(Dense):
 
 
 class Kronos:
-    """Ours."""
+    """KronosOpt."""
 
     def __init__(self, model: Model, **settings: str) -> None:
         self.optimizer = KronosOpt(model.named_parameters(), lr=1e-4, **settings)

@@ -1,4 +1,4 @@
-"""What the rule critic sees: false alarms on right solutions, planted errors, and a real model's mistakes.
+"""Accuracy of the rule critic: false alarms on correct solutions, planted errors, and a real model's mistakes.
 
 GSM8K's own solutions are right, so every step that the critic calls false is a false alarm (or an author's slip). In
 each of them one calculator result is then changed, in the mark and where it is copied. Last, the responses of a real
@@ -61,7 +61,7 @@ def judge(rollouts: list[Rollout]) -> list[list[StepScore]]:
 
 
 def solutions(data: Path) -> None:
-    """False alarms and planted errors."""
+    """Count false alarms and planted errors."""
     shown = []
     for name in ("gsm8k_train", "gsm8k_test"):
         given = rows(data, name)
@@ -78,7 +78,7 @@ def solutions(data: Path) -> None:
 
 
 def changed(given: list[dict[str, Any]]) -> Iterator[tuple[Rollout, int]]:
-    """Each solution with one result changed, and the line of it."""
+    """Yield each solution with one result changed, and the number of its line."""
     generator = random.Random(0)
     for row in given:
         text = row["solution"]
@@ -98,7 +98,7 @@ def changed(given: list[dict[str, Any]]) -> Iterator[tuple[Rollout, int]]:
 
 
 def responses(data: Path) -> None:
-    """What the critic says of a model's responses, by whether they end right."""
+    """Compare the critic's verdicts on a model's responses with the correctness of their final answers."""
     given = rows(data, "gsm8k_model_responses")
     rollouts = [
         Rollout(

@@ -1,4 +1,4 @@
-"""How well running text is cut into steps, and how fast.
+"""Accuracy and speed of cutting running text into steps.
 
 Solutions that came with one step per line are given their newlines as spaces, and the cuts are compared with where the
 lines began. A true boundary is found if a cut lies within two characters of it; a cut that belongs to none is invented
@@ -75,7 +75,7 @@ def cuts_of(text: str) -> list[int]:
 
 
 def quality(folder: Path) -> None:
-    """Recall and inventions on solutions whose newlines were replaced."""
+    """Measure recall and inventions on solutions whose newlines were replaced."""
     rows, reached = [], []
     for name, field in STEP_SETS:
         solutions = texts(folder, name, field)
@@ -93,7 +93,7 @@ def quality(folder: Path) -> None:
 
 
 class Compared:
-    """How many true boundaries were found and how many cuts belong to none, over several texts."""
+    """Counts of true boundaries that were found and of cuts that belong to none, over several texts."""
 
     def __init__(self) -> None:
         self.true = self.found = self.extra = self.extra_ends = 0
@@ -124,7 +124,7 @@ def compare(solutions: list[str], cut: Callable[[str], list[int]]) -> Compared:
 
 
 def prose(folder: Path) -> None:
-    """Cuts of ordinary problem texts at which no sentence ends; there should be next to none."""
+    """Count cuts of ordinary problem texts at which no sentence ends; there should be next to none."""
     rows = []
     for name, field in PROSE_SETS:
         problems = [text.replace("\n", " ") for text in texts(folder, name, field)]
@@ -140,7 +140,7 @@ def prose(folder: Path) -> None:
 
 
 def speed(folder: Path, repeats: int) -> None:
-    """MB/s on realistic texts: short solutions in lines and in one run, and long responses with everything in them."""
+    """Measure MB/s on realistic texts: short solutions in lines and in one run, and long responses of all kinds."""
     solutions = [text for name, field in STEP_SETS for text in texts(folder, name, field)]
     kinds = {
         "solutions in lines": solutions,
@@ -163,7 +163,7 @@ def speed(folder: Path, repeats: int) -> None:
 
 
 def processor_seconds(run: Callable[[], object], repeats: int) -> float:
-    """The least processor time of several runs."""
+    """Return the least processor time of several runs."""
     seconds = []
     for _ in range(repeats):
         start = time.process_time()
@@ -178,7 +178,7 @@ def run_all(responses: list[str], style: Style) -> None:
 
 
 def long_response(solutions: list[str]) -> str:
-    """A reasoning model's answer: thinking in paragraphs, then headings, lists, formulas, a table and code."""
+    """Compose a reasoning model's answer: thinking in paragraphs, then headings, lists, formulas, a table and code."""
     thinking = "\n\n".join(text.replace("\n", " ") for text in solutions[:8])
     listed = "\n".join(f"{i}. {line}" for i, line in enumerate(solutions[8].splitlines(), start=1))
     shown = "\n\n".join(
@@ -191,7 +191,7 @@ def long_response(solutions: list[str]) -> str:
 
 
 def linearity(repeats: int) -> None:
-    """Texts made to hurt: the time for the whole beside the time for half of it."""
+    """Time adversarial texts: the whole text against half of it."""
     rows, worst = [], 0.0
     for piece in HOSTILE:
         text = piece * (HOSTILE_CHARS // len(piece))

@@ -1,7 +1,7 @@
 """Exact selection of the k largest |g| over many tensors, against torch.topk, torch.kthvalue and the block method.
 
 The floor is the time of one g.abs().sum() pass. torch.topk and torch.kthvalue get all coordinates as one tensor and |g|
-is part of their time, as it is of ours; kthvalue gives the threshold alone. Made-up gradients are normal times the
+is part of their time, as it is of ours; kthvalue gives only the threshold. Made-up gradients are normal times the
 exponential of a normal (heavy-tailed), cut into matrices. "after 5%" is the selection when an earlier one has taken the
 largest 5%.
 
@@ -85,14 +85,14 @@ def parse_size(text: str) -> int:
 
 
 def copy_bandwidth() -> float:
-    """Bytes read and written per second by a copy of 1 GiB on the device."""
+    """Measure the bytes read and written per second by a copy of 1 GiB on the device."""
     source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return 2 * 2**30 / timed(lambda: target.copy_(source), repeats=20).best
 
 
 def made_up_gradients(size: int, dtype: torch.dtype, num_tensors: int, device: str) -> dict[str, Tensor]:
-    """Views of one flat tensor: ``num_tensors`` matrices of rows of 1024, and the rest."""
+    """Return views of one flat tensor: ``num_tensors`` matrices of rows of 1024, and the rest."""
     generator = torch.Generator(device).manual_seed(0)
     flat = torch.empty(size, dtype=dtype, device=device)
     for part in flat.split(1 << 22):
@@ -108,7 +108,7 @@ def made_up_gradients(size: int, dtype: torch.dtype, num_tensors: int, device: s
 
 
 def model_gradients(folder: str, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
-    """The gradient of a causal LM's next-token loss on a short text."""
+    """Compute the gradient of a causal LM's next-token loss on a short text."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
@@ -154,7 +154,7 @@ def compare(
 
 
 def peers(flat: Tensor) -> dict[str, Callable[[int], object]]:
-    """What others would call, by name; sorting on CUDA only (the goal there is against it), if memory allows."""
+    """Return the peers' selections by name; sorting only on CUDA (the goal there is against it), if memory allows."""
     made: dict[str, Callable[[int], object]] = {
         "topk": lambda k: torch.topk(flat.abs(), k),
         "kthvalue": lambda k: torch.kthvalue(flat.abs(), flat.numel() - k + 1),
@@ -165,7 +165,7 @@ def peers(flat: Tensor) -> dict[str, Callable[[int], object]]:
 
 
 def print_goals(reached: Reached, device: str) -> None:
-    """The goals for k = 0.25%: near 135M coordinates on a CPU, from 1.7B on CUDA."""
+    """Check the goals for k = 0.25%: near 135M coordinates on a CPU, from 1.7B on CUDA."""
     for key in reached.floors:
         size, dtype, fraction = key
         where = f"{size / 1e6:.0f}M {dtype}, k = {fraction:.2%}"

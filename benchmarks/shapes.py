@@ -1,4 +1,4 @@
-"""Random models of well-known shapes, for benchmarks that need weights but no skill."""
+"""Random models of well-known shapes, for benchmarks that do not need a trained model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 def llama_135m(dtype: torch.dtype, *, vocab_size: int = 49152, tied: bool = True) -> torch.nn.Module:
-    """A Llama with SmolLM2-135M's shapes, 134.5M random weights (106M of them beside the tied embeddings)."""
+    """Build a Llama of SmolLM2-135M's shapes: 134.5M random weights, 106M of them outside the tied embeddings."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)

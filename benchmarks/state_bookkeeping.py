@@ -1,4 +1,4 @@
-"""How to keep optimizer state for the touched coordinates alone: four structures, memory and time per step.
+"""Optimizer state of only the touched coordinates: memory and time per step of four structures.
 
 A tensor of the size of SmolLM2-135M's embedding. Some share of its coordinates was touched before; a step
 touches 1% of them, half old and half new where there are enough old ones, and adds to an fp32 first and second
@@ -105,12 +105,12 @@ STRUCTURES: dict[str, Callable[[int], BitsAndRank | SortedIndex | Pages | Dense]
 
 
 def random_order(numel: int, generator: torch.Generator) -> Tensor:
-    """All coordinates in the order in which they are first touched."""
+    """Return all coordinates in the order in which they are first touched."""
     return torch.randperm(numel, generator=generator)
 
 
 def clustered_order(numel: int, generator: torch.Generator) -> Tensor:
-    """Page after page in random order, half of each page's coordinates; then the other halves."""
+    """Order coordinates by random pages: half of each page's coordinates, then the other halves."""
     pages = torch.randperm(numel // PAGE, generator=generator)
     coordinates = (pages.unsqueeze(1) * PAGE + torch.arange(PAGE)).flatten()
     half = torch.rand(coordinates.numel(), generator=generator) < 0.5
@@ -118,7 +118,7 @@ def clustered_order(numel: int, generator: torch.Generator) -> Tensor:
 
 
 def update(state: BitsAndRank | SortedIndex | Pages | Dense, indices: Tensor, values: Tensor) -> None:
-    """One step: find or make the coordinates' places, then read and write every field there."""
+    """Take one step: find or make the coordinates' places, then read and write every field there."""
     positions = state.place(indices)
     for name, dtype in FIELDS.items():
         state.fields[name][positions] = (state.fields[name][positions] + values).to(dtype)
@@ -127,7 +127,7 @@ def update(state: BitsAndRank | SortedIndex | Pages | Dense, indices: Tensor, va
 def seconds_of_a_step(
     state: BitsAndRank | SortedIndex | Pages | Dense, indices: Tensor, values: Tensor, repeats: int
 ) -> float:
-    """The best of some steps, each from the same state."""
+    """Return the best time of some steps, each from the same state."""
     best = float("inf")
     for _ in range(repeats):
         fresh = copy.deepcopy(state)

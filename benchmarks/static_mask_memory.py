@@ -27,7 +27,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def qwen25_shapes() -> Iterator[Shapes]:
-    """Qwen2.5-0.5B's trainable tensors, a layer at a time."""
+    """Yield the shapes of Qwen2.5-0.5B's trainable tensors, a layer at a time."""
     hidden, intermediate, query, key = 896, 4864, 14 * 64, 2 * 64
     yield {"model.embed_tokens.weight": (151936, hidden), "model.norm.weight": (hidden,)}
     for layer in range(24):
@@ -49,7 +49,7 @@ def qwen25_shapes() -> Iterator[Shapes]:
 
 
 def random_mask(shapes: Shapes, density: float, generator: torch.Generator) -> BlockMask:
-    """Each coordinate with probability ``density``."""
+    """Draw each coordinate with probability ``density``."""
     tensors = {}
     for name, shape in shapes.items():
         numel, found = int(torch.tensor(shape).prod()), []
@@ -61,7 +61,7 @@ def random_mask(shapes: Shapes, density: float, generator: torch.Generator) -> B
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> Counter[str]:
-    """Bytes of every state tensor, by field."""
+    """Count the bytes of every state tensor, by field."""
     sizes = Counter[str]()
     for state in optimizer.state.values():
         sizes.update({field: value.numel() * value.element_size() for field, value in state.items()})

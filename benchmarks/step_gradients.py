@@ -1,4 +1,4 @@
-"""What the ways to the update units' gradients cost, in dense passes.
+"""Cost of each way to compute the update units' gradients, in dense passes.
 
 A dense pass is one forward and backward pass of the whole batch, as the kept graph does it for one unit; it is
 measured in the same run, in turns with the methods, and the best of the rounds counts. Responses are ragged: step
@@ -44,7 +44,7 @@ CHUNKS = [
 
 
 def build(name: str, dtype: torch.dtype) -> Any:
-    """A folder, ``reasoner`` for the bundled model, or a random model: ``135m`` or one of ``SIZES``."""
+    """Load a folder, ``reasoner`` (the bundled model), or a random model: ``135m`` or one of ``SIZES``."""
     if name == "135m":
         model = llama_135m(dtype)
     elif name in SIZES:
@@ -68,7 +68,7 @@ def build(name: str, dtype: torch.dtype) -> Any:
 
 
 def group(model: Any, rows: int, prompt: int, num_units: int, step_tokens: int) -> tuple[GroupBatch, list[Unit]]:
-    """A ragged group and one unit per step."""
+    """Return a ragged group and one unit per step."""
     draw = random.Random(f"{rows}/{prompt}/{num_units}/{step_tokens}")
     steps, advantages = [], []
     for row in range(rows):
@@ -90,13 +90,13 @@ def group(model: Any, rows: int, prompt: int, num_units: int, step_tokens: int) 
 
 
 def run(model: Any, batch: GroupBatch, units: Sequence[Unit], method: str) -> None:
-    """All units' gradients, each dropped as soon as it is there."""
+    """Compute all units' gradients and drop each at once."""
     for _ in unit_gradients(model, batch, units, method=method, level="token", on_logprobs=lambda logprobs: None):
         model.zero_grad(set_to_none=True)
 
 
 def in_turns(runs: dict[str, Callable[[], object]], rounds: int, clock: Callable[[], float]) -> dict[str, float]:
-    """The best time of each over the rounds; one run of the first goes before, to warm up."""
+    """Return the best time of each over the rounds, after one run of the first to warm up."""
     next(iter(runs.values()))()
     best = dict.fromkeys(runs, float("inf"))
     for _ in range(rounds):
@@ -115,7 +115,7 @@ def seconds_of(call: Callable[[], object], clock: Callable[[], float]) -> float:
 
 @dataclass(frozen=True)
 class Passes:
-    """What one batch took, in dense passes, and what the cost model expected of the exact ways."""
+    """Measured cost of one batch in dense passes, and the cost model's estimates for the exact ways."""
 
     taken: dict[str, float]
     expected: dict[str, float]
@@ -148,7 +148,7 @@ def passes(model: Any, shape: Shape, methods: Sequence[str], options: argparse.N
 
 
 def measure(name: str, model: Any, options: argparse.Namespace) -> bool:
-    """Print the table and the goals of one model; returns whether all were met."""
+    """Print the table and the goals of one model; return True if all were met."""
     rows, prompt = options.rows, options.prompt_tokens
     lines, checks = [], []
     for num_units in options.units:
@@ -171,7 +171,7 @@ def measure(name: str, model: Any, options: argparse.Namespace) -> bool:
 
 
 def calibrate(model: Any, options: argparse.Namespace) -> None:
-    """Time single chunks: forward, backward from their logits, backward from their keys and values alone."""
+    """Time single chunks: forward, backward from their logits, backward from only their keys and values."""
     costs = ModelCosts.of(model)
     chunk_seconds(model, *CHUNKS[-1], options.clock)  # warm up
     measured, expected = [], []

@@ -1,8 +1,8 @@
-"""What KronosOpt adds to a training step over AdamW with the same backward passes.
+"""Time that KronosOpt adds to a training step over AdamW with the same backward passes.
 
-One question of 8 samples x 256 tokens in T = 8 steps on a model of 135M float32 weights. Both optimizers get the very same
-backward passes; what is timed beside them is, for Kronos, all claims, the closing of the question and the step, for AdamW
-its step. Sampling is not part of the step here, so that the share is not flattered.
+One question of 8 samples x 256 tokens in T = 8 steps on a model of 135M float32 weights. Both optimizers get the same
+backward passes. Besides these, the times are, for Kronos, of all claims, the end of the question and the step; for AdamW,
+of its step. Sampling is not part of the step here: it would make the share look smaller.
 
     python benchmarks/step_overhead.py [--model FOLDER] [--samples 8] [--tokens 256] [--units 8]
 """
@@ -60,7 +60,7 @@ def load(folder: str | None, dtype: torch.dtype) -> torch.nn.Module:
 
 
 def one_step(model, given, seed, begin, after_each, finish) -> dict[str, float]:  # type: ignore[no-untyped-def]
-    """Seconds of the backward passes and of everything else of one step."""
+    """Time the backward passes and the rest of one step, in seconds."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(1000, 40000, (given.samples, 32 + given.tokens), generator=generator).tolist()
     length = -(-given.tokens // given.units)
@@ -90,7 +90,7 @@ def one_step(model, given, seed, begin, after_each, finish) -> dict[str, float]:
 
 
 class Clock:
-    """Seconds since the last lap."""
+    """A stopwatch of the seconds since the last lap."""
 
     def __init__(self) -> None:
         self.last = time.perf_counter()

@@ -1,7 +1,7 @@
-"""A whole training step (rollouts, scores, updates) of Kronos with few units, against a dense one.
+"""Time of a whole training step (rollouts, scores, updates) of Kronos with few units, against a dense step.
 
-Both train the bundled reasoner with the same questions and settings; rounds alternate, so that whatever else the
-machine does meets both.
+Both train the bundled reasoner with the same questions and settings; rounds alternate, so that other
+work on the machine affects both.
 
     python benchmarks/training_step.py [--max-units 3] [--rounds 3]
 """

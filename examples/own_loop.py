@@ -3,8 +3,8 @@
     python examples/own_loop.py [--model FOLDER_OR_NAME] [--steps 20] [--lr 3e-2]
 
 For each question: sample a group of responses, cut them into steps, reward every step, turn rewards into advantages,
-and let each step claim its own coordinates. Any causal language model will do, but a learning rate does not carry over
-from one to another. The loss is the plain policy gradient: each sample is used once, by the weights that drew it.
+and let each step claim its own coordinates. Any causal language model works, but a learning rate does not carry over
+from one model to another. The loss is the plain policy gradient: each sample is used once, by the weights that drew it.
 """
 
 import argparse
@@ -24,7 +24,7 @@ EQUATION = re.compile(r"(\d+) ?([-+*]) ?(\d+) ?= ?(\d+)")
 
 
 def new_question(rng: random.Random) -> tuple[str, int]:
-    """A chain of operations, worked from left to right modulo 100, and its answer: ("48*6-2*9+2=?", 76)."""
+    """Draw a chain of operations, worked from left to right modulo 100, and its answer: ("48*6-2*9+2=?", 76)."""
     text = str(value := rng.randrange(10, 100))
     for _ in range(4):
         sign, operand = rng.choice("+-*"), rng.randrange(2, 10)
@@ -33,7 +33,7 @@ def new_question(rng: random.Random) -> tuple[str, int]:
 
 
 def step_reward(step: str, kind: str, answer: int) -> float | None:
-    """1 or -1 for a right or wrong answer or equation; None, which means missing, where there is none to check."""
+    """Return 1 or -1 for a correct or wrong answer or equation; None (missing) if the step has neither."""
     if kind == "final":
         numbers = re.findall(r"\d+", step)
         return 1.0 if numbers and int(numbers[-1]) % 100 == answer else -1.0
@@ -44,7 +44,7 @@ def step_reward(step: str, kind: str, answer: int) -> float | None:
 
 
 def read(tokenizer, ids: list[int], answer: int) -> tuple[list[int], list[float | None]]:
-    """The step of each token of a response (-1 after its end), and the reward of each step."""
+    """Return the step of each token of a response (-1 after its end), and the reward of each step."""
     length = ids.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in ids else len(ids)
     texts = [tokenizer.decode(ids[:end], skip_special_tokens=True) for end in range(length + 1)]
     spans = segment(texts[-1])
@@ -54,7 +54,7 @@ def read(tokenizer, ids: list[int], answer: int) -> tuple[list[int], list[float 
 
 
 def sample(model, tokenizer, questions: list[str]) -> tuple[torch.Tensor, int]:
-    """One response to each question: token ids [n, P + R] and P, the prompts' length."""
+    """Sample one response to each question: token ids [n, P + R] and P, the prompts' length."""
     if chat := bool(tokenizer.chat_template):
         turns = [[TASK, {"role": "user", "content": question}] for question in questions]
         questions = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
@@ -63,7 +63,7 @@ def sample(model, tokenizer, questions: list[str]) -> tuple[torch.Tensor, int]:
 
 
 def step_losses(model, tokenizer, question: str, answer: int) -> list[tuple[torch.Tensor, int]]:
-    """For each step with a signal, in order: its policy-gradient loss, and how many responses of the group have it."""
+    """Return, for each step with a signal in order, its policy-gradient loss and the number of responses that have it."""
     tokens, prompt_length = sample(model, tokenizer, [question] * GROUP_SIZE)
     targets = tokens[:, prompt_length:]
     step_ids, rewards = zip(*(read(tokenizer, row, answer) for row in targets.tolist()), strict=True)
@@ -83,7 +83,7 @@ def step_losses(model, tokenizer, question: str, answer: int) -> list[tuple[torc
 
 @torch.no_grad()
 def mean_reward(model, tokenizer, questions: list[tuple[str, int]]) -> float:
-    """Mean step reward of one sampled response to each question."""
+    """Sample one response to each question and return the mean step reward."""
     tokens, prompt_length = sample(model, tokenizer, [question for question, _ in questions])
     pairs = zip(tokens[:, prompt_length:].tolist(), questions, strict=True)
     rewards = [reward for ids, (_, answer) in pairs for reward in read(tokenizer, ids, answer)[1] if reward is not None]

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# All stages of ssrctl on the bundled reasoner, each as its own command, files in one folder.
+# Run all stages of ssrctl on the bundled reasoner, each as its own command, with all files in one folder.
 #
-#   bash examples/quickstart.sh [FOLDER]        (default: demo; an earlier demo there is replaced)
+#   bash examples/quickstart.sh [FOLDER]        (default: demo; replaces an earlier demo there)
 set -euo pipefail
 
 out=${1:-demo}
@@ -9,7 +9,7 @@ seed=0
 export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 if [ -e "$out" ] && [ ! -e "$out/.ssrctl-demo" ]; then
-  echo "quickstart: $out exists and is no earlier demo; name another folder" >&2
+  echo "quickstart: $out exists and is not an earlier demo; name another folder" >&2
   exit 2
 fi
 rm -rf "$out"
@@ -18,29 +18,29 @@ touch "$out/.ssrctl-demo"
 
 stage() { printf '\n== %s\n' "$*" >&2; "$@"; }
 
-# 1. Which weights does the model's own language hang on? They will be frozen.
+# 1. Find the weights that the model's language depends on. Training will not touch them.
 stage ssrctl superweights -o "$out/superweights.safetensors" --seed $seed
 
-# 2. Where does the model stand? Held-out problems, sampled at temperature 1.
+# 2. Measure the accuracy on held-out problems, sampled at temperature 1.
 stage ssrctl eval -o "$out/eval-base" --seed $seed
 
-# 3. Its responses, cut into steps and scored, one file to the next.
+# 3. Cut the responses into reasoning steps and score each step.
 stage ssrctl segment "$out/eval-base/samples.jsonl" -o "$out/steps.jsonl"
 stage ssrctl critic "$out/steps.jsonl" -o "$out/scored.jsonl"
 
-# 4. How much gradient is left for later steps once earlier ones have claimed theirs?
+# 4. Measure how much gradient is left for later steps once earlier ones have claimed their coordinates.
 stage ssrctl profile-budget --protect "$out/superweights.safetensors" -o "$out/budget.json" --seed $seed
 
-# 5. Step-wise reinforcement learning: every reasoning step updates its own weights.
+# 5. Train: each reasoning step updates its own coordinates.
 stage ssrctl train --optimizer kronos --protect "$out/superweights.safetensors" \
   --budget-profile "$out/budget.json" --max-steps 120 --log-gradient-cosine \
   --output-dir "$out/run" --seed $seed
 
-# 6. What did the updates do to the weights, and do the steps update the same ones?
+# 6. Measure what the updates did to the weights, and how the coordinate sets of the steps overlap.
 stage ssrctl diagnose tiny-reasoner "$out/run" -o "$out/diagnose"
 stage ssrctl diagnose --jaccard "$out/run"
 
-# 7. Did it learn? The same held-out problems as in 2, paired.
+# 7. Measure the accuracy again on the same problems, paired with step 2.
 stage ssrctl eval --checkpoint "$out/run" --baseline "$out/eval-base" -o "$out/eval-trained" --seed $seed
 
 printf '\nreports: %s\n         %s\n' "$out/run/report.html" "$out/diagnose/report.html"

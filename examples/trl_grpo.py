@@ -2,9 +2,9 @@
 
     python examples/trl_grpo.py [--model FOLDER_OR_NAME] [--max-steps 4] [--lr 3e-2]
 
-The trainer knows nothing of steps: it calls ``loss.backward()`` for every micro-batch and then ``optimizer.step()``.
+The trainer knows nothing about reasoning steps: it calls ``loss.backward()`` for every micro-batch and then ``optimizer.step()``.
 KronosOpt takes the accumulated gradient as one question of one unit, so an optimizer step updates the
-``max_step_budget`` (1%) of the unprotected coordinates with the largest gradients, and nothing else.
+``max_step_budget`` (1%) of the unprotected coordinates with the largest gradients, and no others.
 """
 
 import argparse
@@ -24,7 +24,7 @@ NUM_GENERATIONS, QUESTIONS_PER_STEP = 8, 4
 
 
 def sums(num: int) -> Dataset:
-    """Sums of five numbers, modulo 100: conversational prompts and their answers."""
+    """Draw sums of five numbers, modulo 100: conversational prompts and their answers."""
     rng = random.Random(0)
     numbers = [[rng.randrange(10, 100), *(rng.randrange(2, 10) for _ in range(4))] for _ in range(num)]
     prompts = [[{"role": "user", "content": "+".join(map(str, row)) + "=?"}] for row in numbers]
@@ -32,13 +32,13 @@ def sums(num: int) -> Dataset:
 
 
 def right_answer(completions: list, answer: list[int], **_: object) -> list[float]:
-    """1 for a response whose last number is the answer, else 0."""
+    """Return 1 for a response whose last number is the answer, else 0."""
     numbers = [re.findall(r"\d+", completion[0]["content"]) for completion in completions]
     return [float(bool(found) and int(found[-1]) % 100 == right) for found, right in zip(numbers, answer, strict=True)]
 
 
 def largest_weights(model: torch.nn.Module, fraction: float) -> BlockMask:
-    """The coordinates with the largest |weight|: a stand-in for the mask that `ssrctl superweights` finds."""
+    """Select the coordinates with the largest |weight|, in place of the mask that `ssrctl superweights` finds."""
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     chosen = select_topk(weights, int(fraction * sum(weight.numel() for weight in weights.values())))
     return BlockMask.from_indices({name: weight.shape for name, weight in weights.items()}, chosen)
@@ -54,7 +54,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(args.model)
     protected = largest_weights(model, PROTECTED_FRAC)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    # The optimizer keeps its sets beside the weights, so the model goes where it will be trained first.
+    # The optimizer keeps its sets on the weights' device, so the model goes there first.
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     optimizer = KronosOpt(model.named_parameters(), lr=args.lr, protected=protected, max_grad_norm=1.0)
     with tempfile.TemporaryDirectory() as folder:

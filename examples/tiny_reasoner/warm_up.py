@@ -99,7 +99,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per character. No token is added on encoding: the chat template writes `<bos>`."""
+    """Build a tokenizer of one token per character; encoding adds none, since the chat template writes `<bos>`."""
     vocab = {token: index for index, token in enumerate([*SPECIAL_TOKENS, *CHARACTERS])}
     backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
@@ -174,7 +174,7 @@ def train(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, args: arg
 
 
 def curriculum(num_steps: int, seed: int) -> Iterator[list[Problem]]:
-    """Batches of train problems: a quarter of the schedule on short ones, the rest on long ones.
+    """Yield batches of train problems: a quarter of the schedule on short ones, the rest on long ones.
 
     Short ones teach the arithmetic at a lower cost.
     """
@@ -189,7 +189,7 @@ def curriculum(num_steps: int, seed: int) -> Iterator[list[Problem]]:
 
 
 def encode(batch: list[Problem], tokenizer: PreTrainedTokenizerFast) -> dict[str, torch.Tensor]:
-    """Model inputs `[batch, length]`; labels are -100 outside the response and its `<eos>`."""
+    """Return model inputs `[batch, length]`; labels are -100 outside the response and its `<eos>`."""
     chats = [
         [{"role": "user", "content": problem.question}, {"role": "assistant", "content": problem.solution}]
         for problem in batch
@@ -210,9 +210,9 @@ def encode(batch: list[Problem], tokenizer: PreTrainedTokenizerFast) -> dict[str
 def sampled_accuracy(
     model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, held_out: list[Problem], seed: int
 ) -> tuple[int, int, int]:
-    """One sample a problem at temperature 1: how many are right, well-formed, and there at all.
+    """Sample one response a problem at temperature 1; return the numbers of correct, well-formed and all responses.
 
-    Well-formed: ends with `####NN` and `<eos>`. Sampling leaves the training's random state alone.
+    Well-formed: ends with `####NN` and `<eos>`. Sampling does not change the random state of the training.
     """
     model.eval()
     num_right = num_formed = 0
