@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from torch import Tensor
+
 from ssrctl.checkpoints.delta import changed_indices
 from ssrctl.checkpoints.files import INDEX, SINGLE
 from ssrctl.checkpoints.reader import TensorReader
@@ -41,7 +43,7 @@ def exact_changes(changes: Changes, config: ModelConfig) -> Changes:
 def _differing(changes: Changes, base: StoredParameters) -> Changes:
     if not set(changes) <= set(base.names):
         return changes
-    found: Changes = {}
+    found: dict[str, tuple[Tensor, Tensor]] = {}
     for name, (indices, values) in changes.items():
         before = base.tensor(name).flatten()[indices].to(values.dtype)
         kept = changed_indices(before, values)

@@ -1,4 +1,4 @@
-"""What turns a question's per-unit gradients into an update: KronosOpt, or AdamW in the same loop."""
+"""Updaters turn the per-unit gradients of a question into an update: KronosOpt, or AdamW in the same loop."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from ssrctl.configs import TrainConfig
 from ssrctl.core.mask import BlockMask
 from ssrctl.training.updaters.adamw import AdamWUpdater
-from ssrctl.training.updaters.base import QuestionUpdate, Updater
+from ssrctl.training.updaters.base import QuestionUpdate, Updater, frozen_coordinates
 from ssrctl.training.updaters.kronos import KronosUpdater
 from ssrctl.training.updaters.masked import MaskedAdamWUpdater
 
@@ -17,7 +17,7 @@ __all__ = ["QuestionUpdate", "Updater", "frozen_coordinates", "make_updater", "u
 
 
 def updater_kind(config: TrainConfig) -> type[KronosUpdater] | type[AdamWUpdater] | type[MaskedAdamWUpdater]:
-    """The updater that the settings ask for."""
+    """Return the class of the updater that the settings ask for."""
     if config.optimizer == "kronos":
         return KronosUpdater
     return AdamWUpdater if config.mask is None else MaskedAdamWUpdater
@@ -29,7 +29,7 @@ def make_updater(
     protected: BlockMask | None = None,
     mask: BlockMask | None = None,
 ) -> Updater:
-    """The updater of a run.
+    """Create the updater of a run.
 
     Args:
         parameters: (name, parameter) of every trainable tensor.
@@ -37,11 +37,4 @@ def make_updater(
         protected: coordinates that never change.
         mask: the only coordinates that may change; None allows all.
     """
-    return updater_kind(config)(parameters, config, frozen_coordinates(protected, mask))
-
-
-def frozen_coordinates(protected: BlockMask | None, mask: BlockMask | None) -> BlockMask | None:
-    """What never changes: the protected coordinates, and with a mask all that is not in it."""
-    if mask is None:
-        return protected
-    return ~mask if protected is None else ~mask | protected
+    return updater_kind(config)(parameters, config, protected, mask)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
+from torch import Tensor
 
-from ssrctl.checkpoints.delta import changed_indices
 from ssrctl.configs import TrainConfig
 from ssrctl.core.mask import BlockMask
 from ssrctl.training.updaters.base import Changes
@@ -14,11 +14,19 @@ from ssrctl.training.updaters.dense import DenseGradients
 
 
 class AdamWUpdater(DenseGradients):
-    """Dense AdamW on the sum of all units' gradients (SSR eq. 14); protected coordinates are put back."""
+    """Dense AdamW on the sum of all units' gradients (SSR eq. 14); protected coordinates are restored after each step.
+
+    Copies of the base weights are kept of the protected coordinates only.
+    """
 
     def __init__(
-        self, parameters: Sequence[tuple[str, torch.nn.Parameter]], config: TrainConfig, frozen: BlockMask | None
+        self,
+        parameters: Sequence[tuple[str, torch.nn.Parameter]],
+        config: TrainConfig,
+        protected: BlockMask | None = None,
+        mask: BlockMask | None = None,
     ) -> None:
+        assert mask is None, "MaskedAdamWUpdater trains a mask"
         super().__init__(dict(parameters), config.max_grad_norm)
         self.optimizer = torch.optim.AdamW(
             self.named.values(),
@@ -27,42 +35,59 @@ class AdamWUpdater(DenseGradients):
             eps=config.adam_epsilon,
             weight_decay=config.weight_decay,
         )
-        self.base = {name: parameter.detach().to("cpu", copy=True) for name, parameter in self.named.items()}
-        self.num_protected = frozen.count() if frozen is not None else 0
-        self._frozen = frozen.to_indices() if frozen is not None else {}
+        self.num_protected = protected.count() if protected is not None else 0
+        self._protected: dict[str, tuple[Tensor, Tensor]] = {}
+        for name, indices in (protected.to_indices() if protected is not None else {}).items():
+            flat = self.named[name].detach().view(-1)
+            indices = indices.to(flat.device)
+            self._protected[name] = indices, flat[indices]
 
     @staticmethod
     def bytes_per_parameter(config: TrainConfig, itemsize: int) -> float:
-        """Memory beside the weights: two gradients, two moments, and the base weights to find what changed."""
-        return 5.0 * itemsize
+        """Return the memory besides the weights: two gradients and two moments."""
+        return 4.0 * itemsize
 
     @torch.no_grad()
     def step(self) -> dict[str, float | None]:
         if not self.sum:
-            self.optimizer.step()  # moves nothing without gradients; schedules count it
+            self.optimizer.step()  # changes nothing without gradients; schedules count it
             return {"grad_norm": 0.0, "clip_scale": 1.0, "updated_frac": 0.0}
         for name, parameter in self.named.items():
             parameter.grad = self.sum.pop(name, None)
-            if parameter.grad is not None and name in self._frozen:
-                parameter.grad.view(-1)[self._frozen[name]] = 0.0
+            if parameter.grad is not None and name in self._protected:
+                parameter.grad.view(-1)[self._protected[name][0]] = 0.0
         norm = float(torch.nn.utils.clip_grad_norm_(self.named.values(), self.max_grad_norm or float("inf")))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        for name, indices in self._frozen.items():
-            # Weight decay moves what has no gradient, so the originals are written back.
-            self.named[name].view(-1)[indices] = self.base[name].view(-1)[indices].to(self.named[name].device)
-        total = sum(parameter.numel() for parameter in self.named.values())
+        for name, (indices, values) in self._protected.items():
+            self.named[name].view(-1)[indices] = values  # weight decay changes them without a gradient
         return {
             "grad_norm": norm,
             "clip_scale": self.clip_scale(norm),
-            "updated_frac": (total - self.num_protected) / total,
+            "updated_frac": (self.num_coordinates - self.num_protected) / self.num_coordinates,
         }
 
     def changes(self) -> Changes:
-        found: Changes = {}
-        for name, parameter in self.named.items():
-            now = parameter.detach().cpu()
-            indices = changed_indices(self.base[name], now)
-            if indices.numel():
-                found[name] = (indices, now.view(-1)[indices])
-        return found
+        trained = [name for name, parameter in self.named.items() if parameter in self.optimizer.state]
+        return _DenseChanges({name: self.named[name] for name in trained}, self._protected)
+
+
+class _DenseChanges(Mapping[str, tuple[Tensor, Tensor]]):
+    """All unprotected coordinates, read one tensor at a time: their indices take 8 bytes each."""
+
+    def __init__(self, named: Mapping[str, torch.nn.Parameter], protected: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        self._named, self._protected = named, protected
+
+    def __getitem__(self, name: str) -> tuple[Tensor, Tensor]:
+        values = self._named[name].detach().view(-1).cpu()
+        free = torch.ones(values.numel(), dtype=torch.bool)
+        if name in self._protected:
+            free[self._protected[name][0].cpu()] = False
+        indices = free.nonzero().flatten()
+        return indices, values[indices]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._named)
+
+    def __len__(self) -> int:
+        return len(self._named)

@@ -1,4 +1,4 @@
-"""What every updater offers to the training step."""
+"""The interface between the training step and an updater, and what updaters share."""
 
 from __future__ import annotations
 
@@ -10,21 +10,23 @@ import torch
 from torch import Tensor
 
 from ssrctl.core.claims import KeptUnit
+from ssrctl.core.mask import BlockMask
 from ssrctl.core.units import Unit
 from ssrctl.errors import UserError
 from ssrctl.training.unit_gradients import UnitGradient
 
-Changes = dict[str, tuple[Tensor, Tensor]]
+# By parameter name: ascending flat indices (int64) and the values there, on the CPU.
+Changes = Mapping[str, tuple[Tensor, Tensor]]
 
 
 @dataclass
 class QuestionUpdate:
-    """What one question contributed.
+    """One question's contribution to a batch.
 
     Attributes:
         gradients: loss and clip counts of each unit, in order.
-        kept: per unit, what it keeps of its gradient; empty for dense updates.
-        granted: per unit, the budget in coordinates.
+        kept: per unit, the selected part of its gradient; empty for dense updates.
+        granted: per unit, the budget in coordinates; empty for dense updates.
     """
 
     gradients: list[UnitGradient] = field(default_factory=list)
@@ -33,40 +35,56 @@ class QuestionUpdate:
 
 
 class Updater(Protocol):
-    """Gradients in, updated weights out."""
+    """An algorithm that takes gradients and updates the weights."""
 
     num_protected: int
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """For learning-rate schedules."""
+        """The optimizer, for learning-rate schedules."""
 
     def plan(self, units: Sequence[Unit]) -> list[Unit]:
-        """The units as this updater wants them."""
+        """Return the units to backpropagate: joined, filtered or as they are."""
 
     def before_unit(self, unit: Unit) -> None:
-        """Told of each unit before its backward pass."""
+        """Prepare for the backward pass of a unit."""
 
     def add_question(self, gradients: Iterator[UnitGradient]) -> QuestionUpdate:
-        """Take in one question; on an exception nothing of it is kept."""
+        """Add one question's gradients to the batch; on an exception nothing of the question is kept."""
 
     def step(self) -> dict[str, float | None]:
-        """Apply what was taken in since the last step; returns metrics."""
+        """Apply the questions added since the last step; return metrics."""
 
     def changes(self) -> Changes:
-        """Coordinates that may differ from the base model, ascending, and their values."""
+        """Return the coordinates that may differ from the base model, with their values."""
 
     def state(self) -> dict[str, Tensor]:
-        """State to store in a checkpoint."""
+        """Return the state to store in a checkpoint."""
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse of ``state``."""
+        """Restore what ``state`` returned."""
+
+
+def frozen_coordinates(protected: BlockMask | None, mask: BlockMask | None) -> BlockMask | None:
+    """Return the coordinates that never change: the protected ones, and those outside the mask if there is one."""
+    if mask is None:
+        return protected
+    return ~mask if protected is None else ~mask | protected
+
+
+def values_at(named: Mapping[str, Tensor], indices: Mapping[str, Tensor]) -> Changes:
+    """Read the parameters at flat indices; tensors without an index are left out."""
+    return {
+        name: (places.cpu(), named[name].detach().view(-1)[places].cpu())
+        for name, places in indices.items()
+        if places.numel()
+    }
 
 
 def joined(units: Sequence[Unit]) -> list[Unit]:
-    """All units as one, for one backward pass: the gradient of the sum is the sum of the gradients.
+    """Join all units into one, for one backward pass: the gradient of the sum is the sum of the gradients.
 
-    Nothing when none has a signal.
+    Returns an empty list when no unit has a signal.
     """
     if not any(unit.has_signal for unit in units):
         return []
@@ -77,16 +95,16 @@ def joined(units: Sequence[Unit]) -> list[Unit]:
 
 
 def state_tensors(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> dict[str, Tensor]:
-    """The optimizer's state as ``NAME.key`` tensors; ``names`` are its parameters' in order."""
+    """Return the optimizer's state as ``NAME.key`` tensors; ``names`` are those of its parameters, in order."""
     packed: dict[int, dict[str, Tensor]] = optimizer.state_dict()["state"]
     return {f"{names[place]}.{key}": value for place, kept in packed.items() for key, value in kept.items()}
 
 
 def load_state_tensors(optimizer: torch.optim.Optimizer, names: Sequence[str], tensors: Mapping[str, Tensor]) -> None:
-    """The inverse of ``state_tensors``; what the groups hold, such as the learning rate, stays as it is.
+    """Restore what ``state_tensors`` returned; the groups' settings, such as the learning rate, stay as they are.
 
     Raises:
-        UserError: tensors of other parameters.
+        UserError: the tensors belong to other parameters.
     """
     places = {name: place for place, name in enumerate(names)}
     state: dict[int, dict[str, Tensor]] = {}

@@ -1,4 +1,4 @@
-"""What the updaters with one dense gradient share: they sum it up over the questions of a batch."""
+"""The sum of dense gradients over the questions of a batch, shared by the AdamW updaters."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from ssrctl.training.updaters.base import QuestionUpdate, joined, load_state_ten
 
 
 class DenseGradients:
-    """Adds up whole gradients; a question with a NaN is left out of the sum.
+    """Base of the updaters that sum whole gradients; a question with a NaN is left out of the sum.
 
     Attributes:
         named: the parameters by name.
         max_grad_norm: clip on the norm of the summed gradient; 0 is off.
         sum: the gradients of the questions since the last step, by name.
+        num_coordinates: of all parameters.
     """
 
     optimizer: torch.optim.Optimizer
@@ -27,13 +28,14 @@ class DenseGradients:
     def __init__(self, named: dict[str, torch.nn.Parameter], max_grad_norm: float) -> None:
         self.named, self.max_grad_norm = named, max_grad_norm
         self.sum: dict[str, Tensor] = {}
+        self.num_coordinates = sum(parameter.numel() for parameter in named.values())
 
     def plan(self, units: Sequence[Unit]) -> list[Unit]:
-        """All steps in one backward pass."""
+        """Join all steps for one backward pass."""
         return joined(units)
 
     def before_unit(self, unit: Unit) -> None:
-        """Nothing to prepare."""
+        """Prepare nothing."""
 
     def add_question(self, gradients: Iterator[UnitGradient]) -> QuestionUpdate:
         update = QuestionUpdate()
@@ -60,5 +62,5 @@ class DenseGradients:
         load_state_tensors(self.optimizer, list(self.named), tensors)
 
     def clip_scale(self, norm: float) -> float:
-        """What the clip multiplies a gradient of this norm by, in (0, 1]."""
+        """Return the factor, in (0, 1], by which the clip scales a gradient of this norm."""
         return min(1.0, self.max_grad_norm / norm) if self.max_grad_norm and norm > 0 else 1.0

@@ -1,4 +1,4 @@
-"""KronosOpt as the trainer drives it."""
+"""KronosOpt in the training loop."""
 
 from __future__ import annotations
 
@@ -14,7 +14,15 @@ from ssrctl.core.kronos import KronosOpt
 from ssrctl.core.mask import BlockMask
 from ssrctl.core.units import Unit
 from ssrctl.training.unit_gradients import UnitGradient
-from ssrctl.training.updaters.base import Changes, QuestionUpdate, joined, load_state_tensors, state_tensors
+from ssrctl.training.updaters.base import (
+    Changes,
+    QuestionUpdate,
+    frozen_coordinates,
+    joined,
+    load_state_tensors,
+    state_tensors,
+    values_at,
+)
 
 
 class KronosUpdater:
@@ -23,18 +31,22 @@ class KronosUpdater:
     optimizer: KronosOpt
 
     def __init__(
-        self, parameters: Sequence[tuple[str, torch.nn.Parameter]], config: TrainConfig, frozen: BlockMask | None
+        self,
+        parameters: Sequence[tuple[str, torch.nn.Parameter]],
+        config: TrainConfig,
+        protected: BlockMask | None = None,
+        mask: BlockMask | None = None,
     ) -> None:
         self.optimizer = KronosOpt(
             parameters,
             lr=config.resolved_learning_rate,
-            protected=frozen,
+            protected=frozen_coordinates(protected, mask),
             update_rule=config.update_rule,
             betas=config.betas,
             eps=config.adam_epsilon,
             max_grad_norm=config.max_grad_norm,
             scope=config.scope,
-            # the pooled control comes as one unit: one backward pass, one selection
+            # the pooled control joins all steps into one unit: one backward pass, one selection
             allocation="disjoint" if config.allocation == "pooled" else config.allocation,
             selection=config.selection,
             reuse_factor=config.reuse_factor,
@@ -44,30 +56,32 @@ class KronosUpdater:
         )
         self.pools = config.allocation == "pooled"
         self.num_protected = self.optimizer.num_protected
+        self._granted = 0  # coordinates of the unit in progress
 
     @staticmethod
     def bytes_per_parameter(config: TrainConfig, itemsize: int) -> float:
-        """Memory beside the weights, an estimate: see ``benchmarks/optimizer_memory.py`` for measurements.
+        """Estimate the memory besides the weights; ``benchmarks/optimizer_memory.py`` measures it.
 
-        A gradient (with scope ``tensor`` of the largest tensor, put at a quarter of the model); a bit each for
-        protected, taken, waiting, touched; the kept sets of a question; sums and state of touched coordinates.
+        A gradient (with scope ``tensor`` of the largest tensor, taken as a quarter of the model); a bit each for
+        protected, taken, pending, touched; the kept sets of a question; sums and state of touched coordinates.
         """
         gradient = itemsize if config.scope == "global" else itemsize / 4
         kept = config.budget * (2 + itemsize)
         touched = min(1.0, config.budget * config.questions_per_step)
         moments = 8 if config.update_rule == "adam" else 0
-        waiting = 8 if config.update_rule == "adam" else 4
+        pending = 8 if config.update_rule == "adam" else 4
         masters = 2 if config.master_weights and itemsize == 2 else 0
-        # what a run touches in all grows from step to step; half of the weights is a cautious guess
-        return gradient + 4 / 8 + kept + touched * waiting + 0.5 * (moments + masters)
+        # the touched coordinates grow from step to step; half of the weights is a cautious guess
+        return gradient + 4 / 8 + kept + touched * pending + 0.5 * (moments + masters)
 
     def plan(self, units: Sequence[Unit]) -> list[Unit]:
-        """Units without signal claim nothing and are left out."""
+        """Leave out the units without a signal, which claim nothing."""
         return joined(units) if self.pools else [unit for unit in units if unit.has_signal]
 
     def before_unit(self, unit: Unit) -> None:
         """Grant the unit its budget; scope ``tensor`` selects while the backward pass runs."""
-        self.optimizer.begin_unit(coordinates(unit.budget, self.optimizer.num_unprotected))
+        self._granted = coordinates(unit.budget, self.optimizer.num_unprotected)
+        self.optimizer.begin_unit(self._granted)
 
     def add_question(self, gradients: Iterator[UnitGradient]) -> QuestionUpdate:
         update = QuestionUpdate()
@@ -75,7 +89,7 @@ class KronosUpdater:
         try:
             for made in gradients:
                 self.optimizer.claim()
-                update.granted.append(coordinates(made.unit.budget, self.optimizer.num_unprotected))
+                update.granted.append(self._granted)
                 update.gradients.append(made)
             update.kept = self.optimizer.end_question()
         except BaseException:
@@ -96,12 +110,8 @@ class KronosUpdater:
         }
 
     def changes(self) -> Changes:
-        found: Changes = {}
-        for name, parameter in self.optimizer.named.items():
-            indices = bits_to_indices(self.optimizer.touched[name], parameter.numel())
-            if indices.numel():
-                found[name] = (indices.cpu(), parameter.detach().view(-1)[indices].cpu())
-        return found
+        named, touched = self.optimizer.named, self.optimizer.touched
+        return values_at(named, {name: bits_to_indices(touched[name], p.numel()) for name, p in named.items()})
 
     def state(self) -> dict[str, Tensor]:
         return state_tensors(self.optimizer, list(self.optimizer.named))

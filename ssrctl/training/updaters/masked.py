@@ -1,4 +1,4 @@
-"""AdamW on the coordinates of a mask: nothing else moves, and nothing else has state."""
+"""AdamW on the coordinates of a mask: nothing else changes, and nothing else has optimizer state."""
 
 from __future__ import annotations
 
@@ -11,33 +11,37 @@ from ssrctl.configs import TrainConfig
 from ssrctl.core.index_sets import IndexSet
 from ssrctl.core.mask import BlockMask
 from ssrctl.core.masked_adamw import MaskedAdamW
-from ssrctl.training.updaters.base import Changes
+from ssrctl.training.updaters.base import Changes, values_at
 from ssrctl.training.updaters.dense import DenseGradients
 
 
 class MaskedAdamWUpdater(DenseGradients):
-    """One summed gradient, of which the mask's coordinates are clipped and applied (Adewuyi et al. 2026)."""
+    """AdamW on the unprotected coordinates of a mask; the clip sees only their gradient (Adewuyi et al. 2026)."""
 
     optimizer: MaskedAdamW
 
     def __init__(
-        self, parameters: Sequence[tuple[str, torch.nn.Parameter]], config: TrainConfig, frozen: BlockMask | None
+        self,
+        parameters: Sequence[tuple[str, torch.nn.Parameter]],
+        config: TrainConfig,
+        protected: BlockMask | None = None,
+        mask: BlockMask | None = None,
     ) -> None:
-        assert frozen is not None, "a mask leaves something frozen"
+        assert mask is not None, "AdamWUpdater trains everything"
         super().__init__(dict(parameters), config.max_grad_norm)
-        self.num_protected = frozen.count()
         self.optimizer = MaskedAdamW(
             parameters,
-            ~frozen,
+            mask if protected is None else mask - protected,
             lr=config.resolved_learning_rate,
             betas=config.betas,
             eps=config.adam_epsilon,
             weight_decay=config.weight_decay,
             master_weights=config.master_weights,
         )
+        self.num_protected = self.num_coordinates - self.optimizer.num_trained
 
     def _trained(self, name: str) -> Tensor:
-        """Ascending flat indices (int64) of a parameter's masked coordinates, from the optimizer's own compact sets."""
+        """Return the ascending flat indices (int64) of a parameter's trained coordinates, from the optimizer's state."""
         parameter = self.named[name]
         state = self.optimizer.state.get(parameter)
         if not state:
@@ -46,7 +50,7 @@ class MaskedAdamWUpdater(DenseGradients):
 
     @staticmethod
     def bytes_per_parameter(config: TrainConfig, itemsize: int) -> float:
-        """Memory beside the weights: two gradients; state is small, as the mask is."""
+        """Return the memory besides the weights: two gradients; state is small, as the mask is."""
         return 2.0 * itemsize
 
     @torch.no_grad()
@@ -63,13 +67,9 @@ class MaskedAdamWUpdater(DenseGradients):
                 parameter.grad.mul_(scale)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        total = sum(parameter.numel() for parameter in self.named.values())
-        updated = total - self.num_protected if norm > 0 else 0
-        return {"grad_norm": norm, "clip_scale": scale, "updated_frac": updated / total}
+        updated = self.optimizer.num_trained if norm > 0 else 0
+        return {"grad_norm": norm, "clip_scale": scale, "updated_frac": updated / self.num_coordinates}
 
     def changes(self) -> Changes:
-        found: Changes = {}
-        for name, parameter in self.named.items():
-            if (indices := self._trained(name)).numel() and float(self.optimizer.state[parameter]["step"]):
-                found[name] = (indices.cpu(), parameter.detach().view(-1)[indices].cpu())
-        return found
+        stepped = {n: p for n, p in self.named.items() if p in self.optimizer.state and self.optimizer.state[p]["step"]}
+        return values_at(stepped, {name: self._trained(name) for name in stepped})
