@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import fnmatch
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ssrctl.core.mask import TileSet, matrix_shape
+from ssrctl.checkpoints.pairs import Comparison, TensorPair, first_of
+from ssrctl.core.mask import BlockMask, TileSet, matrix_shape
 from ssrctl.errors import UserError
+from ssrctl.io.console import note
+from ssrctl.measures.base import Findings, Mode, PairMeasure, register
+from ssrctl.measures.maths.change_rule import change_rule
 from ssrctl.measures.maths.grouping import grouped
 from ssrctl.report.formats import count, percent, times
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from ssrctl.configs import DiagnoseConfig
 
 _SHOWN_NAMES = 5
 
@@ -217,3 +225,95 @@ def _contains(tiles: TileSet, index: int) -> bool:
 def _listed(names: Sequence[str]) -> str:
     more = len(names) - _SHOWN_NAMES
     return ", ".join(names[:_SHOWN_NAMES]) + (f" and {more:,} more" if more > 0 else "")
+
+
+@register
+class Audit(PairMeasure["tuple[TensorAudit, list[dict[str, Any]]]", "dict[str, Any]"]):
+    """Whether protected weights moved, and which tensors did."""
+
+    name = "audit"
+    audits = True
+
+    def __init__(self, comparison: Comparison, config: DiagnoseConfig, run: Path | None = None) -> None:
+        """Read the mask and the list of activation outliers beside it, before anything slow."""
+        super().__init__(comparison, config, run)
+        path = config.assert_frozen or config.protect
+        self.mask = _protected_weights(comparison, config)
+        self.spikes = [] if path is None else _spikes(path)
+        if unseen := sorted({spike["parameter"] for spike in self.spikes} - set(comparison.names)):
+            note(f"{len(unseen)} tensors with activation outliers are not compared: {first_of(unseen)}")
+
+    @classmethod
+    def wanted(cls, config: DiagnoseConfig, mode: Mode) -> bool:
+        """Return True if a mask or a pattern is given."""
+        return not (config.protect is None and config.assert_frozen is None and config.assert_moved is None)
+
+    def tensor(self, pair: TensorPair) -> tuple[TensorAudit, list[dict[str, Any]]]:
+        """Return the counts of one tensor, and the activation outliers in it."""
+        changed = change_rule(self.config, "bits")[0](pair.base, pair.tuned)
+        protected = self.mask.tensors.get(pair.name) if self.mask is not None else None
+        mine = [spike_audit(spike, protected, changed) for spike in self.spikes if spike["parameter"] == pair.name]
+        return audit_tensor(pair.name, protected, changed), mine
+
+    def combine(self, parts: Mapping[str, list[tuple[TensorAudit, list[dict[str, Any]]]]]) -> dict[str, Any]:
+        """Return the counts by layer, kind and tensor, the outliers, and the mask's tensors that were not compared."""
+        found = {name: one for name, ((one, _),) in parts.items()}
+        spikes = [spike for ((_, mine),) in parts.values() for spike in mine]
+        held = {} if self.mask is None or self.config.layers else self.mask.tensors
+        return audit_numbers(found, spikes, {name: one.count() for name, one in held.items() if name not in found})
+
+    def present(self, result: dict[str, Any]) -> Findings:
+        """Return sentences and tables on protected weights, and the assertions that do not hold."""
+        from ssrctl.measures.audit_report import audit_section, headlines
+
+        frozen, moved = self.config.assert_frozen is not None, self.config.assert_moved
+        return Findings(
+            numbers=result,
+            headlines=headlines(result),
+            sections=[audit_section(result)],
+            failed=failures(result, frozen=frozen, moved_pattern=moved),
+        )
+
+
+def _protected_weights(comparison: Comparison, config: DiagnoseConfig) -> BlockMask | None:
+    """The mask of ``--protect`` or ``--assert-frozen``, if any.
+
+    Raises:
+        UserError: both, a mask that cannot be read, or one of other tensors.
+    """
+    from ssrctl.io.artifacts import load_mask
+
+    if config.protect is not None and config.assert_frozen is not None:
+        raise UserError(
+            "--protect and --assert-frozen each name a mask", "give --assert-frozen alone; it reports the same"
+        )
+    path = config.assert_frozen or config.protect
+    if path is None:
+        return None
+    mask = load_mask(path)[0]
+    shared = [name for name in mask.shapes if name in comparison.names]
+    if not shared:
+        raise UserError(f"{path} is a mask of other tensors: none of them is compared", "name the checkpoints' mask")
+    for name in shared:
+        if mask.shapes[name] != comparison.base.shapes[name]:
+            raise UserError(
+                f"{path} has {name} with shape {list(mask.shapes[name])}, the checkpoints have it with "
+                f"{list(comparison.base.shapes[name])}",
+                "give a mask that was made for this model",
+            )
+    return mask
+
+
+def _spikes(mask: Path) -> list[dict[str, Any]]:
+    """The activation outliers that `ssrctl superweights` found, from the report beside its mask."""
+    report = mask.with_name(mask.stem + ".report.json")
+    if not report.is_file():
+        return []
+    try:
+        spikes = json.loads(report.read_text(encoding="utf-8")).get("spikes") or []
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{report} cannot be read: {error}", "remove it, or make the mask again") from error
+    wanted = ("parameter", "out_channel", "in_channel")
+    if not all(isinstance(spike, dict) and all(key in spike for key in wanted) for spike in spikes):
+        raise UserError(f"{report}: its list of spikes is not one of ours", "make the mask again")
+    return list(spikes)

@@ -53,19 +53,17 @@ def _moved_sentence(tensors: Sequence[Mapping[str, Any]]) -> str:
     return f"{sum(row['num_changed'] > 0 for row in tensors):,} of {times(len(tensors), 'tensor')} changed."
 
 
-def audit_section(numbers: Mapping[str, Any], label: str = "") -> Section:
+def audit_section(numbers: Mapping[str, Any]) -> Section:
     """Protected weights that moved, by kind, layer and tensor, and the weights behind activation outliers.
 
     Where nothing is protected, which tensors changed.
 
     Args:
         numbers: from ``audit.audit_numbers``.
-        label: which checkpoint, where there are several.
     """
-    of = f" ({label})" if label else ""
     if numbers["total"]["num_protected"] == 0:
         return Section(
-            title=f"Which tensors changed?{of}",
+            title="Which tensors changed?",
             text=f"No protected weight was compared. {_moved_sentence(numbers['tensors'])}",
             tables=[_moved_table(numbers["tensors"]), *_spike_tables(numbers["spikes"])],
         )
@@ -73,7 +71,7 @@ def audit_section(numbers: Mapping[str, Any], label: str = "") -> Section:
     layers = [row for row in numbers["layers"] if row["num_protected"]]
     tensors = [row for row in numbers["tensors"] if row["num_protected"]]
     return Section(
-        title=f"Did protected weights move?{of}",
+        title="Did protected weights move?",
         text="A frozen weight has to be equal to what it was. Without protection, as large a share of the changed "
         "weights would be protected ones as chance gives (as many changed weights of each tensor, at random).",
         figures=[

@@ -10,14 +10,15 @@ as accurate, relatively, as large ones.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssrctl.core.seeds import derive_seed
 from ssrctl.errors import UserError
-from ssrctl.io.gradient_log import GradientHeader, load_gradient_log, read_gradient_header
+from ssrctl.io.gradient_log import GradientHeader, gradient_log_paths, load_gradient_log, read_gradient_header
+from ssrctl.measures.base import Findings, RunMeasure, register
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -211,3 +212,32 @@ def _cosines(gram: Tensor, norms: Tensor, directions: Tensor, steps: Sequence[in
         "cosine_steps": [steps[i] for i in chosen],
         "cosines": [[cosine(i, j) for j in chosen] for i in chosen],
     }
+
+
+@register
+class Gradients(RunMeasure["dict[str, Any] | None"]):
+    """In how many directions the logged gradients of a run point."""
+
+    name = "gradients"
+    needs = "a run that was trained with --log-gradients"
+
+    def combine(self, parts: Mapping[str, list[Any]]) -> dict[str, Any] | None:
+        """Return the spectra of the run's gradient logs; None without any.
+
+        Raises:
+            UserError: no logs although the measure was asked for by name, or logs that do not fit each other.
+        """
+        assert self.run is not None
+        paths = gradient_log_paths(self.run)
+        if not paths and self.config.measures is not None:
+            raise UserError(f"{self.run} has no gradient logs", "train with --log-gradients 10 or so")
+        return gradient_numbers(paths)
+
+    def present(self, result: dict[str, Any] | None) -> Findings:
+        """Return sentences, figures and tables of the gradients' geometry."""
+        from ssrctl.measures.gradients_report import gradient_section, headlines
+
+        section = gradient_section(result)
+        if section is None:
+            return Findings()
+        return Findings(numbers={"gradients": result}, headlines=headlines(result), sections=[section])

@@ -17,22 +17,28 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ssrctl.checkpoints.names import matrix_kind
+from ssrctl.checkpoints.names import layer_index, matrix_kind
 from ssrctl.core.seeds import derive_seed
-from ssrctl.measures import matrices as matrix_measures
+from ssrctl.measures.base import Findings, PairMeasure, register
+from ssrctl.measures.maths import matrices
+from ssrctl.measures.maths.change_rule import change_rule
 from ssrctl.measures.maths.grouping import grouped
-from ssrctl.measures.maths.magnitude import count_by_magnitude
-from ssrctl.measures.maths.row_column_counts import Profile, coarse_map, concentration, mean_concentration
+from ssrctl.measures.maths.magnitude import count_by_magnitude, widened
+from ssrctl.measures.maths.row_column_counts import Profile, coarse_map, concentration, mean_concentration, profile
 from ssrctl.measures.maths.update_matrix import Unmeasured
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from ssrctl.checkpoints.pairs import TensorPair
+
 CONFIDENCE = 0.95
 Landings = tuple["Landing", ...]
 # The last is the first again, with another idea of chance: random weights of the same magnitudes as those that changed.
 SETS = ("principal", "low_magnitude", "principal_not_low", "principal_same_size")
+# Kinds of which a matrix is pictured, the first two that a model has.
+PICTURED = ("q", "qkv", "gate", "up", "gate_up")
 # Their rows are tokens: a reconstruction of low rank says nothing of them, and the paper leaves them out.
 _LEFT_OUT = {"embed": "an embedding", "lm_head": "the output head"}
 
@@ -163,7 +169,7 @@ def summary(landings: Sequence[Landing]) -> dict[str, float | int | None]:
 def skip_reason(name: str, shape: Sequence[int], dtype: torch.dtype) -> str | None:
     """Why a tensor has no principal weights; None when it has. Needs no weights, so that none are read in vain."""
     kind = matrix_kind(name)
-    return f"it is {_LEFT_OUT[kind]}" if kind in _LEFT_OUT else matrix_measures.skip_reason(shape, dtype)
+    return f"it is {_LEFT_OUT[kind]}" if kind in _LEFT_OUT else matrices.skip_reason(shape, dtype)
 
 
 def reference_sets(base: Tensor, *, rank_share: float, density: float, seed: int) -> dict[str, Tensor] | Unmeasured:
@@ -200,19 +206,14 @@ def reference_sets(base: Tensor, *, rank_share: float, density: float, seed: int
     return {"principal": principal, "low_magnitude": low, "principal_not_low": principal & ~low}
 
 
-def measure_landing(
-    base: Tensor, changed: Tensor, *, rank_share: float, density: float, seed: int = 0
-) -> dict[str, Landings] | Unmeasured:
-    """Where the changes of one matrix landed, for each of ``SETS``; the last in one part for each power of two.
+def measure_landing(base: Tensor, changed: Tensor, sets: Mapping[str, Tensor]) -> dict[str, Landings]:
+    """Return where the changes of one matrix landed, for each of ``SETS``; the last in one part per power of two.
 
     Args:
         base: ``[m, n]``, any floating dtype.
         changed: bool ``[m, n]``, True = changed.
-        rank_share, density, seed: see ``reference_sets``.
+        sets: from ``reference_sets``.
     """
-    sets = reference_sets(base, rank_share=rank_share, density=density, seed=seed)
-    if isinstance(sets, Unmeasured):
-        return sets
     found: dict[str, Landings] = {name: (land(changed, chosen),) for name, chosen in sets.items()}
     return found | {"principal_same_size": land_by_magnitude(base, changed, sets["principal"])}
 
@@ -224,54 +225,6 @@ def land_by_magnitude(base: Tensor, changed: Tensor, chosen: Tensor) -> Landings
         Landing(numel=numel, num_set=chosen_here, num_changed=changed_here, num_both=both)
         for numel, changed_here, chosen_here, both in counts.T.tolist()
     )
-
-
-def measure_tensor(
-    name: str, base: Tensor, changed: Tensor, *, rank_share: float, density: float, seed: int = 0
-) -> dict[str, dict[str, Landings] | Unmeasured]:
-    """``measure_landing`` of one tensor for which ``skip_reason`` is None, by name.
-
-    A stack of experts ``[experts, m, n]`` counts as matrices ``name.0``, ``name.1``, ...; of more than
-    ``matrix_measures.MAX_EXPERTS`` so many are taken, evenly spread from the first to the last.
-
-    Args:
-        name: of the tensor; random draws derive from it and from ``seed``.
-        base: any floating dtype.
-        changed: bool, the same shape.
-        rank_share, density: see ``reference_sets``.
-    """
-    labelled = {name: (base, changed)}
-    if base.dim() == 3:
-        count = base.shape[0]
-        taken = min(count, matrix_measures.MAX_EXPERTS)
-        places = sorted({round(place * (count - 1) / max(1, taken - 1)) for place in range(taken)})
-        labelled = {f"{name}.{place}": (base[place], changed[place]) for place in places}
-    return {
-        label: measure_landing(
-            one, hit, rank_share=rank_share, density=density, seed=derive_seed(seed, "principal", label)
-        )
-        for label, (one, hit) in labelled.items()
-    }
-
-
-def example(
-    name: str, base: Tensor, changed: Tensor, *, rank_share: float, density: float, seed: int = 0
-) -> dict[str, Any] | None:
-    """Small pictures of one matrix: where its changes and its principal weights lie (Zhu et al. 2025, figure 7).
-
-    Args:
-        name: of the matrix.
-        base, changed: ``[m, n]``, not empty.
-        rank_share, density: see ``reference_sets``; the seed is that of ``measure_tensor``.
-
-    Returns:
-        ``name``, and ``changed`` and ``principal`` as ``profiles.coarse_map``; None for weights that are NaN or infinite.
-    """
-    seed = derive_seed(seed, "principal", name)
-    sets = reference_sets(base, rank_share=rank_share, density=density, seed=seed)
-    if isinstance(sets, Unmeasured):
-        return None
-    return {"name": name, "changed": coarse_map(changed), "principal": coarse_map(sets["principal"])}
 
 
 def landing_numbers(
@@ -313,3 +266,84 @@ def landing_numbers(
 def _row(tensors: Sequence[Mapping[str, Landings]]) -> dict[str, Any]:
     rows = {name: summary([part for one in tensors for part in one[name]]) for name in SETS}
     return {"num_changed": rows[SETS[0]]["num_changed"], **rows}
+
+
+@dataclass(frozen=True)
+class LandingPart:
+    """What is kept of one tensor.
+
+    Attributes:
+        landings: by matrix label, for each of ``SETS``, or the reason why there is none.
+        profile: changed weights by row and by column; None for a stack of matrices.
+        picture: coarse maps of the changes and of the principal weights; None where none is shown.
+    """
+
+    landings: dict[str, dict[str, Landings] | Unmeasured]
+    profile: Profile | None = None
+    picture: dict[str, Any] | None = None
+
+
+@register
+class LandingMeasure(PairMeasure[LandingPart, dict[str, Any]]):
+    """Where the changed weights of each matrix landed."""
+
+    name = "landing"
+
+    def tensor(self, pair: TensorPair) -> LandingPart | None:
+        """Return the landings of a tensor's matrices; None for a tensor without principal weights."""
+        dtype = self.comparison.base.dtypes[pair.name]
+        if skip_reason(pair.name, pair.shape, dtype) is not None:
+            return None
+        if not bool(change_rule(self.config, "bits")[0](pair.base, pair.tuned).any()):
+            return LandingPart({pair.name: Unmeasured("nothing in it changed")})
+        differs, _ = change_rule(self.config)
+        changed, base = differs(pair.base, pair.tuned), widened(pair.base)
+        landings: dict[str, dict[str, Landings] | Unmeasured] = {}
+        picture = None
+        for label, (one, hit) in matrices.stacked(pair.name, base, changed):
+            sets = reference_sets(
+                one,
+                rank_share=self.config.principal_rank,
+                density=self.config.mask_density,
+                seed=derive_seed(self.config.seed, "principal", label),
+            )
+            landings[label] = sets if isinstance(sets, Unmeasured) else measure_landing(one, hit, sets)
+            if not isinstance(sets, Unmeasured) and base.dim() == 2 and matrix_kind(pair.name) in PICTURED:
+                picture = {"name": label, "changed": coarse_map(hit), "principal": coarse_map(sets["principal"])}
+        return LandingPart(landings, profile(changed) if changed.dim() == 2 else None, picture)
+
+    def combine(self, parts: Mapping[str, list[LandingPart]]) -> dict[str, Any]:
+        """Return the landings by layer, kind and tensor; empty when no tensor has principal weights."""
+        found = {name: one for name, (one,) in parts.items()}
+        landed = {label: landing for one in found.values() for label, landing in one.landings.items()}
+        if not landed:
+            return {}
+        numbers = landing_numbers(
+            landed,
+            {name: one.profile for name, one in found.items() if one.profile is not None},
+            rank_share=self.config.principal_rank,
+            density=self.config.mask_density,
+            rule=change_rule(self.config)[1],
+            examples=_middle_pictures({name: one.picture for name, one in found.items() if one.profile is not None}),
+        )
+        return {"landing": numbers}
+
+    def present(self, result: dict[str, Any]) -> Findings:
+        """Return sentences, figures and tables of landings."""
+        from ssrctl.measures.landing_report import headlines, landing_section
+
+        if not result:
+            return Findings()
+        found = result["landing"]
+        return Findings(numbers=result, headlines=headlines(found), sections=[landing_section(found)])
+
+
+def _middle_pictures(pictures: Mapping[str, dict[str, Any] | None]) -> list[dict[str, Any]]:
+    """Return the pictures of a query and a gate matrix of the middle layer of those where something changed."""
+    layers = sorted({layer for name in pictures if (layer := layer_index(name)) is not None})
+    if not layers:
+        return []
+    middle = layers[len(layers) // 2]
+    kinds = {matrix_kind(name): name for name in pictures if layer_index(name) == middle}
+    chosen = [kinds[kind] for kind in PICTURED if kind in kinds][:2]
+    return [picture for name in sorted(chosen, key=list(pictures).index) if (picture := pictures[name]) is not None]

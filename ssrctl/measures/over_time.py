@@ -11,18 +11,18 @@ Their text gives one number for changes that did not last, 8.5% of the weights e
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ssrctl.measures.base import Findings, JointMeasure, TensorSeries, register
+from ssrctl.measures.maths.change_rule import Differs, change_rule
 from ssrctl.measures.maths.grouping import grouped
 from ssrctl.measures.maths.row_column_counts import Profile, mean, profile, stability, stacked
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Differs = Callable[["Tensor", "Tensor"], "Tensor"]
-Read = Callable[[], "Tensor"]
 
 _PART = 1 << 20  # elements compared at once
 
@@ -54,15 +54,18 @@ class OverTime:
     column_stability: tuple[float | None, ...] = ()
 
 
-def over_time(base: Tensor, checkpoints: Sequence[Read], differs: Differs, bits_differ: Differs) -> OverTime:
+def over_time(
+    base: Tensor, last: Tensor, checkpoints: Iterable[Tensor], differs: Differs, bits_differ: Differs
+) -> OverTime:
     """Follow one tensor through a run.
 
-    Holds the base, two checkpoints and two sets (a byte for each weight) at a time; the last checkpoint is read twice,
-    first for the final subnetwork.
+    Holds the base, three checkpoints and two sets (a byte for each weight) at a time: the last checkpoint, which tells
+    the final subnetwork, stays in memory.
 
     Args:
         base: any shape.
-        checkpoints: read the tensor of c_1, ..., c_T, each of the base's shape.
+        last: the tensor of c_T, of the base's shape.
+        checkpoints: the tensors of c_1, ..., c_T, of the base's shape.
         differs: of two pieces of one shape, a bool tensor of it, True = changed.
         bits_differ: the same for any difference of the stored values.
 
@@ -71,22 +74,21 @@ def over_time(base: Tensor, checkpoints: Sequence[Read], differs: Differs, bits_
     """
     import torch
 
-    if not checkpoints:
-        raise ValueError("a run over time needs at least one checkpoint")
     # What touches pieces of a checkpoint is in functions of its own: a loop variable left over here would keep it alive.
-    final = _changed(base, checkpoints[-1](), differs)
+    final = _changed(base, last, differs)
     ever = torch.zeros_like(final)
     counts: dict[str, list[int]] = {"changed": [], "moved": [], "ever": [], "outside_final": []}
     profiles = []
     before, now = base, base
-    for read in checkpoints:
-        before = now  # only then is the next one read: two are held, not three
-        now = read()
+    for after in checkpoints:
+        before, now = now, after
         found, line = _interval(base, before, now, ever, final, differs)
         for key, value in found.items():
             counts[key].append(value)
         if line is not None:
             profiles.append(line)
+    if not counts["changed"]:
+        raise ValueError("a run over time needs at least one checkpoint")
     outside, cancelled = _at_the_end(base, now, ever, final, bits_differ)
     stable = stability(profiles)
     return OverTime(
@@ -218,3 +220,44 @@ def over_time_numbers(found: Mapping[str, OverTime], steps: Sequence[float], rul
 
 def _ratio(part: float, whole: float) -> float | None:
     return part / whole if whole else None
+
+
+@register
+class OverTimeMeasure(JointMeasure[OverTime, dict[str, Any]]):
+    """What a series of checkpoints changed, kept and took back."""
+
+    name = "time"
+    default_in = frozenset({"series", "run"})
+    possible_in = frozenset({"series", "run"})
+    needs = "--series, or a run"
+
+    def tensor(self, pairs: TensorSeries) -> OverTime:
+        """Follow one tensor through the checkpoints."""
+        differs, _ = change_rule(self.config)
+        bits_differ, _ = change_rule(self.config, "bits")
+        return over_time(pairs.last.base, pairs.last.tuned, (pair.tuned for pair in pairs), differs, bits_differ)
+
+    def combine(self, parts: Mapping[str, list[OverTime]]) -> dict[str, Any]:
+        """Return the series of all, by layer, by kind and of each tensor."""
+        steps = [checkpoint.step for checkpoint in self.comparison.tuned]
+        numbered = [place if step is None else step for place, step in enumerate(steps, start=1)]
+        if None in steps or numbered != sorted(set(numbered)):
+            numbered = list(range(1, len(steps) + 1))
+        return over_time_numbers({name: one for name, (one,) in parts.items()}, numbered, change_rule(self.config)[1])
+
+    def present(self, result: dict[str, Any]) -> Findings:
+        """Return sentences, figures and tables of a run over time."""
+        from ssrctl.measures.over_time_report import headlines, over_time_section
+
+        total = result["total"]
+        moved = [1 - share for share in total["neighbour_sparsity"] if share is not None]
+        published: dict[str, Any] = {"atol": "sparsity_1e-5", "bf16": "sparsity_bf16", "bits": None}
+        return Findings(
+            numbers={"over_time": result},
+            headlines=headlines(result),
+            sections=[over_time_section(result, published[self.config.changed_by])],
+            published={
+                "changed_per_checkpoint": sum(moved) / len(moved) if moved else None,
+                "outside_final": total["outside_final_of_ever"],
+            },
+        )

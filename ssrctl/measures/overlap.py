@@ -16,14 +16,19 @@ small weights, whose stored values move more easily: hence a second expectation 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
+from ssrctl.checkpoints.names import layer_index
+from ssrctl.measures.base import Findings, JointMeasure, TensorSeries, register
+from ssrctl.measures.maths.change_rule import change_rule
 from ssrctl.measures.maths.grouping import grouped
-from ssrctl.measures.maths.row_column_counts import Profile, agreement, coarse_map, mean
+from ssrctl.measures.maths.magnitude import count_by_magnitude, widened
+from ssrctl.measures.maths.row_column_counts import Profile, agreement, coarse_map, mean, profile
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -349,3 +354,54 @@ def _jaccard(a: int, b: int, shared: float | None) -> float | None:
 
 def _ratio(part: float | None, whole: float) -> float | None:
     return None if part is None or not whole else part / whole
+
+
+@register
+class Overlap(JointMeasure[tuple[RunOverlap, "dict[str, Any] | None"], dict[str, Any]]):
+    """How the changed sets of several checkpoints meet."""
+
+    name = "overlap"
+    default_in = frozenset({"several"})
+    possible_in = frozenset({"several"})
+    needs = "two or more checkpoints of one base, not in a series"
+
+    def tensor(self, pairs: TensorSeries) -> tuple[RunOverlap, dict[str, Any] | None]:
+        """Return the counts of one tensor, and a picture of the consensus where one is shown."""
+        from ssrctl.core.mask import TileSet
+
+        differs, _ = change_rule(self.config)
+        changed = [differs(pair.base, pair.tuned) for pair in pairs]
+        base = pairs.last.base if not pairs.last.checkpoint.is_delta else self.comparison.base.tensor(pairs.name)
+        found = run_overlap(
+            [TileSet.from_dense(one) for one in changed],
+            [profile(one) if one.dim() == 2 else None for one in changed],
+            count_by_magnitude(widened(base), *changed) if base.dtype.is_floating_point else None,
+        )
+        return found, consensus_example(pairs.name, changed) if pairs.name == self._pictured else None
+
+    @functools.cached_property
+    def _pictured(self) -> str | None:
+        """The first matrix of the middle layer."""
+        shapes = self.comparison.base.shapes
+        layers = {name: layer_index(name) for name in self.comparison.names if len(shapes[name]) == 2}
+        numbers = sorted({layer for layer in layers.values() if layer is not None})
+        return next((name for name, layer in layers.items() if numbers and layer == numbers[len(numbers) // 2]), None)
+
+    def combine(self, parts: Mapping[str, list[tuple[RunOverlap, dict[str, Any] | None]]]) -> dict[str, Any]:
+        """Return the overlaps by pair of runs, layer, kind and tensor."""
+        found = {name: one for name, ((one, _),) in parts.items()}
+        pictures = [picture for ((_, picture),) in parts.values() if picture is not None]
+        labels = [checkpoint.label for checkpoint in self.comparison.tuned]
+        return run_overlap_numbers(found, labels, change_rule(self.config)[1], pictures)
+
+    def present(self, result: dict[str, Any]) -> Findings:
+        """Return sentences, figures and tables of overlaps."""
+        from ssrctl.measures.overlap_report import headlines, run_overlap_section
+
+        total = result["total"]
+        return Findings(
+            numbers={"overlap": result},
+            headlines=headlines(result),
+            sections=[run_overlap_section(result, published=self.config.changed_by == "bf16")],
+            published={"run_overlap": total["one_sided"], "run_jaccard": total["jaccard"]},
+        )

@@ -10,10 +10,19 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ssrctl.measures.base import Findings, PairMeasure, register
 from ssrctl.measures.maths.low_rank import singular_values
+from ssrctl.measures.maths.matrices import OfMatrix, skipped_tensors, updates, warn_if_long
 from ssrctl.measures.maths.update_matrix import UpdateMatrix
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from ssrctl.checkpoints.pairs import Comparison, TensorPair
+    from ssrctl.configs import DiagnoseConfig
 
 # Machine epsilon of float32. The weights' own is of no use: with bfloat16's 2^-7 numpy's tolerance passes sigma_1 from
 # 128 rows on, and every rank would be 0. Nor is it called for, since the difference of two 16-bit weights is exact.
@@ -130,3 +139,55 @@ def random_effective_frac(aspect: float) -> float:
     weight /= weight.sum()
     relative = x / float((weight * x).sum())
     return math.exp(-float((weight * relative * np.log(relative)).sum()))
+
+
+@register
+class Rank(PairMeasure["dict[str, OfMatrix[UpdateRank]]", "dict[str, Any]"]):
+    """The rank of each matrix's update."""
+
+    name = "rank"
+
+    def __init__(self, comparison: Comparison, config: DiagnoseConfig, run: Path | None = None) -> None:
+        """Find the tensors that are not matrices, and say how long it takes where that is long."""
+        super().__init__(comparison, config, run)
+        self.skipped = skipped_tensors(comparison)
+        warn_if_long(comparison, config.num_workers)
+
+    def tensor(self, pair: TensorPair) -> dict[str, OfMatrix[UpdateRank]] | None:
+        """Return the ranks of a tensor's matrices, by label."""
+        if pair.name in self.skipped:
+            return None
+        found = {}
+        for label, update in updates(pair).items():
+            value = update_rank(update) if isinstance(update, UpdateMatrix) else update
+            found[label] = OfMatrix((pair.shape[-2], pair.shape[-1]), value)
+            if isinstance(value, UpdateRank):
+                pair.memo["spectral_norm", label] = value.spectral_norm
+        return found
+
+    def combine(self, parts: Mapping[str, list[dict[str, OfMatrix[UpdateRank]]]]) -> dict[str, Any]:
+        """Return the ranks by layer, kind and matrix."""
+        from ssrctl.measures.rank_report import rank_numbers
+
+        found = {label: one for (ranks,) in parts.values() for label, one in ranks.items()}
+        return {"rank": rank_numbers(found), "skipped": [{"name": n, "reason": r} for n, r in self.skipped.items()]}
+
+    def present(self, result: dict[str, Any]) -> Findings:
+        """Return sentences, figures and tables of ranks."""
+        from ssrctl.measures.rank_report import rank_headlines, rank_section
+
+        ranks = result["rank"]
+        if ranks is None:
+            return Findings(numbers=result)
+        return Findings(
+            numbers=result,
+            headlines=rank_headlines(ranks),
+            notes=unmeasured_note("rank", ranks["unmeasured"]),
+            sections=[rank_section(ranks)],
+            published={"rank": ranks["total"]["rank_frac"]},
+        )
+
+
+def unmeasured_note(what: str, found: list[dict[str, str]]) -> list[str]:
+    """Return a note on the matrices that lack a measure; none when there are none."""
+    return [f"Matrices without a {what}, with the reason in a table: {len(found):,}."] if found else []

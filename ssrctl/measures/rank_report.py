@@ -6,10 +6,8 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ssrctl.checkpoints.names import layer_index, matrix_kind
 from ssrctl.measures.maths.grouping import grouped, layer_label
-from ssrctl.measures.maths.update_matrix import Unmeasured
-from ssrctl.measures.matrices import MatrixMeasures
+from ssrctl.measures.maths.matrices import OfMatrix, place_of, unmeasured
 from ssrctl.measures.published import references
 from ssrctl.measures.rank import UpdateRank
 from ssrctl.report.document import Bars, Lines, Section, Table
@@ -52,25 +50,18 @@ _TENSOR: tuple[Column, ...] = (
 )
 
 
-def rank_numbers(measures: Mapping[str, MatrixMeasures]) -> dict[str, Any] | None:
+def rank_numbers(found: Mapping[str, OfMatrix[UpdateRank]]) -> dict[str, Any] | None:
     """Ranks as the report stores them, by layer, kind and matrix; None when none was measured.
 
     Means are over the matrices that changed; None when none did.
     """
-    wanted = {name: one.rank for name, one in measures.items() if one.rank is not None}
-    if not wanted:
+    if not found:
         return None
-    ranks = {name: one for name, one in wanted.items() if isinstance(one, UpdateRank)}
-    found = grouped(ranks, _summary)
-    found["tensors"] = [_place(name) | {"shape": list(measures[name].shape)} | ranks[name].numbers() for name in ranks]
-    found["unmeasured"] = [
-        {"name": name, "reason": one.reason} for name, one in wanted.items() if isinstance(one, Unmeasured)
-    ]
-    return found
-
-
-def _place(name: str) -> dict[str, Any]:
-    return {"name": name, "layer": layer_index(name), "kind": matrix_kind(name)}
+    ranks = {name: one.value for name, one in found.items() if isinstance(one.value, UpdateRank)}
+    numbers = grouped(ranks, _summary)
+    numbers["tensors"] = [place_of(name, found[name].shape) | one.numbers() for name, one in ranks.items()]
+    numbers["unmeasured"] = unmeasured(found)
+    return numbers
 
 
 def _summary(ranks: Sequence[UpdateRank]) -> dict[str, Any]:

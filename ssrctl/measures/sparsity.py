@@ -16,71 +16,36 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
 from ssrctl.checkpoints.names import KINDS, layer_index, matrix_kind
-from ssrctl.measures.maths.change import DEFAULT_ATOL, DEFAULT_ETA, Change, add_up
+from ssrctl.checkpoints.pairs import RANGE, TensorPair
+from ssrctl.measures.base import Findings, PairMeasure, register
+from ssrctl.measures.maths.change import DEFAULT_ATOL, DEFAULT_ETA, FIXED_TOLERANCES, Change, add_up, tolerance_key
+from ssrctl.measures.maths.change_rule import check_pair, slices
 from ssrctl.measures.maths.largest_changes import TopMovers
-from ssrctl.measures.maths.piece_pair import PiecePair, common_dtype
+from ssrctl.measures.maths.piece_pair import PiecePair
+from ssrctl.report.document import Section
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ssrctl.checkpoints.reader import DeltaReader, TensorReader
+    from ssrctl.configs import DiagnoseConfig
+    from ssrctl.measures.base import Mode
 
 __all__ = [
     "Change",
-    "Rule",
     "add_up",
-    "changed",
-    "common_dtype",
     "compare_all",
     "compare_pieces",
     "compare_tensors",
     "group_changes",
 ]
 
-Rule = Literal["bits", "atol", "bf16"]
-
-# Elements compared at once: their float64 copies stay near the caches.
-_CHUNK = 1 << 18
 # Elements that one worker takes at a time: enough to be worth a task, and few enough that the embedding, far larger
 # than any other tensor, is shared.
 _RANGE = 1 << 23
-
-
-def changed(base: Tensor, tuned: Tensor, rule: Rule, *, atol: float = DEFAULT_ATOL, eta: float = DEFAULT_ETA) -> Tensor:
-    """Which weights changed, by one rule (see the top of this file); works on whole tensors and on pieces.
-
-    Args:
-        base: any shape, any real dtype.
-        tuned: the same shape; two dtypes are compared in the one that holds both exactly.
-        rule: ``bits``, ``atol`` or ``bf16``.
-        atol: of ``atol``, 0 or more.
-        eta: of ``bf16``, 0 or more.
-
-    Returns:
-        bool in the shape of ``base``, True = changed. NaN and infinite weights changed unless they are equal bit for
-        bit (for ``bf16`` also infinities of one sign). Of tensors that hold no floating-point numbers ``bf16`` asks
-        what ``bits`` asks.
-
-    Raises:
-        ValueError: different shapes, complex tensors, or another rule.
-    """
-    import torch
-
-    if rule not in ("bits", "atol", "bf16"):
-        raise ValueError(f"no rule {rule!r}: bits, atol or bf16")
-    _check_pair(base, tuned)
-    marks = []
-    for a, b in _slices(base, tuned):
-        pair = PiecePair(a, b)
-        mark = torch.zeros(pair.numel, dtype=torch.bool)
-        mark.numpy()[pair.where] = (
-            True if rule == "bits" else ~(pair.within(atol) if rule == "atol" else pair.same_bf16(eta))
-        )
-        marks.append(mark)
-    return torch.cat(marks).view(base.shape) if marks else torch.zeros(base.shape, dtype=torch.bool)
 
 
 def compare_tensors(base: Tensor, tuned: Tensor, atol: float = DEFAULT_ATOL, eta: float = DEFAULT_ETA) -> Change:
@@ -122,14 +87,23 @@ def compare_pieces(
     """
     parts = []
     for ours, theirs in zip(base, tuned, strict=True):
-        _check_pair(ours, theirs)
-        for a, b in _slices(ours, theirs):
-            pair = PiecePair(a, b)
-            parts += pair.changes(atol, eta)
-            if movers is not None:
-                movers.add(name, pair.before, pair.after, pair.where, start)
-            start += a.numel()
+        parts += _piece_changes(ours, theirs, atol, eta, movers, name, start)
+        start += ours.numel()
     return add_up(parts)
+
+
+def _piece_changes(
+    base: Tensor, tuned: Tensor, atol: float, eta: float, movers: TopMovers | None, name: str, start: int
+) -> list[Change]:
+    check_pair(base, tuned)
+    parts: list[Change] = []
+    for a, b in slices(base, tuned):
+        pair = PiecePair(a, b)
+        parts += pair.changes(atol, eta)
+        if movers is not None:
+            movers.add(name, pair.before, pair.after, pair.where, start)
+        start += a.numel()
+    return parts
 
 
 def compare_all(
@@ -195,17 +169,6 @@ def compare_all(
     return changes
 
 
-def _check_pair(base: Tensor, tuned: Tensor) -> None:
-    if base.shape != tuned.shape:
-        raise ValueError(f"shapes differ: {list(base.shape)} and {list(tuned.shape)}")
-    if base.is_complex() or tuned.is_complex():
-        raise ValueError("complex tensors are not compared")
-
-
-def _slices(base: Tensor, tuned: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    return zip(base.flatten().split(_CHUNK), tuned.flatten().split(_CHUNK), strict=True)
-
-
 def group_changes(changes: Mapping[str, Change]) -> tuple[dict[int | None, Change], dict[str, Change]]:
     """(by layer, by kind), each in order; layer None holds what is outside of the layers and comes last."""
     layers: dict[int | None, Change] = {}
@@ -216,3 +179,67 @@ def group_changes(changes: Mapping[str, Change]) -> tuple[dict[int | None, Chang
         kinds[kind] = kinds.get(kind, Change()) + change
     by_layer = dict(sorted(layers.items(), key=lambda item: (item[0] is None, item[0] or 0)))
     return by_layer, {kind: kinds[kind] for kind in KINDS if kind in kinds}
+
+
+@register
+class Sparsity(PairMeasure[tuple[list[Change], TopMovers], dict[str, Any]]):
+    """Which weights changed, by every rule, and how far they moved; always counted, shown where it is wanted."""
+
+    name = "sparsity"
+    also = ("size",)
+    default_in = frozenset({"pair", "several", "series", "run"})
+    in_ranges = True
+
+    @classmethod
+    def wanted(cls, config: DiagnoseConfig, mode: Mode) -> bool:
+        """Return True: other parts of a report need the counts."""
+        return True
+
+    def tensor(self, pair: TensorPair) -> tuple[list[Change], TopMovers]:
+        """Return the change of each range of elements, and the largest ones."""
+        movers, ranges = TopMovers(), dict[int, list[Change]]()
+        for start, base, tuned in pair.pieces():
+            found = _piece_changes(base, tuned, self.config.atol, self.config.bf16_rtol, movers, pair.name, start)
+            ranges.setdefault(start // RANGE, []).extend(found)
+        return [add_up(parts) for parts in ranges.values()], movers
+
+    def combine(self, parts: Mapping[str, list[tuple[list[Change], TopMovers]]]) -> dict[str, Any]:
+        """Return the numbers by rule, kind, layer and tensor."""
+        from ssrctl.measures.sparsity_report import sparsity_numbers
+
+        movers, changes = TopMovers(), dict[str, Change]()
+        for name, ranges in parts.items():
+            changes[name] = Change()
+            for found, largest in ranges:
+                for change in found:
+                    changes[name] += change
+                movers.merge(largest)
+        return sparsity_numbers(changes, movers, self.comparison.base.shapes)
+
+    def present(self, result: dict[str, Any]) -> Findings:
+        """Return what the settings ask for: everything, the size of the change only, or nothing but numbers."""
+        from ssrctl.measures.sparsity_report import headlines, nonfinite_note, size_section, sparsity_sections
+
+        total, atol = result["total"], self.config.atol
+        odd = nonfinite_note(total)
+        notes = [] if odd is None else [odd]
+        if self.config.wants("sparsity", default=True):
+            published = {
+                f"sparsity_{one:.0e}".replace("e-0", "e-"): total[tolerance_key(one)] for one in FIXED_TOLERANCES
+            }
+            return Findings(
+                numbers=result,
+                headlines=headlines(result, atol),
+                notes=notes,
+                sections=sparsity_sections(result, atol),
+                published=published | {"sparsity_bf16": total["sparsity_bf16"]},
+            )
+        sections = [size_section(result)] if self.config.wants("size", default=True) else []
+        return Findings(numbers=result, notes=notes, sections=sections)
+
+    def side_by_side(self, results: Mapping[str, dict[str, Any]]) -> list[Section]:
+        """Return the checkpoints' sparsity in one table."""
+        from ssrctl.measures.sparsity_report import side_by_side_table
+
+        totals = {label: result["total"] for label, result in results.items()}
+        return [Section(title="The checkpoints side by side", tables=[side_by_side_table(totals, self.config.atol)])]

@@ -10,7 +10,7 @@ from ssrctl.measures.maths.change import FIXED_TOLERANCES, tolerance_key
 from ssrctl.measures.maths.largest_changes import Mover, TopMovers
 from ssrctl.measures.maths.ulp import bin_label
 from ssrctl.measures.sparsity import Change, add_up, group_changes
-from ssrctl.report.document import Bars, Figure, Heatmap, Histogram, Section, Table
+from ssrctl.report.document import Bars, Column, Figure, Heatmap, Histogram, Section, Table
 from ssrctl.report.formats import count, number, percent
 
 _OUTSIDE = "outside"
@@ -306,4 +306,21 @@ def _table(title: str, what: str, labels: list[str], rows: list[dict[str, Any]],
         "unchanged weights too.",
         terminal_rows=0 if tensors else 48,
         collapsed=tensors,
+    )
+
+
+def side_by_side_table(totals: Mapping[str, Mapping[str, Any]], atol: float) -> Table:
+    """Return a row for each checkpoint, by label."""
+    keys = {
+        f"within {atol:g}": ("sparsity", percent),
+        "bf16-aware": ("sparsity_bf16", percent),
+        "bit-equal": ("bit_equal_frac", percent),
+        "relative L2": ("relative_l2", number),
+        "max |d|": ("max_abs_difference", number),
+    }
+    return Table(
+        title="Against the base",
+        columns=["checkpoint", *(Column(name, show) for name, (_, show) in keys.items())],
+        rows=[[label, *(total[key] for key, _ in keys.values())] for label, total in totals.items()],
+        note="Shares of unchanged weights by three rules; norm of the update over that of the base.",
     )

@@ -9,16 +9,23 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ssrctl.core.seeds import derive_seed
+from ssrctl.measures.base import Findings, PairMeasure, register
 from ssrctl.measures.maths.low_rank import LowRank, Rows, nearby_top_k, singular_values, spectral_norm, top_k
+from ssrctl.measures.maths.matrices import OfMatrix, skipped_tensors, updates, warn_if_long
 from ssrctl.measures.maths.update_matrix import Unmeasured, UpdateMatrix
 from ssrctl.measures.rank import EPS
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from ssrctl.checkpoints.pairs import Comparison, TensorPair
+    from ssrctl.configs import DiagnoseConfig
 
 # By default a tenth of the smaller side, within these.
 _MIN_K, _MAX_K, _K_SHARE = 8, 128, 10
@@ -369,3 +376,51 @@ def _swapped(random: RandomUpdate | None) -> RandomUpdate | None:
         right_largest=random.left_largest,
         right_mean=random.left_mean,
     )
+
+
+@register
+class Spectrum(PairMeasure["dict[str, OfMatrix[SpectrumChange]]", "dict[str, Any]"]):
+    """How training turned and stretched the leading directions of each matrix."""
+
+    name = "spectrum"
+
+    def __init__(self, comparison: Comparison, config: DiagnoseConfig, run: Path | None = None) -> None:
+        """Find the tensors that are not matrices, and say how long it takes where that is long."""
+        super().__init__(comparison, config, run)
+        self.skipped = skipped_tensors(comparison)
+        warn_if_long(comparison, config.num_workers)
+
+    def tensor(self, pair: TensorPair) -> dict[str, OfMatrix[SpectrumChange]] | None:
+        """Return the change of the spectrum of a tensor's matrices, by label."""
+        if pair.name in self.skipped:
+            return None
+        return {
+            label: OfMatrix((pair.shape[-2], pair.shape[-1]), self._change(pair, label, update))
+            for label, update in updates(pair).items()
+        }
+
+    def _change(self, pair: TensorPair, label: str, update: UpdateMatrix | Unmeasured) -> SpectrumChange | Unmeasured:
+        if isinstance(update, Unmeasured):
+            return update
+        seed = derive_seed(self.config.seed, "spectrum", label)
+        norm = pair.memo.get(("spectral_norm", label))  # the rank has decomposed the update, if it was asked for
+        return spectrum_change(update, k=self.config.num_directions, seed=seed, update_norm=norm)
+
+    def combine(self, parts: Mapping[str, list[dict[str, OfMatrix[SpectrumChange]]]]) -> dict[str, Any]:
+        """Return the spectra by layer, kind and matrix."""
+        from ssrctl.measures.spectrum_report import spectrum_numbers
+
+        found = {label: one for (spectra,) in parts.values() for label, one in spectra.items()}
+        skipped = [{"name": name, "reason": reason} for name, reason in self.skipped.items()]
+        return {"spectrum": spectrum_numbers(found), "skipped": skipped}
+
+    def present(self, result: dict[str, Any]) -> Findings:
+        """Return sentences, figures and tables of spectra."""
+        from ssrctl.measures.spectrum_report import headlines, notes, spectrum_section
+
+        found = result["spectrum"]
+        if found is None:
+            return Findings(numbers=result)
+        return Findings(
+            numbers=result, headlines=headlines(found), notes=notes(found), sections=[spectrum_section(found)]
+        )

@@ -6,11 +6,11 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ssrctl.checkpoints.names import KINDS, layer_index, matrix_kind
+from ssrctl.checkpoints.names import KINDS
 from ssrctl.measures.maths.grouping import grouped
-from ssrctl.measures.maths.update_matrix import Unmeasured
-from ssrctl.measures.matrices import MatrixMeasures
-from ssrctl.measures.rank_report import Column, measure_tables, rank_headlines, rank_numbers
+from ssrctl.measures.maths.matrices import OfMatrix, place_of, unmeasured
+from ssrctl.measures.rank import unmeasured_note
+from ssrctl.measures.rank_report import Column, measure_tables
 from ssrctl.measures.spectrum import SpectrumChange
 from ssrctl.report.document import Bars, Figure, Heatmap, Lines, Reference, Section, Table
 from ssrctl.report.formats import count, number, percent
@@ -22,41 +22,23 @@ _ENERGIES = ("left", "right", "both")
 _WIDE_RANGE = 30
 
 
-def spectrum_numbers(
-    measures: Mapping[str, MatrixMeasures], skipped: Mapping[str, str] | None = None
-) -> dict[str, Any]:
-    """What the report stores, ready for json: ``rank``, ``spectrum`` (None when not measured) and ``skipped``.
+def spectrum_numbers(found: Mapping[str, OfMatrix[SpectrumChange]]) -> dict[str, Any] | None:
+    """Return what the report stores, ready for json; None when no matrix was measured.
 
-    Both have ``total``, ``layers``, ``kinds``, ``cells`` (layer and kind), ``tensors`` and ``unmeasured``. Angles of a
+    It has ``total``, ``layers``, ``kinds``, ``cells`` (layer and kind), ``tensors`` and ``unmeasured``. Angles of a
     group are the largest over its matrices (``..._largest``) or the mean over those that changed (``..._mean``).
-
-    Args:
-        measures: from ``measure_tensor``, by matrix.
-        skipped: tensors that were not measured, with the reason.
     """
-    return {
-        "rank": rank_numbers(measures),
-        "spectrum": _spectra(measures),
-        "skipped": [{"name": name, "reason": reason} for name, reason in (skipped or {}).items()],
-    }
-
-
-def _spectra(measures: Mapping[str, MatrixMeasures]) -> dict[str, Any] | None:
-    wanted = {name: one.spectrum for name, one in measures.items() if one.spectrum is not None}
-    if not wanted:
+    if not found:
         return None
     rows = {
-        name: {"name": name, "layer": layer_index(name), "kind": matrix_kind(name), "shape": list(measures[name].shape)}
-        | one.numbers()
-        for name, one in wanted.items()
-        if isinstance(one, SpectrumChange)
+        name: place_of(name, one.shape) | one.value.numbers()
+        for name, one in found.items()
+        if isinstance(one.value, SpectrumChange)
     }
-    found = grouped(rows, _summary)
-    found["tensors"] = list(rows.values())
-    found["unmeasured"] = [
-        {"name": name, "reason": one.reason} for name, one in wanted.items() if isinstance(one, Unmeasured)
-    ]
-    return found
+    numbers = grouped(rows, _summary)
+    numbers["tensors"] = list(rows.values())
+    numbers["unmeasured"] = unmeasured(found)
+    return numbers
 
 
 def _summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -96,11 +78,8 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def headlines(numbers: Mapping[str, Any]) -> list[str]:
-    """The answer in sentences, from ``spectrum_numbers``."""
-    found = rank_headlines(numbers["rank"]) if numbers["rank"] else []
-    if numbers["spectrum"]:
-        found += _spectrum_headlines(numbers["spectrum"]["total"])
-    return found
+    """Return the answer in sentences, from ``spectrum_numbers``."""
+    return _spectrum_headlines(numbers["total"])
 
 
 def _spectrum_headlines(total: Mapping[str, Any]) -> list[str]:
@@ -124,23 +103,19 @@ def _spectrum_headlines(total: Mapping[str, Any]) -> list[str]:
 def notes(numbers: Mapping[str, Any]) -> list[str]:
     """What a reader must know so as not to be misled, from ``spectrum_numbers``."""
     found = []
-    spectrum = numbers["spectrum"]
-    if spectrum and spectrum["total"]["num_ill_defined"]:
-        total = spectrum["total"]
+    total = numbers["total"]
+    if total["num_ill_defined"]:
         found.append(
             f"In {count(total['num_ill_defined'])} of {count(total['num_matrices'])} matrices the gap between singular "
             "values k and k + 1 of the base is smaller than the update, so that directions may change places across "
             "the cut: their large angles need not mean much. Random updates show how large they get by chance."
         )
-    if spectrum and spectrum["total"]["num_unresolved"]:
+    if total["num_unresolved"]:
         found.append(
-            f"In {count(spectrum['total']['num_unresolved'])} matrices the angles are not above the error of the "
+            f"In {count(total['num_unresolved'])} matrices the angles are not above the error of the "
             "computation, which is given beside them."
         )
-    unmeasured = {one["name"] for part in ("rank", "spectrum") if numbers[part] for one in numbers[part]["unmeasured"]}
-    if unmeasured:
-        found.append(f"Matrices without a rank or a spectrum, with the reason in a table: {count(len(unmeasured))}.")
-    return found
+    return found + unmeasured_note("spectrum", numbers["unmeasured"])
 
 
 def _degrees(value: float | None) -> str:

@@ -6,11 +6,14 @@ None, NaN or infinite are left blank in figures. Text may come from files: whate
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ssrctl.report.formats import text
+
 Numbers = Sequence[float | None]
+Cell = float | int | str | None
 Interval = tuple[float, float]
 
 
@@ -29,33 +32,64 @@ class Reference:
     high: float | None = None
 
 
-@dataclass(kw_only=True)
-class Table:
-    """Rows of text; the first column and columns of words are aligned left, columns of numbers right.
+@dataclass(frozen=True)
+class Column:
+    """A column of a table: its heading, and how a cell's value is written for people.
 
     Attributes:
-        raw: the same cells as plain numbers, for the csv and json files; without it these hold what can be read
-            back from ``rows``.
-        terminal_rows: the terminal shows so many rows and says how many more there are; 0 leaves the table
+        name: the heading.
+        format: writes one value; the terminal and the page show its text, csv and json hold the value itself.
+            ``formats.text`` marks a column of words, aligned left; all others are numbers, aligned right.
+    """
+
+    name: str
+    format: Callable[[Any], str] = text
+
+
+@dataclass(kw_only=True)
+class Table:
+    """Rows of values; each column says how its values are written.
+
+    Attributes:
+        columns: a heading by itself is a column of words.
+        rows: raw values (numbers at full precision, shares in [0, 1], None where there is no value).
+        terminal_rows: the terminal shows at most this many rows and says how many more there are; 0 leaves the table
             to the report, which the terminal says.
         collapsed: the page shows it only when asked to.
+
+    Raises:
+        ValueError: a row with another number of cells than there are columns.
     """
 
     title: str
-    columns: list[str]
-    rows: list[list[str]]
-    raw: Sequence[Sequence[float | int | str | None]] | None = None
+    columns: Sequence[Column | str]
+    rows: Sequence[Sequence[Cell]]
+    raw: Sequence[Sequence[Cell]] | None = None
     note: str = ""
     terminal_rows: int = 16
     collapsed: bool = False
 
     def __post_init__(self) -> None:
-        width = len(self.columns)
-        for rows in (self.rows, self.raw or []):
-            if wrong := [len(row) for row in rows if len(row) != width]:
-                raise ValueError(f"table {self.title!r}: {width} columns, but a row of {wrong[0]} cells")
-        if self.raw is not None and len(self.raw) != len(self.rows):
-            raise ValueError(f"table {self.title!r}: {len(self.rows)} rows, but {len(self.raw)} raw ones")
+        self.columns = [Column(one) if isinstance(one, str) else one for one in self.columns]
+        if wrong := [len(row) for row in self.rows if len(row) != len(self.columns)]:
+            raise ValueError(f"table {self.title!r}: {len(self.columns)} columns, but a row of {wrong[0]} cells")
+
+    @property
+    def headings(self) -> list[str]:
+        """The columns' names."""
+        return [one.name for one in self.columns if isinstance(one, Column)]
+
+    @property
+    def words(self) -> list[bool]:
+        """For each column: True = words, aligned left; False = numbers. The first column names the row."""
+        return [
+            place == 0 or (isinstance(one, Column) and one.format is text) for place, one in enumerate(self.columns)
+        ]
+
+    def formatted(self, limit: int | None = None) -> list[list[str]]:
+        """Return the first ``limit`` rows (all by default) as people read them."""
+        formats = [one.format for one in self.columns if isinstance(one, Column)]
+        return [[show(cell) for show, cell in zip(formats, row, strict=True)] for row in self.rows[:limit]]
 
 
 @dataclass(kw_only=True)

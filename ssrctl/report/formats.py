@@ -24,6 +24,11 @@ def text_safe(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
+def text(value: object) -> str:
+    """Return a value as it is, a dash for None."""
+    return "–" if value is None else str(value)
+
+
 def count(value: float | None) -> str:
     """A count with thousands separators; means of counts keep one decimal."""
     if value is None:
@@ -52,3 +57,8 @@ def number(value: float | None, style: Literal["short", "signed"] = "short") -> 
     if value is None:
         return "–"
     return f"{value:+.3f}" if style == "signed" else "0" if value == 0 else f"{value:#.3g}".removesuffix(".")
+
+
+def signed(value: float | None) -> str:
+    """Return three decimals with the sign always shown, a dash for None."""
+    return "–" if value is None else f"{value:+.3f}"

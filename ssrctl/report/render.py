@@ -24,13 +24,8 @@ MOST_PAGE_ROWS = 500
 _FEW_SECTIONS = 4
 # Characters: cells of words up to the first are never broken, and beyond the second they take a wider column.
 _SHORT, _NAME = 16, 64
-_NUMBER = re.compile(
-    r"[<>≤≥≈±~]?\s*[+-]?[0-9][0-9,]*(\.[0-9]+)?(e[+-]?[0-9]+)?\s*[%×]?"
-    r"(\s*(to|–|-|±|/|of)\s*[+-]?[0-9.,]+%?)?"
-)
 # After a dot or an underscore of a name, but not inside of a number; browsers break after a slash by themselves.
 _BREAKS = re.compile(r"(?<=[._])(?=[A-Za-z])|(?<=[A-Za-z][._])(?=\w)")
-_BLANKS = ("", "–", "-")
 
 
 def missing_libraries() -> list[str]:
@@ -110,31 +105,22 @@ def _figure_view(figure: Figure, name: str) -> dict[str, Any]:
 
 
 def _table_view(table: Table, file: str | None) -> dict[str, Any]:
+    rows = table.formatted(MOST_PAGE_ROWS)
     return {
         "table": table,
         "file": file,
-        "classes": _column_classes(table),
-        "rows": table.rows[:MOST_PAGE_ROWS],
+        "classes": _column_classes(table, rows),
+        "rows": rows,
         "more": max(0, len(table.rows) - MOST_PAGE_ROWS),
     }
 
 
-def _column_classes(table: Table) -> list[str]:
-    """The css class of each column: none for numbers, and of words those that are long may be broken."""
+def _column_classes(table: Table, rows: list[list[str]]) -> list[str]:
+    """Return each column's css class: none for numbers; of words, those that are long may be broken."""
     found = []
-    for position, words in enumerate(words_columns(table)):
-        longest = max((len(row[position]) for row in table.rows), default=0)
+    for position, words in enumerate(table.words):
+        longest = max((len(row[position]) for row in rows), default=0)
         found.append(("words" + " broken" * (longest > _SHORT) + " prose" * (longest > _NAME)) if words else "")
-    return found
-
-
-def words_columns(table: Table) -> list[bool]:
-    """For each column: does it hold words, which are aligned left, rather than numbers? The first always does."""
-    found = []
-    for position in range(len(table.columns)):
-        cells = [cell for row in table.rows if (cell := row[position].strip()) not in _BLANKS]
-        numbers = sum(_NUMBER.fullmatch(cell) is not None for cell in cells)
-        found.append(position == 0 or numbers * 2 < len(cells))
     return found
 
 
@@ -183,9 +169,9 @@ def print_document(document: Document, console: Console, where: str) -> None:
                 left_out.append(f"{table.title} ({times(len(table.rows), 'row')})")
                 continue
             shown = Table(title=Text(table.title), title_justify="left", box=box.SIMPLE_HEAD, title_style="bold")
-            for column, words in zip(table.columns, words_columns(table), strict=True):
+            for column, words in zip(table.headings, table.words, strict=True):
                 shown.add_column(Text(column), justify="left" if words else "right", overflow="fold")
-            for row in table.rows[: table.terminal_rows]:
+            for row in table.formatted(table.terminal_rows):
                 shown.add_row(*(Text(cell) for cell in row))
             console.print()
             console.print(shown)

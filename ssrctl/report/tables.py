@@ -10,21 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ssrctl.io.files import write_text
-from ssrctl.report.document import Document, Section, Table
+from ssrctl.report.document import Cell, Document, Section, Table
 from ssrctl.report.formats import json_safe, text_safe
 
 FOLDER = "tables"
 INDEX = "index.json"
-Cell = float | int | str | None
 
 _LONGEST_NAME = 60
 _OURS = re.compile(r"[a-z0-9][a-z0-9-]*")
-# At most so many digits that no number is out of range.
-_NUMBER = re.compile(
-    r"(?P<digits>[+-]?([0-9]{1,18}|[0-9]{1,3}(,[0-9]{3}){1,5})?(?P<point>\.[0-9]{0,18})?)"
-    r"(?P<power>e[+-]?[0-9]{1,2})?(?P<percent>%)?"
-)
-_BLANK = {"", "–"}
 # A spreadsheet takes a cell that begins so for a formula.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
@@ -59,28 +52,13 @@ def table_names(document: Document) -> list[tuple[str, Section, Table]]:
     return [(name, section, table) for name, (section, table) in zip(names, found, strict=True)]
 
 
-def plain_cell(text: str) -> Cell:
-    """A cell as a plain number where it is one: ``1,234`` is 1234, ``81.40%`` is 0.814, ``–`` is None."""
-    shown = text.strip()
-    if shown in _BLANK:
-        return None
-    found = _NUMBER.fullmatch(shown)
-    if found is None or not any(one.isdigit() for one in found["digits"]) or (found["power"] and found["percent"]):
-        return text_safe(text)
-    digits = found["digits"].replace(",", "")
-    if found["percent"]:
-        return float(f"{digits}e-2")  # exact, where a division by 100 would round once more
-    if found["point"] or found["power"]:
-        return float(digits + (found["power"] or ""))
-    return int(digits)
-
-
 def distinct_columns(table: Table) -> list[str]:
     """The columns' names; one that occurs again says to which column it belongs: ``Jaccard: chance``."""
     found: list[str] = []
-    for position, name in enumerate(table.columns):
-        if table.columns.count(name) > 1 and position:
-            before = next((one for one in reversed(table.columns[:position]) if one != name), name)
+    names = table.headings
+    for position, name in enumerate(names):
+        if names.count(name) > 1 and position:
+            before = next((one for one in reversed(names[:position]) if one != name), name)
             name = f"{before}: {name}"
         number, first = 1, name
         while name in found:
@@ -91,10 +69,8 @@ def distinct_columns(table: Table) -> list[str]:
 
 
 def plain_rows(table: Table) -> list[list[Cell]]:
-    """The table's cells as plain numbers: its raw ones if it has any; the first column stays as it is shown."""
-    if table.raw is not None:
-        return [[json_safe(cell) for cell in row] for row in table.raw]
-    return [[text_safe(row[0]), *map(plain_cell, row[1:])] if row else [] for row in table.rows]
+    """Return the table's values; NaN and infinity, which json does not have, become None."""
+    return [[json_safe(cell) for cell in row] for row in (table.rows if table.raw is None else table.raw)]
 
 
 def csv_text(table: Table) -> str:

@@ -28,8 +28,8 @@ from ssrctl.configs import (
     MaskRandomConfig,
     MaskUnionConfig,
 )
-from ssrctl.configs.diagnose import MaskOutput, MaskSource
 from ssrctl.configs.layers import layer_ranges
+from ssrctl.configs.mask import MaskOutput, MaskSource
 from ssrctl.errors import UserError
 from ssrctl.io import console, manifest
 from ssrctl.io.artifacts import ModelIdentity
@@ -135,11 +135,11 @@ def run_diff(config: MaskDiffConfig) -> dict[str, Any]:
         UserError: checkpoints of different models, a delta of another base, or no change at all.
     """
     from ssrctl.checkpoints.reader import TensorReader, delta_meant_by
-    from ssrctl.measures.sparsity import changed
+    from ssrctl.measures.maths.change_rule import changed
 
     if delta_meant_by(config.base) is not None:
         raise UserError(f"BASE {config.base} is a delta, not whole weights", "give the model that training began from")
-    rule = functools.partial(changed, rule=config.rule, atol=config.atol, eta=config.eta)
+    rule = functools.partial(changed, rule=config.changed_by, atol=config.atol, eta=config.bf16_rtol)
     delta = delta_meant_by(config.tuned)
     with TensorReader(config.base) as base:
         if delta is not None:
@@ -310,7 +310,7 @@ def _deliver(
     """Write a mask and show what it holds."""
     from ssrctl.io.artifacts import save_mask
 
-    when_empty = "choose other masks" if what else "name checkpoints that differ, or another --rule"
+    when_empty = "choose other masks" if what else "name checkpoints that differ, or another --changed-by"
     _check_proper(what or f"the {kind} mask", mask.count(), mask.numel, when_empty)
     save_mask(config.output, mask, mask_kind=kind, model=model, settings=settings)
     report = _report(config.output, kind, mask, model, settings, notes)

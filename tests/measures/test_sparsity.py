@@ -17,11 +17,11 @@ from ssrctl.checkpoints.reader import DeltaReader, TensorReader
 from ssrctl.errors import UserError
 from ssrctl.io.artifacts import ModelIdentity
 from ssrctl.measures.maths.largest_changes import TopMovers
+from ssrctl.checkpoints.pairs import common_dtype
 from ssrctl.measures.sparsity import (
     Change,
     add_up,
     changed,
-    common_dtype,
     compare_all,
     compare_pieces,
     compare_tensors,

@@ -12,16 +12,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ssrctl.cli import main
-from ssrctl.configs.diagnose import MEASURES
 from ssrctl.core.mask import BlockMask
 from ssrctl.io.artifacts import ModelIdentity, save_mask
 from ssrctl.measures import landing, over_time, sparsity
 from ssrctl.measures import overlap as run_overlap
-from ssrctl.stages.diagnose import deliver
+from ssrctl.report import write
 
 Weights = dict[str, torch.Tensor]
 
 LAYERS, SIDE, WIDE = 3, 48, 96
+PAIRWISE = ("sparsity", "size", "rank", "spectrum", "landing")
 Q, DOWN = "model.layers.{}.self_attn.q_proj.weight", "model.layers.{}.mlp.down_proj.weight"
 NORM = "model.norm.weight"
 
@@ -63,7 +63,7 @@ class Shell:
     def __call__(self, *words: object, code: int = 0, page: bool = False) -> dict[str, Any]:
         """The report; empty when ``code`` is an error without one. A page takes a second, and is drawn if asked for."""
         self.capfd.readouterr()
-        self.monkeypatch.setattr(deliver, "missing_libraries", (lambda: []) if page else (lambda: ["matplotlib"]))
+        self.monkeypatch.setattr(write, "missing_libraries", (lambda: []) if page else (lambda: ["matplotlib"]))
         argv = ["diagnose", *map(str, words), "--json"]
         found = main(argv if "-o" in argv else [*argv, "-o", str(self.at / "out")])
         out, self.err = self.capfd.readouterr()
@@ -148,7 +148,7 @@ def test_an_update_of_rank_two_is_found(tmp_path: Path, shell: Shell, base: Weig
     assert found["frobenius_norm"] == pytest.approx(1e-2 * 13**0.5, rel=1e-5)
     assert ranks[Q.format(0)]["rank"] == 0
     assert report["rank"]["total"]["rank_frac"] == 2 / SIDE  # over the matrices that changed
-    assert report["spectrum"] is None and "landing" not in report
+    assert "spectrum" not in report and "landing" not in report
 
 
 def test_a_rotation_of_the_leading_directions_is_found(tmp_path: Path, shell: Shell) -> None:
@@ -162,7 +162,7 @@ def test_a_rotation_of_the_leading_directions_is_found(tmp_path: Path, shell: Sh
     name = Q.format(0)
     pair = [{name: (side * values @ right.T).float()} for side in (left, turned)]
     paths = [folder(tmp_path / label, one) for label, one in zip("ab", pair, strict=True)]
-    report = shell(*paths, "--measures", "spectrum", "--k", 2)
+    report = shell(*paths, "--measures", "spectrum", "--num-directions", 2)
     [found] = report["spectrum"]["tensors"]
     assert found["k"] == 2
     assert found["left_largest"] == pytest.approx(30.0, abs=0.01)
@@ -183,7 +183,7 @@ def test_changes_of_small_weights_are_found_to_land_there(tmp_path: Path, shell:
     assert len(report["landing"]["unmeasured"]) == 2 * LAYERS - 1
 
 
-@pytest.mark.parametrize("measure", MEASURES[:5])
+@pytest.mark.parametrize("measure", PAIRWISE)
 def test_only_the_measures_that_are_named(tmp_path: Path, shell: Shell, base: Weights, measure: str) -> None:
     paths = folder(tmp_path / "base", base), folder(tmp_path / "tuned", moved(base, Q.format(0), range(9)))
     report = shell(*paths, "--measures", measure)
@@ -240,8 +240,8 @@ def test_tensors_of_every_shape_and_dtype(tmp_path: Path, shell: Shell) -> None:
     assert layer.format(0, "mlp.down_proj") in landed and layer.format(1, "self_attn.q_proj") in landed
     ranked = by_name(report["rank"]["tensors"])
     assert layer.format(1, "mlp.experts.up_proj") + ".9" in ranked
-    shell(*paths, "--measures", ",".join(MEASURES[:6]))
-    shell(*paths, "--series", "--measures", ",".join([*MEASURES[:5], "time"]))
+    shell(*paths, "--measures", ",".join([*PAIRWISE, "overlap"]))
+    shell(*paths, "--series", "--measures", ",".join([*PAIRWISE, "time"]))
 
 
 def test_layers_restrict_what_is_measured(tmp_path: Path, shell: Shell, base: Weights) -> None:
@@ -269,9 +269,9 @@ def test_identical_checkpoints_have_no_division_by_zero(tmp_path: Path, shell: S
     assert report["spectrum"]["total"]["num_unchanged"] == 2 * LAYERS
     assert (tmp_path / "out" / "report.html").is_file()
     same = [paths[1]] * 3
-    report = shell(paths[0], *same, "--measures", ",".join(MEASURES[:6]))
+    report = shell(paths[0], *same, "--measures", ",".join([*PAIRWISE, "overlap"]))
     assert report["overlap"]["total"]["num_changed"] == [0, 0, 0] and report["overlap"]["total"]["jaccard"] is None
-    report = shell(paths[0], *same, "--series", "--measures", ",".join([*MEASURES[:5], "time"]))
+    report = shell(paths[0], *same, "--series", "--measures", ",".join([*PAIRWISE, "time"]))
     assert report["over_time"]["total"]["ever_frac"] == [0.0, 0.0, 0.0]
     assert report["over_time"]["total"]["cancelled_of_ever"] is None
     assert "No weight changed at any checkpoint." in report["headlines"]
@@ -290,7 +290,7 @@ def test_weights_that_are_no_numbers_are_said_and_hurt_no_measure(tmp_path: Path
         assert {row["name"] for row in report[part]["unmeasured"]} >= broken
         assert Q.format(0) in by_name(report[part]["tensors"])
     for paths in ((first, second, last), (second, first, last), (first, last, second, "--series")):
-        measures = [*MEASURES[:5], "time" if "--series" in paths else "overlap"]
+        measures = [*PAIRWISE, "time" if "--series" in paths else "overlap"]
         assert shell(*paths, "--measures", ",".join(measures))["notes"]
     # The base itself: nothing may be read as a number that is none.
     report = shell(second, first)
@@ -338,7 +338,7 @@ def test_rules_of_what_counts_as_changed(tmp_path: Path, shell: Shell, base: Wei
     tuned = moved(moved(base, Q.format(0), range(10), 1e-6), Q.format(0), range(10, 14), 0.5)
     paths = [folder(tmp_path / "base", base), *(folder(tmp_path / label, tuned) for label in "ab")]
     for words, changed in ((("bits",), 14), (("atol",), 4), (("atol", "--atol", "1e-9"), 14), (("bf16",), 4)):
-        report = shell(*paths, "--measures", "overlap", "--rule", *words)
+        report = shell(*paths, "--measures", "overlap", "--changed-by", *words)
         assert report["overlap"]["total"]["num_changed"] == [changed, changed]
 
 
@@ -361,7 +361,7 @@ def test_a_weight_that_changes_and_comes_back_is_cancelled(tmp_path: Path, shell
     assert total["outside_final_frac"] == [6 / size, 2 / size, 0.0]
     assert report["last"]["label"] == "3" and report["last"]["total"]["num_bit_changed"] == 8
     # By a coarse rule 6, moved by 0.5 and 0.25 more, is the only one to leave the tolerance at the end.
-    coarse = shell(*paths, "--series", "--measures", "time", "--rule", "atol", "--atol", "0.6")
+    coarse = shell(*paths, "--series", "--measures", "time", "--changed-by", "atol", "--atol", "0.6")
     assert coarse["over_time"]["total"]["final_frac"] == 1 / size
 
 
@@ -562,8 +562,8 @@ def test_checkpoints_that_cannot_be_compared(tmp_path: Path, shell: Shell, base:
 @pytest.mark.parametrize(
     ("module", "name", "words"),
     [
-        (sparsity, "compare_all", ()),
-        (landing, "measure_tensor", ("--measures", "landing")),
+        (sparsity, "_piece_changes", ()),
+        (landing, "measure_landing", ("--measures", "landing")),
         (run_overlap, "run_overlap", ("--measures", "overlap")),
         (over_time, "over_time", ("--series", "--measures", "time")),
     ],

@@ -56,3 +56,10 @@ def count_by_magnitude(base: Tensor, *sets: Tensor) -> Tensor:
         for place, one in enumerate(chosen, 1):
             counts[place] += torch.bincount(classes[one], minlength=NUM_CLASSES)
     return counts[:, counts[0] > 0]
+
+
+def widened(weights: Tensor) -> Tensor:
+    """Return 8-bit floating-point weights as bfloat16, which holds them exactly; torch hardly computes with 8 bits."""
+    import torch
+
+    return weights.to(torch.bfloat16) if weights.dtype.is_floating_point and weights.itemsize == 1 else weights

@@ -9,31 +9,18 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from ssrctl.checkpoints.pairs import common_dtype
 from ssrctl.measures.maths.change import FIXED_TOLERANCES, Change
 from ssrctl.measures.maths.ulp import count_by_powers, step_dtype, ulp_distance
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
     from torch import Tensor
 
 # Below this, distinct bfloat16 numbers are further apart than eta times the larger one, subnormal ones included: the
 # closest are a power of two and the number under it, 2^-8 of it away.
 _BF16_GAP = 2**-8
 _BLOCK = 1024
-
-
-def common_dtype(a: torch.dtype, b: torch.dtype) -> torch.dtype:
-    """The narrowest floating dtype that holds the values of both exactly; 8-bit floats meet in float32.
-
-    Integers follow ``torch.promote_types``, which can round large ones that meet floats.
-    """
-    import torch
-
-    if a == b:
-        return a
-    wide = [torch.float32 if dtype.is_floating_point and dtype.itemsize == 1 else dtype for dtype in (a, b)]
-    return torch.promote_types(*wide)
 
 
 class PiecePair:

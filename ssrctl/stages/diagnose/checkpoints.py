@@ -1,38 +1,30 @@
-"""`ssrctl diagnose BASE TUNED...` and `ssrctl diagnose RUN`: what updates did to checkpoints."""
+"""`ssrctl diagnose BASE TUNED...` and `ssrctl diagnose RUN`: open, walk once, combine, present, write."""
 
 from __future__ import annotations
 
 import contextlib
-import math
-from dataclasses import dataclass, field
+import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ssrctl.checkpoints.pairs import Checkpoint, Comparison, checkpoints_of, is_run, open_comparison
 from ssrctl.configs import DiagnoseConfig
 from ssrctl.errors import CheckFailed, UserError
-from ssrctl.report.document import Document, Section, Table
-from ssrctl.report.formats import number, percent, text_safe
-from ssrctl.stages.diagnose import measure
-from ssrctl.stages.diagnose.deliver import deliver, show_plan
-from ssrctl.stages.diagnose.inputs import Inputs, Tuned, checkpoints_of, is_run, open_inputs
+from ssrctl.measures.base import Findings, Measure, Mode, PairMeasure, Taken, registered, take
+from ssrctl.measures.published import published_section, unusual
+from ssrctl.report.document import Document, Section
+from ssrctl.report.formats import text_safe
+from ssrctl.report.write import write_report
+from ssrctl.stages.diagnose.plan import show_plan
 from ssrctl.version import __version__
 
-if TYPE_CHECKING:
-    from ssrctl.core.mask import BlockMask
-
 _DEFAULT_FOLDER = Path("diagnose")
-
-
-@dataclass
-class _Report:
-    """What grows as families of measures are taken."""
-
-    numbers: dict[str, Any] = field(default_factory=dict)
-    headlines: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    sections: list[Section] = field(default_factory=list)
-    published: dict[Any, float | None] = field(default_factory=dict)
-    failed: list[str] = field(default_factory=list)
+_KINDS: dict[Mode, str] = {
+    "pair": "checkpoint-difference",
+    "several": "several-checkpoints",
+    "series": "run-over-time",
+    "run": "run-over-time",
+}
 
 
 def diagnose_checkpoints(config: DiagnoseConfig) -> dict[str, Any]:
@@ -42,66 +34,70 @@ def diagnose_checkpoints(config: DiagnoseConfig) -> dict[str, Any]:
         UserError: inputs that cannot be opened or do not fit each other, or nothing to measure.
         CheckFailed: the report is written, and ``--assert-frozen`` or ``--assert-moved`` does not hold.
     """
-    base, paths, run = _what(config)
+    base, paths, run = _paths(config)
     output = config.output_dir or run or _DEFAULT_FOLDER
-    series = config.series or run is not None
-    _check_measures(config, len(paths), series=series, of_run=run is not None)
+    mode: Mode = "pair" if len(paths) == 1 else "series" if config.series else "several"
+    if run is not None:
+        mode = "run"
+    chosen = _chosen(config, mode)
     if output.exists() and not output.is_dir():  # said now, not when everything is measured
         raise UserError(f"{output} is a file", "name a folder for the report")
     with contextlib.ExitStack() as stack:
-        inputs = open_inputs(stack, base, paths, config)
-        mask = measure.protected_weights(inputs, config)  # before anything slow
+        comparison = open_comparison(stack, base, paths, config.layers)
+        measures = [measure(comparison, config, run) for measure in chosen]
         if config.dry_run:
-            return show_plan(config, _files(inputs, paths), output)
-        report = _Report(notes=inputs.notes)
-        if series:
-            _series(report, inputs, config, run)
-        elif len(inputs.tuned) > 1:
-            _several(report, inputs, config)
-        else:
-            _pair(report, inputs, inputs.tuned[0], config)
-        _audit(report, inputs, inputs.tuned[-1:] if series else inputs.tuned, mask, config)
-        document = _document(report, inputs, config)
-    kind = "run-over-time" if series else "checkpoint-difference" if len(inputs.tuned) == 1 else "several-checkpoints"
-    made = deliver(config, _json(report, kind, inputs, config), document, output)
+            return show_plan(config, _files(comparison, paths), output)
+        taken = take(comparison, measures, mode, config.num_workers)
+        report = _arranged(taken, comparison, mode)
+        numbers = _header(comparison, config, mode) | {
+            "failed": report.failed,
+            "headlines": report.headlines,
+            "notes": report.notes,
+            **report.numbers,
+        }
+        document = _document(report, comparison, config)
+    written = write_report(numbers, document, output, show=not config.json)
     if report.failed:
         raise CheckFailed(" ".join(report.failed))
-    return made
+    return written
 
 
-def _what(config: DiagnoseConfig) -> tuple[Path, list[Path], Path | None]:
-    """(base, checkpoints, the run that they are all of)."""
+def _paths(config: DiagnoseConfig) -> tuple[Path, list[Path], Path | None]:
+    """Return (base, checkpoints, the run that all of them belong to)."""
     if len(config.paths) > 1:
         return config.paths[0], config.paths[1:], None
     (run,) = config.paths
     if not is_run(run):
         raise UserError(
-            f"{run} is no run directory with checkpoints, and there is nothing to compare it with",
+            f"{run} is not a run directory with checkpoints, and there is nothing to compare it with",
             "name a run of ssrctl train, or a base and a tuned checkpoint: ssrctl diagnose BASE TUNED",
         )
     base, checkpoints = checkpoints_of(run)
     return base, checkpoints, run
 
 
-def _check_measures(config: DiagnoseConfig, num_tuned: int, *, series: bool, of_run: bool) -> None:
-    """Refuse a measure that was asked for by name and that these paths cannot give."""
-    if config.measures is not None and not config.measures.strip():
-        raise UserError("--measures names no measure", "leave it out for all of them")
-    needs = {
-        "overlap": (num_tuned > 1 and not series, "two or more checkpoints of one base, not in a series"),
-        "time": (series, "--series, or a run"),
-        "gradients": (of_run, "a run that was trained with --log-gradients"),
-    }
-    for name, (possible, need) in needs.items():
-        if config.wants(name, default=False) and not possible:
-            raise UserError(f"--measures {name} cannot be taken of these paths", f"it needs {need}")
+def _chosen(config: DiagnoseConfig, mode: Mode) -> list[type[Measure[Any, Any]]]:
+    """Return the measures to take.
+
+    Raises:
+        UserError: an unknown name in ``--measures``, or a measure that these paths cannot give.
+    """
+    measures = registered()
+    names = [name for one in measures.values() if not one.audits for name in (one.name, *one.also)]
+    asked = [] if config.measures is None else config.measures.replace(" ", "").split(",")
+    for name in asked:
+        if name not in names:
+            raise UserError(f"--measures: there is no measure {name!r}", f"choose of {', '.join(names)}")
+        if name in measures and mode not in measures[name].possible_in:
+            raise UserError(f"--measures {name} cannot be taken of these paths", f"it needs {measures[name].needs}")
+    return [measure for measure in measures.values() if measure.wanted(config, mode)]
 
 
-def _files(inputs: Inputs, paths: list[Path]) -> list[Path]:
+def _files(comparison: Comparison, paths: list[Path]) -> list[Path]:
     from ssrctl.checkpoints.reader import TensorReader, delta_meant_by
 
-    files = list(inputs.base.files)
-    for path, tuned in zip(paths, inputs.tuned, strict=True):
+    files = list(comparison.base.files)
+    for path, tuned in zip(paths, comparison.tuned, strict=True):
         delta = delta_meant_by(path)
         if delta is not None:
             files.append(delta)
@@ -111,208 +107,92 @@ def _files(inputs: Inputs, paths: list[Path]) -> list[Path]:
 
 
 # --------------------------------------------------------------------------------------------------
-# the three kinds of comparison
-
-
-def _pair(report: _Report, inputs: Inputs, tuned: Tuned, config: DiagnoseConfig) -> None:
-    changes = _sparsity(report, inputs, tuned, config)
-    if any(config.wants(name, default=True) for name in ("rank", "spectrum", "landing")):
-        _matrices(report, inputs, tuned, changes, config)
-
-
-def _sparsity(report: _Report, inputs: Inputs, tuned: Tuned, config: DiagnoseConfig) -> Any:
-    """The size of the change and how many weights it touched: always counted, shown if wanted."""
-    from ssrctl.measures.sparsity_report import (
-        headlines,
-        nonfinite_note,
-        size_section,
-        sparsity_numbers,
-        sparsity_sections,
-    )
-
-    changes, movers = measure.compare(inputs, tuned, config)
-    numbers = sparsity_numbers(changes, movers, inputs.base.shapes)
-    report.numbers |= numbers
-    if (odd := nonfinite_note(numbers["total"])) is not None:
-        report.notes.append(odd)
-    if config.wants("sparsity", default=True):
-        report.headlines += headlines(numbers, config.atol)
-        report.sections += sparsity_sections(numbers, config.atol)
-        report.published |= _published_sparsity(numbers["total"])
-    elif config.wants("size", default=True):
-        report.sections.append(size_section(numbers))
-    return changes
-
-
-def _published_sparsity(total: dict[str, Any]) -> dict[str, float | None]:
-    from ssrctl.measures.maths.change import FIXED_TOLERANCES, tolerance_key
-
-    found = {f"sparsity_{atol:.0e}".replace("e-0", "e-"): total[tolerance_key(atol)] for atol in FIXED_TOLERANCES}
-    return found | {"sparsity_bf16": total["sparsity_bf16"]}
-
-
-def _matrices(report: _Report, inputs: Inputs, tuned: Tuned, changes: Any, config: DiagnoseConfig) -> None:
-    from ssrctl.measures import landing_report, spectrum_report
-    from ssrctl.measures.rank_report import rank_section
-
-    numbers = measure.matrices(inputs, tuned, changes, config)
-    report.numbers |= numbers
-    report.headlines += spectrum_report.headlines(numbers)
-    report.notes += spectrum_report.notes(numbers)
-    if numbers["rank"] is not None:
-        report.sections.append(rank_section(numbers["rank"]))
-        report.published["rank"] = numbers["rank"]["total"]["rank_frac"]
-    if numbers["spectrum"] is not None:
-        report.sections.append(spectrum_report.spectrum_section(numbers["spectrum"]))
-    if "landing" in numbers:
-        report.headlines += landing_report.headlines(numbers["landing"])
-        report.sections.append(landing_report.landing_section(numbers["landing"]))
-
-
-def _several(report: _Report, inputs: Inputs, config: DiagnoseConfig) -> None:
-    """Each checkpoint's sparsity side by side, and what they have in common."""
-    from ssrctl.measures import overlap_report as run_overlap_report
-
-    report.numbers["checkpoints"] = []
-    details: list[Section] = []
-    for tuned in inputs.tuned:
-        one = _Report()
-        _pair(one, inputs, tuned, _chosen_only(config))
-        report.numbers["checkpoints"].append({"label": tuned.label} | one.numbers)
-        report.notes += [f"{tuned.label}: {note}" for note in one.notes]
-        for section in one.sections:
-            section.title = f"{section.title}: {tuned.label}"
-            section.collapsed = True
-        details += one.sections
-    report.sections.append(_side_by_side(report.numbers["checkpoints"], config))
-    if config.wants("overlap", default=True):
-        numbers = measure.overlap(inputs, config)
-        report.numbers["overlap"] = numbers
-        report.headlines += run_overlap_report.headlines(numbers)
-        report.sections.append(run_overlap_report.run_overlap_section(numbers, published=config.rule == "bf16"))
-        report.published |= {"run_overlap": numbers["total"]["one_sided"], "run_jaccard": numbers["total"]["jaccard"]}
-    report.sections += details
-
-
-def _chosen_only(config: DiagnoseConfig) -> DiagnoseConfig:
-    """The same, with the slow measures only if they were asked for by name."""
-    import dataclasses
-
-    return dataclasses.replace(config, measures="sparsity,size") if config.measures is None else config
-
-
-def _side_by_side(rows: list[dict[str, Any]], config: DiagnoseConfig) -> Section:
-    totals = [(row["label"], row["total"]) for row in rows]
-    return Section(
-        title="The checkpoints side by side",
-        tables=[
-            Table(
-                title="Against the base",
-                columns=["checkpoint", f"within {config.atol:g}", "bf16-aware", "bit-equal", "relative L2", "max |d|"],
-                rows=[
-                    [
-                        label,
-                        percent(total["sparsity"]),
-                        percent(total["sparsity_bf16"]),
-                        percent(total["bit_equal_frac"]),
-                        number(total["relative_l2"]),
-                        number(total["max_abs_difference"]),
-                    ]
-                    for label, total in totals
-                ],
-                note="Shares of unchanged weights by three rules; norm of the update over that of the base.",
-            )
-        ],
-    )
-
-
-def _series(report: _Report, inputs: Inputs, config: DiagnoseConfig, run: Path | None) -> None:
-    """The run over time, and what it ended with."""
-    from ssrctl.measures import over_time_report
-
-    if config.wants("time", default=True):
-        numbers = measure.over_time(inputs, config)
-        report.numbers["over_time"] = numbers
-        report.headlines += over_time_report.headlines(numbers)
-        report.sections.append(
-            over_time_report.over_time_section(
-                numbers, {"atol": "sparsity_1e-5", "bf16": "sparsity_bf16", "bits": None}[config.rule]
-            )
-        )
-        moved = [1 - share for share in numbers["total"]["neighbour_sparsity"] if share is not None]
-        report.published |= {
-            "changed_per_checkpoint": sum(moved) / len(moved) if moved else None,
-            "outside_final": numbers["total"]["outside_final_of_ever"],
-        }
-    if run is not None and config.wants("gradients", default=True):
-        _gradients(report, run, asked=config.measures is not None)
-    one = _Report()
-    _pair(one, inputs, inputs.tuned[-1], _chosen_only(config))
-    report.numbers["last"] = {"label": inputs.tuned[-1].label} | one.numbers
-    report.headlines += one.headlines
-    report.notes += one.notes
-    report.sections += one.sections
-    report.published |= one.published
-
-
-def _gradients(report: _Report, run: Path, *, asked: bool) -> None:
-    from ssrctl.io.gradient_log import gradient_log_paths
-    from ssrctl.measures import gradients_report as gradient_report
-    from ssrctl.measures.gradients import gradient_numbers
-
-    paths = gradient_log_paths(run)
-    if not paths:
-        if asked:
-            raise UserError(f"{run} has no gradient logs", "train with --log-gradients 10 or so")
-        return
-    numbers = gradient_numbers(paths)
-    section = gradient_report.gradient_section(numbers)
-    if section is not None:
-        report.numbers["gradients"] = numbers
-        report.headlines += gradient_report.headlines(numbers)
-        report.sections.append(section)
-
-
-def _audit(
-    report: _Report, inputs: Inputs, audited: list[Tuned], mask: BlockMask | None, config: DiagnoseConfig
-) -> None:
-    """Did protected weights move; of a series only the last checkpoint counts."""
-    if config.protect is None and config.assert_frozen is None and config.assert_moved is None:
-        return
-    from ssrctl.measures import audit_report
-    from ssrctl.measures.audit import failures
-
-    for tuned in audited:
-        numbers = measure.audit(inputs, tuned, mask, config)
-        report.numbers.setdefault("audit", []).append({"label": tuned.label} | numbers)
-        label = tuned.label if len(inputs.tuned) > 1 else ""
-        before = f"{label}: " if label else ""
-        report.headlines += [before + line for line in audit_report.headlines(numbers)]
-        report.sections.append(audit_report.audit_section(numbers, label))
-        found = failures(numbers, frozen=config.assert_frozen is not None, moved_pattern=config.assert_moved)
-        report.failed += [before + line for line in found]
-
-
-# --------------------------------------------------------------------------------------------------
 # the report
 
 
-def _document(report: _Report, inputs: Inputs, config: DiagnoseConfig) -> Document:
-    from ssrctl.measures.published import published_section, unusual
+def _arranged(taken: list[Taken[Any]], comparison: Comparison, mode: Mode) -> Findings:
+    """Return the findings of all measures as one report.
 
-    sections = list(report.sections)
-    if report.published:
-        sections.append(published_section(report.published))
-    numel = sum(math.prod(inputs.base.shapes[name]) for name in inputs.names)
-    many = len(inputs.tuned) > 1
+    Of several checkpoints, those of each one are collapsed details below what compares them, and json has them under
+    ``checkpoints``; a series has those of its last checkpoint under ``last``. Audits come last and count everywhere.
+    """
+    labels = [checkpoint.label for checkpoint in comparison.tuned]
+    report = Findings(notes=list(comparison.notes))
+    pairs = [one for one in taken if one.place is not None and not one.measure.audits]
+    if mode == "several":
+        report.sections.extend(_side_by_side(pairs, labels))
+    for one in taken:
+        if one.place is None:
+            _add(report, one.findings)
+            report.numbers.update(one.findings.numbers)
+    for place in dict.fromkeys(one.place for one in pairs):
+        assert place is not None
+        of_place = [one.findings for one in pairs if one.place == place]
+        numbers: dict[str, Any] = {key: value for found in of_place for key, value in found.numbers.items()}
+        for found in of_place:
+            _add(report, _detail(found, labels[place]) if mode == "several" else found)
+        if mode == "pair":
+            report.numbers.update(numbers)
+        elif mode in ("series", "run"):
+            report.numbers["last"] = {"label": labels[place]} | numbers
+        else:
+            report.numbers.setdefault("checkpoints", []).append({"label": labels[place]} | numbers)
+    for one in taken:
+        if one.measure.audits:
+            assert one.place is not None
+            label = labels[one.place]
+            report.numbers.setdefault(one.measure.name, []).append({"label": label} | one.findings.numbers)
+            _add(report, _labelled(one.findings, label) if len(labels) > 1 else one.findings)
+    return report
+
+
+def _side_by_side(pairs: list[Taken[Any]], labels: list[str]) -> list[Section]:
+    sections = []
+    for measure in dict.fromkeys(one.measure for one in pairs):
+        assert isinstance(measure, PairMeasure)
+        results = {labels[one.place]: one.result for one in pairs if one.measure is measure and one.place is not None}
+        sections += measure.side_by_side(results)
+    return sections
+
+
+def _detail(findings: Findings, label: str) -> Findings:
+    """Return the notes and, collapsed, the sections of one checkpoint of several."""
+    sections = [dataclasses.replace(one, title=f"{one.title}: {label}", collapsed=True) for one in findings.sections]
+    return Findings(notes=[f"{label}: {note}" for note in findings.notes], sections=sections)
+
+
+def _labelled(findings: Findings, label: str) -> Findings:
+    """Return the findings with the checkpoint's label in every sentence and title."""
+    return dataclasses.replace(
+        findings,
+        headlines=[f"{label}: {line}" for line in findings.headlines],
+        notes=[f"{label}: {line}" for line in findings.notes],
+        failed=[f"{label}: {line}" for line in findings.failed],
+        sections=[dataclasses.replace(one, title=f"{one.title} ({label})") for one in findings.sections],
+    )
+
+
+def _add(report: Findings, more: Findings) -> None:
+    """Add everything but the numbers to the report."""
+    report.headlines.extend(more.headlines)
+    report.notes.extend(more.notes)
+    report.sections.extend(more.sections)
+    report.published.update(more.published)
+    report.failed.extend(more.failed)
+
+
+def _document(report: Findings, comparison: Comparison, config: DiagnoseConfig) -> Document:
+    published = [published_section(report.published)] if report.published else []
+    numel = sum(map(comparison.numel, comparison.names))
+    of_layers = f" of layers {config.layers}" if config.layers else ""
     facts = [
-        ("base", text_safe(inputs.base.label)),
-        ("checkpoints" if many else "tuned", ", ".join(map(_described, inputs.tuned))),
+        ("base", text_safe(comparison.base.label)),
+        ("checkpoints" if len(comparison.tuned) > 1 else "tuned", ", ".join(map(_described, comparison.tuned))),
+        ("weights", f"{numel:,} in {len(comparison.names)} tensors{of_layers}"),
         (
-            "weights",
-            f"{numel:,} in {len(inputs.names)} tensors" + (f" of layers {config.layers}" if config.layers else ""),
+            "tolerance",
+            f"{config.atol:g}, fixed (Mukherjee et al. 2025); {config.bf16_rtol:g}, bf16-aware (Zhu et al. 2025)",
         ),
-        ("tolerance", f"{config.atol:g}, fixed (Mukherjee et al. 2025); {config.eta:g}, bf16-aware (Zhu et al. 2025)"),
     ]
     return Document(
         title="Which weights did training change?",
@@ -320,26 +200,22 @@ def _document(report: _Report, inputs: Inputs, config: DiagnoseConfig) -> Docume
         headlines=[*report.failed, *report.headlines],
         notes=report.notes,
         unusual=unusual(report.published),
-        sections=sections,
+        sections=[*report.sections, *published],
     )
 
 
-def _json(report: _Report, kind: str, inputs: Inputs, config: DiagnoseConfig) -> dict[str, Any]:
-    labels = [tuned.label for tuned in inputs.tuned]
+def _header(comparison: Comparison, config: DiagnoseConfig, mode: Mode) -> dict[str, Any]:
+    labels = [tuned.label for tuned in comparison.tuned]
     return {
-        "kind": kind,
+        "kind": _KINDS[mode],
         "ssrctl_version": __version__,
-        "base": text_safe(inputs.base.label),
+        "base": text_safe(comparison.base.label),
         "tuned": labels[0] if len(labels) == 1 else labels,
         "atol": config.atol,
-        "eta": config.eta,
-        "rule": config.rule,
-        "failed": report.failed,
-        "headlines": report.headlines,
-        "notes": report.notes,
-        **report.numbers,
+        "eta": config.bf16_rtol,
+        "rule": config.changed_by,
     }
 
 
-def _described(tuned: Tuned) -> str:
+def _described(tuned: Checkpoint) -> str:
     return tuned.label + (" (delta on top of the base)" if tuned.is_delta else "")

@@ -177,7 +177,7 @@ def _write_weights(reader: TensorReader, made: Mapping[str, Edit], folder: Path)
     weight_map, total = {}, 0
     for file in reader.files:
         target = file.relative_to(reader.folder) if reader.sharded else Path(SINGLE)
-        held = {reader.stored_name(name): name for name in reader.shapes if reader.file_of(name) == file}
+        held = {reader.name_map.to_file(name): name for name in reader.shapes if reader.file_of(name) == file}
         tensors = aligned_order(
             NewTensor(stored, reader.dtypes[name], reader.shapes[name]) for stored, name in held.items()
         )

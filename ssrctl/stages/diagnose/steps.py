@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from ssrctl.configs import DiagnoseConfig
 from ssrctl.errors import UserError
+from ssrctl.io.console import console, note
 from ssrctl.io.mask_log import load_mask_log, mask_log_paths
 from ssrctl.report.formats import percent, text_safe, times
-from ssrctl.stages.diagnose.deliver import deliver, say, show_plan, stderr
+from ssrctl.report.write import write_report
+from ssrctl.stages.diagnose.plan import show_plan
 from ssrctl.version import __version__
 
 if TYPE_CHECKING:
@@ -70,7 +72,7 @@ def diagnose_steps(config: DiagnoseConfig) -> dict[str, Any]:
         ),
     ]
     document = overlap_document(steps, summary, facts, sentences, notes, geometry_sections(geometry))
-    return deliver(config, report, document, output)
+    return write_report(report, document, output, show=not config.json)
 
 
 def _newest_run() -> Path:
@@ -82,7 +84,7 @@ def _newest_run() -> Path:
             "name one: ssrctl diagnose --jaccard RUN; `ssrctl train` makes them",
         )
     newest = max(runs, key=lambda one: (_written(one), one.name))
-    say(f"reading {newest}, the newest of {times(len(runs), 'run')} under {_RUNS}/")
+    note(f"reading {newest}, the newest of {times(len(runs), 'run')} under {_RUNS}/")
     return newest
 
 
@@ -153,7 +155,7 @@ def _measure_logs(paths: list[Path]) -> tuple[list[StepOverlap], list[QuestionGe
     steps: list[StepOverlap] = []
     questions: list[QuestionGeometry] = []
     sizes: list[tuple[int, int]] = []
-    for path in track(paths, "measuring overlap", console=stderr(), transient=True, disable=not stderr().is_terminal):
+    for path in track(paths, "measuring overlap", console=console(), transient=True, disable=not console().is_terminal):
         log = load_mask_log(path)
         try:
             steps.append(measure_step(log))

@@ -1,0 +1,368 @@
+"""A base and the checkpoints that were made from it, opened together and walked tensor by tensor.
+
+``open_comparison`` opens them and finds the tensors that all of them have; ``walk`` hands each tensor to a function in
+a few worker threads. A tensor is read from a file when it is first asked for, and once.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import itertools
+import math
+import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ssrctl.checkpoints.run_dir import RunDir
+from ssrctl.configs import TINY
+from ssrctl.configs.layers import layer_ranges
+from ssrctl.errors import UserError
+from ssrctl.report.formats import text_safe
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from ssrctl.checkpoints.reader import DeltaReader, TensorReader
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json")
+
+
+# Elements of a range: enough to be worth a task, and few enough that an embedding, far larger than any other tensor,
+# is shared among workers.
+RANGE = 1 << 23
+
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One open checkpoint.
+
+    Attributes:
+        label: name in reports, unique in a comparison.
+        reader: the open checkpoint.
+        is_delta: True = a delta on top of the base.
+        step: the training step that made it; None when it does not say.
+    """
+
+    label: str
+    reader: TensorReader | DeltaReader
+    is_delta: bool
+    step: int | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A base and its checkpoints, open.
+
+    Attributes:
+        base: the weights that training began from.
+        tuned: the checkpoints, in the order given.
+        names: the tensors that all of them have and that are measured, sorted.
+        notes: sentences that a reader needs so as not to be misled.
+    """
+
+    base: TensorReader
+    tuned: list[Checkpoint]
+    names: list[str]
+    notes: list[str]
+
+    def numel(self, name: str) -> int:
+        """Return the number of elements of a tensor."""
+        return math.prod(self.base.shapes[name])
+
+
+class TensorPair:
+    """One tensor, or a range of its elements, in the base and in one checkpoint.
+
+    Attributes:
+        name: of the tensor.
+        shape: of the whole tensor.
+        start: flat index of the first element; 0 for a whole tensor.
+        memo: values that several measures of this pair share, by a key of their choice.
+    """
+
+    def __init__(self, comparison: Comparison, checkpoint: Checkpoint, name: str, start: int | None = None) -> None:
+        self.name = name
+        self.checkpoint = checkpoint
+        self.shape = comparison.base.shapes[name]
+        self.start = start or 0
+        self.memo: dict[Any, Any] = {}
+        self._comparison = comparison
+        self._stop = None if start is None else start + RANGE
+        self._base: Tensor | None = None
+        self._tuned: Tensor | None = None
+
+    @property
+    def base(self) -> Tensor:
+        """The whole tensor as this checkpoint's training began from it."""
+        from ssrctl.checkpoints.reader import DeltaReader
+
+        if self._base is None:
+            reader, base = self.checkpoint.reader, self._comparison.base
+            self._base = reader.base_tensor(self.name) if isinstance(reader, DeltaReader) else base.tensor(self.name)
+        return self._base
+
+    @property
+    def tuned(self) -> Tensor:
+        """The whole tensor of the checkpoint."""
+        if self._tuned is None:
+            self._tuned = self.checkpoint.reader.tensor(self.name)
+        return self._tuned
+
+    def pieces(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yield (flat index of the first element, base, tuned) for pieces of at most ``RANGE`` elements, in order.
+
+        A tensor that is in memory is cut; otherwise a few megabytes of the file are read at a time, and a piece is
+        valid until the next one is taken.
+        """
+        from ssrctl.checkpoints.reader import DeltaReader
+
+        if self._base is not None or self._tuned is not None or self._stop is None:
+            base, tuned = self.base.flatten(), self.tuned.flatten()
+            for start in range(0, base.numel(), RANGE):
+                yield start, base[start : start + RANGE], tuned[start : start + RANGE]
+            return
+        reader, first, last = self.checkpoint.reader, self.start, self._stop
+        if isinstance(reader, DeltaReader):
+            both = zip(reader.base_pieces(self.name, first, last), reader.pieces(self.name, first, last), strict=True)
+        else:
+            ours = self._comparison.base.pieces(self.name, first, last, reuse=True)
+            both = zip(ours, reader.pieces(self.name, first, last, reuse=True), strict=True)
+        for before, after in both:
+            yield first, before, after
+            first += before.numel()
+
+    def share_base(self, other: TensorPair) -> None:
+        """Take over the base tensor that ``other`` has read, where both began from the same values."""
+        if self._base is None and not self.checkpoint.is_delta and not other.checkpoint.is_delta:
+            self._base = other._base
+
+    def release(self) -> None:
+        """Drop what was read and the memo; a base tensor that another pair took over stays with that one."""
+        self._base = self._tuned = None
+        self.memo.clear()
+
+
+def walk(
+    comparison: Comparison,
+    work: Callable[[str, int | None], Made],
+    *,
+    num_workers: int,
+    description: str,
+    in_ranges: bool = False,
+) -> Iterator[tuple[str, Made]]:
+    """Yield (tensor name, result of ``work``); at most ``num_workers`` tensors are worked on at a time.
+
+    Args:
+        comparison: the open checkpoints.
+        work: called in a worker thread with a name and, of a range, its first flat index (None: the whole tensor).
+        num_workers: threads, at least 1.
+        description: of the progress bar, which is shown on a terminal only.
+        in_ranges: call ``work`` for each range of ``RANGE`` elements, in the order in which tensors lie in the file,
+            on one torch thread each; otherwise once for each tensor, in the order of ``comparison.names``.
+
+    Results do not depend on the number of workers.
+    """
+    import torch
+    from rich.progress import track
+
+    from ssrctl.io.console import console as stderr_console
+
+    if in_ranges:
+        names = comparison.base.in_file_order(comparison.names)
+        tasks: list[tuple[str, int | None]] = [
+            (name, start) for name in names for start in range(0, comparison.numel(name) or 1, RANGE)
+        ]
+    else:
+        tasks = [(name, None) for name in comparison.names]
+    threads = torch.get_num_threads()
+    console = stderr_console()
+    # As many threads of torch as cores are left, so that two decompositions do not compete for the same ones.
+    each = 1 if in_ranges else max(1, threads // num_workers)
+    try:
+        with ThreadPoolExecutor(num_workers, initializer=torch.set_num_threads, initargs=(each,)) as pool:
+            made = pool.map(lambda task: work(*task), tasks)
+            shown = track(
+                made, description, total=len(tasks), console=console, transient=True, disable=not console.is_terminal
+            )
+            for (name, _), one in zip(tasks, shown, strict=True):
+                yield name, one
+    finally:
+        torch.set_num_threads(threads)
+
+
+def checkpoints_of(run: Path) -> tuple[Path, list[Path]]:
+    """(the base that a run started from, its complete checkpoints, oldest first).
+
+    Raises:
+        UserError: the run has no checkpoint yet, or does not say its model.
+    """
+    folder = RunDir(run)
+    model = folder.read_config().get("model")
+    if not isinstance(model, str):
+        raise UserError(f"{folder.config} does not name the model", "give it: ssrctl diagnose BASE RUN")
+    found = folder.checkpoints()
+    if not found:
+        raise UserError(f"{run} has no complete checkpoint yet", "train further, or with a smaller --save-steps")
+    return Path(model), found
+
+
+def is_run(path: Path) -> bool:
+    """Whether ``path`` is a run directory rather than a model or a checkpoint."""
+    return (path / "config.yaml").is_file() and (path / "checkpoints").is_dir()
+
+
+def open_comparison(
+    stack: contextlib.ExitStack, base_path: Path, paths: list[Path], layers: str | None = None
+) -> Comparison:
+    """Open the base and every checkpoint, and find the tensors to compare.
+
+    Args:
+        stack: closes the files.
+        base_path: a folder, a safetensors file, or a name on the hub.
+        paths: the same, or a delta, or a run.
+        layers: compare these only, as ``layer_ranges`` reads them; None is all.
+
+    Raises:
+        UserError: something that cannot be opened, or that was not made from the base.
+    """
+    from ssrctl.checkpoints.parameter_names import matching_names
+    from ssrctl.checkpoints.reader import TensorReader, delta_meant_by, open_delta
+
+    if base_path.exists() and delta_meant_by(base_path) is not None:
+        raise UserError(f"BASE {base_path} is a delta, not whole weights", "give the model that the run started from")
+    base = stack.enter_context(TensorReader(local_copy(base_path)))
+    tuned: list[Checkpoint] = []
+    shared: set[str] | None = None
+    notes: list[str] = []
+    for path in paths:
+        delta = delta_meant_by(path) if path.exists() else None
+        if delta is not None:
+            step = int(delta.parent.name) if delta.parent.name.isdecimal() else None
+            one = Checkpoint("", open_delta(delta, base), True, step)
+            names, said = _delta_names(base, one.reader)
+        else:
+            reader = stack.enter_context(TensorReader(local_copy(path)))
+            names, said = matching_names(base, reader)
+            one = Checkpoint("", reader, False)
+        label = _unused(text_safe(one.reader.label), {other.label for other in tuned})
+        tuned.append(Checkpoint(label, one.reader, one.is_delta, one.step))
+        shared = set(names) if shared is None else shared & set(names)
+        notes += [note for note in said + _dtype_notes(base, one.reader, names) if note not in notes]
+    assert shared is not None
+    return Comparison(base, tuned, _in_layers(sorted(shared), layers), notes)
+
+
+def _unused(label: str, taken: set[str]) -> str:
+    """``label``, numbered when it is taken."""
+    numbered = (f"{label} #{number}" for number in itertools.count(2))
+    return next(one for one in itertools.chain([label], numbered) if one not in taken)
+
+
+def local_copy(path: Path) -> Path:
+    """``path`` itself, or the folder to which a model of that name is downloaded from the hub.
+
+    Raises:
+        UserError: neither a path here nor a model that the hub gives.
+    """
+    name = str(path)
+    if name == TINY or path.exists() or not _HUB_NAME.fullmatch(name):
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"{name} is no path here, and the hub did not give a model of that name: {reason}", "check the name"
+        ) from error
+
+
+def _in_layers(names: list[str], layers: str | None) -> list[str]:
+    from ssrctl.checkpoints.names import layer_index
+
+    if layers is None:
+        return names
+    wanted = {layer for span in layer_ranges(layers) for layer in span}
+    known = sorted({layer for name in names if (layer := layer_index(name)) is not None})
+    if unknown := sorted(wanted.difference(known)):
+        raise UserError(
+            f"--layers {layers}: there is no layer {unknown[0]}",
+            f"the layers are {known[0]} to {known[-1]}" if known else "the tensors' names have no layer numbers",
+        )
+    return [name for name in names if layer_index(name) in wanted]
+
+
+def _delta_names(base: TensorReader, tuned: TensorReader | DeltaReader) -> tuple[list[str], list[str]]:
+    """(the tensors that were trained, notes on those of the base that were not)."""
+    names = sorted(tuned.shapes)
+    left_out = sorted(set(base.shapes) - set(names))
+    if not left_out:
+        return names, []
+    return names, [
+        f"{len(left_out)} tensors of the base are no parameters of the trained model (tied copies or buffers) and were "
+        f"left out: {first_of(left_out)}."
+    ]
+
+
+def _dtype_notes(base: TensorReader, tuned: TensorReader | DeltaReader, names: list[str]) -> list[str]:
+    """Sentences on tensors whose dtypes differ, or that hold no floating-point numbers."""
+    from ssrctl.checkpoints.reader import DeltaReader
+
+    notes = []
+    if isinstance(tuned, DeltaReader) and tuned.load_dtype is not None:
+        asked = str(tuned.load_dtype).removeprefix("torch.")
+        notes.append(
+            f"The base's config.json asks for {asked}: its weights were rounded to that, as the run loaded them."
+        )
+    counts = collections.Counter(
+        (base.dtypes[name], tuned.dtypes[name]) for name in names if base.dtypes[name] != tuned.dtypes[name]
+    )
+    for (before, after), number in counts.items():
+        a, b = (str(dtype).removeprefix("torch.") for dtype in (before, after))
+        if not isinstance(tuned, DeltaReader):
+            wide = str(common_dtype(before, after)).removeprefix("torch.")
+            notes.append(f"{number} tensors are {a} in BASE and {b} in TUNED; they were compared in {wide}.")
+        elif common_dtype(before, after) == after:
+            notes.append(
+                f"The run trained in {b} from a base stored as {a}; {number} changed tensors were upcast, exactly."
+            )
+        else:
+            notes.append(
+                f"The run trained in {b} from a base stored as {a}; {number} changed tensors of the base were "
+                f"rounded to {b}, which is what the run began from."
+            )
+    whole = [name for name in names if not base.dtypes[name].is_floating_point]
+    if whole:
+        notes.append(
+            f"{len(whole)} tensors hold no floating-point numbers (quantised weights or buffers), so differences of "
+            f"their codes were counted: {first_of(whole)}."
+        )
+    return notes
+
+
+def first_of(names: list[str]) -> str:
+    """Return the first three names, with a sign that there are more."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def common_dtype(a: torch.dtype, b: torch.dtype) -> torch.dtype:
+    """The narrowest floating dtype that holds the values of both exactly; 8-bit floats meet in float32.
+
+    Integers follow ``torch.promote_types``, which can round large ones that meet floats.
+    """
+    import torch
+
+    if a == b:
+        return a
+    wide = [torch.float32 if dtype.is_floating_point and dtype.itemsize == 1 else dtype for dtype in (a, b)]
+    return torch.promote_types(*wide)
