@@ -96,7 +96,8 @@ import json, sys, time
 import torch
 from ssrctl.measures.maths.largest_changes import TopMovers
 from ssrctl.measures.sparsity import add_up, compare_all
-from ssrctl.checkpoints.reader import TensorReader, matching_names
+from ssrctl.checkpoints.parameter_names import matching_names
+from ssrctl.checkpoints.reader import TensorReader
 def peak():
     return 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 workers, repeats = int(sys.argv[3]), int(sys.argv[4])

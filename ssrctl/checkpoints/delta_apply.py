@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from ssrctl.checkpoints.delta import DeltaFile, dtype_name
 from ssrctl.checkpoints.files import INDEX, SINGLE
 from ssrctl.checkpoints.fingerprint import RunningFingerprint
-from ssrctl.checkpoints.reader import TensorReader, tied_copies
+from ssrctl.checkpoints.parameter_names import tied_copies
+from ssrctl.checkpoints.reader import TensorReader
 from ssrctl.checkpoints.tensor_files import NewTensor, aligned_order, stored_bytes, write_header
 from ssrctl.errors import UserError
 from ssrctl.io.files import whole_file, write_text
@@ -78,7 +79,7 @@ class AppliedCheckpoint:
 
     def tensors_of(self, file: Path) -> dict[str, NewTensor]:
         """What a file of the base holds once written, by the base's name for it, in the order of the bytes."""
-        held = {self.base.stored_name(name): name for name in self.base.shapes if self.base.file_of(name) == file}
+        held = {self.base.name_map.to_file(name): name for name in self.base.shapes if self.base.file_of(name) == file}
         new = [NewTensor(stored, self.dtypes[name], self.base.shapes[name]) for stored, name in held.items()]
         return {held[tensor.name]: tensor for tensor in aligned_order(new)}
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ssrctl.checkpoints.delta import KIND as DELTA_KIND
 from ssrctl.checkpoints.delta import Delta, load_delta
 from ssrctl.checkpoints.files import INDEX, SINGLE, locate, refuse_adapter, tiny_location
+from ssrctl.checkpoints.parameter_names import NameMap
 from ssrctl.checkpoints.run_dir import DELTA_FILE, find_delta
 from ssrctl.checkpoints.tensor_files import StoredTensor, read_pieces, stored_tensors
 from ssrctl.configs import TINY
@@ -26,13 +26,6 @@ from ssrctl.io.artifacts import ModelIdentity, open_safetensors
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-_HEAD = re.compile(r"(^|\.)lm_head\.weight$")
-_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings)\.weight$")
-# Constants that older files store beside the weights: causal masks, rotary frequencies, position numbers.
-_BUFFER = re.compile(r"(^|\.)((attn|attention)\.(masked_)?bias|rotary_emb\.inv_freq|position_ids)$")
-# Differences of each sort that a message lists.
-_LISTED = 3
 
 
 class TensorReader:
@@ -45,7 +38,9 @@ class TensorReader:
         sharded: a folder whose index says which file holds what.
         shapes: by tensor name, sorted.
         dtypes: by tensor name.
-        prefix: what ``align`` put before the names of the file; empty at first.
+        name_map: from the file's names to those in ``shapes``; made by ``align``, at first they are the same.
+        ties: {head: the embedding it is a copy of, or None} by the file's names, of the heads compared so far
+            (``parameter_names.tied_embedding``).
 
     Use as a context manager; tensors that were read stay valid afterwards.
     """
@@ -59,7 +54,8 @@ class TensorReader:
         """
         location = tiny_location() if str(path) == TINY else Path(path)
         self.label = TINY if str(path) == TINY else location.resolve().name
-        self.prefix = ""
+        self.name_map = NameMap()
+        self.ties: dict[str, str | None] = {}
         self._places = locate(location)
         self.folder = location.parent if location.is_file() else location
         self.sharded = "" not in self._places
@@ -67,7 +63,6 @@ class TensorReader:
         self._stored: dict[Path, dict[str, StoredTensor]] = {}
         self._stack = contextlib.ExitStack()
         self._handles: dict[Path, Any] = {}
-        self._renamed: set[str] = set()
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         try:
@@ -104,7 +99,7 @@ class TensorReader:
 
         file = self._places[name]
         try:
-            return self._handles[file].get_tensor(self.stored_name(name))
+            return self._handles[file].get_tensor(self.name_map.to_file(name))
         except (SafetensorError, OSError, RuntimeError, TypeError) as error:  # the last two: absurd empty shapes
             raise UserError(f"{file}: {name} cannot be read: {error}", "it may be torn; copy it again") from error
 
@@ -114,12 +109,7 @@ class TensorReader:
         ``start`` and ``stop`` are flat indices, for a part of it; with ``reuse`` a piece is overwritten by the next one.
         Threads may read at the same time.
         """
-        file = self._places[name]
-        return read_pieces(file, self._stored[file][self.stored_name(name)], start=start, stop=stop, reuse=reuse)
-
-    def stored_name(self, name: str) -> str:
-        """The name in the file, which lacks the prefix that ``align`` put before it."""
-        return name.removeprefix(self.prefix) if name in self._renamed else name
+        return read_pieces(self._places[name], self._stored_tensor(name), start=start, stop=stop, reuse=reuse)
 
     def file_of(self, name: str) -> Path:
         """The file that holds a tensor."""
@@ -127,31 +117,20 @@ class TensorReader:
 
     def in_file_order(self, names: Collection[str]) -> list[str]:
         """The names in the order in which their bytes lie on disk."""
-        return sorted(
-            names, key=lambda name: (self._places[name], self._stored[self._places[name]][self.stored_name(name)].start)
-        )
+        return sorted(names, key=lambda name: (self._places[name], self._stored_tensor(name).start))
+
+    def _stored_tensor(self, name: str) -> StoredTensor:
+        return self._stored[self._places[name]][self.name_map.to_file(name)]
 
     def align(self, names: Collection[str]) -> None:
-        """Put a model prefix before this file's names when that is all that keeps them from ``names``.
-
-        The hub's GPT-2 holds ``wte.weight`` where ``save_pretrained`` writes ``transformer.wte.weight``.
-        """
-        body = [name for name in self.shapes if not _HEAD.search(name)]
-        if any(name in names for name in body):
-            return
-        hits = {
-            prefix: sum(prefix + name in names for name in body)
-            for prefix in {one.partition(".")[0] + "." for one in names}
-        }
-        prefix = max(sorted(hits), key=hits.__getitem__, default="")
-        if not hits.get(prefix):
-            return
-        self.prefix = prefix
-        longer = {name: prefix + name if prefix + name in names else name for name in self.shapes}
-        self._renamed = {new for old, new in longer.items() if new != old}
-        self._places = {longer[name]: file for name, file in self._places.items()}
-        self.dtypes = {longer[name]: dtype for name, dtype in self.dtypes.items()}
-        self.shapes = {longer[name]: self.shapes[name] for name in sorted(self.shapes, key=longer.__getitem__)}
+        """Take the names of ``names`` for this file's tensors where only a prefix keeps them apart (see ``NameMap``)."""
+        found = NameMap.between(self.shapes, names)
+        if found.renamed and not self.name_map.renamed:
+            new = found.to_parameter
+            self.name_map = found
+            self._places = {new(name): file for name, file in self._places.items()}
+            self.dtypes = {new(name): dtype for name, dtype in self.dtypes.items()}
+            self.shapes = {new(name): self.shapes[name] for name in sorted(self.shapes, key=new)}
 
     def load_dtype(self) -> torch.dtype | None:
         """The floating dtype that ``config.json`` beside the weights asks for, in which transformers loads them."""
@@ -338,78 +317,3 @@ def _delta_label(path: Path) -> str:
     if path.name != DELTA_FILE:
         return path.name
     return "/".join(parts[-4:-1] if parts[-3:-2] == ("checkpoints",) else parts[-2:]).lstrip("/")
-
-
-def matching_names(base: TensorReader, tuned: TensorReader) -> tuple[list[str], list[str]]:
-    """(names to compare, sorted; notes on what was left out): a head that is only a tied copy counts once.
-
-    Names that lack the model's prefix on one side get it, and constants that only one side stores are left out.
-
-    Raises:
-        UserError: names or shapes that differ, the first of them listed.
-    """
-    base.align(tuned.shapes)
-    tuned.align(base.shapes)
-    skipped, notes = set(), []
-    for side, one, other in (("BASE", base, tuned), ("TUNED", tuned, base)):
-        if one.prefix:
-            notes.append(f"The names in {side} lack the prefix '{one.prefix}'; they were compared with it.")
-        if constants := {name for name in one.shapes.keys() - other.shapes.keys() if _BUFFER.search(name)}:
-            skipped |= constants
-            notes.append(
-                f"Constants that only {side} stores (attention masks, rotary frequencies, position numbers) were left "
-                f"out, {len(constants)} in all, first {min(constants)}."
-            )
-    for head in sorted(name for name in base.shapes.keys() | tuned.shapes.keys() if _HEAD.search(name)):
-        holders = [one for one in (base, tuned) if head in one.shapes]
-        if all(tied_embedding(one, head) for one in holders):
-            skipped.add(head)
-            where = "both" if len(holders) == 2 else "BASE" if holders[0] is base else "TUNED"
-            notes.append(f"{head} is stored in {where} as a copy of the embedding (tied) and was counted once.")
-    ours, theirs = base.shapes.keys() - skipped, tuned.shapes.keys() - skipped
-    missing, extra = sorted(ours - theirs), sorted(theirs - ours)
-    reshaped = [name for name in sorted(ours & theirs) if base.shapes[name] != tuned.shapes[name]]
-    if missing or extra or reshaped:
-        counts = {"only in BASE": len(missing), "only in TUNED": len(extra), "of another shape": len(reshaped)}
-        first = [f"{name} only in BASE" for name in missing[:_LISTED]]
-        first += [f"{name} only in TUNED" for name in extra[:_LISTED]]
-        first += [
-            f"{name} is {list(base.shapes[name])} in BASE, {list(tuned.shapes[name])} in TUNED"
-            for name in reshaped[:_LISTED]
-        ]
-        raise UserError(
-            f"{base.label} and {tuned.label} are not the same architecture, {sum(counts.values())} tensors differ ("
-            + ", ".join(f"{count} {what}" for what, count in counts.items() if count)
-            + f"), of {len(ours | theirs)}: "
-            + "; ".join(first),
-            "compare checkpoints of one model",
-        )
-    return sorted(ours), notes
-
-
-def same_constants(base: TensorReader, tuned: TensorReader, names: Collection[str]) -> set[str]:
-    """Those of ``names`` that are constants (attention masks and the like), bit for bit the same in both."""
-    from ssrctl.checkpoints.delta import same_bits
-
-    found = {name for name in names if _BUFFER.search(name) and base.dtypes[name] == tuned.dtypes[name]}
-    pieces = {name: zip(base.pieces(name), tuned.pieces(name), strict=True) for name in found}
-    return {name for name in found if all(bool(same_bits(a, b).all()) for a, b in pieces[name])}
-
-
-def tied_embedding(reader: TensorReader, head: str) -> str | None:
-    """The input embedding that the output head is stored bit for bit as a copy of; None when it is no such copy."""
-    from ssrctl.checkpoints.delta import same_bits
-
-    for name, shape in reader.shapes.items():
-        if _EMBEDDING.search(name) and shape == reader.shapes[head] and reader.dtypes[name] == reader.dtypes[head]:
-            pairs = zip(reader.pieces(name), reader.pieces(head), strict=True)
-            if all(bool(same_bits(a, b).all()) for a, b in pairs):
-                return name
-    return None
-
-
-def tied_copies(reader: TensorReader, names: Collection[str]) -> dict[str, str]:
-    """{head: embedding} for what the file stores beside the parameters ``names`` and is a tied copy of one of them."""
-    heads = [name for name in reader.shapes if name not in names and _HEAD.search(name)]
-    found = [(head, tied_embedding(reader, head)) for head in heads]
-    return {head: embedding for head, embedding in found if embedding is not None and embedding in names}

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ssrctl.checkpoints.fingerprint import RunningFingerprint
-from ssrctl.checkpoints.reader import TensorReader, check_weights, matching_names
+from ssrctl.checkpoints.parameter_names import matching_names
+from ssrctl.checkpoints.reader import TensorReader, check_weights
 from ssrctl.errors import UserError
 from ssrctl.masks.static_masks import Names
 from ssrctl.models.stored_parameters import StoredParameters

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssrctl.checkpoints.model_folder import CONFIG
-from ssrctl.checkpoints.reader import TensorReader, same_constants, tied_copies
+from ssrctl.checkpoints.parameter_names import is_constant, is_head, tied_copies
+from ssrctl.checkpoints.reader import TensorReader
 from ssrctl.errors import UserError
 from ssrctl.report.formats import times
 
@@ -78,7 +79,7 @@ def stored_parameters(reader: TensorReader) -> StoredParameters:
     tied = [name for name, _ in model.named_parameters(remove_duplicate=False) if name not in shapes]
     reader.align(shapes)
     # Tied by the config, yet stored with values of its own: transformers leaves it untied.
-    untied = {name for name in tied if name in reader.shapes and name not in tied_copies(reader, shapes)}
+    untied = {name for name in tied if name in reader.shapes} - tied_copies(reader, shapes).keys()
     differing = [name for name, shape in shapes.items() if reader.shapes.get(name) != shape]
     if differing:
         name = min(differing)
@@ -95,12 +96,10 @@ def stored_parameters(reader: TensorReader) -> StoredParameters:
 
 def _as_stored(reader: TensorReader, notes: list[str]) -> StoredParameters:
     """Everything in the file but tied copies, constants, and what holds no floating-point numbers."""
-    constants = same_constants(reader, reader, reader.shapes)  # a file compared with itself: all that it has
-    weights = [name for name in reader.shapes if name not in constants and reader.dtypes[name].is_floating_point]
+    weights = [name for name in reader.shapes if not is_constant(name) and reader.dtypes[name].is_floating_point]
     if not weights:
         raise UserError(f"{reader.label} holds no floating-point weights", "give a model that is not quantised")
-    heads = {name for name in weights if name == "lm_head.weight" or name.endswith(".lm_head.weight")}
-    copies = tied_copies(reader, [name for name in weights if name not in heads])
+    copies = tied_copies(reader, [name for name in weights if not is_head(name)])
     notes = notes + [
         f"{head} is stored as a copy of {one} (tied) and was counted once." for head, one in copies.items()
     ]

@@ -59,7 +59,8 @@ def run_diff(config: DeltaDiffConfig) -> dict[str, Any]:
         UserError: checkpoints of different architectures, or dtypes that cannot be compared exactly.
     """
     from ssrctl.checkpoints.delta_diff import write_difference
-    from ssrctl.checkpoints.reader import TensorReader, delta_meant_by, matching_names, same_constants
+    from ssrctl.checkpoints.parameter_names import matching_names, same_constants
+    from ssrctl.checkpoints.reader import TensorReader, delta_meant_by
 
     for side, path in (("BASE", config.base), ("TUNED", config.tuned)):
         if (delta := delta_meant_by(path)) is not None:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ssrctl.checkpoints.delta import Delta, changed_indices, save_delta
 from ssrctl.checkpoints.fingerprint import fingerprint
-from ssrctl.checkpoints.reader import TensorReader, delta_meant_by, matching_names, open_delta
+from ssrctl.checkpoints.parameter_names import matching_names
+from ssrctl.checkpoints.reader import TensorReader, delta_meant_by, open_delta
 from ssrctl.checkpoints.run_dir import newest_checkpoint
 from ssrctl.errors import UserError
 from ssrctl.io.artifacts import ModelIdentity
@@ -203,7 +204,7 @@ def match(tmp_path: Path, base: Weights, tuned: Weights) -> tuple[list[str], lis
         names, notes = matching_names(one, other)
         for reader, tensors in ((one, base), (other, tuned)):
             for name in names:
-                assert torch.equal(reader.tensor(name), tensors[name.removeprefix(reader.prefix)])
+                assert torch.equal(reader.tensor(name), tensors[reader.name_map.to_file(name)])
         return names, notes
 
 
