@@ -6,6 +6,7 @@ import dataclasses
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -13,22 +14,24 @@ from ssrctl.configs import TrainConfig
 from ssrctl.core.mask import BlockMask
 from ssrctl.core.seeds import derive_seed
 from ssrctl.critics.base import Critic
+from ssrctl.errors import UserError
+from ssrctl.io import console
 from ssrctl.models.loading import LoadedModel
 from ssrctl.sampling.groups import Prompted
 from ssrctl.training.training_step import NonFiniteBatch, TrainingStep
 from ssrctl.training.unit_gradients import trainable
 from ssrctl.training.updaters import make_updater
 
-SPREAD = (1 / 30, 1 / 10, 1 / 3, 1.0, 3.0, 10.0)  # times the learning rate in force
+SPREAD = (1 / 30, 1 / 10, 1 / 3, 1.0, 3.0, 10.0)  # factors of the configured learning rate
 
 
 @dataclass(frozen=True)
 class RateResult:
-    """What a few steps at one learning rate did.
+    """A few training steps at one learning rate.
 
     Attributes:
         learning_rate: constant over the steps.
-        reward: mean reward per step; shorter than asked for when the weights became NaN.
+        reward: mean reward per step; shorter than ``num_steps`` when the weights became NaN.
         accuracy: share of right responses per step.
         grad_norm: per step, before the clip.
         broke: whether losses or gradients became NaN or infinite.
@@ -51,6 +54,41 @@ class RateResult:
         return statistics.fmean(self.accuracy[len(self.accuracy) // 2 :]) if self.accuracy and not self.broke else None
 
 
+def find_lr(
+    loaded: LoadedModel,
+    critic: Critic,
+    config: TrainConfig,
+    questions: Callable[[int], Sequence[Prompted]],
+    curve: Sequence[float],
+    protected: BlockMask | None,
+    mask: BlockMask | None,
+) -> dict[str, Any]:
+    """Try each learning rate, print the curve, and return it with the rate of the highest late reward.
+
+    See ``sweep`` for the arguments.
+
+    Raises:
+        UserError: no rate gave a reward.
+    """
+    results = []
+    with console.progress(unit="rates") as bar:
+        task = bar.add_task("find-lr", total=len(SPREAD), status="")
+        for result in sweep(loaded, critic, config, questions, curve, protected, mask, num_steps=config.find_lr_steps):
+            results.append(result)
+            bar.update(task, advance=1, status=f"{result.learning_rate:.1e}")
+    known = [(result.late_reward, result) for result in results if result.late_reward is not None]
+    if not known:
+        raise UserError("no learning rate gave a reward", "check the critic's scores with --max-steps 1")
+    console.show_rates(results)
+    best = max(known, key=lambda pair: pair[0])[1]
+    console.note(
+        f"highest late reward at {best.learning_rate:.1e}; few steps are noisy: take it as the middle of a longer "
+        "comparison, and stay below the first rate that breaks"
+    )
+    rows = [dataclasses.asdict(result) | {"late_reward": result.late_reward} for result in results]
+    return {"rates": rows, "best": best.learning_rate}
+
+
 def sweep(
     loaded: LoadedModel,
     critic: Critic,
@@ -62,13 +100,13 @@ def sweep(
     *,
     num_steps: int,
 ) -> Iterator[RateResult]:
-    """Train ``num_steps`` steps at each rate, slowest first; the weights are put back after each, bit for bit.
+    """Train ``num_steps`` steps at each rate, lowest first; the weights are restored after each, bit for bit.
 
     Args:
         loaded: the model.
-        critic: who scores.
+        critic: scores the responses.
         config: the run's settings; its learning rate is the middle of the sweep.
-        questions: the questions of step 1, 2, ...; every rate gets the same ones and the same seeds.
+        questions: the questions of step 1, 2, ...; the same for every rate, as are the seeds.
         curve: the budget profile.
         protected, mask: see ``make_updater``.
         num_steps: training steps at each rate.

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ssrctl.configs import SegmentOptions, TrainConfig
+from ssrctl.configs import TrainConfig
 from ssrctl.core.advantages import response_advantages, two_level_advantages
 from ssrctl.core.budget import step_budgets
 from ssrctl.core.mask import BlockMask
@@ -133,7 +133,7 @@ class TrainingStep:
             config,
             num_generations=config.num_generations,
             seed=seed,
-            segmentation=SegmentOptions(style=config.segment_style, max_steps=config.max_segments),
+            segmentation=config,
         )
         sampled = time.perf_counter()
         score_groups(groups, self.critic)

@@ -216,7 +216,7 @@ def test_equal_or_missing_scores_change_nothing(tmp_path: Path, monkeypatch: pyt
 
     scores = [StepScore(score=50.0, reward=0.5), StepScore(score=None, reward=None, error="planted")]
     flat = FunctionCritic(lambda rollout, index: scores[index % 2])
-    monkeypatch.setattr(train, "make_critic", lambda options, **company: flat)
+    monkeypatch.setattr(train, "make_critic", lambda options, resources: flat)
     run = tmp_path / "run"
     summary = train.run(config(run))
     assert summary is not None and summary["changed_frac"] == 0.0
@@ -237,9 +237,9 @@ def test_an_outage_of_the_critic_stops_the_run_with_what_was_learned_kept(
         calls.append(rollout.id)
         return gone if len(set(calls)) > 8 else StepScore(score=100.0 * (index % 2), reward=float(index % 2))
 
-    monkeypatch.setattr(train, "make_critic", lambda options, **company: FunctionCritic(score_of))
+    monkeypatch.setattr(train, "make_critic", lambda options, resources: FunctionCritic(score_of))
     run = tmp_path / "run"
-    with pytest.raises(Stopped, match=r"none of \d+ scores: connection \d+ \(to go on after step 1: .*--resume"):
+    with pytest.raises(Stopped, match=r"none of \d+ scores: connection \d+ \(to continue after step 1: .*--resume"):
         train.run(config(run, max_steps=3))
     assert len(metrics(run)) == 1 and newest_checkpoint(run) is not None
 

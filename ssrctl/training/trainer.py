@@ -1,0 +1,224 @@
+"""The training loop of a run: a batch of questions per step, logs, progress, checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ssrctl.checkpoints.delta import Delta, apply_delta
+from ssrctl.checkpoints.run_dir import Checkpoint, RunDir, prune_checkpoints, save_checkpoint
+from ssrctl.configs import TrainConfig
+from ssrctl.core.seeds import derive_seed
+from ssrctl.errors import Stopped
+from ssrctl.io import console, manifest
+from ssrctl.io.gradient_log import GradientHeader, gradient_log_path, save_gradient_log
+from ssrctl.io.jsonl import JsonlLog, write_jsonl
+from ssrctl.io.mask_log import StepMaskLog, save_mask_log
+from ssrctl.models.loading import LoadedModel
+from ssrctl.sampling.groups import Prompted
+from ssrctl.training.exact_changes import exact_changes
+from ssrctl.training.tracking import tracking
+from ssrctl.training.training_step import NonFiniteBatch, StepResult, TrainingStep
+
+
+class Trainer:
+    """The training loop.
+
+    Args:
+        config: the run's settings.
+        loaded: the model in training.
+        run_dir: the run directory to write to.
+        prompts: the questions to draw from.
+        training_step: samples, scores and learns from one batch.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        loaded: LoadedModel,
+        run_dir: RunDir,
+        prompts: Sequence[Prompted],
+        training_step: TrainingStep,
+    ) -> None:
+        from transformers import get_scheduler
+
+        self.config, self.loaded, self.run_dir, self.prompts = config, loaded, run_dir, prompts
+        self.training_step, self.updater = training_step, training_step.updater
+        self.scheduler = get_scheduler(
+            config.lr_scheduler_type, self.updater.optimizer, config.warmup_steps, config.max_steps
+        )
+        self.step = self.last_saved = self.num_changed = 0
+        self.recent: list[dict[str, Any]] = []
+
+    def start(self, profile_name: str) -> None:
+        """Write the config and the manifest of a new run."""
+        self.run_dir.path.mkdir(parents=True, exist_ok=True)
+        self.run_dir.write_config(manifest.settings_of(self.config))
+        inputs = {key: manifest.file_hash(path) for key in ("protect", "mask") if (path := getattr(self.config, key))}
+        for key in ("dataset", "budget_profile"):
+            if Path(getattr(self.config, key)).is_file():
+                inputs[key] = manifest.file_hash(getattr(self.config, key))
+        self.run_dir.write_manifest(
+            {
+                "model": dataclasses.asdict(self.loaded.identity),
+                "budget_profile": profile_name,
+                "versions": manifest.versions(),
+                "inputs": inputs,
+                "num_coordinates": self.training_step.num_coordinates,
+                "num_protected": self.updater.num_protected,
+            }
+        )
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Restore weights, optimizer, schedule and logs to the state of a checkpoint."""
+        parameters = dict(self.loaded.model.named_parameters())
+        apply_delta(checkpoint.delta, parameters, self.loaded.identity.fingerprint, checkpoint.path)
+        self.num_changed = checkpoint.delta.count
+        self.updater.load_state(checkpoint.optimizer)
+        self.step = self.last_saved = checkpoint.state["step"]
+        self.scheduler.load_state_dict(checkpoint.state["scheduler"])
+        for group, rate in zip(self.updater.optimizer.param_groups, checkpoint.state["learning_rates"], strict=True):
+            group["lr"] = rate
+        self.run_dir.rewind(self.step)
+        self.run_dir.write_config(manifest.settings_of(self.config))
+        console.note(f"continuing {self.run_dir.path} after step {self.step}")
+
+    def train(self) -> dict[str, Any]:
+        """Train up to ``max_steps`` and return a summary.
+
+        Raises:
+            KeyboardInterrupt: after Ctrl-C, once the step in progress is done and a checkpoint is written.
+            NonFiniteBatch, Stopped: after a checkpoint of the last whole step is written.
+        """
+        config = self.config
+        bar = console.progress(unit="steps")
+        with JsonlLog(self.run_dir.metrics) as log, tracking(config, self.run_dir) as track, bar:
+            task = bar.add_task("train", total=config.max_steps, completed=self.step, status="")
+            with console.deferred_interrupt() as interrupted:
+                while self.step < config.max_steps and not interrupted():
+                    try:
+                        row = self._train_step()
+                    except NonFiniteBatch:
+                        self._save_checkpoint()
+                        raise
+                    except Stopped as stop:
+                        self._save_checkpoint()
+                        fix = f"to continue after step {self.step}: {self._how_to_continue()}"
+                        raise Stopped(stop.message, fix) from None
+                    log.append(row)
+                    track(row)
+                    bar.update(task, completed=self.step, status=_status(row))
+                    if not console.console().is_terminal and self.step % config.logging_steps == 0:
+                        console.note(f"step {self.step}/{config.max_steps}  {_status(row)}")
+                    if self.step % config.save_steps == 0:
+                        log.sync()
+                        self._save_checkpoint()
+                log.sync()
+                self._save_checkpoint()
+        if self.step < config.max_steps:
+            console.note(
+                f"stopped after step {self.step} of {config.max_steps}; to continue: {self._how_to_continue()}"
+            )
+            raise KeyboardInterrupt
+        return self._summary()
+
+    def _train_step(self) -> dict[str, Any]:
+        """Train on the next batch, write its logs, and return its row of metrics."""
+        config = self.config
+        step = self.step + 1
+        rate = self.updater.optimizer.param_groups[0]["lr"]
+        result = self.training_step.run(
+            questions_of_step(step, self.prompts, config),
+            seed=derive_seed(config.seed, "rollout", step),
+            log_masks=config.log_masks_every > 0 and step % config.log_masks_every == 0,
+            log_gradient=config.log_gradients > 0 and step % config.log_gradients == 0,
+        )
+        self.scheduler.step()
+        self.step = step
+        self._write_logs(result)
+        epoch = step * config.questions_per_step / len(self.prompts)
+        row = {"step": step, "epoch": round(epoch, 4), "learning_rate": rate, **result.metrics}
+        self.recent = [*self.recent[-9:], row]
+        return row
+
+    def _write_logs(self, result: StepResult) -> None:
+        rows = (rollout.to_dict() for group in result.groups for rollout in group.rollouts)
+        write_jsonl(self.run_dir.rollouts(self.step), rows)
+        if result.mask_log:
+            log = StepMaskLog(
+                step=self.step,
+                num_coordinates=self.training_step.num_coordinates,
+                num_protected=self.updater.num_protected,
+                questions=result.mask_log,
+            )
+            save_mask_log(self.run_dir.masks(self.step), log)
+        if result.gradient is not None:
+            self._log_gradient(result.gradient)
+
+    def _log_gradient(self, gradient: torch.Tensor) -> None:
+        assert self.training_step.observer is not None
+        sketch = self.training_step.observer.sketch
+        header = GradientHeader(
+            step=self.step,
+            sketch="exact" if sketch.exact else "count-sketch",
+            size=sketch.size,
+            seed=sketch.seed,
+            num_coordinates=sketch.num_coordinates,
+        )
+        try:
+            save_gradient_log(gradient_log_path(self.run_dir.path, self.step), header, gradient)
+        except ValueError as error:  # a NaN in a protected coordinate does not stop training
+            console.warn(f"the gradient of step {self.step} is not stored: {error}")
+
+    def _save_checkpoint(self) -> None:
+        """Write a checkpoint of the last whole step, unless there is one."""
+        if self.step == self.last_saved:
+            return
+        delta = Delta(self.loaded.identity, self.loaded.shapes(), exact_changes(self.updater.changes(), self.config))
+        state = {
+            "step": self.step,
+            "scheduler": self.scheduler.state_dict(),
+            "learning_rates": [group["lr"] for group in self.updater.optimizer.param_groups],
+        }
+        settings = manifest.published_settings(self.config)
+        save_checkpoint(self.run_dir.checkpoint(self.step), delta, self.updater.state(), state, settings)
+        prune_checkpoints(self.run_dir, self.config.save_total_limit)
+        self.last_saved, self.num_changed = self.step, delta.count
+
+    def _how_to_continue(self) -> str:
+        if not self.step:
+            return "start the run again"
+        return f"--output-dir {self.run_dir.path} --resume-from-checkpoint latest"
+
+    def _summary(self) -> dict[str, Any]:
+        changed_frac = self.num_changed / self.training_step.num_coordinates
+        console.note(
+            f"done: {self.step} steps, {changed_frac:.1%} of the weights changed; run directory: {self.run_dir.path}"
+        )
+        return {
+            "run": str(self.run_dir.path),
+            "steps": self.step,
+            "accuracy_last_10": statistics.fmean(row["accuracy"] for row in self.recent) if self.recent else None,
+            "changed_frac": changed_frac,
+        }
+
+
+def questions_of_step(step: int, prompts: Sequence[Prompted], config: TrainConfig) -> list[Prompted]:
+    """Return the questions of a step, counted from 1; each epoch is a seeded permutation, so there is no state."""
+    size, count = config.questions_per_step, len(prompts)
+    chosen = []
+    for position in range((step - 1) * size, step * size):
+        epoch, place = divmod(position, count)
+        generator = torch.Generator().manual_seed(derive_seed(config.seed, "order", epoch))
+        chosen.append(prompts[int(torch.randperm(count, generator=generator)[place])])
+    return chosen
+
+
+def _status(row: dict[str, Any]) -> str:
+    reward = "   -  " if row["reward"] is None else f"{row['reward']:+.3f}"
+    return f"reward {reward}  accuracy {row['accuracy']:.3f}  {row['tokens_per_second']:.0f} tok/s"
