@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssrctl.checkpoints.delta import Delta, load_delta, save_delta
+from ssrctl.configs import TrainConfig, current_names
 from ssrctl.errors import UserError
 from ssrctl.io.artifacts import load_tensors, save_tensors
 from ssrctl.io.files import write_text
@@ -73,6 +74,7 @@ class RunDir:
         write_text(self.config, yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True))
 
     def read_config(self) -> dict[str, Any]:
+        """Return the run's settings, by today's field names."""
         import yaml
 
         try:
@@ -81,7 +83,7 @@ class RunDir:
             raise UserError(f"{self.config} cannot be read: {error}", "name a run directory of ssrctl train") from error
         if not isinstance(loaded, dict):
             raise UserError(f"{self.config} holds no settings", "name a run directory of ssrctl train")
-        return loaded
+        return current_names(TrainConfig, loaded)
 
     def write_manifest(self, manifest: Mapping[str, Any]) -> None:
         write_text(self.manifest, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")

@@ -11,17 +11,15 @@ def main(argv: list[str] | None = None) -> int:
     Args:
         argv: the words after ``ssrctl``; the process's own when None.
     """
-    from ssrctl.cli import glue
     from ssrctl.cli.app import app
 
-    words = glue.dashed(sys.argv[1:] if argv is None else argv)
     try:
-        app(words, prog_name="ssrctl")
+        app(sys.argv[1:] if argv is None else argv, prog_name="ssrctl")
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
     return 0
 
 
 def entry_point() -> None:
-    """The console script."""
+    """Run the console script."""
     sys.exit(main())

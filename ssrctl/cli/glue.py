@@ -9,45 +9,63 @@ import importlib
 import inspect
 import itertools
 import json
+import re
 import sys
 import types
 import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
+from typer.core import TyperCommand
 
-from ssrctl.configs import build_config
+from ssrctl.configs import Config, build_config
+from ssrctl.configs.building import field_types, ranges
+from ssrctl.configs.names import accepted_names, flag, old_names
 from ssrctl.errors import CheckFailed, Stopped, UserError
 
+_DEFAULTS_GIVEN = "ssrctl.defaults_given"
+_METAVARS = {int: "INT", float: "FLOAT", Path: "PATH", str: "TEXT"}
+_OBVIOUS_RANGES = {"at least 1", "0 or more", "above 0"}  # not worth a sentence in the help
 
-def command(app: typer.Typer, name: str, config: type, stage: str, *, epilog: str | None = None) -> None:
+
+def command(app: typer.Typer, name: str, config: type[Config], stage: str, example: str) -> None:
     """Register subcommand ``name``: its flags are the fields of ``config``, its body calls ``stage``.
 
     Args:
-        app: where to register.
+        app: application or group to register with.
         name: the subcommand.
         config: a dataclass of ``ssrctl.configs``; its docstring is the help text, the string under each
-            field is the flag's help. Fields with metadata ``argument=True`` are positional, metadata
-            ``flags`` adds short forms.
+            field is the flag's help, the ``panel`` of the class that defines a field is the help's panel. Fields with
+            metadata ``metavar`` are positional, ``flags`` adds short forms, and ``once_positional`` accepts the value
+            as an argument too, with a warning.
         stage: ``module:function`` taking the config; imported only when the command runs. A dict that it
             returns is the machine-readable result, printed on stdout under ``--json``.
-        epilog: a line under the help.
+        example: a command line, shown under the help.
     """
+    movable = [spec.name for spec in dataclasses.fields(config) if spec.metadata.get("once_positional")]
+
+    class Command(TyperCommand):
+        def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+            words, ctx.meta[_DEFAULTS_GIVEN] = current_words(config, args, quiet=ctx.resilient_parsing)
+            return super().parse_args(ctx, words)
 
     def body(ctx: typer.Context, **values: Any) -> None:
-        given = {
-            key: value
-            for key, value in values.items()
-            if ctx.get_parameter_source(key).name in ("COMMANDLINE", "ENVIRONMENT")  # type: ignore[union-attr]
-        }
+        given = dict(ctx.meta[_DEFAULTS_GIVEN])
+        for key, value in values.items():
+            if ctx.get_parameter_source(key).name in ("COMMANDLINE", "ENVIRONMENT"):  # type: ignore[union-attr]
+                given |= {key.removeprefix("no_"): False} if key.startswith("no_") else {key: value}
+        if len(ctx.args) == len(movable) == 1 and movable[0] not in given:
+            given[movable[0]] = ctx.args.pop()
+            warn(f"the model is now given as {flag(config, movable[0])} {given[movable[0]]}")
+        if ctx.args:
+            ctx.fail(f"Got unexpected extra argument(s) ({' '.join(ctx.args)})")
         config_path = given.pop("config", None)
 
         def run() -> int:
             made: Any = build_config(config, given, config_path)
-            module, function = stage.split(":")
-            result = getattr(importlib.import_module(module), function)(made)
+            result = stage_function(stage)(made)
             if made.json and result is not None:
                 sys.stdout.write(json.dumps(result, ensure_ascii=False) + "\n")
             return 0
@@ -61,49 +79,76 @@ def command(app: typer.Typer, name: str, config: type, stage: str, *, epilog: st
         ]
     )
     body.__doc__ = "\n\n".join(" ".join(part.split()) for part in (inspect.getdoc(config) or "").split("\n\n"))
-    app.command(name, epilog=epilog)(body)
+    settings = {"allow_extra_args": bool(movable)}
+    app.command(name, cls=Command, epilog=f"Example: {example}", context_settings=settings)(body)
 
 
-def _parameters(config: type) -> list[inspect.Parameter]:
-    docs = field_docs(config)
-    hints = typing.get_type_hints(config)
-    parameters = []
-    for spec in dataclasses.fields(config):
-        flag = "--" + spec.name.replace("_", "-")
-        help_text = docs[spec.name]
-        default: Any = spec.default if spec.default is not dataclasses.MISSING else None
-        if spec.default_factory is not dataclasses.MISSING:
-            default = spec.default_factory()
-        annotation = hints[spec.name]
-        if default is None and not _is_optional(annotation):
-            annotation = annotation | None  # presence is checked once, by build_config
-        info: Any
-        if spec.metadata.get("argument"):
-            info = typer.Argument(help=help_text, show_default=False, metavar=spec.metadata.get("metavar"))
-        elif annotation is bool:
-            info = typer.Option(f"{flag}/--no-{flag[2:]}", help=help_text)
-        else:
-            info = typer.Option(
-                flag, *spec.metadata.get("flags", ()), help=help_text, show_default=default not in (None, [])
-            )
-        parameters.append(
-            inspect.Parameter(
-                spec.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[annotation, info]
-            )
-        )
-    config_info = typer.Option("--config", help="Read settings from this yaml file; flags win over it.")
-    parameters.append(
-        inspect.Parameter(
-            "config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[Path | None, config_info]
-        )
-    )
-    return parameters
+def stage_function(stage: str) -> Callable[[Any], dict[str, Any] | None]:
+    """Import ``module:function``."""
+    module, function = stage.split(":")
+    found: Callable[[Any], dict[str, Any] | None] = getattr(importlib.import_module(module), function)
+    return found
 
 
-def _is_optional(annotation: Any) -> bool:
-    return typing.get_origin(annotation) in (typing.Union, types.UnionType) and type(None) in typing.get_args(
-        annotation
-    )
+def _parameters(config: type[Config]) -> list[inspect.Parameter]:
+    """Return the parameters of a command; those of a class of settings that comes earlier in the bases come first."""
+    specs = {spec.name: spec for spec in dataclasses.fields(config)}
+    parameters, seen = [], set[str]()
+    for base in config.__mro__:
+        for name in vars(base).get("__annotations__", {}):
+            if name in specs and name not in seen:
+                seen.add(name)
+                parameters.append(_parameter(config, specs[name], vars(base).get("panel")))
+    info = typer.Option("--config", help="Read settings from this yaml file; flags win over it.", metavar="PATH")
+    return [*parameters, _keyword("config", None, Path | None, info)]
+
+
+def _parameter(config: type[Config], spec: dataclasses.Field[Any], panel: str | None) -> inspect.Parameter:
+    hint = _bare(field_types(config)[spec.name])
+    text, shown = help_text(config, spec.name), flag(config, spec.name)
+    default: Any = None if spec.default is dataclasses.MISSING else spec.default
+    if spec.default_factory is not dataclasses.MISSING:
+        default = spec.default_factory()
+    if hint is bool:
+        name = f"no_{spec.name}" if default else spec.name
+        shown = f"--no-{shown[2:]}" if default else shown
+        info = typer.Option(shown, help=text, rich_help_panel=panel, show_default=False, metavar="")
+        return _keyword(name, False, bool, info)
+    if "metavar" in spec.metadata:
+        return _keyword(spec.name, default, hint | None, typer.Argument(help=text, show_default=False, metavar=shown))
+    flags, visible = spec.metadata.get("flags", ()), default not in (None, [])
+    info = typer.Option(shown, *flags, help=text, rich_help_panel=panel, show_default=visible, metavar=_metavar(hint))
+    return _keyword(spec.name, default, hint | None, info)
+
+
+def _keyword(name: str, default: Any, hint: Any, info: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, info])
+
+
+def _bare(hint: Any) -> Any:
+    """Return an annotation without constraints and without ``| None``."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        (hint,) = (inner for inner in typing.get_args(hint) if inner is not type(None))
+    return hint.__origin__ if hasattr(hint, "__metadata__") else hint
+
+
+def _metavar(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return "CHOICE"
+    return _METAVARS[typing.get_args(hint)[0] if typing.get_origin(hint) is list else hint]
+
+
+def help_text(config: type[Config], name: str) -> str:
+    """Return a flag's help: the field's doc line, and its choices and range where the line does not name them."""
+    text = field_docs(config)[name]
+    hint = _bare(field_types(config)[name])
+    if hint is bool and getattr(config, name):
+        return f"Do not {text[0].lower()}{text[1:]}"
+    choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+    if not all(re.search(rf"\b{re.escape(choice)}\b", text) for choice in choices):
+        text += f" One of {', '.join(choices)}."
+    words = ranges(config).get(name, "at least 1")
+    return text if words.removesuffix(" and finite") in _OBVIOUS_RANGES else f"{text} {words[0].upper()}{words[1:]}."
 
 
 def field_docs(config: type) -> dict[str, str]:
@@ -135,17 +180,47 @@ def _docs_by_class(module: str) -> dict[str, dict[str, str]]:
     return found
 
 
-def dashed(argv: list[str]) -> list[str]:
-    """Accept ``--output_dir`` for ``--output-dir``, as Hugging Face scripts do."""
-    out: list[str] = []
+def current_words(config: type[Config], argv: list[str], *, quiet: bool = False) -> tuple[list[str], dict[str, bool]]:
+    """Return the words of a command line with today's flags, and the switches that were set to their default.
+
+    Underscores in flags are accepted, as Hugging Face scripts write them, and so are aliases. Old names give a warning
+    unless ``quiet``. A switch has a flag only for the value that is not its default; the other one, which may be
+    needed on top of a yaml file, is taken out of the words.
+    """
+    words: list[str] = []
+    defaults: dict[str, bool] = {}
+    specs = {spec.name: spec for spec in dataclasses.fields(config)}
+    others, old = accepted_names(config), old_names(config)
     for position, word in enumerate(argv):
         if word == "--":
-            return out + argv[position:]
-        if word.startswith("--"):
-            name, equals, value = word.partition("=")
-            word = name.replace("_", "-") + equals + value
-        out.append(word)
-    return out
+            return words + argv[position:], defaults
+        if not word.startswith("--"):
+            words.append(word)
+            continue
+        given, equals, value = word.partition("=")
+        given = given.replace("_", "-")
+        key = given[2:].replace("-", "_")
+        is_off = key.startswith("no_") and key not in specs
+        key = key.removeprefix("no_") if is_off else key
+        spec = specs.get(others.get(key, key))
+        if spec is None or "metavar" in spec.metadata or (is_off and not isinstance(spec.default, bool)):
+            words.append(given + equals + value)
+            continue
+        now = ("--no-" if is_off else "--") + flag(config, spec.name)[2:]
+        if isinstance(spec.default, bool) and spec.default is not is_off:
+            defaults[spec.name] = spec.default
+            if is_off and not quiet:
+                warn(f"{given} is the default and will not be a flag in the next version")
+            continue
+        if key in old and not quiet:
+            warn(f"{given} is now {now}")
+        words.append(now + equals + value)
+    return words, defaults
+
+
+def warn(text: str) -> None:
+    """Print a warning to stderr."""
+    sys.stderr.write(f"warning: {text}\n")
 
 
 def run_guarded(call: Callable[[], int]) -> int:

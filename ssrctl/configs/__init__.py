@@ -1,18 +1,13 @@
-"""One dataclass per stage: every setting, its default, and the doc line that `--help` shows."""
+"""One dataclass per command: every setting, its default, and the doc line that `--help` shows."""
 
-from ssrctl.configs.building import build_config
-from ssrctl.configs.common import (
-    TINY,
-    TINY_DATASET,
-    CommonConfig,
-    DatasetConfig,
-    EnvConfig,
-    ModelConfig,
-    SamplingConfig,
-)
+from ssrctl.configs.building import Config, build_config, current_names
+from ssrctl.configs.common import TINY, TINY_DATASET, CommonConfig, DatasetConfig, ModelConfig, SamplingConfig
+from ssrctl.configs.critic import CriticConfig, CriticOptions
 from ssrctl.configs.delta import DeltaApplyConfig, DeltaDiffConfig, DeltaInfoConfig
-from ssrctl.configs.diagnose import (
-    DiagnoseConfig,
+from ssrctl.configs.diagnose import DiagnoseConfig
+from ssrctl.configs.env import EnvConfig
+from ssrctl.configs.eval import EvalConfig
+from ssrctl.configs.mask import (
     MaskComplementConfig,
     MaskDiffConfig,
     MaskInfoConfig,
@@ -24,15 +19,16 @@ from ssrctl.configs.diagnose import (
     MaskRandomConfig,
     MaskUnionConfig,
 )
-from ssrctl.configs.evaluate import EvalConfig
-from ssrctl.configs.masks import ProfileBudgetConfig, SuperweightsConfig
-from ssrctl.configs.text import CriticConfig, CriticOptions, SegmentConfig, SegmentOptions
+from ssrctl.configs.profile_budget import ProfileBudgetConfig
+from ssrctl.configs.segment import SegmentConfig, SegmentOptions
+from ssrctl.configs.superweights import SuperweightsConfig
 from ssrctl.configs.train import TrainConfig
 
 __all__ = [
     "TINY",
     "TINY_DATASET",
     "CommonConfig",
+    "Config",
     "CriticConfig",
     "CriticOptions",
     "DatasetConfig",
@@ -60,4 +56,5 @@ __all__ = [
     "SuperweightsConfig",
     "TrainConfig",
     "build_config",
+    "current_names",
 ]

@@ -1,70 +1,184 @@
 """How a config is made and checked.
 
-A config is built in one place, ``build_config``: defaults, then the yaml file of ``--config``, then flags.
-Types and choices are checked there, ranges in ``__post_init__``; an unknown key is an error.
+``build_config`` puts defaults, the yaml file of ``--config`` and flags on top of each other. Types, choices and ranges
+are declared in a field's annotation and checked by pydantic whenever a config is constructed, also in code and by
+``dataclasses.replace``; checks across fields follow in ``__post_init__``. Unknown keys are errors.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
-from dataclasses import field
+import inspect
+import sys
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
+from annotated_types import Ge, Gt, Interval, Le, Lt
+
+from ssrctl.configs.names import accepted_names, flag, old_names, once_per_class
 from ssrctl.errors import UserError
 
-Config = TypeVar("Config")
+AtLeastOne = Annotated[int, Ge(1)]
+ZeroOrMore = Annotated[int, Ge(0)]
+Positive = Annotated[float, Gt(0)]
+NotNegative = Annotated[float, Ge(0)]
+Share = Annotated[float, Interval(gt=0, le=1)]
+Fraction = Annotated[float, Interval(gt=0, lt=1)]
+Decay = Annotated[float, Interval(ge=0, lt=1)]
+Finite = Lt(float("inf"))
+
+Made = TypeVar("Made", bound="Config")
 
 
-def build_config(kind: type[Config], given: Mapping[str, Any], config_path: Path | None = None) -> Config:
+@dataclass(kw_only=True)
+class Config:
+    """Base of all configs: checks the fields' types, choices and ranges on construction.
+
+    Subclasses check combinations of fields in a ``__post_init__`` that calls this one first.
+
+    Raises:
+        UserError: a value has the wrong type or is out of its range.
+    """
+
+    panel: ClassVar[str | None] = None  # where `--help` shows the fields that a class defines itself
+
+    def __post_init__(self) -> None:
+        vars(self).update(_checked(type(self), vars(self)))
+
+
+def build_config(kind: type[Made], given: Mapping[str, Any], config_path: Path | None = None) -> Made:
     """Make a config of ``kind`` from flags and, below them, a yaml file.
 
     Args:
-        kind: a dataclass of this module.
-        given: values that were given as flags, by field name.
-        config_path: a yaml file with a mapping of field names (dashes or underscores) to values.
+        kind: a subclass of ``Config``.
+        given: values of the given flags, by field name.
+        config_path: a yaml file with a mapping of field names (dashes or underscores) to values. Old names are
+            accepted with a warning on stderr.
 
     Raises:
         UserError: the file is missing or not a mapping, a key is unknown, a value has the wrong type or
             range, or a needed value is absent.
     """
+    specs = dataclasses.fields(kind)
     values: dict[str, Any] = {}
-    names = [spec.name for spec in dataclasses.fields(kind)]  # type: ignore[arg-type]
     if config_path is not None:
-        for key, value in _read_yaml(config_path).items():
-            name = str(key).replace("-", "_")
-            if name not in names:
-                near = difflib.get_close_matches(name, names, n=1)
-                raise UserError(
-                    f"{config_path}: unknown key '{key}'",
-                    f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(names)}",
-                )
-            values[name] = value
+        values = _fields_of_yaml(kind, config_path)
     values |= given
-    return _validated(kind, values)
+    for spec in specs:
+        if spec.name not in values and spec.default is spec.default_factory is dataclasses.MISSING:
+            raise _needed(kind, spec.name)
+    return kind(**values)
 
 
-def _validated(kind: type[Config], values: Mapping[str, Any]) -> Config:
+def current_names(kind: type[Config], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return stored settings with the old field names of ``kind`` replaced by today's."""
+    return {old_names(kind).get(key, key): value for key, value in settings.items()}
+
+
+@once_per_class
+def field_types(kind: type) -> dict[str, Any]:
+    """Return the annotation of each field, with its constraints.
+
+    Does what ``typing.get_type_hints`` does, but evaluates the annotations of a class that many configs share once.
+    """
+    found = {name: hint for base in reversed(kind.__mro__) for name, hint in _own_types(base).items()}
+    return {spec.name: found[spec.name] for spec in dataclasses.fields(kind)}
+
+
+@once_per_class
+def _own_types(base: type) -> dict[str, Any]:
+    return inspect.get_annotations(base, eval_str=True)
+
+
+def value_range(constraints: Mapping[str, Any]) -> str:
+    """Return the words for a range that has any of the bounds gt, ge, lt and le: "at least 1", "in (0, 1]"."""
+    finite = " and finite" if constraints.get("lt") == float("inf") else ""
+    bounds = {key: f"{value:g}" for key, value in constraints.items() if abs(value) != float("inf")}
+    low, high = bounds.get("gt", bounds.get("ge")), bounds.get("lt", bounds.get("le"))
+    if low is None or high is None:
+        words = {"gt": f"above {low}", "ge": "0 or more" if low == "0" else f"at least {low}"}
+        words |= {"lt": f"below {high}", "le": f"at most {high}"}
+        return "".join(words[key] for key in bounds) + finite
+    if "gt" in bounds and "lt" in bounds:
+        return f"between {low} and {high}"
+    return f"in {'(' if 'gt' in bounds else '['}{low}, {high}{')' if 'lt' in bounds else ']'}"
+
+
+@once_per_class
+def ranges(kind: type) -> dict[str, str]:
+    """Return the words for the range of each field that has one."""
+    found = {}
+    for name, hint in field_types(kind).items():
+        if bounds := dict(_bounds(hint)):
+            found[name] = value_range(bounds)
+    return found
+
+
+def _bounds(hint: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the bounds in an annotation, also inside of ``X | None``."""
+    for mark in getattr(hint, "__metadata__", ()):
+        for bound in mark if isinstance(mark, Interval) else [mark]:
+            if isinstance(bound, Gt | Ge | Lt | Le):
+                yield from dataclasses.asdict(bound).items()
+    if not hasattr(hint, "__metadata__"):
+        for inner in typing.get_args(hint):
+            yield from _bounds(inner)
+
+
+def _checked(kind: type[Config], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values as the types of their fields, or raise for the first that does not fit."""
     import pydantic
 
-    # json-mode strictness would refuse paths given as text, so only types are coerced, never guessed.
     try:
-        return pydantic.TypeAdapter(kind).validate_python(dict(values))
+        return dict(vars(_checker(kind).validate_python(dict(values))))
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False)[0]
-        name = str(first["loc"][0]) if first["loc"] else kind.__name__
-        if first["type"] == "missing" or (name in values and values[name] is None):
-            raise UserError(f"'{name}' is needed", f"give {_flag(kind, name)}") from None
-        raise UserError(f"{_flag(kind, name)}: {first['msg']}, got {first.get('input')!r}") from None
+        name = str(first["loc"][0])
+        if values[name] is None:
+            raise _needed(kind, name) from None
+        if first.get("ctx", {}).keys() & {"gt", "ge", "lt", "le"}:
+            raise UserError(f"{flag(kind, name)} must be {ranges(kind)[name]}, got {first['input']}") from None
+        raise UserError(f"{flag(kind, name)}: {first['msg']}, got {first['input']!r}") from None
 
 
-def _flag(kind: type, name: str) -> str:
-    for spec in dataclasses.fields(kind):
-        if spec.name == name and spec.metadata.get("argument"):
-            return spec.metadata.get("metavar") or name.upper()
-    return "--" + name.replace("_", "-")
+@once_per_class
+def _checker(kind: type) -> Any:
+    """Return pydantic's validator of the fields.
+
+    It is built for a plain twin: validating ``kind`` itself would construct it, whose ``__post_init__`` asks for this.
+    """
+    import pydantic
+
+    twin = dataclasses.make_dataclass(kind.__name__, list(field_types(kind).items()), kw_only=True)
+    return pydantic.TypeAdapter(twin)
+
+
+def _needed(kind: type[Config], name: str) -> UserError:
+    return UserError(f"'{name}' is needed", f"give {flag(kind, name)}")
+
+
+def _fields_of_yaml(kind: type[Config], path: Path) -> dict[str, Any]:
+    names = [spec.name for spec in dataclasses.fields(kind)]
+    values, renamed = {}, []
+    for key, value in _read_yaml(path).items():
+        name = str(key).replace("-", "_")
+        if name in old_names(kind):
+            renamed.append(f"{key} is now {old_names(kind)[name]}")
+        name = accepted_names(kind).get(name, name)
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            raise UserError(
+                f"{path}: unknown key '{key}'",
+                f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(names)}",
+            )
+        values[name] = value
+    if renamed:
+        sys.stderr.write(f"warning: {path}: {', '.join(renamed)}\n")
+    return values
 
 
 def _read_yaml(path: Path) -> dict[Any, Any]:
@@ -85,16 +199,14 @@ def _read_yaml(path: Path) -> dict[Any, Any]:
     return loaded
 
 
-def require(condition: bool, flag: str, rule: str, value: Any) -> None:
-    if not condition:
-        raise UserError(f"{flag} must be {rule}, got {value}")
-
-
-def positional(*, metavar: str | None = None, default: Any = dataclasses.MISSING) -> Any:
-    """A field that is a positional argument on the command line."""
-    return field(default=default, metadata={"argument": True, "metavar": metavar})
+def positional(*, metavar: str, default_factory: Any = dataclasses.MISSING, default: Any = dataclasses.MISSING) -> Any:
+    """Make a field that is a positional argument on the command line."""
+    metadata = {"metavar": metavar}
+    if default_factory is not dataclasses.MISSING:
+        return field(default_factory=default_factory, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def output(default: Any = dataclasses.MISSING) -> Any:
-    """The `-o` field."""
+    """Make the `-o` field."""
     return field(default=default, metadata={"flags": ("-o",)})

@@ -1,30 +1,37 @@
-"""What several stages share."""
+"""Settings that several stages share."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-from ssrctl.configs.building import require
+from ssrctl.configs.building import AtLeastOne, Config, Positive, Share, ZeroOrMore
 
 TINY = "tiny-reasoner"
 TINY_DATASET = "tiny-arithmetic"
 
 
 @dataclass(kw_only=True)
-class CommonConfig:
-    """Settings of every stage."""
+class JsonConfig(Config):
+    """Settings of every command."""
 
     json: bool = False
     """Print the result as one json object on stdout."""
+
+
+@dataclass(kw_only=True)
+class CommonConfig(JsonConfig):
+    """Settings of every stage."""
 
     dry_run: bool = False
     """Print the resolved plan and stop."""
 
 
 @dataclass(kw_only=True)
-class ModelConfig:
+class ModelConfig(Config):
     """Settings of every stage that loads a model."""
+
+    panel = "Model"
 
     model: str = TINY
     """Model name on the hub or local folder (any AutoModelForCausalLM); the default is the bundled reasoner."""
@@ -36,38 +43,42 @@ class ModelConfig:
     """Precision to compute in; auto is the checkpoint's own."""
 
     device: str = "auto"
-    """Where to run: auto, cpu, cuda, cuda:1."""
+    """Device to run on: auto, cpu, cuda, cuda:1."""
+
+    seed: int = 0
+    """Random seed."""
 
     trust_remote_code: bool = False
     """Run python code that the model's folder contains. Only for models that you trust."""
 
-    seed: int = 0
-    """Everything random derives from it."""
-
 
 @dataclass(kw_only=True)
-class SamplingConfig:
-    """How responses are sampled."""
+class SamplingConfig(Config):
+    """Settings of the sampling of responses."""
 
-    temperature: float = 1.0
+    panel = "Sampling"
+
+    temperature: Positive = 1.0
     """Sampling temperature; log-probabilities are those of the scaled logits."""
 
-    top_p: float = 1.0
-    """Nucleus sampling; below 1 the importance ratios are no longer exact."""
-
-    top_k: int = 0
-    """Sample among the k likeliest tokens, 0 for all; above 0 the importance ratios are no longer exact."""
-
-    max_new_tokens: int = 256
+    max_new_tokens: AtLeastOne = 256
     """Longest response, in tokens."""
 
-    generation_batch_size: int = 64
-    """Responses generated at once."""
+    sampling_batch_size: AtLeastOne = 64
+    """Responses sampled at once."""
+
+    top_p: Share = 1.0
+    """Nucleus sampling; below 1 the importance ratios are no longer exact."""
+
+    top_k: ZeroOrMore = 0
+    """Sample among the k likeliest tokens, 0 for all; above 0 the importance ratios are no longer exact."""
 
 
 @dataclass(kw_only=True)
-class DatasetConfig:
-    """Which problems."""
+class DatasetConfig(Config):
+    """Settings of the problems."""
+
+    panel = "Data"
 
     dataset: str = TINY_DATASET
     """Problems: a json, jsonl, csv or parquet file, a datasets name on the hub, or tiny-arithmetic (bundled)."""
@@ -78,34 +89,14 @@ class DatasetConfig:
     dataset_split: str | None = None
     """Split to read; by default train for training and profiling, test (heldout) for evaluation."""
 
+    limit: AtLeastOne | None = None
+    """Use only the first N problems."""
+
+    prompt_template: str = "auto"
+    """Wording of a question: a name in profiles/prompts, a text file with {question}, or auto."""
+
     question_column: str | None = None
     """Column with the question; by default the first of question, problem, prompt, input, Question."""
 
     answer_column: str | None = None
     """Column with the reference answer; by default the first of answer, target, Answer."""
-
-    prompt_template: str = "auto"
-    """How a question is worded: a name in profiles/prompts, a text file with {question}, or auto."""
-
-    limit: int | None = None
-    """Use only the first so many problems."""
-
-
-@dataclass(kw_only=True)
-class EnvConfig:
-    """Print versions and devices, to paste into a bug report."""
-
-    json: bool = False
-    """Print the result as one json object on stdout."""
-
-
-def check_sampling(config: SamplingConfig) -> None:
-    require(config.temperature > 0, "--temperature", "above 0", config.temperature)
-    require(0 < config.top_p <= 1, "--top-p", "in (0, 1]", config.top_p)
-    require(config.top_k >= 0, "--top-k", "0 or more", config.top_k)
-    require(config.max_new_tokens >= 1, "--max-new-tokens", "at least 1", config.max_new_tokens)
-    require(config.generation_batch_size >= 1, "--generation-batch-size", "at least 1", config.generation_batch_size)
-
-
-def check_limit(config: DatasetConfig) -> None:
-    require(config.limit is None or config.limit >= 1, "--limit", "at least 1", config.limit)

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ssrctl.configs.building import output, positional
-from ssrctl.configs.common import CommonConfig
+from ssrctl.configs.common import CommonConfig, JsonConfig
 
 
 @dataclass(kw_only=True)
 class DeltaDiffConfig(CommonConfig):
-    """Write what turns a base into a tuned checkpoint as a delta: the coordinates that differ bit for bit.
+    """Write the difference of a base and a tuned checkpoint as a delta: the coordinates that differ bit for bit.
 
     Checkpoints are model folders (one file or shards) or safetensors files. Where the dtypes differ, the tuned
     one's counts, provided that the base's values have an exact form in it.
@@ -36,10 +36,10 @@ class DeltaApplyConfig(CommonConfig):
     """
 
     base: Path = positional(metavar="BASE")
-    """What the delta was made from: a model folder, a safetensors file, or tiny-reasoner."""
+    """The checkpoint that the delta was made from: a model folder, a safetensors file, or tiny-reasoner."""
 
     delta: Path = positional(metavar="DELTA")
-    """A delta file, a checkpoint folder, or a run directory, of which the newest checkpoint is taken."""
+    """A delta file, a checkpoint folder, or a run directory (its newest checkpoint)."""
 
     output: Path = output()
     """Model folder to write; must not exist, or be empty."""
@@ -49,11 +49,8 @@ class DeltaApplyConfig(CommonConfig):
 
 
 @dataclass(kw_only=True)
-class DeltaInfoConfig:
-    """Show what a delta holds: its base, its size, and how many entries each tensor and layer has."""
+class DeltaInfoConfig(JsonConfig):
+    """Show a delta: its base, its size, and the number of entries of each tensor and layer."""
 
     delta: Path = positional(metavar="DELTA")
-    """A delta file, a checkpoint folder, or a run directory, of which the newest checkpoint is taken."""
-
-    json: bool = False
-    """Print the result as one json object on stdout."""
+    """A delta file, a checkpoint folder, or a run directory (its newest checkpoint)."""

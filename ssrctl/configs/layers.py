@@ -10,7 +10,7 @@ _SPELLING = re.compile(r"[0-9]{1,6}(-[0-9]{1,6})?(,[0-9]{1,6}(-[0-9]{1,6})?)*")
 
 
 def layer_ranges(text: str, flag: str = "--layers") -> list[range]:
-    """``0-3,7`` as the ranges 0..3 and 7..7; layers count from 0.
+    """Read ``0-3,7`` as the ranges 0..3 and 7..7; layers count from 0.
 
     Raises:
         UserError: another spelling, or a range that runs backwards.

@@ -117,13 +117,13 @@ def plan_batches(starts: Sequence[Start], size: int, context: int | None) -> Ite
 
 
 def sample_continuations(loaded: LoadedModel, starts: Sequence[Start], sampling: SamplingConfig) -> list[Continuation]:
-    """One continuation per start, in their order, in batches of ``generation_batch_size``.
+    """One continuation per start, in their order, in batches of ``sampling_batch_size``.
 
     Raises:
         UserError: the model gives no finite probabilities.
     """
     out: dict[int, Continuation] = {}
-    for batch in plan_batches(starts, sampling.generation_batch_size, loaded.context_length):
+    for batch in plan_batches(starts, sampling.sampling_batch_size, loaded.context_length):
         drawn = _sample_batch(loaded, [starts[place] for place in batch], sampling)
         out.update(zip(batch, drawn, strict=True))
     return [out[place] for place in range(len(starts))]

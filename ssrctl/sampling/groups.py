@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -101,7 +100,7 @@ def sample_groups(
     Args:
         loaded: the model.
         prompts: the questions.
-        sampling: how; ``generation_batch_size`` responses go through the model at once.
+        sampling: how; ``sampling_batch_size`` responses go through the model at once.
         num_generations: G, responses per question.
         seed: of this draw; batch ``b`` uses the seed derived from it.
         segmentation: how responses are cut into steps; None is the default way.
@@ -109,7 +108,7 @@ def sample_groups(
     """
     flat = [prompt for prompt in prompts for _ in range(num_generations)]
     samples: list[Sample] = []
-    size = sampling.generation_batch_size
+    size = sampling.sampling_batch_size
     for start in range(0, len(flat), size):
         drawn = sample_responses(
             loaded, [p.prompt_ids for p in flat[start : start + size]], sampling, derive_seed(seed, "batch", start)
@@ -138,7 +137,7 @@ def _record(prompt: Prompted, number: int, sample: Sample, segmentation: Segment
         answer=problem.answer,
         prompt=prompt.prompt,
         response=sample.text,
-        steps=segment(sample.text, **dataclasses.asdict(segmentation)),
+        steps=segment(sample.text, **segmentation.segment_arguments),
         extra=extra,
     )
 

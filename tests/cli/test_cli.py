@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
 import re
+import shlex
 import subprocess
 import sys
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from ssrctl.cli import app as app_module
 from ssrctl.cli import glue
 from ssrctl.configs import building
 from ssrctl.configs.layers import layer_ranges
+from ssrctl.configs.names import accepted_names, old_names
 from ssrctl.errors import UserError
 
 COMMANDS = {
@@ -63,21 +67,91 @@ def test_every_command_is_known_here() -> None:
     assert found == set(COMMANDS)
 
 
+def leaf(name: str) -> Any:
+    """The command of typer by its name."""
+    found: Any = get_command(app_module.app)
+    for word in name.split():
+        found = found.commands[word]
+    return found
+
+
+def shown_help(name: str, columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert cli.main([*name.split(), "--help"]) == 0
+    return capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_field_is_a_flag_with_its_doc_line(
+def test_every_field_is_a_flag_with_its_help(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "400")
-    monkeypatch.setenv("TERMINAL_WIDTH", "400")
-    assert cli.main([*name.split(), "--help"]) == 0
-    shown = one_line(capsys.readouterr().out)
-    docs = glue.field_docs(COMMANDS[name])
+    shown = one_line(shown_help(name, 400, capsys, monkeypatch))
     for spec in dataclasses.fields(COMMANDS[name]):
-        assert docs[spec.name] in shown, spec.name
-        if not spec.metadata.get("argument"):
-            assert re.search(rf"--{spec.name.replace('_', '-')}(?![\w-])", shown), spec.name
+        assert glue.help_text(COMMANDS[name], spec.name) in shown, spec.name
     assert "--config" in shown
     assert (COMMANDS[name].__doc__ or "-").splitlines()[0] in shown
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_no_flag_is_cut_off_in_80_columns(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = shown_help(name, 80, capsys, monkeypatch)
+    assert "…" not in shown
+    assert max(map(len, shown.splitlines())) <= 80
+    flags = [flag for one in leaf(name).params for flag in one.opts if flag.startswith("-")]
+    assert flags
+    for flag in flags:
+        assert re.search(rf"(?<![\w-]){flag}(?![\w-])", shown), flag
+    for spec in dataclasses.fields(COMMANDS[name]):
+        for choice in typing.get_args(building.field_types(COMMANDS[name])[spec.name]):
+            assert not isinstance(choice, str) or re.search(rf"\b{choice}\b", shown), choice
+
+
+def test_flags_stand_in_panels_that_begin_with_the_common_ones(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def panels(name: str) -> list[str]:
+        return re.findall(r"^╭─ (\w+) ", shown_help(name, 100, capsys, monkeypatch), re.MULTILINE)
+
+    training = ["Method", "Optimizer", "Sampling", "Segmentation", "Critic", "Checkpoints", "Logging"]
+    assert panels("train") == ["Options", "Model", "Data", *training]
+    assert panels("critic") == ["Arguments", "Options", "Critic", "Model", "Sampling"]
+
+
+def test_help_names_choices_and_ranges_that_the_doc_line_leaves_out() -> None:
+    assert glue.help_text(configs.TrainConfig, "dtype").endswith("One of auto, float32, bfloat16, float16.")
+    assert glue.help_text(configs.TrainConfig, "clip_epsilon").endswith("Between 0 and 1.")
+    assert "One of" not in glue.help_text(configs.TrainConfig, "scope")
+    assert glue.help_text(configs.TrainConfig, "critic_show_reference").startswith("Do not show")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_example_of_a_command_is_a_valid_command(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    program, *words = shlex.split(leaf(name).epilog.removeprefix("Example: "))
+    assert program == "ssrctl" and " ".join(words).startswith(name)
+    made: list[Any] = []
+    monkeypatch.setattr(glue, "stage_function", lambda stage: made.append)
+    assert cli.main(words) == 0
+    assert [type(one) for one in made] == [COMMANDS[name]]
+
+
+def test_help_loads_no_heavy_library() -> None:
+    code = (
+        "import sys; from ssrctl.cli import main; main(['train', '--help'])\n"
+        "print('loaded', *{'torch', 'transformers', 'numpy', 'yaml', 'ssrctl.stages'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines()[-1] == "loaded"
+
+
+def test_the_shell_completes_flags() -> None:
+    asked = {"_SSRCTL_COMPLETE": "complete_bash", "COMP_WORDS": "ssrctl train --critic-bud", "COMP_CWORD": "2"}
+    code = "from ssrctl.cli import main; main([])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False, env=os.environ | asked
+    )
+    assert done.stdout.split() == ["--critic-budget-usd"]
 
 
 def test_version_and_bare_call(capsys: pytest.CaptureFixture[str]) -> None:
@@ -101,7 +175,7 @@ class Settings(configs.CommonConfig):
     output: str = building.output("-")
     """Where to write."""
 
-    num_things: int = 3
+    num_things: building.AtLeastOne = 3
     """How many."""
 
     rate: float | None = None
@@ -110,9 +184,11 @@ class Settings(configs.CommonConfig):
     mode: str = "plain"
     """Which way."""
 
-    def __post_init__(self) -> None:
-        if self.num_things < 1:
-            raise UserError(f"--num-things must be at least 1, got {self.num_things}")
+    quiet: bool = False
+    """Say less."""
+
+    careful: bool = True
+    """Look twice."""
 
 
 ran: list[Settings] = []
@@ -136,7 +212,7 @@ def main(monkeypatch: pytest.MonkeyPatch) -> Any:
     made = typer.Typer(pretty_exceptions_enable=False)
     made.callback()(lambda: None)
     monkeypatch.setitem(sys.modules, "stage_of_test_cli", sys.modules[__name__])
-    glue.command(made, "try", Settings, "stage_of_test_cli:stage")
+    glue.command(made, "try", Settings, "stage_of_test_cli:stage", "ssrctl try x")
     monkeypatch.setattr(app_module, "app", made)
     ran.clear()
     return cli.main
@@ -151,7 +227,33 @@ def test_flags_reach_the_stage(main: Any, capsys: pytest.CaptureFixture[str]) ->
 def test_underscores_are_accepted_in_flags_alone(main: Any) -> None:
     assert main(["try", "in_put", "--num_things=7", "--dry_run", "--mode", "a_b"]) == 0
     assert ran == [Settings(input="in_put", num_things=7, dry_run=True, mode="a_b")]
-    assert glue.dashed(["--a_b=c_d", "x_y", "-o", "--", "--a_b"]) == ["--a-b=c_d", "x_y", "-o", "--", "--a_b"]
+    words = ["--num_things=c_d", "x_y", "--odd_one", "-o", "--", "--num_things"]
+    assert glue.current_words(Settings, words) == (
+        ["--num-things=c_d", "x_y", "--odd-one", "-o", "--", "--num_things"],
+        {},
+    )
+
+
+def test_a_switch_has_a_flag_for_the_value_that_is_not_its_default(
+    main: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["try", "x", "--quiet", "--no-careful"]) == 0
+    assert (ran[-1].quiet, ran[-1].careful) == (True, False)
+    (tmp_path / "run.yaml").write_text("quiet: true\ncareful: false\n")
+    assert main(["try", "x", "--config", str(tmp_path / "run.yaml")]) == 0
+    assert (ran[-1].quiet, ran[-1].careful) == (True, False)
+    assert capsys.readouterr().err == ""
+    # the other form still wins over a file
+    assert main(["try", "x", "--config", str(tmp_path / "run.yaml"), "--no-quiet", "--careful"]) == 0
+    assert (ran[-1].quiet, ran[-1].careful) == (False, True)
+    assert capsys.readouterr().err == "warning: --no-quiet is the default and will not be a flag in the next version\n"
+
+
+def test_a_wrong_flag_names_the_nearest(main: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["try", "x", "--num-thing", "3"]) == 2
+    assert "No such option: --num-thing" in (said := one_line(capsys.readouterr().err)) and "--num-things" in said
+    assert main(["try", "x", "y"]) == 2
+    assert "unexpected extra argument" in one_line(capsys.readouterr().err) and ran == []
 
 
 def test_json_goes_to_stdout(main: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -275,11 +377,24 @@ def build(kind: Any, **values: Any) -> Any:
         (configs.SuperweightsConfig, {"output": "g", "fraction": 0.1, "minimal": True}, "exclude each other"),
         (configs.SuperweightsConfig, {}, "'output' is needed"),
         (configs.ProfileBudgetConfig, {"output": "b", "claim_fraction": 0}, "--claim-fraction must be between"),
-        (configs.SegmentConfig, {"input": "x", "max_steps": 0}, "--max-steps must be at least 1"),
+        (configs.TrainConfig, {"log_gradients_size": 63}, "--log-gradients-size must be at least 64, got 63"),
+        (
+            configs.TrainConfig,
+            {"critic_input_price": float("inf")},
+            "--critic-input-price must be 0 or more and finite",
+        ),
+        (configs.TrainConfig, {"critic_budget_usd": float("nan")}, "--critic-budget-usd must be above 0 and finite"),
+        (configs.CriticConfig, {"input": "x", "critic_budget_usd": 0}, "--budget-usd must be above 0"),
+        (configs.CriticConfig, {"input": "x", "wrong_below": -100}, r"--wrong-below must be in \(-100, 100\]"),
+        (
+            configs.SegmentConfig,
+            {"input": "x", "max_segment_chars": 39},
+            "--max-segment-chars must be 0 or at least 40",
+        ),
+        (configs.SegmentConfig, {"input": "x", "max_segments": 0}, "--max-segments must be at least 1"),
         (configs.EvalConfig, {"confidence": 1}, "--confidence must be between"),
         (configs.DiagnoseConfig, {}, "nothing to measure"),
         (configs.DiagnoseConfig, {"paths": ["a", "b"], "series": True}, "at least two checkpoints, got 2 paths"),
-        (configs.DiagnoseConfig, {"paths": ["a", "b"], "measures": "sparsity, rnk"}, "a list of sparsity, size"),
         (configs.DiagnoseConfig, {"paths": ["a", "b"], "intervene": "rotate"}, "takes one model, got 2 paths"),
         (configs.DiagnoseConfig, {"paths": ["a"], "intervene": "rotate"}, "--intervene writes a model"),
         (configs.DiagnoseConfig, {"paths": ["a"], "intervene": "rotate", "jaccard": True}, "exclude each other"),
@@ -289,7 +404,11 @@ def build(kind: Any, **values: Any) -> Any:
         (configs.MaskPrincipalConfig, {"model": "m", "output": "o", "density": 1}, "--density must be between"),
         (configs.MaskPrincipalConfig, {"model": "m", "output": "o", "rank": 1.1}, "--rank must be in"),
         (configs.MaskLowMagnitudeConfig, {"model": "m", "output": "o", "density": 1}, "--density must be between"),
-        (configs.MaskDiffConfig, {"base": "b", "tuned": "t", "output": "o", "eta": 0}, "--eta must be above 0"),
+        (
+            configs.MaskDiffConfig,
+            {"base": "b", "tuned": "t", "output": "o", "bf16_rtol": 0},
+            "--bf16-rtol must be above 0",
+        ),
         (configs.MaskLayersConfig, {"model": "m", "output": "o"}, "nothing says which weights to take"),
         (configs.MaskLayersConfig, {"model": "m", "output": "o", "layers": "1,"}, "must list layers like 0-3,7"),
         (configs.MaskUnionConfig, {"masks": ["a"], "output": "o"}, "must be two or more masks, got 1"),
@@ -299,6 +418,17 @@ def build(kind: Any, **values: Any) -> Any:
 def test_ranges(kind: Any, values: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         build(kind, **values)
+
+
+def test_a_config_is_checked_however_it_is_made() -> None:
+    with pytest.raises(UserError, match="--max-steps must be at least 1, got 0"):
+        configs.TrainConfig(max_steps=0)
+    made = configs.TrainConfig(output_dir="run", learning_rate=1)  # type: ignore[arg-type]
+    assert made.output_dir == Path("run") and isinstance(made.learning_rate, float)
+    with pytest.raises(UserError, match="--learning-rate must be above 0, got -1"):
+        dataclasses.replace(made, learning_rate=-1)
+    with pytest.raises(UserError, match="the llm critic needs a model"):
+        configs.CriticOptions(critic="llm")
 
 
 def test_the_edges_of_ranges_are_fine() -> None:
@@ -322,6 +452,83 @@ def test_other_spellings_of_layers_are_refused(text: str) -> None:
         layer_ranges(text)
 
 
+# --------------------------------------------------------------------------------------------------
+# other names of settings
+
+
+@pytest.mark.parametrize("kind", {*COMMANDS.values()}, ids=lambda kind: kind.__name__)
+def test_other_names_lead_to_fields_and_hide_none(kind: Any) -> None:
+    fields = {spec.name for spec in dataclasses.fields(kind)}
+    accepted = accepted_names(kind)
+    assert set(accepted.values()) <= fields and not accepted.keys() & fields
+    assert old_names(kind).items() <= accepted.items()
+
+
+def parsed(monkeypatch: pytest.MonkeyPatch, line: str) -> Any:
+    made: list[Any] = []
+    monkeypatch.setattr(glue, "stage_function", lambda stage: made.append)
+    assert cli.main(shlex.split(line)) == 0
+    return made[0]
+
+
+@pytest.mark.parametrize(
+    ("line", "expected", "said"),
+    [
+        ("train --budget-usd 2", {"critic_budget_usd": 2}, "--budget-usd is now --critic-budget-usd"),
+        ("train --no-cache", {"critic_cache": False}, "--no-cache is now --no-critic-cache"),
+        ("train --per_step", {"critic_per_step": True}, "--per-step is now --critic-per-step"),
+        ("critic x --budget-usd 2 --no-cache", {"critic_budget_usd": 2, "critic_cache": False}, None),
+        ("critic x --critic-budget-usd 2 --no-critic-cache", {"critic_budget_usd": 2, "critic_cache": False}, None),
+        (
+            "eval --generation_batch_size=2",
+            {"sampling_batch_size": 2},
+            "--generation-batch-size is now --sampling-batch-size",
+        ),
+        ("train --lr 1 --optim adamw", {"learning_rate": 1, "optimizer": "adamw"}, None),
+        ("train --model_name_or_path m --dataset-name d", {"model": "m", "dataset": "d"}, None),
+        ("segment x --max-steps 3", {"max_segments": 3}, "--max-steps is now --max-segments"),
+        ("segment x --style newline", {"segment_style": "newline"}, "--style is now --segment-style"),
+        ("train --max-steps 3 --max-segments 2", {"max_steps": 3, "max_segments": 2}, None),
+        ("diagnose a b --k 3", {"num_directions": 3}, "--k is now --num-directions"),
+        ("diagnose a b --rule=atol", {"changed_by": "atol"}, "--rule is now --changed-by"),
+        ("mask diff a b --eta 0.1 -o m", {"bf16_rtol": 0.1}, "--eta is now --bf16-rtol"),
+        ("mask random m -o x", {"model": "m"}, "the model is now given as --model m"),
+        ("mask random --model m -o x", {"model": "m"}, None),
+    ],
+)
+def test_other_names_of_flags(
+    line: str,
+    expected: dict[str, Any],
+    said: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    made = parsed(monkeypatch, line)
+    assert {name: getattr(made, name) for name in expected} == expected
+    assert capsys.readouterr().err == ("" if said is None else f"warning: {said}\n")
+
+
+def test_a_mask_command_takes_one_model(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["a", "b"], ["a", "--model", "b"]):
+        assert cli.main(["mask", "random", *words, "-o", "x"]) == 2
+        assert "unexpected extra argument" in one_line(capsys.readouterr().err)
+    assert cli.main(["mask", "random", "-o", "x"]) == 2
+    assert capsys.readouterr().err == "error: 'model' is needed\n  fix: give --model\n"
+
+
+def test_old_names_in_yaml_give_one_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("cache: false\ngeneration-batch-size: 3\nlr: 2\n")
+    made = configs.build_config(configs.TrainConfig, {}, path)
+    assert (made.critic_cache, made.sampling_batch_size, made.learning_rate) == (False, 3, 2.0)
+    said = capsys.readouterr().err
+    names = "cache is now critic_cache, generation-batch-size is now sampling_batch_size"
+    assert said == f"warning: {path}: {names}\n"
+    path.write_text("cache: false\n")
+    assert not configs.build_config(configs.CriticConfig, {"input": "x"}, path).critic_cache
+    assert capsys.readouterr().err == ""
+
+
 def test_learning_rates_by_optimizer() -> None:
     assert build(configs.TrainConfig).resolved_learning_rate == 3e-2
     assert build(configs.TrainConfig, optimizer="adamw").resolved_learning_rate == 1e-4
@@ -330,7 +537,7 @@ def test_learning_rates_by_optimizer() -> None:
 
 def test_the_first_positional_paths_reach_diagnose(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["diagnose", "one"]) == 2
-    assert "one is no run directory with checkpoints" in capsys.readouterr().err
+    assert "one is not a run directory with checkpoints" in capsys.readouterr().err
 
 
 def test_errors_are_not_markup() -> None:

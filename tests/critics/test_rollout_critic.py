@@ -58,7 +58,7 @@ def record(response=SOLUTION, *, answer="93", name="q/0", question=QUESTION, **f
 
 
 def critic(loaded, *, k=4, mode="value", seed=0, **sampling):
-    options = CriticOptions(critic="rollout", critic_rollouts=k, rollout_value=mode)
+    options = CriticOptions(critic="rollout", critic_rollouts=k, critic_rollout_value=mode)
     return RolloutCritic(options, loaded, SamplingConfig(**{"max_new_tokens": 64} | sampling), seed)
 
 
@@ -134,7 +134,7 @@ def test_the_share_estimates_the_exact_value(bundled):
     assert 0.1 < exact < 0.9
     steps = [StepSpan(start=0, end=len(before)), StepSpan(start=len(before), end=len(before) + 2, kind="final")]
     rollout = record(before + "3\n", steps=steps)
-    judge = critic(bundled, k=k, temperature=temperature, max_new_tokens=len(before) + 2, generation_batch_size=1000)
+    judge = critic(bundled, k=k, temperature=temperature, max_new_tokens=len(before) + 2, sampling_batch_size=1000)
     ((score, final),) = score_all(judge, [rollout])
     share = (score.score / 100 + 1) / 2
     assert abs(share - exact) < 4 * (exact * (1 - exact) / k) ** 0.5  # four standard errors
@@ -188,7 +188,7 @@ def test_nothing_depends_on_batches_order_or_company(bundled):
 
     expected = found(rollouts)
     for size in (3, 1000):
-        assert found(rollouts[::-1], generation_batch_size=size)[::-1] == expected
+        assert found(rollouts[::-1], sampling_batch_size=size)[::-1] == expected
     assert [found([rollout])[0] for rollout in rollouts] == expected
     assert found(rollouts, seed=1) != expected and found(rollouts, repeat=1) != expected
     fewer, more = prefix_seeds(0, (1, 2), 3), prefix_seeds(0, (1, 2), 5)
@@ -224,7 +224,7 @@ def test_rollouts_are_taken_as_they_are_needed(bundled):
             taken.append(number)
             yield record(name=f"q/{number}")
 
-    judge = critic(bundled, k=2, generation_batch_size=2)
+    judge = critic(bundled, k=2, sampling_batch_size=2)
     done = judge.stream(source())
     rollout, scores = next(done)
     assert rollout.id == "q/0" and len(scores) == 5
@@ -235,7 +235,7 @@ def test_rollouts_are_taken_as_they_are_needed(bundled):
 
 def test_what_decides_the_scores_is_in_the_identity(bundled):
     base = critic(bundled).identity
-    assert base == critic(bundled, generation_batch_size=3).identity
+    assert base == critic(bundled, sampling_batch_size=3).identity
     others = [critic(bundled, **change).identity for change in ({"k": 5}, {"seed": 1}, {"mode": "difference"}, {"temperature": 0.5}, {"top_p": 0.5}, {"top_k": 3}, {"max_new_tokens": 20})]  # fmt: skip
     assert len({base, *others}) == len(others) + 1
 
@@ -415,7 +415,7 @@ def test_continuations_end_by_token_or_limit(tiny_loaded):
     tiny_loaded.model.generation_config.eos_token_id = list(range(1, 40))
     limits = [1, 3, 9, 20, 20, 20]
     rows = [Start([50 + n] * (n + 1), limit, n) for n, limit in enumerate(limits)]
-    made = sample_continuations(tiny_loaded, rows, SamplingConfig(generation_batch_size=6))
+    made = sample_continuations(tiny_loaded, rows, SamplingConfig(sampling_batch_size=6))
     assert {one.finished for one in made} == {True, False}
     for one, limit in zip(made, limits, strict=True):
         assert 1 <= len(one.ids) <= limit

@@ -15,7 +15,7 @@ from ssrctl.stages import train
 
 
 def config(out: Path, **changes: object) -> EvalConfig:
-    small = {"limit": 6, "num_samples": 4, "max_new_tokens": 48, "generation_batch_size": 5, "json": True}
+    small = {"limit": 6, "num_samples": 4, "max_new_tokens": 48, "sampling_batch_size": 5, "json": True}
     return EvalConfig(**{"output_dir": out, **small, **changes})  # type: ignore[arg-type]
 
 

@@ -76,17 +76,21 @@ def selected(mask: BlockMask, name: str) -> set[int]:
 
 
 def test_random_selects_the_share_of_each_tensor(tmp_path: Path, weights: dict[str, torch.Tensor]) -> None:
-    mask = mask_of(tmp_path, "random", TINY, "--density", 0.03, "--seed", 5)
+    mask = mask_of(tmp_path, "random", "--model", TINY, "--density", 0.03, "--seed", 5)
     assert {name: tiles.count() for name, tiles in mask.tensors.items()} == {
         name: round(0.03 * one.numel()) for name, one in weights.items()
     }
-    assert selected(mask, UP) == selected(mask_of(tmp_path, "random", TINY, "--density", 0.03, "--seed", 5), UP)
-    assert selected(mask, UP) != selected(mask_of(tmp_path, "random", TINY, "--density", 0.03, "--seed", 6), UP)
+    assert selected(mask, UP) == selected(
+        mask_of(tmp_path, "random", "--model", TINY, "--density", 0.03, "--seed", 5), UP
+    )
+    assert selected(mask, UP) != selected(
+        mask_of(tmp_path, "random", "--model", TINY, "--density", 0.03, "--seed", 6), UP
+    )
 
 
 def test_random_masks_of_tensors_of_one_shape_are_independent(tmp_path: Path) -> None:
     """The overlap of every two is the hypergeometric one within five standard deviations, never all of it."""
-    mask = mask_of(tmp_path, "random", TINY, "--density", 0.1)
+    mask = mask_of(tmp_path, "random", "--model", TINY, "--density", 0.1)
     alike = [name for name in mask.shapes if mask.shapes[name] == mask.shapes[UP]]
     assert len(alike) == 4
     numel = mask.tensors[UP].numel
@@ -99,7 +103,7 @@ def test_random_masks_of_tensors_of_one_shape_are_independent(tmp_path: Path) ->
 
 
 def test_low_magnitude_selects_the_smallest_of_each_tensor(tmp_path: Path, weights: dict[str, torch.Tensor]) -> None:
-    mask = mask_of(tmp_path, "low-magnitude", TINY, "--density", 0.2, "--exclude", "*.mlp.*")
+    mask = mask_of(tmp_path, "low-magnitude", "--model", TINY, "--density", 0.2, "--exclude", "*.mlp.*")
     for name, one in weights.items():
         order = np.argsort(np.abs(one.double().numpy().ravel()), kind="stable")
         count = 0 if ".mlp." in name else round(0.2 * one.numel())
@@ -109,7 +113,7 @@ def test_low_magnitude_selects_the_smallest_of_each_tensor(tmp_path: Path, weigh
 def test_principal_selects_the_largest_of_each_reconstruction(
     tmp_path: Path, weights: dict[str, torch.Tensor], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["principal", TINY, "--rank", 0.05, "--density", 0.25, "--include", "*.self_attn.*"]
+    words = ["principal", "--model", TINY, "--rank", 0.05, "--density", 0.25, "--include", "*.self_attn.*"]
     mask = mask_of(tmp_path, *words)
     for name, one in weights.items():
         if one.dim() != 2 or ".self_attn." not in name:
@@ -132,7 +136,7 @@ def test_a_large_matrix_says_how_good_its_reconstruction_is(
 ) -> None:
     from ssrctl.measures.maths import low_rank
 
-    words = ["principal", TINY, "--include", UP, "--rank", 0.02]
+    words = ["principal", "--model", TINY, "--include", UP, "--rank", 0.02]
     exact = mask_of(tmp_path, *words)
     monkeypatch.setattr(low_rank, "EXACT_SIDE", 64)
     out, _ = out_of([*words, "-o", tmp_path / "p"], capfd)
@@ -158,7 +162,7 @@ def one_line(text: str) -> str:
 def test_layers_selects_all_or_nothing_of_a_tensor(
     tmp_path: Path, words: list[str], taken: Callable[[str], bool]
 ) -> None:
-    mask = mask_of(tmp_path, "layers", TINY, *words)
+    mask = mask_of(tmp_path, "layers", "--model", TINY, *words)
     for name, tiles in mask.tensors.items():
         assert tiles.count() == (tiles.numel if taken(name) else 0), name
     assert 0 < mask.count() < mask.numel
@@ -172,9 +176,9 @@ def test_layers_selects_all_or_nothing_of_a_tensor(
     ("words", "expected"),
     [
         ([], {UP: {5, 900, 4000}, NORM: {0, 7}}),
-        (["--rule", "atol"], {UP: {5, 900, 4000}}),
-        (["--rule", "atol", "--atol", 1e-7], {UP: {5, 900, 4000}, NORM: {0, 7}}),
-        (["--rule", "bf16"], {UP: {5, 900, 4000}}),
+        (["--changed-by", "atol"], {UP: {5, 900, 4000}}),
+        (["--changed-by", "atol", "--atol", 1e-7], {UP: {5, 900, 4000}, NORM: {0, 7}}),
+        (["--changed-by", "bf16"], {UP: {5, 900, 4000}}),
     ],
 )
 def test_diff_selects_what_changed_by_the_rule(
@@ -187,8 +191,8 @@ def test_diff_selects_what_changed_by_the_rule(
 def test_diff_of_a_delta_is_that_of_its_checkpoint(tmp_path: Path, tuned: Path) -> None:
     assert main(["delta", "diff", TINY, str(tuned), "-o", str(tmp_path / "d.safetensors")]) == 0
     for rule in ("bits", "atol", "bf16"):
-        pair = mask_of(tmp_path, "diff", TINY, tuned, "--rule", rule)
-        delta = mask_of(tmp_path, "diff", TINY, tmp_path / "d.safetensors", "--rule", rule, name="e.safetensors")
+        pair = mask_of(tmp_path, "diff", TINY, tuned, "--changed-by", rule)
+        delta = mask_of(tmp_path, "diff", TINY, tmp_path / "d.safetensors", "--changed-by", rule, name="e.safetensors")
         assert (pair - delta).count() == (delta - pair).count() == 0 < pair.count()
         facts = [load_mask(tmp_path / name)[1] for name in ("m.safetensors", "e.safetensors")]
         assert facts[0]["model"] == facts[1]["model"]
@@ -224,7 +228,7 @@ def three(tmp_path: Path) -> tuple[list[Path], list[dict[str, set[int]]]]:
     """Three masks of the bundled reasoner and their coordinates."""
     paths = [tmp_path / f"{letter}.safetensors" for letter in "abc"]
     made = [
-        mask_of(tmp_path, "random", TINY, "--density", share, "--seed", seed, name=path.name)
+        mask_of(tmp_path, "random", "--model", TINY, "--density", share, "--seed", seed, name=path.name)
         for seed, (path, share) in enumerate(zip(paths, (0.3, 0.5, 0.2), strict=True))
     ]
     return paths, [{name: selected(mask, name) for name in mask.shapes} for mask in made]
@@ -282,14 +286,14 @@ def commands(tmp_path_factory: pytest.TempPathFactory, weights: dict[str, torch.
     folder = tmp_path_factory.mktemp("inputs")
     a, b = (folder / f"{letter}.safetensors" for letter in "ab")
     for path, seed in ((a, 0), (b, 1)):
-        mask_of(folder, "random", TINY, "--density", 0.5, "--seed", seed, name=path.name)
+        mask_of(folder, "random", "--model", TINY, "--density", 0.5, "--seed", seed, name=path.name)
     tuned = folder / "tuned.safetensors"
     save_file({name: one + (one.abs() > 0.1) for name, one in weights.items()}, tuned)
     return {
-        "random": ["random", TINY],
-        "principal": ["principal", TINY],
-        "low-magnitude": ["low-magnitude", TINY],
-        "layers": ["layers", TINY, "--layers", "1"],
+        "random": ["random", "--model", TINY],
+        "principal": ["principal", "--model", TINY],
+        "low-magnitude": ["low-magnitude", "--model", TINY],
+        "layers": ["layers", "--model", TINY, "--layers", "1"],
         "diff": ["diff", TINY, tuned],
         "union": ["union", a, b],
         "intersect": ["intersect", a, b],
@@ -342,7 +346,7 @@ def test_a_dry_run_writes_nothing(
 
 def test_the_report_and_the_tables(tmp_path: Path, loaded: LoadedModel, capfd: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "m.safetensors"
-    words = ["random", TINY, "--density", 0.5, "--include", "*.layers.1.*", "-o", path]
+    words = ["random", "--model", TINY, "--density", 0.5, "--include", "*.layers.1.*", "-o", path]
     report = json.loads(out_of([*words, "--json"], capfd)[0])
     counts = {
         name: round(0.5 * math.prod(shape)) * fnmatch.fnmatch(name, "*.layers.1.*")
@@ -371,12 +375,12 @@ def test_the_report_and_the_tables(tmp_path: Path, loaded: LoadedModel, capfd: p
 
 
 def test_a_tensor_too_small_for_a_weight_is_said(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    out, _ = out_of(["random", TINY, "--density", 0.005, "-o", tmp_path / "m"], capfd)
+    out, _ = out_of(["random", "--model", TINY, "--density", 0.005, "-o", tmp_path / "m"], capfd)
     assert "4 tensors too small for one weight at this density, first model.layers.0.self_attn.k_norm" in one_line(out)
 
 
 def test_no_path_of_the_machine_is_published(tmp_path: Path, tuned: Path) -> None:
-    for words in (["random", tuned], ["diff", tuned, TINY], ["complement", tmp_path / "m.safetensors"]):
+    for words in (["random", "--model", tuned], ["diff", tuned, TINY], ["complement", tmp_path / "m.safetensors"]):
         name = "n.safetensors" if words[0] == "complement" else "m.safetensors"
         mask_of(tmp_path, *words, name=name)
         with safe_open(tmp_path / name, "pt") as file:
@@ -389,7 +393,7 @@ def test_no_path_of_the_machine_is_published(tmp_path: Path, tuned: Path) -> Non
 
 def wrong_inputs(tmp_path: Path, tuned: Path) -> dict[str, tuple[list[Any], str]]:
     a, b, torn, other, odd = (tmp_path / f"{name}.safetensors" for name in ("a", "b", "torn", "other", "odd"))
-    mask = mask_of(tmp_path, "random", TINY, "--density", 0.5, name=a.name)
+    mask = mask_of(tmp_path, "random", "--model", TINY, "--density", 0.5, name=a.name)
     mask_of(tmp_path, "complement", a, name=b.name)
     torn.write_bytes(a.read_bytes()[:-5])
     identity = ModelIdentity(name="other", revision=None, fingerprint="xxh3:1")
@@ -407,18 +411,18 @@ def wrong_inputs(tmp_path: Path, tuned: Path) -> dict[str, tuple[list[Any], str]
         "no model": (["random", tmp_path / "absent", *out], "checkpoint not found"),
         "an adapter": (["random", tmp_path / "adapter", *out], "is a LoRA adapter"),
         "a mask as model": (["low-magnitude", torn, *out], "not a readable safetensors file"),
-        "less than a weight": (["random", TINY, "--density", 1e-7, *out], "selects 0 of 421,248 weights"),
-        "everything": (["random", TINY, "--density", 1, *out], "is all 421,248 weights"),
-        "no matrix": (["principal", TINY, "--include", "*norm*", *out], "selects 0 of 421,248 weights"),
-        "a pattern without match": (["layers", TINY, "--include", "*.mlp", *out], "matches none of the 24 tensors"),
-        "all excluded": (["random", TINY, "--exclude", "*", *out], "selects 0 of 421,248 weights"),
-        "no such layer": (["layers", TINY, "--layers", "0,2-3", *out], "no layer 3: tiny-reasoner has layers 0 to 1"),
+        "less than a weight": (["random", "--model", TINY, "--density", 1e-7, *out], "selects 0 of 421,248 weights"),
+        "everything": (["random", "--model", TINY, "--density", 1, *out], "is all 421,248 weights"),
+        "no matrix": (["principal", "--model", TINY, "--include", "*norm*", *out], "selects 0 of 421,248 weights"),
+        "a pattern without match": (["layers", "--model", TINY, "--include", "*.mlp", *out], "matches none of the 24 tensors"),
+        "all excluded": (["random", "--model", TINY, "--exclude", "*", *out], "selects 0 of 421,248 weights"),
+        "no such layer": (["layers", "--model", TINY, "--layers", "0,2-3", *out], "no layer 3: tiny-reasoner has layers 0 to 1"),
         "no layers at all": (
             ["layers", tmp_path / "small.safetensors", "--layers", "0", *out], "no layers that its tensors' names tell"
         ),
-        "layers misspelt": (["layers", TINY, "--layers", "0..3", *out], "must list layers like 0-3,7"),
-        "layers backwards": (["layers", TINY, "--layers", "3-0", *out], "the range 3-0 runs backwards"),
-        "which layers": (["layers", TINY, *out], "nothing says which weights to take"),
+        "layers misspelt": (["layers", "--model", TINY, "--layers", "0..3", *out], "must list layers like 0-3,7"),
+        "layers backwards": (["layers", "--model", TINY, "--layers", "3-0", *out], "the range 3-0 runs backwards"),
+        "which layers": (["layers", "--model", TINY, *out], "nothing says which weights to take"),
         "NaN": (["low-magnitude", tmp_path / "nan.safetensors", *out], f"{UP}: 2 of 53,248 weights are NaN"),
         "NaN in a matrix": (["principal", tmp_path / "nan.safetensors", *out], f"{UP}: 2 of 53,248 weights are NaN"),
         "nothing changed": (["diff", TINY, TINY, *out], "selects 0 of 421,248 weights"),
@@ -437,13 +441,13 @@ def wrong_inputs(tmp_path: Path, tuned: Path) -> dict[str, tuple[list[Any], str]
         "a mask that is a delta": (["info", tmp_path / "d.safetensors"], "is not a mask file: it is a delta"),
         "output is an input": (["complement", a, "-o", a], "is one of the inputs"),
         "output is the model": (
-            ["random", tuned, "-o", tuned / "model.safetensors"], "is one of the inputs"
+            ["random", "--model", tuned, "-o", tuned / "model.safetensors"], "is one of the inputs"
         ),
-        "output is a folder": (["random", TINY, "-o", tmp_path], "it is a folder"),
-        "output in a file": (["random", TINY, "-o", a / "m"], "no file can be made in"),
-        "density": (["random", TINY, "--density", 1.5, *out], "--density must be in (0, 1]"),
-        "rank": (["principal", TINY, "--rank", 0, *out], "--rank must be in (0, 1]"),
-        "no output": (["random", TINY], "give --output"),
+        "output is a folder": (["random", "--model", TINY, "-o", tmp_path], "it is a folder"),
+        "output in a file": (["random", "--model", TINY, "-o", a / "m"], "no file can be made in"),
+        "density": (["random", "--model", TINY, "--density", 1.5, *out], "--density must be in (0, 1]"),
+        "rank": (["principal", "--model", TINY, "--rank", 0, *out], "--rank must be in (0, 1]"),
+        "no output": (["random", "--model", TINY], "give --output"),
     }  # fmt: skip
 
 
@@ -486,7 +490,7 @@ def test_wrong_input_is_one_clear_error(tmp_path: Path, tuned: Path, capfd: pyte
 def test_a_hostile_header_is_one_clear_error(
     tmp_path: Path, change: dict[str, str], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    mask_of(tmp_path, "random", TINY, name="a")
+    mask_of(tmp_path, "random", "--model", TINY, name="a")
     with safe_open(tmp_path / "a", "pt") as file:
         metadata = file.metadata() | change
     save_file(load_file(tmp_path / "a"), tmp_path / "b", metadata=metadata)
@@ -500,7 +504,7 @@ def test_a_hostile_header_is_one_clear_error(
 
 
 def test_odd_metadata_is_shown_as_it_is(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    mask_of(tmp_path, "random", TINY, name="a")
+    mask_of(tmp_path, "random", "--model", TINY, name="a")
     with safe_open(tmp_path / "a", "pt") as file:
         metadata = file.metadata() | {
             "model": '{"name": ["[red]x"], "revision": 1, "fingerprint": null}', "settings": "[1]", "mask_kind": "[b]"
@@ -512,6 +516,6 @@ def test_odd_metadata_is_shown_as_it_is(tmp_path: Path, capfd: pytest.CaptureFix
 
 
 def test_the_fingerprint_of_the_reader_is_that_of_the_model(tmp_path: Path, loaded: LoadedModel) -> None:
-    mask_of(tmp_path, "random", TINY)
+    mask_of(tmp_path, "random", "--model", TINY)
     model = json.loads(load_mask(tmp_path / "m.safetensors")[1]["model"])
     assert model["fingerprint"] == fingerprint(loaded.model.named_parameters())

@@ -60,27 +60,31 @@ def test_scores_of_other_spans_are_dropped(tmp_path):
     assert "scores" not in read(target)[0] and "advantages" not in read(target)[0]
 
 
-def test_max_steps_and_min_chars_are_obeyed(tmp_path):
+def test_the_number_and_the_smallest_length_of_steps_are_obeyed(tmp_path):
     source, target = write(tmp_path / "in.jsonl", ROWS), tmp_path / "out.jsonl"
-    run(SegmentConfig(input=str(source), output=str(target), max_steps=2))
+    run(SegmentConfig(input=str(source), output=str(target), max_segments=2))
     assert [step["end"] for step in read(target)[0]["steps"]] == [16, 22]
-    run(SegmentConfig(input=str(source), output=str(target), min_chars=8))
+    run(SegmentConfig(input=str(source), output=str(target), min_segment_chars=8))
     assert [step["end"] for step in read(target)[0]["steps"]] == [22]
 
 
-def test_style_and_max_chars_are_obeyed(tmp_path):
+def test_style_and_largest_length_are_obeyed(tmp_path):
     row = {"response": "One is. Two is.\nThree is.\n\nFour is."}
     source, target = write(tmp_path / "in.jsonl", [row]), tmp_path / "out.jsonl"
     for options, ends in [
         ({}, [16, 27, 35]),
-        ({"style": "newline"}, [16, 27, 35]),
-        ({"style": "paragraph"}, [27, 35]),
-        ({"style": "paragraph", "max_chars": 40}, [27, 35]),
+        ({"segment_style": "newline"}, [16, 27, 35]),
+        ({"segment_style": "paragraph"}, [27, 35]),
+        ({"segment_style": "paragraph", "max_segment_chars": 40}, [27, 35]),
     ]:
         run(SegmentConfig(input=str(source), output=str(target), **options))
         assert [step["end"] for step in read(target)[0]["steps"]] == ends
     long = {"response": "One is it. " * 8}
-    run(SegmentConfig(input=str(write(source, [long])), output=str(target), style="newline", max_chars=44))
+    run(
+        SegmentConfig(
+            input=str(write(source, [long])), output=str(target), segment_style="newline", max_segment_chars=44
+        )
+    )
     assert [step["end"] for step in read(target)[0]["steps"]] == [44, 88]
 
 

@@ -122,9 +122,9 @@ def test_finer_prices_are_rounded_up():
 
 @pytest.mark.parametrize("price", [float("inf"), float("nan")])
 def test_prices_must_be_numbers(price):
-    with pytest.raises(UserError, match="--input-price"):
+    with pytest.raises(UserError, match="--critic-input-price"):
         find_prices(["m"], price, 1.0)
-    with pytest.raises(UserError, match="--input-price"):
+    with pytest.raises(UserError, match="--critic-input-price"):
         find_prices(["m"], 1.0, price)
 
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Annotated
 
-from ssrctl.configs.building import output, require
-from ssrctl.configs.common import CommonConfig, DatasetConfig, ModelConfig, SamplingConfig, check_limit, check_sampling
+from annotated_types import Interval
+
+from ssrctl.configs.building import AtLeastOne, output
+from ssrctl.configs.common import CommonConfig, DatasetConfig, ModelConfig, SamplingConfig
+from ssrctl.configs.names import flag
 from ssrctl.errors import UserError
 
 
 @dataclass(kw_only=True)
-class EvalConfig(ModelConfig, SamplingConfig, DatasetConfig, CommonConfig):
+class EvalConfig(ModelConfig, DatasetConfig, SamplingConfig, CommonConfig):
     """Measure sampled accuracy with a confidence interval, or compare two evaluations problem by problem."""
 
     output_dir: Path = output(Path("eval"))
@@ -24,30 +28,27 @@ class EvalConfig(ModelConfig, SamplingConfig, DatasetConfig, CommonConfig):
     """Grade these responses (jsonl, or - for stdin) instead of sampling; no model is loaded. References are the
     records' own answers, else those of --dataset."""
 
-    num_samples: int = 8
+    num_samples: AtLeastOne = 8
     """Samples per problem."""
 
     baseline: Path | None = None
     """Folder of an earlier evaluation of the same problems; the paired difference is reported."""
 
-    confidence: float = 0.95
+    confidence: Annotated[float, Interval(gt=0.5, lt=1)] = 0.95
     """Level of the intervals."""
 
     def __post_init__(self) -> None:
-        check_sampling(self)
-        check_limit(self)
-        require(self.num_samples >= 1, "--num-samples", "at least 1", self.num_samples)
-        require(0.5 < self.confidence < 1, "--confidence", "between 0.5 and 1", self.confidence)
+        super().__post_init__()
         if self.responses is not None:
             self._check_grading()
 
     def _check_grading(self) -> None:
-        """Nothing is sampled when responses are given, so what says how has no effect and is refused."""
+        """Refuse sampling settings beside given responses: nothing is sampled, so they would have no effect."""
         idle = {spec.name for base in (ModelConfig, SamplingConfig) for spec in fields(base)}
         idle |= {"num_samples", "checkpoint", "prompt_template", "limit"}
         changed = [spec.name for spec in fields(self) if spec.name in idle and getattr(self, spec.name) != spec.default]
         if changed:
-            flags = ", ".join("--" + name.replace("_", "-") for name in changed)
+            flags = ", ".join(flag(type(self), name) for name in changed)
             raise UserError(
                 f"--responses grades what was sampled before: {flags} would have no effect",
                 "leave out one or the other",

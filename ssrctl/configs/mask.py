@@ -1,0 +1,153 @@
+"""Settings of the mask commands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from ssrctl.configs.building import Fraction, NotNegative, Positive, Share, output, positional
+from ssrctl.configs.common import CommonConfig, JsonConfig
+from ssrctl.configs.layers import layer_ranges
+from ssrctl.errors import UserError
+
+
+@dataclass(kw_only=True)
+class MaskOutput(CommonConfig):
+    """Settings of every command that writes a mask."""
+
+    output: Path = output()
+    """Mask to write (safetensors)."""
+
+
+@dataclass(kw_only=True)
+class MaskSource(MaskOutput):
+    """A mask made from a model's weights."""
+
+    model: str = field(metadata={"once_positional": True})
+    """Model folder or safetensors file, read one tensor at a time; or tiny-reasoner."""
+
+    include: list[str] = field(default_factory=list)
+    """Only tensors whose names match this glob pattern; may be given several times."""
+
+    exclude: list[str] = field(default_factory=list)
+    """Leave out tensors whose names match this glob pattern; may be given several times."""
+
+
+@dataclass(kw_only=True)
+class MaskRandomConfig(MaskSource):
+    """Take a random share of each tensor, drawn without replacement (Adewuyi et al. 2026).
+
+    The same seed gives the same mask for every model with the same names and shapes.
+    """
+
+    density: Share = 0.01
+    """Share of each tensor; the count is rounded to the nearest."""
+
+    seed: int = 0
+    """Random seed; each tensor's draw derives from it and from the tensor's name."""
+
+
+@dataclass(kw_only=True)
+class MaskPrincipalConfig(MaskSource):
+    """Take the largest weights of each matrix's low-rank reconstruction (Zhu et al. 2025, section 4.2).
+
+    Tensors that are not matrices (norms, biases) are left out. The paper also leaves out the embedding and the head:
+    --exclude '*embed*' --exclude '*lm_head*'.
+    """
+
+    rank: Share = 0.1
+    """Rank of the reconstruction, as a share of the smaller side."""
+
+    density: Fraction = 0.5
+    """Share of each matrix."""
+
+
+@dataclass(kw_only=True)
+class MaskLowMagnitudeConfig(MaskSource):
+    """Take the smallest weights of each tensor by magnitude (Zhu et al. 2025, section 4.2)."""
+
+    density: Fraction = 0.5
+    """Share of each tensor."""
+
+
+@dataclass(kw_only=True)
+class MaskLayersConfig(MaskSource):
+    """Take all weights of some layers."""
+
+    layers: str | None = None
+    """Layers to take, counted from 0: 0-3,7. Without it, all that --include and --exclude leave."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.layers is not None:
+            layer_ranges(self.layers)
+        elif not (self.include or self.exclude):
+            raise UserError(
+                "nothing says which weights to take", "give --layers 0-3,7, or --include or --exclude PATTERN"
+            )
+
+
+@dataclass(kw_only=True)
+class MaskDiffConfig(MaskOutput):
+    """Take the weights that training changed: the subnetwork of Mukherjee et al. 2025."""
+
+    base: Path = positional(metavar="BASE")
+    """The checkpoint before training: a model folder, a safetensors file, or tiny-reasoner."""
+
+    tuned: Path = positional(metavar="TUNED")
+    """The checkpoint after it: a model folder, a safetensors file, a delta, a checkpoint folder or a run."""
+
+    changed_by: Literal["bits", "atol", "bf16"] = "bits"
+    """Criterion of a changed weight. bits: any change of the stored value; atol: by more than --atol; bf16: beyond the
+    relative tolerance --bf16-rtol (Zhu et al. 2025, definition 2.1)."""
+
+    atol: NotNegative = 1e-5
+    """Absolute tolerance of --changed-by atol."""
+
+    bf16_rtol: Positive = 1e-3
+    """Relative tolerance of --changed-by bf16 (the paper's eta)."""
+
+
+@dataclass(kw_only=True)
+class MaskCombination(MaskOutput):
+    """A mask made from several others."""
+
+    masks: list[Path] = positional(metavar="MASK")
+    """Mask files of one model, two or more."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.masks) < 2:
+            raise UserError(f"MASK... must be two or more masks, got {len(self.masks)}")
+
+
+@dataclass(kw_only=True)
+class MaskUnionConfig(MaskCombination):
+    """Keep what is in any of the masks."""
+
+
+@dataclass(kw_only=True)
+class MaskIntersectConfig(MaskCombination):
+    """Keep what is in all of the masks."""
+
+
+@dataclass(kw_only=True)
+class MaskMinusConfig(MaskCombination):
+    """Keep what is in the first mask and in none of the others."""
+
+
+@dataclass(kw_only=True)
+class MaskComplementConfig(MaskOutput):
+    """Turn a mask around: keep what is not in it."""
+
+    mask: Path = positional(metavar="MASK")
+    """Mask file."""
+
+
+@dataclass(kw_only=True)
+class MaskInfoConfig(JsonConfig):
+    """Check a mask and show its contents by layer and kind of matrix."""
+
+    mask: Path = positional(metavar="MASK")
+    """Mask file."""
