@@ -1,4 +1,4 @@
-"""The critic's cache: replies that were paid for once are kept in one sqlite file and never paid for again.
+"""The llm critic's cache: one sqlite file of paid replies, so that none is paid for twice.
 
 litellm's own cache leaves ``api_base`` out of its key, so that two servers share answers, and it fails on a base
 install.
@@ -6,27 +6,22 @@ install.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import random
 import sqlite3
 import threading
-import time
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from ssrctl.errors import UserError
 
 FILE_NAME = "critic-replies.sqlite3"
 APPLICATION_ID = 0x53535243  # "SSRC": tells our file from another program's
 SCHEMA_VERSION = 1
-BUSY_SECONDS = 60.0  # for which another process may hold the file before that is an error
+BUSY_SECONDS = 60.0  # sqlite's timeout while another process writes
 UNWRITABLE = {
     sqlite3.SQLITE_CANTOPEN,
     sqlite3.SQLITE_FULL,
@@ -41,10 +36,7 @@ CREATE TABLE replies (
     key TEXT PRIMARY KEY, text BLOB NOT NULL, model BLOB NOT NULL,
     prompt_tokens INTEGER, completion_tokens INTEGER, cost_usd REAL)
 """
-
-# The write-ahead log needs memory shared by all processes, hence one machine. A file system that is none of these may
-# be mounted by several, and there sqlite's rollback journal is used: slower, but right wherever file locks work.
-LOCAL_FILE_SYSTEMS = {"apfs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "hfs", "ntfs", "overlay", "tmpfs", "xfs", "zfs"}
+OTHER_CACHE = "use another folder with --critic-cache-dir, or --no-critic-cache"
 
 
 @dataclass(frozen=True)
@@ -52,10 +44,10 @@ class CachedReply:
     """A judge's reply as it was paid for.
 
     Attributes:
-        text: what it wrote, exactly; untrusted.
-        model: litellm name of the model that was asked.
+        text: the exact reply; untrusted.
+        model: litellm name of the model that replied.
         prompt_tokens, completion_tokens: as the provider counted them, below 2**63; None if it did not.
-        cost_usd: what it cost then; None when no price was known.
+        cost_usd: its cost at that time; None when no price was known.
     """
 
     text: str
@@ -66,20 +58,20 @@ class CachedReply:
 
 
 def cache_key(parts: Mapping[str, Any]) -> str:
-    """The SHA-256 of ``parts`` as canonical json, in hexadecimal.
+    """Return the SHA-256 of ``parts`` as canonical json, in hexadecimal.
 
-    The order of names does not matter, that of list entries does; 1 and 1.0 are the same; None is not the same as
-    being left out. Texts differ if any code point does, lone surrogates included.
+    The order of names does not matter, the order of list entries does; 1 and 1.0 are the same; None differs from an
+    absent name. Texts differ if any code point does, lone surrogates included.
 
     Args:
-        parts: everything that a reply depends on: json values, names being str.
+        parts: everything that a reply depends on: json values, with str as names.
 
     Raises:
-        TypeError: something else is among them.
-        ValueError: NaN or an infinity is.
+        TypeError: a value is not json, or a name is not a str.
+        ValueError: a number is NaN or infinite.
     """
     text = json.dumps(_canonical(parts), sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    # Escaped as ASCII, two lone surrogates in a row would be the same text as the character that they make up.
+    # Escaped as ASCII, a pair of lone surrogates would be the same text as the character that the pair encodes.
     return hashlib.sha256(text.encode("utf-8", errors="surrogatepass")).hexdigest()
 
 
@@ -87,7 +79,7 @@ def _canonical(value: Any) -> Any:
     if isinstance(value, Mapping):
         for name in value:
             if not isinstance(name, str):  # json would take 1 for "1"
-                raise TypeError(f"a key of the cache is made of names that are str, not {type(name).__name__}")
+                raise TypeError(f"names in a cache key must be str, not {type(name).__name__}")
         return {name: _canonical(part) for name, part in value.items()}
     if isinstance(value, (list, tuple)):
         return [_canonical(part) for part in value]
@@ -97,31 +89,32 @@ def _canonical(value: Any) -> Any:
 
 
 def default_cache_dir() -> Path:
-    """The folder of the replies: ``$SSRCTL_CACHE/critic``, else ``ssrctl/critic`` in the user's cache folder, which is
-    ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    """Return the folder of the cache: ``$SSRCTL_CACHE/critic``, else ``ssrctl/critic`` in the user's cache folder.
+
+    The user's cache folder is ``$XDG_CACHE_HOME`` or ``~/.cache``.
+    """
     if own := os.environ.get("SSRCTL_CACHE"):
         return Path(own).expanduser() / "critic"
     xdg = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if xdg.is_absolute():  # the XDG specification says to ignore others
+    if xdg.is_absolute():  # the XDG specification says to ignore relative paths
         return xdg / "ssrctl" / "critic"
     try:
         return Path.home() / ".cache" / "ssrctl" / "critic"
     except RuntimeError as error:
-        raise UserError("no home folder is known to keep replies in", "give --cache-dir or --no-cache") from error
+        raise UserError("no home folder is known to keep the critic's replies in", OTHER_CACHE) from error
 
 
 class ReplyCache:
     """Replies by key, safe for many threads and processes at once. Nothing is ever deleted or replaced.
 
-    A reply that was put survives a kill of the process. On a disk of this machine, a power cut may lose the replies of
-    the last seconds, since not every commit is forced onto the disk, but leaves a sound file. Elsewhere every commit is
-    forced, at 10 to 20 ms each.
+    A stored reply survives a kill of the process and a power cut: sqlite forces every commit onto the disk, at 10 to
+    20 ms each. Its default rollback journal works wherever file locks do, network file systems included.
 
     Args:
-        folder: made if need be; the file in it can be read by its owner alone, since models wrote what it holds.
+        folder: created if need be. Only the owner can read the file in it, since models wrote its content.
 
     Raises:
-        UserError: the folder or file cannot be made or written, the file is damaged or not such a cache, or was
+        UserError: the folder or file cannot be made or written, the file is corrupt or not such a cache, or was
             written by a newer version.
     """
 
@@ -130,32 +123,28 @@ class ReplyCache:
         self._lock = threading.Lock()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))  # sqlite gives its side files the same mode
+            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))  # sqlite gives its journal the same mode
+            # isolation_level None: every statement is a transaction of its own.
+            self._connection = sqlite3.connect(
+                self.path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
+            )
         except OSError as error:
-            raise UserError(
-                f"cannot keep replies in {self.path}: {error.strerror}",
-                "choose a folder you can write to with --cache-dir, or give --no-cache",
-            ) from error
-        local = _is_local(self.path)
-        if not local:
-            self._leave_write_ahead_log()
-        self._connection = self._connect(BUSY_SECONDS)
+            raise self._unwritable(error.strerror) from error
+        except sqlite3.DatabaseError as error:
+            raise self._failure(error) from error
         try:
-            self._run("BEGIN IMMEDIATE")  # one process at a time, and a file that cannot be written is known now
-            new = self._make_or_check()
+            self._run("BEGIN IMMEDIATE")  # one process at a time; fails now if the file cannot be written
+            self._make_or_check()
             self._run("COMMIT")
-            if new and local:  # the others follow; an older file keeps its journal, another machine may rely on it
-                self._run("PRAGMA journal_mode = WAL")
-            self._run("PRAGMA synchronous = NORMAL")
         except BaseException:
             self._connection.close()
             raise
 
     def get(self, key: str) -> CachedReply | None:
-        """The reply that was put under ``key``, or None.
+        """Return the reply stored under ``key``, or None.
 
         Raises:
-            UserError: the file is damaged, or held by another process for too long.
+            UserError: the file is corrupt, or another process locks it for too long.
         """
         rows = self._run(
             "SELECT text, model, prompt_tokens, completion_tokens, cost_usd FROM replies WHERE key = ?", (key,)
@@ -166,13 +155,13 @@ class ReplyCache:
         try:
             return CachedReply(_decoded(text), _decoded(model), *numbers)
         except UnicodeDecodeError as error:
-            raise self._damaged(str(error)) from error
+            raise self._corrupt(str(error)) from error
 
     def put(self, key: str, reply: CachedReply) -> None:
-        """Keep ``reply``. If there is one under ``key``, it stays: all processes go on with the same one.
+        """Store ``reply`` unless ``key`` has one already, so that all processes continue with the same reply.
 
         Raises:
-            UserError: the disk is full, the file damaged, or held by another process for too long.
+            UserError: the disk is full, the file is corrupt, or another process locks it for too long.
         """
         text, model, *numbers = astuple(reply)
         row = (key, _encoded(text), _encoded(model), *numbers)
@@ -189,30 +178,8 @@ class ReplyCache:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _connect(self, timeout: float) -> sqlite3.Connection:
-        try:
-            # isolation_level None: every statement is a transaction of its own.
-            return sqlite3.connect(self.path, timeout=timeout, isolation_level=None, check_same_thread=False)
-        except sqlite3.DatabaseError as error:
-            raise self._failure(error) from error
-
-    def _leave_write_ahead_log(self) -> None:
-        """Give up the log of a file that was made on its own machine's disk, before it is used over the network."""
-        deadline = time.monotonic() + BUSY_SECONDS
-        while True:
-            with contextlib.closing(self._connect(timeout=0.0)) as connection:
-                try:
-                    if connection.execute("PRAGMA application_id").fetchone()[0] == APPLICATION_ID:
-                        connection.execute("PRAGMA journal_mode = DELETE").fetchall()
-                    return
-                except sqlite3.DatabaseError as error:
-                    if _code(error) != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
-                        raise self._failure(error) from error
-            # Who stays connected keeps the others from it, so all let go, for times that differ.
-            time.sleep(random.uniform(0.01, 0.1))
-
-    def _make_or_check(self) -> bool:
-        """Make the table if the file is new, and return whether it is; refuse a file that is not ours."""
+    def _make_or_check(self) -> None:
+        """Create the table in a new file; refuse a file that is not ours."""
         application, version, tables = (
             self._run(query)[0][0]
             for query in ("PRAGMA application_id", "PRAGMA user_version", "SELECT count(*) FROM sqlite_master")
@@ -221,68 +188,49 @@ class ReplyCache:
             self._run(f"PRAGMA application_id = {APPLICATION_ID}")
             self._run(f"PRAGMA user_version = {SCHEMA_VERSION}")
             self._run(TABLE)
-            return True
-        if application != APPLICATION_ID:
-            raise UserError(f"{self.path} is a database of another program", self._remedy())
-        if version != SCHEMA_VERSION:
+        elif application != APPLICATION_ID:
+            raise UserError(f"{self.path} is a database of another program", OTHER_CACHE)
+        elif version != SCHEMA_VERSION:
             raise UserError(
-                f"{self.path} has version {version} of the cache's form, and this ssrctl knows {SCHEMA_VERSION}",
-                f"use the ssrctl that wrote it, or {self._remedy()}",
+                f"{self.path} is a cache of version {version}, and this ssrctl reads version {SCHEMA_VERSION}",
+                f"use the ssrctl that wrote it, or {OTHER_CACHE}",
             )
-        return False
 
     def _run(self, statement: str, values: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-        """All rows of one statement; sqlite itself waits while another process holds the file."""
+        """Return all rows of one statement; sqlite waits while another process locks the file."""
         with self._lock:
             try:
                 return self._connection.execute(statement, values).fetchall()
             except sqlite3.ProgrammingError:
-                raise  # a mistake of ours
+                raise  # a bug of ours
             except sqlite3.DatabaseError as error:
                 raise self._failure(error) from error
 
     def _failure(self, error: sqlite3.DatabaseError) -> UserError:
-        if _code(error) == sqlite3.SQLITE_BUSY:
+        # The low byte of sqlite's code is the primary code; errors of the Python module itself have none.
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        if code == sqlite3.SQLITE_BUSY:
             return UserError(
-                f"another process, perhaps on another machine, has held {self.path} for {BUSY_SECONDS:g} seconds",
-                "let it end, or give another --cache-dir or --no-cache",
+                f"another process has locked {self.path} for {BUSY_SECONDS:g} seconds",
+                f"wait until it ends, or {OTHER_CACHE}",
             )
-        if _code(error) in UNWRITABLE:
-            return UserError(
-                f"cannot keep replies in {self.path}: {error}",
-                "make room or choose another folder with --cache-dir, or give --no-cache",
-            )
-        return self._damaged(str(error))
+        return self._unwritable(str(error)) if code in UNWRITABLE else self._corrupt(str(error))
 
-    def _damaged(self, how: str) -> UserError:
-        return UserError(f"the cache {self.path} is damaged: {how}", self._remedy())
+    def _unwritable(self, reason: str | None) -> UserError:
+        return UserError(
+            f"cannot keep the critic's replies in {self.path}: {reason}",
+            f"make it writable with free space, or {OTHER_CACHE}",
+        )
 
-    def _remedy(self) -> str:
-        return f"move it and the {FILE_NAME}-* files beside it away, or give another --cache-dir or --no-cache"
-
-
-def _code(error: sqlite3.Error) -> int | None:
-    """The primary result code; the extended ones have it in their low byte."""
-    code = getattr(error, "sqlite_errorcode", None)  # errors of the Python module itself have none
-    return None if code is None else code & 0xFF
-
-
-def _is_local(path: Path) -> bool:
-    """Whether ``path`` is certainly on a disk of this machine."""
-    resolved = path.resolve()
-    try:
-        every = psutil.disk_partitions(all=True)
-    except OSError:  # a container that hides its mounts
-        return False
-    mounts = [mount for mount in every if resolved.is_relative_to(mount.mountpoint)]
-    if not mounts:
-        return False
-    # The innermost; of several at one place, the last covers the others, and sorting keeps their order.
-    return sorted(mounts, key=lambda mount: len(mount.mountpoint))[-1].fstype.lower() in LOCAL_FILE_SYSTEMS
+    def _corrupt(self, reason: str) -> UserError:
+        return UserError(
+            f"the cache {self.path} is corrupt: {reason}",
+            f"move it and any {FILE_NAME}-* files next to it away, or {OTHER_CACHE}",
+        )
 
 
 def _encoded(text: str) -> bytes:
-    """UTF-8 that also holds lone surrogates, which sqlite's own texts cannot."""
+    """Encode as UTF-8 that also holds lone surrogates, which sqlite's own texts cannot."""
     return text.encode("utf-8", errors="surrogatepass")
 
 
