@@ -57,8 +57,6 @@ def write_difference(
     tuned: TensorReader,
     names: Iterable[str],
     *,
-    base_name: str,
-    revision: str | None,
     settings: Mapping[str, Any],
 ) -> Difference:
     """Write what turns ``base`` into ``tuned`` as a delta, whole or not at all.
@@ -71,8 +69,6 @@ def write_difference(
         base: open, its names aligned with ``tuned``'s.
         tuned: likewise.
         names: the tensors to compare, each of one shape in both; reading is fastest in the order on disk.
-        base_name: what the base is called in the delta.
-        revision: the base's, of a hub model.
         settings: what made the delta, for its metadata.
 
     Raises:
@@ -87,11 +83,7 @@ def write_difference(
             comparison = _Comparison(base, tuned, spool)
             tensors = sorted((comparison.compare(name) for name in names), key=lambda one: one.name)
             before, after = comparison.before.digest(), comparison.after.digest()
-            made = Difference(
-                ModelIdentity(name=base_name, revision=revision, fingerprint=before),
-                ModelIdentity(name=tuned.label, revision=None, fingerprint=after),
-                tensors,
-            )
+            made = Difference(base.identity(before), tuned.identity(after), tensors)
             spool.save(temporary, header_metadata(KIND, _metadata(made, settings)))
         finally:
             spool.close()

@@ -56,6 +56,7 @@ class TensorReader:
         self.label = TINY if str(path) == TINY else location.resolve().name
         self.name_map = NameMap()
         self.ties: dict[str, str | None] = {}
+        self._path = location
         self._places = locate(location)
         self.folder = location.parent if location.is_file() else location
         self.sharded = "" not in self._places
@@ -131,6 +132,15 @@ class TensorReader:
             self._places = {new(name): file for name, file in self._places.items()}
             self.dtypes = {new(name): dtype for name, dtype in self.dtypes.items()}
             self.shapes = {new(name): self.shapes[name] for name in sorted(self.shapes, key=new)}
+
+    def identity(self, fingerprint: str) -> ModelIdentity:
+        """Return the identity of these weights; a model in the hub's cache has its name on the hub and its revision."""
+        parts = self._path.absolute().parts
+        for model, snapshots, revision in zip(parts, parts[1:], parts[2:], strict=False):
+            if model.startswith("models--") and snapshots == "snapshots":
+                name = "/".join(model.split("--")[1:])
+                return ModelIdentity(name=name, revision=revision, fingerprint=fingerprint)
+        return ModelIdentity(name=self.label, revision=None, fingerprint=fingerprint)
 
     def load_dtype(self) -> torch.dtype | None:
         """The floating dtype that ``config.json`` beside the weights asks for, in which transformers loads them."""
@@ -280,35 +290,34 @@ def check_weights(
     Raises:
         UserError: other weights.
     """
-    found = _fingerprint(base, names)
-    if found == wanted.fingerprint:
-        return None
+    from ssrctl.checkpoints.fingerprint import RunningFingerprint
+
     dtype = base.load_dtype()
     rounded = dtype is not None and any(base.dtypes[name] != dtype for name in names)
-    if rounded and _fingerprint(base, names, dtype) == wanted.fingerprint:
-        return dtype
+    candidates = {None: RunningFingerprint()} | ({dtype: RunningFingerprint()} if rounded else {})
+    for name in base.in_file_order(names):
+        for load_dtype, running in candidates.items():
+            running.begin(name, _loaded_dtype(base.dtypes[name], load_dtype), base.shapes[name])
+        for piece in base.pieces(name):
+            for load_dtype, running in candidates.items():
+                running.update(_loaded(piece, load_dtype))
+    found = {load_dtype: running.digest() for load_dtype, running in candidates.items()}
+    for load_dtype, digest in found.items():
+        if digest == wanted.fingerprint:
+            return load_dtype
     raise UserError(
-        f"{path} belongs to {wanted.name} {wanted.fingerprint}, {base.label} has {found}",
+        f"{path} belongs to {wanted.name} {wanted.fingerprint}, {base.label} has {found[None]}",
         "give the model that the run started from" + or_else,
     )
 
 
-def _fingerprint(reader: TensorReader, names: Collection[str], load_dtype: torch.dtype | None = None) -> str:
-    from ssrctl.checkpoints.fingerprint import RunningFingerprint
-
-    running = RunningFingerprint()
-    for name in reader.in_file_order(names):
-        stored = reader.dtypes[name]
-        loaded = load_dtype if load_dtype is not None and stored.is_floating_point else stored
-        running.begin(name, loaded, reader.shapes[name])
-        for piece in reader.pieces(name):
-            running.update(piece.to(loaded))
-    return running.digest()
-
-
 def _loaded(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """As transformers loads a stored tensor: floating-point numbers in ``dtype``."""
-    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+    """Return a stored tensor as transformers loads it: floating-point numbers in ``dtype``."""
+    return tensor.to(_loaded_dtype(tensor.dtype, dtype))
+
+
+def _loaded_dtype(stored: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
+    return dtype if dtype is not None and stored.is_floating_point else stored
 
 
 def _delta_label(path: Path) -> str:

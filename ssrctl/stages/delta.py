@@ -75,15 +75,8 @@ def run_diff(config: DeltaDiffConfig) -> dict[str, Any]:
         if config.dry_run:
             return console.show_file_plan([*base.files, *tuned.files], config.output, {"tensors": len(names)})
         notes += _dtype_notes({name: (base.dtypes[name], tuned.dtypes[name]) for name in names})
-        base_name, revision = _published_name(config.base, base.label)
         made = write_difference(
-            config.output,
-            base,
-            tuned,
-            console.tracked(names, "comparing"),
-            base_name=base_name,
-            revision=revision,
-            settings=_settings(config),
+            config.output, base, tuned, console.tracked(names, "comparing"), settings=_settings(config)
         )
     rows = [TensorRow(one.name, one.shape, one.dtype, one.changed) for one in made.tensors]
     report: dict[str, Any] = {
@@ -93,19 +86,10 @@ def run_diff(config: DeltaDiffConfig) -> dict[str, Any]:
         "notes": notes,
     } | _measures(rows, config.output.stat().st_size)
     if not config.json:
-        facts = [("base", base_name), ("tuned", made.tuned.name)]
+        facts = [("base", made.base.name), ("tuned", made.tuned.name)]
         _show("Difference of two checkpoints", facts, report, [_largest(rows)])
         console.note(f"wrote {config.output}")
     return report
-
-
-def _published_name(path: Path, label: str) -> tuple[str, str | None]:
-    """What to call a checkpoint, and its revision: in the hub's cache, the folder's name alone says neither."""
-    parts = path.absolute().parts
-    for position, part in enumerate(parts[:-2]):
-        if part.startswith("models--") and parts[position + 1] == "snapshots":
-            return "/".join(part.split("--")[1:]), parts[position + 2]
-    return label, None
 
 
 def _dtype_notes(pairs: Mapping[str, tuple[torch.dtype, torch.dtype]]) -> list[str]:

@@ -103,7 +103,7 @@ def _from_weights(config: MaskSource, recipe: Recipe, when_empty: str, layers: S
         mask, fingerprint = make_mask(
             stored, recipe, counts, functools.partial(console.tracked, what="making the mask")
         )
-        identity = ModelIdentity(name=reader.label, revision=None, fingerprint=fingerprint)
+        identity = reader.identity(fingerprint)
     notes = stored.notes + recipe.remarks({name: stored.shapes[name] for name, count in counts.items() if not count})
     if left_out := len(sizes) - len(counts):
         notes.append(f"{times(left_out, 'tensor')} left out by --include and --exclude.")
@@ -160,10 +160,8 @@ def _diff_pair(config: MaskDiffConfig, base: TensorReader, tuned: TensorReader, 
         planned = {"tensors": len(stored.names), "coordinates": coordinates}
         return console.show_file_plan([*base.files, *tuned.files], config.output, planned)
     mask, before, after = changed_in_pair(stored, tuned, rule, functools.partial(console.tracked, what="comparing"))
-    identity = ModelIdentity(name=base.label, revision=None, fingerprint=before)
-    other = ModelIdentity(name=tuned.label, revision=None, fingerprint=after)
-    settings = _settings(config) | {"tuned_model": dataclasses.asdict(other)}
-    return _deliver(config, "diff", mask, identity, settings, stored.notes + _dtype_notes(stored, tuned))
+    settings = _settings(config) | {"tuned_model": dataclasses.asdict(tuned.identity(after))}
+    return _deliver(config, "diff", mask, base.identity(before), settings, stored.notes + _dtype_notes(stored, tuned))
 
 
 def _diff_delta(config: MaskDiffConfig, base: TensorReader, path: Path, rule: Rule) -> dict[str, Any]:

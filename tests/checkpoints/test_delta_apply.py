@@ -134,7 +134,7 @@ def test_diff_then_apply_gives_every_bit_back(
         patch.setattr(delta, "BLOCK_ENTRIES", sizes[1])
         with TensorReader(folder) as one, TensorReader(save(tmp_path / "tuned", tuned)) as two:
             names = one.in_file_order(list(one.shapes))
-            write_difference(tmp_path / "d.st", one, two, names, base_name="b", revision=None, settings={})
+            write_difference(tmp_path / "d.st", one, two, names, settings={})
         found = apply(folder, tmp_path / "d.st", tmp_path / "out")
     assert found == fingerprint(tuned.items())
     assert_same(read(tmp_path / "out"), tuned)
@@ -177,7 +177,7 @@ def test_mixed_dtypes_stay_mixed_between_two_checkpoints(tmp_path: Path) -> None
     base[NORM] = base[NORM].float()
     tuned = dict(moved(base), **{NORM: base[NORM]})
     with TensorReader(save(tmp_path / "base", base)) as one, TensorReader(save(tmp_path / "tuned", tuned)) as two:
-        write_difference(tmp_path / "d.st", one, two, list(base), base_name="b", revision=None, settings={})
+        write_difference(tmp_path / "d.st", one, two, list(base), settings={})
         assert AppliedCheckpoint(one, DeltaFile(tmp_path / "d.st"), None).uniform_dtype is None
     apply(tmp_path / "base", tmp_path / "d.st", tmp_path / "out")
     assert_same(read(tmp_path / "out"), tuned)

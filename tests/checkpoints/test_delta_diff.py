@@ -58,7 +58,7 @@ def save(folder: Path, tensors: Weights, num_files: int) -> Path:
 def diff(base: Path, tuned: Path, path: Path, names: list[str] | None = None) -> Difference:
     with TensorReader(base) as one, TensorReader(tuned) as other:
         order = one.in_file_order(list(one.shapes)) if names is None else names
-        return write_difference(path, one, other, order, base_name="base", revision="main", settings={"by": "test"})
+        return write_difference(path, one, other, order, settings={"by": "test"})
 
 
 def assert_lists(path: Path, base: Weights, tuned: Weights) -> None:
@@ -118,7 +118,7 @@ def test_what_the_file_says(tmp_path: Path) -> None:
         metadata = file.metadata()
     assert metadata["ssrctl_kind"] == "delta" and metadata["format"] == "pt"
     assert json.loads(metadata["base"]) == {
-        "name": "base", "revision": "main", "fingerprint": fingerprint(base.items())
+        "name": "base", "revision": None, "fingerprint": fingerprint(base.items())
     }  # fmt: skip
     assert json.loads(metadata["tuned"])["name"] == "tuned"
     assert json.loads(metadata["shapes"]) == {"w": [2, 3], "b": [4]} and json.loads(metadata["count"]) == 2

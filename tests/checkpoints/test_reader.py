@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ssrctl.checkpoints.delta import Delta, changed_indices, save_delta
 from ssrctl.checkpoints.fingerprint import fingerprint
-from ssrctl.checkpoints.parameter_names import matching_names
+from ssrctl.checkpoints.parameter_names import NameMap, matching_names, tied_copies
 from ssrctl.checkpoints.reader import TensorReader, delta_meant_by, open_delta
 from ssrctl.checkpoints.run_dir import newest_checkpoint
 from ssrctl.errors import UserError
@@ -155,6 +155,41 @@ def test_links_within_the_folder_and_in_the_hubs_cache_are_followed(tmp_path: Pa
     for place in (folder, snapshot):
         with TensorReader(place) as reader:
             assert_holds(reader, weights())
+
+
+def test_a_model_of_the_hubs_cache_is_called_what_the_hub_calls_it(tmp_path: Path) -> None:
+    snapshot = save_folder(tmp_path / "models--Qwen--Qwen3-0.6B" / "snapshots" / "c1899de", weights())
+    for place in (snapshot, snapshot / "model.safetensors"):
+        with TensorReader(place) as reader:
+            assert reader.identity("xxh3:0") == ModelIdentity(
+                name="Qwen/Qwen3-0.6B", revision="c1899de", fingerprint="xxh3:0"
+            )
+    with TensorReader(save_folder(tmp_path / "mine", weights())) as reader:
+        assert reader.identity("xxh3:0") == ModelIdentity(name="mine", revision=None, fingerprint="xxh3:0")
+
+
+def test_names_go_both_ways() -> None:
+    stored = ["wte.weight", "h.0.attn.bias", "ln_f.bias", "lm_head.weight"]
+    names = NameMap.between(stored, ["transformer.wte.weight", "transformer.ln_f.bias", "lm_head.weight", "other.x"])
+    assert names.prefix == "transformer."
+    renamed = ["transformer.wte.weight", "h.0.attn.bias", "transformer.ln_f.bias", "lm_head.weight"]
+    assert [names.to_parameter(name) for name in stored] == renamed
+    assert [names.to_file(name) for name in renamed] == stored
+    for others in (["ln_f.bias", "transformer.wte.weight"], ["model.x"], []):  # one name agrees as it is, or none does
+        assert NameMap.between(stored, others) == NameMap()
+
+
+def test_a_head_is_compared_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    head = weights()["model.embed_tokens.weight"].clone()
+    compared: list[str] = []
+    real = TensorReader.pieces
+    monkeypatch.setattr(
+        TensorReader, "pieces", lambda self, name, **more: compared.append(name) or real(self, name, **more)
+    )
+    with TensorReader(save_folder(tmp_path / "m", weights() | {"lm_head.weight": head})) as reader:
+        for _ in range(2):
+            assert tied_copies(reader, weights()) == {"lm_head.weight": "model.embed_tokens.weight"}
+    assert compared == ["model.embed_tokens.weight", "lm_head.weight"]
 
 
 def test_adapter_file_named_itself(tmp_path: Path) -> None:

@@ -279,13 +279,6 @@ def test_constants_that_both_store_are_no_part_of_a_delta(tmp_path: Path) -> Non
     assert all(torch.equal(found[name], one) for name, one in changed.items()) and found.keys() == changed.keys()
 
 
-def test_a_model_of_the_hubs_cache_is_called_what_the_hub_calls_it(tmp_path: Path) -> None:
-    snapshot = tmp_path / "models--Qwen--Qwen3-0.6B" / "snapshots" / "c1899de"
-    assert stage._published_name(snapshot, "c1899de") == ("Qwen/Qwen3-0.6B", "c1899de")
-    assert stage._published_name(snapshot / "model.safetensors", "x") == ("Qwen/Qwen3-0.6B", "c1899de")
-    assert stage._published_name(tmp_path / "mine", "mine") == ("mine", None)
-
-
 def test_a_runs_delta_is_shown_with_what_it_knows(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     identity = ModelIdentity(name="base", revision="main", fingerprint="xxh3:0")
     changes = {"model.layers.10.w": (torch.tensor([1]), torch.ones(1).bfloat16())}

@@ -519,3 +519,15 @@ def test_the_fingerprint_of_the_reader_is_that_of_the_model(tmp_path: Path, load
     mask_of(tmp_path, "random", "--model", TINY)
     model = json.loads(load_mask(tmp_path / "m.safetensors")[1]["model"])
     assert model["fingerprint"] == fingerprint(loaded.model.named_parameters())
+
+
+def test_a_mask_names_a_model_of_the_hubs_cache_as_the_hub_does(tmp_path: Path) -> None:
+    base, tuned = (tmp_path / "models--org--name" / "snapshots" / revision for revision in ("abc", "def"))
+    for folder, value in ((base, 1.0), (tuned, 2.0)):
+        folder.mkdir(parents=True)
+        save_file({"w": torch.tensor([1.0, value])}, folder / "model.safetensors")
+    assert main(["mask", "diff", str(base), str(tuned), "-o", str(tmp_path / "m.safetensors"), "--json"]) == 0
+    metadata = load_mask(tmp_path / "m.safetensors")[1]
+    model, other = json.loads(metadata["model"]), json.loads(metadata["settings"])["tuned_model"]
+    assert (model["name"], model["revision"]) == ("org/name", "abc")
+    assert (other["name"], other["revision"]) == ("org/name", "def")
