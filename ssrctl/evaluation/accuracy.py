@@ -1,8 +1,7 @@
 """Accuracy of graded responses with intervals, and the paired difference between two sets of them.
 
-Samples of one problem are not independent, so everything is a mean over problems. Which samples belong to one
-problem is told by their ids (``q17/3`` and ``q17/4``) and, because ids of other people's files may mean anything,
-by their questions.
+Samples of one problem are not independent, so everything is a mean over problems. Samples belong to one problem by
+their ids (``q17/3`` and ``q17/4``) and, because ids in foreign files may mean anything, by their questions.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from ssrctl.errors import UserError
@@ -20,16 +20,16 @@ OUTCOMES = ("correct", "wrong", "unparsed", "timed_out")
 
 
 def summarise(samples: Sequence[Rollout], confidence: float) -> dict[str, Any]:
-    """Accuracy with its interval, and how answers were found and responses ended.
+    """Return accuracy with its interval, the ways answers were found and the ends of responses.
 
     Args:
-        samples: with ``final`` filled; those whose ``final`` has no outcome have no reference and count only in
-            ``without_reference``. A comparison that timed out counts as not right.
+        samples: with ``final`` filled; a ``final`` without outcome has no reference and counts only in
+            ``without_reference``. A comparison that timed out counts as wrong.
         confidence: level of the interval.
 
     Returns:
-        What docs/metrics.md defines. ``finished_frac`` and ``mean_response_tokens`` are None when no sample says
-        how it ended or how long it is.
+        The metrics of docs/metrics.md. ``finished_frac`` and ``mean_response_tokens`` are None when no sample
+        records its end or length.
 
     Raises:
         UserError: no sample with a reference.
@@ -41,7 +41,7 @@ def summarise(samples: Sequence[Rollout], confidence: float) -> dict[str, Any]:
     lengths = [s.extra["num_tokens"] for s in graded if isinstance(s.extra.get("num_tokens"), int)]
     endings = [bool(s.extra["finished"]) for s in graded if "finished" in s.extra]
     return {
-        "accuracy": accuracy_interval(list(by_problem.values()), confidence).to_dict(),
+        "accuracy": asdict(accuracy_interval(list(by_problem.values()), confidence)),
         "num_problems": len(by_problem),
         "num_samples": len(graded),
         "without_reference": len(samples) - len(graded),
@@ -55,7 +55,7 @@ def summarise(samples: Sequence[Rollout], confidence: float) -> dict[str, Any]:
 
 
 def with_reference(samples: Sequence[Rollout]) -> list[Rollout]:
-    """The samples that were compared with a reference; ``UserError`` when there is none."""
+    """Return the samples that were compared with a reference; raise ``UserError`` when there is none."""
     graded = [s for s in samples if s.final is not None and s.final.outcome is not None]
     if not graded:
         raise UserError(
@@ -66,14 +66,14 @@ def with_reference(samples: Sequence[Rollout]) -> list[Rollout]:
 
 
 def compare(before: Sequence[Rollout], after: Sequence[Rollout], confidence: float) -> dict[str, Any]:
-    """The paired difference over the problems that both evaluations have.
+    """Compare two evaluations over the problems that both have.
 
     Returns:
-        ``baseline_accuracy`` and ``difference`` with intervals, and ``unpaired_problems``: how many are in only one
-        of the two and were left out.
+        ``baseline_accuracy`` and ``difference`` with intervals, and ``unpaired_problems``: the number of problems in
+        only one of the two, which were left out.
 
     Raises:
-        UserError: they have none in common, or one id names different questions.
+        UserError: they share no problem, or one id names different questions.
     """
     questions = dict(zip(_problems(before), (s.question for s in before), strict=True))
     for problem, sample in zip(_problems(after), after, strict=True):
@@ -91,14 +91,14 @@ def compare(before: Sequence[Rollout], after: Sequence[Rollout], confidence: flo
         )
     first, second = [old[p] for p in shared], [new[p] for p in shared]
     return {
-        "baseline_accuracy": accuracy_interval(first, confidence).to_dict(),
-        "difference": paired_difference(first, second, confidence).to_dict(),
+        "baseline_accuracy": asdict(accuracy_interval(first, confidence)),
+        "difference": asdict(paired_difference(first, second, confidence)),
         "unpaired_problems": len(old.keys() ^ new.keys()),
     }
 
 
 def per_problem(samples: Sequence[Rollout]) -> dict[str, float]:
-    """The share of right samples of each problem; samples without a reference are left out."""
+    """Return the fraction of correct samples of each problem; samples without a reference are left out."""
     right: dict[str, list[bool]] = defaultdict(list)
     for problem, sample in zip(_problems(samples), samples, strict=True):
         if sample.final is not None and sample.final.outcome is not None:
@@ -107,10 +107,10 @@ def per_problem(samples: Sequence[Rollout]) -> dict[str, float]:
 
 
 def _problems(samples: Sequence[Rollout]) -> list[str]:
-    """The name of each sample's problem.
+    """Name each sample's problem.
 
-    That is the group of its id. Where a group holds several questions (``algebra/1``, ``algebra/2``), it is the id;
-    where several of these have the same question (samples without ids), it is the first of them in the alphabet.
+    The name is the group of the sample's id. In a group with several questions (``algebra/1``, ``algebra/2``) it is
+    the id; where several of these share one question (samples without ids), the alphabetically first of them.
     """
     questions: dict[str, set[str]] = defaultdict(set)
     for sample in samples:

@@ -1,6 +1,6 @@
 """Confidence intervals for accuracies that come from several samples per problem.
 
-Samples of one problem are not independent of each other, problems are; so problems are what is resampled.
+Problems are resampled: samples of one problem are not independent of each other.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Estimate:
         value: the mean over problems.
         low, high: ends of the interval.
         confidence: its level.
-        num_problems: problems it is a mean over.
+        num_problems: number of problems.
     """
 
     value: float
@@ -28,24 +28,15 @@ class Estimate:
     confidence: float
     num_problems: int
 
-    def to_dict(self) -> dict[str, float]:
-        return {
-            "value": self.value,
-            "low": self.low,
-            "high": self.high,
-            "confidence": self.confidence,
-            "num_problems": self.num_problems,
-        }
-
 
 def accuracy_interval(per_problem: Sequence[float], confidence: float = 0.95) -> Estimate:
-    """Mean accuracy over problems with a BCa bootstrap interval over problems.
+    """Return mean accuracy over problems with a BCa bootstrap interval over problems.
 
-    When every problem has the same accuracy there is nothing to resample; then the Wilson interval for the
-    number of problems is given, which treats each problem as one trial and so errs on the wide side.
+    When every problem has the same accuracy, resampling is pointless and the interval is Wilson's, which treats each
+    problem as one trial and so errs on the wide side.
 
     Args:
-        per_problem: share of right samples of each problem, in [0, 1].
+        per_problem: fraction of correct samples of each problem, in [0, 1].
         confidence: level, such as 0.95.
 
     Raises:
@@ -55,7 +46,7 @@ def accuracy_interval(per_problem: Sequence[float], confidence: float = 0.95) ->
 
     mean = _mean(per_problem)
     if max(per_problem) - min(per_problem) < 1e-12:
-        # Wilson's formula holds for fractional counts, scipy's takes whole ones: the nearest is used.
+        # Wilson's formula holds for fractional counts, scipy's takes whole ones: use the nearest.
         count = len(per_problem)
         wilson = binomtest(round(mean * count), count).proportion_ci(confidence, method="wilson")
         return Estimate(mean, min(mean, wilson.low), max(mean, wilson.high), confidence, count)
@@ -63,12 +54,12 @@ def accuracy_interval(per_problem: Sequence[float], confidence: float = 0.95) ->
 
 
 def paired_difference(before: Sequence[float], after: Sequence[float], confidence: float = 0.95) -> Estimate:
-    """Mean of (after - before) over the same problems, with a BCa bootstrap interval over problems.
+    """Return the mean of (after - before) over the same problems, with a BCa bootstrap interval over problems.
 
     When every problem differs by the same amount, the interval is that single value.
 
     Args:
-        before, after: share of right samples of each problem, in the same order.
+        before, after: fraction of correct samples of each problem, in the same order.
         confidence: level, such as 0.95.
 
     Raises:

@@ -1,7 +1,8 @@
-"""`ssrctl eval`: sampled accuracy with an interval, or that of given responses, and the paired difference to another."""
+"""`ssrctl eval`: accuracy of sampled or given responses with an interval, and its paired difference to a baseline."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ssrctl.checkpoints.delta import apply_delta, load_delta
 from ssrctl.checkpoints.run_dir import RunDir, find_delta
-from ssrctl.configs import TINY, TINY_DATASET, EvalConfig
+from ssrctl.configs import TINY, TINY_DATASET, EvalConfig, current_names
 from ssrctl.core.seeds import derive_seed
 from ssrctl.errors import UserError
 from ssrctl.evaluation.accuracy import compare, summarise, with_reference
@@ -29,10 +30,10 @@ if TYPE_CHECKING:  # grading given responses loads no torch
 
 SAMPLES, SUMMARY, SETTINGS = "samples.jsonl", "summary.json", "settings.json"
 GRADING_BATCH = 256  # responses read, compared in parallel and written at once
-# What decides which samples are drawn; an evaluation is only continued under the same.
+# Settings that determine the samples; an evaluation continues only under the same ones.
 DECISIVE = (
     "dataset", "dataset_config", "dataset_split", "question_column", "answer_column", "prompt_template", "limit",
-    "temperature", "top_p", "top_k", "max_new_tokens", "generation_batch_size", "num_samples", "seed", "dtype",
+    "temperature", "top_p", "top_k", "max_new_tokens", "sampling_batch_size", "num_samples", "seed", "dtype",
 )  # fmt: skip
 
 
@@ -41,7 +42,7 @@ def run(config: EvalConfig) -> dict[str, Any]:
 
     Raises:
         UserError: unusable settings or inputs, or a folder that holds another evaluation.
-        KeyboardInterrupt: Ctrl-C; the samples drawn so far are kept and the next run goes on from them.
+        KeyboardInterrupt: Ctrl-C; the samples drawn so far are kept and the next run continues from them.
     """
     baseline = None if config.baseline is None else _read_samples(config.baseline)
     found = _sample(config) if config.responses is None else _grade(config, config.responses)
@@ -65,7 +66,7 @@ def run(config: EvalConfig) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class _Found:
-    """What there is to summarise: facts about where it comes from (the plan under --dry-run), and the samples."""
+    """Graded samples and facts about their source (the plan under --dry-run)."""
 
     about: dict[str, Any]
     samples: list[Rollout] = dataclasses.field(default_factory=list)
@@ -95,14 +96,15 @@ def _grade(config: EvalConfig, source: str) -> _Found:
                 finals = check_answers(pairs, on_done=lambda count: bar.update(task, advance=count))
                 for record, (_, reference), final in zip(batch, pairs, finals, strict=True):
                     record.answer, record.final = reference, final
-                    # The summary needs no texts, of which there may be more than fit into memory.
+                    # The summary needs no texts, which may not fit into memory.
                     kept = {key: value for key, value in record.extra.items() if key in ("num_tokens", "finished")}
                     slim.append(Rollout(id=record.id, question=record.question, final=final, extra=kept))
                     yield record.to_dict()
-            with_reference(slim)  # an error before the file is put into place
+            with_reference(slim)  # raises before the file is put into place
 
-        write_jsonl(config.output_dir / SAMPLES, graded())
-    # What comes through a pipe cannot be read a second time.
+        with _no_new_folder_on_error(config.output_dir):
+            write_jsonl(config.output_dir / SAMPLES, graded())
+    # A pipe cannot be read a second time.
     digest = manifest.file_hash(source) if source != STDIO and Path(source).is_file() else None
     made_by = {"sha256": digest, "dataset": config.dataset, "versions": manifest.versions()}
     write_text(config.output_dir / SETTINGS, json.dumps(about | made_by, indent=2) + "\n")
@@ -110,8 +112,11 @@ def _grade(config: EvalConfig, source: str) -> _Found:
 
 
 class _References:
-    """The reference answer of a record: its own, else that of the problem in ``--dataset`` with its question, or,
-    where the record has no question, with its id or its id's group."""
+    """Reference answers of records.
+
+    A record's own answer comes first, else that of the problem in ``--dataset`` with its question or, for a record
+    without a question, with its id or its id's group.
+    """
 
     def __init__(self, config: EvalConfig) -> None:
         problems = [] if config.dataset == TINY_DATASET else load_problems(config, "test")
@@ -127,11 +132,22 @@ class _References:
 
 
 def _claim_for_grading(folder: Path) -> None:
-    """Refuse a folder whose samples were drawn from a model: what took hours is not overwritten by a re-grading."""
-    if not (folder / SAMPLES).exists():
-        return
-    if "responses" not in _read_settings(folder):
+    """Refuse a folder whose samples were drawn from a model: grading must not overwrite hours of sampling."""
+    if (folder / SAMPLES).exists() and "responses" not in _read_settings(folder):
         raise UserError(f"{folder} holds samples that were not graded from a file", "name another --output-dir")
+
+
+@contextlib.contextmanager
+def _no_new_folder_on_error(folder: Path) -> Iterator[None]:
+    """Remove ``folder`` and its parents after an error, as far as they are new and empty."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        for path in new:
+            with contextlib.suppress(OSError):  # not made, or not empty
+                path.rmdir()
+        raise
 
 
 # --------------------------------------------------------------------------------------------------
@@ -139,7 +155,7 @@ def _claim_for_grading(folder: Path) -> None:
 
 
 def _sample(config: EvalConfig) -> _Found:
-    """Sample what is still missing and read all of it back."""
+    """Draw the missing samples and read all of them back."""
     from ssrctl.models.loading import describe_model, load_model
     from ssrctl.sampling.groups import prepare_prompts
     from ssrctl.text.prompts import load_template
@@ -165,12 +181,12 @@ def _sample(config: EvalConfig) -> _Found:
     _claim_folder(config, loaded)
     _draw(config, loaded, prompts)
     wanted = {f"{p.problem.id}/{i}" for p in prompts for i in range(config.num_samples)}
-    about = {"model": dataclasses.asdict(loaded.identity), "checkpoint": _name(config.checkpoint)}
+    about = {"model": dataclasses.asdict(loaded.identity), "checkpoint": config.checkpoint and config.checkpoint.name}
     return _Found(about, [s for s in _read_samples(config.output_dir) if s.id in wanted])
 
 
 def _draw(config: EvalConfig, loaded: LoadedModel, prompts: Sequence[Prompted]) -> None:
-    """Draw what is still missing, batch by batch; each batch has its own seed, so a continuation draws the same."""
+    """Draw the missing samples in batches; each batch has its own seed, so a continuation draws the same."""
     from ssrctl.sampling.generate import sample_responses
 
     jobs = [(prompt, number) for prompt in prompts for number in range(config.num_samples)]
@@ -180,7 +196,7 @@ def _draw(config: EvalConfig, loaded: LoadedModel, prompts: Sequence[Prompted]) 
         if done:
             console.note(f"{len(done)} of {len(jobs)} samples are already in {path}")
         task = bar.add_task("eval", total=len(jobs), completed=0, status="")
-        size = config.generation_batch_size
+        size = config.sampling_batch_size
         for start in range(0, len(jobs), size):
             batch = jobs[start : start + size]
             missing = [place for place, (p, number) in enumerate(batch) if f"{p.problem.id}/{number}" not in done]
@@ -216,14 +232,14 @@ def _read_samples(folder: Path) -> list[Rollout]:
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:
-    """What was evaluated in a folder; nothing when it does not say."""
+    """Read the settings of the evaluation in a folder; an empty dict when it has none."""
     path = folder / SETTINGS
     if not path.exists():
         return {}
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        return current_names(EvalConfig, dict(json.loads(path.read_text(encoding="utf-8"))))
     except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is torn: {error}", "remove that folder or name another --output-dir") from error
+        raise UserError(f"{path} is corrupt: {error}", "remove that folder or name another --output-dir") from error
 
 
 def _with_checkpoint(config: EvalConfig) -> EvalConfig:
@@ -249,7 +265,7 @@ def _apply_checkpoint(config: EvalConfig, loaded: LoadedModel) -> int:
 
 
 def _claim_folder(config: EvalConfig, loaded: LoadedModel) -> None:
-    """Note in the folder what is evaluated there, or check that it is the same."""
+    """Write the settings of the evaluation into its folder, or check that they are the same."""
     settings = manifest.settings_of(config)
     decisive: dict[str, Any] = {key: settings[key] for key in DECISIVE}
     decisive["fingerprint"] = loaded.identity.fingerprint
@@ -268,7 +284,7 @@ def _claim_folder(config: EvalConfig, loaded: LoadedModel) -> None:
 
 
 def _show(summary: dict[str, Any], config: EvalConfig) -> None:
-    """The result as a small table on stdout."""
+    """Print the result as a small table on stdout."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -292,7 +308,3 @@ def _show(summary: dict[str, Any], config: EvalConfig) -> None:
 def _cells(estimate: dict[str, float], signed: bool = False) -> tuple[str, str]:
     form = "{:+.3f}" if signed else "{:.3f}"
     return form.format(estimate["value"]), f"{form.format(estimate['low'])} to {form.format(estimate['high'])}"
-
-
-def _name(path: Path | None) -> str | None:
-    return None if path is None else path.name

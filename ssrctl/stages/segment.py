@@ -28,42 +28,36 @@ def run(config: SegmentConfig) -> dict[str, Any]:
     if config.json and config.output == STDIO:
         raise UserError("--json and the records cannot both go to stdout", "give -o FILE")
     if config.dry_run:
-        names = ("input", "output", "style", "max_steps", "min_chars", "max_chars", "tokenizer")
-        plan = {name: getattr(config, name) for name in names}
+        plan = {"input": config.input, "output": config.output, **config.segment_arguments}
+        plan["tokenizer"] = config.tokenizer
         console.show_plan("plan", plan)
         return plan
-    tally = _Tally(_load_tokenizer(config.tokenizer) if config.tokenizer else None)
+    counts = _StepCounts(_load_tokenizer(config.tokenizer) if config.tokenizer else None)
     torn: list[str] = []
 
     def segmented() -> Iterator[dict[str, Any]]:
         for rollout in read_rollouts(config.input, needs=("response",), on_torn=torn.append):
             _segment_one(rollout, config)
-            tally.add(rollout)
+            counts.add(rollout)
             yield rollout.to_dict()
 
     write_jsonl(config.output, segmented())
     for message in torn:
         console.warn(message)
-    summary = tally.summary() | {"torn_lines": len(torn)}
+    summary = counts.summary() | {"torn_lines": len(torn)}
     _show(f"segmented {config.input} -> {config.output}", summary)
     return summary
 
 
 def _segment_one(rollout: Rollout, config: SegmentConfig) -> None:
     assert rollout.response is not None
-    rollout.steps = segment(
-        rollout.response,
-        style=config.style,
-        max_steps=config.max_steps,
-        min_chars=config.min_chars,
-        max_chars=config.max_chars,
-    )
-    # Scores and advantages of other spans would be wrong for these.
+    rollout.steps = segment(rollout.response, **config.segment_arguments)
+    # Earlier scores and advantages belong to other spans.
     rollout.scores = rollout.advantages = None
 
 
-class _Tally:
-    """Counts over all responses: how often each number occurs, so that memory does not grow with their number."""
+class _StepCounts:
+    """Histograms of steps, characters and tokens, so that memory does not grow with the number of responses."""
 
     def __init__(self, tokenizer: Any | None) -> None:
         self._tokenizer = tokenizer
@@ -94,7 +88,7 @@ class _Tally:
 
 
 def _spread(counts: Counter[int]) -> dict[str, float] | None:
-    """Mean, median (the lower one of two) and maximum of numbers given as how often each occurs."""
+    """Return mean, median (the lower one of two) and maximum of a histogram, None for an empty one."""
     total = counts.total()
     if not total:
         return None
@@ -113,11 +107,11 @@ def _spread(counts: Counter[int]) -> dict[str, float] | None:
 
 
 def tokens_per_step(tokenizer: Any, response: str, steps: list[StepSpan]) -> list[int]:
-    """How many tokens each step has, by the tokenizer's own offsets; each token counts for the step it starts in.
+    """Count the tokens of each step by the tokenizer's own offsets; a token counts for the step it starts in.
 
     Args:
         tokenizer: a fast tokenizer.
-        response: the whole text; it is encoded once, never in pieces.
+        response: the whole text, which is encoded in one piece.
         steps: spans that cover it.
     """
     from ssrctl.sampling.alignment import step_of_tokens
@@ -135,7 +129,7 @@ def _load_tokenizer(name: str) -> Any:
     from huggingface_hub.utils import logging as hub_logging
     from transformers import AutoTokenizer
 
-    hub_logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # huggingface_hub has no annotation there
     if name == TINY:
         from ssrctl import tiny_reasoner
 
@@ -157,16 +151,16 @@ def _load_tokenizer(name: str) -> Any:
             f"the tokenizer {name} gives no character offsets ({type(tokenizer).__name__} is not a fast one)",
             "convert it to a tokenizer.json",
         )
-    tokenizer.model_max_length = sys.maxsize  # nothing is run on the tokens, so no length needs a warning
+    tokenizer.model_max_length = sys.maxsize  # no model runs on the tokens, so no length needs a warning
     return tokenizer
 
 
 # --------------------------------------------------------------------------------------------------
-# what the terminal shows
+# terminal output
 
 
 def _show(title: str, summary: dict[str, Any]) -> None:
-    """The counts, the spread of lengths, and how many responses have how many steps."""
+    """Print the counts, the spread of lengths and the histogram of steps per response."""
     from rich.table import Table
 
     spreads = {name: summary[name] for name in ("steps_per_response", "chars_per_step", "tokens_per_step")}
@@ -188,7 +182,8 @@ def _show(title: str, summary: dict[str, Any]) -> None:
 
 
 def _bars(histogram: dict[int, int]) -> Any:
-    """One row per number of steps, or per range of them, with a bar for how many responses have it."""
+    """Draw one bar per number of steps, or per range of them; its length shows the number of responses."""
+    from rich.bar import Bar
     from rich.table import Table
 
     low, high = min(histogram), max(histogram)
@@ -202,11 +197,8 @@ def _bars(histogram: dict[int, int]) -> Any:
     for row in range(max(rows) + 1):
         first = low + row * width
         last = min(first + width - 1, high)
-        # Whatever is there shows: an eighth of a block at least.
-        eighths = -(-rows[row] * _HISTOGRAM_WIDTH * 8 // largest)
-        bar = "█" * (eighths // 8) + _EIGHTHS[eighths % 8]
+        # A row that is not empty shows at least an eighth of a block.
+        length = max(rows[row], largest / (8 * _HISTOGRAM_WIDTH)) if rows[row] else 0
+        bar = Bar(largest, 0, length, width=_HISTOGRAM_WIDTH)
         table.add_row(str(first) if first == last else f"{first}-{last}", str(rows[row]), bar)
     return table
-
-
-_EIGHTHS = ("", "▏", "▎", "▍", "▌", "▋", "▊", "▉")

@@ -1,7 +1,7 @@
-"""Whether two final answers mean the same: as text, as exact numbers, and where that does not decide, by algebra.
+"""Equality of two final answers: as text, as exact numbers, else by symbolic algebra.
 
-Most answers are plain numbers, which are compared here exactly. Only what needs symbolic algebra goes to the
-processes of ``answer_pool``.
+Most answers are plain numbers, which are compared here exactly. Only expressions go to the processes of
+``answer_pool``.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from ssrctl.text.answer_pool import ANSWER_TIMEOUT, Undecided, same_by_algebra
 MAX_NUMBER_CHARS = 300
 # No answer needs more, and two of them fit into a pipe at once.
 MAX_EXPRESSION_CHARS = 2000
-# Decimals stand for what they round: 0.333333 for 1/3. The same places as math-verify's default.
+# A decimal equals the fraction that it rounds to this many places: 0.333333 = 1/3. math-verify's default.
 DECIMAL_PLACES = 6
 
 NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
 
 
 def compare_answers(extracted: str, reference: str, *, timeout: float = ANSWER_TIMEOUT) -> bool | None:
-    """Whether two answers mean the same, or None when algebra came to no verdict within ``timeout`` seconds.
+    """Compare two answers; return None when algebra gave no verdict within ``timeout`` seconds.
 
     Tried in this order:
 
     - as text, after normalisation: spaces, letter case, ``$``, ``%``, degree signs, ``\\text{}``, trailing period;
     - exactly, as numbers: ``073`` = ``73``, ``1,000.0`` = ``1000``, ``3/4`` = ``0.75``, ``2 1/2`` = ``2.5``. Next
-      to a number a unit, an ``x =`` or "she has" in front is passed over; a decimal stands for a fraction that
-      it equals to six places; ``0.5`` is ``50%``;
+      to a number a unit, an ``x =`` or "she has" in front is ignored; a decimal equals a fraction that it
+      matches to six places; ``0.5`` is ``50%``;
     - as a choice: ``(B) 42 apples`` for ``B``, ``Yes, because ...`` for ``yes``;
     - by math-verify, when the reference is an expression, or when it is a number and the answer is more than
-      unfinished arithmetic: ``2^{10}`` is 1024, but ``70+3`` is no final answer for 73. Expressions over 2000
+      unfinished arithmetic: ``2^{10}`` is 1024, but ``70+3`` is not a final answer for 73. Expressions over 2000
       characters are unequal unless their text is the same.
 
     Raises:
@@ -48,7 +48,7 @@ def compare_answers(extracted: str, reference: str, *, timeout: float = ANSWER_T
 
 
 def decide(extracted: str, reference: str) -> bool | None:
-    """What can be said without algebra: ``compare_answers`` but for its last resort, which None stands for."""
+    """Compare two answers without algebra; return None when only algebra can decide."""
     if max(len(extracted), len(reference)) > MAX_EXPRESSION_CHARS:
         return extracted.split() == reference.split()
     mine, theirs = _normal(extracted), _normal(reference)
@@ -59,7 +59,7 @@ def decide(extracted: str, reference: str) -> bool | None:
     if (expected := _expected_number(theirs, reference)) is not None:
         found = _number(mine)
         if found is None:
-            found = _number_with_company(mine)
+            found = _number_in_context(mine)
         if found is None:
             return None if _ALGEBRAIC.search(mine) and _balanced(mine) else False
         if (ours := _symbol(mine)) and (their := _symbol(theirs)) and ours != their:
@@ -95,12 +95,12 @@ def _normal(answer: str) -> str:
 
 
 def _is_maths(text: str) -> bool:
-    """Whether there is anything in it that algebra could decide (two plain words that differ, differ)."""
+    """Return True if algebra could decide about ``text``; two different plain words are simply different."""
     return bool(re.search(r"[\d\\^_=+*/<>(\[{]|^-|\b\w-\w\b", text))
 
 
 def _balanced(text: str) -> bool:
-    """Whether as many brackets are closed as opened, of whatever kind: ``(3,4]`` is an interval."""
+    """Return True if as many brackets are closed as opened, of any kind: ``(3,4]`` is an interval."""
     return sum(text.count(c) for c in "([{") == sum(text.count(c) for c in ")]}")
 
 
@@ -110,7 +110,7 @@ def _balanced(text: str) -> bool:
 _CHOICE = re.compile(r"\(?([a-z])\)?")
 _CHOSEN = re.compile(r"\(?(?P<letter>[a-z])(?:\)|[.:](?=\s|$)|$)")
 _VERDICTS = ("yes", "no", "true", "false")
-# 2516_8; a letter with an index, as x_1, is none
+# 2516_8, but not a letter with an index such as x_1
 _BASED = re.compile(r"(?P<digits>(?=[a-z]*\d)[0-9a-z]+)_\{?\(?(?P<base>\d{1,2})\)?\}?")
 
 
@@ -127,7 +127,7 @@ def _same_choice(mine: str, theirs: str) -> bool:
 
 _PLAIN = re.compile(rf"(?P<sign>[-+]?)\s*(?P<size>{NUMBER}|\d+\.)(?:e(?P<power>[-+]?\d{{1,3}}))?")
 _RATIO = re.compile(r"(?P<sign>[-+]?)\s*(?:(?P<whole>\d+)\s+)?(?P<top>\d+)\s*/\s*(?P<bottom>\d+)")
-# A unit: words, or one of a few letters that are set off; with a square or cube. 5x and 5 \pi are no units.
+# A unit: words, or one of a few letters after a space; with a square or cube. 5x and 5 \pi have no unit.
 _WITH_UNIT = re.compile(
     rf"(?P<number>[-+]?\s*(?:(?:\d+\s+)?\d+\s*/\s*\d+|{NUMBER}))"
     r"(?P<unit>\s*[^\W\d_]{2}[^\d=+*^\\_]*|\s+[gshlcfm](?:\s*/[^\d=+*^\\_]*)?)(?:\^\s*\{?\s*[23]\s*\}?|[²³])?"
@@ -138,10 +138,10 @@ _NO_UNIT = re.compile(
 _LEAD = re.compile(
     r"[^\W\d_][^\W\d_ ',]*(?:[ ',]+[^\W\d_]+)*?[ ,]+(?:is|are|was|were|has|have|had|equals?|costs?)[ :]+"
 )
-# 2x = 10 and -x = 5 are equations that are not solved yet
+# 2x = 10 and -x = 5 are unsolved equations
 _COEFFICIENT = re.compile(r"\d[a-z]\b|^-[a-z]")
 _SYMBOL = re.compile(r"([a-z])\s*=[^=]*")
-# What makes an answer more than unfinished arithmetic.
+# An answer with one of these is more than unfinished arithmetic.
 _ALGEBRAIC = re.compile(r"[\\^!√π]|\*\*|\bsqrt\b|\bpi\b")
 
 
@@ -154,14 +154,14 @@ _UNIT_AT_END = re.compile(
 
 
 def _without_unit(answer: str) -> str:
-    """Without a unit at the end, where something is left then."""
+    """Remove a unit at the end, unless nothing would be left."""
     match = _UNIT_AT_END.search(answer)
     rest = answer[: match.start()].strip() if match else ""
     return rest or answer
 
 
 def _number(text: str) -> Fraction | None:
-    """The exact value of a plain number (``text`` normalised), or None."""
+    """Return the exact value of a plain number (``text`` normalised), or None."""
     if len(text) > MAX_NUMBER_CHARS:
         return None
     if ratio := _RATIO.fullmatch(text):
@@ -177,8 +177,8 @@ def _number(text: str) -> Fraction | None:
     return None
 
 
-def _number_with_company(text: str) -> Fraction | None:
-    """A number with words or an equation before it ("she has 42", "x = 42") or a unit after it ("42 apples")."""
+def _number_in_context(text: str) -> Fraction | None:
+    """Read a number after words or an equation ("she has 42", "x = 42") or before a unit ("42 apples")."""
     if len(text) > MAX_NUMBER_CHARS:
         return None
     left, equals, text = text.rpartition("=")
@@ -187,8 +187,8 @@ def _number_with_company(text: str) -> Fraction | None:
     text = text.strip()
     if lead := _LEAD.match(text):
         text = text[lead.end() :]
-    if (alone := _number(text)) is not None:
-        return alone
+    if (plain := _number(text)) is not None:
+        return plain
     match = _WITH_UNIT.fullmatch(text)
     if match is None or _NO_UNIT.search(match["unit"]):
         return None
@@ -196,23 +196,25 @@ def _number_with_company(text: str) -> Fraction | None:
 
 
 def _expected_number(theirs: str, reference: str) -> Fraction | None:
-    """The number that a reference is, perhaps with a unit.
+    """Read a reference that is one number, perhaps with a unit.
 
-    What follows the number must be marked as text (``15\\mbox{ cm}^2``) or be a longer word: in references
-    ``2 ab`` is a product.
+    The unit must be marked as text (``15\\mbox{ cm}^2``) or be a longer word: in references ``2 ab`` is a product.
     """
-    if (alone := _number(theirs)) is not None:
-        return alone
+    if (plain := _number(theirs)) is not None:
+        return plain
     if "=" in theirs and not _SYMBOL.fullmatch(theirs):
         return None
     match = _WITH_UNIT.fullmatch(theirs)
     if match is not None and not _LATEX_TEXT.search(reference) and not re.search(r"[^\W\d_]{4}", match["unit"]):
         return None
-    return _number_with_company(theirs)
+    return _number_in_context(theirs)
 
 
 def _same_number(found: Fraction, expected: Fraction, percent: int) -> bool:
-    """Equal, or to six places if one has no finite decimals; ``percent`` 1: only the answer has ``%``, -1: only the other."""
+    """Compare exactly, or to six places if one has infinitely many decimals.
+
+    ``percent`` is 1 when only the answer has ``%``, -1 when only the reference has it.
+    """
     readings = [found] if percent == 0 else [found, found / 100 if percent > 0 else found * 100]
     if expected in readings:
         return True
@@ -222,7 +224,7 @@ def _same_number(found: Fraction, expected: Fraction, percent: int) -> bool:
 
 
 def _is_decimal(value: Fraction) -> bool:
-    """Whether it has finitely many decimals: whether its denominator divides a power of ten."""
+    """Return True if ``value`` has finitely many decimals: its denominator divides a power of ten."""
     return pow(10, value.denominator.bit_length(), value.denominator) == 0
 
 

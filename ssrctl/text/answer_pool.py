@@ -1,10 +1,10 @@
 """Symbolic comparison of answers in processes that can be killed.
 
-Algebra on model-written text may take for ever or all memory (``9^{9^{9^9}}``), and math-verify's own timeouts
-are signals, which work in the main thread alone. So comparisons run in a few long-lived processes, each a fresh
-Python (not a fork: the parent may have threads and a GPU) that imports math-verify and nothing of torch. They are
-started when first needed. One that exceeds its time is killed and replaced; when the parent ends, by whatever
-means, their input ends and so do they.
+Algebra on model-written text may take unlimited time or memory (``9^{9^{9^9}}``), and math-verify's own timeouts
+are signals, which work only in the main thread. So comparisons run in a few long-lived processes, each a fresh
+Python (not a fork: the parent may have threads and a GPU) that imports math-verify and nothing of torch. They
+start when first needed. A worker that exceeds its timeout is killed and replaced. When the parent ends, even by
+SIGKILL, the workers' input ends and they exit.
 """
 
 from __future__ import annotations
@@ -26,41 +26,41 @@ from ssrctl.errors import UserError
 ANSWER_TIMEOUT = 5.0  # seconds for one comparison; usual ones take 0.01 to 0.1
 START_TIMEOUT = 120.0  # seconds for a process to import math-verify, which takes 0.4 on an idle machine
 MAX_WORKERS = max(1, min(4, os.cpu_count() or 1))
-# After so many comparisons a process is replaced: the caches of symbolic algebra grow.
+# A process is replaced after this many comparisons, since the caches of symbolic algebra grow.
 COMPARISONS_PER_WORKER = 1000
 
 
 class Undecided(Exception):
-    """A comparison was given up: it took longer than its time, or its process died (out of memory, as a rule)."""
+    """A comparison without a verdict: it timed out, or its process died (usually out of memory)."""
 
 
 class _WorkerGone(Exception):
-    """The process has ended."""
+    """The worker process has ended."""
 
 
 @functools.lru_cache(maxsize=4096)
 def same_by_algebra(extracted: str, reference: str, timeout: float = ANSWER_TIMEOUT) -> bool:
-    """Whether math-verify takes two answers for the same. Safe to call from any thread.
+    """Return True if math-verify finds two answers equal. Safe to call from any thread.
 
     Args:
         extracted: the answer found in a response, LaTeX without delimiters or plain.
-        reference: the right one.
+        reference: the correct answer.
         timeout: seconds; waiting for a free process does not count.
 
     Raises:
         Undecided: no verdict within ``timeout``.
         UserError: math-verify is not installed, or no process could be started.
     """
-    # What is raised is not cached: a comparison that failed on a busy machine is tried again.
+    # Exceptions are not cached: a comparison that failed on a busy machine is retried.
     return _pool.compare(extracted, reference, timeout)
 
 
 class _Worker:
-    """One process and the pipes to it; used by one thread at a time."""
+    """A process and its pipes; used by one thread at a time."""
 
     def __init__(self) -> None:
         self.num_comparisons = 0
-        # Same import path as here, but never the current folder, where a file may be called like a library's.
+        # The import path of this process without the current folder, whose files may shadow a library.
         # Fixed hashing, so that the order of symbols, and with it a verdict, never differs between runs.
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONHASHSEED": "0"}
         self.process = subprocess.Popen(
@@ -94,10 +94,10 @@ class _Worker:
             self.process.stdin.write((json.dumps(job) + "\n").encode("ascii"))
         except BrokenPipeError as error:
             raise _WorkerGone from error
-        return self._receive(timeout)["same"]
+        return bool(self._receive(timeout)["same"])
 
     def _receive(self, timeout: float) -> dict[str, Any]:
-        """The next line of the process, which is shorter than what a pipe passes on at once."""
+        """Read the next line of the process, which is shorter than a pipe's atomic write."""
         assert self.process.stdout is not None
         with selectors.DefaultSelector() as selector:
             selector.register(self.process.stdout, selectors.EVENT_READ)
@@ -106,7 +106,8 @@ class _Worker:
         line = self.process.stdout.readline()
         if not line.endswith(b"\n"):
             raise _WorkerGone
-        return json.loads(line)
+        message: dict[str, Any] = json.loads(line)
+        return message
 
     def kill(self) -> None:
         self.process.kill()
@@ -118,7 +119,7 @@ class _Worker:
 
 
 class _Pool:
-    """Up to ``MAX_WORKERS`` processes, started one by one as comparisons meet."""
+    """Up to ``MAX_WORKERS`` processes, started as concurrent comparisons need them."""
 
     def __init__(self) -> None:
         self._slots = threading.BoundedSemaphore(MAX_WORKERS)
@@ -129,7 +130,7 @@ class _Pool:
         _require_math_verify()
         with self._slots:
             if (worker := self._take_idle()) is not None:
-                with contextlib.suppress(_WorkerGone):  # it may have died while idle: ask a new one
+                with contextlib.suppress(_WorkerGone):  # it died while idle: ask a new one
                     return self._ask(worker, extracted, reference, timeout)
             worker = _Worker()
             try:
@@ -147,7 +148,7 @@ class _Pool:
         self._busy.add(worker)
         try:
             verdict = worker.compare(extracted, reference, timeout)
-        except BaseException:  # too late, gone, or Ctrl-C: a reply to come would be taken for the next one's
+        except BaseException:  # timeout, gone, or Ctrl-C: a late reply would be taken for the next comparison's
             worker.kill()
             raise
         finally:
@@ -159,7 +160,7 @@ class _Pool:
         return verdict
 
     def close(self) -> None:
-        """End all processes."""
+        """Kill all processes."""
         for worker in [*self._idle, *self._busy]:
             worker.process.kill()
 
@@ -168,7 +169,7 @@ _pool = _Pool()
 
 
 def _forget_workers() -> None:
-    """In a fork of this process: the workers belong to the parent, and two must not talk to one."""
+    """Start with an empty pool in a fork: the workers belong to the parent."""
     global _pool
     _pool = _Pool()
 

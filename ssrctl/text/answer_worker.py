@@ -1,4 +1,4 @@
-"""The process in which symbolic algebra runs: one comparison per line in, one verdict per line out.
+"""Worker process for symbolic algebra: one comparison per line in, one verdict per line out.
 
 Run as ``python -m ssrctl.text.answer_worker`` by ``answer_pool``. Lines are json: ``{"extracted": ...,
 "reference": ..., "seconds": 11.0}`` in, ``{"same": true}`` out; the first line out is ``{"ready": true}``, or
@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-# Of address space. Importing everything takes 0.06 GiB; a power tower asks for as much as there is.
+# Address space. All imports take 0.06 GiB; a power tower asks for all memory.
 MEMORY_LIMIT_BYTES = 2 * 2**30
 
 
@@ -25,7 +25,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     _prepare_alarm()
     _limit_memory()
-    # Whatever a library prints must not get between the replies.
+    # Output of libraries must not get between the replies.
     replies = os.fdopen(os.dup(1), "w", encoding="ascii")
     os.dup2(2, 1)
 
@@ -35,15 +35,15 @@ def main() -> None:
 
     try:
         same = _comparison()
-        same("x^2 + 2x + 1", "(x + 1)^2")  # what is imported and built on first use is no part of a comparison's time
+        same("x^2 + 2x + 1", "(x + 1)^2")  # first-use imports must not count as comparison time
     except ImportError as error:
         reply({"error": str(error)})
         return
     reply({"ready": True})
     for line in sys.stdin.buffer:
         job = json.loads(line)
-        # The parent kills a worker that takes too long. If the parent itself was killed meanwhile, nobody
-        # would: then this timer ends the process, even inside one long operation on huge integers.
+        # The parent kills a worker that times out. If the parent itself was killed, this timer ends the process,
+        # even inside one long operation on huge integers.
         signal.setitimer(signal.ITIMER_REAL, job["seconds"])
         verdict = same(job["extracted"], job["reference"])
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -51,13 +51,13 @@ def main() -> None:
 
 
 def _prepare_alarm() -> None:
-    """Let SIGALRM end the process, whatever the parent had inherited or blocked."""
+    """Let SIGALRM end the process, also if the parent ignored or blocked it."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
 
 
 def _limit_memory() -> None:
-    """So that a bomb ends in an error here, not in the machine's memory; macOS knows no such limit."""
+    """Limit the address space, so that a bomb raises MemoryError; macOS has no such limit."""
     import resource
 
     if not sys.platform.startswith("linux"):
@@ -69,20 +69,21 @@ def _limit_memory() -> None:
 
 
 def _comparison() -> Callable[[str, str], bool]:
-    """A function (extracted, reference) -> whether math-verify takes them for the same."""
+    """Return a function (extracted, reference) -> True if math-verify finds them equal."""
     import math_verify
 
     # It warns that its own timeouts are off, and reports what it cannot parse.
     logging.disable(logging.CRITICAL)
     usual = math_verify.LatexExtractionConfig()
-    # Only as LaTeX: the other reader picks the first number out of what it cannot parse ("not 5" is 5). Units are
-    # taken off before: its list takes the letters off 3ab and 2d, too.
+    # Only as LaTeX: the other reader picks the first number out of unparsable text ("not 5" is 5). Units are
+    # removed before: math-verify's list of units also removes the letters of 3ab and 2d.
     normalization = dataclasses.replace(usual.normalization_config, units=False)
     configs = (dataclasses.replace(usual, normalization_config=normalization),)
 
     def parsed(text: str) -> list[Any]:
         bare = text.replace("$", " ").strip()
-        return math_verify.parse(f"${bare}$", extraction_config=configs, parsing_timeout=None)
+        expressions: list[Any] = math_verify.parse(f"${bare}$", extraction_config=configs, parsing_timeout=None)
+        return expressions
 
     def same(extracted: str, reference: str) -> bool:
         gold, answer = parsed(reference), parsed(extracted)

@@ -1,4 +1,4 @@
-"""Where a response states its final answer, what that answer is, and whether it is right."""
+"""Extraction of the final answer from a response, and its comparison with the reference."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ssrctl.io.records import FinalAnswer
 from ssrctl.text.answer_equality import NUMBER, compare_answers, decide
 from ssrctl.text.answer_pool import ANSWER_TIMEOUT, MAX_WORKERS
 
-# Longer formulas are not looked for in running text.
+# Longest formula that is searched for in running text.
 MAX_PHRASE_CHARS = 300
 
 _SIGNED = rf"[-+−]?\s{{0,2}}\\?\$?\s{{0,2}}[-−]?(?:{NUMBER})"
@@ -35,7 +35,7 @@ _STATED = (
     rf"[*_]{{0,2}}(?:\$(?:\\.|[^$\\\n]){{1,{MAX_PHRASE_CHARS}}}\$|\\[(\[][^\n]{{1,{MAX_PHRASE_CHARS}}}?\\[)\]]"
     rf"|(?:[a-zA-Z][ \t]?=[ \t]?)?{_SIGNED}[^\s*,;<。，；]*|\\boxed|{_WORD}(?=[*_]{{0,2}}(?:[.,;。，；\n]|$)))"
 )
-# "The answer is": only with a value beside it, so that "the answer is found by adding" is none.
+# "The answer is" counts only with a value next to it: "the answer is found by adding" does not.
 _PHRASE = re.compile(
     r"(?:\banswer\b(?:[ \t]+(?:to|for|of)\b[^.\n=]{0,80}?)?[ \t]++(?:is|are|must be|will be|should be|equals)\b"
     rf"|答案(?:应该?)?[是为為])[ \t]*+[:：]?\s{{0,3}}(?P<value>{_STATED})",
@@ -56,16 +56,13 @@ class Extracted:
 
 
 def find_marker(text: str) -> tuple[int, bool] | None:
-    """Where the last final-answer marker of ``text`` starts, and whether it is a decisive one.
+    """Return ``(offset, decisive)`` of the last final-answer marker of ``text``, or None.
 
     Decisive: ``\\boxed{``, ``####``, a line that starts with ``A:`` or ``Answer:``. "The answer is 42" is not:
-    reasoning that goes on after it may take it back.
-
-    Returns:
-        (offset, decisive) or None.
+    later reasoning may withdraw it.
     """
     starts = [match.start() for match in _MARKER.finditer(text)]
-    # Looking for a fixed word first takes a tenth of the time of a pattern that does not occur.
+    # Searching for a fixed word first takes a tenth of the time of a pattern that does not occur.
     if "####" in text:
         starts += [match.start() for match in _HASHES.finditer(text)]
     if "boxed" in text:
@@ -79,13 +76,13 @@ def find_marker(text: str) -> tuple[int, bool] | None:
 
 
 def extract_answer(text: str, *, allow_last_number: bool = True) -> Extracted | None:
-    """The final answer that ``text`` states, or None.
+    """Return the final answer that ``text`` states, or None.
 
-    The ways are tried in order of how explicit they are, and within a way the last occurrence counts:
+    The ways are tried from the most to the least explicit, and within a way the last occurrence counts:
     ``boxed`` (balanced braces), ``hashes`` (``#### 42``), ``marker`` (``A: 42``, ``Answer: 42``), ``phrase``
     ("the answer is 42"), and, if allowed, ``last-number``. A marker with nothing after it gives nothing.
-    What follows a ``</think>`` is looked at first, and all of the text only if nothing is stated there.
-    Takes time linear in the length of ``text``.
+    The text after the last ``</think>`` is searched first, and the whole text only if it states nothing. Takes time
+    linear in the length of ``text``.
     """
     _, thinking, conclusion = text.rpartition(_END_OF_THINKING)
     for part in (conclusion, text) if thinking else (text,):
@@ -133,15 +130,15 @@ def check_answers(
     """``check_answer`` for many (response, reference) pairs; comparisons that need algebra run in parallel.
 
     Args:
-        pairs: in this order the results come back.
-        allow_last_number, timeout: as of ``check_answer``; the time is that of each comparison.
-        on_done: called in the calling thread with 1 as each is done.
+        pairs: (response, reference); results keep this order.
+        allow_last_number, timeout: as of ``check_answer``; the time is for each comparison.
+        on_done: called in the calling thread with 1 after each pair.
 
     Raises:
         UserError: math-verify is needed and not installed.
     """
     finals: list[FinalAnswer | None] = []
-    waiting: list[tuple[int, Extracted, str, Future[bool | None]]] = []
+    pending: list[tuple[int, Extracted, str, Future[bool | None]]] = []
     done = on_done or (lambda count: None)
     with ThreadPoolExecutor(MAX_WORKERS, thread_name_prefix="answers") as threads:
         try:
@@ -153,13 +150,13 @@ def check_answers(
                     verdict = decide(found.value, right)
                     if verdict is None:
                         asked = threads.submit(compare_answers, found.value, right, timeout=timeout)
-                        waiting.append((place, found, reference, asked))
+                        pending.append((place, found, reference, asked))
                         continue
                     finals[place] = _final(found, reference, verdict)
                 else:
                     finals[place] = _final(found, reference, None)
                 done(1)
-            for place, found, reference, asked in waiting:
+            for place, found, reference, asked in pending:
                 finals[place] = _final(found, reference, asked.result())
                 done(1)
         except BaseException:
@@ -169,7 +166,7 @@ def check_answers(
 
 
 def _final(found: Extracted | None, reference: str | None, verdict: bool | None) -> FinalAnswer:
-    """The record of what was found; ``verdict`` None is a comparison that was given up, if there was one."""
+    """Build the record of an extracted answer; ``verdict`` None is a comparison without a result, if there was one."""
     extracted, way = (found.value, found.way) if found else (None, None)
     if reference is None:
         return FinalAnswer(extracted=extracted, correct=None, way=way)
@@ -185,7 +182,7 @@ def _final(found: Extracted | None, reference: str | None, verdict: bool | None)
 
 
 def _boxed(text: str) -> str:
-    """Content of the last ``\\boxed{...}`` that is closed (the inner one of nested ones)."""
+    """Return the content of the last closed ``\\boxed{...}`` (the inner one of nested boxes)."""
     last: tuple[int, int] | None = None
     open_braces: list[int | None] = []
     for match in _BRACES.finditer(text):
@@ -218,7 +215,7 @@ def _marker(text: str) -> str:
 
 
 def _first_of(text: str) -> str:
-    """The first line, or the display formula that begins there."""
+    """Return the first line, or the display formula that begins there."""
     for opening, closing in (("$$", "$$"), (r"\[", r"\]")):
         end = text.find(closing, len(opening), len(opening) + MAX_PHRASE_CHARS)
         if text.startswith(opening) and end > 0:
@@ -235,7 +232,7 @@ _WAYS: dict[str, Callable[[str], str]] = {"boxed": _boxed, "hashes": _hashes, "m
 
 
 def _bare(value: str) -> str:
-    """Without emphasis marks, math delimiters, surrounding space and the period that ends a sentence."""
+    """Strip emphasis marks, math delimiters, surrounding space and the period that ends a sentence."""
     value = value.strip().strip("*_ \t")
     value = value[:-1].rstrip("*_ \t") if value.endswith((".", "。")) else value
     for opening, closing in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):

@@ -1,14 +1,14 @@
-"""Equalities in a step of reasoning, such as ``48/2 = 24``, and whether they hold. Nothing is executed.
+"""Equalities in a step of reasoning, such as ``48/2 = 24``, and their truth. Nothing is executed.
 
 A side of an equality is a sum of products of decimal numbers with ``+ - * / x × ÷ −`` and parentheses. ``$``
-before a number is passed over, as are commas in thousands; LaTeX's ``\\times``, ``\\cdot`` and ``\\div`` are
+before a number is ignored, as are commas in thousands; LaTeX's ``\\times``, ``\\cdot`` and ``\\div`` are
 operators, ``1 1/2`` is a mixed number, ``2(3+4)`` a product. GSM8K's marks ``<<48/2=24>>`` count like text, and
 the number copied out of one, ``<<48/2=24>>24``, is an equality too.
 
-Units (``12 eggs/day * 3 days = 36 eggs``) are passed over where they fit together: terms of one kind in a sum, and
+Units (``12 eggs/day * 3 days = 36 eggs``) are ignored where they fit together: terms of one kind in a sum, and
 a result in words that occur on the left. Where they do not, as in ``30 minutes + 30 minutes = 1 hour``, only an
-equality that holds as it stands counts. An expression of which a part is nothing of this (``100 - x + 5 = 60``,
-``9 + 16 = 5^2``) is not judged, nor is ``17 500``, which may be one number or two.
+equality that holds as written counts. An expression with any other part (``100 - x + 5 = 60``, ``9 + 16 = 5^2``)
+is not judged, nor is ``17 500``, which may be one number or two.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ssrctl.text.expressions import (
 )
 
 MAX_COPY_CHARS = 40  # after a mark
-# A decimal number of so many digits was written by a machine, 5.120000000000001 for 5.12; the tolerance, relative
+# A decimal number with this many digits was written by a machine, 5.120000000000001 for 5.12. The tolerance, relative
 # to the largest number of the equality, is far above the rounding of a few float64 operations and below any slip.
 MACHINE_DIGITS = 12
 MACHINE_TOLERANCE = Fraction(1, 10**12)
@@ -42,7 +42,7 @@ _SCALES = {"%": Fraction(1, 100), "¢": Fraction(1, 100), "cent": Fraction(1, 10
     for word, size in {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9}.items()
 }
 _MARK = re.compile(r"<<([^<>]*)>>")
-_BULLET = re.compile(r"^[ \t]*[-*+•][ \t]+", re.MULTILINE)  # its dash is no minus
+_BULLET = re.compile(r"^[ \t]*[-*+•][ \t]+", re.MULTILINE)  # its dash is not a minus
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ class Equality:
         left: its exact value; None when it divides by zero.
         right: the exact value of the right side; None when it divides by zero.
         decimals: digits after the point in a right side that is one decimal number; 0 otherwise.
-        scale: what units may multiply the right side by (1/100 for % after it, 1000 for thousand, 100 for % on
-            the left alone); 1 without such a unit.
-        largest: of the sizes of all its numbers, if a machine's rounding is to be seen in one of them; else 0.
+        scale: factor that units may give the right side (1/100 for % after it, 1000 for thousand, 100 for % only
+            on the left); 1 without such a unit.
+        largest: the largest absolute number, if one of them shows a machine's rounding; else 0.
     """
 
     operands: tuple[Fraction, ...]
@@ -69,7 +69,7 @@ class Equality:
     largest: Fraction = Fraction(0)
 
     def holds(self, modulus: int | None = None) -> bool:
-        """Whether it is true: exactly, modulo ``modulus``, or to the decimals that the right side gives.
+        """Return True if it is true: exactly, modulo ``modulus``, or to the decimals that the right side gives.
 
         A decimal right side may be rounded or cut off, and ``50-49.4 = 0.6000000000000014`` is a machine's
         rounding. A unit of scale is read both ways, since ``1/4 = 25%`` and ``1/4 * 100 = 25%`` both occur; with
@@ -90,13 +90,13 @@ class Equality:
 
 
 def _near(exact: Fraction, written: Fraction, decimals: int) -> bool:
-    """Whether ``written`` is ``exact`` rounded (either way at the half) or cut off after ``decimals`` digits."""
-    shifted = exact * 10**decimals
-    return abs(shifted - written * 10**decimals) <= Fraction(1, 2) or int(shifted) == written * 10**decimals
+    """Return True if ``written`` is ``exact`` rounded (either way at the half) or cut off after ``decimals`` digits."""
+    scale = Fraction(10) ** decimals
+    return abs(exact - written) * scale <= Fraction(1, 2) or int(exact * scale) == written * scale
 
 
 def find_equalities(text: str) -> list[Equality]:
-    """Every ``expression = expression`` of ``text`` in which the left side has an operator.
+    """Return every ``expression = expression`` of ``text`` in which the left side has an operator.
 
     A chain ``a*b = c+d = e`` gives one equality per equals sign whose left side is an expression. The number
     copied out of a mark gives one without operators. Takes time linear in the length of the text.
@@ -112,7 +112,7 @@ def _in_plain(text: str) -> list[Equality]:
     for run in runs(text):
         sides = split_sides(run)
         for place in range(len(sides) - 1):
-            # Words end a run, so the left side may carry what belongs to the sentence before it.
+            # Words end a run, so the left side may begin with numbers of the sentence before it.
             left = tail(sides[place])
             if left is None or not any(token in OPERATORS for token in left[1:]):
                 continue
@@ -126,7 +126,7 @@ def _in_plain(text: str) -> list[Equality]:
 
 
 def _copied(mark: str, after: str) -> list[Equality]:
-    """The result of a mark and the number right after the mark, which should be the same."""
+    """Return the equality of a mark's result and the number right after the mark, which should be the same."""
     if "=" not in mark or after[:1].isspace():
         return []
     left = split_sides(next(runs(mark.rpartition("=")[2])))[-1]
@@ -160,7 +160,7 @@ def _is_machine_made(token: str) -> bool:
 
 
 def _hundredths(side: Sequence[str]) -> int:
-    """The power of 1/100 that the percent signs of a side may stand for: one in all for a sum."""
+    """Return the power of 1/100 that the percent signs of a side may mean: at most one for a sum."""
     bare = [token for token in side if token not in ("-", "(", ")")]
     signs = [
         -1 if bare[place - 2 : place - 1] == ["/"] else 1 for place, token in enumerate(bare) if token == _HUNDREDTH
@@ -173,7 +173,7 @@ def _is_sum(side: Sequence[str]) -> bool:
 
 
 def _units_fit(left: Sequence[str], right: Sequence[str]) -> bool:
-    """Whether the units of an equality, where it has any on the left, leave no doubt that it means its numbers."""
+    """Return True if the units on the left, if any, leave no doubt that the equality means its numbers."""
     mine = [set(token[1:].split()) for token in left if is_unit(token)]
     theirs = [set(token[1:].split()) for token in right if is_unit(token)]
     if not mine:

@@ -1,4 +1,4 @@
-"""Arithmetic expressions in prose: cutting text into tokens, finding where an expression ends, its exact value.
+"""Arithmetic expressions in prose: their tokens, their ends and their exact values.
 
 A run is a list of tokens: numbers as written, ``+ - * / ( ) =``, units as ``'`` and their words (``'egg``), and
 ``?`` for what makes its neighbourhood unreadable (a variable, an exponent). Nothing is executed.
@@ -6,15 +6,17 @@ A run is a list of tokens: numbers as written, ``+ - * / ( ) =``, units as ``'``
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 
-MAX_DIGITS = 30  # a longer number is no arithmetic step, and exact fractions of it would be slow
+MAX_DIGITS = 30  # longer numbers do not occur in arithmetic steps, and their exact fractions are slow
 MAX_TOKENS = 64  # per side
 UNKNOWN = "?"
-OPERATORS = ("+", "-", "*", "/")
-# Words that may stand before or after numbers and are no units, since they say what is done with the numbers.
+OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
+_BINDING = {"+": 1, "-": 1, "*": 2, "/": 2}
+# Words next to numbers that are not units, since they name an operation or join clauses.
 _NO_UNITS = (
     "and|are|because|but|by|cents?|divided|dozen|equals?|from|gives|half|hundred|if|is|less|makes|million|billion|minus"
     "|mod|more|multiplied|of|or|over|plus|since|so|squared|than|that|then|thousand|times|to|was|were|which|while"
@@ -36,7 +38,7 @@ _TOKEN = re.compile(
     re.DOTALL,
 )
 _SAME = {"x": "*", "×": "*", "·": "*", "÷": "/", "−": "-", "–": "-"} | {r"\times": "*", r"\cdot": "*", r"\div": "/"}
-# What makes the number or parenthesis right after it something else: an exponent, an index, an argument.
+# Characters that turn the number or parenthesis right after them into an exponent, an index or an argument.
 _PREFIX = re.compile(r"[A-Za-z^_√]")
 _INNER_MARK = re.compile(r"\d(?:,\d|:00(?!\d))")
 _GROUPING = re.compile(r"[,\s]")
@@ -47,7 +49,7 @@ _GROUPING = re.compile(r"[,\s]")
 
 
 def numbers_in(text: str) -> list[Fraction]:
-    """Every number of ``text``, in order; overlong ones are left out."""
+    """Return every number of ``text``, in order; overlong ones are left out."""
     found: list[Fraction] = []
     for match in _TOKEN.finditer(text):
         if match.lastgroup == "number" and len(match.group()) <= MAX_DIGITS:
@@ -60,14 +62,14 @@ def numbers_in(text: str) -> list[Fraction]:
 
 
 def runs(text: str) -> Iterator[list[str]]:
-    """Maximal stretches of numbers with their units, operators, parentheses and equals signs, in order.
+    """Yield maximal stretches of numbers with their units, operators, parentheses and equals signs, in order.
 
     Words end a run, except units: up to five words between a number and an operator (``12 eggs / day * 3``), and
     as many after the last number. So does a scale (``%``, ``million``), as a token of its own; but ``%`` and cents
     before an operator are the unit ``'%``.
     """
     run: list[str] = []
-    end = resume = 0  # of the token before; where reading goes on
+    end = resume = 0  # end of the token before; position at which reading continues
     for match in _TOKEN.finditer(text):
         kind, token, start = match.lastgroup, match.group(), match.start()
         if start < resume:
@@ -109,7 +111,7 @@ def runs(text: str) -> Iterator[list[str]]:
 
 
 def _unit_at(text: str, start: int, end: int, run: Sequence[str]) -> re.Match[str] | None:
-    """The unit that starts at ``start``, after a number or parenthesis that ends at ``end`` on the same line."""
+    """Match a unit at ``start``, after a number or parenthesis that ends at ``end`` on the same line."""
     if not run or not (is_number(run[-1]) or run[-1] == ")") or text[end:start].strip(" "):
         return None
     if (scale := _HUNDREDTHS.match(text, start)) is not None:
@@ -123,23 +125,23 @@ def _stems(words: str) -> list[str]:
 
 
 def _subtracts(text: str, place: int) -> bool:
-    """Whether the dash at ``place``, the first of its run, stands between operands and is no sign."""
+    """Return True if the dash at ``place``, the first token of its run, subtracts and is not a sign."""
     before, after = text[max(0, place - 1) : place], text[place + 1 : place + 2]
     return before.isalnum() or before == "%" or (before in (" ", "\t") and after.isspace())
 
 
 def _is_prefixed(text: str, place: int) -> bool:
-    """Whether the token at ``place`` is the 3 of ``2^3``, the 1 of ``x_1`` or the parenthesis of ``sqrt(9)``."""
+    """Return True if the token at ``place`` is like the 3 of ``2^3``, the 1 of ``x_1`` or the ( of ``sqrt(9)``."""
     return place > 0 and (_PREFIX.match(text, place - 1) is not None or _is_inside_number(text, place - 1))
 
 
 def _is_inside_number(text: str, place: int) -> bool:
-    """Whether the character at ``place`` is the mark of ``3,5``, ``16,0000`` or ``6:00``: no number that we can read."""
+    """Return True for the mark of an unreadable number such as ``3,5``, ``16,0000`` or ``6:00``."""
     return place > 0 and _INNER_MARK.match(text, place - 1) is not None
 
 
 def _mixed_tokens(token: str) -> list[str]:
-    """``1 1/2`` as the one number ``1+1/2``; as four tokens when the fraction is not below 1."""
+    """Return ``1 1/2`` as the one token ``1+1/2``, or as four tokens when the fraction is not below 1."""
     whole, top, bottom = re.findall(r"\d+", token)
     if _mixed(token) is None:
         return [whole, top, "/", bottom]
@@ -160,7 +162,7 @@ def is_unit(token: str) -> bool:
 
 
 def split_sides(tokens: Sequence[str]) -> list[list[str]]:
-    """A run cut at its equals signs."""
+    """Split a run at its equals signs."""
     sides: list[list[str]] = [[]]
     for token in tokens:
         if token == "=":
@@ -175,7 +177,7 @@ def split_sides(tokens: Sequence[str]) -> list[list[str]]:
 
 
 def tail(tokens: Sequence[str]) -> list[str] | None:
-    """The longest end of ``tokens`` that is an expression; None when there is none or it is only a part of one."""
+    """Return the longest end of ``tokens`` that is a whole expression; None when there is none."""
     start, depth = len(tokens), 0
     for place in range(len(tokens) - 1, max(-1, len(tokens) - 1 - MAX_TOKENS), -1):
         token = tokens[place]
@@ -192,15 +194,15 @@ def tail(tokens: Sequence[str]) -> list[str] | None:
         return None
     if before == "(" and start > 1 and tokens[start - 2] in OPERATORS:
         return None
-    if before and is_number(before) and tokens[start] == "(":  # 1/2 (68): a product, of which the start is cut off
+    if before and is_number(before) and tokens[start] == "(":  # 1/2 (68): a product whose start is cut off
         return None
     return None if before in (*OPERATORS, ")", UNKNOWN) else list(tokens[start:])
 
 
 def head(tokens: Sequence[str]) -> tuple[list[str] | None, str]:
-    """The longest beginning of ``tokens`` that is an expression, and the token after it.
+    """Return the longest start of ``tokens`` that is a whole expression (None without one) and the token after it.
 
-    None when there is none or it is only a part of one. A dash after it is taken for punctuation.
+    A dash after the expression counts as punctuation.
     """
     end, depth, before = 0, 0, ""
     for place, token in enumerate(tokens[:MAX_TOKENS]):
@@ -218,15 +220,15 @@ def head(tokens: Sequence[str]) -> tuple[list[str] | None, str]:
 
 
 def may_be_one_number(first: str, second: str = "") -> bool:
-    """Whether two neighbouring tokens may be one number, as in ``17 500``."""
+    """Return True if two neighbouring tokens may be one number, as in ``17 500``."""
     return first.isdecimal() and len(first) <= 3 and second.isdecimal() and len(second) == 3
 
 
 def _may_follow(before: str, token: str) -> bool:
-    """Whether an expression may hold ``token`` right after ``before``; "" is its start and its end.
+    """Return True if an expression may hold ``token`` right after ``before``; "" is its start and its end.
 
-    With balanced parentheses, this decides what is an expression: numbers and closing parentheses, with a unit
-    or without, end an operand, anything else calls for one, to which a minus sign may belong.
+    With balanced parentheses, this defines an expression: numbers and closing parentheses, with a unit or without,
+    end an operand; anything else needs an operand next, which may have a minus sign.
     """
     if before and (is_number(before) or before == ")" or is_unit(before)):
         return token == "" or token in (*OPERATORS, ")") or (is_unit(token) and not is_unit(before))
@@ -236,52 +238,30 @@ def _may_follow(before: str, token: str) -> bool:
 
 
 def evaluate(tokens: Sequence[str]) -> Fraction | None:
-    """The exact value of an expression, its units left aside; None when it divides by zero."""
+    """Return the exact value of an expression without its units; None when it divides by zero."""
     try:
-        return _Parser([token for token in tokens if not is_unit(token)]).sum()
+        return _take_value([token for token in reversed(tokens) if not is_unit(token)])
     except ZeroDivisionError:
         return None
 
 
-class _Parser:
-    """Recursive descent: sum -> product -> unary -> number or parenthesis. Depth is bounded by MAX_TOKENS."""
-
-    def __init__(self, tokens: Sequence[str]) -> None:
-        self.tokens, self.place = tokens, 0
-
-    def peek(self) -> str:
-        return self.tokens[self.place] if self.place < len(self.tokens) else ""
-
-    def sum(self) -> Fraction:
-        value = self.product()
-        while self.peek() in ("+", "-"):
-            operator = self.tokens[self.place]
-            self.place += 1
-            value = value + self.product() if operator == "+" else value - self.product()
-        return value
-
-    def product(self) -> Fraction:
-        value = self.unary()
-        while self.peek() in ("*", "/"):
-            operator = self.tokens[self.place]
-            self.place += 1
-            value = value * self.unary() if operator == "*" else value / self.unary()
-        return value
-
-    def unary(self) -> Fraction:
-        token = self.peek()
-        self.place += 1
-        if token == "-":
-            return -self.unary()
-        if token == "(":
-            value = self.sum()
-            self.place += 1  # the closing parenthesis, which tail and head have seen
-            return value
-        return value_of(token)
+def _take_value(tokens: list[str], above: int = 0) -> Fraction:
+    """Evaluate operators that bind tighter than ``above``, taking tokens off the end of a reversed expression."""
+    token = tokens.pop()
+    if token == "-":
+        value = -_take_value(tokens, above=2)
+    elif token == "(":
+        value = _take_value(tokens)
+        tokens.pop()  # the closing parenthesis, which tail and head have checked
+    else:
+        value = value_of(token)
+    while tokens and (binding := _BINDING.get(tokens[-1], 0)) > above:
+        value = OPERATORS[tokens.pop()](value, _take_value(tokens, binding))
+    return value
 
 
 def value_of(token: str) -> Fraction:
-    """The value of one number token."""
+    """Return the value of one number token."""
     if token.isdecimal():
         return Fraction(int(token))  # several times faster than from text
     whole, plus, fraction = _GROUPING.sub("", token).partition("+")

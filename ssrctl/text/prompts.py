@@ -1,4 +1,4 @@
-"""From a question to the prompt that a model is given."""
+"""Prompts: the wording around a question, as text and as token ids."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SLOT = "{question}"
 
 
 def load_template(name: str, dataset: str) -> str:
-    """The wording of a question, with ``{question}`` where it goes.
+    """Read the wording of a prompt, with ``{question}`` as its slot.
 
     Args:
         name: a name in profiles/prompts, a text file, or ``auto``: ``plain`` for the bundled problems, which
@@ -32,15 +32,17 @@ def load_template(name: str, dataset: str) -> str:
 
 
 def build_prompt(tokenizer: Any, template: str, question: str) -> str:
-    """The prompt as text: the tokenizer's chat template where it has one, the bare wording otherwise."""
+    """Return the prompt as text: by the tokenizer's chat template where it has one, else the wording itself."""
     # str.format would read every other brace of the template (LaTeX, json) as a field.
     content = template.replace(SLOT, question)
     if tokenizer.chat_template is None:
         return content + "\n"
     messages = [{"role": "user", "content": content}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    prompt: str = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return prompt
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
-    """Token ids of a prompt; a chat template has written the special tokens itself."""
-    return tokenizer(prompt, add_special_tokens=tokenizer.chat_template is None)["input_ids"]
+    """Return the token ids of a prompt; a chat template has written the special tokens itself."""
+    ids: list[int] = tokenizer(prompt, add_special_tokens=tokenizer.chat_template is None)["input_ids"]
+    return ids

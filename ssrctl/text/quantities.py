@@ -1,4 +1,4 @@
-"""Which numbers a text gives to calculate with: those it names, and those that everybody knows of its words."""
+"""Numbers that a text gives to calculate with: those it names, and the common knowledge of its words."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PARTS = {
     "half": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6, "seventh": 7, "eighth": 8, "ninth": 9,
     "tenth": 10,
 }  # fmt: skip
-# What a word may bring into a calculation, in its singular.
+# Numbers that a word may bring into a calculation; words in the singular.
 _KNOWLEDGE: dict[str, tuple[int | Fraction, ...]] = {
     **{word: (value,) for word, value in (_ONES | _TEENS | _TENS).items()},
     **{word: (value, Fraction(1, value)) for word, value in _PARTS.items()},
@@ -46,9 +46,9 @@ _HUNDREDTHS = re.compile(r"(?<![\d.])(\d{1,3}(?:\.\d{1,4})?)\s?(?:%|¢|percent\b
 
 
 def given_numbers(text: str) -> set[Fraction]:
-    """The numbers that ``text`` gives: those in it, in digits and in words, and what follows from them at once.
+    """Return the numbers in ``text``, in digits and in words, and those that follow from them directly.
 
-    Of p percent or cents: p, p/100, and what it leaves of or adds to the whole, in both forms. Of words such as
+    Of p percent or cents: p, p/100, and the whole less or plus that part, in both forms. Of words such as
     "minute": the constants that belong to them.
     """
     found = set(numbers_in(text)) | numbers_of_words(text)
@@ -60,7 +60,7 @@ def given_numbers(text: str) -> set[Fraction]:
 
 
 def numbers_of_words(text: str) -> set[Fraction]:
-    """The numbers that words of ``text`` stand for or bring with them."""
+    """Return the numbers that words of ``text`` name or imply."""
     text = text.lower()
     found = {Fraction(_TENS[tens] + _ONES[ones]) for tens, ones in _COMPOUND.findall(text)}
     found |= {Fraction(_ONES[count], _PARTS[part]) for count, part in _SHARE.findall(text)}

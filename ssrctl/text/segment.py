@@ -18,18 +18,18 @@ from ssrctl.text.segment_shield import Shield
 Style = Literal["auto", "newline", "paragraph"]
 
 _BLANK_LINE = re.compile(r"\n[^\S\n]*+\n\s*+")
-# Inside a line: "... Step 2: ...", and an answer behind "A:" or four number signs. The look behind comes after the first
+# Inside a line: "... Step 2: ...", and an answer after "A:" or four number signs. The look-behind comes after the first
 # character, so that the search can skip to it.
 _STEP_LABEL = re.compile(r"S(?<=[^#*>•-]\sS)tep[ \t]{1,3}\d{1,3}[ \t]?[:.)]")
 _ANSWER_LABEL = re.compile(r"A(?<=\sA):[ \t]?(?=[-\d$\\])|#(?<=\s#)###(?!#)(?=[ \t]?[-\d$\\])")
 _CHINESE_LABEL = re.compile(
     r"(?<![^\s。；;:：！？])(?:第[一二三四五六七八九十\d]{1,3}步(?=[:：，,])|步骤[ \t]?\d{1,3}[:：])"
 )
-# The end of what may be an enumerator, and then the whole of it.
+# The end of a possible enumerator, and the whole enumerator.
 _ENUMERATOR_END = re.compile(r"\.(?<=\d\.)(?=\s)|\)(?<=[\da-z]\))(?=\s)")
 _ENUMERATOR = re.compile(r"(?<!\S)(?:(?P<dot>\d{1,3})[.)]|\((?:(?P<digit>\d{1,3})|(?P<letter>[a-z]))\))$")
 _LONGEST_ENUMERATOR = 5
-_SECOND_ITEM = re.compile(r"2[.)]\s|\(b\)\s|（2）|②")  # without one there is no enumeration
+_SECOND_ITEM = re.compile(r"2[.)]\s|\(b\)\s|（2）|②")  # every enumeration has one
 _CHINESE_ENUMERATOR = re.compile(r"（(?P<wide>\d{1,2})）|(?P<circled>[①-⑳])")
 
 
@@ -41,12 +41,12 @@ def segment(
     ``auto`` cuts at line breaks, enumerations (``1.``, ``(a)``, ``Step 3:``) and before ``####``; white space
     between two steps belongs to the earlier one. Where that leaves one paragraph of reasoning (of the text or
     of a ``<think>`` section), it is cut at sentence ends and discourse markers instead, see
-    ``sentence_starts``. ``newline`` cuts at line breaks alone, ``paragraph`` at blank lines alone, both also at
-    ``<think>`` and its like. Code, mathematics and tables are not cut inside, see ``Shield``.
+    ``sentence_starts``. ``newline`` cuts only at line breaks, ``paragraph`` only at blank lines, both also at
+    ``<think>`` and similar tags. Code, mathematics and tables are never cut inside, see ``Shield``.
 
-    What is no step by itself joins a neighbour: headings, bare labels and opening tags what follows; closing
-    tags, crumbs under ``min_chars`` or without a letter or digit, and a formula that its sentence waits for
-    what went before, see ``join_pieces``.
+    A piece that is not a step joins a neighbour, see ``join_pieces``: headings, bare labels and opening tags the
+    next piece; closing tags, pieces under ``min_chars`` or without a letter or digit, and a formula that completes
+    a sentence the previous one.
 
     The last span has kind ``final`` if it holds a final-answer marker (``####``, ``\\boxed{``, ``A:``,
     ``Answer:``, "the answer is 42"); text after the step with the last marker is merged into it, except that
@@ -54,13 +54,13 @@ def segment(
     ``<think>`` when anything follows its step. Without a marker no span is final.
 
     Args:
-        text: the response. Empty gives no span, white space alone gives a single one.
+        text: the response. An empty one gives no span, one of white space a single span.
         style: where to cut.
-        max_steps: at most so many spans; the shortest neighbouring pairs are merged, the earliest of
+        max_steps: largest number of spans; the shortest neighbouring pairs are merged, the earliest of
             equals first, and never into the final span unless ``max_steps`` is 1.
-        min_chars: smallest length of a step, its surrounding white space not counted.
+        min_chars: smallest length of a step without its surrounding white space.
         max_chars: a step longer than this is cut at line ends, else at sentence ends, where it has any; 0 is
-            off. ``max_steps`` comes after it and wins.
+            off. ``max_steps`` is applied after it and wins.
 
     Raises:
         ValueError: unknown style, ``max_steps`` or ``min_chars`` below 1, ``max_chars`` below 0.
@@ -106,12 +106,11 @@ def _check(style: str, max_steps: int, min_chars: int, max_chars: int) -> None:
 class _Marker:
     """The last final-answer marker of a text.
 
-    One inside a ``<think>`` section is passed over when text follows the section, and has no standing when text
-    follows it in there.
+    A marker inside a ``<think>`` section is ignored when text follows the section or follows it in there.
 
     Attributes:
-        offset: where it starts; None without one.
-        decisive: whether it stands although calculations follow.
+        offset: its start; None without one.
+        decisive: True if it holds although calculations follow.
     """
 
     def __init__(self, text: str, tags: list[re.Match[str]]) -> None:
@@ -126,14 +125,14 @@ class _Marker:
             return
         offset, self.decisive = found[0] + answer_from, found[1]
         thought = offset >= opened if opened > closed else offset < closed
-        if not (thought and _goes_on(text, offset)):
+        if not (thought and _continues(text, offset)):
             self.offset = offset
 
     def start(self, text: str, starts: list[int]) -> int | None:
-        """The start of the piece that holds the marker, if that is a final answer."""
+        """Return the start of the piece that holds the marker, if that is a final answer."""
         if self.offset is None:
             return None
-        # The marker of a line may begin with the emphasis before it, but never before its step.
+        # A marker may begin with the emphasis before it, but never before its step.
         after = bisect_right(starts, self.offset)
         if not self.decisive and after < len(starts) and text.find("=", starts[after]) >= 0:
             return None
@@ -148,8 +147,8 @@ def _is_thinking(tag: re.Match[str]) -> bool:
     return tag.group().strip("</>").lower() not in ("answer", "solution")
 
 
-def _goes_on(text: str, offset: int) -> bool:
-    """Whether anything but tags follows the sentence or line around ``offset``."""
+def _continues(text: str, offset: int) -> bool:
+    """Return True if anything but tags follows the sentence or line around ``offset``."""
     line_break = LINE_BREAK.search(text, offset)
     end = line_break.end() if line_break else len(text)
     end = next(iter(sentence_starts(text, offset, end)), end)
@@ -173,7 +172,7 @@ def _explicit_cuts(text: str, shield: Shield, tags: list[re.Match[str]], style: 
     for tag in tags:
         # A closing tag ends its step: with no word of its own it joins the piece before it.
         cuts.add(_next_word(text, tag.end()) if _is_closing(tag) else tag.start())
-    # White space before the first word is no step, and neither is what follows the last character.
+    # White space before the first word is not a step.
     first = _next_word(text, 0)
     return [0, *shield.outside(sorted(cut for cut in cuts if first < cut < len(text)))]
 
@@ -194,10 +193,10 @@ def _next_word(text: str, position: int) -> int:
 
 
 def _enumeration_cuts(text: str) -> set[int]:
-    """Starts of the items of enumerations inside a line: 1, 2, ... in order, at least two of them.
+    """Return starts of the items of enumerations inside a line: 1, 2, ... in order, at least two of them.
 
     The first item starts its line or follows a colon or a sentence end, so that "cases (a) and (b)" and
-    "the answer is 1. Then" are left alone.
+    "the answer is 1. Then" are not cut.
     """
     cuts: set[int] = set()
     if _SECOND_ITEM.search(text) is None:
@@ -216,7 +215,7 @@ def _enumeration_cuts(text: str) -> set[int]:
 
 
 def _enumerators(text: str) -> Iterator[tuple[str, int, int]]:
-    """Style, number and start of whatever looks like ``1.``, ``2)``, ``(3)``, ``(d)``, ``（5）`` or ``⑥``."""
+    """Yield style, number and start of every enumerator such as ``1.``, ``2)``, ``(3)``, ``(d)``, ``（5）`` or ``⑥``."""
     for end in _ENUMERATOR_END.finditer(text):
         window = max(0, end.end() - _LONGEST_ENUMERATOR - 1)
         match = _ENUMERATOR.search(text[window : end.end()])
@@ -236,7 +235,7 @@ def _enumerators(text: str) -> Iterator[tuple[str, int, int]]:
 def _fallback_cuts(
     text: str, starts: list[int], shield: Shield, tags: list[re.Match[str]], marker: _Marker, final: bool
 ) -> list[int]:
-    """Sentence starts of the sections (what tags and answer labels separate) whose reasoning is a single step so far."""
+    """Return sentence starts of the sections (between tags and answer labels) whose reasoning is one step so far."""
     # The paragraph may hold the answer too: "... So 5 are left. The answer is 5."
     end = marker.offset if final and marker.offset is not None else len(text)
     reasoning = starts[:-1] if final else starts

@@ -1,6 +1,6 @@
-"""From cuts to steps: what is no step by itself joins a neighbour, long steps are cut, and many are made few.
+"""From cuts to steps: pieces that are not steps join a neighbour, long steps are cut, and surplus steps merged.
 
-A list of starts stands for the pieces between them; the last one ends where the text does.
+A list of starts represents the pieces between them; the last one ends at the end of the text.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TAG = re.compile(
 )
 LINE_BREAK = re.compile(r"\n\s*")
 
-# A piece that only names what follows: a heading, "Step 3:", "2.", a bullet, "Solution:", an opening tag.
+# A piece that only names the next one: a heading, "Step 3:", "2.", a bullet, "Solution:", an opening tag.
 _LABEL = re.compile(
     r"#{1,6}[ \t][^\n]*|\*\*[^*\n=]{1,80}(?<![.!?。])\*\*:?|(?:\*\*)?Step[ \t]+\d+[ \t]?[:.)]?(?:\*\*)?:?"
     r"|\(?(?:\d{1,3}|[a-z])[.)]|[（(]\d{1,3}[)）]|[①-⑳]|[-*+•]|[A-Z][a-z]{2,15}[:：]"
@@ -31,7 +31,7 @@ _LONGEST_LABEL = 96
 _STOPS = ".!?。！？"
 _ITEM = re.compile(r"[-*+•]\s|\(?(?:\d{1,3}|[a-z])[.)]\s")
 _WORD = re.compile(r"[^\W\d_]{2,}")
-# A sentence that ends with one of these has its formula still to come.
+# A sentence that ends with one of these continues with a formula.
 _AWAITING = re.compile(
     r"(?:[:,=：，]|(?:^|\s)(?:is|are|be|was|get|gets|have|has|gives|obtain|equals|becomes|as|to|that|where|and|or|than|of|by"
     r"|for|with|find|compute|calculate|let|if|since|so))$"
@@ -51,20 +51,20 @@ def join_pieces(
     tagged: bool = True,
     lines_alone: bool = False,
 ) -> list[int]:
-    """Starts of the steps that remain when each piece that is no step has joined a neighbour.
+    """Return starts of the steps after each piece that is not a step has joined a neighbour.
 
-    A heading, label or opening tag goes with what follows; a piece without any letter or digit, or with fewer
-    than ``min_chars`` characters, goes with the piece before (the first one with what follows); and so do a
-    displayed formula whose sentence has not ended, what goes on in lower case after it, a piece that begins
+    A heading, label or opening tag joins the next piece. A piece without any letter or digit, or with fewer
+    than ``min_chars`` characters, joins the piece before (the first one joins the next); and so do a
+    displayed formula whose sentence has not ended, its continuation in lower case, a piece that begins
     with ``=``, and a bare formula after a colon or a word such as "is".
 
     Args:
         text: the response.
-        starts: where pieces start, ascending, the first 0.
+        starts: starts of the pieces, ascending, the first 0.
         shield: of ``text``.
         final: the start of the final answer, one of ``starts``, if there is one: it and what follows are one step.
-        min_chars: smallest length of a step, surrounding white space not counted.
-        tagged: False when there is no ``TAG`` in the text, which saves looking for them.
+        min_chars: smallest length of a step without its surrounding white space.
+        tagged: False when there is no ``TAG`` in the text, which saves the search.
         lines_alone: undisplayed formulas keep their own steps.
     """
     if len(starts) == 1:
@@ -79,7 +79,7 @@ def join_pieces(
 
 
 class _Joiner:
-    """Takes the pieces in their order and keeps the starts of steps."""
+    """Collector of step starts, which is given the pieces in order."""
 
     def __init__(self, text: str, shield: Shield, min_chars: int, tagged: bool, lines_alone: bool) -> None:
         self.text, self.shield = text, shield
@@ -89,7 +89,7 @@ class _Joiner:
         self._open_display = False  # the last piece was a displayed formula in the middle of its sentence
 
     def add(self, start: int, stop: int, *, forced: bool = False) -> None:
-        """Take one piece; a forced one opens a step unless a label or an unfinished sentence waits for it."""
+        """Take one piece; a forced one opens a step unless a label or an unfinished sentence needs it."""
         piece = self.text[start:stop].strip()
         if not (self._open_display or self._join_next) and len(piece) >= self.min_chars and _PROSE.match(piece):
             self.kept.append(start)  # the common case, decided at once
@@ -100,7 +100,7 @@ class _Joiner:
         belongs = not label and self._belongs(start, piece, waits)
         if not self.kept or not (self._join_next or belongs or (small and not label and not forced)):
             self.kept.append(start)
-        # A crumb at the very start has only what follows to go with, as a label always has.
+        # A small piece at the very start can only join the next one, as a label always does.
         self._join_next = label or (self._join_next and small)
 
     def _is_label(self, piece: str) -> bool:
@@ -116,7 +116,7 @@ class _Joiner:
         return len(piece) < self.min_chars or not any(map(str.isalnum, content))
 
     def _belongs(self, start: int, piece: str, waits: bool) -> bool:
-        """Whether ``piece`` is a formula of the sentence before it, or carries on after such a formula."""
+        """Return True if ``piece`` is a formula of the sentence before it, or continues after such a formula."""
         stretch = self.shield.at(start) if self.shield.stretches else None
         if stretch is not None and stretch.kind in ("display", "inline") and self._only_formulas(start, piece):
             if stretch.kind == "display":
@@ -159,8 +159,8 @@ def split_long(
 ) -> list[int]:
     """Cut steps over ``max_chars`` at line ends, else at sentence ends, in pieces as long as the limit allows.
 
-    A protected stretch is cut only when it is longer than the limit by itself, and then only at its line ends.
-    A step without any such end stays as it is. No cut is made after ``last_cut`` (where the final answer is).
+    A protected stretch is cut only when it is itself longer than the limit, and then only at its line ends.
+    A step without any such end stays whole. No cut is made after ``last_cut`` (the final answer).
     """
     made: list[int] = []
     for start, stop in pairwise([*starts, len(text)]):
@@ -194,7 +194,7 @@ def _cuts_inside(
 
 
 def _best_cut(tiers: list[list[int]], position: int, max_chars: int) -> int | None:
-    """The last cut within the limit, of the first tier that has one in its upper half; else the nearest one."""
+    """Return the last cut within the limit, of the first tier with one in its upper half; else the nearest cut."""
     limit = position + max_chars
     within = []
     for tier in tiers:

@@ -1,4 +1,4 @@
-"""Where sentences end in running text, and where one begins although nothing ended the one before it."""
+"""Sentence starts in running text, also those without punctuation before them."""
 
 from __future__ import annotations
 
@@ -59,13 +59,13 @@ _ENDS_IN_NUMBER = re.compile(r"\d[%)$]?$")
 
 
 def sentence_starts(text: str, start: int, end: int) -> list[int]:
-    """Starts of the sentences and clauses of ``text[start:end]`` after the first.
+    """Return starts of the sentences and clauses of ``text[start:end]`` after the first.
 
     A sentence ends at a full stop, an exclamation or question mark, or their Chinese forms, where a capital,
     a number or mathematics follows; not after an abbreviation, an initial or a bare enumerator, nor inside a
     number. A clause ends at a semicolon and before ", therefore" and its like. Text that runs on without marks
     is cut before a capitalised word that only opens sentences ("So", "She", ...), and, once a result has been
-    stated (an ``=`` since the last cut), before any capitalised word that goes on in lower case and before a
+    stated (an ``=`` since the last cut), before any capitalised word that continues in lower case and before a
     new calculation. Takes linear time.
     """
     certain = [
@@ -85,7 +85,7 @@ def sentence_starts(text: str, start: int, end: int) -> list[int]:
         capitals.pop(cut, None)
     cuts: list[int] = []
     scanned = start
-    calculated = False  # whether there is an "=" since the last cut
+    calculated = False  # an "=" was found since the last cut
     for cut in sorted({*certain, *capitals}):
         word = capitals.get(cut)
         if word is not None:
@@ -100,7 +100,7 @@ def sentence_starts(text: str, start: int, end: int) -> list[int]:
 
 
 def _is_no_end(text: str, stop: int, cut: int, start: int) -> bool:
-    """Whether the period at ``stop`` belongs to an abbreviation, an initial or an enumerator that opens its item."""
+    """Return True if the period at ``stop`` belongs to an abbreviation, an initial or an opening enumerator."""
     tail = text[stop - 5 : stop]
     if tail.isalpha() and tail != "pprox":
         return False  # the common case: no other abbreviation is as long
@@ -117,11 +117,11 @@ def _is_no_end(text: str, stop: int, cut: int, start: int) -> bool:
     if _BARE_ENUMERATOR.fullmatch(word) is None:
         return False
     numbered = len(words) > 1 and words[-2][-1] == "." and _ABBREVIATION.search(words[-2][:-1]) is not None
-    return word[0] == "(" or (not numbered and opens_item(text, stop - len(word)))  # "Fig. 3." is no item
+    return word[0] == "(" or (not numbered and opens_item(text, stop - len(word)))  # "Fig. 3." is not an item
 
 
 def opens_item(text: str, start: int) -> bool:
-    """Whether an enumerator at ``start`` stands where an item can begin: on a new line or after punctuation."""
+    """Return True if an item can begin at ``start``: on a new line or after punctuation."""
     before = text[max(0, start - 20) : start].rstrip(" \t")
     return before == "" or before[-1] in "\n:;.!?。；：，"
 
@@ -131,10 +131,9 @@ def _is_result(value: str, unit: str) -> bool:
 
 
 def _opens_sentence(text: str, cut: int, word: str, calculated: bool) -> bool:
-    """Whether a new sentence begins with the capitalised ``word`` at ``cut``, after no punctuation.
+    """Return True if the capitalised ``word`` at ``cut`` begins a sentence although no punctuation precedes it.
 
-    Args:
-        calculated: whether the sentence so far holds an ``=``.
+    ``calculated`` is True if the sentence before it holds an ``=``.
     """
     if not calculated and word not in _OPENERS:
         return False

@@ -1,4 +1,4 @@
-"""The stretches of a response that are not cut inside: code, mathematics and tables."""
+"""Protected stretches of a response, which are never cut inside: code, mathematics and tables."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _TABLE = re.compile(
 
 
 class Stretch(NamedTuple):
-    """``text[start:end]`` with what delimits it."""
+    """``text[start:end]``, delimiters included."""
 
     start: int
     end: int
@@ -39,7 +39,7 @@ class Stretch(NamedTuple):
 
 
 class Shield:
-    """What is not cut inside, in the order of the text.
+    """Protected stretches in the order of the text.
 
     Code between fences (one that names its language and is never closed runs to the end) and between
     backticks, Asymptote figures; display mathematics (``\\[ \\]``, ``$$``, environments such as ``aligned``); inline mathematics
@@ -58,22 +58,17 @@ class Shield:
         self._at = {stretch.start: stretch for stretch in found}
 
     def at(self, position: int) -> Stretch | None:
-        """The stretch that starts at ``position``."""
+        """Return the stretch that starts at ``position``."""
         return self._at.get(position)
 
-    def covers(self, position: int) -> bool:
-        """Whether a cut at ``position`` would fall inside a stretch."""
-        after = bisect_left(self._starts, position)
-        return after > 0 and position < self._ends[after - 1]
-
     def outside(self, cuts: Iterable[int]) -> list[int]:
-        """The cuts that fall inside no stretch."""
+        """Return the cuts outside all stretches."""
         starts, ends = self._starts, self._ends
         return [cut for cut in cuts if not (after := bisect_left(starts, cut)) or cut >= ends[after - 1]]
 
 
 def _united(stretches: list[Stretch]) -> list[Stretch]:
-    """Sorted, and those that overlap made one; a table is one, whatever its cells hold."""
+    """Sort the stretches and join those that overlap; a table stays a table, whatever its cells hold."""
     made: list[Stretch] = []
     for stretch in sorted(stretches, key=lambda s: (s.start, -s.end)):
         if made and stretch.start < made[-1].end:
@@ -86,7 +81,7 @@ def _united(stretches: list[Stretch]) -> list[Stretch]:
 
 
 class _Scanner:
-    """One pass over the openings of a text. What was found ahead is remembered, so that nothing is sought twice."""
+    """One pass over the openings of a text; matches found ahead are cached, so that nothing is searched twice."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -118,12 +113,12 @@ class _Scanner:
         if end is None:
             return None
         if opening in ("$$", r"\(") and self._blank_line_before(end[0], match.end()):
-            # A delimiter whose partner was forgotten, not mathematics of two paragraphs.
+            # An unclosed delimiter, not mathematics of two paragraphs.
             return None
         return Stretch(start, end[1], "inline" if opening == r"\(" else "display")
 
     def _fence(self, start: int, after: int, mark: str) -> Stretch | None:
-        """From a fence's opening line to its closing line, or to the next fence mark where none stands alone."""
+        """Match from a fence's opening line to its closing line, or to the next fence mark without a line of its own."""
         before = self.text[max(0, start - 12) : start].rstrip(" \t>")
         opens_line = before[-1:] in ("\n", "") or (before[-1] in "-*+.)" and len(before.rsplit("\n", 1)[-1]) < 6)
         if not opens_line:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -112,7 +113,7 @@ def test_the_same_difference_everywhere_is_a_point() -> None:
 
 
 def test_record() -> None:
-    assert accuracy_interval([0.5, 0.5]).to_dict().keys() == {"value", "low", "high", "confidence", "num_problems"}
+    assert asdict(accuracy_interval([0.5, 0.5])).keys() == {"value", "low", "high", "confidence", "num_problems"}
 
 
 def test_refusals() -> None:

@@ -105,7 +105,7 @@ def test_no_reference_at_all_is_an_error_and_writes_nothing(tmp_path: Path) -> N
     with pytest.raises(UserError, match="none of the 1 responses has a reference answer") as caught:
         grade(tmp_path, [{"response": "#### 42"}])
     assert caught.value.remedy is not None and "--dataset" in caught.value.remedy
-    assert not (tmp_path / "out" / "samples.jsonl").exists()
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_bad_lines_are_named(tmp_path: Path, capfd: pytest.CaptureFixture[str], 
     assert main(["eval", "--responses", str(tmp_path / "r.jsonl"), "-o", str(tmp_path / "out")]) == 2
     err = capfd.readouterr().err
     assert message in err and "Traceback" not in err
-    assert not (tmp_path / "out" / "samples.jsonl").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_hostile_responses_are_graded(tmp_path: Path) -> None:
@@ -153,6 +153,16 @@ def test_grading_again_is_allowed_but_not_over_drawn_samples(tmp_path: Path) -> 
     with pytest.raises(UserError, match="samples that were not graded from a file"):
         grade(tmp_path, ROWS[:1])
     assert (tmp_path / "out" / "samples.jsonl").read_bytes() == before
+
+
+def test_an_error_removes_only_new_folders(tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    with pytest.raises(UserError, match="none of the 1 responses"):
+        grade(tmp_path, [{"response": "#### 42"}], output_dir=tmp_path / "kept" / "new" / "newer")
+    assert list((tmp_path / "kept").iterdir()) == []
+    with pytest.raises(UserError, match="none of the 1 responses"):
+        grade(tmp_path, [{"response": "#### 42"}], output_dir=tmp_path / "kept")
+    assert (tmp_path / "kept").is_dir()
 
 
 @pytest.mark.slow  # loads a model

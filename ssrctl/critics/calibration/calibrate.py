@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any, Protocol, runtime_checkable
 
@@ -39,7 +39,7 @@ class Repeatable(Protocol):
 
 
 @dataclass
-class Judged:
+class JudgedTrace:
     """A labelled trace with what the critic said of it.
 
     Attributes:
@@ -90,7 +90,7 @@ def calibrate(
         UserError: no traces, or what the critic raises.
         Stopped: the critic stopped before it had judged anything.
     """
-    judged = [Judged(given) for given in labelled]
+    judged = [JudgedTrace(given) for given in labelled]
     if not judged:
         raise UserError("no labelled solutions to measure the critic on", "give a file that has some")
     by_rollout = {id(mine.given.rollout): mine for mine in judged}
@@ -126,7 +126,7 @@ def calibrate(
     }
 
 
-def measure(judged: Sequence[Judged], *, wrong_below: float, seed: int = 0) -> dict[str, Any]:
+def measure(judged: Sequence[JudgedTrace], *, wrong_below: float, seed: int = 0) -> dict[str, Any]:
     """Everything that can be said of a critic from its scores and the labels.
 
     A trace with a missing score before the first step called wrong is undecided, which counts as a miss in the
@@ -163,7 +163,7 @@ def measure(judged: Sequence[Judged], *, wrong_below: float, seed: int = 0) -> d
 
 
 def _first_errors(
-    judged: Sequence[Judged], labels: Sequence[int], problems: Sequence[Any], wrong_below: float, seed: int
+    judged: Sequence[JudgedTrace], labels: Sequence[int], problems: Sequence[Any], wrong_below: float, seed: int
 ) -> dict[str, Any]:
     predictions = _predictions(judged, wrong_below)
     hits = _hits(predictions, labels)
@@ -173,7 +173,7 @@ def _first_errors(
     whole_rounds = min(map(len, predictions))  # fewer than asked for when the critic stopped
     rounds = [[[mine[number]] for mine in predictions] for number in range(whole_rounds)]
     return {
-        "f1": None if estimate is None else estimate.to_dict(),
+        "f1": None if estimate is None else asdict(estimate),
         "erroneous_accuracy": erroneous,
         "correct_accuracy": correct,
         "undecided_frac": fmean(fmean(found is None for found in mine) for mine in predictions),
@@ -190,7 +190,7 @@ def _hits(predictions: Sequence[Sequence[int | None]], labels: Sequence[int]) ->
 
 
 def _predictions(
-    judged: Sequence[Judged], wrong_below: float, *, missing_is_right: bool = False
+    judged: Sequence[JudgedTrace], wrong_below: float, *, missing_is_right: bool = False
 ) -> list[list[int | None]]:
     return [
         [first_error(scores, wrong_below, missing_is_right=missing_is_right) for scores in mine.scores]
@@ -216,7 +216,7 @@ def _verdicts(
     return {name: fmean(mine.count(name) / len(mine) for mine in of_class) for name in names}
 
 
-def _best_threshold(judged: Sequence[Judged], labels: Sequence[int], wrong_below: float) -> dict[str, Any] | None:
+def _best_threshold(judged: Sequence[JudgedTrace], labels: Sequence[int], wrong_below: float) -> dict[str, Any] | None:
     rounds = [
         (scores, label, 1 / len(mine.scores))
         for mine, label in zip(judged, labels, strict=True)
@@ -227,7 +227,7 @@ def _best_threshold(judged: Sequence[Judged], labels: Sequence[int], wrong_below
     return None if best is None else {"wrong_below": best.wrong_below, "f1": best.f1}
 
 
-def _step_auc(judged: Sequence[Judged]) -> float | None:
+def _step_auc(judged: Sequence[JudgedTrace]) -> float | None:
     """Chance that a step before the first error scores above a first wrong one; what follows it has no label."""
     right, wrong = [], []
     for mine in judged:
@@ -239,7 +239,7 @@ def _step_auc(judged: Sequence[Judged]) -> float | None:
     return auc(right, wrong)
 
 
-def _outcome(judged: Sequence[Judged]) -> dict[str, Any]:
+def _outcome(judged: Sequence[JudgedTrace]) -> dict[str, Any]:
     """How the mean and the least step score of a trace go with its outcome, every judgement counted for itself.
 
     The outcome is whether the final answer is right; where no trace says, whether no step is wrong. Scores of final
@@ -266,13 +266,13 @@ def _outcome(judged: Sequence[Judged]) -> dict[str, Any]:
     return measured
 
 
-def _of_steps(mine: Judged, scores: Sequence[float | None]) -> list[float]:
+def _of_steps(mine: JudgedTrace, scores: Sequence[float | None]) -> list[float]:
     """The known scores of a judgement, those of final answers left out."""
     steps = mine.given.rollout.steps or ()
     return [score for score, step in zip(scores, steps, strict=True) if score is not None and step.kind == "step"]
 
 
-def _noise(judged: Sequence[Judged], wrong_below: float) -> dict[str, Any] | None:
+def _noise(judged: Sequence[JudgedTrace], wrong_below: float) -> dict[str, Any] | None:
     """None unless some step was scored twice."""
     steps = [
         [score for score in scores if score is not None] for mine in judged for scores in zip(*mine.scores, strict=True)
@@ -283,7 +283,7 @@ def _noise(judged: Sequence[Judged], wrong_below: float) -> dict[str, Any] | Non
     return {**noise.to_dict(), "first_error_changed_frac": changed_frac(_predictions(judged, wrong_below))}
 
 
-def _missing(judged: Sequence[Judged]) -> dict[str, Any]:
+def _missing(judged: Sequence[JudgedTrace]) -> dict[str, Any]:
     errors: Counter[str] = Counter()
     for mine in judged:
         errors.update(mine.errors)
