@@ -167,7 +167,10 @@ def test_version_and_bare_call(capsys: pytest.CaptureFixture[str]) -> None:
 
 @dataclasses.dataclass(kw_only=True)
 class Settings(configs.CommonConfig):
-    """A command for these tests."""
+    """A command for these tests.
+
+    Example: ssrctl try x
+    """
 
     input: str = building.positional(metavar="INPUT")
     """What to read."""
@@ -212,7 +215,7 @@ def main(monkeypatch: pytest.MonkeyPatch) -> Any:
     made = typer.Typer(pretty_exceptions_enable=False)
     made.callback()(lambda: None)
     monkeypatch.setitem(sys.modules, "stage_of_test_cli", sys.modules[__name__])
-    glue.command(made, "try", Settings, "stage_of_test_cli:stage", "ssrctl try x")
+    glue.command(made, "try", Settings, "stage_of_test_cli:stage")
     monkeypatch.setattr(app_module, "app", made)
     ran.clear()
     return cli.main
