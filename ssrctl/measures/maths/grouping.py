@@ -1,17 +1,95 @@
-"""Tensors put together by layer and by kind of matrix, for any measure whose numbers add up."""
+"""Tensors grouped by layer and by kind of matrix, for any measure."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 from ssrctl.checkpoints.names import KINDS, layer_index, matrix_kind
 
 T = TypeVar("T")
+Row = TypeVar("Row")
+TensorRow = TypeVar("TensorRow")
+
+
+@dataclass(frozen=True)
+class Grouped(Generic[Row, TensorRow]):
+    """A measure of all tensors together, and of each group of them.
+
+    Attributes:
+        total: of all tensors.
+        layers: by layer in order; None holds the tensors outside of the layers and comes last.
+        kinds: by kind of matrix, in the order of ``names.KINDS``.
+        cells: by (layer, kind), in these orders.
+        tensors: by tensor name, in the order given.
+    """
+
+    total: Row
+    layers: dict[int | None, Row]
+    kinds: dict[str, Row]
+    cells: dict[tuple[int | None, str], Row]
+    tensors: dict[str, TensorRow]
+
+    def numbers(
+        self,
+        row: Callable[[Row], dict[str, Any]] = dataclasses.asdict,  # type: ignore[assignment]
+        tensor: Callable[[str, TensorRow], dict[str, Any]] | None = None,
+    ) -> dict[str, Any]:
+        """Return the form that report.json holds: lists of rows that begin with their layer, kind or name.
+
+        Args:
+            row: numbers of a group's row.
+            tensor: numbers of a tensor's row, from its name and the row; by default those of ``row``.
+        """
+        of_tensor = tensor or (lambda name, one: row(one))  # type: ignore[arg-type, return-value]
+        return {
+            "total": row(self.total),
+            "layers": [{"layer": layer} | row(one) for layer, one in self.layers.items()],
+            "kinds": [{"kind": kind} | row(one) for kind, one in self.kinds.items()],
+            "cells": [{"layer": layer, "kind": kind} | row(one) for (layer, kind), one in self.cells.items()],
+            "tensors": [
+                {"name": name, "layer": layer_index(name), "kind": matrix_kind(name)} | of_tensor(name, one)
+                for name, one in self.tensors.items()
+            ],
+        }
+
+    @property
+    def numbered_layers(self) -> dict[int, Row]:
+        """The rows of the layers proper, without the tensors outside of them."""
+        return {layer: row for layer, row in self.layers.items() if layer is not None}
+
+
+def group(found: Mapping[str, T], summary: Callable[[Sequence[T]], Row]) -> Grouped[Row, Row]:
+    """Summarise the measures of single tensors by group; a tensor's own row is the summary of it alone.
+
+    Args:
+        found: a measure of each tensor, by name.
+        summary: the row of several tensors together; called with an empty list when there is no tensor.
+    """
+    return group_with_tensors(found, summary, {name: summary([one]) for name, one in found.items()})
+
+
+def group_with_tensors(
+    found: Mapping[str, T], summary: Callable[[Sequence[T]], Row], tensors: dict[str, TensorRow]
+) -> Grouped[Row, TensorRow]:
+    """Summarise as ``group`` does, with rows of another type for single tensors."""
+    cells: dict[tuple[int | None, str], list[T]] = {}
+    for name, one in found.items():
+        cells.setdefault((layer_index(name), matrix_kind(name)), []).append(one)
+    order = sorted(cells, key=lambda cell: (cell[0] is None, cell[0] or 0, KINDS.index(cell[1])))
+    return Grouped(
+        total=summary(list(found.values())),
+        layers={layer: summary(some) for layer, some in by_layer(found).items()},
+        kinds={kind: summary(some) for kind, some in by_kind(found).items()},
+        cells={cell: summary(cells[cell]) for cell in order},
+        tensors=tensors,
+    )
 
 
 def by_layer(found: Mapping[str, T]) -> dict[int | None, list[T]]:
-    """What was found for each layer's tensors, layers in order; None holds what lies in no layer and comes last."""
+    """Return the measures of each layer's tensors, layers in order; None (outside of the layers) comes last."""
     layers: dict[int | None, list[T]] = {}
     for name, one in found.items():
         layers.setdefault(layer_index(name), []).append(one)
@@ -19,7 +97,7 @@ def by_layer(found: Mapping[str, T]) -> dict[int | None, list[T]]:
 
 
 def by_kind(found: Mapping[str, T]) -> dict[str, list[T]]:
-    """What was found for each kind of matrix, in the order of ``KINDS``."""
+    """Return the measures of each kind of matrix, in the order of ``KINDS``."""
     kinds: dict[str, list[T]] = {}
     for name, one in found.items():
         kinds.setdefault(matrix_kind(name), []).append(one)
@@ -27,28 +105,10 @@ def by_kind(found: Mapping[str, T]) -> dict[str, list[T]]:
 
 
 def grouped(found: Mapping[str, T], summary: Callable[[Sequence[T]], dict[str, Any]]) -> dict[str, Any]:
-    """``total``, ``layers``, ``kinds``, ``cells`` (layer and kind) and ``tensors``, each summarised.
-
-    Args:
-        found: a measure of each tensor, by name.
-        summary: the numbers of several tensors together; called with an empty list when there is no tensor.
-    """
-    cells: dict[tuple[int | None, str], list[T]] = {}
-    for name, one in found.items():
-        cells.setdefault((layer_index(name), matrix_kind(name)), []).append(one)
-    order = sorted(cells, key=lambda cell: (cell[0] is None, cell[0] or 0, KINDS.index(cell[1])))
-    return {
-        "total": summary(list(found.values())),
-        "layers": [{"layer": layer} | summary(some) for layer, some in by_layer(found).items()],
-        "kinds": [{"kind": kind} | summary(some) for kind, some in by_kind(found).items()],
-        "cells": [{"layer": layer, "kind": kind} | summary(cells[layer, kind]) for layer, kind in order],
-        "tensors": [
-            {"name": name, "layer": layer_index(name), "kind": matrix_kind(name)} | summary([one])
-            for name, one in found.items()
-        ],
-    }
+    """Return ``group`` in the form of report.json, for rows that are dicts."""
+    return group(found, summary).numbers(row=dict)
 
 
 def layer_label(layer: int | None) -> str:
-    """A layer number as figures show it."""
+    """Return a layer number as figures show it."""
     return "outside" if layer is None else str(layer)
