@@ -31,7 +31,7 @@ def strips(rows: int, columns: int) -> Iterator[tuple[int, int]]:
 
 
 def pack_tiles(indices: Tensor, columns: int, first: int, last: int) -> tuple[Tensor, Tensor]:
-    """The tiles of the selected coordinates of one strip.
+    """Return the tiles of the selected coordinates of one strip.
 
     Args:
         indices: flat indices, int64 ``[k]``, distinct, all in tile rows ``first..last-1``.
