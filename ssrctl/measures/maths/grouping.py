@@ -43,7 +43,7 @@ class Grouped(Generic[Row, TensorRow]):
             row: numbers of a group's row.
             tensor: numbers of a tensor's row, from its name and the row; by default those of ``row``.
         """
-        of_tensor = tensor or (lambda name, one: row(one))  # type: ignore[arg-type, return-value]
+        of_tensor = tensor or (lambda name, one: row(one))  # type: ignore[arg-type]
         return {
             "total": row(self.total),
             "layers": [{"layer": layer} | row(one) for layer, one in self.layers.items()],
