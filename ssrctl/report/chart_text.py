@@ -1,4 +1,4 @@
-"""A figure in a sentence or two, for those who do not see it."""
+"""A description of a figure in a sentence or two, for readers who do not see it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _MOST_SERIES = 8
 
 
 def describe(figure: Figure) -> str:
-    """What the figure shows: its axes, and where each series is lowest and highest."""
+    """Return a description: the axes, and where each series is lowest and highest."""
     if isinstance(figure, Heatmap):
         return _heatmap(figure)
     if isinstance(figure, Ranges):
