@@ -254,7 +254,8 @@ def test_a_switch_has_a_flag_for_the_value_that_is_not_its_default(
 
 def test_a_wrong_flag_names_the_nearest(main: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["try", "x", "--num-thing", "3"]) == 2
-    assert "No such option: --num-thing" in (said := one_line(capsys.readouterr().err)) and "--num-things" in said
+    said = one_line(capsys.readouterr().err)
+    assert re.search(r"No such option:? '?--num-thing\b", said) and re.search(r"--num-things\b", said)
     assert main(["try", "x", "y"]) == 2
     assert "unexpected extra argument" in one_line(capsys.readouterr().err) and ran == []
 
