@@ -1,4 +1,4 @@
-"""Score sampled groups with a critic and check their final answers."""
+"""Scoring of sampled groups: the critic's scores and the check of the final answers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ssrctl.critics.base import OUTAGES, Critic, score_all
+from ssrctl.critics.base import OUTAGE_ERRORS, Critic, score_all
 from ssrctl.errors import Stopped
 
 if TYPE_CHECKING:
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 def score_groups(groups: Sequence[Group], critic: Critic) -> None:
-    """Have the critic score every response, and check the final answers; fills the records in place.
+    """Score every response with ``critic`` and check its final answer; fills the records in place.
 
     Raises:
-        Stopped: the critic could not be reached for any of the steps, so that there is nothing to learn from.
+        Stopped: every score is missing because of an outage, so that there is nothing to learn from.
     """
     from ssrctl.text.answers import check_answers
 
@@ -28,6 +28,9 @@ def score_groups(groups: Sequence[Group], critic: Critic) -> None:
         assert rollout.response is not None and rollout.answer is not None
         rollout.scores, rollout.final = scores, final
     errors = Counter(score.error for rollout in rollouts for score in rollout.scores or ())
-    if errors and set(errors) <= OUTAGES:
+    if errors and set(errors) <= OUTAGE_ERRORS:
         classes = ", ".join(f"{kind} {count}" for kind, count in errors.items())
-        raise Stopped(f"the critic gave none of {errors.total()} scores: {classes}", "go on when it answers again")
+        raise Stopped(
+            f"the critic gave none of {errors.total()} scores: {classes}",
+            "check the critic's server and continue when it answers",
+        )

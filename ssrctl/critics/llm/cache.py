@@ -172,12 +172,6 @@ class ReplyCache:
         with self._lock:
             self._connection.close()
 
-    def __enter__(self) -> ReplyCache:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
     def _make_or_check(self) -> None:
         """Create the table in a new file; refuse a file that is not ours."""
         application, version, tables = (
