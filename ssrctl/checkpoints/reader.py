@@ -100,9 +100,10 @@ class TensorReader:
 
         file = self._places[name]
         try:
-            return self._handles[file].get_tensor(self.name_map.to_file(name))
+            tensor: Tensor = self._handles[file].get_tensor(self.name_map.to_file(name))
         except (SafetensorError, OSError, RuntimeError, TypeError) as error:  # the last two: absurd empty shapes
             raise UserError(f"{file}: {name} cannot be read: {error}", "it may be torn; copy it again") from error
+        return tensor
 
     def pieces(self, name: str, start: int = 0, stop: int | None = None, *, reuse: bool = False) -> Iterator[Tensor]:
         """One tensor, as stored, as flat tensors of 2^20 elements in order; the last is shorter, an empty one has none.

@@ -10,13 +10,14 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ssrctl.errors import UserError
 from ssrctl.io.files import existing_file, whole_file
 from ssrctl.version import __version__
 
 if TYPE_CHECKING:
+    from pydantic import ConfigDict
     from torch import Tensor
 
     from ssrctl.core.mask import BlockMask
@@ -32,6 +33,8 @@ class ModelIdentity:
         revision: of a hub model.
         fingerprint: of the weights as stored, see ``checkpoints.fingerprint``.
     """
+
+    __pydantic_config__: ClassVar[ConfigDict] = {"extra": "forbid"}
 
     name: str
     revision: str | None
@@ -138,7 +141,7 @@ def save_mask(
         model: whose coordinates these are.
         settings: what made it.
     """
-    from ssrctl.core.mask import TILE
+    from ssrctl.core.tile_bits import TILE
 
     metadata = {
         "mask_kind": mask_kind,
@@ -186,7 +189,7 @@ def load_mask(path: str | Path) -> tuple[BlockMask, dict[str, str]]:
     Raises:
         UserError: torn or foreign file, or contents that do not describe a mask.
     """
-    from ssrctl.core.mask import TILE
+    from ssrctl.core.tile_bits import TILE
 
     tensors, metadata = load_tensors(path, MASK_KIND)
     shapes = shapes_field(metadata, path)

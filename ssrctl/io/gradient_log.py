@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 from ssrctl.errors import UserError
 from ssrctl.io.artifacts import json_field, load_tensors, read_metadata, save_tensors
+from ssrctl.io.checked import Count, checked
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 KIND = "gradient-sketch"
-SKETCHES = ("exact", "count-sketch")
 _TENSOR = "gradient"
 
 
@@ -35,11 +35,11 @@ class GradientHeader:
         num_coordinates: of the model.
     """
 
-    step: int
-    sketch: str
-    size: int
-    seed: int
-    num_coordinates: int
+    step: Count
+    sketch: Literal["exact", "count-sketch"]
+    size: Count
+    seed: Count
+    num_coordinates: Count
 
     @property
     def map(self) -> tuple[str, int, int, int]:
@@ -96,10 +96,8 @@ def load_gradient_log(path: str | Path) -> tuple[GradientHeader, Tensor]:
 
 
 def _header(metadata: Mapping[str, str], path: str | Path) -> GradientHeader:
-    numbers = {key: json_field(metadata, key, path) for key in ("step", "size", "seed", "num_coordinates")}
-    if odd := [key for key, value in numbers.items() if type(value) is not int or value < 0]:
-        raise UserError(f"{path}: metadata '{odd[0]}' is no count: {metadata[odd[0]]}", "log the run again")
-    sketch = metadata.get("sketch", "")
-    if sketch not in SKETCHES:
-        raise UserError(f"{path}: unknown sketch {sketch!r}; known: {', '.join(SKETCHES)}", "use a newer version")
-    return GradientHeader(sketch=sketch, **numbers)
+    stored: dict[str, Any] = {
+        key: json_field(metadata, key, path) for key in ("step", "size", "seed", "num_coordinates")
+    }
+    stored["sketch"] = metadata.get("sketch")
+    return checked(GradientHeader, stored, f"{path}: metadata", "log the run again, or use a newer version")

@@ -301,4 +301,5 @@ class AblationProbe:
 
     @torch.no_grad()
     def _logits(self, ids: Tensor) -> Tensor:
-        return self._model(input_ids=ids.unsqueeze(0), use_cache=False).logits[0]
+        logits: Tensor = self._model(input_ids=ids.unsqueeze(0), use_cache=False).logits[0]
+        return logits

@@ -142,12 +142,12 @@ REFUSED = {
     "texts alone or spans alone, found dict, str": BENCH | {"steps": ["a", {"start": 0, "end": 1}, "c"]},
     "step 1 is blank": BENCH | {"steps": ["a", " \n", "c"]},
     "neither 'problem' nor 'question' is there": {"steps": ["a"], "label": 0},
-    "'question' must be text, found int": BENCH | {"problem": 5},
+    "'question' must be a valid string, found 5": BENCH | {"problem": 5},
     "must be true, false or null, found 1": BENCH | {"final_answer_correct": 1},
     'must be true, false or null, found "yes"': RECORD | {"final": {"correct": "yes"}},
     "'response' is missing": {key: value for key, value in RECORD.items() if key != "response"},
     "the steps end at 12, the response has 18": RECORD | {"steps": RECORD["steps"][:2]},
-    "'steps' is malformed": RECORD | {"steps": [{"start": 0, "stop": 18}]},
+    "'steps[0].end' is missing": RECORD | {"steps": [{"start": 0, "stop": 18}]},
     "expected a json object, found list": [1],
 }
 
