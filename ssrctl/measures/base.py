@@ -26,12 +26,15 @@ import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 from ssrctl.checkpoints.pairs import Comparison, TensorPair, walk
 from ssrctl.configs import DiagnoseConfig
-from ssrctl.measures.published import Measure as PublishedMeasure
+from ssrctl.measures.published import PublishedKey
 from ssrctl.report.document import Section
+
+if TYPE_CHECKING:
+    from ssrctl.io.mask_log import StepMaskLog
 
 Part = TypeVar("Part")
 Result = TypeVar("Result")
@@ -53,6 +56,7 @@ class Findings:
         headlines: the answer, in sentences with numbers.
         notes: what a reader must know so as not to be misled.
         sections: figures and tables, those that answer before those that detail.
+        details: further sections, shown below those of other measures.
         published: values to be shown next to published ones; None for one that is not defined here.
         failed: assertions that do not hold, in sentences; any makes the command exit with 4.
     """
@@ -61,7 +65,8 @@ class Findings:
     headlines: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     sections: list[Section] = field(default_factory=list)
-    published: dict[PublishedMeasure, float | None] = field(default_factory=dict)
+    details: list[Section] = field(default_factory=list)
+    published: dict[PublishedKey, float | None] = field(default_factory=dict)
     failed: list[str] = field(default_factory=list)
 
 
@@ -149,6 +154,33 @@ class RunMeasure(Measure[Any, Result]):
     possible_in = frozenset({"run"})
     default_in = frozenset({"run"})
     needs = "a run directory"
+
+
+class StepMeasure(abc.ABC, Generic[Part, Result]):
+    """A measure of the coordinate sets of a run's steps (``--jaccard``), from its mask logs.
+
+    Attributes:
+        settings: of the run, from its config.yaml; empty when it has none.
+    """
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        self.settings = settings
+
+    @abc.abstractmethod
+    def log(self, log: StepMaskLog) -> Part:
+        """Return what is kept of one logged training step.
+
+        Raises:
+            ValueError: a log that contradicts itself.
+        """
+
+    @abc.abstractmethod
+    def combine(self, parts: Sequence[Part]) -> Result:
+        """Return the result from the parts of all logged steps, in order."""
+
+    @abc.abstractmethod
+    def present(self, result: Result) -> Findings:
+        """Return headlines, notes, sections and numbers of a result."""
 
 
 class TensorSeries:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ssrctl.measures.maths.grouping import layer_label
-from ssrctl.measures.published import Measure, references
+from ssrctl.measures.published import PublishedKey, references
 from ssrctl.report.document import Heatmap, Lines, Section, Table
 from ssrctl.report.formats import count, number, percent
 
@@ -39,7 +39,7 @@ def _step(numbers: Mapping[str, Any], place: int) -> str:
     return f"step {numbers['steps'][place]:g}"
 
 
-def over_time_section(numbers: Mapping[str, Any], published: Measure | None = None) -> Section:
+def over_time_section(numbers: Mapping[str, Any], published: PublishedKey | None = None) -> Section:
     """Sparsity, union and subnetwork over the checkpoints of a run, by layer and by kind of matrix.
 
     Args:
@@ -58,7 +58,7 @@ def over_time_section(numbers: Mapping[str, Any], published: Measure | None = No
     )
 
 
-def _lines(numbers: Mapping[str, Any], published: Measure | None) -> list[Lines]:
+def _lines(numbers: Mapping[str, Any], published: PublishedKey | None) -> list[Lines]:
     total, steps = numbers["total"], numbers["steps"]
     return [
         Lines(

@@ -15,6 +15,7 @@ from ssrctl.report.formats import text
 Numbers = Sequence[float | None]
 Cell = float | int | str | None
 Interval = tuple[float, float]
+Format = Callable[[Any], str]
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,16 @@ class Column:
     Attributes:
         name: the heading.
         format: writes one value; the terminal and the page show its text, csv and json hold the value itself.
-            ``formats.text`` marks a column of words, aligned left; all others are numbers, aligned right.
+            ``formats.text`` marks a column of words, aligned left; all others are numbers, aligned right. A list
+            has a format for each row, where rows have different units.
     """
 
     name: str
-    format: Callable[[Any], str] = text
+    format: Format | Sequence[Format] = text
+
+    def written(self, row: int, value: Cell) -> str:
+        """Return the text of the value in a row."""
+        return self.format(value) if callable(self.format) else self.format[row](value)
 
 
 @dataclass(kw_only=True)
@@ -70,26 +76,26 @@ class Table:
     collapsed: bool = False
 
     def __post_init__(self) -> None:
-        self.columns = [Column(one) if isinstance(one, str) else one for one in self.columns]
         if wrong := [len(row) for row in self.rows if len(row) != len(self.columns)]:
             raise ValueError(f"table {self.title!r}: {len(self.columns)} columns, but a row of {wrong[0]} cells")
+        self._columns = [Column(one) if isinstance(one, str) else one for one in self.columns]
 
     @property
     def headings(self) -> list[str]:
         """The columns' names."""
-        return [one.name for one in self.columns if isinstance(one, Column)]
+        return [one.name for one in self._columns]
 
     @property
     def words(self) -> list[bool]:
         """For each column: True = words, aligned left; False = numbers. The first column names the row."""
-        return [
-            place == 0 or (isinstance(one, Column) and one.format is text) for place, one in enumerate(self.columns)
-        ]
+        return [place == 0 or one.format is text for place, one in enumerate(self._columns)]
 
     def formatted(self, limit: int | None = None) -> list[list[str]]:
         """Return the first ``limit`` rows (all by default) as people read them."""
-        formats = [one.format for one in self.columns if isinstance(one, Column)]
-        return [[show(cell) for show, cell in zip(formats, row, strict=True)] for row in self.rows[:limit]]
+        return [
+            [column.written(place, cell) for column, cell in zip(self._columns, row, strict=True)]
+            for place, row in enumerate(self.rows[:limit])
+        ]
 
 
 @dataclass(kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 
-from ssrctl.measures.published import jaccard_by_kind, published_section, references, unusual
+from ssrctl.measures.published import published, published_section, references, unusual
 from ssrctl.report.document import (
     Bars,
     Column,
@@ -116,7 +116,7 @@ def curves(rng: random.Random) -> list[Figure]:
 
 
 def bars_and_counts() -> list[Figure]:
-    jaccard = jaccard_by_kind()
+    jaccard = {one.model.split()[0]: (one.value, one.baseline) for one in published() if one.measure == "run_jaccard"}
     bins = ["1", "2", "3-4", "5-8", "9-16", "17-32", "33-64", ">64"]
     return [
         Bars(
