@@ -79,8 +79,7 @@ def stored_tensors(path: str | Path) -> dict[str, StoredTensor]:
     """
     import torch
 
-    widths = {stored: getattr(torch, ours).itemsize for stored, ours in DTYPES.items()}
-    entries, data = read_header(path, widths)
+    entries, data = read_header(path)
     found = {}
     for name, entry in entries.items():
         ours = DTYPES.get(entry["dtype"])

@@ -90,9 +90,10 @@ def open_safetensors(path: str | Path) -> Any:
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
+        said = ascii(str(error)[:200])[1:-1]  # may quote a name from the file
         raise UserError(
-            f"{file} is not a readable safetensors file ({file.stat().st_size} bytes): {error}",
-            "it may be torn; make or copy it again",
+            f"{file} is not a readable safetensors file ({file.stat().st_size} bytes): {said}",
+            "it may be truncated; make or copy it again",
         ) from error
 
 
