@@ -221,6 +221,7 @@ def principal_angles(first: Tensor, second: Tensor) -> list[float]:
     """
     import torch
 
+    # Not scipy.linalg.subspace_angles, which makes both orthonormal once more, by SVDs that take 10 to 40 times as long.
     inner = first.T @ second
     cosines = torch.linalg.svdvals(inner).clamp_(max=1.0)
     sines = torch.linalg.svdvals(second - first @ inner).clamp_(max=1.0).flip(0)
