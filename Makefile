@@ -30,11 +30,11 @@ format: $(STAMP)
 
 # The documentation as a site, in build/site.
 docs: $(VENV)/.installed-docs
-	$(BIN)/python -m mkdocs build --strict --quiet --site-dir build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --site-dir build/site
 
 # The README's picture, from the report of `make demo`; needs chromium.
 picture: $(STAMP)
-	$(BIN)/python docs/images/take.py demo/diagnose/report.html docs/images/diagnose.png
+	$(BIN)/python docs/images/take.py demo/diagnose/report.html docs/images/diagnose.png --section where-changes-landed --height 1190
 
 # torch comes first and pinned: without a version, pip would fetch its CUDA build of several GB.
 $(VENV)/.installed-%: pyproject.toml constraints.txt
