@@ -384,7 +384,7 @@ def _cosine_section(summary: RunOverlap) -> Section:
         decimals=2,
         caption=f"Full colour is ±{number(scale)}; blue is agreement, orange is conflict.",
     )
-    rows = [
+    rows: list[list[Cell]] = [
         [
             _pair_name(pair),
             pair.cosine.num_pairs,
