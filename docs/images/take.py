@@ -2,7 +2,7 @@
 
     python docs/images/take.py demo/diagnose/report.html docs/images/diagnose.png [--section ID] [--height PIXELS]
 
-ID is the section's anchor, as the page's table of contents links to it; without it the picture begins at the top.
+ID is the anchor of a section or a figure, as links within the page name it; without it the picture begins at the top.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from PIL import Image
 
-WIDTH, COLORS, LIMIT = 1280, 64, 200_000
+WIDTH, MARGIN, COLORS, LIMIT = 1280, 80, 64, 200_000
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
 # Writes the anchor's distance from the top of the page, in pixels, into the document.
 MEASURE = '<script>document.title = "top " + document.getElementById("{}").getBoundingClientRect().top</script>'
@@ -50,11 +50,11 @@ def main() -> None:
     parser.add_argument("--height", type=int, default=1000)
     args = parser.parse_args()
     page = args.page.resolve()
-    top = top_of(page, args.section) if args.section else 0
+    top = max(0, top_of(page, args.section) - 30) if args.section else 0
     with tempfile.TemporaryDirectory() as folder:
         shot = Path(folder) / "page.png"
         chromium(f"--window-size={WIDTH},{top + args.height}", f"--screenshot={shot}", page.as_uri())
-        image = Image.open(shot).convert("RGB").crop((0, top, WIDTH, top + args.height))
+        image = Image.open(shot).convert("RGB").crop((MARGIN, top, WIDTH - MARGIN, top + args.height))
     image.quantize(COLORS, dither=Image.Dither.NONE).save(args.output, optimize=True)
     size = args.output.stat().st_size
     print(f"wrote {args.output}: {size / 1000:.0f} kB")
