@@ -26,7 +26,7 @@ _LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)\.")
 
 
 def matrix_kind(name: str) -> str:
-    """Which part of a transformer a tensor is, by its name: one of ``KINDS``. A bias counts with its matrix."""
+    """Return the part of a transformer that a tensor is, by its name: one of ``KINDS``. A bias counts with its matrix."""
     for kind, pattern in _KIND_PATTERNS:
         if re.search(pattern, name, re.IGNORECASE):
             return kind
@@ -34,6 +34,6 @@ def matrix_kind(name: str) -> str:
 
 
 def layer_index(name: str) -> int | None:
-    """The layer number in a tensor's name, from 0; None outside of the layers."""
+    """Return the layer number in a tensor's name, from 0; None outside of the layers."""
     found = _LAYER.search(name)
     return int(found.group(1)) if found else None

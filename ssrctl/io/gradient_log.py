@@ -1,7 +1,7 @@
 """The gradient log of a training step: the batch's dense gradient before masking, or a sketch of it.
 
 One safetensors file per logged training step, ``gradients/000123.safetensors``, with one tensor ``gradient``
-(float32 ``[size]``). What the numbers mean is said by the metadata; see ``training.gradient_sketch``.
+(float32 ``[size]``). The metadata says how they were made; see ``training.gradient_sketch``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _TENSOR = "gradient"
 
 @dataclass(frozen=True, kw_only=True)
 class GradientHeader:
-    """What a gradient log says of itself.
+    """The header of a gradient log.
 
     Attributes:
         step: the training step, from 1.
@@ -43,17 +43,17 @@ class GradientHeader:
 
     @property
     def map(self) -> tuple[str, int, int, int]:
-        """Everything but the step: what two logs must share to be compared."""
+        """Everything but the step, which two logs must share to be compared."""
         return self.sketch, self.size, self.seed, self.num_coordinates
 
 
 def gradient_log_path(run: Path, step: int) -> Path:
-    """Where the log of a training step belongs."""
+    """Return the path of a training step's log."""
     return run / "gradients" / f"{step:06d}.safetensors"
 
 
 def gradient_log_paths(run: Path) -> list[Path]:
-    """The gradient logs of a run directory, oldest first; other names are not ours."""
+    """Return the gradient logs of a run directory, oldest first; other names are not ours."""
     found = (run / "gradients").glob("*.safetensors")
     return sorted((path for path in found if path.stem.isdecimal()), key=lambda path: int(path.stem))
 
@@ -73,7 +73,7 @@ def save_gradient_log(path: str | Path, header: GradientHeader, gradient: Tensor
 
 
 def read_gradient_header(path: str | Path) -> GradientHeader:
-    """The header alone; ``UserError`` when the file is torn or foreign."""
+    """Read only the header; ``UserError`` when the file is truncated or foreign."""
     return _header(read_metadata(path, KIND), path)
 
 
@@ -81,7 +81,7 @@ def load_gradient_log(path: str | Path) -> tuple[GradientHeader, Tensor]:
     """Read one log: (header, float32 ``[size]``).
 
     Raises:
-        UserError: a torn or foreign file, or contents that do not fit its header or are not finite.
+        UserError: a truncated or foreign file, or contents that do not fit its header or are not finite.
     """
     import torch
 

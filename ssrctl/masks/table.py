@@ -1,4 +1,4 @@
-"""What a mask holds, by layer and by kind of matrix: numbers, and the same for people."""
+"""The contents of a mask by layer and by kind of matrix: numbers, and a document for people."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MOST_LAYERS = 200
 
 
 def mask_numbers(mask: BlockMask) -> dict[str, Any]:
-    """Counts and shares of a mask, all of them of its coordinates whether selected or not.
+    """Count a mask's coordinates, selected and all, in total and by layer, kind and tensor.
 
     Returns:
         ``coordinates``, ``selected``, ``selected_frac`` (the density); ``num_tensors``, ``num_tensors_selected``;
@@ -41,7 +41,7 @@ def mask_numbers(mask: BlockMask) -> dict[str, Any]:
 
 
 def mask_document(report: Mapping[str, Any]) -> Document:
-    """What the mask commands show.
+    """Make the document that the mask commands show.
 
     Args:
         report: the numbers of ``mask_numbers``, and ``mask`` (the file), ``mask_kind``, ``model`` (name and
@@ -71,7 +71,7 @@ def _tables(numbers: Mapping[str, Any]) -> list[Table]:
 
 
 def _counted(pairs: Iterable[tuple[int, int]]) -> dict[str, Any]:
-    """Sums of (coordinates, selected)."""
+    """Add up pairs of (coordinates, selected)."""
     listed = list(pairs)
     coordinates, selected = (sum(pair[place] for pair in listed) for place in (0, 1))
     return {

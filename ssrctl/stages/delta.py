@@ -36,7 +36,7 @@ _LAYER = re.compile(r"\.(?:layers|layer|blocks|block|h)\.(\d+)\.")
 
 @dataclasses.dataclass(frozen=True)
 class TensorRow:
-    """One tensor of a delta; ``dtype`` is None where the delta does not tell."""
+    """One tensor of a delta; ``dtype`` is None where the delta does not say."""
 
     name: str
     shape: tuple[int, ...]
@@ -70,7 +70,7 @@ def run_diff(config: DeltaDiffConfig) -> dict[str, Any]:
             raise UserError(f"{config.output} is one of the weights to compare", "name another file with -o")
         names, notes = matching_names(base, tuned)
         if constants := same_constants(base, tuned, names):
-            notes.append(f"{times(len(constants), 'constant')}, the same in both, left out: no parameters.")
+            notes.append(f"{times(len(constants), 'constant')}, the same in both, left out: not parameters.")
         names = base.in_file_order([name for name in names if name not in constants])
         if config.dry_run:
             return console.show_file_plan([*base.files, *tuned.files], config.output, {"tensors": len(names)})
@@ -131,7 +131,7 @@ def run_apply(config: DeltaApplyConfig) -> dict[str, Any]:
         notes = _dtype_notes({name: (base.dtypes[name], dtype) for name, dtype in made.dtypes.items()})
         notes += [f"{head} is stored as a copy of {one} (tied) and follows it." for head, one in made.copies.items()]
         if config.ignore_fingerprint:
-            notes.append(f"Not checked whether {base.label} is the base that the delta was made from.")
+            notes.append(f"It was not checked that {base.label} is the base that the delta was made from.")
         return _write_folder(config, made, notes)
 
 
@@ -157,7 +157,7 @@ def _write_folder(config: DeltaApplyConfig, made: AppliedCheckpoint, notes: list
                 notes.append(f"{CONFIG} now asks for {dtype_name(made.uniform_dtype)}, as the weights are stored.")
         else:
             copied = []
-            notes.append(f"There is no {CONFIG} beside {base.label}: the folder holds the weights alone.")
+            notes.append(f"There is no {CONFIG} next to {base.label}: the folder holds only the weights.")
         with console.progress(unit="tensors") as bar:
             task = bar.add_task("writing", total=len(base.shapes), status="")
             fingerprint = write_applied(made, folder, metadata, lambda name: bar.update(task, advance=1))
@@ -236,7 +236,7 @@ def run_info(config: DeltaInfoConfig) -> dict[str, Any]:
 
 
 def _delta_file(path: Path) -> Path:
-    """The delta that ``path`` means, a whole model being told apart from a run without checkpoints."""
+    """Return the delta that ``path`` means; a whole model is an error of its own."""
     if (path / SINGLE).exists() or (path / INDEX).exists():
         raise UserError(f"{path} is a whole model, not a delta", "make a delta with `ssrctl delta diff BASE TUNED`")
     return find_delta(path)
@@ -247,7 +247,7 @@ def _settings(config: Any) -> dict[str, Any]:
 
 
 def _measures(rows: Sequence[TensorRow], size: int) -> dict[str, Any]:
-    """Counts, shares and sizes of a delta."""
+    """Count the changes by tensor and layer, with shares and sizes."""
     coordinates, changed = sum(row.numel for row in rows), sum(row.changed for row in rows)
     known = [row.numel * row.dtype.itemsize for row in rows if row.dtype is not None]
     dense = sum(known) if len(known) == len(rows) else None
@@ -286,7 +286,7 @@ def _share(part: int, whole: int) -> float | None:
 
 
 def _dtype_counts(dtypes: Iterable[torch.dtype]) -> dict[str, int]:
-    """Tensors by dtype."""
+    """Count tensors by dtype."""
     return dict(sorted(Counter(dtype_name(dtype) for dtype in dtypes).items()))
 
 

@@ -127,7 +127,7 @@ def test_principal_selects_the_largest_of_each_reconstruction(
         assert scores[order[count - 1]] > scores[order[count]] * (1 + 1e-7)  # no tie within float32's rounding
         assert selected(mask, name) == set(order[:count].tolist())
     out, _ = out_of([*words, "-o", tmp_path / "p"], capfd)
-    assert "4 tensors that are no matrices left out, first model.layers.0.self_attn.k_norm.weight." in out
+    assert "4 tensors that are not matrices left out, first model.layers.0.self_attn.k_norm.weight." in out
     assert "12 tensors left out by --include and --exclude." in out
 
 
