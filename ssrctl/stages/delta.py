@@ -6,9 +6,8 @@ import contextlib
 import dataclasses
 import json
 import math
-import re
 import shutil
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +18,9 @@ from ssrctl.checkpoints.run_dir import find_delta
 from ssrctl.configs import DeltaApplyConfig, DeltaDiffConfig, DeltaInfoConfig
 from ssrctl.errors import UserError
 from ssrctl.io import console, manifest
-from ssrctl.report.document import Document, Section, Table
-from ssrctl.report.formats import percent, times
+from ssrctl.measures.maths.grouping import by_layer
+from ssrctl.report.document import Column, Document, Section, Table
+from ssrctl.report.formats import count, percent, times
 from ssrctl.report.render import show_document
 from ssrctl.version import __version__
 
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 TOP_TENSORS = 10
 MOST_LAYERS = 200
-_LAYER = re.compile(r"\.(?:layers|layer|blocks|block|h)\.(\d+)\.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,10 +250,6 @@ def _measures(rows: Sequence[TensorRow], size: int) -> dict[str, Any]:
     coordinates, changed = sum(row.numel for row in rows), sum(row.changed for row in rows)
     known = [row.numel * row.dtype.itemsize for row in rows if row.dtype is not None]
     dense = sum(known) if len(known) == len(rows) else None
-    layers: dict[str, list[TensorRow]] = defaultdict(list)
-    for row in rows:
-        match = _LAYER.search(row.name)
-        layers["other" if match is None else match[1]].append(row)
     return {
         "coordinates": coordinates,
         "changed": changed,
@@ -266,8 +261,9 @@ def _measures(rows: Sequence[TensorRow], size: int) -> dict[str, Any]:
         "dense_bytes": dense,
         "bytes_frac": None if dense is None else _share(size, dense),
         "layers": [
-            {"layer": layer} | _counted(sum(row.numel for row in of_it), sum(row.changed for row in of_it))
-            for layer, of_it in sorted(layers.items(), key=lambda item: (item[0] == "other", item[0].zfill(9)))
+            {"layer": "other" if layer is None else str(layer)}
+            | _counted(sum(row.numel for row in of_it), sum(row.changed for row in of_it))
+            for layer, of_it in by_layer({row.name: row for row in rows}).items()
         ],
         "tensors": [
             {"name": row.name, "shape": list(row.shape), "dtype": row.dtype and dtype_name(row.dtype)}
@@ -311,15 +307,19 @@ def _largest(rows: Sequence[TensorRow]) -> Table:
     changed = sorted((row for row in rows if row.changed), key=lambda row: (-row.changed, row.name))
     return Table(
         title="Tensors with the most changes",
-        columns=["tensor", "changed", "share"],
-        rows=[[row.name, f"{row.changed:,}", percent(row.changed / row.numel)] for row in changed],
+        columns=["tensor", Column("changed", count), Column("share", percent)],
+        rows=[[row.name, row.changed, row.changed / row.numel] for row in changed],
         terminal_rows=TOP_TENSORS,
     )
 
 
 def _layer_table(layers: Sequence[Mapping[str, Any]]) -> Table:
-    rows = [[one["layer"], f"{one['changed']:,}", percent(one["changed_frac"])] for one in layers]
-    return Table(title="By layer", columns=["layer", "changed", "share"], rows=rows, terminal_rows=MOST_LAYERS)
+    return Table(
+        title="By layer",
+        columns=["layer", Column("changed", count), Column("share", percent)],
+        rows=[[one["layer"], one["changed"], one["changed_frac"]] for one in layers],
+        terminal_rows=MOST_LAYERS,
+    )
 
 
 def _bytes(number: int) -> str:
