@@ -78,7 +78,7 @@ def unite(candidates: Sequence[Candidates], size: int) -> Indices:
 
     A member's rank is its largest score over the sets, a score being the gradient in units of that set's
     own entry threshold, so that a subset of prompts with larger gradients has no advantage. Where a coordinate
-    is no candidate its score would be below 1, where it is one it is at least 1; so the largest is always that
+    is not a candidate its score would be below 1, where it is one it is at least 1; so the largest is always that
     of a set it belongs to. And whatever is among the best ``size`` of the union is among the best ``size`` of
     the set that ranks it highest, so the scores that ``find_candidates`` keeps are enough for an exact cut.
 
