@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ssrctl.checkpoints.delta import KIND as DELTA_KIND
 from ssrctl.checkpoints.delta import Delta, load_delta
 from ssrctl.checkpoints.files import INDEX, SINGLE, locate, refuse_adapter, tiny_location
-from ssrctl.checkpoints.parameter_names import NameMap
+from ssrctl.checkpoints.names import NameMap
 from ssrctl.checkpoints.run_dir import DELTA_FILE, find_delta
 from ssrctl.checkpoints.tensor_files import StoredTensor, read_pieces, stored_tensors
 from ssrctl.configs import TINY

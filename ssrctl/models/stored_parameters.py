@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssrctl.checkpoints.model_folder import CONFIG
-from ssrctl.checkpoints.parameter_names import is_constant, is_head, tied_copies
+from ssrctl.checkpoints.names import is_constant, is_head
+from ssrctl.checkpoints.parameter_names import tied_copies
 from ssrctl.checkpoints.reader import TensorReader
 from ssrctl.errors import UserError
 from ssrctl.report.formats import times

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ssrctl.checkpoints.delta import Delta, changed_indices, save_delta
 from ssrctl.checkpoints.fingerprint import fingerprint
-from ssrctl.checkpoints.parameter_names import NameMap, matching_names, tied_copies
+from ssrctl.checkpoints.names import NameMap
+from ssrctl.checkpoints.parameter_names import matching_names, tied_copies
 from ssrctl.checkpoints.reader import TensorReader, delta_meant_by, open_delta
 from ssrctl.checkpoints.run_dir import newest_checkpoint
 from ssrctl.errors import UserError
