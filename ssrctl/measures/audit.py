@@ -212,7 +212,7 @@ def _contains(tiles: TileSet, index: int) -> bool:
 
 @register
 class Audit(PairMeasure[tuple[TensorAudit, list[SpikeAudit]], AuditResult]):
-    """Whether protected weights moved, and which tensors did."""
+    """The protected weights that moved, and the tensors that did."""
 
     name = "audit"
     audits = True

@@ -113,7 +113,7 @@ class Sparsity(PairMeasure[tuple[list[Change], LargestChanges], SparsityResult])
         return SparsityResult(group(changes, add_up), largest, self.comparison.base.shapes)
 
     def present(self, result: SparsityResult) -> Findings:
-        """Return what the settings ask for: everything, the size of the change only, or nothing but numbers."""
+        """Return the parts that the settings ask for: all, the size of the change only, or only numbers."""
         total, atol = result.changes.total, self.config.atol
         notes, numbers = nonfinite_notes(total), result.numbers()
         if self.config.wants("sparsity", default=True):
@@ -211,7 +211,7 @@ def nonfinite_notes(total: Change) -> list[str]:
 
 
 def sparsity_sections(result: SparsityResult, atol: float) -> list[Section]:
-    """Return all sections on which weights changed and how far, answers first and details last."""
+    """Return all sections on changed weights and the size of the changes, answers first and details last."""
     columns: list[RowColumn] = [
         ("weights", "numel", count),
         (f"within {atol:g}", "sparsity", percent),
