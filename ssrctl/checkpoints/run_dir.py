@@ -21,7 +21,7 @@ from ssrctl.configs import TrainConfig, current_names
 from ssrctl.errors import UserError
 from ssrctl.io.artifacts import load_tensors, save_tensors
 from ssrctl.io.files import write_text
-from ssrctl.io.jsonl import read_jsonl, write_jsonl
+from ssrctl.io.jsonl import JsonlLog, read_jsonl, write_jsonl
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -90,9 +90,10 @@ class RunDir:
 
     def rewind(self, step: int) -> None:
         """Drop what a run logged after ``step``: continuing from there writes it again."""
-        if self.metrics.is_file() and self.metrics.stat().st_size:
-            rows = [row for _, row in read_jsonl(self.metrics, on_torn=lambda message: None) if row["step"] <= step]
-            write_jsonl(self.metrics, rows)
+        if self.metrics.is_file():
+            JsonlLog(self.metrics).close()  # opening it cuts a truncated last line off
+            if self.metrics.stat().st_size:
+                write_jsonl(self.metrics, [row for _, row in read_jsonl(self.metrics) if row["step"] <= step])
         for folder, suffix in (("rollouts", ".jsonl"), ("masks", ".safetensors"), ("gradients", ".safetensors")):
             for number, file in self._numbered(folder, suffix):
                 if number > step:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import inspect
+import reprlib
 import sys
 import typing
 from collections.abc import Iterator, Mapping
@@ -141,8 +143,10 @@ def _checked(kind: type[Config], values: Mapping[str, Any]) -> dict[str, Any]:
         if values[name] is None:
             raise _needed(kind, name) from None
         if first.get("ctx", {}).keys() & {"gt", "ge", "lt", "le"}:
-            raise UserError(f"{flag(kind, name)} must be {ranges(kind)[name]}, got {first['input']}") from None
-        raise UserError(f"{flag(kind, name)}: {first['msg']}, got {first['input']!r}") from None
+            raise UserError(
+                f"{flag(kind, name)} must be {ranges(kind)[name]}, got {reprlib.repr(first['input'])}"
+            ) from None
+        raise UserError(f"{flag(kind, name)}: {first['msg']}, got {reprlib.repr(first['input'])}") from None
 
 
 @once_per_class
@@ -185,18 +189,39 @@ def _read_yaml(path: Path) -> dict[Any, Any]:
     import yaml
 
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        loaded = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=_yaml_loader())  # noqa: S506 (a SafeLoader)
     except FileNotFoundError as error:
         raise UserError(f"config file not found: {path}", "check the path") from error
     except OSError as error:
         raise UserError(f"config file cannot be read: {path}: {error.strerror}", "name a readable file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
         raise UserError(f"{path}: not valid yaml: {' '.join(str(error).split())}") from error
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
         raise UserError(f"{path}: expected a mapping of settings, found {type(loaded).__name__}")
     return loaded
+
+
+@functools.cache
+def _yaml_loader() -> Any:
+    """Return the safe loader, which refuses a key that occurs twice."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+            if len(set(keys)) < len(keys):
+                twice = next(key for key in keys if keys.count(key) > 1)
+                raise yaml.constructor.ConstructorError(None, None, f"the key '{twice}' occurs twice", node.start_mark)
+            return super().construct_mapping(node, deep=deep)
+
+    return Loader
+
+
+def default_of(spec: dataclasses.Field[Any]) -> Any:
+    """Return the default value of a field; ``dataclasses.MISSING`` if it has none."""
+    return spec.default if spec.default_factory is dataclasses.MISSING else spec.default_factory()
 
 
 def positional(*, metavar: str, default_factory: Any = dataclasses.MISSING, default: Any = dataclasses.MISSING) -> Any:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from ssrctl.configs.building import AtLeastOne, Config, Positive, Share, ZeroOrMore
+from ssrctl.errors import UserError
 
 TINY = "tiny-reasoner"
 TINY_DATASET = "tiny-arithmetic"
+_KWARGS_EXAMPLE = """write it as '{"enable_thinking": false}'"""
 
 
 @dataclass(kw_only=True)
@@ -73,6 +77,14 @@ class SamplingConfig(Config):
     top_k: ZeroOrMore = 0
     """Sample among the k likeliest tokens, 0 for all; above 0 the importance ratios are no longer exact."""
 
+    stop: list[str] = field(default_factory=list)
+    """Text that ends a response, kept in it as its last token gives it; give the flag again for several."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not all(self.stop):
+            raise UserError("--stop needs a text that is not empty", "leave it out to stop at end tokens only")
+
 
 @dataclass(kw_only=True)
 class DatasetConfig(Config):
@@ -81,7 +93,8 @@ class DatasetConfig(Config):
     panel = "Data"
 
     dataset: str = TINY_DATASET
-    """Problems: a json, jsonl, csv or parquet file, a datasets name on the hub, or tiny-arithmetic (bundled)."""
+    """Problems: a jsonl, json, csv, tsv (or .gz of these) or parquet file, a datasets name on the hub, or
+    tiny-arithmetic (bundled)."""
 
     dataset_config: str | None = None
     """Configuration name of a hub dataset."""
@@ -93,10 +106,43 @@ class DatasetConfig(Config):
     """Use only the first N problems."""
 
     prompt_template: str = "auto"
-    """Wording of a question: a name in profiles/prompts, a text file with {question}, or auto."""
+    """Wording of a question: a name in profiles/prompts, a text file with {question}, or auto, which leaves chat
+    messages as they are."""
+
+    system_prompt: str | None = None
+    """System message of the chat template, for rows that have none of their own."""
+
+    chat_template: Path | None = None
+    """Jinja file to use instead of the tokenizer's chat template."""
+
+    chat_template_kwargs: str | None = None
+    """Variables for the chat template as a json object, such as '{"enable_thinking": false}'."""
 
     question_column: str | None = None
-    """Column with the question; by default the first of question, problem, prompt, input, Question."""
+    """Column with the question or the chat messages, a.b for a field in it; by default question, problem, prompt, input
+    or messages."""
 
     answer_column: str | None = None
-    """Column with the reference answer; by default the first of answer, target, Answer."""
+    """Column with the reference answer, a.b for a field in it; by default answer, final_answer, ground_truth, target,
+    reward_model.ground_truth, solution or extra_info.answer."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.chat_template_kwargs, dict):  # in a yaml file
+            self.chat_template_kwargs = json.dumps(self.chat_template_kwargs, default=str)
+        super().__post_init__()
+        self.chat_template_variables  # noqa: B018 (raises for what is not a json object)
+
+    @property
+    def chat_template_variables(self) -> dict[str, object]:
+        """The variables of ``--chat-template-kwargs``, parsed.
+
+        Raises:
+            UserError: not a json object.
+        """
+        try:
+            made = json.loads(self.chat_template_kwargs or "{}")
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"--chat-template-kwargs is not valid json: {error}", _KWARGS_EXAMPLE) from None
+        if not isinstance(made, dict):
+            raise UserError(f"--chat-template-kwargs must be a json object, got {type(made).__name__}", _KWARGS_EXAMPLE)
+        return made

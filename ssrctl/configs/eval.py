@@ -8,7 +8,7 @@ from typing import Annotated
 
 from annotated_types import Interval
 
-from ssrctl.configs.building import AtLeastOne, output
+from ssrctl.configs.building import AtLeastOne, default_of, output
 from ssrctl.configs.common import CommonConfig, DatasetConfig, ModelConfig, SamplingConfig
 from ssrctl.configs.names import flag
 from ssrctl.errors import UserError
@@ -49,7 +49,10 @@ class EvalConfig(ModelConfig, DatasetConfig, SamplingConfig, CommonConfig):
         """Refuse sampling settings beside given responses: nothing is sampled, so they would have no effect."""
         idle = {spec.name for base in (ModelConfig, SamplingConfig) for spec in fields(base)}
         idle |= {"num_samples", "checkpoint", "prompt_template", "limit"}
-        changed = [spec.name for spec in fields(self) if spec.name in idle and getattr(self, spec.name) != spec.default]
+        idle |= {"system_prompt", "chat_template", "chat_template_kwargs"}
+        changed = [
+            spec.name for spec in fields(self) if spec.name in idle and getattr(self, spec.name) != default_of(spec)
+        ]
         if changed:
             flags = ", ".join(flag(type(self), name) for name in changed)
             raise UserError(

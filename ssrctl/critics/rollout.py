@@ -33,6 +33,7 @@ from ssrctl.critics.base import missing, scored
 from ssrctl.errors import UserError
 from ssrctl.io import console
 from ssrctl.io.records import Rollout, StepScore
+from ssrctl.io.row_fields import Reference
 from ssrctl.text.answers import check_answer, check_answers
 from ssrctl.text.prompts import encode_prompt
 
@@ -53,7 +54,7 @@ class _Prefix:
     num_prompt: int
     text: str  # of the response so far
     limit: int  # maximum number of tokens to add
-    answer: str
+    answer: Reference
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,7 @@ class RolloutCritic:
             *(self.loaded.identity.fingerprint, self.loaded.model.dtype),
             *(self.options.critic_rollouts, self.options.critic_rollout_value, self.seed),
             *(sampling.temperature, sampling.top_p, sampling.top_k, sampling.max_new_tokens),
+            *map(repr, sampling.stop),
         ]
         return "rollout " + " ".join(map(str, parts))
 
@@ -219,9 +221,7 @@ class RolloutCritic:
         return sorted(ends | {end - 1 for end in ends} if self.options.critic_rollout_value == "difference" else ends)
 
     def _prompt_ids(self, rollout: Rollout) -> list[int]:
-        from ssrctl.sampling.continuations import without_surrogates
-
-        ids = encode_prompt(self.loaded.tokenizer, without_surrogates(rollout.prompt)) if rollout.prompt else []
+        ids = encode_prompt(self.loaded.tokenizer, rollout.prompt) if rollout.prompt else []
         if not ids:
             raise UserError(
                 f"response {rollout.id} has no prompt to continue from",
@@ -242,7 +242,7 @@ class RolloutCritic:
         self.num_prefixes += len(prefixes)
         self.num_tokens += sum(len(made.ids) for made in drawn)
         self.num_unfinished += sum(not made.finished for made in drawn)
-        pairs: list[tuple[str, str | None]] = []
+        pairs: list[tuple[str, Reference | None]] = []
         for number, made in enumerate(drawn):
             prefix = prefixes[number // num]
             added = decode_continuation(self.loaded.tokenizer, prefix.ids[prefix.num_prompt :], made.ids)

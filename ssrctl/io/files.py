@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
+import gzip
 import os
 import shutil
+import sys
 import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ssrctl.errors import UserError
+
+STDIO = "-"
+_GZIP = b"\x1f\x8b"
+_OTHER_COMPRESSION = {b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
 @contextlib.contextmanager
@@ -86,6 +95,44 @@ def existing_file(path: str | Path, what: str) -> Path:
     if not os.access(file, os.R_OK):
         raise UserError(f"{what} cannot be read: {file}", "check its permissions")
     return file
+
+
+@contextlib.contextmanager
+def text_bytes(path: str | Path, what: str) -> Iterator[Any]:
+    """Open a UTF-8 text file, or stdin for ``-``, for reading bytes; gzip and a byte order mark are taken off.
+
+    Args:
+        path: the file; its first bytes tell whether it is compressed, not its name.
+        what: the kind of file, for messages.
+
+    Raises:
+        UserError: not a readable file, UTF-16, another compression, or a corrupt gzip file.
+    """
+    name = "<stdin>" if str(path) == STDIO else str(path)
+    with contextlib.ExitStack() as open_files:
+        stream: Any = sys.stdin.buffer
+        if str(path) != STDIO:
+            stream = open_files.enter_context(existing_file(path, what).open("rb"))
+        if _head(stream).startswith(_GZIP):
+            stream = open_files.enter_context(gzip.GzipFile(fileobj=stream))
+        try:
+            head = _head(stream)
+            if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                raise UserError(f"{name} is UTF-16 text", "convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)")
+            for magic, kind in _OTHER_COMPRESSION.items():
+                if head.startswith(magic):
+                    raise UserError(f"{name} is a {kind} file", "unpack it, or compress it with gzip")
+            if head.startswith(codecs.BOM_UTF8):
+                stream.read(len(codecs.BOM_UTF8))
+            yield stream
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise UserError(f"{name}: corrupt gzip file: {error}", "copy or compress it again") from error
+
+
+def _head(stream: Any) -> bytes:
+    """Return the first bytes without consuming them; none of a stream that cannot look ahead."""
+    head: bytes = stream.peek(8)[:8] if hasattr(stream, "peek") else b""
+    return head
 
 
 def _umask() -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -12,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ssrctl.errors import UserError
-from ssrctl.io.files import existing_file, whole_file
-
-STDIO = "-"
+from ssrctl.io.files import STDIO as STDIO
+from ssrctl.io.files import text_bytes, whole_file
 
 
 def read_jsonl(
@@ -23,25 +21,27 @@ def read_jsonl(
     """Yield ``(where, row)`` for every line, ``where`` being ``file:line`` for error messages.
 
     Args:
-        path: a jsonl file, or ``-`` for stdin. Blank lines are skipped.
+        path: a jsonl file, gzipped or not, or ``-`` for stdin. Blank lines are skipped.
         on_torn: called with a message when the last line is truncated (no newline at its end and no valid
             json, as after a kill); that line is then left out. When None, a truncated line is an error like any
             other bad line.
 
     Raises:
-        UserError: missing file, text that is not UTF-8, a line that is not a json object, or no line at all.
+        UserError: missing file, text that is not UTF-8, a line that is not a json object or has a key twice, or no
+            whole line at all.
     """
     name = "<stdin>" if str(path) == STDIO else str(path)
     seen = torn = False
-    with _open_input(path) as stream:
+    with text_bytes(path, "jsonl file") as stream:
         for number, raw in enumerate(stream, start=1):
             if not raw.strip():
                 continue
             where = f"{name}:{number}"
             try:
-                row = json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant, parse_float=_finite)
+                row = parse_json(raw.decode("utf-8"))
             except (ValueError, RecursionError) as error:
-                if on_torn is not None and not raw.endswith(b"\n"):
+                is_cut = isinstance(error, json.JSONDecodeError | UnicodeDecodeError) and not raw.endswith(b"\n")
+                if on_torn is not None and is_cut:
                     on_torn(f"{where}: the last line is torn; it was left out")
                     torn = True
                     continue
@@ -51,8 +51,19 @@ def read_jsonl(
                 raise UserError(f"{where}: expected a json object, found {type(row).__name__}")
             seen = True
             yield where, row
-    if not seen and not torn:
-        raise UserError(f"{name}: no records in it", "check that the stage before wrote its output")
+    if not seen:
+        reason = "no records in it" + (": its only line is truncated" if torn else "")
+        raise UserError(f"{name}: {reason}", "check that the stage before wrote its output")
+
+
+def parse_json(text: str) -> Any:
+    """Parse json strictly: no NaN, no infinity, no key that occurs twice in an object.
+
+    Raises:
+        ValueError: not such json.
+        RecursionError: nested too deeply.
+    """
+    return json.loads(text, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_without_duplicates)
 
 
 def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> int:
@@ -139,10 +150,12 @@ def _cut_torn_tail(stream: Any) -> None:
     stream.seek(0, os.SEEK_END)
 
 
-def _open_input(path: str | Path) -> Any:
-    if str(path) == STDIO:
-        return contextlib.nullcontext(sys.stdin.buffer)
-    return existing_file(path, "jsonl file").open("rb")
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} occurs twice")
+    return made
 
 
 def _refuse_constant(name: str) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -11,13 +11,36 @@ from typing import Any, Literal
 
 from ssrctl.configs import TINY_DATASET, DatasetConfig
 from ssrctl.errors import UserError
-from ssrctl.io.jsonl import STDIO, read_jsonl
+from ssrctl.io.row_fields import (
+    Message,
+    Reference,
+    final_answer,
+    is_empty,
+    is_messages,
+    lookup,
+    messages_of_row,
+    read_answer,
+    read_text,
+    shown,
+)
+from ssrctl.io.tables import STDIO, is_file_name, read_rows
 
 Purpose = Literal["train", "test"]
-QUESTION_COLUMNS = ("question", "problem", "prompt", "input", "Question")
-ANSWER_COLUMNS = ("answer", "target", "Answer")
+QUESTION_COLUMNS = ("question", "problem", "prompt", "input", "Question", "Problem", "messages")
+ANSWER_COLUMNS = (
+    "answer",
+    "final_answer",
+    "ground_truth",
+    "target",
+    "Answer",
+    "reward_model.ground_truth",
+    "solution",
+    "Solution",
+    "extra_info.answer",
+)
+# Columns of worked solutions: several lines without a marked final answer are not an answer.
+_WORKED = ("solution", "Solution", "extra_info.answer")
 BUNDLED_SIZES = {"train": 2000, "test": 256}
-_FILE_FORMATS = {".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 @dataclass(frozen=True)
@@ -26,15 +49,18 @@ class Problem:
 
     Attributes:
         id: unique within the data set.
-        question: as text.
-        answer: only the final answer; of a solution that ends in ``#### 42`` (as GSM8K's), the part after it.
+        question: as text; of chat messages, the content of the last one.
+        answer: only the final answer; of a solution that ends in ``#### 42`` (as GSM8K's) or has a ``\\boxed{42}``, that
+            part. A tuple where several answers are accepted.
         extra: the row's other columns, kept in every record made from it.
+        messages: the chat messages of a row that has them instead of a plain question.
     """
 
     id: str
     question: str
-    answer: str
+    answer: Reference
     extra: dict[str, Any] = field(default_factory=dict)
+    messages: tuple[Message, ...] | None = None
 
 
 def load_problems(config: DatasetConfig, purpose: Purpose, seed: int = 0) -> list[Problem]:
@@ -51,13 +77,13 @@ def load_problems(config: DatasetConfig, purpose: Purpose, seed: int = 0) -> lis
     """
     if config.dataset == TINY_DATASET:
         rows = _bundled(config, purpose, seed)
-    elif config.dataset.endswith((".jsonl", ".ndjson")) or config.dataset == STDIO:
+    elif config.dataset == STDIO or is_file_name(config.dataset):
         if config.dataset_split or config.dataset_config:
             raise UserError(
-                f"{config.dataset} is one jsonl file: it has no splits or configurations",
+                f"{config.dataset} is one file: it has no splits or configurations",
                 "leave out --dataset-split and --dataset-config",
             )
-        rows = read_jsonl(config.dataset if config.dataset == STDIO else Path(config.dataset).expanduser())
+        rows = read_rows(config.dataset)
     else:
         rows = _from_datasets(config, purpose)
     problems = [_problem(where, row, config) for where, row in islice(rows, config.limit)]
@@ -83,52 +109,80 @@ def _bundled(config: DatasetConfig, purpose: Purpose, seed: int) -> Iterable[tup
     return [(f"{TINY_DATASET}:{split}:{p.id}", p.to_record()) for p in made]
 
 
-def _from_datasets(config: DatasetConfig, purpose: Purpose) -> Iterable[tuple[str, dict[str, Any]]]:
-    """Load anything that the datasets library reads: csv, json, parquet, a folder, a name on the hub."""
+def _from_datasets(config: DatasetConfig, purpose: Purpose) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Load a parquet file, a folder or a name on the hub with the datasets library."""
     import datasets
 
     datasets.disable_progress_bars()
     path = Path(config.dataset).expanduser()
-    kind = _FILE_FORMATS.get(path.suffix)
-    if (kind or path.is_absolute() or config.dataset.startswith((".", "~"))) and not path.exists():
+    is_parquet = path.suffix == ".parquet"
+    if (is_parquet or path.is_absolute() or config.dataset.startswith((".", "~"))) and not path.exists():
         raise UserError(f"dataset not found: {config.dataset}", "check the path")
-    split = config.dataset_split or ("train" if kind else purpose)
+    if path.is_file() and not is_parquet:
+        raise UserError(
+            f"{config.dataset} is a file of a kind that is not read",
+            "give a jsonl, ndjson, json, csv or tsv file (also with .gz), or a parquet file",
+        )
+    split = config.dataset_split or ("train" if is_parquet else purpose)
     try:
-        if kind:
-            loaded = datasets.load_dataset(kind, data_files=str(path), split=split)
+        if is_parquet:
+            loaded = datasets.load_dataset("parquet", data_files=str(path), split=split)
         else:
             loaded = datasets.load_dataset(str(config.dataset), config.dataset_config, split=split)
     except Exception as error:  # datasets raises whatever its readers and its http client raise
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
             f"dataset '{config.dataset}' (split {split}) cannot be loaded: {reason[0]}",
-            "give a local jsonl, csv, json or parquet file, or check the name, --dataset-split and the network",
+            "give a local jsonl, json, csv, tsv or parquet file, or check the name, --dataset-split and the network",
         ) from error
     return ((f"{config.dataset}:{number}", row) for number, row in enumerate(loaded, start=1))
 
 
 def _problem(where: str, row: dict[str, Any], config: DatasetConfig) -> Problem:
-    question = _column(row, config.question_column, QUESTION_COLUMNS, where, "question")
+    usual = ("prompt", *QUESTION_COLUMNS) if is_messages(row.get("prompt")) else QUESTION_COLUMNS
+    question = _column(row, config.question_column, usual, where, "question")
     answer = _column(row, config.answer_column, ANSWER_COLUMNS, where, "answer")
-    used = {"id", question, answer}
-    text = str(row[answer])
+    messages = messages_of_row(row, question, where)
+    text = read_text(lookup(row, question, where), where, question) if messages is None else messages[-1]["content"]
+    if not text.strip():
+        raise UserError(f"{where}: the last message of field '{question}' is empty", "fix or remove that row")
     identity = row.get("id")
+    if not isinstance(identity, str | int | None) or isinstance(identity, bool):
+        raise UserError(f"{where}: field 'id' must be text or an integer, found {shown(identity)}")
+    used = {"id", question, answer}
     return Problem(
-        id=where.rsplit(":", 1)[-1] if identity is None else str(identity),
-        question=str(row[question]),
-        answer=text.rsplit("####", 1)[-1].strip() if "####" in text else text.strip(),
+        id=where.rsplit(":", 1)[-1].removeprefix("row ") if identity is None else str(identity),
+        question=text,
+        answer=_answer(row, answer, where),
         extra={key: value for key, value in row.items() if key not in used and _is_json(value)},
+        messages=None if messages is None else tuple(messages),
     )
+
+
+def _answer(row: dict[str, Any], name: str, where: str) -> Reference:
+    given = read_answer(lookup(row, name, where), where, name)
+    found = []
+    for text in (given,) if isinstance(given, str) else given:
+        final = final_answer(text)
+        if name in _WORKED and final == text.strip() and "\n" in final:
+            raise UserError(
+                f"{where}: the solution in field '{name}' marks no final answer (\\boxed{{...}} or ####)",
+                "name the column that holds the answers with --answer-column",
+            )
+        if not final:
+            raise UserError(f"{where}: no answer after the #### in field '{name}'", "fix or remove that row")
+        found.append(final)
+    return found[0] if isinstance(given, str) else tuple(found)
 
 
 def _column(row: dict[str, Any], named: str | None, usual: tuple[str, ...], where: str, what: str) -> str:
     candidates = (named,) if named else usual
     for name in candidates:
-        if row.get(name) is not None and str(row[name]).strip():
+        if not is_empty(lookup(row, name, where)):
             return name
     raise UserError(
         f"{where}: no {what}: field {' or '.join(repr(name) for name in candidates)} is missing or empty",
-        f"the row has {', '.join(row) or 'no fields'}; name the right one with --{what}-column",
+        f"the row has {', '.join(map(str, row))[:300] or 'no fields'}; name the right one with --{what}-column",
     )
 
 

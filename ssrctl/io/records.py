@@ -13,6 +13,7 @@ from pydantic import ConfigDict, StrictBool, StrictInt
 from ssrctl.errors import UserError
 from ssrctl.io.checked import Number, checked
 from ssrctl.io.jsonl import read_jsonl
+from ssrctl.io.row_fields import Reference, is_messages, lookup, message_text, read_answer, read_messages
 
 
 class _Part:
@@ -89,12 +90,13 @@ class Rollout:
          "scores": [{"score": 85, "reward": 0.85, "rationale": "...", "error": null}, ...],
          "final": {"extracted": "42", "correct": true, "way": "hashes", "outcome": "correct"}, "advantages": [0.4, -1.2]}
 
-    ``extra`` holds every field that is not listed here; it is written back unchanged.
+    ``answer`` is a tuple where several answers are accepted (a list in json); any of them is right. ``extra`` holds every
+    field that is not listed here; it is written back unchanged.
     """
 
     id: str
     question: str | None = None
-    answer: str | None = None
+    answer: Reference | None = None
     prompt: str | None = None
     response: str | None = None
     steps: list[StepSpan] | None = None
@@ -118,7 +120,7 @@ class Rollout:
         row: dict[str, Any] = {}
         for name in _NAMES:
             value = getattr(self, name)
-            if isinstance(value, list):
+            if isinstance(value, list | tuple):
                 row[name] = [_as_json(item) for item in value]
             elif value is not None:
                 row[name] = _as_json(value)
@@ -138,14 +140,15 @@ class Rollout:
             UserError: a needed field is absent, or a field has the wrong type or spans that do not cover
                 the response in order; the message names the line and the field.
         """
+        row = _with_our_fields(row, where)
         for name in needs:
             if row.get(name) is None:
                 raise UserError(f"{where}: field '{name}' is missing", _REMEDIES.get(name))
         # A line without an id (as users' own files often are) is known by its line number.
         known = {name: value for name, value in row.items() if name in _NAMES}
         known["id"] = where.rsplit(":", 1)[-1] if row.get("id") is None else str(row["id"])
-        if isinstance(row.get("answer"), int | float):
-            known["answer"] = str(row["answer"])
+        if not isinstance(answer := row.get("answer"), str | None):
+            known["answer"] = read_answer(answer, where, "answer") if answer != [] else None
         made = checked(cls, known | {"extra": {key: row[key] for key in row if key not in _NAMES}}, where)
         if made.steps is not None:
             _check_cover(made.steps, made.response, where)
@@ -174,6 +177,35 @@ def read_rollouts(
     """Yield the rollouts of a jsonl file, checked; see ``read_jsonl`` and ``Rollout.from_dict`` for errors."""
     for where, row in read_jsonl(path, on_torn=on_torn):
         yield Rollout.from_dict(row, where=where, needs=needs)
+
+
+def _with_our_fields(row: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return a row with the fields of other tools in our names, as far as ours are absent.
+
+    A ``prompt`` of chat messages becomes ``messages``, its last text the question: ``prompt`` is the exact text that the
+    model was given. A ``completion`` or a list of messages as ``response`` becomes the text of its last message;
+    ``ground_truth``, also within verl's ``reward_model``, becomes the answer.
+    """
+    row = dict(row)
+    if is_messages(row.get("prompt")):
+        messages = read_messages(row.pop("prompt"), f"{where}: field 'prompt'")
+        row.setdefault("messages", messages)
+        if row.get("question") is None:
+            row["question"] = messages[-1]["content"]
+    name = "completion" if row.get("response") is None else "response"
+    if (value := row.get(name)) is not None:
+        if is_messages(value):
+            last = value[-1]
+            value = message_text(
+                last.get("content") if isinstance(last, dict) else last, f"{where}: field '{name}[-1]'"
+            )
+        row["response"] = value
+    if row.get("answer") is None:
+        for name in ("ground_truth", "reward_model.ground_truth"):
+            if (answer := lookup(row, name, where)) is not None:
+                row["answer"] = answer
+                break
+    return row
 
 
 def _as_json(value: Any) -> Any:

@@ -8,7 +8,6 @@ settings, its prefix and its seed, up to the rounding of logits that padding and
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,14 +27,13 @@ from ssrctl.errors import UserError
 from ssrctl.models.loading import LoadedModel
 from ssrctl.sampling.alignment import decode
 from ssrctl.sampling.generate import (
+    StopTexts,
     end_token_ids,
     left_padded,
     plain_generation_config,
-    through_end_token,
     warpers,
 )
-
-_SURROGATE = re.compile("[\ud800-\udfff]")
+from ssrctl.text.prompts import without_surrogates
 
 
 @dataclass(frozen=True)
@@ -55,15 +53,13 @@ class Start:
 
 @dataclass(frozen=True)
 class Continuation:
-    """The tokens that were added, the end token included when one was drawn (``finished``)."""
+    """The tokens that were added, through the end token or the text of ``--stop`` when one was drawn (``finished``).
+
+    A text of ``--stop`` counts only within the added tokens.
+    """
 
     ids: list[int]
     finished: bool
-
-
-def without_surrogates(text: str) -> str:
-    """``text`` with U+FFFD for every lone surrogate, which no tokenizer takes; as long as before."""
-    return _SURROGATE.sub("\ufffd", text)
 
 
 def encode_response(tokenizer: Any, response: str) -> tuple[list[int], list[int]]:
@@ -139,6 +135,7 @@ def _sample_batch(loaded: LoadedModel, starts: Sequence[Start], sampling: Sampli
     processors = warpers(sampling)
     processors.append(_Draw(uniforms.to(loaded.device), width))
     limits = torch.tensor([start.limit for start in starts], device=loaded.device)
+    stops = StopTexts(loaded.tokenizer, sampling.stop, width, len(starts))
     # Greedy, since _Draw has chosen already; the model's own generation settings must not warp a second time.
     generation = GenerationConfig(
         do_sample=False, max_new_tokens=room, eos_token_id=ends or None, pad_token_id=pad, use_cache=True
@@ -149,10 +146,13 @@ def _sample_batch(loaded: LoadedModel, starts: Sequence[Start], sampling: Sampli
             attention_mask=attention_mask.to(loaded.device),
             generation_config=generation,
             logits_processor=processors,
-            stopping_criteria=StoppingCriteriaList([_OwnLimits(limits, width)]),
+            stopping_criteria=StoppingCriteriaList([_OwnLimits(limits, width), stops]),
         )
     rows = output[:, width:].tolist()
-    return [Continuation(*through_end_token(ids[: start.limit], ends)) for ids, start in zip(rows, starts, strict=True)]
+    return [
+        Continuation(*stops.cut(row, ids[: start.limit], ends))
+        for row, (ids, start) in enumerate(zip(rows, starts, strict=True))
+    ]
 
 
 class _Draw(LogitsProcessor):

@@ -23,6 +23,9 @@ from transformers import (
 from ssrctl.configs import SamplingConfig
 from ssrctl.models.loading import LoadedModel
 from ssrctl.sampling.alignment import decode
+from ssrctl.text.prompts import turn_end_id
+
+_MORE_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -30,11 +33,11 @@ class Sample:
     """One sampled response.
 
     Attributes:
-        response_ids: the sampled tokens, the end token included when one was sampled.
+        response_ids: the sampled tokens, through the end token, or the token that completes a text of ``--stop``.
         logprobs: float32 ``[len(response_ids)]`` on the CPU: log-probability of each sampled token under the
             temperature-scaled logits, before top-p or top-k.
-        text: the response without special tokens.
-        finished: True if an end token was sampled within the limit.
+        text: the response without special tokens; a text of ``--stop`` stays in it, with the rest of its last token.
+        finished: True if an end token or a text of ``--stop`` was sampled within the limit.
     """
 
     response_ids: list[int]
@@ -72,12 +75,48 @@ class _AfterSampling(StoppingCriteria):
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
+class StopTexts(StoppingCriteria):
+    """Stops each row at the first token that completes one of some texts, and remembers where.
+
+    Args:
+        tokenizer: decodes the newest tokens.
+        texts: not empty; with none of them nothing stops.
+        width: tokens before the first new one.
+        num_rows: size of the batch.
+    """
+
+    def __init__(self, tokenizer: Any, texts: Sequence[str], width: int, num_rows: int) -> None:
+        self.tokenizer, self.texts, self.width = tokenizer, texts, width
+        self.lengths: list[int | None] = [None] * num_rows
+        # Every token of the text has a byte of it; a few more keep the start of the window off the text.
+        self._window = max((len(text.encode("utf-8", "replace")) for text in texts), default=0) + _MORE_TOKENS
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        length = input_ids.shape[1] - self.width
+        if self.texts:
+            recent = input_ids[:, max(self.width, input_ids.shape[1] - self._window) :].tolist()
+            for row, ids in enumerate(recent):
+                if self.lengths[row] is None:
+                    tail = decode(self.tokenizer, ids)
+                    if any(text in tail for text in self.texts):
+                        self.lengths[row] = length
+        stopped = [known is not None for known in self.lengths]
+        return torch.tensor(stopped, dtype=torch.bool, device=input_ids.device)
+
+    def cut(self, row: int, ids: list[int], ends: Sequence[int]) -> tuple[list[int], bool]:
+        """Cut a row's new tokens after its text or its first end token; return them, and whether there is either."""
+        length = self.lengths[row]
+        kept, finished = through_end_token(ids if length is None else ids[:length], ends)
+        return kept, finished or (length is not None and length <= len(ids))
+
+
 def end_token_ids(loaded: LoadedModel) -> list[int]:
-    """Return the tokens that end a response, from the generation config and the tokenizer."""
+    """Return the tokens that end a response: those of the generation config, the tokenizer's, the chat template's."""
     configured = loaded.model.generation_config.eos_token_id
     ids = [] if configured is None else [configured] if isinstance(configured, int) else list(configured)
-    if loaded.tokenizer.eos_token_id is not None and loaded.tokenizer.eos_token_id not in ids:
-        ids.append(loaded.tokenizer.eos_token_id)
+    for token in (loaded.tokenizer.eos_token_id, turn_end_id(loaded.tokenizer)):
+        if token is not None and token not in ids:
+            ids.append(token)
     return ids
 
 
@@ -93,7 +132,7 @@ def sample_responses(
     Args:
         loaded: the model.
         prompts: token ids, one list per response (repeat a prompt for several responses).
-        sampling: temperature, top-p, top-k, longest response; responses also end where the context does.
+        sampling: temperature, top-p, top-k, stop texts, longest response; responses also end where the context does.
         seed: of this batch.
     """
     recorder = _SampledLogprobs()
@@ -101,6 +140,7 @@ def sample_responses(
     pad = loaded.tokenizer.pad_token_id
     input_ids, attention_mask = left_padded(prompts, pad)
     width = input_ids.shape[1]
+    stops = StopTexts(loaded.tokenizer, sampling.stop, width, len(prompts))
     room = sampling.max_new_tokens
     if loaded.context_length is not None:
         room = min(room, loaded.context_length - width)
@@ -123,16 +163,15 @@ def sample_responses(
             attention_mask=attention_mask.to(loaded.device),
             generation_config=generation,
             logits_processor=warpers(sampling, after_temperature=[recorder]),
-            stopping_criteria=StoppingCriteriaList([_AfterSampling(recorder)]),
+            stopping_criteria=StoppingCriteriaList([_AfterSampling(recorder), stops]),
         )
     responses = output[:, width:].tolist()
     logprobs = torch.stack(recorder.chosen, dim=1).cpu()
-    return [_sample(loaded, ids, logprobs[row], ends) for row, ids in enumerate(responses)]
-
-
-def _sample(loaded: LoadedModel, ids: list[int], logprobs: Tensor, ends: list[int]) -> Sample:
-    kept, finished = through_end_token(ids, ends)
-    return Sample(kept, logprobs[: len(kept)].clone(), decode(loaded.tokenizer, kept), finished)
+    samples = []
+    for row, ids in enumerate(responses):
+        kept, finished = stops.cut(row, ids, ends)
+        samples.append(Sample(kept, logprobs[row, : len(kept)].clone(), decode(loaded.tokenizer, kept), finished))
+    return samples
 
 
 def left_padded(prompts: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from ssrctl.io.records import Rollout
 from ssrctl.models.loading import LoadedModel
 from ssrctl.sampling.alignment import step_of_tokens, token_starts
 from ssrctl.sampling.generate import Sample, sample_responses
-from ssrctl.text.prompts import build_prompt, encode_prompt
+from ssrctl.text.prompts import PromptFormat, build_prompt, encode_prompt, shown_prompt, use_chat_template
 from ssrctl.text.segment import segment
 
 
@@ -53,7 +53,7 @@ class Group:
 
 
 def prepare_prompts(
-    loaded: LoadedModel, problems: Iterable[Problem], template: str, max_new_tokens: int
+    loaded: LoadedModel, problems: Iterable[Problem], prompt_format: PromptFormat, max_new_tokens: int
 ) -> tuple[list[Prompted], int]:
     """Build and encode the prompt of every question; leave out those that do not fit the model's context.
 
@@ -64,14 +64,15 @@ def prepare_prompts(
         The prompts that fit, and the number left out.
 
     Raises:
-        UserError: none fits.
+        UserError: none fits, or one cannot be built or encoded, see ``build_prompt`` and ``encode_prompt``.
     """
+    use_chat_template(loaded.tokenizer, prompt_format)
     context = loaded.context_length
     kept: list[Prompted] = []
     longest = total = 0
     for problem in problems:
         total += 1
-        prompt = build_prompt(loaded.tokenizer, template, problem.question)
+        prompt = build_prompt(loaded.tokenizer, prompt_format, problem.question, problem.messages)
         ids = encode_prompt(loaded.tokenizer, prompt)
         longest = max(longest, len(ids))
         if ids and (context is None or len(ids) + min(max_new_tokens, context // 2) <= context):
@@ -83,6 +84,11 @@ def prepare_prompts(
             "use shorter questions or a model with a longer context",
         )
     return kept, total - len(kept)
+
+
+def describe_prompt(loaded: LoadedModel, prompted: Prompted) -> str:
+    """Return a prompt as the model gets it, special tokens included, escaped and shortened for one line."""
+    return shown_prompt(loaded.tokenizer.decode(prompted.prompt_ids, clean_up_tokenization_spaces=False))
 
 
 def sample_groups(

@@ -21,6 +21,7 @@ from ssrctl.io.files import existing_file, write_text
 from ssrctl.io.jsonl import STDIO, JsonlLog, write_jsonl
 from ssrctl.io.problems import load_problems
 from ssrctl.io.records import FinalAnswer, Rollout, read_rollouts
+from ssrctl.io.row_fields import Reference
 from ssrctl.text.answers import check_answers
 
 if TYPE_CHECKING:  # grading given responses loads no torch
@@ -34,7 +35,10 @@ GRADING_BATCH = 256  # responses read, compared in parallel and written at once
 DECISIVE = (
     "dataset", "dataset_config", "dataset_split", "question_column", "answer_column", "prompt_template", "limit",
     "temperature", "top_p", "top_k", "max_new_tokens", "sampling_batch_size", "num_samples", "seed", "dtype",
+    "system_prompt", "chat_template", "chat_template_kwargs", "stop",
 )  # fmt: skip
+# Settings that evaluations of earlier versions do not name, with the value that they had.
+_ADDED = {"system_prompt": None, "chat_template": None, "chat_template_kwargs": None, "stop": []}
 
 
 def run(config: EvalConfig) -> dict[str, Any]:
@@ -123,7 +127,7 @@ class _References:
         self._by_question = {" ".join(p.question.split()): p.answer for p in problems}
         self._by_id = {p.id: p.answer for p in problems}
 
-    def of(self, record: Rollout) -> str | None:
+    def of(self, record: Rollout) -> Reference | None:
         if record.answer is not None:
             return record.answer
         if record.question is not None:
@@ -157,18 +161,19 @@ def _no_new_folder_on_error(folder: Path) -> Iterator[None]:
 def _sample(config: EvalConfig) -> _Found:
     """Draw the missing samples and read all of them back."""
     from ssrctl.models.loading import describe_model, load_model
-    from ssrctl.sampling.groups import prepare_prompts
-    from ssrctl.text.prompts import load_template
+    from ssrctl.sampling.groups import describe_prompt, prepare_prompts
+    from ssrctl.text.prompts import load_prompt_format
 
     config = _with_checkpoint(config)
     console.note(describe_model(config) + (f" + {config.checkpoint}" if config.checkpoint else ""))
-    template = load_template(config.prompt_template, config.dataset)
+    prompt_format = load_prompt_format(config)
     problems = load_problems(config, "test", derive_seed(config.seed, "problems"))
     loaded = load_model(config)
     changed = _apply_checkpoint(config, loaded)
-    prompts, num_left_out = prepare_prompts(loaded, problems, template, config.max_new_tokens)
+    prompts, num_left_out = prepare_prompts(loaded, problems, prompt_format, config.max_new_tokens)
     if num_left_out:
         console.warn(f"{num_left_out} of {len(problems)} questions do not fit the context and are left out")
+    console.note(f"first prompt: {describe_prompt(loaded, prompts[0])}")
     if config.dry_run:
         plan = {
             "problems": len(prompts),
@@ -268,10 +273,12 @@ def _claim_folder(config: EvalConfig, loaded: LoadedModel) -> None:
     """Write the settings of the evaluation into its folder, or check that they are the same."""
     settings = manifest.settings_of(config)
     decisive: dict[str, Any] = {key: settings[key] for key in DECISIVE}
+    if config.chat_template is not None:  # its content decides, not its place
+        decisive["chat_template"] = manifest.file_hash(config.chat_template)
     decisive["fingerprint"] = loaded.identity.fingerprint
     decisive["checkpoint"] = None if config.checkpoint is None else manifest.file_hash(find_delta(config.checkpoint))
     if (config.output_dir / SETTINGS).exists():
-        before = _read_settings(config.output_dir)
+        before = _ADDED | _read_settings(config.output_dir)
         odd = [key for key in decisive if before.get(key) != decisive[key]]
         if odd:
             listed = ", ".join(f"{key} was {before.get(key)!r}, is {decisive[key]!r}" for key in odd)

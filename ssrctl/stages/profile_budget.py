@@ -28,8 +28,8 @@ from ssrctl.io.problems import load_problems
 from ssrctl.io.records import Rollout, read_rollouts
 from ssrctl.masks.budget_profile import MeanCurve, StepMass, mean_curve, problem_masses, traces_batch
 from ssrctl.models.loading import LoadedModel, describe_model, load_model
-from ssrctl.sampling.groups import Group, prepare_prompts, sample_groups
-from ssrctl.text.prompts import build_prompt, load_template
+from ssrctl.sampling.groups import Group, describe_prompt, prepare_prompts, sample_groups
+from ssrctl.text.prompts import build_prompt, load_prompt_format, use_chat_template
 from ssrctl.training.step_gradients.batch import group_batch
 from ssrctl.training.unit_gradients import GroupBatch
 
@@ -117,14 +117,15 @@ def _read_traces(config: ProfileBudgetConfig) -> list[list[Rollout]]:
 
 
 def _from_traces(config: ProfileBudgetConfig, loaded: LoadedModel, traces: list[list[Rollout]]) -> _Source:
-    template = load_template(config.prompt_template, config.dataset)
+    prompt_format = load_prompt_format(config)
+    use_chat_template(loaded.tokenizer, prompt_format)
 
     def groups() -> Iterator[tuple[GroupBatch, Rewards]]:
         for rollouts in traces:
             for rollout in rollouts:
                 if rollout.prompt is None:
                     assert rollout.question is not None
-                    rollout.prompt = build_prompt(loaded.tokenizer, template, rollout.question)
+                    rollout.prompt = build_prompt(loaded.tokenizer, prompt_format, rollout.question)
             rewards = [[score.reward for score in rollout.scores or ()] for rollout in rollouts]
             yield traces_batch(loaded, rollouts, config.temperature), rewards
 
@@ -138,10 +139,11 @@ def _problems(config: ProfileBudgetConfig) -> list[Any]:
 
 
 def _from_sampling(config: ProfileBudgetConfig, loaded: LoadedModel, problems: list[Any]) -> _Source:
-    template = load_template(config.prompt_template, config.dataset)
-    prompts, num_left_out = prepare_prompts(loaded, problems, template, config.max_new_tokens)
+    prompt_format = load_prompt_format(config)
+    prompts, num_left_out = prepare_prompts(loaded, problems, prompt_format, config.max_new_tokens)
     if num_left_out:
         warn(f"{num_left_out} of {len(problems)} questions do not fit the context and are left out")
+    note(f"first prompt: {describe_prompt(loaded, prompts[0])}")
     critic = make_critic(CriticOptions())
 
     def groups() -> Iterator[tuple[GroupBatch, Rewards]]:

@@ -115,7 +115,7 @@ def tokens_per_step(tokenizer: Any, response: str, steps: list[StepSpan]) -> lis
         steps: spans that cover it.
     """
     from ssrctl.sampling.alignment import step_of_tokens
-    from ssrctl.sampling.continuations import without_surrogates
+    from ssrctl.text.prompts import without_surrogates
 
     encoded = tokenizer(without_surrogates(response), add_special_tokens=False, return_offsets_mapping=True)
     counts = [0] * len(steps)

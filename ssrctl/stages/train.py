@@ -23,8 +23,8 @@ from ssrctl.io.budget_file import load_budget_profile
 from ssrctl.io.package_data import profile_path, shipped_names
 from ssrctl.io.problems import load_problems
 from ssrctl.models.loading import LoadedModel, describe_model, load_model
-from ssrctl.sampling.groups import Prompted, prepare_prompts
-from ssrctl.text.prompts import load_template
+from ssrctl.sampling.groups import Prompted, describe_prompt, prepare_prompts
+from ssrctl.text.prompts import load_prompt_format
 from ssrctl.training.lr_sweep import find_lr
 from ssrctl.training.resuming import open_run
 from ssrctl.training.tracking import check_tracker
@@ -48,7 +48,7 @@ def run(config: TrainConfig) -> dict[str, Any] | None:
     console.note(describe_model(config))
     check_tracker(config.report_to)
     run_dir, checkpoint = open_run(config)
-    template = load_template(config.prompt_template, config.dataset)
+    prompt_format = load_prompt_format(config)
     problems = load_problems(config, "train", derive_seed(config.seed, "problems"))
     itemsize = 4 if config.dtype in ("auto", "float32") else 2
     update_bytes = updater_kind(config).bytes_per_parameter(config, itemsize)
@@ -57,9 +57,10 @@ def run(config: TrainConfig) -> dict[str, Any] | None:
     mask = _mask_at(config.mask, config, loaded)
     _check_trainable(config, loaded, protected, mask)
     curve, profile_name = _budget_curve(config)
-    prompts, num_left_out = prepare_prompts(loaded, problems, template, config.max_new_tokens)
+    prompts, num_left_out = prepare_prompts(loaded, problems, prompt_format, config.max_new_tokens)
     if num_left_out:
         console.warn(f"{num_left_out} of {len(problems)} questions do not fit the context and are left out")
+    console.note(f"first prompt: {describe_prompt(loaded, prompts[0])}")
     _warn_about_sampling(config)
     if config.dry_run:
         plan = _plan(config, loaded, protected, mask, curve, profile_name, prompts, run_dir)

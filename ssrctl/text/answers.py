@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
+from ssrctl.io.boxed import BRACES, last_boxed
 from ssrctl.io.records import FinalAnswer
+from ssrctl.io.row_fields import Reference
 from ssrctl.text.answer_equality import NUMBER, compare_answers, decide
 from ssrctl.text.answer_pool import ANSWER_TIMEOUT, MAX_WORKERS
 
@@ -41,7 +43,6 @@ _PHRASE = re.compile(
     rf"|答案(?:应该?)?[是为為])[ \t]*+[:：]?\s{{0,3}}(?P<value>{_STATED})",
     re.IGNORECASE,
 )
-_BRACES = re.compile(r"\\[{}]|\\f?boxed[ \t]*\{|[{}]")
 # A minus after a digit, letter or bracket subtracts; elsewhere it is the number's sign.
 _ANY_NUMBER = re.compile(rf"(?:(?<![\w)\]}}])[-−])?\$?(?:{NUMBER})")
 _END_OF_THINKING = "</think>"
@@ -66,7 +67,7 @@ def find_marker(text: str) -> tuple[int, bool] | None:
     if "####" in text:
         starts += [match.start() for match in _HASHES.finditer(text)]
     if "boxed" in text:
-        starts += [match.start() for match in _BRACES.finditer(text) if "boxed" in match.group()]
+        starts += [match.start() for match in BRACES.finditer(text) if "boxed" in match.group()]
     if starts:
         return max(starts), True
     if "答案" not in text and "answer" not in text.lower():
@@ -97,14 +98,14 @@ def extract_answer(text: str, *, allow_last_number: bool = True) -> Extracted | 
 
 
 def check_answer(
-    response: str, reference: str | None, *, allow_last_number: bool = True, timeout: float = ANSWER_TIMEOUT
+    response: str, reference: Reference | None, *, allow_last_number: bool = True, timeout: float = ANSWER_TIMEOUT
 ) -> FinalAnswer:
     """Extract the final answer of ``response`` and compare it with ``reference``. Safe to call from any thread.
 
     Args:
         response: the model's text.
         reference: the right answer, or a worked solution that ends in ``#### answer`` or ``\\boxed{answer}``;
-            None when unknown.
+            several of them if any is right; None when unknown.
         allow_last_number: accept the last number of the response when it marks no answer.
         timeout: seconds for the comparison, where it needs algebra.
 
@@ -117,11 +118,11 @@ def check_answer(
     found = extract_answer(response, allow_last_number=allow_last_number)
     if reference is None or found is None:
         return _final(found, reference, None)
-    return _final(found, reference, compare_answers(found.value, _reference_value(reference), timeout=timeout))
+    return _final(found, reference, _compare(found.value, _reference_values(reference), timeout))
 
 
 def check_answers(
-    pairs: Sequence[tuple[str, str | None]],
+    pairs: Sequence[tuple[str, Reference | None]],
     *,
     allow_last_number: bool = True,
     timeout: float = ANSWER_TIMEOUT,
@@ -131,14 +132,14 @@ def check_answers(
 
     Args:
         pairs: (response, reference); results keep this order.
-        allow_last_number, timeout: as of ``check_answer``; the time is for each comparison.
+        allow_last_number, timeout: as of ``check_answer``; the time is for each comparison with one answer.
         on_done: called in the calling thread with 1 after each pair.
 
     Raises:
         UserError: math-verify is needed and not installed.
     """
     finals: list[FinalAnswer | None] = []
-    pending: list[tuple[int, Extracted, str, Future[bool | None]]] = []
+    pending: list[tuple[int, Extracted, Reference, Future[bool | None]]] = []
     done = on_done or (lambda count: None)
     with ThreadPoolExecutor(MAX_WORKERS, thread_name_prefix="answers") as threads:
         try:
@@ -146,10 +147,10 @@ def check_answers(
                 found = extract_answer(response, allow_last_number=allow_last_number)
                 finals.append(None)
                 if found is not None and reference is not None:
-                    right = _reference_value(reference)
-                    verdict = decide(found.value, right)
+                    accepted = _reference_values(reference)
+                    verdict = _any_right(decide(found.value, right) for right in accepted)
                     if verdict is None:
-                        asked = threads.submit(compare_answers, found.value, right, timeout=timeout)
+                        asked = threads.submit(_compare, found.value, accepted, timeout)
                         pending.append((place, found, reference, asked))
                         continue
                     finals[place] = _final(found, reference, verdict)
@@ -165,7 +166,7 @@ def check_answers(
     return [final for final in finals if final is not None]
 
 
-def _final(found: Extracted | None, reference: str | None, verdict: bool | None) -> FinalAnswer:
+def _final(found: Extracted | None, reference: Reference | None, verdict: bool | None) -> FinalAnswer:
     """Build the record of an extracted answer; ``verdict`` None is a comparison without a result, if there was one."""
     extracted, way = (found.value, found.way) if found else (None, None)
     if reference is None:
@@ -179,23 +180,6 @@ def _final(found: Extracted | None, reference: str | None, verdict: bool | None)
 
 # --------------------------------------------------------------------------------------------------
 # the ways
-
-
-def _boxed(text: str) -> str:
-    """Return the content of the last closed ``\\boxed{...}`` (the inner one of nested boxes)."""
-    last: tuple[int, int] | None = None
-    open_braces: list[int | None] = []
-    for match in _BRACES.finditer(text):
-        token = match.group()
-        if token.startswith("\\") and "boxed" not in token:
-            continue
-        if token == "}":
-            start = open_braces.pop() if open_braces else None
-            if start is not None and (last is None or start > last[0]):
-                last = (start, match.start())
-        else:
-            open_braces.append(match.end() if "boxed" in token else None)
-    return text[last[0] : last[1]].strip() if last else ""
 
 
 def _hashes(text: str) -> str:
@@ -228,7 +212,7 @@ def _phrase(text: str) -> str:
     return _bare(values[-1]) if values else ""
 
 
-_WAYS: dict[str, Callable[[str], str]] = {"boxed": _boxed, "hashes": _hashes, "marker": _marker, "phrase": _phrase}
+_WAYS: dict[str, Callable[[str], str]] = {"boxed": last_boxed, "hashes": _hashes, "marker": _marker, "phrase": _phrase}
 
 
 def _bare(value: str) -> str:
@@ -242,5 +226,21 @@ def _bare(value: str) -> str:
     return value
 
 
-def _reference_value(reference: str) -> str:
-    return _hashes(reference) or _boxed(reference) or reference
+def _reference_values(reference: Reference) -> list[str]:
+    """Return the accepted answers, each without the solution around it."""
+    accepted = (reference,) if isinstance(reference, str) else reference
+    return [_hashes(text) or last_boxed(text) or text for text in accepted]
+
+
+def _compare(extracted: str, accepted: Sequence[str], timeout: float) -> bool | None:
+    return _any_right(compare_answers(extracted, right, timeout=timeout) for right in accepted)
+
+
+def _any_right(verdicts: Iterable[bool | None]) -> bool | None:
+    """Return True at the first True; else None if a verdict is None, else False."""
+    undecided = False
+    for verdict in verdicts:
+        if verdict:
+            return True
+        undecided = undecided or verdict is None
+    return None if undecided else False

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ssrctl.checkpoints.run_dir import Checkpoint, RunDir, load_checkpoint, newest_checkpoint
 from ssrctl.configs import TrainConfig
+from ssrctl.configs.building import default_of
 from ssrctl.errors import UserError
 from ssrctl.io import manifest
 
@@ -63,7 +64,7 @@ def _new_run(config: TrainConfig) -> RunDir:
 def _check_same_settings(config: TrainConfig, run_dir: RunDir) -> None:
     """Raise a UserError if resuming would not compute the same as the uninterrupted run."""
     # a run of an earlier version had the default of a setting that its config does not name
-    defaults = {spec.name: spec.default for spec in dataclasses.fields(config)}
+    defaults = {spec.name: default_of(spec) for spec in dataclasses.fields(config)}
     before, now = defaults | run_dir.read_config(), manifest.settings_of(config)
     free = FREE_ON_RESUME | ({"max_steps"} if config.lr_scheduler_type.startswith("constant") else set())
     odd = [key for key in now if key not in free and before.get(key) != now[key]]

@@ -59,11 +59,12 @@ def test_lines_are_counted_over_blank_ones(tmp_path: Path) -> None:
         (b'{"a": NaN}', "NaN is not a json number"),
         (b'{"a": -Infinity}', "-Infinity is not a json number"),
         (b'{"a": 1e999}', "too large"),
+        (b'{"b": {"a": 1, "a": 1}}', "not valid json: the key 'a' occurs twice"),
         (b'{"a": "\xff"}', "not UTF-8"),
         (b"[" * 100_000, "not valid json"),
         (b'{"a": ' + b"9" * 5000 + b"}", "not valid json"),
     ],
-    ids=range(9),
+    ids=range(10),
 )
 def test_a_bad_line_is_named(tmp_path: Path, line: bytes, message: str) -> None:
     path = tmp_path / "a.jsonl"
@@ -89,8 +90,12 @@ def test_a_torn_tail_is_left_out_and_told(tmp_path: Path) -> None:
     assert len(told) == 1 and told[0].startswith(f"{path}:2: ")
     with pytest.raises(UserError, match=r":2: not UTF-8"):
         list(read_jsonl(path))
-    path.write_bytes(b'{"a"')  # nothing but a torn line: nothing was done yet, which is no error
-    assert list(read_jsonl(path, on_torn=told.append)) == []
+    path.write_bytes(b'{"a"')
+    with pytest.raises(UserError, match="no records in it: its only line is truncated"):
+        list(read_jsonl(path, on_torn=told.append))
+    path.write_bytes(b'{"a": 1}\n{"a": 1, "a": 2}')  # whole, though its newline is missing
+    with pytest.raises(UserError, match=r":2: not valid json: the key 'a' occurs twice"):
+        list(read_jsonl(path, on_torn=told.append))
 
 
 def test_a_last_line_that_lacks_its_newline_alone_is_whole(tmp_path: Path) -> None:

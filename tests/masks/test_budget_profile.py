@@ -20,6 +20,7 @@ from ssrctl.masks.budget_profile import (
 )
 from ssrctl.models.loading import LoadedModel, load_model
 from ssrctl.sampling.groups import prepare_prompts, sample_groups
+from ssrctl.text.prompts import PromptFormat
 from ssrctl.training.step_gradients.batch import group_batch
 from ssrctl.training.unit_gradients import GroupBatch, make_batch, response_logprobs
 
@@ -167,7 +168,7 @@ def tiny() -> LoadedModel:
 def test_stored_traces_give_the_batch_that_sampling_gave(tiny: LoadedModel) -> None:
     problem = Problem(id="q1", question="48*6-2*9+2=?", answer="76")
     sampling = SamplingConfig(max_new_tokens=48)
-    prompts, _ = prepare_prompts(tiny, [problem], "{question}", sampling.max_new_tokens)
+    prompts, _ = prepare_prompts(tiny, [problem], PromptFormat(), sampling.max_new_tokens)
     group = sample_groups(tiny, prompts, sampling, num_generations=6, seed=0)[0]
     sampled, stored = group_batch(tiny, group), traces_batch(tiny, group.rollouts, sampling.temperature)
     assert torch.equal(sampled.input_ids, stored.input_ids)

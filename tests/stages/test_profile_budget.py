@@ -20,6 +20,7 @@ from ssrctl.io.problems import load_problems
 from ssrctl.io.records import Rollout, StepScore
 from ssrctl.models.loading import load_model
 from ssrctl.sampling.groups import prepare_prompts, sample_groups
+from ssrctl.text.prompts import PromptFormat
 from ssrctl.stages import profile_budget
 
 
@@ -43,7 +44,7 @@ def scored_rollouts(made: ProfileBudgetConfig) -> list[dict[str, Any]]:
     """The responses that the stage samples, as `ssrctl critic` would have written them."""
     loaded = load_model(made)
     problems = load_problems(made, "train", derive_seed(made.seed, "problems"))[: made.num_problems]
-    prompts, _ = prepare_prompts(loaded, problems, "{question}", made.max_new_tokens)
+    prompts, _ = prepare_prompts(loaded, problems, PromptFormat(), made.max_new_tokens)
     rows = []
     for prompt in prompts:
         seed = derive_seed(made.seed, "profile-budget", prompt.problem.id)

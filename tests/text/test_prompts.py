@@ -5,7 +5,7 @@ import pytest
 from ssrctl.configs import TINY_DATASET
 from ssrctl.errors import UserError
 from ssrctl.io.package_data import shipped_names
-from ssrctl.text.prompts import SLOT, build_prompt, encode_prompt, load_template
+from ssrctl.text.prompts import SLOT, PromptFormat, build_prompt, encode_prompt, load_template
 
 CHAT = (
     "{% for m in messages %}<pad>{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
@@ -56,21 +56,21 @@ def test_a_template_of_ones_own(tmp_path):
 def test_other_braces_of_template_and_question_are_left_alone(bpe_tokenizer):
     question = r"What is \frac{1}{2} of {x} in {0}?"
     template = 'Answer as {"n": ...}: ' + SLOT
-    assert build_prompt(bpe_tokenizer, template, question) == f'Answer as {{"n": ...}}: {question}\n'
+    assert build_prompt(bpe_tokenizer, PromptFormat(template), question) == f'Answer as {{"n": ...}}: {question}\n'
 
 
 def test_without_a_chat_template_the_wording_ends_with_a_line_break(bpe_tokenizer):
-    assert build_prompt(bpe_tokenizer, "Q: {question}", "3+4=?") == "Q: 3+4=?\n"
+    assert build_prompt(bpe_tokenizer, PromptFormat("Q: {question}"), "3+4=?") == "Q: 3+4=?\n"
 
 
 def test_a_chat_template_opens_the_assistants_turn(chat_tokenizer):
-    assert build_prompt(chat_tokenizer, "Q: {question}", "3+4=?") == "<pad>user: Q: 3+4=?\nassistant:"
+    assert build_prompt(chat_tokenizer, PromptFormat("Q: {question}"), "3+4=?") == "<pad>user: Q: 3+4=?\nassistant:"
 
 
 def test_special_tokens_are_written_once(chat_tokenizer, starting_tokenizer):
-    ids = encode_prompt(chat_tokenizer, build_prompt(chat_tokenizer, SLOT, "3+4"))
+    ids = encode_prompt(chat_tokenizer, build_prompt(chat_tokenizer, PromptFormat(), "3+4"))
     assert ids[0] == chat_tokenizer.pad_token_id and ids.count(chat_tokenizer.pad_token_id) == 1
     assert encode_prompt(starting_tokenizer, "3+4") == [0, 2, 3, 4]
     starting_tokenizer.chat_template = CHAT.replace("<pad>", "<s>")
-    ids = encode_prompt(starting_tokenizer, build_prompt(starting_tokenizer, SLOT, "3+4"))
+    ids = encode_prompt(starting_tokenizer, build_prompt(starting_tokenizer, PromptFormat(), "3+4"))
     assert ids.count(0) == 1

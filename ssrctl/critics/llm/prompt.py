@@ -257,8 +257,9 @@ class _Data(NamedTuple):
 
 def _data(rollout: Rollout, reference: bool) -> _Data:
     givens = [("problem", rollout.question or "")]
-    if reference and rollout.answer is not None and rollout.answer.strip():
-        givens.append(("reference answer", rollout.answer))
+    answer = rollout.answer if isinstance(rollout.answer, str | None) else " or ".join(rollout.answer)
+    if reference and answer is not None and answer.strip():
+        givens.append(("reference answer", answer))
     room = MAX_DATA_BYTES
     sent: list[tuple[str, str]] = []
     texts = ((step.kind, rollout.step_text(index)) for index, step in enumerate(rollout.steps or ()))
