@@ -118,7 +118,7 @@ def text_bytes(path: str | Path, what: str) -> Iterator[Any]:
         try:
             head = _head(stream)
             if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                raise UserError(f"{name} is UTF-16 text", "convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)")
+                raise UserError(f"{name} is UTF-16, not UTF-8", "convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)")
             for magic, kind in _OTHER_COMPRESSION.items():
                 if head.startswith(magic):
                     raise UserError(f"{name} is a {kind} file", "unpack it, or compress it with gzip")

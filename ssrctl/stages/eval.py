@@ -38,7 +38,7 @@ DECISIVE = (
     "system_prompt", "chat_template", "chat_template_kwargs", "stop",
 )  # fmt: skip
 # Settings that evaluations of earlier versions do not name, with the value that they had.
-_ADDED = {"system_prompt": None, "chat_template": None, "chat_template_kwargs": None, "stop": []}
+_ADDED: dict[str, Any] = {"system_prompt": None, "chat_template": None, "chat_template_kwargs": None, "stop": []}
 
 
 def run(config: EvalConfig) -> dict[str, Any]:
