@@ -60,6 +60,11 @@ class Grouped(Generic[Row, TensorRow]):
         """The rows of the layers proper, without the tensors outside of them."""
         return {layer: row for layer, row in self.layers.items() if layer is not None}
 
+    @property
+    def labelled_layers(self) -> dict[str, Row]:
+        """The rows of all layers, by the layer's name in figures and tables."""
+        return {layer_label(layer): row for layer, row in self.layers.items()}
+
 
 def group(found: Mapping[str, T], summary: Callable[[Sequence[T]], Row]) -> Grouped[Row, Row]:
     """Summarise the measures of single tensors by group; a tensor's own row is the summary of it alone.
