@@ -267,7 +267,7 @@ def _protected_weights(comparison: Comparison, config: DiagnoseConfig) -> BlockM
 
     if config.protect is not None and config.assert_frozen is not None:
         raise UserError(
-            "--protect and --assert-frozen each name a mask", "give --assert-frozen alone; it reports the same"
+            "--protect and --assert-frozen each name a mask", "give only --assert-frozen; it reports the same"
         )
     path = config.assert_frozen or config.protect
     if path is None:

@@ -159,8 +159,8 @@ def headlines(changes: Grouped[Change, Change], atol: float) -> list[str]:
         return [f"The two checkpoints are identical bit for bit: {count(total.numel)} weights, sparsity 1."]
     hidden = total.num_bit_changed - total.num_changed
     lines = [
-        f"Update sparsity {percent(total.sparsity)}: so many of the {count(total.numel)} weights moved by no "
-        f"more than {atol:g}.",
+        f"Update sparsity {percent(total.sparsity)}: this share of the {count(total.numel)} weights moved by no more "
+        f"than {atol:g}.",
         f"Bit for bit, {percent(total.bit_equal_frac)} are unchanged: {count(total.num_bit_changed)} weights "
         f"changed, {count(hidden)} of them by no more than {atol:g}.",
         f"The update's norm is {number(total.relative_l2)} of the base's; the largest change of a weight is "
@@ -201,7 +201,7 @@ def nonfinite_notes(total: Change) -> list[str]:
     if not found:
         return []
     return [
-        f"Weights that are no numbers: {', '.join(found)}. They count as changed unless they are equal bit for bit; "
+        f"NaN or infinite weights: {', '.join(found)}. They count as changed unless they are equal bit for bit; "
         "norms, means and maxima leave them out."
     ]
 
