@@ -22,7 +22,7 @@ from ssrctl.checkpoints.pairs import RANGE, TensorPair
 from ssrctl.measures.base import Findings, PairMeasure, register
 from ssrctl.measures.group_tables import RowColumn, cell_map, row_table
 from ssrctl.measures.maths.change import FIXED_TOLERANCES, Change, add_up
-from ssrctl.measures.maths.grouping import Grouped, group, layer_label
+from ssrctl.measures.maths.grouping import Grouped, group
 from ssrctl.measures.maths.largest_changes import LargestChanges, WeightChange
 from ssrctl.measures.maths.piece_pair import piece_pairs
 from ssrctl.measures.maths.ulp import bin_label
@@ -226,9 +226,11 @@ def sparsity_sections(result: SparsityResult, atol: float) -> list[Section]:
         "weights too."
     )
     changes = result.changes
-    layers = {layer_label(layer): change for layer, change in changes.layers.items()}
     grouped = []
-    for title, what, rows in (("By kind of matrix", "kind", changes.kinds), ("By layer", "layer", layers)):
+    for title, what, rows in (
+        ("By kind of matrix", "kind", changes.kinds),
+        ("By layer", "layer", changes.labelled_layers),
+    ):
         bars = Bars(
             title=f"Unchanged weights {title.lower()}",
             labels=list(rows),
