@@ -186,7 +186,7 @@ REFUSED: dict[str, Callable[[], object]] = {
 
 
 def test_the_page_lists_these_refusals() -> None:
-    table = PAGE.partition("## When it refuses")[2]
+    table = PAGE.partition("## Error messages")[2]
     assert set(re.findall(r"^\| `(.+?)` \|", table, re.MULTILINE)) == REFUSED.keys()
 
 
