@@ -20,6 +20,7 @@ Reference = str | tuple[str, ...]
 
 # Columns of verl's data sets, which csv files and some parquet files hold as json text.
 _VERL_OBJECTS = ("reward_model", "extra_info")
+_ANSWER_KEYS = ("ground_truth", "value", "answer", "text")
 _MOST_SHOWN = 60
 
 
@@ -128,7 +129,7 @@ def read_answer(value: Any, where: str, name: str) -> Reference:
         inner = ", ".join(str(key) for key in value)
         raise UserError(
             f"{place} is an object with the fields {inner[:200]}; an answer is text, a number or a list of them",
-            f"name the field in it, such as {name}.{next(iter(value))}",
+            f"name the field in it, such as {name}.{next((key for key in _ANSWER_KEYS if key in value), next(iter(value)))}",
         )
     if isinstance(value, Sequence) and not isinstance(value, str):
         accepted = dict.fromkeys(_scalar(item, f"{place}[{number}]") for number, item in enumerate(value))

@@ -7,7 +7,7 @@ import torch
 
 from ssrctl.configs import SamplingConfig, TrainConfig
 from ssrctl.models.loading import load_model
-from ssrctl.sampling.generate import end_token_ids, sample_responses
+from ssrctl.sampling.generate import StopTexts, end_token_ids, sample_responses
 
 QUESTION = "48*6-2=?\n"
 
@@ -166,3 +166,44 @@ def test_a_sample_cannot_be_changed(bundled):
     (sample,) = sample_responses(bundled, [ids_of(bundled, QUESTION)], sampling(max_new_tokens=2), seed=0)
     with pytest.raises(dataclasses.FrozenInstanceError):
         sample.text = "other"
+
+
+@pytest.mark.parametrize("stops", [["="], ["4", "=1"], ["absent"]])
+def test_a_stop_text_ends_a_response_where_the_rest_of_it_would_be(bundled, stops):
+    """The same draws with and without: a response is the beginning of the one that went on, through the text."""
+    prompts = [ids_of(bundled, text) for text in PROMPTS * 3]
+    whole = sample_responses(bundled, prompts, sampling(), seed=0)
+    cut = sample_responses(bundled, prompts, sampling(stop=stops), seed=0)
+    stopped = 0
+    for long, short in zip(whole, cut, strict=True):
+        ids = [*long.response_ids]
+        count = next((n for n in range(1, len(ids) + 1)
+                      if any(s in bundled.tokenizer.decode(ids[:n], skip_special_tokens=True) for s in stops)), None)  # fmt: skip
+        assert short.response_ids[: count or len(ids)] == ids[:count]
+        assert len(short.logprobs) == len(short.response_ids) == (count or len(ids))
+        assert short.finished == (long.finished or count is not None)
+        assert short.text == bundled.tokenizer.decode(short.response_ids, skip_special_tokens=True)
+        torch.testing.assert_close(short.logprobs, long.logprobs[:count], rtol=0, atol=1e-4)
+        stopped += count is not None and count < len(ids)
+    assert bool(stopped) == (stops != ["absent"])
+
+
+def test_a_stop_text_across_tokens_and_within_one(tiny_loaded):
+    """``StopTexts`` on given tokens: the first token that completes the text counts, and the prompt does not."""
+    tokenizer = tiny_loaded.tokenizer
+    prompt, response = tokenizer("stop it")["input_ids"], tokenizer("é and stop it, now")["input_ids"]
+    for text, found in (("stop it", True), ("p i", True), ("é", True), ("it é", False), ("now!", False)):
+        stops = StopTexts(tokenizer, [text], len(prompt), 1)
+        lengths = [n for n in range(1, len(response) + 1)
+                   if bool(stops(torch.tensor([[*prompt, *response[:n]]]), None).all())]  # fmt: skip
+        first = next((n for n in range(1, len(response) + 1) if text in tokenizer.decode(response[:n])), None)
+        assert (stops.lengths[0] is not None) == found == (first is not None)
+        assert lengths == ([] if first is None else list(range(first, len(response) + 1)))
+        assert stops.cut(0, response, [10**6]) == ((response, False) if first is None else (response[:first], True))
+
+
+def test_the_templates_end_token_ends(tiny_loaded, monkeypatch):
+    assert end_token_ids(tiny_loaded) == [tiny_loaded.tokenizer.eos_token_id]
+    template = "{% for m in messages %}{{ m['content'] }}<pad>\n{% endfor %}"
+    monkeypatch.setattr(tiny_loaded.tokenizer, "chat_template", template)
+    assert end_token_ids(tiny_loaded) == [tiny_loaded.tokenizer.eos_token_id, tiny_loaded.tokenizer.pad_token_id]

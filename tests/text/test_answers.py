@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ssrctl.text.answer_equality import decide
-from ssrctl.text.answers import check_answer, check_answers, extract_answer, find_marker
+from ssrctl.text.answers import _any_right, check_answer, check_answers, extract_answer, find_marker
 
 
 @pytest.mark.parametrize(
@@ -198,3 +198,30 @@ def test_long_repetitions_end(piece):
     decide(text, "\\pi")
     decide(text[:2000], "5")
     find_marker(text)
+
+
+@pytest.mark.parametrize(
+    ("response", "accepted", "outcome"),
+    [
+        ("#### 4", ("3", "4"), "correct"),
+        ("#### 5", ("3", "4"), "wrong"),
+        ("\\boxed{2^{10}}", ("seven", "1024"), "correct"),
+        ("\\boxed{x+1}", ("x", "1+x"), "correct"),
+        ("\\boxed{x+2}", ("x", "1+x"), "wrong"),
+        ("#### 4", ("so it is\n#### 4", "5"), "correct"),
+        ("no idea", ("3", "4"), "unparsed"),
+    ],
+)
+def test_any_of_several_accepted_answers_is_right(response, accepted, outcome):
+    assert check_answer(response, accepted).outcome == outcome
+    (found,) = check_answers([(response, accepted)])
+    assert found == check_answer(response, accepted)
+    assert check_answer(response, accepted[::-1]).outcome == outcome
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "expected"),
+    [([], False), ([False, None], None), ([None, True], True), ([False, False], False), ([True], True)],
+)
+def test_an_undecided_comparison_hides_no_right_answer(verdicts, expected):
+    assert _any_right(verdicts) is expected
