@@ -101,7 +101,7 @@ def json_field(metadata: Mapping[str, str], key: str, path: str | Path) -> Any:
     """Return a metadata value that is json; ``UserError`` when it is absent or malformed."""
     try:
         return json.loads(metadata[key])
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: metadata '{key}' is absent or not json") from error
 
 

@@ -84,7 +84,7 @@ def load_budget_profile(path: str | Path) -> BudgetProfile:
     file = existing_file(path, "budget profile")
     try:
         row = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # bad utf-8 is a ValueError too
+    except (ValueError, RecursionError) as error:  # bad utf-8 is a ValueError too
         raise UserError(f"{file}: not valid json: {error}", REMEDY) from error
     if not isinstance(row, dict) or row.get("format") != FORMAT:
         found = row.get("format") if isinstance(row, dict) else type(row).__name__

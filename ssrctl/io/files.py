@@ -46,8 +46,9 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         with contextlib.suppress(FileNotFoundError):
             target.lstat()
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:40]}.", suffix=".part")
-    except OSError as error:
-        raise UserError(f"cannot write {target}: {error.strerror}", "choose a folder you can write to") from error
+    except (OSError, ValueError) as error:  # a name with a NUL or a lone surrogate is a ValueError
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"cannot write {target}: {reason}", "choose a folder you can write to") from error
     os.close(handle)
     temporary = Path(name)
     try:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,7 +73,6 @@ def load_model(config: ModelConfig, *, bytes_per_parameter: float = 0.0) -> Load
     """
     import torch
     from huggingface_hub.utils import logging as hub_logging
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
@@ -81,12 +82,10 @@ def load_model(config: ModelConfig, *, bytes_per_parameter: float = 0.0) -> Load
     device = resolve_device(config.device)
     _check_memory(config, source, device, bytes_per_parameter)
     tokenizer = _load_tokenizer(config, source)
-    try:
+    with _load_errors(config):
         model = AutoModelForCausalLM.from_pretrained(
             source, revision=config.revision, dtype="auto", trust_remote_code=config.trust_remote_code
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError, KeyError) as error:
-        raise _load_error(config, error) from error
     identity = ModelIdentity(
         name=Path(config.model).name if Path(config.model).exists() else config.model,
         revision=config.revision,
@@ -159,12 +158,10 @@ def _source(config: ModelConfig) -> str:
 def _load_tokenizer(config: ModelConfig, source: str) -> Any:
     from transformers import AutoTokenizer
 
-    try:
+    with _load_errors(config):
         tokenizer = AutoTokenizer.from_pretrained(
             source, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise _load_error(config, error) from error
     check_tokenizer(tokenizer, config.model)
     return tokenizer
 
@@ -195,14 +192,12 @@ def _check_memory(config: ModelConfig, source: str, device: torch.device, bytes_
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    try:
+    with _load_errors(config):
         described = AutoConfig.from_pretrained(
             source, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
         with init_empty_weights():
             empty = AutoModelForCausalLM.from_config(described, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise _load_error(config, error) from error
     count = sum(p.numel() for p in empty.parameters())
     stored = described.dtype or torch.float32
     dtype = stored if config.dtype == "auto" else getattr(torch, config.dtype)
@@ -227,6 +222,17 @@ def _fingerprint(model: Any) -> str:
     return fingerprint(model.named_parameters())
 
 
+@contextlib.contextmanager
+def _load_errors(config: ModelConfig) -> Iterator[None]:
+    """Turn an error of transformers into a ``UserError``; a damaged file raises whatever its values lead to."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise _load_error(config, error) from error
+
+
 def _load_error(config: ModelConfig, error: Exception) -> UserError:
     if isinstance(error, OSError) and not Path(config.model).expanduser().is_dir() and config.model != TINY:
         return UserError(
@@ -240,5 +246,6 @@ def _load_error(config: ModelConfig, error: Exception) -> UserError:
 
 
 def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    count = 2 if lines and lines[0].endswith(":") else 1
+    return " ".join(lines[:count])[:500] or type(error).__name__

@@ -243,7 +243,7 @@ def _read_settings(folder: Path) -> dict[str, Any]:
         return {}
     try:
         return current_names(EvalConfig, dict(json.loads(path.read_text(encoding="utf-8"))))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is corrupt: {error}", "remove that folder or name another --output-dir") from error
 
 

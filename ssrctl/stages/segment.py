@@ -140,7 +140,7 @@ def _load_tokenizer(name: str) -> Any:
             raise UserError(f"tokenizer folder not found: {name}", "name a folder with tokenizer.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # a damaged file raises whatever its values lead to
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(
             f"the tokenizer {name} cannot be loaded: {reason}",
