@@ -1,4 +1,4 @@
-"""Tables and heat maps that several measures show: rows by kind of matrix, by layer, by tensor; pictures of matrices."""
+"""Tables and figures that several measures show: rows by kind of matrix, by layer, by tensor; pictures of matrices."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from ssrctl.checkpoints.names import KINDS
 from ssrctl.measures.maths.grouping import Grouped
 from ssrctl.measures.maths.row_column_counts import CoarseMap
-from ssrctl.report.document import Column, Heatmap, Table
+from ssrctl.report.document import Bars, Column, Heatmap, Numbers, Table
 
 Row = TypeVar("Row")
 
@@ -95,6 +95,24 @@ def cell_map(
         column_axis="layer",
         **settings,
     )
+
+
+def series_of(rows: Mapping[Any, Any], series: Mapping[str, str]) -> dict[str, Numbers]:
+    """Return for each name of a series the values of an attribute of the rows."""
+    return {name: [getattr(row, key) for row in rows.values()] for name, key in series.items()}
+
+
+def row_bars(title: str, rows: Mapping[str, Any], series: Mapping[str, str], axis: str, **settings: Any) -> Bars:
+    """Return bars for each row.
+
+    Args:
+        title: of the figure.
+        rows: objects by label.
+        series: the attribute shown, by the name of the series.
+        axis: meaning of the bars' lengths.
+        settings: further fields of ``Bars``.
+    """
+    return Bars(title=title, labels=list(rows), series=series_of(rows, series), axis=axis, **settings)
 
 
 def picture(title: str, blocks: CoarseMap, caption: str) -> Heatmap:

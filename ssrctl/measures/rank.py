@@ -15,14 +15,14 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from ssrctl.measures.base import Findings, register
-from ssrctl.measures.group_tables import RowColumn, group_tables
+from ssrctl.measures.group_tables import RowColumn, group_tables, row_bars, series_of
 from ssrctl.measures.maths.averages import mean
 from ssrctl.measures.maths.grouping import Grouped, group_with_tensors
 from ssrctl.measures.maths.low_rank import EPS, singular_values
 from ssrctl.measures.maths.update_matrix import UpdateMatrix
 from ssrctl.measures.matrix_measure import MatrixMeasure, OfMatrix, listed, unmeasured_notes
 from ssrctl.measures.published import references
-from ssrctl.report.document import Bars, Figure, Lines, Section
+from ssrctl.report.document import Figure, Lines, Section
 from ssrctl.report.formats import count, number, percent
 
 if TYPE_CHECKING:
@@ -305,6 +305,11 @@ _MATRIX: tuple[RowColumn, ...] = (
     ("largest singular value", "spectral_norm", number),
     ("rounding ratio", "rounding_ratio", number),
 )
+_SERIES = {
+    "rank": "rank_frac",
+    "effective rank": "effective_rank_frac",
+    "expected effective rank of a random matrix": "expected_effective_rank_frac",
+}
 _GROUP_NOTE = (
     "Means over the matrices that changed, as shares of the smaller side. Rank: singular values above max(m, n) * "
     "2^-23 of the largest. Effective: exp of the entropy of the singular values. Stable: squared norms, Frobenius "
@@ -323,11 +328,11 @@ def rank_section(result: RankResult) -> Section:
     figures: list[Figure] = []
     if rows.kinds:
         figures.append(
-            Bars(
-                title="Rank of the updates by kind of matrix",
-                labels=list(rows.kinds),
-                series=_series(list(rows.kinds.values())),
-                axis="share of the largest possible rank",
+            row_bars(
+                "Rank of the updates by kind of matrix",
+                rows.kinds,
+                _SERIES,
+                "share of the largest possible rank",
                 references=references("rank"),
                 caption="Published: mean rank of the update matrices, tolerance not stated.",
             )
@@ -337,7 +342,7 @@ def rank_section(result: RankResult) -> Section:
             Lines(
                 title="Rank of the updates over layers",
                 x=list(layers),
-                series=_series(list(layers.values())),
+                series=series_of(layers, _SERIES),
                 x_label="layer",
                 y_label="share of the largest possible rank",
                 shares=True,
@@ -351,11 +356,3 @@ def rank_section(result: RankResult) -> Section:
         figures=figures,
         tables=group_tables("Rank", rows, (_GROUP, _GROUP_NOTE), (_MATRIX, _MATRIX_NOTE), result.unmeasured),
     )
-
-
-def _series(rows: Sequence[RankRow]) -> dict[str, list[float | None]]:
-    return {
-        "rank": [row.rank_frac for row in rows],
-        "effective rank": [row.effective_rank_frac for row in rows],
-        "expected effective rank of a random matrix": [row.expected_effective_rank_frac for row in rows],
-    }

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from ssrctl.core.seeds import derive_seed
 from ssrctl.measures.base import Findings, register
-from ssrctl.measures.group_tables import RowColumn, cell_map, group_tables
+from ssrctl.measures.group_tables import RowColumn, cell_map, group_tables, row_bars, series_of
 from ssrctl.measures.maths.averages import mean
 from ssrctl.measures.maths.grouping import Grouped, group_with_tensors
 from ssrctl.measures.maths.spectrum_change import SpectrumChange, spectrum_change
 from ssrctl.measures.maths.update_matrix import Unmeasured, UpdateMatrix
 from ssrctl.measures.matrix_measure import MatrixMeasure, OfMatrix, listed, unmeasured_notes
-from ssrctl.report.document import Bars, Figure, Lines, Reference, Section
+from ssrctl.report.document import Figure, Lines, Reference, Section
 from ssrctl.report.formats import count, number, percent
 
 if TYPE_CHECKING:
@@ -253,7 +253,19 @@ def spectrum_section(result: SpectrumResult) -> Section:
     if changed and len(rows.numbered_layers) > 1:
         figures += [_angle_lines(rows.numbered_layers), _shift_lines(rows.numbered_layers), *_angle_map(rows)]
     if changed:
-        figures += [_energy_bars(rows.kinds), *_example(changed)]
+        figures += [
+            row_bars(
+                "Energy of the update in the base's leading directions",
+                rows.kinds,
+                {"left": "energy_left_ratio", "right": "energy_right_ratio"},
+                "times the energy that chance gives",
+                shares=False,
+                references=[Reference("by chance", 1.0)],
+                caption="Share of the squared norm of the update in the leading left (right) singular directions of "
+                "the base, over their share of all directions.",
+            ),
+            *_example(changed),
+        ]
     return Section(
         title="Principal directions and singular values",
         text="Did training turn the leading singular directions of the weights, or stretch them? Compare with random "
@@ -286,10 +298,8 @@ def _angle_lines(layers: Mapping[int, SpectrumRow]) -> Lines:
 
 
 def _shift_lines(layers: Mapping[int, SpectrumRow]) -> Lines:
-    series = {
-        "measured": [row.shift_largest for row in layers.values()],
-        "expected, random update of the same norm": [row.expected_shift_largest for row in layers.values()],
-    }
+    names = {"measured": "shift_largest", "expected, random update of the same norm": "expected_shift_largest"}
+    series = series_of(layers, names)
     return Lines(
         title="Largest normalised spectral shift in each layer",
         x=list(layers),
@@ -329,22 +339,6 @@ def _relative_angle(row: SpectrumRow) -> float | None:
         return None
     random = (row.gaussian_left_mean or 0.0) + (row.gaussian_right_mean or 0.0)
     return (row.left_mean + row.right_mean) / random if random else None
-
-
-def _energy_bars(kinds: Mapping[str, SpectrumRow]) -> Bars:
-    return Bars(
-        title="Energy of the update in the base's leading directions",
-        labels=list(kinds),
-        series={
-            "left": [row.energy_left_ratio for row in kinds.values()],
-            "right": [row.energy_right_ratio for row in kinds.values()],
-        },
-        axis="times the energy that chance gives",
-        shares=False,
-        references=[Reference("by chance", 1.0)],
-        caption="Share of the squared norm of the update in the leading left (right) singular directions of the base, "
-        "over their share of all directions.",
-    )
 
 
 def _example(changed: Mapping[str, SpectrumChange]) -> list[Figure]:
