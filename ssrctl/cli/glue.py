@@ -26,6 +26,7 @@ from ssrctl.configs.names import accepted_names, flag, old_names
 from ssrctl.errors import CheckFailed, Stopped, UserError
 
 _DEFAULTS_GIVEN = "ssrctl.defaults_given"
+_LONGEST_MESSAGE = 1200
 _METAVARS = {int: "INT", float: "FLOAT", Path: "PATH", str: "TEXT"}
 _OBVIOUS_RANGES = {"at least 1", "0 or more", "above 0"}  # not worth a sentence in the help
 
@@ -66,7 +67,9 @@ def command(app: typer.Typer, name: str, config: type[Config], stage: str) -> No
             made: Any = build_config(config, given, config_path)
             result = stage_function(stage)(made)
             if made.json and result is not None:
-                sys.stdout.write(json.dumps(result, ensure_ascii=False) + "\n")
+                text = json.dumps(result, ensure_ascii=False)
+                # Lone surrogates, of a file name for instance, have no form in UTF-8, but json can escape them.
+                sys.stdout.write((text if _is_unicode(text) else json.dumps(result)) + "\n")
             return 0
 
         raise typer.Exit(run_guarded(run))
@@ -257,11 +260,17 @@ def run_guarded(call: Callable[[], int]) -> int:
         return 1
 
 
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def say_error(message: str, remedy: str | None, *, title: str = "error: ") -> None:
-    """Print an error to stderr, without reading it as markup."""
+    """Print an error to stderr, without reading it as markup; values of a file in it may be long, and are cut."""
     from rich.console import Console
     from rich.text import Text
 
+    if len(message) > _LONGEST_MESSAGE:
+        message = f"{message[:_LONGEST_MESSAGE]}..."
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     console.print(Text.assemble((title, "bold red"), message))
     if remedy:

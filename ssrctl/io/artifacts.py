@@ -121,7 +121,10 @@ def identity_field(metadata: Mapping[str, str], key: str, path: str | Path) -> M
     if fields is None:
         return None
     try:
-        return ModelIdentity(**fields)
+        identity = ModelIdentity(**fields)
+        if not all(isinstance(value, str) or (name == "revision" and value is None) for name, value in fields.items()):
+            raise TypeError("its fields are not text")
+        return identity
     except TypeError as error:
         raise UserError(f"{path}: metadata '{key}' does not name a model: {error}", "make the file again") from error
 

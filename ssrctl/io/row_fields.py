@@ -91,7 +91,7 @@ def read_messages(value: Sequence[Any], where: str) -> list[Message]:
         messages.append(kept | {"content": message_text(entry.get("content"), place)})
     if messages[-1]["role"] != "user":
         raise UserError(
-            f"{where}: the last message is of the role '{messages[-1]['role']}', expected the user's",
+            f"{where}: the last message is of the role {shown(messages[-1]['role'])}, expected 'user'",
             "leave out the messages after the user's last one; the reference answer goes into its own column",
         )
     return messages

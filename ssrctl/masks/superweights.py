@@ -15,6 +15,7 @@ from ssrctl.core.kl import kl_both_ways
 from ssrctl.core.topk import NonFiniteGradient, select_topk
 from ssrctl.core.unions import Candidates, Indices, find_candidates
 from ssrctl.errors import UserError
+from ssrctl.text.prompts import without_surrogates
 
 MAX_UNKNOWN_FRAC = 0.10
 
@@ -56,7 +57,7 @@ def tokenise_prompts(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> T
     ids, num_cut = [], 0
     for number, text in enumerate(texts, start=1):
         # Lengths are dealt with below, so the tokenizer's own warning about them says nothing new.
-        encoded = tokenizer(text, return_offsets_mapping=True, verbose=False)
+        encoded = tokenizer(without_surrogates(text), return_offsets_mapping=True, verbose=False)
         tokens = encoded["input_ids"]
         share = _unknown_share(tokens, encoded["offset_mapping"], text, tokenizer.unk_token_id)
         if share > MAX_UNKNOWN_FRAC:

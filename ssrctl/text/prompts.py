@@ -164,7 +164,7 @@ def _rendered(tokenizer: Any, prompt_format: PromptFormat, messages: Sequence[Me
         reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         roles = ", ".join(str(message["role"]) for message in messages)
         raise UserError(
-            f"the chat template fails for messages of the roles {roles}: {reason[:300]}",
+            f"the chat template fails for messages of the roles {roles[:100]}: {reason[:300]}",
             "see --system-prompt and --chat-template-kwargs, or give another template with --chat-template FILE",
         ) from error
     return prompt

@@ -127,7 +127,7 @@ def test_a_row_of_verl_keeps_its_other_columns(tmp_path: Path) -> None:
         ({"question": False}, {}, "field 'question' must be text, found False"),
         ({"question": ["a", "b"]}, {}, "field 'question' must be text, found a value of type list"),
         ({"question": {"text": "q"}}, {}, "field 'question' must be text, found a value of type dict"),
-        ({"question": None, "prompt": [ASK, {"role": "assistant", "content": "12"}]}, {}, "last message is of the role 'assistant'"),
+        ({"question": None, "prompt": [ASK, {"role": "assistant", "content": "12"}]}, {}, "last message is of the role 'assistant', expected 'user'"),
         ({"question": None, "prompt": [{"content": "q"}]}, {}, r"field 'prompt'\[0\] is not a chat message"),
         ({"question": None, "prompt": [ASK, "and?"]}, {}, r"field 'prompt'\[1\] is not a chat message: 'and\?'"),
         ({"question": None, "prompt": [{"role": "user", "content": None}]}, {}, r"\[0\]\.content must be text, found None"),
