@@ -20,8 +20,8 @@ from ssrctl.io.problems import load_problems
 from ssrctl.io.records import Rollout, StepScore
 from ssrctl.models.loading import load_model
 from ssrctl.sampling.groups import prepare_prompts, sample_groups
-from ssrctl.text.prompts import PromptFormat
 from ssrctl.stages import profile_budget
+from ssrctl.text.prompts import PromptFormat
 
 
 def score_of(rollout: Rollout, index: int) -> StepScore:
