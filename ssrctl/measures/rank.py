@@ -233,6 +233,7 @@ class RankMeasure(MatrixMeasure[UpdateRank, RankResult]):
     """The rank of each matrix's update."""
 
     name = "rank"
+    order = 40
 
     def matrix(self, pair: TensorPair, label: str, update: UpdateMatrix) -> UpdateRank:
         """Return the ranks of one matrix's update; the spectral norm is left in the memo for the spectrum."""

@@ -140,6 +140,7 @@ class SpectrumMeasure(MatrixMeasure[SpectrumChange, SpectrumResult]):
     """The rotation and stretching of the leading directions of each matrix."""
 
     name = "spectrum"
+    order = 50
 
     def matrix(self, pair: TensorPair, label: str, update: UpdateMatrix) -> SpectrumChange | Unmeasured:
         """Return the change of one matrix's spectrum; the update's norm is the rank's, where that was measured."""
