@@ -8,17 +8,18 @@ from pathlib import Path
 import pytest
 
 from ssrctl.cli import main
+from ssrctl.tiny_reasoner.problems import problems
 
+PROBLEMS = problems("heldout", 6, 0)
 # The reasoner knows digits and signs only, and its questions end with a line feed.
-TEMPLATE = (
-    "{% for m in messages %}{{ {'system': '1=', 'user': '2='}[m['role']] if tags else '' }}{{ m['content'] }}\n{% endfor %}"
-)
+TEMPLATE = "{% for m in messages %}{{ {'system': '1=', 'user': '2='}[m['role']] if tags else '' }}{{ m['content'] }}\n{% endfor %}"
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     path = tmp_path / "d.jsonl"
-    path.write_text(json.dumps({"prompt": [{"role": "user", "content": "3+4=?"}], "answer": ["1", "7"]}) + "\n")
+    rows = [{"prompt": [{"role": "user", "content": p.question}], "answer": ["999", p.answer]} for p in PROBLEMS]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "t.jinja").write_text(TEMPLATE)
     return path
 
@@ -26,15 +27,17 @@ def data(tmp_path: Path) -> Path:
 def test_eval_of_chat_messages_with_accepted_answers_and_a_stop(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["eval", "--dataset", str(data), "--chat-template", str(tmp_path / "t.jinja"), "--num-samples", "8",
+    words = ["eval", "--dataset", str(data), "--chat-template", str(tmp_path / "t.jinja"), "--num-samples", "4",
              "--max-new-tokens", "64", "-o", str(tmp_path / "out")]  # fmt: skip
     assert main(words) == 0
-    assert "first prompt: '3+4=?\\n'" in capsys.readouterr().err
+    assert f"first prompt: '{PROBLEMS[0].question}\\n'" in capsys.readouterr().err
     rows = [json.loads(line) for line in (tmp_path / "out/samples.jsonl").read_text().splitlines()]
     assert {row["final"]["correct"] for row in rows} == {True, False}
     for row in rows:
-        assert row["answer"] == ["1", "7"] and row["question"] == "3+4=?" and row["prompt"] == "3+4=?\n"
-        assert row["final"]["correct"] == (row["final"]["extracted"] in ("1", "7"))
+        problem = PROBLEMS[int(row["id"].split("/")[0]) - 1]
+        assert row["answer"] == ["999", problem.answer]
+        assert (row["question"], row["prompt"]) == (problem.question, problem.question + "\n")
+        assert row["final"]["correct"] == (row["final"]["extracted"] == problem.answer)
     assert main([*words, "--stop", "="]) == 2  # other samples than those in the folder
     assert "stop was [], is ['=']" in capsys.readouterr().err
     assert main([*words[:-1], str(tmp_path / "cut"), "--stop", "="]) == 0
@@ -52,7 +55,7 @@ def test_dry_runs_show_a_prompt(
     words = [command, "--dry-run", "--dataset", str(data), "--chat-template", str(tmp_path / "t.jinja"),
              "--system-prompt", "7*8=?", "--chat-template-kwargs", '{"tags": true}', "--max-new-tokens", "9"]  # fmt: skip
     assert main([*words, *(["-o", "b.json"] if command == "profile-budget" else [])]) == 0
-    assert "first prompt: '1=7*8=?\\n2=3+4=?\\n'" in capsys.readouterr().err
+    assert f"first prompt: '1=7*8=?\\n2={PROBLEMS[0].question}\\n'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["segment"], ["critic", "--critic", "rule"], ["eval", "--responses"]])
