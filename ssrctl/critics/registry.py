@@ -52,7 +52,7 @@ class CriticResources:
 def _rule(options: CriticOptions, resources: CriticResources) -> Critic:
     from ssrctl.critics.rule import RuleCritic
 
-    return RuleCritic()
+    return RuleCritic(options.answer_extraction)
 
 
 def _llm(options: CriticOptions, resources: CriticResources) -> Critic:

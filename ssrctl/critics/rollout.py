@@ -34,7 +34,7 @@ from ssrctl.critics.base import missing, scored
 from ssrctl.errors import UserError
 from ssrctl.io import console
 from ssrctl.io.records import Rollout, StepScore
-from ssrctl.text.answers import check_answer, check_answers
+from ssrctl.text.answers import Extraction, check_answer, check_answers
 from ssrctl.text.prompts import encode_prompt
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ class RolloutCritic:
             end = steps[place - 1].end if place else 0
             count = tokens_before(token_ends, end)
             if end == len(rollout.response) or (fits and count == limit):
-                places[place] = _whole(rollout)
+                places[place] = _whole(rollout, self.options.answer_extraction)
             elif not fits:
                 places[place] = "too_long"
             else:
@@ -231,7 +231,7 @@ class RolloutCritic:
             prefix = prefixes[place // num]
             added = decode_continuation(self.loaded.tokenizer, prefix.ids[prefix.num_prompt :], made.ids)
             pairs.append((prefix.text + added, prefix.answer))
-        correct = [verdict.correct for verdict in check_answers(pairs)]
+        correct = [verdict.correct for verdict in check_answers(pairs, extraction=self.options.answer_extraction)]
         self.num_timeouts += correct.count(None)
         shares = [correct[start : start + num] for start in range(0, len(correct), num)]
         return [_Value(mine.count(True), num - mine.count(None)) for mine in shares]
@@ -244,7 +244,7 @@ class RolloutCritic:
         out = []
         for index, step in enumerate(rollout.steps or ()):
             if step.kind == "final":
-                out.append(_score_final(rollout))
+                out.append(_score_final(rollout, self.options.answer_extraction))
             elif self.options.rollout_value == "value":
                 out.append(_score_value(values[index + 1]))
             else:
@@ -258,14 +258,14 @@ def prefix_seeds(seed: int, ids: Sequence[int], num: int) -> list[int]:
     return [derive_seed(seed, "continuation", digest, number) for number in range(num)]
 
 
-def _whole(rollout: Rollout) -> _Value | str:
+def _whole(rollout: Rollout, answer_extraction: Extraction) -> _Value | str:
     assert rollout.response is not None
-    correct = check_answer(rollout.response, rollout.answer).correct
+    correct = check_answer(rollout.response, rollout.answer, extraction=answer_extraction).correct
     return "answer_timeout" if correct is None else _Value(int(correct), 1, whole=True)
 
 
-def _score_final(rollout: Rollout) -> StepScore:
-    value = _whole(rollout)
+def _score_final(rollout: Rollout, answer_extraction: Extraction) -> StepScore:
+    value = _whole(rollout, answer_extraction)
     if isinstance(value, str):
         return missing(value)
     return scored(100.0 * value.right, "final", "right answer" if value.right else "wrong answer")

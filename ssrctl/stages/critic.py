@@ -22,7 +22,7 @@ from ssrctl.io.jsonl import STDIO, write_jsonl
 from ssrctl.io.labelled import read_labelled
 from ssrctl.io.records import Rollout, StepScore, read_rollouts
 from ssrctl.io.resumable import ResumableOutput
-from ssrctl.text.answers import check_answer
+from ssrctl.text.answers import Extraction, check_answer
 
 IDENTITY_FIELD = "critic"
 MADE_FIELDS = ("scores", "final", "advantages")
@@ -45,7 +45,7 @@ def run(config: CriticConfig) -> dict[str, Any]:
         return _plan(config)
     torn: list[str] = []
     with contextlib.closing(_make(config)) as critic, _bar(config, critic) as advance:
-        work = _Work(ScoreTally(), advance)
+        work = _Work(ScoreTally(), advance, config.answer_extraction)
         if critic.identity is None or config.output == STDIO:
             write_jsonl(config.output, map(work.finish, _in_order(critic, _read(config, torn))))
         else:
@@ -90,6 +90,7 @@ class _Work:
 
     tally: ScoreTally
     advance: Callable[[], None]
+    answer_extraction: Extraction
 
     def finish(self, pair: tuple[Rollout, list[StepScore]]) -> dict[str, Any]:
         """The row to write."""
@@ -97,7 +98,7 @@ class _Work:
         rollout.scores = scores
         rollout.advantages = None  # those of other scores would be wrong for these
         assert rollout.response is not None
-        rollout.final = check_answer(rollout.response, rollout.answer)
+        rollout.final = check_answer(rollout.response, rollout.answer, extraction=self.answer_extraction)
         self.tally.add(rollout)
         self.advance()
         return rollout.to_dict()
