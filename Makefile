@@ -1,12 +1,12 @@
-# Every target sets up .venv by itself; the second time that takes no time.
+# Every target sets up .venv if it is missing or older than pyproject.toml.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-# dev is what tests and demo need; dev,integrations adds trl, peft and triton, whose tests are skipped without them.
+# dev holds the needs of tests and demo; dev,integrations adds trl, peft and triton, whose tests are skipped without them.
 EXTRAS ?= dev
 STAMP  := $(VENV)/.installed-$(EXTRAS)
 
-.PHONY: demo test test-all check format clean
+.PHONY: demo test test-all check format docs picture clean
 
 demo: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/quickstart.sh
@@ -22,19 +22,28 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python .ci/check_links.py
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# torch comes first and pinned: asked for without a version, its CUDA build of several GB would be fetched.
-$(STAMP): pyproject.toml constraints.txt
+# The documentation as a site, in build/site.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --site-dir build/site
+
+# The README's picture, from the report of `make demo`; needs chromium.
+picture: $(STAMP)
+	$(BIN)/python docs/images/take.py demo/diagnose/report.html docs/images/diagnose.png --section where-changes-landed-1-title --height 1028
+
+# torch comes first and pinned: without a version, pip would fetch its CUDA build of several GB.
+$(VENV)/.installed-%: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "ssrctl needs Python 3.11 or newer; run: make PYTHON=python3.11 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
-	touch $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
+	touch $@
 
 clean:
 	rm -rf $(VENV) demo .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist

@@ -2,11 +2,11 @@
 
 Makes a pair of sharded bfloat16 checkpoints, 4 GB together unless told otherwise, in which some of the weights moved to
 the next representable number, and compares them in a process of its own: all rules, norms, distances and largest
-movers. The plain read runs `readinto` over the same files, one after the other with one thread, and once more with
+changes. The plain read runs `readinto` over the same files, one after the other with one thread, and once more with
 as many threads as the pass has. Everything lies in a temporary folder that is removed at the end. Both are timed twice:
 from the disk, where checkpoints usually come from (the system is told to drop the files from its page cache before
-each run), and from the page cache, where a read costs next to nothing. The cores must be free: seconds of work count
-beside a busy machine's seconds on the clock.
+each run), and from the page cache, where a read costs next to nothing. The cores must be free: on a busy machine the
+wall clock says little, and CPU seconds are shown next to it.
 
     python benchmarks/diagnose.py
     python benchmarks/diagnose.py --gigabytes 16 --changed 0.6 --folder /scratch
@@ -92,24 +92,27 @@ class Pass:
 
 # The system's own count for a process, ru_maxrss, begins with what its parent had used; VmHWM does not.
 MEASURED = """
-import json, sys, time
+import contextlib, json, sys, time
+from pathlib import Path
 import torch
-from ssrctl.measures.maths.largest_changes import TopMovers
-from ssrctl.measures.sparsity import add_up, compare_all
-from ssrctl.checkpoints.parameter_names import matching_names
-from ssrctl.checkpoints.reader import TensorReader
+from ssrctl.checkpoints.pairs import open_comparison
+from ssrctl.configs import DiagnoseConfig
+from ssrctl.measures.base import take
+from ssrctl.measures.sparsity import Sparsity
 def peak():
     return 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 workers, repeats = int(sys.argv[3]), int(sys.argv[4])
 before, times, cpu = peak(), [], []
-with TensorReader(sys.argv[1]) as base, TensorReader(sys.argv[2]) as tuned:
-    names, _ = matching_names(base, tuned)
+paths = list(map(Path, sys.argv[1:3]))
+with contextlib.ExitStack() as stack:
+    comparison = open_comparison(stack, paths[0], paths[1:])
+    measure = Sparsity(comparison, DiagnoseConfig(paths=paths))
     for _ in range(repeats):
         start, begun = time.perf_counter(), time.process_time()
-        total = add_up(compare_all(base, tuned, names, num_workers=workers, movers=TopMovers()).values())
+        [taken] = take(comparison, [measure], "pair", workers)
         times.append(time.perf_counter() - start)
         cpu.append(time.process_time() - begun)
-print(json.dumps([min(times), min(cpu), peak(), before, total.numbers()]))
+print(json.dumps([min(times), min(cpu), peak(), before, taken.result.changes.total.numbers()]))
 """
 
 
@@ -154,7 +157,7 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=4.0, help="size of both checkpoints together")
     parser.add_argument("--changed", type=float, default=0.2, help="share of the weights that moved")
     parser.add_argument("--num-workers", type=int, default=2, help="threads of the pass")
-    parser.add_argument("--repeats", type=int, default=3, help="the best of so many runs counts")
+    parser.add_argument("--repeats", type=int, default=3, help="runs, of which the best counts")
     parser.add_argument("--folder", type=Path, default=None, help="where to make the temporary folder")
     args = parser.parse_args()
     print(machine())

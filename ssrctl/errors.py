@@ -1,14 +1,11 @@
 """The exceptions that users see."""
 
 
-class UserError(Exception):
-    """Something the user can mend: a wrong path, a torn file, an impossible setting.
-
-    The command line prints ``message`` and ``remedy`` on one line each and exits with code 2, without
-    a traceback.
+class _Reported(Exception):
+    """An exception that the command line prints as ``message`` and ``remedy``, a line each, without a traceback.
 
     Args:
-        message: what was wrong, with the numbers.
+        message: what happened, with the numbers.
         remedy: what to do about it.
     """
 
@@ -18,32 +15,16 @@ class UserError(Exception):
         self.remedy = remedy
 
 
-class Stopped(Exception):
-    """Work that ended early at a limit that the user set, or for an outage; what was done is kept.
+class UserError(_Reported):
+    """An error that the user can fix: a wrong path, a corrupt file, an impossible setting. The exit code is 2."""
 
-    The command line prints ``message`` and ``remedy`` and exits with code 3, so that a script can tell "go on
-    later" from a mistake (2) and a failure (1).
 
-    Args:
-        message: why, with the numbers.
-        remedy: how to go on.
+class Stopped(_Reported):
+    """Work that ended early at a limit that the user set, or for an outage; finished work is kept.
+
+    The exit code is 3, so that a script can tell "continue later" from a mistake (2) and a failure (1).
     """
 
-    def __init__(self, message: str, remedy: str | None = None) -> None:
-        super().__init__(message if remedy is None else f"{message} ({remedy})")
-        self.message = message
-        self.remedy = remedy
 
-
-class CheckFailed(Exception):
-    """A check that the user asked for does not hold; the report of it is written.
-
-    The command line prints ``message`` and exits with code 4, for use in continuous integration.
-
-    Args:
-        message: what does not hold, with the numbers.
-    """
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.message = message
+class CheckFailed(_Reported):
+    """A check that the user asked for failed; its report is written. The exit code is 4, for continuous integration."""

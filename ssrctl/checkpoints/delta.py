@@ -49,12 +49,12 @@ class Delta:
 
 
 def same_bits(a: Tensor, b: Tensor) -> Tensor:
-    """bool, elementwise: are two tensors of one dtype equal bit for bit (NaN equals itself, 0 is not -0)?"""
+    """Compare two tensors of one dtype bit for bit, elementwise: True = equal (NaN equals itself, 0 is not -0)."""
     return _bits(a) == _bits(b)
 
 
 def changed_indices(base: Tensor, tuned: Tensor) -> Tensor:
-    """Ascending flat indices (int64) of the coordinates that differ bit for bit; both of one dtype."""
+    """Return ascending flat indices (int64) of the coordinates that differ bit for bit; both of one dtype."""
     import numpy as np
     import torch
 
@@ -73,7 +73,7 @@ def _bits(tensor: Tensor) -> Tensor:
 def delta_metadata(
     base: ModelIdentity, shapes: Mapping[str, tuple[int, ...]], count: int, settings: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What the header of every delta says."""
+    """Return the metadata that every delta has."""
     return {
         "base": asdict(base),
         "shapes": {name: list(shape) for name, shape in shapes.items()},
@@ -111,7 +111,7 @@ class DeltaFile:
         """Open ``path`` and check its header.
 
         Raises:
-            UserError: missing, torn or foreign file, or entries that do not pair up or fit no tensor.
+            UserError: missing, truncated or foreign file, or entries that do not pair up or do not fit a tensor.
         """
         self.path = Path(path)
         metadata = read_metadata(path, KIND)
@@ -122,7 +122,7 @@ class DeltaFile:
         self.settings: dict[str, Any] = json_field(metadata, "settings", path)
         base = identity_field(metadata, "base", path)
         if base is None:
-            raise UserError(f"{path}: metadata 'base' names no model", DAMAGED)
+            raise UserError(f"{path}: metadata 'base' does not name a model", DAMAGED)
         self.base = base
         stored = stored_tensors(path)
         self._entries = {name: self._pair(name, stored) for name in sorted({key.rpartition(".")[0] for key in stored})}
@@ -135,7 +135,7 @@ class DeltaFile:
         if name not in self.shapes or indices is None or values is None or values.shape != indices.shape:
             raise UserError(f"{self.path}: {name}: indices and values do not pair up", DAMAGED)
         if len(indices.shape) != 1 or indices.stored_dtype not in ("I32", "I64"):
-            raise UserError(f"{self.path}: {name}: the indices are no list of integers", DAMAGED)
+            raise UserError(f"{self.path}: {name}: the indices are not a list of integers", DAMAGED)
         declared = None if self.dtypes is None else self.dtypes[name]
         if values.dtype is None or (values.dtype != declared if declared else not values.dtype.is_floating_point):
             wanted = "floating-point numbers" if declared is None else dtype_name(declared)
@@ -148,11 +148,11 @@ class DeltaFile:
         return sum(self.counts.values())
 
     def dtype(self, name: str) -> torch.dtype | None:
-        """The dtype of a tensor's values; None when it has no entries."""
+        """Return the dtype of a tensor's values; None when it has no entries."""
         return self._entries[name][1].dtype if name in self._entries else None
 
     def blocks(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """A tensor's changes in order, as (indices int64 ``[m]``, values ``[m]``) with m at most 2^20.
+        """Yield a tensor's changes in order, as (indices int64 ``[m]``, values ``[m]``) with m at most 2^20.
 
         Raises:
             UserError: indices out of range or out of order.
@@ -169,7 +169,7 @@ class DeltaFile:
             yield indices, values
 
     def change(self, name: str) -> tuple[Tensor, Tensor]:
-        """All changes of a tensor that has entries."""
+        """Read all changes of a tensor that has entries."""
         import torch
 
         blocks = list(self.blocks(name))
@@ -183,7 +183,7 @@ def load_delta(path: str | Path) -> Delta:
     """Read a delta, its indices checked against the shapes.
 
     Raises:
-        UserError: torn or foreign file, indices out of range or out of order, values that do not pair up.
+        UserError: truncated or foreign file, indices out of range or out of order, values that do not pair up.
     """
     file = DeltaFile(path)
     return Delta(file.base, file.shapes, {name: file.change(name) for name in file.counts})

@@ -26,7 +26,7 @@ class AppliedCheckpoint:
 
     A tensor that the delta does not list keeps the base's values, but not always its dtype: a run computes in one
     dtype, so its delta gives that dtype to every floating-point parameter; a delta of two checkpoints names the
-    dtype of each. Tied copies follow what they are copies of. Whatever else the base stores stays as it is.
+    dtype of each. Tied copies follow what they are copies of. Everything else that the base stores stays as it is.
 
     Attributes:
         base: open, its shapes checked against the delta's.
@@ -36,7 +36,7 @@ class AppliedCheckpoint:
     """
 
     def __init__(self, base: TensorReader, delta: DeltaFile, load_dtype: torch.dtype | None) -> None:
-        """Decide what is written.
+        """Decide the dtype of every tensor.
 
         Args:
             base: as above.
@@ -78,13 +78,13 @@ class AppliedCheckpoint:
         return sum(tensor.nbytes for file in self.base.files for tensor in self.tensors_of(file).values())
 
     def tensors_of(self, file: Path) -> dict[str, NewTensor]:
-        """What a file of the base holds once written, by the base's name for it, in the order of the bytes."""
+        """Return the tensors that a file of the base holds once written, by the base's names, in the order of the bytes."""
         held = {self.base.name_map.to_file(name): name for name in self.base.shapes if self.base.file_of(name) == file}
         new = [NewTensor(stored, self.dtypes[name], self.base.shapes[name]) for stored, name in held.items()]
         return {held[tensor.name]: tensor for tensor in aligned_order(new)}
 
     def pieces(self, name: str) -> Iterator[Tensor]:
-        """A tensor of the base with its changes put in, as flat tensors in order.
+        """Yield a tensor of the base with its changes put in, as flat tensors in order.
 
         Raises:
             UserError: indices out of range or out of order.
@@ -114,7 +114,7 @@ class _Blocks:
         self._left: tuple[Tensor, Tensor] | None = None
 
     def below(self, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """(indices, values) of the changes below ``stop`` that were not handed out yet."""
+        """Yield (indices, values) of the changes below ``stop`` that were not handed out yet."""
         import torch
 
         while (block := self._left or next(self._blocks, None)) is not None:

@@ -54,7 +54,7 @@ class SparsePatch(NamedTuple):
 def vllm_sparse_patches(
     delta: Delta, *, dtype: torch.dtype | None = None, layout: Literal["checkpoint", "runtime"] = "checkpoint"
 ) -> list[SparsePatch]:
-    """The patches that bring a vLLM server from a delta's base to what the delta describes.
+    """Return the patches that bring a vLLM server from a delta's base to the weights that the delta describes.
 
     Args:
         delta: the changes.
@@ -85,7 +85,7 @@ def vllm_sparse_patches(
 
 
 def vllm_update_info(patches: Iterable[SparsePatch]) -> dict[str, Any]:
-    """The ``update_info`` that goes to the server's ``update_weights`` while the patches are broadcast, in order."""
+    """Return the ``update_info`` for the server's ``update_weights`` while the patches are broadcast, in order."""
     listed = list(patches)
     return {
         "names": [patch.name for patch in listed],
@@ -139,7 +139,7 @@ def _runtime_patches(
 
 
 def _place(name: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, tuple[int, ...], int]:
-    """(runtime name, its shape, flat offset in it) of a checkpoint tensor."""
+    """Return (runtime name, its shape, flat offset in it) of a checkpoint tensor."""
     match = _PART.match(name)
     if match is None:
         return name, shapes[name], 0

@@ -1,4 +1,4 @@
-"""Where a checkpoint keeps its tensors: one safetensors file, or shards with an index."""
+"""The files of a checkpoint: one safetensors file, or shards with an index."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _CONVERT = "if you trust it, convert it: from_pretrained, then save_pretrained w
 
 
 def tiny_location() -> Path:
-    """The folder of the bundled model."""
+    """Return the folder of the bundled model."""
     from ssrctl import tiny_reasoner
 
     return tiny_reasoner.path()
 
 
 def locate(place: Path) -> dict[str, Path]:
-    """Tensor name -> file; ``{"": file}`` for a single file, whose names come from its header.
+    """Return {tensor name: file}; ``{"": file}`` for a single file, whose names come from its header.
 
     A file that is named itself may lie anywhere. Files of a folder that are links must stay in it, or in the
     hub's cache that the folder is part of.
@@ -94,7 +94,7 @@ def _check_link(folder: Path, name: str) -> None:
 
 
 def _read_index(index: Path) -> dict[str, str]:
-    """The index's map from tensor to shard."""
+    """Read the index's map from tensor to shard."""
     try:
         if (size := index.stat().st_size) > MAX_HEADER_BYTES:
             raise ValueError(f"{size:,} bytes, at most {MAX_HEADER_BYTES:,} are read")
@@ -107,7 +107,7 @@ def _read_index(index: Path) -> dict[str, str]:
 
 
 def _indexed(folder: Path) -> Iterator[tuple[str, Path]]:
-    """(tensor name, shard) pairs of a sharded model, every shard checked to be there."""
+    """Yield the (tensor name, shard) pairs of a sharded model, every shard checked to be there."""
     index = folder / INDEX
     weight_map = _read_index(index)
     shards = sorted(set(weight_map.values()))

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """``xxh3:`` and 32 hex digits over the tensors, sorted by name.
+    """Return ``xxh3:`` and 32 hex digits over the tensors, sorted by name.
 
     Not a cryptographic hash: it tells accidents apart, not attackers. Each tensor is hashed on its own and
     then their hashes are, so that tensors may come in any order and one at a time.
@@ -38,7 +38,7 @@ class RunningFingerprint:
         self._lines: list[str] = []
 
     def begin(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-        """The pieces that follow are of this tensor."""
+        """Start a tensor, to which the pieces that follow belong."""
         self._end_tensor()
         self._prefix = f"{name} {str(dtype).removeprefix('torch.')} {'x'.join(map(str, shape))}"
         self._hash = self._new_hash()
@@ -50,7 +50,7 @@ class RunningFingerprint:
         self._hash.update(piece.contiguous().flatten().view(torch.uint8).numpy().data)
 
     def digest(self) -> str:
-        """The fingerprint of all tensors begun so far."""
+        """Return the fingerprint of all tensors begun so far."""
         self._end_tensor()
         return "xxh3:" + self._new_hash("\n".join(sorted(self._lines)).encode()).hexdigest()
 

@@ -27,10 +27,10 @@ _DTYPE_KEYS = ("dtype", "torch_dtype")  # the second is the name before transfor
 
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside ``path``; on success it takes ``path``'s place, on any exception it is removed.
+    """Yield a temporary folder next to ``path``; on success it takes ``path``'s place, on any exception it is removed.
 
     Raises:
-        UserError: ``path`` exists and is no empty folder, or its parent cannot be written to.
+        UserError: ``path`` exists and is not an empty folder, or its parent cannot be written to.
     """
     check_free(path)
     target = path.resolve()
@@ -54,13 +54,13 @@ def check_free(path: Path) -> None:
         UserError: there is something.
     """
     if os.path.lexists(path) and not path.is_dir():
-        raise UserError(f"{path} exists and is no folder", "name another folder")
+        raise UserError(f"{path} exists and is not a folder", "name another folder")
     if path.is_dir() and any(path.iterdir()):
         raise UserError(f"{path} is not empty", "name another folder, or remove that one first")
 
 
 def copy_companions(source: Path, target: Path) -> list[str]:
-    """Copy what belongs to a model beside its weights; links, as in the hub's cache, are followed.
+    """Copy the files that belong to a model besides its weights; links, as in the hub's cache, are followed.
 
     The model card stays behind, since it describes the base.
 
@@ -92,14 +92,14 @@ def set_config_dtype(folder: Path, dtype: torch.dtype) -> bool:
     for nothing is left as it is: then the weights' own dtype counts.
 
     Raises:
-        UserError: config.json is no json object.
+        UserError: config.json is not a json object.
     """
     path = folder / CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         present = [key for key in _DTYPE_KEYS if config.get(key) is not None]
     except (ValueError, AttributeError) as error:
-        raise UserError(f"{CONFIG} of the base is no json object: {error}", "mend or copy it again") from error
+        raise UserError(f"{CONFIG} of the base is not a json object: {error}", "fix or copy it again") from error
     wanted = str(dtype).removeprefix("torch.")
     if all(config[key] == wanted for key in present):
         return False

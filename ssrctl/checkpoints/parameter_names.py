@@ -1,89 +1,24 @@
-"""Names in a file and names of parameters: prefixes, tied heads and constants, the one place that knows about them.
+"""The stored tensors of open checkpoints that are parameters: tied copies, constants, and names that match.
 
-Training knows a model by its ``named_parameters``: a tied tensor once, no buffers, with the model's prefix. A file may
-lack the prefix (the hub's GPT-2 holds ``wte.weight`` where ``save_pretrained`` writes ``transformer.wte.weight``), hold
-a copy of the embedding as output head, and constants such as causal masks. ``NameMap`` converts names in both
-directions; the functions below it say which of a file's tensors are copies or constants.
+Names are converted by ``names.NameMap``; the functions here compare tensors as well.
 """
 
 from __future__ import annotations
 
-import functools
 import re
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from ssrctl.checkpoints.delta import same_bits
+from ssrctl.checkpoints.names import is_constant, is_head
 from ssrctl.errors import UserError
 
 if TYPE_CHECKING:
     from ssrctl.checkpoints.reader import TensorReader
 
-_HEAD = re.compile(r"(^|\.)lm_head\.weight$")
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings)\.weight$")
-# Constants that older files store next to the weights: causal masks, rotary frequencies, position numbers.
-_CONSTANT = re.compile(r"(^|\.)((attn|attention)\.(masked_)?bias|rotary_emb\.inv_freq|position_ids)$")
 # Differences of each sort that a message lists.
 _LISTED = 3
-
-
-@dataclass(frozen=True)
-class NameMap:
-    """Two-way map between the tensor names in a file and parameter names; without entries names are the same.
-
-    Example::
-
-        names = NameMap.between(["wte.weight"], ["transformer.wte.weight"])
-        names.to_parameter("wte.weight")  # "transformer.wte.weight"
-        names.to_file("transformer.wte.weight")  # "wte.weight"
-
-    Attributes:
-        prefix: what the file's names lack; empty when they lack nothing.
-        renamed: {name in the file: parameter name}, of the names that differ.
-    """
-
-    prefix: str = ""
-    renamed: Mapping[str, str] = field(default_factory=dict)
-
-    @classmethod
-    def between(cls, stored: Collection[str], parameters: Collection[str]) -> NameMap:
-        """Return the map from a file's names to ``parameters``.
-
-        A prefix is added only when no name but that of the head (which has no prefix in the model either) agrees
-        without it; of several prefixes the one that most names agree with is taken.
-        """
-        body = [name for name in stored if not is_head(name)]
-        if any(name in parameters for name in body):
-            return cls()
-        prefixes = sorted({name.partition(".")[0] + "." for name in parameters})
-        hits = {prefix: sum(prefix + name in parameters for name in body) for prefix in prefixes}
-        prefix = max(prefixes, key=hits.__getitem__, default="")
-        if not hits.get(prefix):
-            return cls()
-        return cls(prefix, {name: prefix + name for name in stored if prefix + name in parameters})
-
-    @functools.cached_property
-    def _stored(self) -> dict[str, str]:
-        return {parameter: stored for stored, parameter in self.renamed.items()}
-
-    def to_parameter(self, name: str) -> str:
-        """Return the parameter name of a tensor in the file."""
-        return self.renamed.get(name, name)
-
-    def to_file(self, name: str) -> str:
-        """Return the name in the file of a parameter."""
-        return self._stored.get(name, name)
-
-
-def is_head(name: str) -> bool:
-    """Return True for the output head's matrix."""
-    return _HEAD.search(name) is not None
-
-
-def is_constant(name: str) -> bool:
-    """Return True for a constant that is not a weight (causal mask, rotary frequencies, position numbers)."""
-    return _CONSTANT.search(name) is not None
 
 
 def same_constants(base: TensorReader, tuned: TensorReader, names: Collection[str]) -> set[str]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ssrctl.checkpoints.delta import KIND as DELTA_KIND
 from ssrctl.checkpoints.delta import Delta, load_delta
 from ssrctl.checkpoints.files import INDEX, SINGLE, locate, refuse_adapter, tiny_location
-from ssrctl.checkpoints.parameter_names import NameMap
+from ssrctl.checkpoints.names import NameMap
 from ssrctl.checkpoints.run_dir import DELTA_FILE, find_delta
 from ssrctl.checkpoints.tensor_files import StoredTensor, read_pieces, stored_tensors
 from ssrctl.configs import TINY
@@ -50,7 +50,7 @@ class TensorReader:
 
         Raises:
             UserError: nothing there, no safetensors in the folder, a shard that is missing or lies outside of
-                the folder, an index that does not fit its shards, a torn file.
+                the folder, an index that does not fit its shards, a truncated file.
         """
         location = tiny_location() if str(path) == TINY else Path(path)
         self.label = TINY if str(path) == TINY else location.resolve().name
@@ -95,17 +95,18 @@ class TensorReader:
             raise UserError(f"{self.label}: no tensors in it", "check the path")
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor, as stored."""
+        """Read one tensor, as stored."""
         from safetensors import SafetensorError
 
         file = self._places[name]
         try:
-            return self._handles[file].get_tensor(self.name_map.to_file(name))
+            tensor: Tensor = self._handles[file].get_tensor(self.name_map.to_file(name))
         except (SafetensorError, OSError, RuntimeError, TypeError) as error:  # the last two: absurd empty shapes
-            raise UserError(f"{file}: {name} cannot be read: {error}", "it may be torn; copy it again") from error
+            raise UserError(f"{file}: {name} cannot be read: {error}", "it may be truncated; copy it again") from error
+        return tensor
 
     def pieces(self, name: str, start: int = 0, stop: int | None = None, *, reuse: bool = False) -> Iterator[Tensor]:
-        """One tensor, as stored, as flat tensors of 2^20 elements in order; the last is shorter, an empty one has none.
+        """Read one tensor, as stored, in flat pieces of 2^20 elements in order; the last is shorter, an empty one has none.
 
         ``start`` and ``stop`` are flat indices, for a part of it; with ``reuse`` a piece is overwritten by the next one.
         Threads may read at the same time.
@@ -113,11 +114,11 @@ class TensorReader:
         return read_pieces(self._places[name], self._stored_tensor(name), start=start, stop=stop, reuse=reuse)
 
     def file_of(self, name: str) -> Path:
-        """The file that holds a tensor."""
+        """Return the file that holds a tensor."""
         return self._places[name]
 
     def in_file_order(self, names: Collection[str]) -> list[str]:
-        """The names in the order in which their bytes lie on disk."""
+        """Return the names in the order in which their bytes lie on disk."""
         return sorted(names, key=lambda name: (self._places[name], self._stored_tensor(name).start))
 
     def _stored_tensor(self, name: str) -> StoredTensor:
@@ -143,7 +144,7 @@ class TensorReader:
         return ModelIdentity(name=self.label, revision=None, fingerprint=fingerprint)
 
     def load_dtype(self) -> torch.dtype | None:
-        """The floating dtype that ``config.json`` beside the weights asks for, in which transformers loads them."""
+        """Return the floating dtype in which transformers loads the weights, by the ``config.json`` next to them."""
         import torch
 
         try:
@@ -172,7 +173,7 @@ class DeltaReader:
         label: of the delta, for reports.
         base: the open base.
         delta: the changes; its shapes were checked to be the base's.
-        load_dtype: what the base's weights were rounded to when the run loaded them; None: loaded as stored.
+        load_dtype: the dtype that the base's weights were rounded to when the run loaded them; None: loaded as stored.
     """
 
     label: str
@@ -194,16 +195,16 @@ class DeltaReader:
         return self.base.dtypes[name] if change is None else change[1].dtype
 
     def base_tensor(self, name: str) -> Tensor:
-        """The base's tensor as the run began from it: in the delta's dtype (exact when that is the wider one)."""
+        """Return the base's tensor as the run began from it: in the delta's dtype (exact when that is the wider one)."""
         return _loaded(self.base.tensor(name), self.load_dtype).to(self._dtype(name))
 
     def base_pieces(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
-        """``base_tensor`` as flat tensors of 2^20 elements in order, from flat index ``start`` to before ``stop``."""
+        """Yield ``base_tensor`` in flat pieces of 2^20 elements, from flat index ``start`` to before ``stop``."""
         dtype = self._dtype(name)
         return (_loaded(piece, self.load_dtype).to(dtype) for piece in self.base.pieces(name, start, stop))
 
     def pieces(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
-        """``tensor`` as flat tensors of 2^20 elements in order, from flat index ``start`` to before ``stop``."""
+        """Yield ``tensor`` in flat pieces of 2^20 elements, from flat index ``start`` to before ``stop``."""
         import torch
 
         indices, values = self.delta.changes.get(name, (None, None))
@@ -216,7 +217,7 @@ class DeltaReader:
             start = end
 
     def tensor(self, name: str) -> Tensor:
-        """The base's tensor with the delta's values put in."""
+        """Return the base's tensor with the delta's values put in."""
         tensor = self.base_tensor(name)
         if name in self.delta.changes:
             indices, values = self.delta.changes[name]
@@ -226,7 +227,7 @@ class DeltaReader:
 
 
 def delta_meant_by(path: str | Path) -> Path | None:
-    """The delta file that ``path`` means (see ``run_dir.find_delta``), or None when it is an ordinary checkpoint.
+    """Return the delta file that ``path`` means (see ``run_dir.find_delta``), or None for an ordinary checkpoint.
 
     Raises:
         UserError: a run without any complete checkpoint, or a checkpoint that was not completed.
@@ -244,7 +245,7 @@ def delta_meant_by(path: str | Path) -> Path | None:
 
 
 def open_delta(path: Path, base: TensorReader) -> DeltaReader:
-    """A delta on top of ``base``, checked to belong to it by shapes and by fingerprint (reads all of the base).
+    """Open a delta on top of ``base``, checked to belong to it by shapes and by fingerprint (reads all of the base).
 
     Raises:
         UserError: other tensors, other shapes, or other weights.
@@ -282,10 +283,10 @@ def check_weights(
         wanted: the model that the delta names.
         names: the parameters; tied duplicates and buffers are in the file too, but were not trained.
         base: the open base, its shapes checked.
-        or_else: what to say after the remedy.
+        or_else: added to the remedy.
 
     Returns:
-        What the base's weights were rounded to when the run loaded them; None: loaded as stored.
+        The dtype that the base's weights were rounded to when the run loaded them; None: loaded as stored.
 
     Raises:
         UserError: other weights.
@@ -321,7 +322,7 @@ def _loaded_dtype(stored: torch.dtype, dtype: torch.dtype | None) -> torch.dtype
 
 
 def _delta_label(path: Path) -> str:
-    """``RUN/checkpoints/000120`` for a run's delta; no more of the path than that is published."""
+    """Return ``RUN/checkpoints/000120`` for a run's delta; no more of the path than that is published."""
     parts = path.absolute().parts
     if path.name != DELTA_FILE:
         return path.name

@@ -59,11 +59,11 @@ class RunDir:
         return self.path / "checkpoints" / f"{step:06d}"
 
     def checkpoints(self) -> list[Path]:
-        """Complete checkpoints, oldest first; one that a kill left half-written does not count."""
+        """Return complete checkpoints, oldest first; one that a kill left half-written does not count."""
         return [p for _, p in self._numbered("checkpoints", "") if (p / COMPLETE).is_file()]
 
     def _numbered(self, folder: str, suffix: str) -> list[tuple[int, Path]]:
-        """(step, path) of what is named by its training step in a sub-folder, by step; other names are not ours."""
+        """Return the (step, path) entries of a sub-folder that are named by their training step; others are not ours."""
         named = [(p.name.removesuffix(suffix), p) for p in (self.path / folder).glob(f"[0-9]*{suffix}")]
         return sorted((int(stem), p) for stem, p in named if stem.isdecimal())
 
@@ -122,7 +122,7 @@ class Checkpoint:
 def save_checkpoint(
     folder: Path, delta: Delta, optimizer: Mapping[str, Tensor], state: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> None:
-    """Write a checkpoint; the file COMPLETE comes last, so that a torn one is known as such."""
+    """Write a checkpoint; the file COMPLETE comes last, so that a truncated one is known as such."""
     if folder.exists():
         _remove_checkpoint(folder)
     save_delta(folder / DELTA_FILE, delta, settings)
@@ -132,9 +132,9 @@ def save_checkpoint(
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
-    """Read a complete checkpoint; ``UserError`` when it is absent, torn or half-written."""
+    """Read a complete checkpoint; ``UserError`` when it is absent, truncated or half-written."""
     if not (folder / COMPLETE).is_file():
-        raise UserError(f"{folder} is no complete checkpoint", "name a folder that has a file COMPLETE in it")
+        raise UserError(f"{folder} is not a complete checkpoint", "name a folder that has a file COMPLETE in it")
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -144,7 +144,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 
 
 def newest_checkpoint(run: Path) -> Path:
-    """The checkpoint folder of a run with the highest training step among the complete ones.
+    """Return the complete checkpoint folder of a run with the highest training step.
 
     Raises:
         UserError: there is none.
@@ -158,7 +158,7 @@ def newest_checkpoint(run: Path) -> Path:
 
 
 def find_delta(path: Path) -> Path:
-    """The delta of a run directory (its newest checkpoint's), of a checkpoint folder, or the file itself.
+    """Return the delta of a run directory (its newest checkpoint's), of a checkpoint folder, or the file itself.
 
     Raises:
         UserError: there is none, or the checkpoint was not completed.
@@ -185,6 +185,6 @@ def prune_checkpoints(run: RunDir, keep: int | None) -> None:
 
 
 def _remove_checkpoint(folder: Path) -> None:
-    """Remove a checkpoint; the file COMPLETE goes first, so that what a kill leaves of it does not count."""
+    """Remove a checkpoint; the file COMPLETE goes first, so that the remains after a kill do not count."""
     (folder / COMPLETE).unlink(missing_ok=True)
     shutil.rmtree(folder)

@@ -1,7 +1,7 @@
 """Safetensors in bounded memory: tensors that are read and written in pieces.
 
 The safetensors library maps a file into memory, where every page that was touched counts until the system
-reclaims it, and writes only what is all in memory at once. Here a piece is read into memory of its own. The
+reclaims it, and writes only tensors that are in memory all at once. Here a piece is read into memory of its own. The
 format is public: the header's length (64 bits, little endian), the header (json, padded with spaces), then the
 tensors' bytes in the header's order without gaps.
 """
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-# So many elements stay in a core's cache from reading through hashing to comparing; with fewer, the fixed cost of
+# This many elements stay in a core's cache from reading through hashing to comparing; with fewer, the fixed cost of
 # each call shows. 2^22 took 1.6 times as long, 2^18 1.1 times.
 PIECE_ELEMENTS = 2**20
 _COPY_BYTES = 16 * 2**20
@@ -52,7 +52,7 @@ _STORED = {ours: stored for stored, ours in DTYPES.items()}
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a file keeps a tensor.
+    """The place of a tensor in a file.
 
     Attributes:
         dtype: None for one that torch has no name for here (4-bit floats and the like).
@@ -72,15 +72,14 @@ class StoredTensor:
 
 
 def stored_tensors(path: str | Path) -> dict[str, StoredTensor]:
-    """Where each tensor of a safetensors file lies, in the order of the bytes.
+    """Find the place of each tensor of a safetensors file, in the order of the bytes.
 
     Raises:
-        UserError: missing, torn, foreign or hostile file.
+        UserError: missing, truncated, foreign or hostile file.
     """
     import torch
 
-    widths = {stored: getattr(torch, ours).itemsize for stored, ours in DTYPES.items()}
-    entries, data = read_header(path, widths)
+    entries, data = read_header(path)
     found = {}
     for name, entry in entries.items():
         ours = DTYPES.get(entry["dtype"])
@@ -98,12 +97,12 @@ def read_pieces(
     *,
     reuse: bool = False,
 ) -> Iterator[Tensor]:
-    """A stored tensor as flat tensors in order, each of ``piece_elements`` (2^20) but the last; an empty one has none.
+    """Yield a stored tensor in flat pieces of ``piece_elements`` (2^20), the last one shorter; an empty one has none.
 
     Args:
         path: the file.
-        place: where it keeps the tensor.
-        piece_elements: how many elements each piece has.
+        place: of the tensor in it.
+        piece_elements: elements of each piece.
         start: flat index of the first element to read.
         stop: flat index behind the last one; the tensor's end when None or beyond it.
         reuse: a piece is overwritten by the next one, which spares the system finding new memory for each.
@@ -137,7 +136,7 @@ def _fill(file: Any, buffer: memoryview) -> int:
 
 
 def stored_bytes(tensor: Tensor) -> memoryview:
-    """A CPU tensor's bytes as safetensors stores them."""
+    """Return a CPU tensor's bytes as safetensors stores them."""
     import torch
 
     return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data
@@ -157,7 +156,7 @@ class NewTensor:
 
 
 def aligned_order(tensors: Iterable[NewTensor]) -> list[NewTensor]:
-    """Wide types first, then by name, as the library does: so every tensor starts at a multiple of its item size."""
+    """Sort wide types first, then by name, as the library does: so every tensor starts at a multiple of its item size."""
     return sorted(tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))
 
 

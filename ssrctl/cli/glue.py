@@ -30,19 +30,18 @@ _METAVARS = {int: "INT", float: "FLOAT", Path: "PATH", str: "TEXT"}
 _OBVIOUS_RANGES = {"at least 1", "0 or more", "above 0"}  # not worth a sentence in the help
 
 
-def command(app: typer.Typer, name: str, config: type[Config], stage: str, example: str) -> None:
+def command(app: typer.Typer, name: str, config: type[Config], stage: str) -> None:
     """Register subcommand ``name``: its flags are the fields of ``config``, its body calls ``stage``.
 
     Args:
         app: application or group to register with.
         name: the subcommand.
-        config: a dataclass of ``ssrctl.configs``; its docstring is the help text, the string under each
+        config: a dataclass of ``ssrctl.configs``; its docstring is the help text and ends with an example, the string under each
             field is the flag's help, the ``panel`` of the class that defines a field is the help's panel. Fields with
             metadata ``metavar`` are positional, ``flags`` adds short forms, and ``once_positional`` accepts the value
             as an argument too, with a warning.
         stage: ``module:function`` taking the config; imported only when the command runs. A dict that it
             returns is the machine-readable result, printed on stdout under ``--json``.
-        example: a command line, shown under the help.
     """
     movable = [spec.name for spec in dataclasses.fields(config) if spec.metadata.get("once_positional")]
 
@@ -78,9 +77,11 @@ def command(app: typer.Typer, name: str, config: type[Config], stage: str, examp
             *_parameters(config),
         ]
     )
-    body.__doc__ = "\n\n".join(" ".join(part.split()) for part in (inspect.getdoc(config) or "").split("\n\n"))
+    *paragraphs, example = (" ".join(part.split()) for part in (inspect.getdoc(config) or "").split("\n\n"))
+    assert example.startswith("Example: "), config
+    body.__doc__ = "\n\n".join(paragraphs)
     settings = {"allow_extra_args": bool(movable)}
-    app.command(name, cls=Command, epilog=f"Example: {example}", context_settings=settings)(body)
+    app.command(name, cls=Command, epilog=example, context_settings=settings)(body)
 
 
 def stage_function(stage: str) -> Callable[[Any], dict[str, Any] | None]:
@@ -152,7 +153,7 @@ def help_text(config: type[Config], name: str) -> str:
 
 
 def field_docs(config: type) -> dict[str, str]:
-    """The string literal under each field of a dataclass and its bases, by field name."""
+    """Return the string literal under each field of a dataclass and its bases, by field name."""
     docs: dict[str, str] = {}
     for base in reversed(config.__mro__[:-1]):
         docs |= _docs_by_class(base.__module__).get(base.__name__, {})
@@ -163,7 +164,7 @@ def field_docs(config: type) -> dict[str, str]:
 
 @functools.cache
 def _docs_by_class(module: str) -> dict[str, dict[str, str]]:
-    """{class: {field: doc line}} of a module, from its source, parsed once."""
+    """Return {class: {field: doc line}} of a module, from its source, parsed once."""
     found: dict[str, dict[str, str]] = {}
     for node in ast.parse(inspect.getsource(sys.modules[module])).body:
         if not isinstance(node, ast.ClassDef):
@@ -224,11 +225,11 @@ def warn(text: str) -> None:
 
 
 def run_guarded(call: Callable[[], int]) -> int:
-    """Run ``call``; print a ``UserError`` as one or two lines; map the outcome to the exit code of the contract.
+    """Run ``call``; print a ``UserError`` as one or two lines; return the exit code of the outcome.
 
     Returns:
-        0 success, 2 user error, 3 stopped early with what was done kept, 4 a check that was
-        asked for does not hold, 1 anything else (Ctrl-C included).
+        0 success, 2 user error, 3 stopped early with the finished work kept, 4 a check that was
+        asked for failed, 1 anything else (Ctrl-C included).
     """
     try:
         return call()
@@ -239,7 +240,7 @@ def run_guarded(call: Callable[[], int]) -> int:
         say_error(stop.message, stop.remedy, title="stopped: ")
         return 3
     except CheckFailed as check:
-        say_error(check.message, None, title="check failed: ")
+        say_error(check.message, check.remedy, title="check failed: ")
         return 4
     except KeyboardInterrupt:
         say_error("interrupted", None)
@@ -248,16 +249,16 @@ def run_guarded(call: Callable[[], int]) -> int:
         say_error("out of memory", "use a smaller model, --dtype bfloat16, or smaller batches")
         return 1
     except BrokenPipeError:
-        # The reader of our stdout went away (`| head`); there is nobody left to tell.
+        # The reader of our stdout went away (`| head`), and nobody is left to read a message.
         sys.stderr.close()
         return 1
-    except OSError as error:  # a full disk, a folder without permission: nothing that a traceback would explain
+    except OSError as error:  # a full disk, a folder without permission: a traceback would explain nothing
         say_error(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""), None)
         return 1
 
 
 def say_error(message: str, remedy: str | None, *, title: str = "error: ") -> None:
-    """Print an error to stderr; nothing in it is taken as markup."""
+    """Print an error to stderr, without reading it as markup."""
     from rich.console import Console
     from rich.text import Text
 

@@ -100,6 +100,8 @@ class CriticConfig(CriticOptions, ModelConfig, SamplingConfig, CommonConfig):
 
     --model, --temperature and the other sampling settings are those of the rollout critic's policy; its
     --max-new-tokens covers the response's steps so far and the continuation together.
+
+    Example: ssrctl critic steps.jsonl --critic llm --critic-model openai/gpt-oss-120b --budget-usd 5 -o scored.jsonl
     """
 
     input: str | None = positional(metavar="STEPS", default=None)

@@ -15,6 +15,8 @@ class DeltaDiffConfig(CommonConfig):
 
     Checkpoints are model folders (one file or shards) or safetensors files. Where the dtypes differ, the tuned
     one's counts, provided that the base's values have an exact form in it.
+
+    Example: ssrctl delta diff base tuned -o delta.safetensors
     """
 
     base: Path = positional(metavar="BASE")
@@ -33,6 +35,8 @@ class DeltaApplyConfig(CommonConfig):
 
     The folder has the base's layout, one file or the same shards. Values are written bit for bit, in the delta's
     dtype: a run in float32 on a bfloat16 base gives a float32 folder, and its config.json says so.
+
+    Example: ssrctl delta apply base runs/first -o tuned
     """
 
     base: Path = positional(metavar="BASE")
@@ -50,7 +54,10 @@ class DeltaApplyConfig(CommonConfig):
 
 @dataclass(kw_only=True)
 class DeltaInfoConfig(JsonConfig):
-    """Show a delta: its base, its size, and the number of entries of each tensor and layer."""
+    """Show a delta: its base, its size, and the number of entries of each tensor and layer.
+
+    Example: ssrctl delta info delta.safetensors
+    """
 
     delta: Path = positional(metavar="DELTA")
     """A delta file, a checkpoint folder, or a run directory (its newest checkpoint)."""

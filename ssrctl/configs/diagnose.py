@@ -67,6 +67,8 @@ class DiagnoseConfig(MeasureOptions, CheckOptions, CommonConfig):
     Paths are model folders, safetensors files, deltas, checkpoint folders or run directories. BASE TUNED measures one
     update, BASE TUNED TUNED ... several and their overlap, RUN a run over time against its own base, --jaccard RUN
     the steps within a run.
+
+    Example: ssrctl diagnose base tuned --measures sparsity,rank
     """
 
     paths: list[Path] = positional(metavar="RUN | BASE TUNED", default_factory=list)

@@ -9,4 +9,7 @@ from ssrctl.configs.common import JsonConfig
 
 @dataclass(kw_only=True)
 class EnvConfig(JsonConfig):
-    """Print versions and devices, to paste into a bug report."""
+    """Print versions and devices, to paste into a bug report.
+
+    Example: ssrctl env
+    """

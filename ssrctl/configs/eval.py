@@ -16,7 +16,10 @@ from ssrctl.errors import UserError
 
 @dataclass(kw_only=True)
 class EvalConfig(ModelConfig, DatasetConfig, SamplingConfig, CommonConfig):
-    """Measure sampled accuracy with a confidence interval, or compare two evaluations problem by problem."""
+    """Measure sampled accuracy with a confidence interval, or compare two evaluations problem by problem.
+
+    Example: ssrctl eval --checkpoint runs/first --dataset problems.jsonl --num-samples 8 --output-dir eval/first
+    """
 
     output_dir: Path = output(Path("eval"))
     """Folder for samples.jsonl and summary.json; samples already there are kept and not drawn again."""

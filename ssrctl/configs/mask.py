@@ -39,6 +39,8 @@ class MaskRandomConfig(MaskSource):
     """Take a random share of each tensor, drawn without replacement (Adewuyi et al. 2026).
 
     The same seed gives the same mask for every model with the same names and shapes.
+
+    Example: ssrctl mask random --model base --density 0.01 -o mask.safetensors
     """
 
     density: Share = 0.01
@@ -54,6 +56,8 @@ class MaskPrincipalConfig(MaskSource):
 
     Tensors that are not matrices (norms, biases) are left out. The paper also leaves out the embedding and the head:
     --exclude '*embed*' --exclude '*lm_head*'.
+
+    Example: ssrctl mask principal --model base --exclude '*embed*' -o mask.safetensors
     """
 
     rank: Share = 0.1
@@ -65,7 +69,10 @@ class MaskPrincipalConfig(MaskSource):
 
 @dataclass(kw_only=True)
 class MaskLowMagnitudeConfig(MaskSource):
-    """Take the smallest weights of each tensor by magnitude (Zhu et al. 2025, section 4.2)."""
+    """Take the smallest weights of each tensor by magnitude (Zhu et al. 2025, section 4.2).
+
+    Example: ssrctl mask low-magnitude --model base --density 0.1 -o mask.safetensors
+    """
 
     density: Fraction = 0.5
     """Share of each tensor."""
@@ -73,7 +80,10 @@ class MaskLowMagnitudeConfig(MaskSource):
 
 @dataclass(kw_only=True)
 class MaskLayersConfig(MaskSource):
-    """Take all weights of some layers."""
+    """Take all weights of some layers.
+
+    Example: ssrctl mask layers --model base --layers 0-3,7 -o mask.safetensors
+    """
 
     layers: str | None = None
     """Layers to take, counted from 0: 0-3,7. Without it, all that --include and --exclude leave."""
@@ -90,7 +100,10 @@ class MaskLayersConfig(MaskSource):
 
 @dataclass(kw_only=True)
 class MaskDiffConfig(MaskOutput):
-    """Take the weights that training changed: the subnetwork of Mukherjee et al. 2025."""
+    """Take the weights that training changed: the subnetwork of Mukherjee et al. 2025.
+
+    Example: ssrctl mask diff base tuned --changed-by bf16 -o mask.safetensors
+    """
 
     base: Path = positional(metavar="BASE")
     """The checkpoint before training: a model folder, a safetensors file, or tiny-reasoner."""
@@ -124,22 +137,34 @@ class MaskCombination(MaskOutput):
 
 @dataclass(kw_only=True)
 class MaskUnionConfig(MaskCombination):
-    """Keep what is in any of the masks."""
+    """Keep what is in any of the masks.
+
+    Example: ssrctl mask union a.safetensors b.safetensors -o either.safetensors
+    """
 
 
 @dataclass(kw_only=True)
 class MaskIntersectConfig(MaskCombination):
-    """Keep what is in all of the masks."""
+    """Keep what is in all of the masks.
+
+    Example: ssrctl mask intersect a.safetensors b.safetensors -o both.safetensors
+    """
 
 
 @dataclass(kw_only=True)
 class MaskMinusConfig(MaskCombination):
-    """Keep what is in the first mask and in none of the others."""
+    """Keep what is in the first mask and in none of the others.
+
+    Example: ssrctl mask minus a.safetensors b.safetensors -o rest.safetensors
+    """
 
 
 @dataclass(kw_only=True)
 class MaskComplementConfig(MaskOutput):
-    """Turn a mask around: keep what is not in it."""
+    """Turn a mask around: keep what is not in it.
+
+    Example: ssrctl mask complement a.safetensors -o others.safetensors
+    """
 
     mask: Path = positional(metavar="MASK")
     """Mask file."""
@@ -147,7 +172,10 @@ class MaskComplementConfig(MaskOutput):
 
 @dataclass(kw_only=True)
 class MaskInfoConfig(JsonConfig):
-    """Check a mask and show its contents by layer and kind of matrix."""
+    """Check a mask and show its contents by layer and kind of matrix.
+
+    Example: ssrctl mask info a.safetensors
+    """
 
     mask: Path = positional(metavar="MASK")
     """Mask file."""

@@ -14,7 +14,10 @@ from ssrctl.configs.common import CommonConfig, DatasetConfig, ModelConfig, Samp
 
 @dataclass(kw_only=True)
 class ProfileBudgetConfig(ModelConfig, DatasetConfig, SamplingConfig, CommonConfig):
-    """Measure the decay of gradient magnitude over steps and write the budget profile (SSR section 2.3.3)."""
+    """Measure the decay of gradient magnitude over steps and write the budget profile (SSR section 2.3.3).
+
+    Example: ssrctl profile-budget --model Qwen/Qwen2.5-0.5B-Instruct --protect superweights.safetensors -o budget.json
+    """
 
     output: Path = output()
     """Profile to write (json); a plot is written next to it if matplotlib is installed."""

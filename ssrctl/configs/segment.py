@@ -47,7 +47,10 @@ class SegmentOptions(Config):
 
 @dataclass(kw_only=True)
 class SegmentConfig(SegmentOptions, CommonConfig):
-    """Split responses into reasoning steps."""
+    """Split responses into reasoning steps.
+
+    Example: ssrctl segment responses.jsonl -o steps.jsonl
+    """
 
     input: str = positional(metavar="RESPONSES")
     """Responses (jsonl), or - for stdin."""

@@ -15,7 +15,10 @@ from ssrctl.errors import UserError
 
 @dataclass(kw_only=True)
 class SuperweightsConfig(ModelConfig, CommonConfig):
-    """Find the language-critical weights and write them as a mask (SSR section 2.2)."""
+    """Find the language-critical weights and write them as a mask (SSR section 2.2).
+
+    Example: ssrctl superweights --model Qwen/Qwen2.5-0.5B-Instruct -o superweights.safetensors
+    """
 
     output: Path = output()
     """Mask file to write (safetensors); a json report is written next to it."""

@@ -214,7 +214,10 @@ class TrainConfig(
     LoggingOptions,
     CommonConfig,
 ):
-    """Train with step-wise reinforcement learning and masked updates (SSR section 2.3)."""
+    """Train with step-wise reinforcement learning and masked updates (SSR section 2.3).
+
+    Example: ssrctl train --model Qwen/Qwen2.5-0.5B-Instruct --dataset problems.jsonl --output-dir runs/first
+    """
 
     output_dir: Path | None = output(None)
     """Run directory; by default a new one under runs/."""

@@ -1,1 +1,4 @@
-"""Tensor maths only: masks, selection, budgets, advantages, losses, KronosOpt. Imports torch alone."""
+"""Tensor maths: masks, selection, budgets, advantages, losses, KronosOpt.
+
+Imports torch and the standard library only.
+"""

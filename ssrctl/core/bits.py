@@ -58,5 +58,5 @@ def bits_to_indices(packed: Tensor, numel: int, chunk: int = 1 << 22) -> Tensor:
 
 
 def bits_from_mask(mask: BlockMask) -> dict[str, Tensor]:
-    """The flat bits of every tensor of a mask, by name."""
+    """Return the flat bits of every tensor of a mask, by name."""
     return {name: bits_from_indices(tiles.to_indices(), tiles.numel) for name, tiles in mask.tensors.items()}

@@ -66,7 +66,7 @@ def select_blocks(
 
 
 def recall(selected: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> float:
-    """|selected n exact| / |exact|: the share of the true coordinates that a selection found, in [0, 1].
+    """Return |selected n exact| / |exact|: the share of the true coordinates that a selection found, in [0, 1].
 
     Args:
         selected, exact: distinct flat indices (int64 ``[k_t]``) per tensor; the same names.
@@ -78,7 +78,7 @@ def recall(selected: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> float
         raise ValueError(f"selections over other tensors: {sorted(selected.keys() ^ exact.keys())}")
     total = sum(indices.numel() for indices in exact.values())
     if total == 0:
-        raise ValueError("there is no recall of an empty selection")
+        raise ValueError("the recall of an empty selection is undefined")
     return sum(int(torch.isin(exact[name], selected[name]).sum()) for name in exact) / total
 
 

@@ -1,4 +1,4 @@
-"""How many coordinates each step may claim (SSR section 2.3.3)."""
+"""The number of coordinates that each step may claim (SSR section 2.3.3)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ EPSILON = 1e-8
 
 
 def profile_at(curve: Sequence[float], num_steps: int) -> list[float]:
-    """The profile v_1..v_T for ``num_steps`` steps; past its end the last value holds.
+    """Return the profile v_1..v_T for ``num_steps`` steps; past its end the last value holds.
 
     Args:
         curve: mean magnitude mass available at each step, normalised to v_1 = 1; positive.
@@ -36,7 +36,7 @@ def step_budgets(
 
 
 def shared_budget(weights: Sequence[float], *, budget: float = 0.05, max_step_budget: float = 0.01) -> list[float]:
-    """B dealt out by weight, at most k_max each: ``min(k_max, B w_i / sum(w))``.
+    """Deal out B by weight, at most k_max each: ``min(k_max, B w_i / sum(w))``.
 
     Raises:
         ValueError: a weight that is negative or not finite, or weights that sum to 0.
@@ -50,7 +50,7 @@ def shared_budget(weights: Sequence[float], *, budget: float = 0.05, max_step_bu
 
 
 def coordinates(fraction: float, num_unprotected: int) -> int:
-    """A budget in coordinates, rounded down so that the sum over steps stays within B."""
+    """Return a budget in coordinates, rounded down so that the sum over steps stays within B."""
     return int(fraction * num_unprotected)
 
 

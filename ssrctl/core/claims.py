@@ -1,4 +1,4 @@
-"""Which coordinates the units of one question take, and what they keep (SSR algorithm 2, lines 5-10).
+"""The coordinates that the units of one question claim, and the kept gradient values (SSR algorithm 2, lines 5-10).
 
 An *allocation* decides that. ``disjoint`` is the paper's; the others are its controls: they show what
 disjointness buys.
@@ -24,7 +24,7 @@ Bits = dict[str, Tensor]
 
 @dataclass
 class KeptUnit:
-    """What one unit keeps of its gradient until the batch is applied.
+    """The part of a unit's gradient that is kept until the batch is applied.
 
     Attributes:
         sets: by parameter name, the coordinates whose gradient is kept.
@@ -61,7 +61,7 @@ class KeptUnit:
 
 @dataclass(frozen=True)
 class Tally:
-    """What selections met.
+    """Counts over selections.
 
     Attributes:
         recalls: with block selection, per selection the share of the exact set that it found.
@@ -86,12 +86,12 @@ class Tally:
 
 @dataclass
 class Selection:
-    """How a unit's k coordinates are found.
+    """The selection of a unit's k coordinates.
 
     Attributes:
         kind: ``exact``, or ``block`` for the paper's approximation.
         reuse_factor: F of "preference, not prohibition"; None forbids reuse.
-        tally: what the selections so far met.
+        tally: counts over the selections so far.
     """
 
     kind: str = "exact"
@@ -99,7 +99,7 @@ class Selection:
     tally: Tally = Tally()
 
     def best(self, gradients: Gradients, k: int, barred: Mapping[str, Tensor]) -> Indices:
-        """The (about) k largest |g| outside ``barred`` (bits, True = not eligible)."""
+        """Return the (about) k largest |g| outside ``barred`` (bits, True = not eligible)."""
         chosen = SELECTIONS[self.kind](gradients, k, barred)
         recalls = (recall(chosen, select_topk(gradients, k, barred)),) if self.kind != "exact" and k else ()
         self.tally += Tally(recalls, k - sum(indices.numel() for indices in chosen.values()))
@@ -113,11 +113,11 @@ SELECTIONS: dict[str, Callable[[Gradients, int, Mapping[str, Tensor]], Indices]]
 
 
 class Claims:
-    """The ``disjoint`` allocation: a unit takes the largest |g| among the coordinates nobody has claimed yet.
+    """The ``disjoint`` allocation: a unit takes the largest |g| among the unclaimed coordinates.
 
     Args:
         protected: bits by parameter name (True = never taken); an absent name has none. Not changed.
-        selection: how to select; its tallies are added to.
+        selection: selects, and adds to its tally.
 
     Between ``open_unit`` calls, ``take`` may be called once for all tensors or once per tensor.
     """
@@ -151,7 +151,7 @@ class Claims:
         return chosen
 
     def finish(self, gradients: Gradients) -> None:
-        """Called once after the last unit, with what is in ``parameter.grad`` then."""
+        """Finish after the last unit, with the gradients left in ``parameter.grad``."""
 
     def _mark(self, gradients: Gradients, chosen: Indices) -> None:
         for name, indices in chosen.items():
@@ -234,10 +234,10 @@ class PooledClaims(Claims):
 
 
 class ShuffledClaims(Claims):
-    """The ``shuffled`` control: sets are claimed as in ``disjoint``, but each unit keeps its gradient at the set
-    of the unit before it, and the first at that of the last.
+    """The ``shuffled`` control: units keep their gradients at each other's sets.
 
-    The sets, their sizes and their disjointness are those of the paper; only whose they are is not. The first
+    Sets are claimed as in ``disjoint``, but each unit keeps its gradient at the set of the unit before it, and the
+    first at that of the last. The sets, their sizes and their disjointness are those of the paper. The first
     unit's gradient is held until the last set is known.
     """
 

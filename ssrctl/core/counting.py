@@ -33,7 +33,7 @@ def keys_of(pattern: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def pattern_bound(bound: int, dtype: torch.dtype) -> int:
-    """The smallest pattern of ``dtype`` whose key is at least ``bound``, or else the largest pattern."""
+    """Return the smallest pattern of ``dtype`` whose key is at least ``bound``, or else the largest pattern."""
     if dtype == torch.float32:
         return bound
     if dtype == torch.bfloat16:
@@ -54,7 +54,7 @@ class Group:
         self.group = process_group
 
     def total(self, counts: Tensor) -> Tensor:
-        """The int64 tensor (CPU) summed over all processes."""
+        """Return the int64 tensor (CPU) summed over all processes."""
         if self.group is None:
             return counts
         import torch.distributed as dist
@@ -65,7 +65,7 @@ class Group:
         return summed.cpu()
 
     def before(self, count: int) -> int:
-        """The sum of ``count`` over the processes of lower rank."""
+        """Return the sum of ``count`` over the processes of lower rank."""
         if self.group is None:
             return 0
         counts = torch.zeros(self.group.size(), dtype=torch.int64)
@@ -73,7 +73,7 @@ class Group:
         return int(self.total(counts)[: self.group.rank()].sum())
 
     def first(self, found: tuple[str, int] | None) -> tuple[str, int]:
-        """What the process of lowest rank found, among those that found anything; there must be one."""
+        """Return the result of the lowest-ranked process that found one; at least one must have."""
         everyone = [found]
         if self.group is not None:
             import torch.distributed as dist
@@ -87,7 +87,7 @@ ALONE = Group()
 
 
 def choose(keys: Tensor, k: int, group: Group = ALONE) -> tuple[Tensor, int]:
-    """Which of the candidates are among the ``k`` largest of all processes, ties to the first ones.
+    """Return the candidates that are among the ``k`` largest of all processes, ties to the first ones.
 
     Args:
         keys: int32 ``[m]``, at least 0, in the order in which ties are decided.
@@ -114,7 +114,7 @@ def choose(keys: Tensor, k: int, group: Group = ALONE) -> tuple[Tensor, int]:
 
 
 def threshold_bin(counts: Tensor, k: int) -> tuple[int, int]:
-    """The bin that holds the k-th largest, and how many lie in higher bins (fewer than k).
+    """Return the bin that holds the k-th largest, and how many lie in higher bins (fewer than k).
 
     Args:
         counts: int64 ``[bins]`` (CPU), which sum to at least ``k``; the number of bins is a multiple of 256.
@@ -134,12 +134,12 @@ def _last_from_top(counts: Tensor, k: int) -> tuple[int, int]:
 
 
 class Candidates:
-    """What a pass over the gradients has found so far, in order of position.
+    """Candidates that a pass over the gradients has found so far, in order of position.
 
     Attributes:
-        k: how many are wanted.
+        k: number of coordinates wanted.
         bound: the key that a coordinate has to reach to be of interest.
-        count: how many there are.
+        count: number of candidates.
     """
 
     def __init__(self, k: int, bound: int) -> None:

@@ -3,7 +3,7 @@
 The coordinates of a tensor are cut into blocks of 65,536; an index is stored as its low 16 bits, and a count
 per block says which block it is in (the array containers of Roaring bitmaps, Chambi et al. 2016). This is the
 form in which an optimizer keeps the sets that its steps selected: at a quarter of a percent of the coordinates
-it takes a thirteenth of bit-packed 16x16 tiles, of which half are then non-empty, and a quarter of int64 indices.
+it takes a thirteenth of bit-packed 16x16 tiles, half of them non-empty at that density, and a quarter of int64 indices.
 """
 
 from __future__ import annotations
@@ -70,11 +70,11 @@ class IndexSet:
 
     @classmethod
     def from_tiles(cls, tiles: TileSet) -> IndexSet:
-        """The same coordinates as a ``TileSet``, whose shape is forgotten."""
+        """Return the same coordinates as a ``TileSet``, whose shape is forgotten."""
         return cls.from_indices(tiles.to_indices(), tiles.numel)
 
     def to_tiles(self, shape: Iterable[int]) -> TileSet:
-        """The same coordinates in 16x16 tiles, the form of files and set algebra; ``ValueError`` for another size."""
+        """Return the coordinates in 16x16 tiles, the form of files and set algebra; ``ValueError`` for another size."""
         sizes = tuple(shape)
         if math.prod(sizes) != self.numel:
             raise ValueError(f"a set over {self.numel} coordinates is none over a tensor of shape {sizes}")
@@ -82,7 +82,7 @@ class IndexSet:
 
     @property
     def count(self) -> int:
-        """How many indices are in the set."""
+        """Number of indices in the set."""
         return self.low.numel()
 
     @property
@@ -95,9 +95,9 @@ class IndexSet:
         return self.low.device
 
     def to(self, device: torch.device | str) -> IndexSet:
-        """The same set on another device."""
+        """Return the same set on another device."""
         return IndexSet(self.numel, self.low.to(device), self.counts.to(device))
 
     def equals(self, other: IndexSet) -> bool:
-        """Whether both hold the same indices of tensors of the same size; both must be on one device."""
+        """Return whether both hold the same indices of tensors of the same size; both must be on one device."""
         return self.numel == other.numel and torch.equal(self.counts, other.counts) and torch.equal(self.low, other.low)

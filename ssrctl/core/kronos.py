@@ -1,7 +1,7 @@
 """KronosOpt: each reasoning step updates its own, mostly disjoint set of coordinates (SSR algorithm 2).
 
 For every question the claimed set starts as the protected set; each unit, in order, backpropagates its loss
-and claims the coordinates with the largest gradients that nobody has claimed yet. The kept (index, value)
+and claims the coordinates with the largest gradients that are still unclaimed. The kept (index, value)
 pairs of all units of all questions in the batch are applied at once.
 """
 
@@ -31,12 +31,12 @@ SCOPES = ("global", "tensor")
 
 @dataclass(frozen=True)
 class StepStats:
-    """What one ``KronosOpt.step`` did.
+    """Statistics of one ``KronosOpt.step``.
 
     Attributes:
         grad_norm: L2 norm of the kept gradient, summed over units and questions, before the clip (with the
             ``rms`` rule, after the units were divided by their RMS).
-        clip_scale: what the clip multiplied it by, in (0, 1].
+        clip_scale: factor of the clip, in (0, 1].
         num_updated: distinct coordinates that were updated.
         lost_frac: share of the intended nonzero updates that the storage dtype would have swallowed without
             master values, in [0, 1]; 0 when nothing was intended.
@@ -70,9 +70,9 @@ class KronosOpt(torch.optim.Optimizer):
 
     With an ordinary loop, ``loss.backward(); optimizer.step()``, the whole batch is one question of one unit.
 
-    Memory beside the parameters and the gradient at hand grows with what was selected: a bit per coordinate each
-    for what is protected, taken, waiting to be applied and ever touched, 2 bytes and a gradient value per
-    kept coordinate, and per touched coordinate 2 bytes for the master value of a bfloat16 weight (4 for a
+    Memory in addition to the parameters and the current gradient grows with the number of selected coordinates: a
+    bit per coordinate each for protected, taken, pending and touched, 2 bytes and a gradient value per kept
+    coordinate, and per touched coordinate 2 bytes for the master value of a bfloat16 weight (4 for a
     float16 one) and 8 for the moments of ``adam``.
 
     Args:
@@ -153,7 +153,7 @@ class KronosOpt(torch.optim.Optimizer):
 
     @property
     def rule(self) -> UpdateRule:
-        """What ``update_rule`` names."""
+        """The rule that ``update_rule`` names."""
         return RULES[self.update_rule]
 
     @property
@@ -175,8 +175,8 @@ class KronosOpt(torch.optim.Optimizer):
         """Forget the claims of the question before; what it kept stays for ``step``.
 
         Args:
-            units: how many units will come, which share ``budget`` equally; or their weights w_i; each gets
-                ``min(k_max, B w_i / sum(w))`` of the unprotected coordinates. With None, ``claim`` is told k.
+            units: number of units to come, which share ``budget`` equally; or their weights w_i; each gets
+                ``min(k_max, B w_i / sum(w))`` of the unprotected coordinates. With None, k is given to ``claim``.
 
         Raises:
             RuntimeError: a gradient is there already, which the first unit's would be added to.
@@ -198,7 +198,7 @@ class KronosOpt(torch.optim.Optimizer):
         Scope ``tensor`` needs to know this beforehand; after ``begin_question`` with units or weights it does.
 
         Args:
-            k: how many, at least 0; None takes the next of the question's planned budgets.
+            k: number of coordinates, at least 0; None takes the next of the question's planned budgets.
 
         Raises:
             RuntimeError: no question was begun, the unit before was not claimed, or no budget is planned.
@@ -213,7 +213,7 @@ class KronosOpt(torch.optim.Optimizer):
         """Claim the unit's k largest |gradient| coordinates that are free, keep their values, drop the gradients.
 
         Args:
-            k: how many; None takes what ``begin_unit`` was told, or the next of the planned budgets. When
+            k: number of coordinates; None takes the k given to ``begin_unit``, or the next of the planned budgets. When
                 fewer are free, all of these are claimed.
 
         Returns:
@@ -269,7 +269,7 @@ class KronosOpt(torch.optim.Optimizer):
         Gradients that are there without any question having been begun are claimed as one unit first.
 
         Raises:
-            RuntimeError: an open question has a gradient that nobody claimed.
+            RuntimeError: an open question has an unclaimed gradient.
             NonFiniteGradient: a gradient, or the sum of what was kept, is NaN or infinite; nothing is applied.
         """
         if closure is not None:
@@ -318,7 +318,7 @@ class KronosOpt(torch.optim.Optimizer):
         return Question(claims, self._free(), planned)
 
     def _claim_all(self, gradients: Mapping[str, Tensor]) -> None:
-        """An ordinary training loop: the gradients at hand are one unit, with the budget of one."""
+        """Claim the current gradients as one unit with the budget of one, as in an ordinary training loop."""
         if not any(bool(gradient.any()) for gradient in gradients.values()):
             self.zero_grad(set_to_none=True)  # no signal claims nothing
             return
@@ -335,7 +335,7 @@ class KronosOpt(torch.optim.Optimizer):
         self._question = question
 
     def _pending_norm(self) -> float:
-        """L2 norm of what waits, in float64; what is not finite is dropped and refused."""
+        """Return the L2 norm (float64) of the pending update; drop the update and raise if it is not finite."""
         square = 0.0
         for name, pending in self._pending.items():
             values = pending.fields["sum"]
@@ -344,10 +344,11 @@ class KronosOpt(torch.optim.Optimizer):
                 self._pending.clear()
                 raise NonFiniteGradient(name, int((~values.isfinite()).sum()))
             square += part
-        return square**0.5
+        norm: float = square**0.5
+        return norm
 
     def _add(self, units: Sequence[KeptUnit]) -> None:
-        """Add what the units keep to what waits for ``step``, in float32, in the order of the units."""
+        """Add the units' kept gradients to the pending update, in float32, in the order of the units."""
         for group in self.param_groups:
             scales = [1.0] * len(units)
             if self.rule.unit_scale is not None:
@@ -368,7 +369,7 @@ class KronosOpt(torch.optim.Optimizer):
     # scope "tensor"
 
     def _on_gradient(self, name: str) -> None:
-        """Called by autograd as soon as a parameter's gradient is complete."""
+        """Select from a parameter's gradient as soon as autograd has completed it."""
         if self._question is None or not self._question.knows_next_budget:
             return
         parameter = self.named[name]
@@ -428,10 +429,10 @@ class KronosOpt(torch.optim.Optimizer):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """As in torch: per parameter ``bits`` (see ``touched``), moments and master remainders, for touched coordinates.
+        """Return the state as in torch: per parameter ``bits`` (see ``touched``), moments and master remainders.
 
         Raises:
-            RuntimeError: claims wait for ``step``; they are no part of the state.
+            RuntimeError: claims are pending until ``step``; they are not part of the state.
         """
         if self._question is not None or self._pending:
             raise RuntimeError("state_dict() with claims that wait to be applied: step() first")
@@ -439,7 +440,7 @@ class KronosOpt(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The inverse of ``state_dict``; every dtype and bit is kept, and nothing changes when it is refused.
+        """Restore what ``state_dict`` returned; every dtype and bit is kept, and a refused state changes nothing.
 
         Raises:
             ValueError: groups or state of other parameters, or of another update rule.
@@ -466,7 +467,7 @@ class KronosOpt(torch.optim.Optimizer):
             self.state[self.named[name]] = state.tensors()
 
     def _state_of(self, name: str) -> SparseState:
-        """A parameter's state; one that was never touched gets its own now."""
+        """Return a parameter's state; one that was never touched gets its own now."""
         if name not in self._states:
             parameter = self.named[name]
             self._states[name] = SparseState(parameter.numel(), self._fields_of(parameter), parameter.device)
@@ -476,7 +477,7 @@ class KronosOpt(torch.optim.Optimizer):
         return state_fields(self.rule, parameter.dtype, masters=self.master_weights)
 
     def _restored(self, name: str, stored: Mapping[str, Tensor]) -> SparseState:
-        """A parameter's state from a checkpoint, checked against what this optimizer keeps."""
+        """Return a parameter's state from a checkpoint, checked against what this optimizer keeps."""
         parameter = self.named[name]
         fields = self._fields_of(parameter)
         found = {key: tensor.dtype for key, tensor in stored.items() if key != "bits"}
@@ -494,7 +495,7 @@ class KronosOpt(torch.optim.Optimizer):
         return {key: value for key, value in vars(self).items() if key != "step" and not key.startswith("_optimizer_")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # torch's load_state_dict also calls this, with groups and state alone
+        super().__setstate__(state)  # torch's load_state_dict also calls this, with groups and state only
         if "named" in state and self.scope == "tensor":
             for name, parameter in self.named.items():
                 if parameter.requires_grad:

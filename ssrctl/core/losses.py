@@ -49,7 +49,7 @@ def step_policy_loss(
         logprobs: float ``[G, R]``, log-probabilities of the sampled tokens now, with a graph.
         old_logprobs: float ``[G, R]``, those at sampling time.
         step_ids: int64 ``[G, R]``, each token's step, -1 for padding.
-        step: which step.
+        step: index of the step.
         advantages: float64 ``[G]``; NaN where the response has no such step or no score for it.
         clip_epsilon: half-width of the clip.
         level: ``token``, ``step`` or ``sequence``.

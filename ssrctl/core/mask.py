@@ -22,7 +22,7 @@ from ssrctl.core.tile_bits import TILE, TILE_BYTES, inside, pack_tiles, strips, 
 
 
 def matrix_shape(shape: Iterable[int]) -> tuple[int, int]:
-    """The (rows, columns) view of a tensor shape: ``(first, rest)``, 1-d as one row, 0-d as one cell."""
+    """Return the (rows, columns) view of a tensor shape: ``(first, rest)``, 1-d as one row, 0-d as one cell."""
     sizes = tuple(shape)
     if len(sizes) == 0:
         return 1, 1
@@ -65,11 +65,11 @@ class TileSet:
         return self.tiles.device
 
     def to(self, device: torch.device | str) -> TileSet:
-        """The same set on another device."""
+        """Return the same set on another device."""
         return TileSet(self.shape, self.tile_ids.to(device), self.tiles.to(device))
 
     def count(self) -> int:
-        """How many coordinates are selected."""
+        """Return the number of selected coordinates."""
         return count_bits(self.tiles)
 
     @classmethod
@@ -133,7 +133,7 @@ class TileSet:
         return indices
 
     def to_dense(self) -> Tensor:
-        """A bool tensor of the original shape, True = selected."""
+        """Return a bool tensor of the original shape, True = selected."""
         dense = torch.zeros(self.numel, dtype=torch.bool, device=self.device)
         for part in self.index_parts():
             dense[part] = True
@@ -149,10 +149,10 @@ class TileSet:
 
     @classmethod
     def from_sparse_bsr(cls, matrix: Tensor, shape: Iterable[int]) -> TileSet:
-        """The inverse of ``to_sparse_bsr``; ``shape`` is the tensor's own shape.
+        """Read what ``to_sparse_bsr`` returned; ``shape`` is the tensor's own shape.
 
         Raises:
-            ValueError: other blocks than 16x16, or anything that is no set over a tensor of ``shape``.
+            ValueError: other blocks than 16x16, or a tensor that is not a set over a tensor of ``shape``.
         """
         if matrix.values().shape[1:] != (TILE, TILE):
             raise ValueError(f"expected blocks of {TILE}x{TILE}, got {list(matrix.values().shape[1:])}")
@@ -307,14 +307,14 @@ class BlockMask:
         return sum(tiles.num_bytes for tiles in self.tensors.values())
 
     def to(self, device: torch.device | str) -> BlockMask:
-        """The same mask on another device."""
+        """Return the same mask on another device."""
         return BlockMask({name: tiles.to(device) for name, tiles in self.tensors.items()})
 
     def count(self) -> int:
         return sum(tiles.count() for tiles in self.tensors.values())
 
     def density(self) -> float:
-        """Selected share of all coordinates, in [0, 1]; 0 for a mask over nothing."""
+        """Return the selected share of all coordinates, in [0, 1]; 0 for a mask over nothing."""
         return self.count() / self.numel if self.numel else 0.0
 
     def to_indices(self) -> dict[str, Tensor]:
@@ -336,7 +336,7 @@ class BlockMask:
         return BlockMask({name: tiles.complement() for name, tiles in self.tensors.items()})
 
     def jaccard(self, other: BlockMask) -> float:
-        """|A n B| / |A u B|, in [0, 1]; 0 when both are empty."""
+        """Return the Jaccard index |A n B| / |A u B|, in [0, 1]; 0 when both are empty."""
         shared = (self & other).count()
         either = self.count() + other.count() - shared
         return shared / either if either else 0.0

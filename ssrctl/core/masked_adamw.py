@@ -19,9 +19,9 @@ from ssrctl.core.masters import REMAINDER_DTYPES, join_master, split_master
 
 
 class MaskedAdamW(torch.optim.Optimizer):
-    """``torch.optim.AdamW`` for the coordinates of a mask; weight decay, too, is theirs alone.
+    """``torch.optim.AdamW`` for the coordinates of a mask; weight decay, too, applies to them only.
 
-    State of a parameter of which ``k`` coordinates are in the mask, in 10 bytes per coordinate: ``exp_avg`` and
+    State of a parameter with ``k`` coordinates in the mask, in 10 bytes per coordinate: ``exp_avg`` and
     ``exp_avg_sq`` float32 ``[k]``, and the mask itself as an index set (``low`` int16 ``[k]`` and ``counts``).
     For a bfloat16 weight, ``remainder`` int16 ``[k]`` makes the weight an exact float32 master, so that no update
     is swallowed (for float16, float32 ``[k]``); see ``core.masters``. Moments are float32 for half-precision
@@ -114,7 +114,7 @@ class MaskedAdamW(torch.optim.Optimizer):
                 self.state[parameter][field] = value.to(device, copy=True)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """For the constructor: parameters cannot be added later, since the mask is over those given at the start.
+        """Add a group for the constructor only: the mask is over the parameters given at the start.
 
         Raises:
             ValueError: a later group, no names, a name that is taken, or a setting out of range.

@@ -32,7 +32,7 @@ _FP16_LARGEST = 65519.99609375  # the fp32 value below the tie between 65504 and
 
 
 def split_master(master: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The weight as it is stored, and what the rounding left.
+    """Return the weight as it is stored, and what the rounding left.
 
     Args:
         master: fp32, any shape.
@@ -63,7 +63,7 @@ def split_master(master: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def join_master(stored: Tensor, remainder: Tensor) -> Tensor:
-    """The fp32 master of weights and their remainders, a pair that ``split_master`` made (or remainder 0).
+    """Return the fp32 master of weights and their remainders, a pair that ``split_master`` made (or remainder 0).
 
     Args:
         stored: bf16 or fp16, any shape.

@@ -9,7 +9,7 @@ _CHUNK_BYTES = 1 << 22
 
 
 def popcount(words: Tensor) -> Tensor:
-    """How many bits are set in each word, int64 in and out, any shape.
+    """Count the set bits of each word, int64 in and out, any shape.
 
     Neighbouring bit fields are added, first of 1 bit, then of 2, 4 and 8 (Warren, Hacker's Delight, 5-1). The
     shifts are arithmetic; the masks clear the copies of the sign bit that they bring in.
@@ -21,7 +21,7 @@ def popcount(words: Tensor) -> Tensor:
 
 
 def count_bits(packed: Tensor) -> int:
-    """How many bits are set in all bytes of a uint8 tensor of any shape, with scratch of a few megabytes."""
+    """Count the set bits of all bytes of a uint8 tensor of any shape, with scratch of a few megabytes."""
     total = 0
     for part in packed.reshape(-1).split(_CHUNK_BYTES):
         # A fresh buffer of whole words: the part may end, or lie in memory, anywhere.

@@ -1,4 +1,4 @@
-"""One open question of KronosOpt: its claims, the budgets planned for its units, and the unit at hand."""
+"""One open question of KronosOpt: its claims, the budgets planned for its units, and the unit in progress."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from ssrctl.core.claims import Claims, Gradients, Indices, KeptUnit
 
 
 class Question:
-    """What happens between ``begin_question`` and ``end_question``.
+    """The state between ``begin_question`` and ``end_question``.
 
     Args:
-        claims: who may take what.
+        claims: the coordinates that units may take and have taken.
         free: by parameter name, how many coordinates may be claimed at the start of the question.
-        planned: budgets of the units to come, in coordinates; empty when each is told its own.
+        planned: budgets of the units to come, in coordinates; empty when each unit is given its own.
 
     Attributes:
         claims: as given.
@@ -25,12 +25,12 @@ class Question:
         self.claims = claims
         self._free, self._num_free = free, sum(free.values())
         self._planned = list(planned)
-        self._k: int | None = None  # of the unit at hand; None between units
-        self._chosen: Indices = {}  # by the hooks, in the unit at hand
+        self._k: int | None = None  # of the unit in progress; None between units
+        self._chosen: Indices = {}  # by the hooks, in the unit in progress
 
     @property
     def knows_next_budget(self) -> bool:
-        """Whether a backward pass may select: its unit was begun, or its budget is planned."""
+        """True if a backward pass may select: its unit was begun, or its budget is planned."""
         return self._k is not None or bool(self._planned)
 
     def begin_unit(self, k: int | None = None) -> None:
@@ -47,7 +47,7 @@ class Question:
         self.claims.open_unit()
 
     def take(self, gradients: Gradients, k: int | None) -> Indices:
-        """Claim for the unit at hand (begun now if need be), from whole gradients, and end it."""
+        """Claim for the unit in progress (begun now if need be), from whole gradients, and end it."""
         if self._k is None:
             self.begin_unit(k)
         elif k is not None:
@@ -61,7 +61,7 @@ class Question:
             raise
 
     def take_one(self, name: str, gradient: Tensor) -> None:
-        """Claim one parameter's part of the unit at hand (begun now if need be): the same share of each.
+        """Claim one parameter's part of the unit in progress (begun now if need be): the same share of each.
 
         ``k * free coordinates of the parameter // all free ones``, so that the parts sum to at most k.
         """
@@ -76,7 +76,7 @@ class Question:
         self._chosen[name] = self.claims.take({name: gradient}, part)[name]
 
     def end_unit(self, k: int | None = None, *, gradient_left: bool = False) -> Indices:
-        """End a unit that ``take_one`` has selected for; ``k`` can only confirm what it was told."""
+        """End a unit that ``take_one`` has selected for; ``k`` must be None or the k it was begun with."""
         if self._k is None or not self._chosen:
             late = " k must be known before backward(): begin_unit(k), or begin_question(weights)."
             raise RuntimeError(
@@ -88,13 +88,13 @@ class Question:
         return self._chosen
 
     def finish(self, gradients: Gradients) -> list[KeptUnit]:
-        """What each unit keeps, in order; ``gradients`` is what is left in the parameters.
+        """Return each unit's kept gradient, in order; ``gradients`` are those left in the parameters.
 
         Raises:
             RuntimeError: a unit was begun, or its gradient computed, but not claimed.
         """
         pooled = self.claims.pools and bool(self.claims.units)
         if self._k is not None or (gradients and not pooled):
-            raise RuntimeError("the question ends with a gradient that nobody claimed: claim() after each backward()")
+            raise RuntimeError("the question ends with an unclaimed gradient: claim() after each backward()")
         self.claims.finish(gradients)
         return self.claims.units

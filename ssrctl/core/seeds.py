@@ -6,7 +6,7 @@ import hashlib
 
 
 def derive_seed(seed: int, *purpose: str | int) -> int:
-    """A 63-bit seed for ``purpose`` within the run that has ``seed``.
+    """Return a 63-bit seed for ``purpose`` within the run that has ``seed``.
 
     Equal arguments give equal seeds on every machine; the parts are length-prefixed, so ("ab", "c") and
     ("a", "bc") differ.

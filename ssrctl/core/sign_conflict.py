@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Products computed at a time in float64, so that the copies stay small beside the gradients.
+# Products computed at a time in float64, so that the copies stay small compared with the gradients.
 CHUNK = 2**22
 
 
 @dataclass(frozen=True)
 class SignConflict:
-    """What the products a_c b_c of two gradients over coordinates c say.
+    """Signs of the products a_c b_c of two gradients over coordinates c.
 
     Attributes:
         dot: their sum.
@@ -77,5 +77,5 @@ def _products(
 
 
 def union_indices(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The union of two sets of flat indices by name, ascending."""
+    """Return the union of two sets of flat indices by name, ascending."""
     return {name: torch.cat([one[name] for one in (a, b) if name in one]).unique() for name in dict.fromkeys([*a, *b])}

@@ -3,7 +3,7 @@
 One bit per coordinate of the tensor says whether it was touched, and every field is an array with one value
 per touched coordinate, in ascending order of coordinate. The place of coordinate ``i`` in these arrays is its
 *rank*: how many touched coordinates lie before it (Jacobson 1989), found from a running popcount of the bits.
-So the bookkeeping costs ``numel / 8`` bytes once, and nothing per touched coordinate beside the fields.
+So the bookkeeping costs ``numel / 8`` bytes once, and nothing per touched coordinate besides the fields.
 
 The alternatives were measured by ``benchmarks/state_bookkeeping.py``. Sorted int32 indices, merged by
 ``searchsorted``, are smaller below 3% touched (where the bits are kept anyway, to know what was touched) and up
@@ -56,7 +56,7 @@ class SparseState:
 
     @property
     def count(self) -> int:
-        """How many coordinates were touched."""
+        """Number of touched coordinates."""
         return self._count
 
     @property
@@ -122,7 +122,7 @@ class SparseState:
 
     @classmethod
     def from_tensors(cls, numel: int, tensors: Mapping[str, Tensor]) -> SparseState:
-        """The inverse of ``tensors``; dtypes and device are those of the tensors, which are copied.
+        """Restore what ``tensors`` returned; dtypes and device are those of the tensors, which are copied.
 
         Raises:
             KeyError: no ``bits``.
@@ -147,7 +147,7 @@ class SparseState:
         return made
 
     def _ranks(self, indices: Tensor) -> Tensor:
-        """How many touched coordinates lie before each of the flat indices, int64 ``[k]``."""
+        """Count the touched coordinates before each of the flat indices, int64 ``[k]``."""
         # One running count per word: numel / 16 bytes of scratch, half of what the bits take.
         dtype = torch.int32 if self.numel < 2**31 else torch.int64
         before = torch.zeros(self._words.numel() + 1, dtype=dtype, device=self._words.device)

@@ -17,7 +17,7 @@ REMAINDER = "remainder"
 
 @dataclass(frozen=True)
 class Survival:
-    """Whether updates would have outlived storage.
+    """Counts of updates that storage rounding would have lost.
 
     Attributes:
         num_updated: selected coordinates.
@@ -43,7 +43,7 @@ class Survival:
 
 
 def state_fields(rule: UpdateRule, dtype: torch.dtype, *, masters: bool) -> dict[str, torch.dtype]:
-    """What is kept per touched coordinate of a weight of ``dtype``: moments, and the master's remainder."""
+    """Return the fields kept per touched coordinate of a weight of ``dtype``: moments, and the master's remainder."""
     fields = dict.fromkeys(rule.moments, torch.float32)
     if masters and dtype in REMAINDER_DTYPES:
         fields[REMAINDER] = REMAINDER_DTYPES[dtype]
@@ -51,12 +51,12 @@ def state_fields(rule: UpdateRule, dtype: torch.dtype, *, masters: bool) -> dict
 
 
 def pending_fields(rule: UpdateRule) -> dict[str, torch.dtype]:
-    """What is summed up per kept coordinate until it is applied."""
+    """Return the fields summed per kept coordinate until they are applied."""
     return {"sum": torch.float32} | ({"squares": torch.float32} if rule.uses_squares else {})
 
 
 def add_kept(pending: SparseState, parts: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Add kept gradients to what waits, in the order of the units.
+    """Add kept gradients to the pending update, in the order of the units.
 
     Args:
         pending: with ``pending_fields``.
@@ -90,12 +90,12 @@ def apply_pending(
 
     Args:
         weight: the parameter, flat ``[n]``, written in place.
-        pending: what was kept for it since the last step.
-        state: what is kept for it between steps, written in place.
-        rule: how the kept gradient becomes a direction.
+        pending: its sums since the last step.
+        state: its state between steps, updated in place.
+        rule: turns the kept gradient into a direction.
         hyper: the rule's settings.
         lr: step size.
-        clip_scale: what the kept gradient is multiplied by.
+        clip_scale: factor of the kept gradient.
     """
     indices = pending.indices()
     places, is_new = state.insert(indices)

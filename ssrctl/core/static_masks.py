@@ -1,4 +1,4 @@
-"""Masks that follow from weights or from chance alone, one tensor at a time; they stay as they are during training.
+"""Masks made from weights or at random, one tensor at a time; they do not change during training.
 
 Every function returns a bool tensor of the weights' shape (True = selected) with an exact number of selected
 coordinates, and needs a few bytes of scratch for each weight. Shares are rounded to the nearest count.
@@ -18,7 +18,7 @@ LowRank = Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]
 Keys = Callable[[Tensor], Tensor]  # flat scores -> int32 keys, at least 0, see ``counting``
 
 _PART = 1 << 20  # elements that are worked on at once, so that their keys stay in a core's cache
-# A draw of so many numbers takes 8 MB and its sorting three times that.
+# This many draws take 8 MB, and sorting them three times that.
 _DRAWS = 1 << 20
 # From this share on, a number for each coordinate costs less than drawing the selected ones one by one.
 _DENSE_SHARE = 1 / 64
@@ -28,7 +28,7 @@ class NonFiniteWeights(ValueError):
     """Weights that are NaN or infinite have no place in an order of magnitudes.
 
     Attributes:
-        count: how many.
+        count: number of coordinates.
         numel: of how many.
     """
 
@@ -38,7 +38,7 @@ class NonFiniteWeights(ValueError):
 
 
 def count_of(density: float, numel: int) -> int:
-    """The number of coordinates that a share of ``numel`` is: ``density * numel`` to the nearest, halves to even."""
+    """Return ``density * numel`` rounded to the nearest number of coordinates, halves to even."""
     return round(density * numel)
 
 
@@ -47,7 +47,7 @@ def count_of(density: float, numel: int) -> int:
 
 
 def random_mask(shape: Sequence[int], density: float, seed: int) -> Tensor:
-    """A share of a tensor, drawn uniformly without replacement (Adewuyi et al. 2026, section 2.2).
+    """Return a share of a tensor, drawn uniformly without replacement (Adewuyi et al. 2026, section 2.2).
 
     Each set of ``count_of(density, numel)`` coordinates is equally likely: nothing in the draw but the numbers drawn
     tells one coordinate from another. It takes at most about 2 bytes for each coordinate.
@@ -107,7 +107,7 @@ def _draw_more(drawn: Tensor, missing: int, generator: torch.Generator) -> int:
 
 
 def largest_mask(scores: Tensor, count: int) -> Tensor:
-    """The ``count`` coordinates with the largest ``|score|``, of equal ones those of lowest index.
+    """Return the ``count`` coordinates with the largest ``|score|``, of equal ones those of lowest index.
 
     Args:
         scores: float32, bfloat16 or float16, any shape.
@@ -124,14 +124,14 @@ def largest_mask(scores: Tensor, count: int) -> Tensor:
 
 
 def smallest_mask(scores: Tensor, count: int) -> Tensor:
-    """The ``count`` coordinates with the smallest ``|score|``, of equal ones those of lowest index; as above."""
+    """Return the ``count`` coordinates with the smallest ``|score|``, of equal ones those of lowest index; as above."""
     parts, keys = _checked(scores)
     # finite keys lie below INFINITY, so that these are at least 0
     return _largest_keys(parts, lambda part: INFINITY - 1 - keys(part), count).view(scores.shape)
 
 
 def _checked(scores: Tensor) -> tuple[Sequence[Tensor], Keys]:
-    """The scores in flat parts, none of them NaN or infinite, and what gives the keys of |score| of a part."""
+    """Return the scores, all finite, in flat parts, and a function for the keys of |score| of a part."""
     if scores.dtype not in PATTERN_DTYPES:
         raise ValueError(f"expected float32, bfloat16 or float16, got {str(scores.dtype).removeprefix('torch.')}")
 
@@ -147,8 +147,8 @@ def _checked(scores: Tensor) -> tuple[Sequence[Tensor], Keys]:
 def _largest_keys(parts: Sequence[Tensor], keys: Keys, count: int) -> Tensor:
     """bool ``[n]``: the ``count`` largest of the parts' keys together, of equal ones the first.
 
-    As ``counting.choose``, but the keys are made anew in each of three passes rather than held; ``topk.select_topk``
-    would hold 12 bytes for each candidate, of which there are many when half of a tensor is selected.
+    As ``counting.choose``, but the keys are computed again in each of three passes rather than held;
+    ``topk.select_topk`` would hold 12 bytes for each candidate, and there are many when half of a tensor is selected.
     """
     selected = torch.zeros(sum(part.numel() for part in parts), dtype=torch.bool)
     if not 0 <= count <= selected.numel():
@@ -175,7 +175,7 @@ def _largest_keys(parts: Sequence[Tensor], keys: Keys, count: int) -> Tensor:
 
 
 def low_magnitude_mask(weight: Tensor, density: float) -> Tensor:
-    """The smallest weights by magnitude (Zhu et al. 2025, section 4.2: ``M_low = Bottom_alpha(|W|)``).
+    """Return the smallest weights by magnitude (Zhu et al. 2025, section 4.2: ``M_low = Bottom_alpha(|W|)``).
 
     Args:
         weight: float32, bfloat16 or float16, any shape.
@@ -192,13 +192,13 @@ def low_magnitude_mask(weight: Tensor, density: float) -> Tensor:
 
 
 def truncated_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The leading singular triplets by a full decomposition: (U ``[m, rank]``, S ``[rank]``, V ``[n, rank]``), float64."""
+    """Return the leading singular triplets of a full SVD: (U ``[m, rank]``, S ``[rank]``, V ``[n, rank]``), float64."""
     u, s, vh = torch.linalg.svd(weight.detach().double(), full_matrices=False)
     return u[:, :rank], s[:rank], vh[:rank].mT
 
 
 def principal_mask(weight: Tensor, rank: int, density: float, low_rank: LowRank = truncated_svd) -> Tensor:
-    """The largest entries of a matrix's low-rank reconstruction (Zhu et al. 2025, section 4.2).
+    """Return the largest entries of a matrix's low-rank reconstruction (Zhu et al. 2025, section 4.2).
 
     ``M_princ = Top_alpha(|U_k S_k V_k^T|)``: the weights that the leading singular directions rest on.
 
@@ -206,7 +206,8 @@ def principal_mask(weight: Tensor, rank: int, density: float, low_rank: LowRank 
         weight: ``[m, n]``, any floating dtype.
         rank: k, in [1, min(m, n)].
         density: share of the matrix, alpha, in [0, 1].
-        low_rank: what gives (U ``[m, k]``, S ``[k]``, V ``[n, k]``); the default is slow beyond a few thousand rows.
+        low_rank: a function that returns (U ``[m, k]``, S ``[k]``, V ``[n, k]``); the default
+            is slow beyond a few thousand rows.
 
     Returns:
         bool ``[m, n]``; entries are compared in float32, of equal magnitudes those of lowest index are selected.
@@ -217,7 +218,8 @@ def principal_mask(weight: Tensor, rank: int, density: float, low_rank: LowRank 
     """
     if weight.dim() != 2 or not 1 <= rank <= min(weight.shape):
         raise ValueError(f"a tensor of shape {list(weight.shape)} has no reconstruction of rank {rank}")
-    if broken := sum(int((~part.isfinite()).count_nonzero()) for part in weight.split(_rows(weight))):
+    broken: int = sum(int((~part.isfinite()).count_nonzero()) for part in weight.split(_rows(weight)))
+    if broken:
         raise NonFiniteWeights(broken, weight.numel())
     u, s, v = low_rank(weight, rank)
     scores = torch.empty(weight.shape, dtype=torch.float32)
@@ -232,5 +234,5 @@ def _rows(matrix: Tensor) -> int:
 
 
 def rank_of(share: float, shape: Sequence[int]) -> int:
-    """The rank that a share in (0, 1] of a matrix's smaller side is, rounded up."""
+    """Return a share in (0, 1] of a matrix's smaller side as a rank, rounded up."""
     return math.ceil(round(share * min(shape), 6))  # 0.07 * 100 is a little more than 7

@@ -31,7 +31,7 @@ def strips(rows: int, columns: int) -> Iterator[tuple[int, int]]:
 
 
 def pack_tiles(indices: Tensor, columns: int, first: int, last: int) -> tuple[Tensor, Tensor]:
-    """The tiles of the selected coordinates of one strip.
+    """Return the tiles of the selected coordinates of one strip.
 
     Args:
         indices: flat indices, int64 ``[k]``, distinct, all in tile rows ``first..last-1``.
@@ -73,7 +73,7 @@ def unpack_tiles(tile_ids: Tensor, tiles: Tensor, columns: int) -> Tensor:
     tile_row = torch.div(tile_ids, -(-columns // TILE), rounding_mode="floor")
     tile_column = tile_ids - tile_row * -(-columns // TILE)
     # Ascending order goes along a matrix row through all tiles of a tile row, then to the next matrix row. With
-    # m tiles in the tile row, of which the first is number f, row r of tile t comes at 16 f + r m + (t - f).
+    # m tiles in the tile row, the first being number f: row r of tile t comes at 16 f + r m + (t - f).
     _, in_row = torch.unique_consecutive(tile_row, return_counts=True)
     width = torch.repeat_interleave(in_row, in_row).unsqueeze(1)
     start = torch.repeat_interleave(in_row.cumsum(0) - in_row, in_row).unsqueeze(1)

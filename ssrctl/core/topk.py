@@ -35,7 +35,7 @@ class NonFiniteGradient(ValueError):
 
     Attributes:
         name: the tensor.
-        count: how many eligible coordinates of it.
+        count: number of its eligible coordinates.
     """
 
     def __init__(self, name: str, count: int) -> None:
@@ -50,7 +50,7 @@ class Reader(Protocol):
     Attributes:
         gradients: tensors without autograd history.
         taken: bits per tensor as in ``core.bits``.
-        layout: what positions mean.
+        layout: maps positions to tensors.
     """
 
     gradients: Mapping[str, Tensor]
@@ -82,11 +82,11 @@ def select_topk(
 
     Args:
         gradients: tensors of any shape and strides, each float32, bfloat16 or float16, all on one device.
-        k: how many, at least 0. When fewer are eligible, all of these are selected.
+        k: number of coordinates, at least 0. When fewer are eligible, all of these are selected.
         taken: bits per tensor as in ``core.bits`` (set = not eligible), on the tensor's device; a name without
             bits is all eligible.
         process_group: every process of the group holds tensors of its own and calls with the same ``k``, which
-            counts over all of them; each gets its own part of the selection. None: this process alone.
+            counts over all of them; each gets its own part of the selection. None: only this process.
 
     Returns:
         Ascending flat indices, int64 ``[k_t]``, for every tensor, on its device; the ``k_t`` sum to
@@ -108,13 +108,13 @@ def select_topk(
 
 
 def count_non_finite(gradient: Tensor, bits: Tensor | None = None) -> int:
-    """How many eligible values of one tensor are NaN or infinite; ``bits`` as one entry of ``taken``."""
+    """Count the eligible values of one tensor that are NaN or infinite; ``bits`` as one entry of ``taken``."""
     reader = PlainReader({"": gradient.detach()}, {} if bits is None else {"": bits})
     return sum(positions.numel() for positions, _ in reader.hits(Candidates(0, INFINITY)))
 
 
 def make_reader(gradients: Mapping[str, Tensor], taken: Mapping[str, Tensor]) -> Reader:
-    """The fused kernels on CUDA where Triton works, plain torch otherwise; both give the same result."""
+    """Return the fused kernels on CUDA where Triton works, plain torch otherwise; both give the same result."""
     device = next((gradient.device for gradient in gradients.values()), torch.device("cpu"))
     if device.type == "cuda":
         try:
@@ -156,7 +156,7 @@ def _candidates(reader: Reader, k: int, group: Group) -> tuple[Tensor, Tensor]:
 
 
 def _stride(size: int) -> int:
-    """A step that samples ``size`` coordinates; coprime to likely row lengths, so that no column is favoured."""
+    """Return a step that samples ``size`` coordinates; coprime to likely row lengths, so that no column is favoured."""
     stride = max(2, size // SAMPLE)
     while math.gcd(stride, 2 * 3 * 5 * 7 * 11 * 13) > 1:
         stride += 1
@@ -164,7 +164,7 @@ def _stride(size: int) -> int:
 
 
 def _bound(reader: Reader, k: int, stride: int, group: Group) -> int:
-    """A key that at least k coordinates of all processes reach: surely at stride 1, very likely above."""
+    """Return a key that at least k coordinates of all processes reach: surely at stride 1, very likely above."""
     counts = group.total(reader.histogram(stride))
     rank = k if stride == 1 else math.ceil(k / stride + MARGIN * math.sqrt(k / stride) + MARGIN)
     if int(counts.sum()) <= rank:

@@ -1,4 +1,4 @@
-"""How exact selection reads gradients in plain torch: window by window, with scratch memory for one window."""
+"""Reading of gradients for exact selection in plain torch: window by window, with scratch memory for one window."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class PlainReader:
             yield torch.cat(parts)
 
     def _patterns(self, window: _Window) -> Tensor:
-        """The patterns of |g| in a buffer that the next window reuses; -1 where not eligible and between tensors.
+        """Return the patterns of |g| in a buffer that is reused; -1 where not eligible and between tensors.
 
         ``[window.size]``, and as many more as make it a multiple of ``LANES``.
         """

@@ -1,8 +1,8 @@
-"""How exact selection reads gradients on CUDA: fused Triton kernels, one launch over all tensors of a dtype.
+"""Reading of gradients for exact selection on CUDA: fused Triton kernels, one launch over all tensors of a dtype.
 
 The kernels find their tensors through tables of addresses, so that a model of hundreds of tensors costs as many
 launches as one tensor. Collecting is a count per block, a prefix sum, and a write of each block's candidates to
-their place, which keeps the order without a sort: two reads of the gradients, of which the second skips blocks
+their place, which keeps the order without a sort: two reads of the gradients, the second of which skips blocks
 that hold nothing. Eligibility bits are loaded only for coordinates that reach the bound.
 """
 
@@ -60,7 +60,7 @@ def _keys(patterns, KIND: tl.constexpr):
 
 @triton.jit
 def _eligible(bit_addresses, offsets, wanted):
-    """Which of the wanted offsets are not taken; a tensor with address 0 has no bits."""
+    """Return the wanted offsets that are not taken; a tensor with address 0 has no bits."""
     has_bits = wanted & (bit_addresses + tl.zeros_like(offsets) != 0)
     bits = tl.load(bit_addresses.to(tl.pointer_type(tl.uint8)) + offsets // 8, mask=has_bits, other=0)
     return wanted & (((bits.to(tl.int32) >> (offsets % 8).to(tl.int32)) & 1) == 0)
@@ -70,7 +70,7 @@ def _eligible(bit_addresses, offsets, wanted):
 def _reached(
     tables, num_tensors, tensor_of, block, bound, KIND: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """(flags of the block's eligible coordinates that reach the bound, patterns)."""
+    """Return (flags of the block's eligible coordinates that reach the bound, patterns)."""
     tensor = tl.load(tensor_of + block)
     first_block = tl.load(tables + tensor)
     numel = tl.load(tables + num_tensors + tensor)
@@ -227,7 +227,7 @@ class TritonReader:
 
 @cache
 def usable(device: torch.device) -> bool:
-    """Whether kernels can be compiled and run here; warns, once, why not (as when there is no C compiler)."""
+    """Return whether kernels can be compiled and run here; warn, once, why not (as when there is no C compiler)."""
     reader = TritonReader({"": torch.tensor([1.0, 3.0], device=device)}, {})
     try:
         positions, _ = reader.collect(0x40000000, 1)

@@ -36,13 +36,13 @@ class Candidates:
 def find_candidates(
     gradients: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]], num_members: int, keep: int
 ) -> Candidates:
-    """The ``num_members`` largest |g|, and scores for the ``keep`` largest of them.
+    """Return the ``num_members`` largest |g|, and scores for the ``keep`` largest of them.
 
     Args:
         gradients: tensors of one dtype; a name of ``shapes`` may be absent (it has no gradient).
         shapes: of all tensors.
         num_members: candidates to take; fewer when fewer gradients differ from 0.
-        keep: how many get a score, at most ``num_members``; a cut to this size needs no more (see ``unite``).
+        keep: number of members with a score, at most ``num_members``; a cut to this size needs no more (see ``unite``).
 
     Raises:
         ValueError: ``keep`` above ``num_members``.
@@ -68,17 +68,17 @@ def find_candidates(
 
 
 def combinations(num_subsets: int) -> list[tuple[int, ...]]:
-    """Which subsets to unite: every non-empty combination of up to 4, else singles, pairs and all of them."""
+    """Return the subsets to unite: every non-empty combination of up to 4, else singles, pairs and all of them."""
     sizes = range(1, num_subsets + 1) if num_subsets <= ALL_COMBINATIONS_UP_TO else (1, 2, num_subsets)
     return [chosen for size in sizes for chosen in itertools.combinations(range(num_subsets), size)]
 
 
 def unite(candidates: Sequence[Candidates], size: int) -> Indices:
-    """The union of candidate sets, cut to its ``size`` best members.
+    """Return the union of candidate sets, cut to its ``size`` best members.
 
     A member's rank is its largest score over the sets, a score being the gradient in units of that set's
     own entry threshold, so that a subset of prompts with larger gradients has no advantage. Where a coordinate
-    is no candidate its score would be below 1, where it is one it is at least 1; so the largest is always that
+    is not a candidate its score would be below 1, where it is one it is at least 1; so the largest is always that
     of a set it belongs to. And whatever is among the best ``size`` of the union is among the best ``size`` of
     the set that ranks it highest, so the scores that ``find_candidates`` keeps are enough for an exact cut.
 
@@ -107,7 +107,7 @@ def random_coordinates(shapes: Mapping[str, Sequence[int]], size: int, seed: int
 
     Args:
         shapes: of all tensors.
-        size: how many.
+        size: number of members.
         seed: of the draw; equal arguments give equal sets.
 
     Returns:
@@ -143,8 +143,10 @@ def random_coordinates(shapes: Mapping[str, Sequence[int]], size: int, seed: int
 
 
 def sizes_below(fraction: float, num_coordinates: int) -> list[float]:
-    """The sizes that a minimal set is looked for at: ``fraction`` and what follows it in 4, 3, 2, 1.5, 1, 0.75,
-    0.5, 0.25, 0.1%, then 0.05, 0.025, 0.01% and so on, down to a single coordinate."""
+    """Return the sizes to try for a minimal set, from ``fraction`` down to a single coordinate.
+
+    They are those of 4, 3, 2, 1.5, 1, 0.75, 0.5, 0.25, 0.1%, then 0.05, 0.025, 0.01% and so on.
+    """
     ladder = list(SIZES)
     while ladder[-1] * num_coordinates >= 1:
         decade = ladder[-1]

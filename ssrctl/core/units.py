@@ -27,7 +27,7 @@ class Unit:
 
     @property
     def has_signal(self) -> bool:
-        """Whether any advantage differs from 0; a unit without signal claims nothing."""
+        """True if any advantage differs from 0; a unit without signal claims nothing."""
         return any(a for column in self.advantages for a in column if a is not None)
 
     @property
@@ -36,7 +36,7 @@ class Unit:
         return tuple(math.fsum(a or 0.0 for a in row) / len(row) for row in zip(*self.advantages, strict=True))
 
     def joined(self, after: Unit) -> Unit:
-        """This unit and the one that follows it, as one with the sum of their budgets."""
+        """Join this unit with the next into one with the sum of their budgets."""
         return Unit(self.steps + after.steps, self.budget + after.budget, self.advantages + after.advantages)
 
 
@@ -56,7 +56,7 @@ def plan_units(
         fuse_tol: neighbouring steps whose advantages differ by less than this in every response become one
             unit; a response without the step, or without a score for it, counts as 0, which is the gradient
             that it contributes. 0 fuses nothing.
-        max_units: at most so many units with a signal remain: of these, the neighbours whose mean advantages
+        max_units: most units with a signal that remain: of these, the neighbours whose mean advantages
             are closest (largest difference over the responses; the first of equals) are joined until it is so.
             Units without a signal cost nothing and do not count.
 

@@ -30,7 +30,7 @@ class Hyper:
 
 @dataclass(frozen=True)
 class Contribution:
-    """What one parameter's selected coordinates received since the last step.
+    """The sums at one parameter's selected coordinates since the last step.
 
     Attributes:
         gradient: float32 ``[k]``, sum of the kept gradients over units and questions, after the clip.
@@ -46,14 +46,14 @@ class Contribution:
 
 @dataclass(frozen=True)
 class UpdateRule:
-    """How a kept gradient becomes a direction.
+    """An update rule: turns a kept gradient into a direction.
 
     Attributes:
         direction: (contribution, old moments, settings) -> (direction float32 ``[k]``, new moments).
-        unit_scale: RMS of a unit's kept gradient, eps -> what the unit's values are multiplied by before the sum; None: by 1.
+        unit_scale: RMS of a unit's kept gradient, eps -> factor of the unit's values before the sum; None is 1.
         moments: per-coordinate state, float32, by name.
-        uses_squares: whether ``Contribution.squares`` is wanted.
-        clips: whether the norm clip applies.
+        uses_squares: True if the rule reads ``Contribution.squares``.
+        clips: True if the norm clip applies.
     """
 
     direction: Callable[[Contribution, Mapping[str, Tensor], Hyper], tuple[Tensor, Moments]]
@@ -64,12 +64,12 @@ class UpdateRule:
 
 
 def plain(given: Contribution, old: Mapping[str, Tensor], hyper: Hyper) -> tuple[Tensor, Moments]:
-    """The gradient itself: SSR algorithm 2, line by line."""
+    """Return the gradient itself: SSR algorithm 2, line by line."""
     return given.gradient, {}
 
 
 def adam(given: Contribution, old: Mapping[str, Tensor], hyper: Hyper) -> tuple[Tensor, Moments]:
-    """Adam over the coordinates that were ever selected; a step leaves the moments of all others alone.
+    """Adam over the coordinates that were ever selected; a step leaves the moments of all others unchanged.
 
     ``m <- b1 m + (1 - b1) g``; ``v <- b2 v + (1 - b2) s`` with s the sum over units of their own squared
     gradients; direction ``m / (sqrt(v) + eps)``. At a coordinate's first selection v starts at s, so that its

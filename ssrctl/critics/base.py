@@ -1,4 +1,4 @@
-"""What a critic is, and how its scores become rewards."""
+"""The protocol of critics, and the reward of a score."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from ssrctl.io.records import Rollout, StepScore
 STEP_RANGE = (-100.0, 100.0)
 FINAL_RANGE = (0.0, 100.0)
 
-
-# Reasons to be missing that asking again would not mend.
-LASTING = frozenset(
+# Error classes that a retry would not fix.
+PERMANENT_ERRORS = frozenset(
     {"no_equation", "no_answer", "no_reference", "too_long", "context_window", "content_filter", "empty_step"}
 )
 
-# Reasons that say nothing about the response.
-OUTAGES = frozenset({"timeout", "rate_limit", "connection", "api_error", "bad_request"})
+# Error classes that say nothing about the response.
+OUTAGE_ERRORS = frozenset({"timeout", "rate_limit", "connection", "api_error", "bad_request"})
 
 
 class Critic(Protocol):
@@ -32,46 +31,42 @@ class Critic(Protocol):
     def identity(self) -> str | None: ...
 
     def stream(self, rollouts: Iterable[Rollout]) -> Iterator[tuple[Rollout, list[StepScore]]]:
-        """Yield each rollout with one score per step, as they are finished: in any order, each once.
+        """Yield each rollout once, with one score per step, as soon as it is finished and in any order.
 
-        What a response says never raises; a step that cannot be judged is missing.
+        The text of a response never makes it raise; a step that cannot be judged has a missing score.
 
         Args:
-            rollouts: with question, response and steps; drawn on only as far as work can begin.
+            rollouts: with question, response and steps; read only as far as work can begin.
 
         Raises:
-            Stopped: a limit was reached; what was finished before has been yielded.
+            Stopped: a limit was reached; all finished rollouts have been yielded.
             UserError: no rollout could be scored (no key, an unknown model).
         """
 
     def summary(self) -> dict[str, Any]:
-        """What the work took so far: calls, tokens, cost; empty for a critic that has none of these."""
+        """Return calls, tokens and cost so far; empty for a critic that has none of these."""
 
     def close(self) -> None:
-        """Let go of connections, threads and files."""
+        """Release connections, threads and files."""
 
 
 def score_all(critic: Critic, rollouts: Sequence[Rollout]) -> list[list[StepScore]]:
-    """The scores of all ``rollouts``, in their order; errors as in ``Critic.stream``."""
-    places = {id(rollout): place for place, rollout in enumerate(rollouts)}
-    scores: list[list[StepScore] | None] = [None] * len(rollouts)
-    for rollout, mine in critic.stream(rollouts):
-        scores[places[id(rollout)]] = mine
-    done = [mine for mine in scores if mine is not None]
-    assert len(done) == len(rollouts), (len(done), len(rollouts))
-    return done
+    """Return the scores of all ``rollouts``, in their order; raises as ``Critic.stream`` does."""
+    scores = {id(rollout): mine for rollout, mine in critic.stream(rollouts)}
+    assert len(scores) == len(rollouts), (len(scores), len(rollouts))
+    return [scores[id(rollout)] for rollout in rollouts]
 
 
-def needs_another_try(scores: Iterable[StepScore]) -> bool:
-    """Whether any score is missing for a reason that may have passed."""
-    return any(score.reward is None and score.error not in LASTING for score in scores)
+def should_retry(scores: Iterable[StepScore]) -> bool:
+    """Return whether any score is missing for a reason that a retry may fix."""
+    return any(score.reward is None and score.error not in PERMANENT_ERRORS for score in scores)
 
 
 def scored(score: float, kind: str, rationale: str | None = None) -> StepScore:
-    """A verdict with its reward: r / 100 for a step (SSR eq. 2), (r - 50) / 50 for a final answer (eq. 3).
+    """Return a score with its reward: r / 100 for a step (SSR eq. 2), (r - 50) / 50 for a final answer (eq. 3).
 
     Args:
-        score: in [-100, 100] for a step, in [0, 100] for a final answer; anything else makes it missing.
+        score: in [-100, 100] for a step, in [0, 100] for a final answer; outside the range it is missing.
         kind: ``step`` or ``final``.
         rationale: a short reason.
     """
@@ -82,5 +77,5 @@ def scored(score: float, kind: str, rationale: str | None = None) -> StepScore:
 
 
 def missing(error: str, rationale: str | None = None) -> StepScore:
-    """A score that could not be given, with its error class; never 0."""
+    """Return a missing score (None, never 0) with its error class."""
     return StepScore(score=None, reward=None, rationale=rationale, error=error)

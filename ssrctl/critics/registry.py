@@ -1,9 +1,10 @@
-"""The registry of critics: the name that `--critic` gives, and how each is made."""
+"""The registry of critics: the values of ``--critic`` and the class behind each."""
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,63 +14,36 @@ from ssrctl.critics.base import Critic
 if TYPE_CHECKING:
     from ssrctl.models.loading import LoadedModel
 
-
-def make_critic(
-    options: CriticOptions,
-    *,
-    policy: Callable[[], LoadedModel] | None = None,
-    sampling: SamplingConfig | None = None,
-    seed: int = 0,
-    ledger: Path | None = None,
-) -> Critic:
-    """The critic that ``options.critic`` names.
-
-    Args:
-        options: who scores, and how.
-        policy: gives the model whose continuations the rollout critic samples; loaded only if it is asked for.
-        sampling: how it samples.
-        seed: of that sampling.
-        ledger: where the llm critic notes its calls; None keeps no ledger.
-
-    Raises:
-        UserError: the critic lacks something: a key, a package, a rubric, a model.
-    """
-    return CRITICS[options.critic](
-        options, CriticResources(policy=policy, sampling=sampling or SamplingConfig(), seed=seed, ledger=ledger)
-    )
+# Each class has a class method create(options, resources). Its module is imported only when the critic is chosen.
+CRITICS = {
+    "rule": "ssrctl.critics.rule:RuleCritic",
+    "llm": "ssrctl.critics.llm.critic:LLMCritic",
+    "rollout": "ssrctl.critics.rollout:RolloutCritic",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class CriticResources:
-    """What a critic may need beside its options."""
+    """Objects that a critic may need in addition to its options.
 
-    policy: Callable[[], LoadedModel] | None
-    sampling: SamplingConfig
-    seed: int
-    ledger: Path | None
+    Attributes:
+        policy: loads the model whose continuations the rollout critic samples; called only by a critic that needs it.
+        sampling: settings of that sampling.
+        seed: seed of that sampling.
+        ledger: file for the log of the llm critic's calls; None writes no log.
+    """
 
-
-def _rule(options: CriticOptions, resources: CriticResources) -> Critic:
-    from ssrctl.critics.rule import RuleCritic
-
-    return RuleCritic(options.answer_extraction)
-
-
-def _llm(options: CriticOptions, resources: CriticResources) -> Critic:
-    from ssrctl.critics.llm.critic import LLMCritic
-
-    return LLMCritic(options, ledger=resources.ledger)
+    policy: Callable[[], LoadedModel] | None = None
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    seed: int = 0
+    ledger: Path | None = None
 
 
-def _rollout(options: CriticOptions, resources: CriticResources) -> Critic:
-    from ssrctl.critics.rollout import RolloutCritic
+def make_critic(options: CriticOptions, resources: CriticResources | None = None) -> Critic:
+    """Return the critic that ``options.critic`` names.
 
-    assert resources.policy is not None, "the rollout critic needs the policy"
-    return RolloutCritic(options, resources.policy(), resources.sampling, resources.seed)
-
-
-CRITICS: dict[str, Callable[[CriticOptions, CriticResources], Critic]] = {
-    "rule": _rule,
-    "llm": _llm,
-    "rollout": _rollout,
-}
+    Raises:
+        UserError: the critic lacks a key, a package, a rubric or a model.
+    """
+    create: Callable[..., Critic] = pkgutil.resolve_name(CRITICS[options.critic]).create
+    return create(options, resources or CriticResources())

@@ -1,17 +1,17 @@
-"""The deterministic critic: checks the arithmetic of each step and where its numbers come from.
+"""The rule critic: checks the arithmetic of each step and where its numbers come from.
 
 Scores of a step:
 
 - no equality to check: missing (``no_equation``);
 - a false equality, or a number copied wrongly out of a calculator mark ``<<48/2=24>>24``: -100;
-- the bundled task (the record has ``modulus``): a true equality that is not the next operation of the question
-  on the previous result: -50; that is: 100;
-- other text: true equalities whose numbers are all given by the question, an earlier step or common knowledge (60
-  minutes where minutes are spoken of): 100; some number comes from nowhere: 50, a weak sign.
+- the bundled task (the record has ``modulus``): a true equality scores 100 if it is the next operation of the question
+  on the previous result, and -50 if it is not;
+- other text: true equalities score 100 if all their numbers come from the question, an earlier step or common
+  knowledge (60 where the text mentions minutes), and 50, a weak sign, if some number has no known origin.
 
 A true equality on a wrong earlier result counts as right: the blame stays with the step that erred. The final
 answer is right (100) or wrong (0) against the reference; without one it is checked against the last result.
-What arithmetic cannot show (the wrong operation, a misread question) this critic does not see.
+Errors that arithmetic cannot show (the wrong operation, a misread question) go unnoticed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ssrctl.critics.base import missing, scored
 from ssrctl.io.records import Rollout, StepScore
@@ -27,20 +27,29 @@ from ssrctl.text.answers import Extraction, check_answer
 from ssrctl.text.equations import Equality, find_equalities
 from ssrctl.text.quantities import given_numbers, numbers_of_words
 
+if TYPE_CHECKING:
+    from ssrctl.configs import CriticOptions
+    from ssrctl.critics.registry import CriticResources
+
 WRONG, MISPLACED, UNSOURCED, RIGHT = -100.0, -50.0, 50.0, 100.0
 _CHAIN = re.compile(r"\s*(\d{1,18})((?:[-+*]\d{1,18})+)\s*=\s*\?\s*")
 _LINK = re.compile(r"([-+*])(\d+)")
-# Needed to halve, to subtract a share from the whole, to go from percent to a share; they carry no information.
+# Needed to halve, to subtract a share from the whole and to convert percent to a share; they carry no information.
 _COMMON = frozenset(Fraction(number) for number in (0, 1, 2, 100))
 
 
 class RuleCritic:
-    """See the module's text."""
+    """The critic that the module's docstring describes."""
 
     identity: str | None = None  # its scores cost nothing
 
     def __init__(self, answer_extraction: Extraction = "strict") -> None:
         self.answer_extraction = answer_extraction
+
+    @classmethod
+    def create(cls, options: CriticOptions, resources: CriticResources) -> RuleCritic:
+        """Return the critic; it needs no resources."""
+        return cls(options.answer_extraction)
 
     def stream(self, rollouts: Iterable[Rollout]) -> Iterator[tuple[Rollout, list[StepScore]]]:
         """Yield each rollout with its scores, in order, one at a time."""
@@ -48,11 +57,11 @@ class RuleCritic:
             yield rollout, _score_one(rollout, self.answer_extraction)
 
     def summary(self) -> dict[str, Any]:
-        """Nothing: it costs nothing."""
+        """Return an empty dict: the scores cost nothing."""
         return {}
 
     def close(self) -> None:
-        """Nothing is held open."""
+        """Do nothing: no resource is held."""
 
 
 def _score_one(rollout: Rollout, answer_extraction: Extraction) -> list[StepScore]:
@@ -65,7 +74,7 @@ def _score_one(rollout: Rollout, answer_extraction: Extraction) -> list[StepScor
     last: Fraction | None = None if chain is None else chain[0]
     for index, step in enumerate(rollout.steps or ()):
         text = rollout.step_text(index)
-        # A number that was copied rightly shows nothing.
+        # A number that was copied correctly proves nothing.
         equalities = [each for each in find_equalities(text) if each.operators or not each.holds(modulus)]
         if step.kind == "final":
             scores.append(_score_final(rollout, text, last, answer_extraction))
@@ -84,7 +93,7 @@ def _score_one(rollout: Rollout, answer_extraction: Extraction) -> list[StepScor
 def _score_link(
     equalities: list[Equality], index: int, links: list[tuple[str, int]], last: Fraction | None, modulus: int | None
 ) -> StepScore:
-    """One operation of the bundled task: ``last operator operand = result``."""
+    """Score one operation of the bundled task: ``last operator operand = result``."""
     if not all(equality.holds(modulus) for equality in equalities):
         return scored(WRONG, "step", "the equality is false")
     first = equalities[0]
@@ -117,14 +126,14 @@ def _score_final(rollout: Rollout, text: str, last: Fraction | None, answer_extr
         return missing("no_reference" if verdict.extracted is not None else "no_answer")
     if verdict.correct is None:
         return missing("answer_timeout")
-    why = "right answer" if verdict.correct else "no answer" if verdict.extracted is None else "wrong answer"
+    why = "right answer" if verdict.correct else "wrong answer"
     if rollout.answer is None:
         why = "no reference; compared with the last result"
     return scored(100.0 if verdict.correct else 0.0, "final", why)
 
 
 def _parse_chain(question: str) -> tuple[Fraction, list[tuple[str, int]]] | None:
-    """``48*6-2=?`` as (48, [("*", 6), ("-", 2)]); None for any other question."""
+    """Parse ``48*6-2=?`` into (48, [("*", 6), ("-", 2)]); None for any other question."""
     match = _CHAIN.fullmatch(question)
     if match is None:
         return None

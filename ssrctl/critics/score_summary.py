@@ -1,4 +1,4 @@
-"""Counting what a critic said, one response at a time."""
+"""Counts and means over scored responses."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from ssrctl.io.records import Rollout
 
 
 @dataclass
-class ScoreTally:
-    """Sums over scored responses; ``kept`` of them were scored by an earlier run."""
+class ScoreSummary:
+    """Sums over scored responses; ``kept`` counts those that an earlier run scored."""
 
     kept: int = 0
     responses: int = 0
@@ -19,8 +19,8 @@ class ScoreTally:
     steps: int = 0
     reward_sum: float = 0.0
     missing: Counter[str] = field(default_factory=Counter)
-    right: int = 0
-    graded: int = 0
+    num_correct: int = 0
+    num_checked: int = 0
 
     def add(self, rollout: Rollout) -> None:
         """Count one response with its scores and final answer."""
@@ -33,12 +33,14 @@ class ScoreTally:
             else:
                 self.reward_sum += score.reward
         if rollout.final is not None and rollout.final.correct is not None:
-            self.graded += 1
-            self.right += rollout.final.correct
+            self.num_checked += 1
+            self.num_correct += rollout.final.correct
 
-    def summary(self) -> dict[str, Any]:
-        """Counts, the mean reward over the steps that have one, what is missing and why, and the accuracy over the
-        responses with a reference answer; None where there is nothing to average."""
+    def to_dict(self) -> dict[str, Any]:
+        """Return the counts and means; None where there is nothing to average.
+
+        ``mean_reward`` is over the steps that have a reward, ``accuracy`` over the responses with a checked answer.
+        """
         num_scored = self.steps - self.missing.total()
         return {
             "responses": self.responses,
@@ -48,5 +50,5 @@ class ScoreTally:
             "missing": self.missing.total(),
             "missing_by_class": dict(self.missing),
             "without_steps": self.without_steps,
-            "accuracy": self.right / self.graded if self.graded else None,
+            "accuracy": self.num_correct / self.num_checked if self.num_checked else None,
         }

@@ -10,13 +10,14 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ssrctl.errors import UserError
 from ssrctl.io.files import existing_file, whole_file
 from ssrctl.version import __version__
 
 if TYPE_CHECKING:
+    from pydantic import ConfigDict
     from torch import Tensor
 
     from ssrctl.core.mask import BlockMask
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelIdentity:
-    """Which weights an artifact belongs to.
+    """The weights that an artifact belongs to.
 
     Attributes:
         name: as given to ``--model``; a local folder is known by its last part, so that no path of the
@@ -32,6 +33,8 @@ class ModelIdentity:
         revision: of a hub model.
         fingerprint: of the weights as stored, see ``checkpoints.fingerprint``.
     """
+
+    __pydantic_config__: ClassVar[ConfigDict] = {"extra": "forbid"}
 
     name: str
     revision: str | None
@@ -48,7 +51,7 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], kind: str, met
 
 
 def header_metadata(kind: str, metadata: Mapping[str, Any]) -> dict[str, str]:
-    """The metadata of an artifact as safetensors takes it: text, what is no text as json."""
+    """Return the metadata of an artifact as safetensors takes it: text, other values as json."""
     header = {"ssrctl_kind": kind, "ssrctl_version": __version__, "format": "pt"}
     return header | {
         key: value if isinstance(value, str) else json.dumps(value, sort_keys=True) for key, value in metadata.items()
@@ -59,7 +62,7 @@ def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
     """Read a safetensors file of ours: (tensors, metadata).
 
     Raises:
-        UserError: missing, torn or foreign file, or an artifact of another kind.
+        UserError: missing, truncated or foreign file, or an artifact of another kind.
     """
     metadata = read_metadata(path, kind)
     with open_safetensors(path) as file:
@@ -67,7 +70,7 @@ def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
 
 
 def read_metadata(path: str | Path, kind: str) -> dict[str, str]:
-    """The metadata alone, checked to be of ``kind``."""
+    """Read only the metadata, checked to be of ``kind``."""
     with open_safetensors(path) as file:
         metadata = dict(file.metadata() or {})
     found = metadata.get("ssrctl_kind")
@@ -80,21 +83,22 @@ def read_metadata(path: str | Path, kind: str) -> dict[str, str]:
 
 
 def open_safetensors(path: str | Path) -> Any:
-    """``safetensors.safe_open``, with a torn or foreign file as a ``UserError``."""
+    """Call ``safetensors.safe_open``, with a truncated or foreign file as a ``UserError``."""
     from safetensors import SafetensorError, safe_open
 
     file = existing_file(path, "safetensors file")
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
+        said = ascii(str(error)[:200])[1:-1]  # may quote a name from the file
         raise UserError(
-            f"{file} is not a readable safetensors file ({file.stat().st_size} bytes): {error}",
-            "it may be torn; make or copy it again",
+            f"{file} is not a readable safetensors file ({file.stat().st_size} bytes): {said}",
+            "it may be truncated; make or copy it again",
         ) from error
 
 
 def json_field(metadata: Mapping[str, str], key: str, path: str | Path) -> Any:
-    """A metadata value that is json; ``UserError`` when it is absent or malformed."""
+    """Return a metadata value that is json; ``UserError`` when it is absent or malformed."""
     try:
         return json.loads(metadata[key])
     except (KeyError, ValueError) as error:
@@ -102,7 +106,7 @@ def json_field(metadata: Mapping[str, str], key: str, path: str | Path) -> Any:
 
 
 def shapes_field(metadata: Mapping[str, str], path: str | Path) -> dict[str, tuple[int, ...]]:
-    """The metadata's tensor shapes by name; ``UserError`` when they are anything else."""
+    """Return the metadata's tensor shapes by name; ``UserError`` when they are anything else."""
     shapes = json_field(metadata, "shapes", path)
     if not isinstance(shapes, dict) or not all(
         isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape) for shape in shapes.values()
@@ -112,7 +116,7 @@ def shapes_field(metadata: Mapping[str, str], path: str | Path) -> dict[str, tup
 
 
 def identity_field(metadata: Mapping[str, str], key: str, path: str | Path) -> ModelIdentity | None:
-    """The metadata's model identity, None where there is none; ``UserError`` when it is anything else."""
+    """Return the metadata's model identity, None where there is none; ``UserError`` when it is anything else."""
     fields = json_field(metadata, key, path)
     if fields is None:
         return None
@@ -133,12 +137,12 @@ def save_mask(
 
     Args:
         path: the safetensors file.
-        mask: what to write.
-        mask_kind: what the selection means: ``superweights``, ``steps``, ...
+        mask: the mask.
+        mask_kind: the meaning of the selection: ``superweights``, ``steps``, ...
         model: whose coordinates these are.
         settings: what made it.
     """
-    from ssrctl.core.mask import TILE
+    from ssrctl.core.tile_bits import TILE
 
     metadata = {
         "mask_kind": mask_kind,
@@ -152,7 +156,7 @@ def save_mask(
 
 
 def mask_tensors(mask: BlockMask, prefix: str = "") -> dict[str, Tensor]:
-    """The stored form of a mask: ``NAME.crow_indices``, ``NAME.col_indices``, ``NAME.tiles`` per tensor."""
+    """Return the stored form of a mask: ``NAME.crow_indices``, ``NAME.col_indices``, ``NAME.tiles`` per tensor."""
     tensors: dict[str, Tensor] = {}
     for name, tiles in mask.tensors.items():
         tensors |= dict(
@@ -164,7 +168,7 @@ def mask_tensors(mask: BlockMask, prefix: str = "") -> dict[str, Tensor]:
 def mask_from_tensors(
     tensors: Mapping[str, Tensor], shapes: Mapping[str, Iterable[int]], path: str | Path, prefix: str = ""
 ) -> BlockMask:
-    """The inverse of ``mask_tensors``, every tile checked against its shape.
+    """Return the mask that ``mask_tensors`` stored, every tile checked against its shape.
 
     Raises:
         UserError: a part is absent, or the parts do not describe a set over a tensor of that shape.
@@ -184,9 +188,9 @@ def load_mask(path: str | Path) -> tuple[BlockMask, dict[str, str]]:
     """Read a mask file: (mask, metadata), every tile checked against its shape.
 
     Raises:
-        UserError: torn or foreign file, or contents that do not describe a mask.
+        UserError: truncated or foreign file, or contents that do not describe a mask.
     """
-    from ssrctl.core.mask import TILE
+    from ssrctl.core.tile_bits import TILE
 
     tensors, metadata = load_tensors(path, MASK_KIND)
     shapes = shapes_field(metadata, path)

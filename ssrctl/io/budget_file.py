@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Ge, Interval
+from pydantic import StrictInt
 
 from ssrctl.core.budget import step_budgets, step_weights
 from ssrctl.errors import UserError
 from ssrctl.io.artifacts import ModelIdentity
+from ssrctl.io.checked import Finite, checked
 from ssrctl.io.files import existing_file, write_text
 
 FORMAT = "ssrctl-budget-profile"
@@ -44,23 +47,23 @@ class BudgetProfile:
     """
 
     model: ModelIdentity
-    curve: list[float]
-    std: list[float]
-    num_problems: list[int]
-    energy_available: list[float]
-    energy_claimed: list[float]
-    claim_fraction: float
+    curve: list[Annotated[Finite, Ge(0)]]
+    std: list[Annotated[Finite, Ge(0)]]
+    num_problems: list[Annotated[StrictInt, Ge(1)]]
+    energy_available: list[Annotated[Finite, Interval(ge=0, le=1)]]
+    energy_claimed: list[Annotated[Finite, Interval(ge=0, le=1)]]
+    claim_fraction: Annotated[Finite, Interval(gt=0, lt=1)]
     settings: dict[str, Any] = field(default_factory=dict)
 
     def table(self) -> dict[str, dict[str, list[float]]]:
-        """For reading: weights w_i and budgets k_i (with B = 5%, k_max = 1%) for some numbers of steps."""
+        """Return weights w_i and budgets k_i (with B = 5%, k_max = 1%) for some numbers of steps, for human readers."""
         return {
             str(steps): {"w": step_weights(self.curve, steps), "k": step_budgets(self.curve, steps)}
             for steps in TABLE_STEPS
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """The json object of the file."""
+        """Return the json object of the file."""
         return {"format": FORMAT, "version": VERSION} | asdict(self) | {"table": self.table()}
 
 
@@ -75,7 +78,7 @@ def load_budget_profile(path: str | Path) -> BudgetProfile:
     The ``table`` is for human readers and is not read: budgets are computed from the curve.
 
     Raises:
-        UserError: a missing or torn file, another format or version, or a field that is absent or outside its
+        UserError: a missing or truncated file, another format or version, or a field that is absent or outside its
             range; the message names the file and the field.
     """
     file = existing_file(path, "budget profile")
@@ -88,64 +91,10 @@ def load_budget_profile(path: str | Path) -> BudgetProfile:
         raise UserError(f"{file} is not a budget profile: 'format' is {found!r}, expected {FORMAT!r}", REMEDY)
     if row.get("version") != VERSION:
         raise UserError(f"{file}: 'version' is {row.get('version')!r}, this version of ssrctl reads {VERSION}", REMEDY)
-    curve = _numbers(row, "curve", file, _at_least_0)
-    if not curve or not math.isclose(curve[0], 1.0, abs_tol=1e-9):
-        raise UserError(f"{file}: 'curve' must begin with v_1 = 1, found {curve[:1]}", REMEDY)
-    claim_fraction: Any = row.get("claim_fraction")
-    if not _number(claim_fraction) or not 0 < claim_fraction < 1:
-        raise UserError(f"{file}: 'claim_fraction' must be between 0 and 1, found {claim_fraction!r}", REMEDY)
-    settings = row.get("settings")
-    if not isinstance(settings, dict):
-        raise UserError(f"{file}: 'settings' must be an object, found {type(settings).__name__}", REMEDY)
-    return BudgetProfile(
-        model=_model(row, file),
-        curve=curve,
-        std=_numbers(row, "std", file, _at_least_0, len(curve)),
-        num_problems=[int(n) for n in _numbers(row, "num_problems", file, _count, len(curve))],
-        energy_available=_numbers(row, "energy_available", file, _share, len(curve)),
-        energy_claimed=_numbers(row, "energy_claimed", file, _share, len(curve)),
-        claim_fraction=float(claim_fraction),
-        settings=settings,
-    )
-
-
-def _numbers(
-    row: Mapping[str, Any], name: str, file: Path, fits: Callable[[float], bool], length: int | None = None
-) -> list[float]:
-    values = row.get(name)
-    if not isinstance(values, list):
-        raise UserError(f"{file}: '{name}' must be a list, found {type(values).__name__}", REMEDY)
-    for place, value in enumerate(values, start=1):
-        if not _number(value) or not fits(value):
-            raise UserError(f"{file}: '{name}' has {value!r} at step {place}", REMEDY)
-    if length is not None and len(values) != length:
-        raise UserError(f"{file}: '{name}' has {len(values)} values, 'curve' has {length}", REMEDY)
-    return [float(value) for value in values]
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _at_least_0(value: float) -> bool:
-    return value >= 0
-
-
-def _count(value: float) -> bool:
-    return value >= 1 and value == int(value)
-
-
-def _share(value: float) -> bool:
-    return 0 <= value <= 1
-
-
-def _model(row: Mapping[str, Any], file: Path) -> ModelIdentity:
-    model = row.get("model")
-    try:
-        made = ModelIdentity(**model)  # type: ignore[arg-type]
-    except TypeError as error:
-        raise UserError(f"{file}: 'model' must have name, revision and fingerprint, found {model!r}", REMEDY) from error
-    for key in ("name", "fingerprint"):
-        if not isinstance(getattr(made, key), str):
-            raise UserError(f"{file}: 'model' has {key} {getattr(made, key)!r}, expected text", REMEDY)
-    return made
+    profile = checked(BudgetProfile, {"settings": None} | row, str(file), REMEDY)  # settings are needed in a file
+    if not profile.curve or not math.isclose(profile.curve[0], 1.0, abs_tol=1e-9):
+        raise UserError(f"{file}: 'curve' must begin with v_1 = 1, found {profile.curve[:1]}", REMEDY)
+    for name in ("std", "num_problems", "energy_available", "energy_claimed"):
+        if len(values := getattr(profile, name)) != len(profile.curve):
+            raise UserError(f"{file}: '{name}' has {len(values)} values, 'curve' has {len(profile.curve)}", REMEDY)
+    return profile

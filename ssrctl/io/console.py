@@ -1,4 +1,4 @@
-"""What users see on stderr: notes, warnings, tables and progress. Results go to stdout or files."""
+"""Output on stderr: notes, warnings, tables and progress. Results go to stdout or files."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ if TYPE_CHECKING:
 
 @functools.cache
 def console() -> Console:
-    """The console of stderr."""
+    """Return the console of stderr."""
     from rich.console import Console
 
     return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def note(text: str) -> None:
-    """One plain line; nothing in it is taken as markup."""
+    """Print one plain line; nothing in it is taken as markup."""
     console().print(text, markup=False)
 
 
 def warn(text: str) -> None:
-    """One line that begins with a coloured "warning"."""
+    """Print one line that begins with a coloured "warning"."""
     from rich.text import Text
 
     console().print(Text.assemble(("warning: ", "yellow"), text))
 
 
 def show_plan(title: str, plan: dict[str, Any]) -> None:
-    """The resolved plan of ``--dry-run`` as a two-column table."""
+    """Show the resolved plan of ``--dry-run`` as a two-column table."""
     from rich.table import Table
     from rich.text import Text
 
@@ -54,7 +54,7 @@ def _shown(value: Any) -> str:
 
 
 def show_file_plan(reads: Sequence[Path], writes: Path, more: Mapping[str, Any]) -> dict[str, Any]:
-    """The plan of a command that turns files into a file: what would be read and written, shown; returns it."""
+    """Show and return the plan of a command that turns files into a file: the files it would read and write."""
     from rich.filesize import decimal
 
     size = sum(one.stat().st_size for one in reads)
@@ -65,7 +65,7 @@ def show_file_plan(reads: Sequence[Path], writes: Path, more: Mapping[str, Any])
 
 
 def show_rates(results: Sequence[Any]) -> None:
-    """The curve of ``--find-lr``: one row per learning rate, with a bar for the late reward."""
+    """Show the curve of ``--find-lr``: one row per learning rate, with a bar for the late reward."""
     from rich.table import Table
 
     table = Table("learning rate", "late reward", "", "late accuracy", "grad norm", box=None, pad_edge=False)
@@ -83,7 +83,7 @@ def show_rates(results: Sequence[Any]) -> None:
 
 
 def progress(*, unit: str) -> Progress:
-    """A progress bar with count, elapsed time and time left; silent when stderr is no terminal."""
+    """Make a progress bar with count, elapsed time and time left; silent when stderr is not a terminal."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -108,7 +108,7 @@ def progress(*, unit: str) -> Progress:
 
 
 def tracked(names: Sequence[str], what: str) -> Iterator[str]:
-    """The names one by one, with a progress bar on stderr."""
+    """Yield the names one by one, with a progress bar on stderr."""
     with progress(unit="tensors") as bar:
         task = bar.add_task(what, total=len(names), status="")
         for name in names:
@@ -118,7 +118,7 @@ def tracked(names: Sequence[str], what: str) -> Iterator[str]:
 
 @contextlib.contextmanager
 def deferred_interrupt() -> Iterator[Any]:
-    """Let the work at hand finish on Ctrl-C.
+    """Let the current step finish on Ctrl-C.
 
     Yields a function that tells whether Ctrl-C was pressed. A second Ctrl-C interrupts at once. Outside the
     main thread, where signals cannot be caught, nothing is changed.

@@ -14,10 +14,10 @@ from ssrctl.errors import UserError
 
 @contextlib.contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; on success fsync it and rename it into place.
+    """Yield a temporary path next to ``path``; on success fsync it and rename it into place.
 
     On any exception the temporary file is removed and ``path`` keeps what it held before. A link is followed:
-    what it points to is replaced. What is no file (``/dev/null``, a named pipe) is written to, not replaced.
+    what it points to is replaced. A device or named pipe (``/dev/null``) is written to, not replaced.
 
     Raises:
         UserError: ``path`` is a folder, or its folder cannot be made or written to.

@@ -1,17 +1,18 @@
 """The gradient log of a training step: the batch's dense gradient before masking, or a sketch of it.
 
 One safetensors file per logged training step, ``gradients/000123.safetensors``, with one tensor ``gradient``
-(float32 ``[size]``). What the numbers mean is said by the metadata; see ``training.gradient_sketch``.
+(float32 ``[size]``). The metadata says how they were made; see ``training.gradient_sketch``.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 from ssrctl.errors import UserError
 from ssrctl.io.artifacts import json_field, load_tensors, read_metadata, save_tensors
+from ssrctl.io.checked import Count, checked
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -19,13 +20,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 KIND = "gradient-sketch"
-SKETCHES = ("exact", "count-sketch")
 _TENSOR = "gradient"
 
 
 @dataclass(frozen=True, kw_only=True)
 class GradientHeader:
-    """What a gradient log says of itself.
+    """The header of a gradient log.
 
     Attributes:
         step: the training step, from 1.
@@ -35,25 +35,25 @@ class GradientHeader:
         num_coordinates: of the model.
     """
 
-    step: int
-    sketch: str
-    size: int
-    seed: int
-    num_coordinates: int
+    step: Count
+    sketch: Literal["exact", "count-sketch"]
+    size: Count
+    seed: Count
+    num_coordinates: Count
 
     @property
     def map(self) -> tuple[str, int, int, int]:
-        """Everything but the step: what two logs must share to be compared."""
+        """Everything but the step, which two logs must share to be compared."""
         return self.sketch, self.size, self.seed, self.num_coordinates
 
 
 def gradient_log_path(run: Path, step: int) -> Path:
-    """Where the log of a training step belongs."""
+    """Return the path of a training step's log."""
     return run / "gradients" / f"{step:06d}.safetensors"
 
 
 def gradient_log_paths(run: Path) -> list[Path]:
-    """The gradient logs of a run directory, oldest first; other names are not ours."""
+    """Return the gradient logs of a run directory, oldest first; other names are not ours."""
     found = (run / "gradients").glob("*.safetensors")
     return sorted((path for path in found if path.stem.isdecimal()), key=lambda path: int(path.stem))
 
@@ -73,7 +73,7 @@ def save_gradient_log(path: str | Path, header: GradientHeader, gradient: Tensor
 
 
 def read_gradient_header(path: str | Path) -> GradientHeader:
-    """The header alone; ``UserError`` when the file is torn or foreign."""
+    """Read only the header; ``UserError`` when the file is truncated or foreign."""
     return _header(read_metadata(path, KIND), path)
 
 
@@ -81,7 +81,7 @@ def load_gradient_log(path: str | Path) -> tuple[GradientHeader, Tensor]:
     """Read one log: (header, float32 ``[size]``).
 
     Raises:
-        UserError: a torn or foreign file, or contents that do not fit its header or are not finite.
+        UserError: a truncated or foreign file, or contents that do not fit its header or are not finite.
     """
     import torch
 
@@ -96,10 +96,8 @@ def load_gradient_log(path: str | Path) -> tuple[GradientHeader, Tensor]:
 
 
 def _header(metadata: Mapping[str, str], path: str | Path) -> GradientHeader:
-    numbers = {key: json_field(metadata, key, path) for key in ("step", "size", "seed", "num_coordinates")}
-    if odd := [key for key, value in numbers.items() if type(value) is not int or value < 0]:
-        raise UserError(f"{path}: metadata '{odd[0]}' is no count: {metadata[odd[0]]}", "log the run again")
-    sketch = metadata.get("sketch", "")
-    if sketch not in SKETCHES:
-        raise UserError(f"{path}: unknown sketch {sketch!r}; known: {', '.join(SKETCHES)}", "use a newer version")
-    return GradientHeader(sketch=sketch, **numbers)
+    stored: dict[str, Any] = {
+        key: json_field(metadata, key, path) for key in ("step", "size", "seed", "num_coordinates")
+    }
+    stored["sketch"] = metadata.get("sketch")
+    return checked(GradientHeader, stored, f"{path}: metadata", "log the run again, or use a newer version")

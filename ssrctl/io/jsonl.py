@@ -23,9 +23,9 @@ def read_jsonl(
     """Yield ``(where, row)`` for every line, ``where`` being ``file:line`` for error messages.
 
     Args:
-        path: a jsonl file, or ``-`` for stdin. Blank lines are passed over.
-        on_torn: called with a message when the last line is torn (no newline at its end and no valid
-            json, as after a kill); that line is then left out. When None, a torn line is an error like any
+        path: a jsonl file, or ``-`` for stdin. Blank lines are skipped.
+        on_torn: called with a message when the last line is truncated (no newline at its end and no valid
+            json, as after a kill); that line is then left out. When None, a truncated line is an error like any
             other bad line.
 
     Raises:
@@ -46,7 +46,7 @@ def read_jsonl(
                     torn = True
                     continue
                 kind = "not UTF-8" if isinstance(error, UnicodeDecodeError) else "not valid json"
-                raise UserError(f"{where}: {kind}: {error}", "mend or remove that line") from error
+                raise UserError(f"{where}: {kind}: {error}", "fix or remove that line") from error
             if not isinstance(row, dict):
                 raise UserError(f"{where}: expected a json object, found {type(row).__name__}")
             seen = True
@@ -56,7 +56,7 @@ def read_jsonl(
 
 
 def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> int:
-    """Write ``rows`` to ``path`` (whole or not at all) or, for ``-``, to stdout as they come. Returns how many."""
+    """Write ``rows`` to ``path`` (whole or not at all) or, for ``-``, to stdout as they come. Returns the number of rows."""
     if str(path) == STDIO:
         count = 0
         for row in rows:
@@ -85,9 +85,9 @@ def dump_line(row: dict[str, Any]) -> str:
 class JsonlLog:
     """An append-only jsonl file: each row is flushed to the operating system as it is written.
 
-    A kill can leave at most one torn last line. Opening the log again cuts such a line off, so that what
-    is appended next starts on a line of its own; a last line that lacks nothing but its newline, which readers
-    take for whole, gets it.
+    A kill can leave at most one truncated last line. Opening the log again cuts such a line off, so that the
+    next row starts on a line of its own; a last line that lacks only its newline, which readers take for complete,
+    gets it.
     """
 
     def __init__(self, path: str | Path) -> None:

@@ -1,4 +1,4 @@
-"""Reading solutions whose first wrong step is known, to measure critics on.
+"""Solutions whose first wrong step is known, to measure critics on.
 
 Two forms of a row are read, and may be mixed in one file:
 
@@ -36,9 +36,9 @@ class Labelled:
     response ``"2+3=6\\n\\n6+4=10"``, spans 0-7 and 7-13, and label 0.
 
     Attributes:
-        rollout: with question, response and steps; it holds nothing that gives the label away, and no scores.
+        rollout: with question, response and steps; without anything that gives the label away, and without scores.
         label: index of the first wrong step, or ``ALL_RIGHT``.
-        final_correct: whether the final answer is right; None when the row does not say.
+        final_correct: True = the final answer is right; None when the row does not say.
     """
 
     rollout: Rollout
@@ -50,7 +50,7 @@ def read_labelled(path: str | Path) -> Iterator[Labelled]:
     """Yield the labelled solutions of a file.
 
     Steps given as texts are joined by a blank line, which belongs to the step before it, and all of them have kind
-    ``step``: labels count every text, and a last text that reasons is not a final answer alone. Fields that are not
+    ``step``: labels count every text, and a last text that reasons is more than a final answer. Fields that are not
     named above are kept in ``rollout.extra``.
 
     Args:
@@ -59,7 +59,7 @@ def read_labelled(path: str | Path) -> Iterator[Labelled]:
 
     Raises:
         UserError: an unreadable file or line; a row without question, steps or label; steps that are empty, blank
-            or neither texts nor spans; a label that is no whole number or out of range. The message names the line
+            or neither texts nor spans; a label that is not a whole number or out of range. The message names the line
             (the entry, in a json list).
     """
     for where, row in _rows(path):
@@ -83,7 +83,7 @@ def _labelled(row: dict[str, Any], where: str) -> Labelled:
         rollout = Rollout.from_dict(row | {"steps": steps}, where=where, needs=("response",))
     else:
         found = ", ".join(sorted({type(step).__name__ for step in steps}))
-        raise UserError(f"{where}: field 'steps' must hold texts alone or spans alone, found {found}")
+        raise UserError(f"{where}: field 'steps' must hold only texts or only spans, found {found}")
     return Labelled(rollout=rollout, label=label, final_correct=final_correct)
 
 
@@ -94,7 +94,7 @@ def _check(steps: Any, label: Any, where: str) -> None:
             f"{where}: field 'steps' must be a list of at least one step, found {found}",
             "give ProcessBench's fields, or run `ssrctl segment` and add a label",
         )
-    if type(label) is not int:  # a bool is an int, but no index
+    if type(label) is not int:  # a bool is an int, but not an index
         found = "nothing" if label is None else json.dumps(label)[:40]
         raise UserError(f"{where}: field 'label' must be a whole number, found {found}", _ABOUT_LABELS)
     if not ALL_RIGHT <= label < len(steps):
@@ -102,7 +102,7 @@ def _check(steps: Any, label: Any, where: str) -> None:
 
 
 def _final_correct(row: dict[str, Any], where: str) -> bool | None:
-    """Takes out of ``row`` what tells of the outcome, and what an earlier critic said."""
+    """Remove the outcome and an earlier critic's scores from ``row``; return the verdict on the final answer."""
     named = row.pop("final_answer_correct", None)
     final = row.pop("final", None)
     for name in ("scores", "advantages"):
@@ -146,7 +146,7 @@ def _rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _is_list(path: str | Path) -> bool:
-    """Whether the file's first character that is not white space opens a json list."""
+    """Return True if the file's first character that is not white space opens a json list."""
     with existing_file(path, "file of labelled solutions").open("rb") as stream:
         for line in stream:
             if line.strip():

@@ -1,4 +1,4 @@
-"""What made an artifact: versions, settings and input hashes; never a key, a token, or a path of the machine."""
+"""The origin of an artifact: versions, settings and input hashes; never a key, a token, or a path of the machine."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ PACKAGES = ("torch", "transformers", "accelerate", "datasets", "safetensors", "l
 
 
 def settings_of(config: Any) -> dict[str, Any]:
-    """A config as plain json values; paths become text, and addresses lose what may hold a key."""
+    """Return a config as plain json values; paths become text, and addresses lose the parts that may hold a key."""
     settings = {key: _plain(value) for key, value in dataclasses.asdict(config).items()}
     return {key: _without_secrets(value) if key.endswith("_base") else value for key, value in settings.items()}
 
 
 def published_settings(config: Any) -> dict[str, Any]:
-    """``settings_of`` with local paths cut to their last part, for metadata that travels with an artifact."""
+    """Return ``settings_of`` with local paths cut to their last part, for metadata that travels with an artifact."""
     out = settings_of(config)
     for key, value in out.items():
         original = getattr(config, key)
@@ -32,7 +32,7 @@ def published_settings(config: Any) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """ssrctl, python and the libraries that bear on results."""
+    """Return the versions of ssrctl, python and the libraries that bear on results."""
     found = {"ssrctl": __version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -43,7 +43,7 @@ def versions() -> dict[str, str]:
 
 
 def file_hash(path: str | Path) -> str:
-    """``sha256:`` of a file's contents.
+    """Return ``sha256:`` and the hex digest of a file's contents.
 
     Raises:
         UserError: no such file.
@@ -55,7 +55,7 @@ def file_hash(path: str | Path) -> str:
 
 
 def _without_secrets(address: str | None) -> str | None:
-    """An address without user, password and query."""
+    """Return an address without user, password and query."""
     if address is None:
         return None
     parts = urllib.parse.urlsplit(address)

@@ -1,10 +1,10 @@
-"""The mask log of a training step: which coordinates each step of each question selected, and what it passed over.
+"""The mask log of a training step: the coordinates that each step of each question selected or passed over.
 
 One safetensors file per logged training step, ``masks/000123.safetensors``. Set ``u`` of question ``q`` is
 stored as a mask (see ``io.artifacts``) whose tensor names carry the prefix ``q.u.``; the metadata holds one
 json object per question under ``questions``. The set that the unit would have taken without claims is stored with the
-prefix ``free.q.u.``, as two-byte indices (``core.index_sets``): a tenth of the size. Logs without what was added later
-are read with None in its place.
+prefix ``free.q.u.``, as two-byte indices (``core.index_sets``): a tenth of the size. Fields that older logs lack are
+read as None.
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import StrictBool, StrictFloat, StrictStr
+
 from ssrctl.errors import UserError
 from ssrctl.io.artifacts import json_field, load_tensors, mask_from_tensors, mask_tensors, save_tensors, shapes_field
+from ssrctl.io.checked import Count, checked
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +31,7 @@ Matrix = list[list[float | None]]
 # Shares of opposite signs between two units' gradients before masking: of the coordinates where neither is 0, and of
 # sum |a b|; over all coordinates, and within the union of their unconstrained sets.
 CONFLICTS = ("conflict", "weighted_conflict", "top_conflict", "top_weighted_conflict")
-_SHARES = ("gradient_norm", "captured", "unconstrained_captured")
+REMEDY = "log the run again"
 
 
 @dataclass(kw_only=True)
@@ -42,7 +45,7 @@ class UnitLog:
         mask: the coordinates it selected.
         gradient_norm: L2 norm of its gradient before masking.
         captured: share of the squared norm that lies in ``mask``, in [0, 1].
-        unconstrained: the k_i largest |g| among the unprotected coordinates, as if nobody had claimed any.
+        unconstrained: the k_i largest |g| among the unprotected coordinates, as if none were claimed.
         unconstrained_captured: share of the squared norm that lies in these.
     """
 
@@ -104,10 +107,8 @@ def save_mask_log(path: str | Path, log: StepMaskLog) -> None:
             tensors |= mask_tensors(unit.mask, f"{q}.{u}.")
             if unit.unconstrained is not None:
                 tensors |= _index_tensors(unit.unconstrained, f"free.{q}.{u}.")
-            fields = ("steps", "budget", "advantages", *_SHARES)
-            units.append(
-                {name: getattr(unit, name) for name in fields} | {"unconstrained": unit.unconstrained is not None}
-            )
+            fields = {name: value for name, value in vars(unit).items() if name != "mask"}
+            units.append(fields | {"unconstrained": unit.unconstrained is not None})
         matrices = {"gradient_cosine": question.gradient_cosine, "conflict": question.conflict}
         questions.append({"id": question.id, "units": units} | matrices)
     metadata = {
@@ -124,65 +125,71 @@ def load_mask_log(path: str | Path) -> StepMaskLog:
     """Read one log file.
 
     Raises:
-        UserError: a torn or foreign file, or metadata of another form or type.
+        UserError: a truncated or foreign file, or metadata of another form or type.
     """
     tensors, metadata = load_tensors(path, KIND)
     shapes = shapes_field(metadata, path)
+    fields = {key: json_field(metadata, key, path) for key in ("step", "num_coordinates", "num_protected", "questions")}
+    stored = checked(_Stored, fields, f"{path}: malformed mask log", REMEDY)
     try:
         return StepMaskLog(
-            step=_count(json_field(metadata, "step", path), "step"),
-            num_coordinates=_count(json_field(metadata, "num_coordinates", path), "num_coordinates"),
-            num_protected=_count(json_field(metadata, "num_protected", path), "num_protected"),
-            questions=[
-                _question(_mapping(question, f"question {q}"), q, tensors, shapes, path)
-                for q, question in enumerate(_sequence(json_field(metadata, "questions", path), "questions"))
-            ],
+            step=stored.step,
+            num_coordinates=stored.num_coordinates,
+            num_protected=stored.num_protected,
+            questions=[_question(question, q, tensors, shapes, path) for q, question in enumerate(stored.questions)],
         )
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (KeyError, ValueError, IndexError) as error:
         said = f"{error} is absent" if isinstance(error, KeyError) else error
-        raise UserError(f"{path}: malformed mask log: {said}", "log the run again") from error
+        raise UserError(f"{path}: malformed mask log: {said}", REMEDY) from error
+
+
+@dataclass(kw_only=True)
+class _StoredUnit:
+    """A unit in the metadata; logs of earlier versions lack the fields that have a default."""
+
+    steps: list[Count]
+    budget: StrictFloat
+    advantages: list[StrictFloat]
+    gradient_norm: StrictFloat | None = None
+    captured: StrictFloat | None = None
+    unconstrained: StrictBool = False
+    unconstrained_captured: StrictFloat | None = None
+
+
+@dataclass(kw_only=True)
+class _StoredQuestion:
+    id: StrictStr
+    units: list[_StoredUnit]
+    gradient_cosine: list[list[StrictFloat]] | None
+    conflict: dict[str, list[list[StrictFloat | None]]] | None = None
+
+
+@dataclass(kw_only=True)
+class _Stored:
+    step: Count
+    num_coordinates: Count
+    num_protected: Count
+    questions: list[_StoredQuestion]
 
 
 def _question(
-    stored: Mapping[str, Any],
+    stored: _StoredQuestion,
     q: int,
     tensors: Mapping[str, Tensor],
     shapes: Mapping[str, tuple[int, ...]],
     path: str | Path,
 ) -> QuestionLog:
-    units = [
-        _unit(_mapping(unit, f"unit {u} of question {q}"), f"{q}.{u}.", tensors, shapes, path)
-        for u, unit in enumerate(_sequence(stored["units"], "units"))
-    ]
-    if not isinstance(stored["id"], str):
-        raise TypeError(f"the id of question {q} is no text")
-    cosine, conflict = stored["gradient_cosine"], stored.get("conflict")
-    if cosine is not None:
-        _check_matrix(cosine, len(units), "gradient_cosine")
-    if conflict is not None:
-        if sorted(_mapping(conflict, "conflict")) != sorted(CONFLICTS):
-            raise ValueError(f"conflict holds {sorted(conflict)}, expected {sorted(CONFLICTS)}")
-        for name in CONFLICTS:
-            _check_matrix(conflict[name], len(units), name, blanks=True)
-    return QuestionLog(id=stored["id"], units=units, gradient_cosine=cosine, conflict=conflict)
-
-
-def _unit(
-    stored: Mapping[str, Any],
-    prefix: str,
-    tensors: Mapping[str, Tensor],
-    shapes: Mapping[str, tuple[int, ...]],
-    path: str | Path,
-) -> UnitLog:
-    has_free = stored.get("unconstrained", False)
-    return UnitLog(
-        steps=[_count(step, "a step") for step in _sequence(stored["steps"], "steps")],
-        budget=_number(stored["budget"], "budget"),
-        advantages=[_number(one, "an advantage") for one in _sequence(stored["advantages"], "advantages")],
-        mask=mask_from_tensors(tensors, shapes, path, prefix),
-        unconstrained=_mask_from_indices(tensors, shapes, f"free.{prefix}") if has_free else None,
-        **{name: None if stored.get(name) is None else _number(stored[name], name) for name in _SHARES},
-    )
+    units = []
+    for u, unit in enumerate(stored.units):
+        mask = mask_from_tensors(tensors, shapes, path, f"{q}.{u}.")
+        free = _mask_from_indices(tensors, shapes, f"free.{q}.{u}.") if unit.unconstrained else None
+        units.append(UnitLog(**vars(unit) | {"mask": mask, "unconstrained": free}))
+    if stored.conflict is not None and sorted(stored.conflict) != sorted(CONFLICTS):
+        raise ValueError(f"conflict holds {sorted(stored.conflict)}, expected {sorted(CONFLICTS)}")
+    for name, matrix in {"gradient_cosine": stored.gradient_cosine, **(stored.conflict or {})}.items():
+        if matrix is not None and [len(row) for row in matrix] != [len(units)] * len(units):
+            raise ValueError(f"{name} does not fit {len(units)} units")
+    return QuestionLog(id=stored.id, units=units, gradient_cosine=stored.gradient_cosine, conflict=stored.conflict)
 
 
 def _index_tensors(mask: BlockMask, prefix: str) -> dict[str, Tensor]:
@@ -196,7 +203,7 @@ def _index_tensors(mask: BlockMask, prefix: str) -> dict[str, Tensor]:
 
 
 def _mask_from_indices(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], prefix: str) -> BlockMask:
-    """The inverse of ``_index_tensors``.
+    """Return the mask that ``_index_tensors`` stored.
 
     Raises:
         KeyError: a part is absent.
@@ -223,38 +230,6 @@ def _mask_from_indices(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple
     return BlockMask(found)
 
 
-def _mapping(value: Any, what: str) -> Mapping[str, Any]:
-    if not isinstance(value, dict):
-        raise TypeError(f"{what} is no mapping")
-    return value
-
-
-def _sequence(value: Any, what: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise TypeError(f"{what} is no list")
-    return value
-
-
-def _count(value: Any, what: str) -> int:
-    if type(value) is not int or value < 0:
-        raise TypeError(f"{what} is no count: {value!r}")
-    return value
-
-
-def _number(value: Any, what: str) -> float:
-    if type(value) not in (int, float):
-        raise TypeError(f"{what} is no number: {value!r}")
-    return float(value)
-
-
-def _check_matrix(matrix: Any, size: int, what: str, *, blanks: bool = False) -> None:
-    if [len(_sequence(row, what)) for row in _sequence(matrix, what)] != [size] * size:
-        raise ValueError(f"{what} does not fit {size} units")
-    for value in (value for row in matrix for value in row):
-        if not (blanks and value is None):
-            _number(value, what)
-
-
 def mask_log_paths(run: Path) -> Sequence[Path]:
-    """The mask logs of a run directory, oldest first."""
+    """Return the mask logs of a run directory, oldest first."""
     return sorted((run / "masks").glob("*.safetensors"))

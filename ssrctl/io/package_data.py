@@ -9,14 +9,14 @@ from ssrctl.errors import UserError
 
 
 def profiles_dir() -> Path:
-    """The folder of shipped profiles: inside an installed package, at the top of a source checkout."""
+    """Return the folder of shipped profiles: inside an installed package, or at the top of a source checkout."""
     package = Path(__file__).parent.parent
     installed = package / "profiles"
     return installed if installed.is_dir() else package.parent / "profiles"
 
 
 def shipped_names(folder: str, suffix: str) -> list[str]:
-    """The names of the profiles that ship in ``profiles/folder``, sorted."""
+    """Return the names of the profiles that ship in ``profiles/folder``, sorted."""
     return sorted(path.name.removesuffix(suffix) for path in (profiles_dir() / folder).glob(f"*{suffix}"))
 
 

@@ -27,8 +27,8 @@ class Problem:
     Attributes:
         id: unique within the data set.
         question: as text.
-        answer: the final answer alone; of a solution that ends in ``#### 42`` (as GSM8K's), the part after it.
-        extra: the row's other columns, kept in every record that comes of it.
+        answer: only the final answer; of a solution that ends in ``#### 42`` (as GSM8K's), the part after it.
+        extra: the row's other columns, kept in every record made from it.
     """
 
     id: str
@@ -38,10 +38,10 @@ class Problem:
 
 
 def load_problems(config: DatasetConfig, purpose: Purpose, seed: int = 0) -> list[Problem]:
-    """The problems of ``config.dataset``, at most ``config.limit`` of them.
+    """Load the problems of ``config.dataset``, at most ``config.limit`` of them.
 
     Args:
-        config: which data set, split and columns.
+        config: data set, split and columns.
         purpose: chooses the split where the config names none: train, or the held-out one.
         seed: of the bundled generator.
 
@@ -84,7 +84,7 @@ def _bundled(config: DatasetConfig, purpose: Purpose, seed: int) -> Iterable[tup
 
 
 def _from_datasets(config: DatasetConfig, purpose: Purpose) -> Iterable[tuple[str, dict[str, Any]]]:
-    """Anything that the datasets library reads: csv, json, parquet, a folder, a name on the hub."""
+    """Load anything that the datasets library reads: csv, json, parquet, a folder, a name on the hub."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -133,7 +133,7 @@ def _column(row: dict[str, Any], named: str | None, usual: tuple[str, ...], wher
 
 
 def _is_json(value: Any) -> bool:
-    """Whether records can hold it: not a date, bytes, or a NaN in a column of floats."""
+    """Return True if records can hold the value: not a date, bytes, or a NaN in a column of floats."""
     try:
         json.dumps(value, allow_nan=False)
     except (TypeError, ValueError):

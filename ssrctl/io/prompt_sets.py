@@ -18,7 +18,7 @@ class LanguagePrompt:
     """One text. Example: ``{"text": "The harbour was quiet ...", "split": "gradient"}``.
 
     Attributes:
-        text: what the model reads; the loss is that of predicting it.
+        text: the model's input; the loss is that of predicting it.
         split: ``gradient`` texts give candidates, ``heldout`` ones measure the divergence.
     """
 

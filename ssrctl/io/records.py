@@ -6,31 +6,40 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
+
+from pydantic import ConfigDict, StrictBool, StrictInt
 
 from ssrctl.errors import UserError
+from ssrctl.io.checked import Number, checked
 from ssrctl.io.jsonl import read_jsonl
 
 
+class _Part:
+    """An object within a rollout. Keys that a later version adds must not be lost, so unknown ones are refused."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = {"extra": "forbid"}
+
+
 @dataclass(kw_only=True)
-class StepSpan:
+class StepSpan(_Part):
     """A step's character span in the response: ``{"start": 0, "end": 57, "kind": "step"}``."""
 
-    start: int
-    end: int
+    start: StrictInt
+    end: StrictInt
     kind: Literal["step", "final"] = "step"
 
 
 @dataclass(kw_only=True)
-class StepScore:
+class StepScore(_Part):
     """A critic's verdict on one step.
 
     ``{"score": 85, "reward": 0.85, "rationale": "...", "error": null}``. A score that the critic could not
     give is *missing*: ``score`` and ``reward`` are None and ``error`` says why. It is never 0.
     """
 
-    score: float | None
-    reward: float | None
+    score: Number | None
+    reward: Number | None
     rationale: str | None = None
     error: str | None = None
 
@@ -40,8 +49,8 @@ _CORRECT: dict[str, bool | None] = {"correct": True, "wrong": False, "unparsed":
 
 
 @dataclass(kw_only=True)
-class FinalAnswer:
-    """What was extracted as the final answer, how, and whether it is right.
+class FinalAnswer(_Part):
+    """The final answer that was extracted, the way it was found, and the verdict on it.
 
     ``{"extracted": "42", "correct": true, "way": "hashes", "outcome": "correct"}``
 
@@ -58,14 +67,14 @@ class FinalAnswer:
     """
 
     extracted: str | None
-    correct: bool | None
+    correct: StrictBool | None
     way: str | None = None
     outcome: Literal["correct", "wrong", "unparsed", "timed_out"] | None = None
 
     def __post_init__(self) -> None:
-        if self.outcome is None and isinstance(self.correct, bool):
+        if self.outcome is None and self.correct is not None:
             self.outcome = "correct" if self.correct else "unparsed" if self.extracted is None else "wrong"
-        if self.outcome in _CORRECT and self.correct is not _CORRECT[self.outcome]:
+        if self.outcome is not None and self.correct is not _CORRECT[self.outcome]:
             raise ValueError(f"'outcome' {self.outcome} contradicts 'correct' {self.correct}")
 
 
@@ -91,32 +100,30 @@ class Rollout:
     steps: list[StepSpan] | None = None
     scores: list[StepScore] | None = None
     final: FinalAnswer | None = None
-    advantages: list[float | None] | None = None
+    advantages: list[Number | None] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property
     def group(self) -> str:
-        """The id without its rollout number: ``q17/3`` belongs to group ``q17``."""
+        """The id without its rollout number: ``q17/3`` is in group ``q17``."""
         return self.id.rsplit("/", 1)[0]
 
     def step_text(self, index: int) -> str:
-        """The text of step ``index``."""
+        """Return the text of step ``index``."""
         assert self.steps is not None and self.response is not None
         return self.response[self.steps[index].start : self.steps[index].end]
 
     def to_dict(self) -> dict[str, Any]:
-        """The jsonl row: fields that no stage has filled are left out, unknown ones kept."""
+        """Return the jsonl row: fields that no stage has filled are left out, unknown ones kept."""
         row: dict[str, Any] = {}
-        for spec in dataclasses.fields(self):
-            value = getattr(self, spec.name)
-            if spec.name == "extra" or value is None:
-                continue
+        for name in _NAMES:
+            value = getattr(self, name)
             if isinstance(value, list):
-                value = [_as_json(item) for item in value]
-            row[spec.name] = _as_json(value)
+                row[name] = [_as_json(item) for item in value]
+            elif value is not None:
+                row[name] = _as_json(value)
         # A data set's column may be called like a field of ours; ours is the one that is meant.
-        known = {spec.name for spec in dataclasses.fields(self)} - {"extra"}
-        return row | {key: value for key, value in self.extra.items() if key not in known}
+        return row | {key: value for key, value in self.extra.items() if key not in _NAMES}
 
     @classmethod
     def from_dict(cls, row: dict[str, Any], *, where: str, needs: tuple[str, ...] = ()) -> Rollout:
@@ -125,7 +132,7 @@ class Rollout:
         Args:
             row: the parsed json object.
             where: ``file:line``, for messages.
-            needs: fields that must be there for the stage at hand.
+            needs: fields that must be there.
 
         Raises:
             UserError: a needed field is absent, or a field has the wrong type or spans that do not cover
@@ -134,36 +141,24 @@ class Rollout:
         for name in needs:
             if row.get(name) is None:
                 raise UserError(f"{where}: field '{name}' is missing", _REMEDIES.get(name))
-        values = dict(row)
         # A line without an id (as users' own files often are) is known by its line number.
-        identity = values.pop("id", None)
-        known: dict[str, Any] = {"id": where.rsplit(":", 1)[-1] if identity is None else str(identity)}
-        for name in ("question", "answer", "prompt", "response"):
-            value = values.pop(name, None)
-            if name == "answer" and isinstance(value, int | float):
-                value = str(value)
-            if value is not None and not isinstance(value, str):
-                raise UserError(f"{where}: field '{name}' must be text, found {type(value).__name__}")
-            known[name] = value
-        steps = _list(values, "steps", where, lambda v: _build(StepSpan, v))
-        if steps is not None:
-            _check_cover(steps, known["response"], where)
-        known["steps"] = steps
-        known["scores"] = scores = _list(values, "scores", where, lambda v: _build(StepScore, v))
-        if scores is not None and (steps is None or len(scores) != len(steps)):
+        known = {name: value for name, value in row.items() if name in _NAMES}
+        known["id"] = where.rsplit(":", 1)[-1] if row.get("id") is None else str(row["id"])
+        if isinstance(row.get("answer"), int | float):
+            known["answer"] = str(row["answer"])
+        made = checked(cls, known | {"extra": {key: row[key] for key in row if key not in _NAMES}}, where)
+        if made.steps is not None:
+            _check_cover(made.steps, made.response, where)
+        if made.scores is not None and (made.steps is None or len(made.scores) != len(made.steps)):
             raise UserError(
-                f"{where}: field 'scores' has {len(scores)} entries for {len(steps or [])} steps",
+                f"{where}: field 'scores' has {len(made.scores)} entries for {len(made.steps or [])} steps",
                 "run `ssrctl critic` again on the segmented file",
             )
-        known["advantages"] = _list(values, "advantages", where, _number_or_none)
-        final = values.pop("final", None)
-        try:
-            known["final"] = None if final is None else _build(FinalAnswer, final)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{where}: field 'final' is malformed: {error}") from error
-        return cls(**known, extra=values)
+        return made
 
 
+# A column of the user's data set may be called "extra"; it is kept in ``extra`` like all others.
+_NAMES = tuple(spec.name for spec in dataclasses.fields(Rollout) if spec.name != "extra")
 _REMEDIES = {
     "steps": "run `ssrctl segment` first",
     "scores": "run `ssrctl critic` first",
@@ -182,60 +177,11 @@ def read_rollouts(
 
 
 def _as_json(value: Any) -> Any:
-    return dataclasses.asdict(value) if isinstance(value, StepSpan | StepScore | FinalAnswer) else value
-
-
-def _build(kind: type, value: Any) -> Any:
-    """Make a small record from a json object; unknown keys and wrong types are errors."""
-    if not isinstance(value, dict):
-        raise TypeError(f"expected an object, found {type(value).__name__}")
-    allowed = {spec.name for spec in dataclasses.fields(kind)}
-    # Keys that a later version adds must not be lost silently, so they are refused rather than dropped.
-    if unknown := sorted(set(value) - allowed):
-        raise ValueError(f"unknown keys {', '.join(unknown)}")
-    made = kind(**value)
-    for spec in dataclasses.fields(kind):
-        _check_type(spec.name, getattr(made, spec.name), str(spec.type))
-    return made
-
-
-def _check_type(name: str, value: Any, declared: str) -> None:
-    if value is None:
-        fine = "None" in declared
-    elif declared.startswith("int"):
-        fine = isinstance(value, int) and not isinstance(value, bool)
-    elif declared.startswith("float"):
-        fine = isinstance(value, int | float) and not isinstance(value, bool)
-    elif declared.startswith("bool"):
-        fine = isinstance(value, bool)
-    elif declared.startswith("Literal"):
-        fine = f"'{value}'" in declared or f'"{value}"' in declared
-    else:
-        fine = isinstance(value, str)
-    if not fine:
-        raise TypeError(f"'{name}' must be {declared}, found {value!r}")
-
-
-def _list(values: dict[str, Any], name: str, where: str, convert: Callable[[Any], Any]) -> list[Any] | None:
-    items = values.pop(name, None)
-    if items is None:
-        return None
-    if not isinstance(items, list):
-        raise UserError(f"{where}: field '{name}' must be a list, found {type(items).__name__}")
-    try:
-        return [convert(item) for item in items]
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{where}: field '{name}' is malformed: {error}") from error
-
-
-def _number_or_none(value: Any) -> float | None:
-    if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
-        return value
-    raise TypeError(f"expected a number or null, found {value!r}")
+    return dict(vars(value)) if isinstance(value, _Part) else value
 
 
 def _check_cover(steps: list[StepSpan], response: str | None, where: str) -> None:
-    """Spans are ordered, do not overlap and cover the response exactly."""
+    """Check that spans are ordered, do not overlap and cover the response exactly."""
     position = 0
     for number, step in enumerate(steps):
         if step.start != position or step.end <= step.start:

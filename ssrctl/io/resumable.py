@@ -1,8 +1,8 @@
 """A jsonl output that is filled in any order, survives a kill, and is finished by the next run of the same work.
 
-Beside ``OUT`` stands ``OUT.partial`` while the work goes on: every finished row is appended to it at once. When all
-rows are there, ``OUT`` is written whole and in order, and ``OUT.partial`` is removed. The next run takes what both
-files hold already, if it was made under the same identity from the same input.
+``OUT.partial`` next to ``OUT`` gets every finished row at once. When all rows are there, ``OUT`` is written whole and in
+order, and ``OUT.partial`` is removed. The next run takes the rows that both files hold already, if they were made under
+the same identity from the same input.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class ResumableOutput:
 
     Args:
         path: the finished file.
-        identity: names what made the rows; stands in each of them under ``identity_field``.
+        identity: name of the settings that made the rows; each row holds it under ``identity_field``.
         identity_field: that field's name.
-        made_fields: the fields that the work adds or replaces; the others tell which input a row was made from.
-        is_done: whether an earlier row needs no other try.
+        made_fields: the fields that the work adds or replaces; the others identify the input of a row.
+        is_done: returns True for an earlier row that needs no retry.
 
     Raises:
         UserError: ``OUT.partial`` holds rows that were made under another identity.
@@ -94,16 +94,16 @@ class ResumableOutput:
 
     @property
     def num_done(self) -> int:
-        """Positions whose row is there."""
+        """Number of positions whose row is there."""
         return sum(place is not None for place in self._places)
 
     @property
     def num_unused(self) -> int:
-        """Earlier rows whose input was not reserved so far; ``finish`` leaves them out."""
+        """Number of earlier rows whose input was not reserved so far; ``finish`` leaves them out."""
         return len(set(self._earlier.values()) - set(self._reused))
 
     def earlier_rows(self) -> Iterator[dict[str, Any]]:
-        """The rows that earlier runs made."""
+        """Yield the rows that earlier runs made."""
         return self._rows(self._reused)
 
     def _rows(self, places: Iterable[_Place | None]) -> Iterator[dict[str, Any]]:
@@ -134,7 +134,7 @@ class ResumableOutput:
         self.partial.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Leave what is done in the partial file."""
+        """Leave the finished rows in the partial file."""
         log, self._log = self._log, None
         if log is not None:
             with _writing(self.partial):
@@ -148,7 +148,7 @@ class ResumableOutput:
                 try:
                     row = json.loads(line)
                 except (ValueError, RecursionError):
-                    continue  # torn by a kill, or no file of ours: then no row of it is used
+                    continue  # truncated by a kill, or not a file of ours: then no row of it is used
                 if not isinstance(row, dict):
                     continue
                 if row.get(self._field) != self._identity:
@@ -171,10 +171,11 @@ class ResumableOutput:
 
 @contextlib.contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """Turn what the operating system has against writing ``path`` into an error that names it."""
+    """Convert an OSError while writing ``path`` into a UserError that names the file."""
     try:
         yield
     except OSError as error:
         raise UserError(
-            f"cannot write {path}: {error.strerror}", "make room, and run the same command again: it goes on from here"
+            f"cannot write {path}: {error.strerror}",
+            "make room, and run the same command again: it continues from here",
         ) from error

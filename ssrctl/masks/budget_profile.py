@@ -1,4 +1,4 @@
-"""Measuring what later steps still find when earlier ones have claimed their coordinates (SSR section 2.3.3)."""
+"""The gradient that later steps still find when earlier ones have claimed their coordinates (SSR section 2.3.3)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ssrctl.training.unit_gradients import GroupBatch, NonFiniteLoss, make_batch
 
 @dataclass(frozen=True)
 class StepMass:
-    """What one step of one problem found.
+    """The gradient that one step of one problem found.
 
     Attributes:
         step: its index, from 0.
@@ -41,7 +41,7 @@ class StepMass:
 
 
 def signal_units(advantages: Sequence[Sequence[float | None]], max_steps: int) -> list[Unit]:
-    """One unit per step that has an advantage other than 0 in any response, up to step ``max_steps``.
+    """Return one unit per step that has an advantage other than 0 in any response, up to step ``max_steps``.
 
     Args:
         advantages: one list per response, one value per step, None where the score is missing.
@@ -97,7 +97,7 @@ def problem_masses(
     max_steps: int,
     temperature: float,
 ) -> list[StepMass]:
-    """The masses of one problem's steps: exact gradients of the steps' policy losses, claims in step order.
+    """Return the masses of one problem's steps: exact gradients of the steps' policy losses, claims in step order.
 
     A step without signal (all its advantages 0 or missing) has no gradient: it is left out, and claims nothing.
 
@@ -138,7 +138,7 @@ class MeanCurve:
     Attributes:
         curve: mean mass over the problems that have the step, divided by that of step 1.
         std: population standard deviation over these problems, in the same unit.
-        num_problems: how many they are.
+        num_problems: their number.
         energy_available, energy_claimed: their mean shares of the gradient's energy.
     """
 
@@ -180,7 +180,7 @@ def mean_curve(problems: Sequence[Sequence[StepMass]]) -> MeanCurve:
 
 
 def traces_batch(loaded: LoadedModel, rollouts: Sequence[Rollout], temperature: float) -> GroupBatch:
-    """A group of stored responses as tensors.
+    """Turn a group of stored responses into tensors.
 
     Prompt and response are tokenised each by itself, since that is where generation joined them; steps follow
     the tokenizer's offsets. The old log-probabilities are the model's own, so that every importance ratio is 1:

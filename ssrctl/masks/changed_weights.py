@@ -41,12 +41,12 @@ def check_pair(base: StoredParameters, tuned: TensorReader) -> None:
 def changed_in_pair(
     base: StoredParameters, tuned: TensorReader, rule: Rule, one_by_one: Names
 ) -> tuple[BlockMask, str, str]:
-    """What changed between two checkpoints that ``check_pair`` let pass: (mask, fingerprint before, after).
+    """Return (mask of the changes, fingerprint before, after) of two checkpoints that ``check_pair`` accepted.
 
     Args:
         base: the parameters before, as training loads them.
         tuned: the checkpoint after, as stored.
-        rule: tells what counts as changed.
+        rule: compares values before and after; True = changed.
         one_by_one: follows the progress.
     """
     import torch
@@ -70,13 +70,13 @@ def changed_in_pair(
 
 
 def changed_by_delta(base: TensorReader, delta: DeltaFile, path: Path, rule: Rule, one_by_one: Names) -> BlockMask:
-    """What a delta changes; only the coordinates that it lists are looked at, as all others are equal bit for bit.
+    """Return the mask of a delta's changes; only the coordinates that it lists are compared, all others are equal.
 
     Args:
         base: open, its shapes checked against the delta's.
         delta: the changes.
         path: its file, for messages.
-        rule: tells what counts as changed.
+        rule: compares values before and after; True = changed.
         one_by_one: follows the progress.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What mask files say of themselves, read without their tiles, and whether two of them belong together."""
+"""Headers of mask files, read without their tiles, and the check that two masks belong together."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class MaskHeader:
 
     Attributes:
         path: the file.
-        kind: what made it: ``random``, ``superweights``, ``union`` ...
+        kind: the recipe: ``random``, ``superweights``, ``union`` ...
         shapes: of all tensors of its model.
-        model: whose weights it selects; None where the file does not tell.
-        count: how many it selects, as the file says.
+        model: the model whose weights it selects; None where the file does not say.
+        count: number of selected weights, as the file says.
     """
 
     path: Path
@@ -46,15 +46,15 @@ class MaskHeader:
         return sum(map(math.prod, self.shapes.values()))
 
     def load(self) -> BlockMask:
-        """The mask itself, every tile checked."""
+        """Read the mask itself, every tile checked."""
         return load_mask(self.path)[0]
 
 
 def read_mask_header(path: Path) -> MaskHeader:
-    """The header of a mask file.
+    """Read the header of a mask file.
 
     Raises:
-        UserError: missing, torn or foreign file, or metadata that describes no mask.
+        UserError: missing, truncated or foreign file, or metadata that does not describe a mask.
     """
     metadata = read_metadata(path, MASK_KIND)
     shapes = shapes_field(metadata, path)
@@ -66,7 +66,7 @@ def read_mask_header(path: Path) -> MaskHeader:
 
 
 def check_same_model(one: MaskHeader, other: MaskHeader) -> None:
-    """Two masks must cover the same tensors and, where both say so, belong to the same weights.
+    """Check that two masks cover the same tensors and, where both say so, belong to the same weights.
 
     Raises:
         UserError: they do not; both files are named.

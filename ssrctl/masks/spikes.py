@@ -1,7 +1,6 @@
-"""Weights that make activation spikes in MLP down projections (Yu et al. 2024, "The super weight in large
-language models").
+"""Weights that make activation spikes in MLP down projections.
 
-Such a weight sits where an outlier among the inputs of a down projection meets an outlier among its outputs:
+Source: Yu et al. 2024, "The super weight in large language models". Such a weight sits where an outlier among the inputs of a down projection meets an outlier among its outputs:
 input channel j and output channel i far above the layer's typical channel give the weight at (i, j).
 """
 
@@ -30,7 +29,7 @@ class Spike:
     Attributes:
         parameter: name of the weight tensor.
         index: flat index of the weight in it.
-        out_channel, in_channel: which output and input channel.
+        out_channel, in_channel: the output and input channel.
         weight: its value.
         input_max, output_max: the largest |activation| of these channels over all tokens.
         input_ratio, output_ratio: the same over the median channel's, in [1, inf].
@@ -53,7 +52,7 @@ class Spike:
 
 
 def down_projections(model: Any) -> dict[str, Any]:
-    """The MLP down projections by module name: ``torch.nn.Linear`` or the Conv1D of GPT-2.
+    """Return the MLP down projections by module name: ``torch.nn.Linear`` or the Conv1D of GPT-2.
 
     Raises:
         UserError: there is none that is known by its name.
@@ -78,7 +77,7 @@ def down_projections(model: Any) -> dict[str, Any]:
 
 @torch.no_grad()
 def strongest_channels(model: Any, prompts: Sequence[Tensor], tick: Tick = no_tick) -> list[Spike]:
-    """For every down projection the input and output channel with the largest |activation| over all prompts.
+    """Find for every down projection the input and output channel with the largest |activation| over all prompts.
 
     Args:
         model: a causal LM.
@@ -86,7 +85,7 @@ def strongest_channels(model: Any, prompts: Sequence[Tensor], tick: Tick = no_ti
         tick: called after each prompt.
 
     Returns:
-        One per layer, in the model's order; which of them are spikes is for the caller to say.
+        One per layer, in the model's order; the caller decides which of them are spikes.
 
     Raises:
         UserError: no down projection, or activations that are NaN or infinite.

@@ -31,9 +31,9 @@ class Recipe:
 
     Attributes:
         kind: of the mask.
-        count: how many of a tensor's coordinates are selected, by its name and shape.
-        select: which ones, of a parameter with a count above 0.
-        remarks: what to say when all is made, given the shapes of those tensors of which nothing was to be selected.
+        count: number of a tensor's coordinates to select, by its name and shape.
+        select: selects them, of a parameter with a count above 0.
+        remarks: notes on the finished mask, given the shapes of the tensors that have a count of 0.
     """
 
     kind: str
@@ -43,7 +43,7 @@ class Recipe:
 
 
 def random_recipe(density: float, seed: int) -> Recipe:
-    """A share of each tensor, drawn anew for each from the seed and its name."""
+    """Select a share of each tensor, drawn for each from the seed and its name."""
     from ssrctl.core.mask import TileSet
     from ssrctl.core.static_masks import random_mask
 
@@ -55,7 +55,7 @@ def random_recipe(density: float, seed: int) -> Recipe:
 
 
 def low_magnitude_recipe(density: float) -> Recipe:
-    """The smallest weights of each tensor."""
+    """Select the smallest weights of each tensor."""
     from ssrctl.core.static_masks import low_magnitude_mask
 
     def select(name: str, stored: StoredParameters) -> TileSet:
@@ -65,7 +65,7 @@ def low_magnitude_recipe(density: float) -> Recipe:
 
 
 def principal_recipe(density: float, rank: float) -> Recipe:
-    """The largest weights of each matrix's reconstruction from its leading singular directions.
+    """Select the largest weights of each matrix's reconstruction from its leading singular directions.
 
     Args:
         density: share of each matrix.
@@ -84,7 +84,7 @@ def principal_recipe(density: float, rank: float) -> Recipe:
 
     def remarks(nothing: Mapping[str, Shape]) -> list[str]:
         odd = [name for name, shape in nothing.items() if len(shape) != 2]
-        notes = [f"{times(len(odd), 'tensor')} that are no matrices left out, first {min(odd)}."] if odd else []
+        notes = [f"{times(len(odd), 'tensor')} that are not matrices left out, first {min(odd)}."] if odd else []
         notes += _too_small({name: shape for name, shape in nothing.items() if name not in odd})
         return notes + _residual_notes(residuals)
 
@@ -92,7 +92,7 @@ def principal_recipe(density: float, rank: float) -> Recipe:
 
 
 def layers_recipe(layers: Sequence[range] | None) -> Recipe:
-    """All of the tensors in some layers; None: all tensors, wherever they are."""
+    """Select all weights of the tensors in some layers; None: of all tensors, inside and outside of layers."""
     from ssrctl.core.mask import TileSet
 
     def count(name: str, shape: Shape) -> int:
@@ -109,7 +109,7 @@ def layers_recipe(layers: Sequence[range] | None) -> Recipe:
 def planned_counts(
     stored: StoredParameters, recipe: Recipe, include: Sequence[str], exclude: Sequence[str]
 ) -> dict[str, int]:
-    """How many coordinates a recipe will select of each parameter that the patterns do not leave out.
+    """Return the number of coordinates that a recipe selects, of each parameter that the patterns keep.
 
     Args:
         stored: the parameters.
@@ -128,7 +128,7 @@ def planned_counts(
 def make_mask(
     stored: StoredParameters, recipe: Recipe, counts: Mapping[str, int], one_by_one: Names
 ) -> tuple[BlockMask, str]:
-    """The mask, and the fingerprint of the weights, which are read on the way.
+    """Return (mask, fingerprint of the weights, which are read on the way).
 
     Args:
         stored: the parameters.
@@ -174,21 +174,21 @@ def _share_of(density: float) -> Callable[[str, Shape], int]:
 
 
 def _selected(name: str, stored: StoredParameters, choose: Callable[[Tensor], Tensor]) -> TileSet:
-    """What ``choose`` selects of a parameter; weights that have no order are the user's to mend."""
+    """Return the coordinates of a parameter that ``choose`` selects; weights without an order are a UserError."""
     from ssrctl.core.mask import TileSet
 
     try:
         return TileSet.from_dense(choose(stored.tensor(name)))
     except ValueError as error:
         raise UserError(
-            f"{stored.reader.label}: {name}: {error}", f"mend the weights, or leave it out with --exclude '{name}'"
+            f"{stored.reader.label}: {name}: {error}", f"fix the weights, or leave it out with --exclude '{name}'"
         ) from error
 
 
 def _leading_triplets(
     name: str, residuals: dict[str, float], weight: Tensor, rank: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(U, S, V); what a randomised method leaves open goes to ``residuals``, in units of the last singular value."""
+    """Return (U, S, V); the residual of a randomised method goes to ``residuals``, over the last singular value."""
     from ssrctl.measures.maths.low_rank import rank_k_svd
 
     found = rank_k_svd(weight, rank, seed=derive_seed(0, "principal mask", name))

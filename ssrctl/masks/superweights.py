@@ -1,4 +1,4 @@
-"""Language-critical weights of a model: gradients on prompts, and what zeroing weights does (SSR section 2.2)."""
+"""Language-critical weights of a model: gradients on prompts, and the effect of zeroing (SSR section 2.2)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Tick = Callable[[], None]
 
 
 def no_tick() -> None:
-    """For callers that show no progress."""
+    """Do nothing, for callers that show no progress."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -47,11 +47,11 @@ class TokenisedPrompts:
 
 
 def tokenise_prompts(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> TokenisedPrompts:
-    """Token ids of each text, with the special tokens that the tokenizer itself adds.
+    """Return token ids of each text, with the special tokens that the tokenizer itself adds.
 
     Raises:
-        UserError: a text of which more than 10% is unknown to the tokenizer (unknown tokens, and characters
-            that got no token at all), or one of fewer than 2 tokens.
+        UserError: a text with more than 10% unknown to the tokenizer (unknown tokens, and characters
+            without a token), or one of fewer than 2 tokens.
     """
     ids, num_cut = [], 0
     for number, text in enumerate(texts, start=1):
@@ -73,7 +73,7 @@ def tokenise_prompts(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> T
 
 
 def _unknown_share(tokens: list[int], offsets: list[tuple[int, int]], text: str, unknown: int | None) -> float:
-    """Unknown tokens and characters without a token, over all tokens and such characters; in [0, 1]."""
+    """Return unknown tokens and characters without a token, over all tokens and such characters; in [0, 1]."""
     covered = [False] * len(text)
     for start, end in offsets:
         covered[start:end] = [True] * (end - start)
@@ -96,10 +96,10 @@ def split_subsets(num_prompts: int, num_subsets: int, seed: int) -> list[list[in
 
 
 def prompt_gradient(model: Any, prompts: Sequence[Tensor], tick: Tick = no_tick) -> dict[str, Tensor]:
-    """Gradient of the next-token loss: the mean over prompts of each prompt's mean over its predicted tokens.
+    """Compute the gradient of the next-token loss: the mean over prompts of each prompt's mean over its predicted tokens.
 
-    It accumulates in place in ``parameter.grad`` over the prompts, and what was there before is dropped; set
-    the gradients to None when done with them.
+    It accumulates in place in ``parameter.grad`` over the prompts, and earlier gradients are dropped; set the
+    gradients to None when done with them.
 
     Args:
         model: a causal LM.
@@ -127,7 +127,7 @@ def prompt_gradient(model: Any, prompts: Sequence[Tensor], tick: Tick = no_tick)
 
 @dataclass(frozen=True)
 class GradientPass:
-    """What ``collect_candidates`` found.
+    """The result of ``collect_candidates``.
 
     Attributes:
         candidates: one per prompt subset.
@@ -148,13 +148,13 @@ def collect_candidates(
     watched: Sequence[tuple[str, int]] = (),
     tick: Tick = no_tick,
 ) -> GradientPass:
-    """The largest |gradient| coordinates of each prompt subset; one dense gradient exists at a time.
+    """Find the largest |gradient| coordinates of each prompt subset; one dense gradient exists at a time.
 
     Args:
         model: a causal LM.
         subsets: prompts (int64 ``[T]``) of each subset.
         num_members: candidates per subset.
-        keep: how many of them get a score (``core.unions``); 0 for ranks alone.
+        keep: number of them that get a score (``core.unions``); 0 for ranks only.
         watched: (parameter name, flat index) of weights whose rank is wanted.
         tick: called after each prompt.
 
@@ -187,7 +187,7 @@ def _rank(gradients: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
 
 
 def largest_weights(model: Any, size: int) -> Indices:
-    """The ``size`` coordinates with the largest |weight|: ascending flat indices, int64, per parameter."""
+    """Return the ``size`` coordinates with the largest |weight|: ascending flat indices, int64, per parameter."""
     return {n: i.cpu() for n, i in select_topk({n: p.detach() for n, p in model.named_parameters()}, size).items()}
 
 
@@ -197,9 +197,9 @@ def largest_weights(model: Any, size: int) -> Indices:
 
 @contextlib.contextmanager
 def ablated(model: Any, indices: Mapping[str, Tensor]) -> Iterator[None]:
-    """Within the block the weights at ``indices`` are 0; afterwards they are what they were, bit for bit.
+    """Set the weights at ``indices`` to 0 within the block, and restore them bit for bit afterwards.
 
-    The originals are kept and written back, whatever ends the block (an exception or Ctrl-C too).
+    The originals are kept and written back however the block ends (also by an exception or Ctrl-C).
 
     Args:
         model: whose parameters are changed in place.
@@ -231,7 +231,7 @@ def ablated(model: Any, indices: Mapping[str, Tensor]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Divergence:
-    """How far an ablated model is from the model itself, in nats, averaged over token positions.
+    """The divergence of an ablated model from the model itself, in nats, averaged over token positions.
 
     Attributes:
         masked_reference: KL(masked || reference), eq. 1; inf when ``num_undefined`` is above 0.
@@ -247,7 +247,7 @@ class Divergence:
     num_undefined: int
 
     def to_dict(self) -> dict[str, Any]:
-        """For a report: json has no infinity, so a value that is not finite is null."""
+        """Return the values for a report: json has no infinity, so a value that is not finite is None."""
         return {
             "kl_masked_reference": _finite(self.masked_reference),
             "kl_reference_masked": _finite(self.reference_masked),
@@ -282,7 +282,7 @@ class AblationProbe:
         tick()
 
     def measure(self, indices: Mapping[str, Tensor]) -> Divergence:
-        """The divergence with the weights at ``indices`` (flat, int64, by parameter name) set to 0."""
+        """Return the divergence with the weights at ``indices`` (flat, int64, by parameter name) set to 0."""
         sums = torch.zeros(2, dtype=torch.float64)
         num_positions = num_undefined = 0
         with ablated(self._model, indices):
@@ -301,4 +301,5 @@ class AblationProbe:
 
     @torch.no_grad()
     def _logits(self, ids: Tensor) -> Tensor:
-        return self._model(input_ids=ids.unsqueeze(0), use_cache=False).logits[0]
+        logits: Tensor = self._model(input_ids=ids.unsqueeze(0), use_cache=False).logits[0]
+        return logits

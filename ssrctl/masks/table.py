@@ -1,4 +1,4 @@
-"""What a mask holds, by layer and by kind of matrix: numbers, and the same for people."""
+"""The contents of a mask by layer and by kind of matrix: numbers, and a document for people."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from ssrctl.checkpoints.names import KINDS
 from ssrctl.measures.maths.grouping import by_kind, by_layer
-from ssrctl.report.document import Document, Section, Table
-from ssrctl.report.formats import percent, times
+from ssrctl.report.document import Column, Document, Section, Table
+from ssrctl.report.formats import count, percent, times
 
 if TYPE_CHECKING:
     from ssrctl.core.mask import BlockMask
@@ -18,7 +18,7 @@ _MOST_LAYERS = 200
 
 
 def mask_numbers(mask: BlockMask) -> dict[str, Any]:
-    """Counts and shares of a mask, all of them of its coordinates whether selected or not.
+    """Count a mask's coordinates, selected and all, in total and by layer, kind and tensor.
 
     Returns:
         ``coordinates``, ``selected``, ``selected_frac`` (the density); ``num_tensors``, ``num_tensors_selected``;
@@ -41,7 +41,7 @@ def mask_numbers(mask: BlockMask) -> dict[str, Any]:
 
 
 def mask_document(report: Mapping[str, Any]) -> Document:
-    """What the mask commands show.
+    """Make the document that the mask commands show.
 
     Args:
         report: the numbers of ``mask_numbers``, and ``mask`` (the file), ``mask_kind``, ``model`` (name and
@@ -59,19 +59,16 @@ def mask_document(report: Mapping[str, Any]) -> Document:
         f"{report['selected']:,} of {report['coordinates']:,} weights selected ({percent(report['selected_frac'])}), in "
         f"{report['num_tensors_selected']} of {times(report['num_tensors'], 'tensor')}; {decimal(report['bytes'])}."
     )
-    sections = [Section(title="", tables=_tables(report))]
+    tables = [
+        _table("By layer", "layer", report["layers"], _MOST_LAYERS),
+        _table("By kind of matrix", "kind", report["kinds"], len(KINDS)),
+    ]
+    sections = [Section(title="", tables=tables)]
     return Document(title="Mask", facts=facts, headlines=[headline], notes=report["notes"], sections=sections)
 
 
-def _tables(numbers: Mapping[str, Any]) -> list[Table]:
-    return [
-        _table("By layer", "layer", numbers["layers"], _MOST_LAYERS),
-        _table("By kind of matrix", "kind", numbers["kinds"], len(KINDS)),
-    ]
-
-
 def _counted(pairs: Iterable[tuple[int, int]]) -> dict[str, Any]:
-    """Sums of (coordinates, selected)."""
+    """Add up pairs of (coordinates, selected)."""
     listed = list(pairs)
     coordinates, selected = (sum(pair[place] for pair in listed) for place in (0, 1))
     return {
@@ -84,9 +81,7 @@ def _counted(pairs: Iterable[tuple[int, int]]) -> dict[str, Any]:
 def _table(title: str, key: str, rows: Iterable[Mapping[str, Any]], most: int) -> Table:
     return Table(
         title=title,
-        columns=[key, "selected", "of", "share"],
-        rows=[
-            [row[key], f"{row['selected']:,}", f"{row['coordinates']:,}", percent(row["selected_frac"])] for row in rows
-        ],
+        columns=[key, Column("selected", count), Column("of", count), Column("share", percent)],
+        rows=[[row[name] for name in (key, "selected", "coordinates", "selected_frac")] for row in rows],
         terminal_rows=most,
     )

@@ -1,4 +1,4 @@
-"""Did protected weights move? A mask of superweights against what an update changed (SSR section 2.2)."""
+"""The audit of protected weights: a mask of superweights against what an update changed (SSR section 2.2)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import fnmatch
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +15,11 @@ from ssrctl.core.mask import BlockMask, TileSet, matrix_shape
 from ssrctl.errors import UserError
 from ssrctl.io.console import note
 from ssrctl.measures.base import Findings, Mode, PairMeasure, register
+from ssrctl.measures.group_tables import RowColumn, row_table
 from ssrctl.measures.maths.change_rule import change_rule
-from ssrctl.measures.maths.grouping import grouped
-from ssrctl.report.formats import count, percent, times
+from ssrctl.measures.maths.grouping import Grouped, group
+from ssrctl.report.document import Bars, Column, Section, Table
+from ssrctl.report.formats import count, number, percent, times
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,13 +31,13 @@ _SHOWN_NAMES = 5
 
 @dataclass(frozen=True)
 class TensorAudit:
-    """One tensor's counts.
+    """Counts of one tensor.
 
     Attributes:
         numel: weights.
-        num_protected: of these, the mask's.
-        num_changed: those that changed.
-        num_protected_changed: both.
+        num_protected: protected weights.
+        num_changed: changed weights.
+        num_protected_changed: weights that are both.
     """
 
     numel: int
@@ -44,12 +46,77 @@ class TensorAudit:
     num_protected_changed: int
 
 
+@dataclass(frozen=True)
+class AuditRow(TensorAudit):
+    """Counts of one or more tensors and their shares; a share of nothing is None.
+
+    Attributes:
+        protected_frac: protected over all weights.
+        changed_frac: changed over all weights.
+        protected_changed_frac: changed over protected.
+        overlap: the protected share of the changed weights.
+        expected_overlap: the same if as many weights of each tensor had changed at random (for one tensor the
+            protected density).
+        ratio: ``overlap`` over ``expected_overlap``.
+    """
+
+    protected_frac: float | None
+    changed_frac: float | None
+    protected_changed_frac: float | None
+    overlap: float | None
+    expected_overlap: float | None
+    ratio: float | None
+
+
+@dataclass(frozen=True)
+class SpikeAudit:
+    """The weight behind an activation outlier.
+
+    Attributes:
+        spike: the outlier's entry in the report of ``ssrctl superweights``.
+        index: flat index of the weight in its tensor.
+        protected: True = the mask protects it.
+        moved: True = it changed.
+    """
+
+    spike: Mapping[str, Any]
+    index: int
+    protected: bool
+    moved: bool
+
+    def numbers(self) -> dict[str, Any]:
+        """Return the spike with ``index``, ``protected`` and ``moved``."""
+        return dict(self.spike) | {"index": self.index, "protected": self.protected, "moved": self.moved}
+
+
+@dataclass(frozen=True)
+class AuditResult:
+    """The audit of a checkpoint.
+
+    Attributes:
+        rows: counts and shares by group and by tensor.
+        spikes: the weights behind activation outliers.
+        not_compared: protected weights in tensors of the mask that the checkpoints do not have, by name.
+    """
+
+    rows: Grouped[AuditRow, AuditRow]
+    spikes: Sequence[SpikeAudit] = ()
+    not_compared: Mapping[str, int] = field(default_factory=dict)
+
+    def numbers(self) -> dict[str, Any]:
+        """Return the numbers of report.json."""
+        return self.rows.numbers() | {
+            "spikes": [one.numbers() for one in self.spikes],
+            "not_compared": [{"name": name, "num_protected": size} for name, size in self.not_compared.items()],
+        }
+
+
 def audit_tensor(name: str, protected: TileSet | None, changed: Tensor) -> TensorAudit:
     """Count one tensor's protected weights, its changed weights, and those that are both.
 
     Args:
-        name: the tensor's, for the error.
-        protected: the mask's set; None where the mask does not know the tensor, and so protects nothing of it.
+        name: of the tensor, for the error.
+        protected: the mask's set; None where the mask lacks the tensor, and so protects nothing of it.
         changed: bool in the tensor's shape, True = changed.
 
     Raises:
@@ -64,8 +131,8 @@ def audit_tensor(name: str, protected: TileSet | None, changed: Tensor) -> Tenso
     return TensorAudit(flat.numel(), protected.count(), num_changed, both)
 
 
-def spike_audit(spike: Mapping[str, Any], protected: TileSet | None, changed: Tensor) -> dict[str, Any]:
-    """Whether the weight behind an activation outlier is protected, and whether it moved.
+def spike_audit(spike: Mapping[str, Any], protected: TileSet | None, changed: Tensor) -> SpikeAudit:
+    """Look up the weight behind an activation outlier in the mask and in the changes.
 
     Args:
         spike: an entry of ``spikes`` in the report that ``ssrctl superweights`` writes: ``parameter``,
@@ -74,115 +141,36 @@ def spike_audit(spike: Mapping[str, Any], protected: TileSet | None, changed: Te
         protected: the mask's set of the tensor ``parameter``, None for nothing.
         changed: bool in that tensor's shape, True = changed.
 
-    Returns:
-        The spike with ``protected`` and ``moved``.
-
     Raises:
-        UserError: coordinates that are none of this tensor's, or a mask of another shape.
+        UserError: coordinates outside of this tensor, or a mask of another shape.
     """
-    name = str(spike.get("parameter"))
     index = _flat_index(spike, tuple(changed.shape))
     inside = False
     if protected is not None:
-        _check_shape(name, protected, changed)
+        _check_shape(str(spike.get("parameter")), protected, changed)
         inside = _contains(protected, index)
-    return dict(spike) | {"index": index, "protected": inside, "moved": bool(changed.reshape(-1)[index])}
+    return SpikeAudit(spike, index, inside, bool(changed.reshape(-1)[index]))
 
 
-def audit_numbers(
-    found: Mapping[str, TensorAudit],
-    spikes: Sequence[Mapping[str, Any]] = (),
-    not_compared: Mapping[str, int] | None = None,
-) -> dict[str, Any]:
-    """The audit's numbers: ``total``, ``layers``, ``kinds``, ``cells``, ``tensors``, ``spikes``, ``not_compared``.
-
-    Each group has its counts; ``protected_frac``, protected over all weights; ``changed_frac``, changed over all;
-    ``protected_changed_frac``, changed over protected; ``overlap``, the protected share of the changed weights;
-    ``expected_overlap``, what that would be if as many weights of each tensor had changed at random (for one tensor
-    the protected density); and ``ratio``, the first of these two over the second. A share of nothing is None.
-
-    Args:
-        found: ``audit_tensor`` of each tensor that was compared.
-        spikes: ``spike_audit`` of each activation outlier.
-        not_compared: protected weights in tensors of the mask that the checkpoints do not have, by name.
-    """
-    return grouped(found, _summary) | {
-        "spikes": [dict(spike) for spike in spikes],
-        "not_compared": [{"name": name, "num_protected": size} for name, size in (not_compared or {}).items()],
-    }
-
-
-def failures(numbers: Mapping[str, Any], *, frozen: bool, moved_pattern: str | None) -> list[str]:
-    """What is not as it was asserted, in sentences; empty when all is well.
-
-    An assertion that holds because there was nothing to check is a failure.
-
-    Args:
-        numbers: from ``audit_numbers``.
-        frozen: no protected weight may have changed.
-        moved_pattern: a glob pattern (``*`` also matches dots; upper and lower case differ): in every tensor whose
-            name matches, at least one weight must have changed. None asserts nothing.
-    """
-    lines = _frozen_failures(numbers) if frozen else []
-    if moved_pattern is not None:
-        lines += _moved_failures(numbers["tensors"], moved_pattern)
-    return lines
-
-
-def _frozen_failures(numbers: Mapping[str, Any]) -> list[str]:
-    lines, total = [], numbers["total"]
-    if missing := {row["name"]: row["num_protected"] for row in numbers["not_compared"] if row["num_protected"]}:
-        lines.append(
-            f"{times(sum(missing.values()), 'protected weight')} could not be compared: the checkpoints lack "
-            f"{_listed(list(missing))}."
-        )
-    elif total["num_protected"] == 0:
-        lines.append("The mask protects none of the weights that were compared, so nothing was asserted.")
-    if total["num_protected_changed"]:
-        moved = sorted(
-            (row for row in numbers["tensors"] if row["num_protected_changed"]),
-            key=lambda row: -row["num_protected_changed"],
-        )
-        names = _listed([f"{row['name']} ({count(row['num_protected_changed'])})" for row in moved])
-        lines.append(
-            f"{count(total['num_protected_changed'])} of {times(total['num_protected'], 'protected weight')} changed "
-            f"({percent(total['protected_changed_frac'])}), in {times(len(moved), 'tensor')}: {names}."
-        )
-    return lines
-
-
-def _moved_failures(tensors: Sequence[Mapping[str, Any]], pattern: str) -> list[str]:
-    # A tensor without weights cannot move.
-    matching = [row for row in tensors if row["numel"] and fnmatch.fnmatchcase(row["name"], pattern)]
-    if not matching:
-        names = _listed([row["name"] for row in tensors])
-        return [f"No tensor's name matches {pattern!r}; the compared tensors are {names}."]
-    still = [row["name"] for row in matching if row["num_changed"] == 0]
-    if not still:
-        return []
-    return [
-        f"{len(still)} of {times(len(matching), 'tensor')} that match {pattern!r} did not change: {_listed(still)}."
-    ]
-
-
-def _summary(audits: Sequence[TensorAudit]) -> dict[str, Any]:
+def audit_row(audits: Sequence[TensorAudit]) -> AuditRow:
+    """Return the counts and shares of several tensors together."""
     numel = sum(audit.numel for audit in audits)
     protected = sum(audit.num_protected for audit in audits)
-    moved = sum(audit.num_changed for audit in audits)
+    changed = sum(audit.num_changed for audit in audits)
     both = sum(audit.num_protected_changed for audit in audits)
     by_chance = math.fsum(audit.num_changed * audit.num_protected / audit.numel for audit in audits if audit.numel)
-    return {
-        "numel": numel,
-        "num_protected": protected,
-        "num_changed": moved,
-        "num_protected_changed": both,
-        "protected_frac": _share(protected, numel),
-        "changed_frac": _share(moved, numel),
-        "protected_changed_frac": _share(both, protected),
-        "overlap": _share(both, moved),
-        "expected_overlap": _share(by_chance, moved),
-        "ratio": _share(both, by_chance),
-    }
+    return AuditRow(
+        numel=numel,
+        num_protected=protected,
+        num_changed=changed,
+        num_protected_changed=both,
+        protected_frac=_share(protected, numel),
+        changed_frac=_share(changed, numel),
+        protected_changed_frac=_share(both, protected),
+        overlap=_share(both, changed),
+        expected_overlap=_share(by_chance, changed),
+        ratio=_share(both, by_chance),
+    )
 
 
 def _share(part: float, whole: float) -> float | None:
@@ -222,20 +210,15 @@ def _contains(tiles: TileSet, index: int) -> bool:
     return TileSet.from_indices(tiles.shape, tensor([index], device=tiles.device)).intersection(tiles).count() == 1
 
 
-def _listed(names: Sequence[str]) -> str:
-    more = len(names) - _SHOWN_NAMES
-    return ", ".join(names[:_SHOWN_NAMES]) + (f" and {more:,} more" if more > 0 else "")
-
-
 @register
-class Audit(PairMeasure["tuple[TensorAudit, list[dict[str, Any]]]", "dict[str, Any]"]):
-    """Whether protected weights moved, and which tensors did."""
+class Audit(PairMeasure[tuple[TensorAudit, list[SpikeAudit]], AuditResult]):
+    """The protected weights that moved, and the tensors that did."""
 
     name = "audit"
     audits = True
 
     def __init__(self, comparison: Comparison, config: DiagnoseConfig, run: Path | None = None) -> None:
-        """Read the mask and the list of activation outliers beside it, before anything slow."""
+        """Read the mask and the list of activation outliers next to it, before anything slow."""
         super().__init__(comparison, config, run)
         path = config.assert_frozen or config.protect
         self.mask = _protected_weights(comparison, config)
@@ -248,27 +231,26 @@ class Audit(PairMeasure["tuple[TensorAudit, list[dict[str, Any]]]", "dict[str, A
         """Return True if a mask or a pattern is given."""
         return not (config.protect is None and config.assert_frozen is None and config.assert_moved is None)
 
-    def tensor(self, pair: TensorPair) -> tuple[TensorAudit, list[dict[str, Any]]]:
+    def tensor(self, pair: TensorPair) -> tuple[TensorAudit, list[SpikeAudit]]:
         """Return the counts of one tensor, and the activation outliers in it."""
         changed = change_rule(self.config, "bits")[0](pair.base, pair.tuned)
         protected = self.mask.tensors.get(pair.name) if self.mask is not None else None
         mine = [spike_audit(spike, protected, changed) for spike in self.spikes if spike["parameter"] == pair.name]
         return audit_tensor(pair.name, protected, changed), mine
 
-    def combine(self, parts: Mapping[str, list[tuple[TensorAudit, list[dict[str, Any]]]]]) -> dict[str, Any]:
+    def combine(self, parts: Mapping[str, list[tuple[TensorAudit, list[SpikeAudit]]]]) -> AuditResult:
         """Return the counts by layer, kind and tensor, the outliers, and the mask's tensors that were not compared."""
         found = {name: one for name, ((one, _),) in parts.items()}
         spikes = [spike for ((_, mine),) in parts.values() for spike in mine]
         held = {} if self.mask is None or self.config.layers else self.mask.tensors
-        return audit_numbers(found, spikes, {name: one.count() for name, one in held.items() if name not in found})
+        missing = {name: one.count() for name, one in held.items() if name not in found}
+        return AuditResult(group(found, audit_row), spikes, missing)
 
-    def present(self, result: dict[str, Any]) -> Findings:
+    def present(self, result: AuditResult) -> Findings:
         """Return sentences and tables on protected weights, and the assertions that do not hold."""
-        from ssrctl.measures.audit_report import audit_section, headlines
-
         frozen, moved = self.config.assert_frozen is not None, self.config.assert_moved
         return Findings(
-            numbers=result,
+            numbers=result.numbers(),
             headlines=headlines(result),
             sections=[audit_section(result)],
             failed=failures(result, frozen=frozen, moved_pattern=moved),
@@ -276,7 +258,7 @@ class Audit(PairMeasure["tuple[TensorAudit, list[dict[str, Any]]]", "dict[str, A
 
 
 def _protected_weights(comparison: Comparison, config: DiagnoseConfig) -> BlockMask | None:
-    """The mask of ``--protect`` or ``--assert-frozen``, if any.
+    """Read the mask of ``--protect`` or ``--assert-frozen``, if any.
 
     Raises:
         UserError: both, a mask that cannot be read, or one of other tensors.
@@ -285,7 +267,7 @@ def _protected_weights(comparison: Comparison, config: DiagnoseConfig) -> BlockM
 
     if config.protect is not None and config.assert_frozen is not None:
         raise UserError(
-            "--protect and --assert-frozen each name a mask", "give --assert-frozen alone; it reports the same"
+            "--protect and --assert-frozen each name a mask", "give only --assert-frozen; it reports the same"
         )
     path = config.assert_frozen or config.protect
     if path is None:
@@ -305,7 +287,7 @@ def _protected_weights(comparison: Comparison, config: DiagnoseConfig) -> BlockM
 
 
 def _spikes(mask: Path) -> list[dict[str, Any]]:
-    """The activation outliers that `ssrctl superweights` found, from the report beside its mask."""
+    """Read the activation outliers that `ssrctl superweights` found, from the report next to its mask."""
     report = mask.with_name(mask.stem + ".report.json")
     if not report.is_file():
         return []
@@ -317,3 +299,193 @@ def _spikes(mask: Path) -> list[dict[str, Any]]:
     if not all(isinstance(spike, dict) and all(key in spike for key in wanted) for spike in spikes):
         raise UserError(f"{report}: its list of spikes is not one of ours", "make the mask again")
     return list(spikes)
+
+
+# --------------------------------------------------------------------------------------------------
+# assertions
+
+
+def failures(result: AuditResult, *, frozen: bool, moved_pattern: str | None) -> list[str]:
+    """Return the assertions that do not hold, in sentences.
+
+    An assertion that holds because there was nothing to check is a failure.
+
+    Args:
+        result: of the audit.
+        frozen: no protected weight may have changed.
+        moved_pattern: a glob pattern (``*`` also matches dots; upper and lower case differ): in every tensor whose
+            name matches, at least one weight must have changed. None asserts nothing.
+    """
+    lines = _frozen_failures(result) if frozen else []
+    if moved_pattern is not None:
+        lines += _moved_failures(result.rows.tensors, moved_pattern)
+    return lines
+
+
+def _frozen_failures(result: AuditResult) -> list[str]:
+    lines, total = [], result.rows.total
+    if missing := {name: size for name, size in result.not_compared.items() if size}:
+        lines.append(
+            f"{times(sum(missing.values()), 'protected weight')} could not be compared: the checkpoints lack "
+            f"{_listed(list(missing))}."
+        )
+    elif total.num_protected == 0:
+        lines.append("The mask protects none of the weights that were compared, so nothing was asserted.")
+    if total.num_protected_changed:
+        moved = {name: row.num_protected_changed for name, row in result.rows.tensors.items()}
+        order = sorted((name for name in moved if moved[name]), key=lambda name: -moved[name])
+        names = _listed([f"{name} ({count(moved[name])})" for name in order])
+        lines.append(
+            f"{count(total.num_protected_changed)} of {times(total.num_protected, 'protected weight')} changed "
+            f"({percent(total.protected_changed_frac)}), in {times(len(order), 'tensor')}: {names}."
+        )
+    return lines
+
+
+def _moved_failures(tensors: Mapping[str, AuditRow], pattern: str) -> list[str]:
+    # A tensor without weights cannot move.
+    matching = [name for name, row in tensors.items() if row.numel and fnmatch.fnmatchcase(name, pattern)]
+    if not matching:
+        return [f"No tensor's name matches {pattern!r}; the compared tensors are {_listed(list(tensors))}."]
+    still = [name for name in matching if tensors[name].num_changed == 0]
+    if not still:
+        return []
+    return [
+        f"{len(still)} of {times(len(matching), 'tensor')} that match {pattern!r} did not change: {_listed(still)}."
+    ]
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - _SHOWN_NAMES
+    return ", ".join(names[:_SHOWN_NAMES]) + (f" and {more:,} more" if more > 0 else "")
+
+
+# --------------------------------------------------------------------------------------------------
+# sentences, tables and figures
+
+
+def headlines(result: AuditResult) -> list[str]:
+    """Return the answer in sentences."""
+    total, spikes = result.rows.total, result.spikes
+    lines = [_protected_sentence(total)]
+    if total.num_changed and total.num_protected:
+        lines.append(
+            f"{percent(total.overlap)} of the changed weights are protected ones; at random it would be "
+            f"{percent(total.expected_overlap)}."
+        )
+    if spikes:
+        inside, moved = sum(one.protected for one in spikes), sum(one.moved for one in spikes)
+        lines.append(
+            f"Of {times(len(spikes), 'activation outlier')}, {inside} {'has its' if inside == 1 else 'have their'} "
+            f"weight inside the protected set; {moved} {'was' if moved == 1 else 'were'} changed."
+        )
+    if total.num_protected == 0:
+        lines.append(_moved_sentence(result.rows.tensors))
+    if missing := result.not_compared:
+        lines.append(f"{times(len(missing), 'tensor')} of the mask could not be compared: the checkpoints lack them.")
+    return lines
+
+
+def _protected_sentence(total: AuditRow) -> str:
+    if total.num_protected == 0:
+        return "No protected weight was compared."
+    protected = f"{times(total.num_protected, 'protected weight')} ({percent(total.protected_frac)} of all)"
+    if total.num_protected_changed == 0:
+        return f"None of {protected} changed."
+    return f"Of {protected}, {count(total.num_protected_changed)} changed ({percent(total.protected_changed_frac)})."
+
+
+def _moved_sentence(tensors: Mapping[str, AuditRow]) -> str:
+    return f"{sum(row.num_changed > 0 for row in tensors.values()):,} of {times(len(tensors), 'tensor')} changed."
+
+
+def audit_section(result: AuditResult) -> Section:
+    """Return protected weights that moved, by kind, layer and tensor, and the weights behind activation outliers.
+
+    Where nothing is protected, it shows which tensors changed.
+    """
+    rows, spikes = result.rows, _spike_tables(result.spikes)
+    if rows.total.num_protected == 0:
+        moved: list[RowColumn] = [
+            ("weights", "numel", count), ("changed", "num_changed", count), ("share", "changed_frac", percent),
+        ]  # fmt: skip
+        table = row_table("Changed weights by tensor", "tensor", rows.tensors, moved, detail=True)
+        return Section(
+            title="Which tensors changed?",
+            text=f"No protected weight was compared. {_moved_sentence(rows.tensors)}",
+            tables=[table, *spikes],
+        )
+    columns: list[RowColumn] = [
+        ("weights", "numel", count),
+        ("protected", "num_protected", count),
+        ("changed", "num_changed", count),
+        ("both", "num_protected_changed", count),
+        ("of protected", "protected_changed_frac", percent),
+        ("of changed", "overlap", percent),
+        ("by chance", "expected_overlap", percent),
+        ("ratio", "ratio", number),
+    ]
+    note = (
+        "Of protected: both over protected. Of changed: both over changed; by chance: what random changes would "
+        "give; ratio: of these two. Tensors without protected weights are left out."
+    )
+    kinds, layers, tensors = map(_protected, (rows.kinds, rows.labelled_layers, rows.tensors))
+    return Section(
+        title="Did protected weights move?",
+        text="A frozen weight has to be equal to what it was. Without protection, as large a share of the changed "
+        "weights would be protected ones as chance gives (as many changed weights of each tensor, at random).",
+        figures=[
+            *_figure("Changed share of the protected weights, by kind", kinds),
+            *_figure("Changed share of the protected weights, by layer", layers),
+        ],
+        tables=[
+            row_table("Protected weights by kind of matrix", "kind", kinds, columns, note),
+            row_table("Protected weights by layer", "layer", layers, columns, note),
+            *spikes,
+            row_table("Protected weights by tensor", "tensor", tensors, columns, note, detail=True),
+        ],
+    )
+
+
+def _protected(rows: Mapping[str, AuditRow]) -> dict[str, AuditRow]:
+    return {label: row for label, row in rows.items() if row.num_protected}
+
+
+def _figure(title: str, rows: Mapping[str, AuditRow]) -> list[Bars]:
+    """Return bars of the changed shares; none where nothing moved, since all would be empty."""
+    if not any(row.num_protected_changed for row in rows.values()):
+        return []
+    return [
+        Bars(
+            title=title,
+            labels=list(rows),
+            series={
+                "protected": [row.protected_changed_frac for row in rows.values()],
+                "expected by chance: all weights": [row.changed_frac for row in rows.values()],
+            },
+            axis="share that changed",
+        )
+    ]
+
+
+def _spike_tables(spikes: Sequence[SpikeAudit]) -> list[Table]:
+    if not spikes:
+        return []
+    return [
+        Table(
+            title="Weights behind activation outliers",
+            columns=["tensor", Column("out channel", str), Column("in channel", str), "protected", "changed"],
+            rows=[
+                [
+                    str(one.spike["parameter"]),
+                    one.spike.get("out_channel", ""),
+                    one.spike.get("in_channel", ""),
+                    "yes" if one.protected else "no",
+                    "yes" if one.moved else "no",
+                ]
+                for one in spikes
+            ],
+            note="The weight where the strongest input channel of a down projection meets its strongest output channel "
+            "(Yu et al. 2024, the super weight).",
+        )
+    ]

@@ -1,26 +1,27 @@
-"""What two papers measured on public checkpoints, to be shown beside one's own numbers.
+"""Numbers that papers measured on public checkpoints, next to one's own.
 
-Values are those of the papers' tables, as shares in [0, 1]. Sources: Mukherjee et al. 2025, *Reinforcement learning
-finetunes small subnetworks in large language models*, arXiv:2505.11711; Zhu et al. 2025, *The path not taken*,
-arXiv:2511.08567.
+The numbers ship as ``profiles/published/*.json``, one file for each paper: the values of its tables as shares in [0, 1].
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+import json
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from ssrctl.report.document import Ranges, Reference, Section, Table
+from ssrctl.io.package_data import profile_path, shipped_names
+from ssrctl.report.document import Column, Format, Ranges, Reference, Section, Table
 from ssrctl.report.formats import number, percent, times
 
-Measure = Literal[
+PublishedKey = Literal[
     "sparsity_1e-8", "sparsity_1e-7", "sparsity_1e-6", "sparsity_1e-5", "sparsity_bf16",
     "rank", "run_overlap", "run_jaccard", "changed_per_checkpoint", "outside_final",
 ]  # fmt: skip
 Training = Literal["RL", "SFT"]
 
-MEASURES: dict[Measure, str] = {
+NAMES: dict[PublishedKey, str] = {
     "sparsity_1e-8": "update sparsity, tolerance 1e-8",
     "sparsity_1e-7": "update sparsity, tolerance 1e-7",
     "sparsity_1e-6": "update sparsity, tolerance 1e-6",
@@ -32,7 +33,6 @@ MEASURES: dict[Measure, str] = {
     "changed_per_checkpoint": "weights changed from one checkpoint to the next",
     "outside_final": "ever changed, but not in the final subnetwork",
 }
-MUKHERJEE, ZHU = "Mukherjee et al. 2025", "Zhu et al. 2025"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,235 +40,72 @@ class Published:
     """One published number.
 
     Attributes:
-        paper: ``MUKHERJEE`` or ``ZHU``.
-        table: where in the paper: ``table 1``.
-        measure: what was measured, a key of ``MEASURES``.
+        paper: authors and year.
+        table: its place in the paper: ``table 1``.
+        measure: the quantity, a key of ``NAMES``.
         model: the checkpoint, or the matrix or setting where the table has one model only.
-        algorithm: how it was trained.
+        algorithm: the training algorithm.
         training: RL (preference optimisation included) or SFT.
         value: a share in [0, 1].
-        baseline: what the paper gives for chance, where it does.
+        baseline: the paper's value for chance; None where it gives none.
     """
 
     paper: str
     table: str
-    measure: Measure
+    measure: PublishedKey
     model: str
     algorithm: str
+    training: Training
     value: float
-    training: Training = "RL"
     baseline: float | None = None
 
 
-# Per cent: sparsity at a tolerance of 1e-5.
-_MUKHERJEE_1 = (
-    ("DPO", "Llama-3.1-Tulu-3-8B-DPO", 81.4),
-    ("DPO", "Llama-3.1-Tulu-3-70B-DPO", 95.2),
-    ("GRPO", "deepseek-math-7b-rl", 68.5),
-    ("GRPO", "DeepSeek-R1-Zero", 86.0),
-    ("ORPO", "mistral-orpo-beta", 76.9),
-    ("KTO", "Eurus-7b-kto", 96.0),
-    ("KTO", "Llama-3-Base-8B-SFT-KTO", 81.2),
-    ("PPO", "math-shepherd-mistral-7b-rl", 80.8),
-    # Table 6 gives this model 76.42, and 86.52 to Llama-3-Base-8B-SFT-SimPO.
-    ("SimPO", "Llama-3-Instruct-8B-SimPO", 86.5),
-    ("PRIME", "Eurus-2-7B-PRIME", 77.0),
-)
-# Per cent: sparsity at tolerances of 1e-8, 1e-7, 1e-6 and 1e-5.
-_MUKHERJEE_6 = (
-    ("DPO", "Llama-3.1-Tulu-3-8B-DPO", (76.04, 76.04, 76.14, 81.38)),
-    ("DPO", "Llama-3.1-Tulu-3-70B-DPO", (87.58, 87.59, 87.79, 95.24)),
-    ("GRPO", "deepseek-math-7b-rl", (68.14, 68.14, 68.14, 68.53)),
-    ("ORPO", "mistral-orpo-beta", (73.16, 73.18, 73.23, 76.94)),
-    ("ORPO", "mistral-orpo-alpha", (50.40, 50.41, 50.48, 53.23)),
-    ("KTO", "Eurus-7b-kto", (71.78, 71.79, 73.14, 95.98)),
-    ("PPO", "math-shepherd-mistral-7b-rl", (52.45, 52.47, 53.21, 80.77)),
-    ("PRIME", "Eurus-2-7B-PRIME", (75.26, 75.27, 75.36, 77.04)),  # under PPO in table 6, under PRIME in table 1
-    ("SimPO", "Llama-3-Instruct-8B-SimPO", (71.00, 71.00, 71.10, 76.42)),
-    ("SimPO", "Llama-3-Base-8B-SFT-SimPO", (79.47, 79.47, 79.60, 86.52)),
-    ("SimPO", "Mistral-7B-Instruct-SimPO", (59.37, 59.40, 60.31, 89.07)),
-    ("SimPO", "Mistral-7B-Base-SFT-SimPO", (62.58, 62.60, 63.56, 91.44)),
-)
-_TOLERANCES: tuple[Measure, ...] = ("sparsity_1e-8", "sparsity_1e-7", "sparsity_1e-6", "sparsity_1e-5")
-# Per cent: mean rank of the update matrices over their maximum.
-_MUKHERJEE_2 = (
-    ("DPO", "Tulu 8B", 99.8),
-    ("PRIME", "Eurus 7B", 99.5),
-    ("KTO", "Llama-3 8B", 99.2),
-    ("GRPO", "DeepSeek Math 7B", 99.4),
-)
-# Per cent: what differs between the two runs, one-sided overlap o1 or o2, and the same by chance.
-_MUKHERJEE_4 = (
-    ("seed, o1", 60.5, 36.7),
-    ("seed, o2", 60.6, 36.7),
-    ("data, o1", 26.7, 14.6),
-    ("data, o2", 67.1, 36.7),
-    ("seed, data and algorithm, o1", 59.1, 23.0),
-    ("seed, data and algorithm, o2", 33.2, 12.9),
-)
-# Per cent: bf16-aware sparsity.
-_ZHU_1: tuple[tuple[Training, str, str, float], ...] = (
-    ("SFT", "SFT", "DS-R1-Distill-Qwen-1.5B", 2.8),
-    ("RL", "GRPO", "DeepScaleR-1.5B-Preview", 53.8),
-    ("RL", "GRPO", "DeepCoder-1.5B-Preview", 45.5),
-    ("RL", "GRPO", "Archer-Code-1.5B", 52.5),
-    ("RL", "GRPO", "NV-ProRL", 38.4),
-    ("RL", "Reinforcement++", "NV-ProRL-v2", 36.3),
-    ("SFT", "SFT", "Klear-Reasoner-8B-SFT", 0.6),
-    ("RL", "GRPO", "Klear-Reasoner-8B", 69.5),
-    ("RL", "GRPO", "GT-Qwen3-8B-Base", 79.9),
-    ("RL", "DAPO", "the authors' own, from Qwen3-8B-Base", 79.7),
-    ("SFT", "SFT", "UniReason-Qwen3-14B-think-SFT", 18.8),
-    ("RL", "GRPO", "UniReason-Qwen3-14B-RL", 68.3),
-    ("RL", "DAPO", "Polaris-4B-Preview", 79.3),
-    ("RL", "DAPO", "Polaris-7B-Preview", 61.7),
-    ("RL", "GRPO", "UloRL-A3B", 91.7),
-)
-# Kind of matrix (as ``sparsity.matrix_kind`` names them), Jaccard index, and the same by chance; layer 13.
-_ZHU_2 = (
-    ("q", 0.580, 0.430),
-    ("k", 0.580, 0.413),
-    ("v", 0.597, 0.467),
-    ("o", 0.552, 0.373),
-    ("down", 0.585, 0.453),
-    ("up", 0.578, 0.443),
-    ("gate", 0.575, 0.437),
-)
+@functools.cache
+def published() -> tuple[Published, ...]:
+    """Return all published numbers, by paper and in the order of its tables; read from disk once."""
+    found: list[Published] = []
+    for name in shipped_names("published", ".json"):
+        held = json.loads(profile_path("published", name, ".json").read_text(encoding="utf-8"))
+        found += (Published(paper=held["paper"], **row) for row in held["numbers"])
+    return tuple(found)
 
 
-def _share(per_cent: float) -> float:
-    """The nearest float to the printed number of per cent, which a division by 100 would miss."""
-    return float(f"{per_cent}e-2")
-
-
-def _mukherjee() -> list[Published]:
-    def one(table: str, measure: Measure, model: str, how: str, value: float, **more: Any) -> Published:
-        return Published(
-            paper=MUKHERJEE, table=table, measure=measure, model=model, algorithm=how, value=_share(value), **more
-        )
-
-    found = [one("table 1", "sparsity_1e-5", model, how, value) for how, model, value in _MUKHERJEE_1]
-    found += [one("table 2", "rank", model, how, value) for how, model, value in _MUKHERJEE_2]
-    for what, value, chance in _MUKHERJEE_4:
-        how = "DPO, PRIME" if "algorithm" in what else "DPO"
-        model = f"runs that differ in {what}"
-        found.append(one("table 4", "run_overlap", model, how, value, baseline=_share(chance)))
-    for how, model, values in _MUKHERJEE_6:
-        for measure, value in zip(_TOLERANCES, values, strict=True):
-            found.append(one("table 6", measure, model, how, value))
-    # Section 3 gives the range only, over the three SFT models of appendix C.
-    for which, value in (("least", 6.0), ("most", 15.0)):
-        found.append(one("section 3", "sparsity_1e-5", f"{which} of 3 models", "SFT", value, training="SFT"))
-    found.append(one("section 6", "outside_final", "Eurus-2-7B-PRIME", "PRIME", 8.5))
-    found.append(one("appendix D", "changed_per_checkpoint", "Eurus-2-7B-PRIME, mean", "PRIME", 7.0))
-    return found
-
-
-def _zhu() -> list[Published]:
-    sparsity = [
-        Published(
-            paper=ZHU,
-            table="table 1",
-            measure="sparsity_bf16",
-            model=model,
-            algorithm=how,
-            training=training,
-            value=_share(value),
-        )
-        for training, how, model, value in _ZHU_1
-    ]
-    overlap = [
-        Published(
-            paper=ZHU,
-            table="table 2",
-            measure="run_jaccard",
-            model=f"{kind} of layer 13, DS-R1-Distill-Qwen-1.5B, mean over the pairs of 5 runs",
-            algorithm="GRPO, Reinforcement++",
-            value=value,
-            baseline=chance,
-        )
-        for kind, value, chance in _ZHU_2
-    ]
-    return sparsity + overlap
-
-
-PUBLISHED = (*_mukherjee(), *_zhu())
-
-
-# --------------------------------------------------------------------------------------------------
-# as references in figures
-
-
-def references(measure: Measure, training: Training | None = None) -> list[Reference]:
-    """The published ranges of a measure, one for each table that has it (RL before SFT), for a figure of shares.
+def references(measure: PublishedKey, training: Training | None = None) -> list[Reference]:
+    """Return the published ranges of a measure, one for each table that has it (RL before SFT).
 
     Args:
-        measure: a key of ``MEASURES``.
+        measure: a key of ``NAMES``.
         training: RL or SFT only; None is both.
     """
-    found = []
+    tables: dict[tuple[str, str, str], list[float]] = {}
     for kind in ("RL", "SFT") if training is None else (training,):
-        for paper, table in dict.fromkeys((one.paper, one.table) for one in PUBLISHED if one.measure == measure):
-            values = [
-                one.value
-                for one in PUBLISHED
-                if (one.measure, one.paper, one.table, one.training) == (measure, paper, table, kind)
-            ]
-            if values:
-                found.append(_reference(f"{paper}, {table}, {kind}", measure, values))
-    return found
+        for one in published():
+            if (one.measure, one.training) == (measure, kind):
+                tables.setdefault((one.paper, one.table, kind), []).append(one.value)
+    return [_reference(", ".join(source), measure, values) for source, values in tables.items()]
 
 
-def chance_references(measure: Measure) -> list[Reference]:
-    """What the papers give for chance beside a measure's values, one range for each table."""
-    tables = dict.fromkeys((one.paper, one.table) for one in PUBLISHED if one.measure == measure)
-    found = []
-    for paper, table in tables:
-        values = [
-            one.baseline
-            for one in PUBLISHED
-            if (one.measure, one.paper, one.table) == (measure, paper, table) and one.baseline is not None
-        ]
-        if values:
-            found.append(_reference(f"{paper}, {table}, chance", measure, values))
-    return found
-
-
-def _reference(source: str, measure: Measure, values: Sequence[float]) -> Reference:
+def _reference(source: str, measure: PublishedKey, values: Sequence[float]) -> Reference:
     low, high = min(values), max(values)
-    return Reference(f"{source}: {_span(measure, low, high)}", low, high if high > low else None)
+    style = "{:.3f}" if measure == "run_jaccard" else "{:.1%}"
+    span = " to ".join(style.format(one) for one in dict.fromkeys((low, high)))
+    return Reference(f"{source}: {span}", low, high if high > low else None)
 
 
-def _span(measure: Measure, low: float, high: float) -> str:
-    if measure == "run_jaccard":
-        return f"{low:.3f} to {high:.3f}"
-    ends = [f"{100 * low:.1f}%"] + ([f"{100 * high:.1f}%"] if high > low else [])
-    return " to ".join(ends)
-
-
-def jaccard_by_kind() -> dict[str, tuple[float, float]]:
-    """(Jaccard index, the same by chance) of five runs, for each kind of matrix of one layer (Zhu et al., table 2)."""
-    return {kind: (value, chance) for kind, value, chance in _ZHU_2}
-
-
-# --------------------------------------------------------------------------------------------------
-# beside one's own numbers
-
-
-def position(measure: Measure, value: float) -> Literal["below", "within", "above"]:
-    """Where a value lies relative to everything that was published for RL."""
-    values = [one.value for one in PUBLISHED if one.measure == measure and one.training == "RL"]
+def position(measure: PublishedKey, value: float) -> Literal["below", "within", "above"]:
+    """Return the place of a value relative to all numbers that were published for RL."""
+    values = [one.value for one in published() if one.measure == measure and one.training == "RL"]
     if value < min(values):
         return "below"
     return "above" if value > max(values) else "within"
 
 
-def unusual(values: Mapping[Measure, float | None]) -> list[str]:
-    """A sentence for each value that lies outside of everything that was published for RL.
+def unusual(values: Mapping[PublishedKey, float | None]) -> list[str]:
+    """Return a sentence for each value outside of all numbers that were published for RL.
 
     Args:
-        values: shares in [0, 1]; None was not measured. A measure with a single published number is left out, since
-            one number is no range.
+        values: shares in [0, 1]; None was not measured. A measure with a single published number has no range and is
+            left out.
     """
     found = []
     for measure, value in values.items():
@@ -278,80 +115,78 @@ def unusual(values: Mapping[Measure, float | None]) -> list[str]:
         sft = [one for one in references(measure, "SFT") if one.high is not None and one.low <= value <= one.high]
         like_sft = f", and as published for SFT ({sft[0].label})" if sft else ""
         sources = "; ".join(one.label for one in ranges)
-        name = MEASURES[measure]
-        found.append(
-            f"{name[0].upper()}{name[1:]}: {_shown(measure, value)}, {where} what was published ({sources}){like_sft}."
-        )
+        name, shown = NAMES[measure], _format(measure)(value)
+        found.append(f"{name[0].upper()}{name[1:]}: {shown}, {where} what was published ({sources}){like_sft}.")
     return found
 
 
-def _shown(measure: Measure, value: float | None) -> str:
-    return number(value) if measure == "run_jaccard" else percent(value)
+def _format(measure: PublishedKey) -> Format:
+    return number if measure == "run_jaccard" else percent
 
 
-def published_section(values: Mapping[Measure, float | None], title: str = "Beside what was published") -> Section:
-    """A section that shows measured values beside the papers' ranges, and all published numbers collapsed.
+def published_section(values: Mapping[PublishedKey, float | None]) -> Section:
+    """Return a section that shows measured values next to the papers' ranges, and all published numbers collapsed.
 
     Args:
-        values: shares in [0, 1] of the measures that were taken; None shows the published range alone.
-        title: of the section.
+        values: shares in [0, 1] of the measures that were taken; None shows only the published range.
     """
-    labels = [MEASURES[measure] for measure in values]
     figure = Ranges(
         title="Measured values and published ranges",
-        labels=labels,
+        labels=[NAMES[measure] for measure in values],
         values=list(values.values()),
         references=[references(measure) for measure in values],
         axis="share",
         caption="Dots are this comparison; bars are the ranges over the papers' checkpoints.",
     )
-    rows = [
-        [
-            MEASURES[measure],
-            _shown(measure, value),
-            "–" if value is None else position(measure, value),
-            "; ".join(one.label for one in references(measure)),
-        ]
-        for measure, value in values.items()
-    ]
     compared = Table(
         title="Measured and published",
-        columns=["measure", "here", "against published RL", "published"],
-        rows=rows,
-        note="The published checkpoints are stored in bf16. Sparsity falls as training goes on (Mukherjee et al. "
-        "2025, figure 5), so that a short run lies above the range.",
+        columns=["measure", Column("here", list(map(_format, values))), "against published RL", "published"],
+        rows=[
+            [
+                NAMES[measure],
+                value,
+                None if value is None else position(measure, value),
+                "; ".join(one.label for one in references(measure)),
+            ]
+            for measure, value in values.items()
+        ],
+        note="The published checkpoints are stored in bf16. Sparsity falls during training (Mukherjee et al. 2025, "
+        "figure 5), so that a short run lies above the range.",
     )
     return Section(
-        title=title,
+        title="Next to published numbers",
         text="Does the update look like those of published RL checkpoints?",
         figures=[figure] if values else [],
-        tables=[compared, published_table(list(values))],
+        tables=[compared, _published_table(values)],
     )
 
 
-def published_table(measures: Sequence[Measure] = ()) -> Table:
-    """The published numbers of some measures (of all when none is named), one row each."""
-    kept = [one for one in PUBLISHED if not measures or one.measure in measures]
-    shown = [
-        {
-            "model": one.model,
-            "training": one.algorithm,
-            "measure": MEASURES[one.measure],
-            "value": _shown(one.measure, one.value),
-            "chance": _shown(one.measure, one.baseline),
-            "source": f"{one.paper}, {one.table}",
-        }
-        for one in kept
-    ]
-    numbers = [{"value": one.value, "chance": one.baseline} for one in kept]
-    columns = ["model", "training", "measure", "value", "chance", "source"]
-    if all(one.baseline is None for one in kept):
-        columns.remove("chance")
+def _published_table(measures: Collection[PublishedKey]) -> Table:
+    """Return the published numbers of some measures, one row each; a column for chance where any has it."""
+    kept = [one for one in published() if one.measure in measures]
+    formats = [_format(one.measure) for one in kept]
+    with_chance = any(one.baseline is not None for one in kept)
     return Table(
         title="Published numbers",
-        columns=columns,
-        rows=[[row[column] for column in columns] for row in shown],
-        raw=[[{**row, **more}[column] for column in columns] for row, more in zip(shown, numbers, strict=True)],
+        columns=[
+            "model",
+            "training",
+            "measure",
+            Column("value", formats),
+            *([Column("chance", formats)] if with_chance else []),
+            "source",
+        ],
+        rows=[
+            [
+                one.model,
+                one.algorithm,
+                NAMES[one.measure],
+                one.value,
+                *([one.baseline] if with_chance else []),
+                f"{one.paper}, {one.table}",
+            ]
+            for one in kept
+        ],
         note=f"{times(len(kept), 'number')} on public checkpoints.",
         terminal_rows=0,
         collapsed=True,

@@ -9,24 +9,33 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
-from ssrctl.measures.base import Findings, PairMeasure, register
-from ssrctl.measures.maths.low_rank import singular_values
-from ssrctl.measures.maths.matrices import OfMatrix, skipped_tensors, updates, warn_if_long
+from ssrctl.measures.base import Findings, register
+from ssrctl.measures.group_tables import RowColumn, group_tables
+from ssrctl.measures.maths.grouping import Grouped, group_with_tensors
+from ssrctl.measures.maths.low_rank import EPS, singular_values
 from ssrctl.measures.maths.update_matrix import UpdateMatrix
+from ssrctl.measures.matrix_measure import MatrixMeasure, OfMatrix, listed, unmeasured_notes
+from ssrctl.measures.published import references
+from ssrctl.report.document import Bars, Figure, Lines, Section
+from ssrctl.report.formats import count, number, percent
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
+    from ssrctl.checkpoints.pairs import TensorPair
 
-    from ssrctl.checkpoints.pairs import Comparison, TensorPair
-    from ssrctl.configs import DiagnoseConfig
-
-# Machine epsilon of float32. The weights' own is of no use: with bfloat16's 2^-7 numpy's tolerance passes sigma_1 from
-# 128 rows on, and every rank would be 0. Nor is it called for, since the difference of two 16-bit weights is exact.
-EPS = 2.0**-23
+_RANKS = (
+    "rank",
+    "pattern_rank",
+    "effective_rank",
+    "expected_effective_rank",
+    "stable_rank",
+    "expected_stable_rank",
+    "signal_rank",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,19 +77,16 @@ class UpdateRank:
     frobenius_norm: float
     rounding_ratio: float | None
 
+    def __getattr__(self, name: str) -> float:
+        """Return a rank as a share of ``max_rank``: ``rank_frac``, ``effective_rank_frac``, ..."""
+        rank = name.removesuffix("_frac")
+        if rank == name or rank not in _RANKS:
+            raise AttributeError(name)
+        return float(getattr(self, rank) / self.max_rank)
+
     def numbers(self) -> dict[str, Any]:
-        """The attributes, and the ranks as shares of ``max_rank``."""
-        ranks = (
-            "rank",
-            "pattern_rank",
-            "effective_rank",
-            "expected_effective_rank",
-            "stable_rank",
-            "expected_stable_rank",
-            "signal_rank",
-        )
-        shares = {f"{name}_frac": getattr(self, name) / self.max_rank for name in ranks}
-        return {name: getattr(self, name) for name in self.__dataclass_fields__} | shares
+        """Return the attributes, and the ranks as shares of ``max_rank``."""
+        return asdict(self) | {f"{rank}_frac": getattr(self, f"{rank}_frac") for rank in _RANKS}
 
 
 def update_rank(update: UpdateMatrix) -> UpdateRank:
@@ -141,53 +147,214 @@ def random_effective_frac(aspect: float) -> float:
     return math.exp(-float((weight * relative * np.log(relative)).sum()))
 
 
+# --------------------------------------------------------------------------------------------------
+# the result
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankRow:
+    """Ranks of several matrices; means are over those that changed, None when none did.
+
+    Attributes:
+        num_matrices, num_unchanged: counts; the following three are among the matrices that changed.
+        num_full_rank: matrices of the largest possible rank.
+        num_beyond_chance: matrices with directions that stand out from independent changes of the same sizes.
+        num_within_rounding: matrices whose update is no larger than what rounding them once would change.
+        signal_rank: mean number of directions that stand out.
+        rounding_ratio: median.
+        rank_frac, ...: means of the shares of ``UpdateRank``.
+    """
+
+    num_matrices: int
+    num_unchanged: int
+    num_full_rank: int
+    num_beyond_chance: int
+    num_within_rounding: int
+    signal_rank: float | None
+    rounding_ratio: float | None
+    rank_frac: float | None
+    pattern_rank_frac: float | None
+    effective_rank_frac: float | None
+    expected_effective_rank_frac: float | None
+    stable_rank_frac: float | None
+    expected_stable_rank_frac: float | None
+
+
+_MEANS = [name for name in RankRow.__dataclass_fields__ if name.endswith("_frac")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankResult:
+    """Ranks of all matrices.
+
+    Attributes:
+        rows: by group, and of each matrix.
+        shapes: (m, n) of each matrix.
+        unmeasured: matrices without a rank, with the reason.
+        skipped: tensors that are not matrices, with the reason.
+    """
+
+    rows: Grouped[RankRow, UpdateRank]
+    shapes: dict[str, tuple[int, int]]
+    unmeasured: dict[str, str]
+    skipped: dict[str, str]
+
+    def numbers(self) -> dict[str, Any]:
+        """Return the form that report.json holds; without any matrix, what was skipped only."""
+        if not self.shapes:
+            return {"skipped": listed(self.skipped)}
+        rows = self.rows.numbers(tensor=lambda name, one: {"shape": list(self.shapes[name])} | one.numbers())
+        return {"rank": rows | {"unmeasured": listed(self.unmeasured)}, "skipped": listed(self.skipped)}
+
+
+def rank_row(ranks: Sequence[UpdateRank]) -> RankRow:
+    """Summarise the ranks of several matrices."""
+    changed = [one for one in ranks if one.rank > 0]
+    ratios = [one.rounding_ratio for one in changed if one.rounding_ratio is not None]
+    return RankRow(
+        num_matrices=len(ranks),
+        num_unchanged=len(ranks) - len(changed),
+        num_full_rank=sum(one.rank == one.max_rank for one in changed),
+        num_beyond_chance=sum(one.signal_rank > 0 for one in changed),
+        num_within_rounding=sum(ratio >= 1 for ratio in ratios),
+        signal_rank=fmean(one.signal_rank for one in changed) if changed else None,
+        rounding_ratio=median(ratios) if ratios else None,
+        **{key: fmean(getattr(one, key) for one in changed) if changed else None for key in _MEANS},
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# the measure
+
+
 @register
-class Rank(PairMeasure["dict[str, OfMatrix[UpdateRank]]", "dict[str, Any]"]):
+class RankMeasure(MatrixMeasure[UpdateRank, RankResult]):
     """The rank of each matrix's update."""
 
     name = "rank"
 
-    def __init__(self, comparison: Comparison, config: DiagnoseConfig, run: Path | None = None) -> None:
-        """Find the tensors that are not matrices, and say how long it takes where that is long."""
-        super().__init__(comparison, config, run)
-        self.skipped = skipped_tensors(comparison)
-        warn_if_long(comparison, config.num_workers)
-
-    def tensor(self, pair: TensorPair) -> dict[str, OfMatrix[UpdateRank]] | None:
-        """Return the ranks of a tensor's matrices, by label."""
-        if pair.name in self.skipped:
-            return None
-        found = {}
-        for label, update in updates(pair).items():
-            value = update_rank(update) if isinstance(update, UpdateMatrix) else update
-            found[label] = OfMatrix((pair.shape[-2], pair.shape[-1]), value)
-            if isinstance(value, UpdateRank):
-                pair.memo["spectral_norm", label] = value.spectral_norm
+    def matrix(self, pair: TensorPair, label: str, update: UpdateMatrix) -> UpdateRank:
+        """Return the ranks of one matrix's update; the spectral norm is left in the memo for the spectrum."""
+        found = update_rank(update)
+        pair.memo["spectral_norm", label] = found.spectral_norm
         return found
 
-    def combine(self, parts: Mapping[str, list[dict[str, OfMatrix[UpdateRank]]]]) -> dict[str, Any]:
+    def combine(self, parts: Mapping[str, list[dict[str, OfMatrix[UpdateRank]]]]) -> RankResult:
         """Return the ranks by layer, kind and matrix."""
-        from ssrctl.measures.rank_report import rank_numbers
+        ranks, shapes, unmeasured = self.sorted_out(parts)
+        rows = group_with_tensors(ranks, rank_row, ranks)
+        return RankResult(rows=rows, shapes=shapes, unmeasured=unmeasured, skipped=self.skipped)
 
-        found = {label: one for (ranks,) in parts.values() for label, one in ranks.items()}
-        return {"rank": rank_numbers(found), "skipped": [{"name": n, "reason": r} for n, r in self.skipped.items()]}
-
-    def present(self, result: dict[str, Any]) -> Findings:
+    def present(self, result: RankResult) -> Findings:
         """Return sentences, figures and tables of ranks."""
-        from ssrctl.measures.rank_report import rank_headlines, rank_section
-
-        ranks = result["rank"]
-        if ranks is None:
-            return Findings(numbers=result)
+        if not result.shapes:
+            return Findings(numbers=result.numbers())
         return Findings(
-            numbers=result,
-            headlines=rank_headlines(ranks),
-            notes=unmeasured_note("rank", ranks["unmeasured"]),
-            sections=[rank_section(ranks)],
-            published={"rank": ranks["total"]["rank_frac"]},
+            numbers=result.numbers(),
+            headlines=rank_headlines(result.rows.total),
+            notes=unmeasured_notes("rank", result.unmeasured),
+            sections=[rank_section(result)],
+            published={"rank": result.rows.total.rank_frac},
         )
 
 
-def unmeasured_note(what: str, found: list[dict[str, str]]) -> list[str]:
-    """Return a note on the matrices that lack a measure; none when there are none."""
-    return [f"Matrices without a {what}, with the reason in a table: {len(found):,}."] if found else []
+def rank_headlines(total: RankRow) -> list[str]:
+    """Return the answer in sentences."""
+    if total.num_matrices == 0:
+        return []
+    if total.rank_frac is None:
+        return [f"Rank: no update, since nothing changed in {_matrices(total.num_matrices)}."]
+    changed = total.num_matrices - total.num_unchanged
+    return [
+        f"Rank: the updates of {_matrices(changed)} have {percent(total.rank_frac)} of the largest possible rank on "
+        f"average, {count(total.num_full_rank)} of them all of it. Weighted by their singular values it is "
+        f"{percent(total.effective_rank_frac)} (effective rank; random matrices: "
+        f"{percent(total.expected_effective_rank_frac)}).",
+        f"{count(total.num_beyond_chance)} of these {count(changed)} updates have directions that stand out from "
+        "independent changes of the same sizes. Rounding the tuned weights once, which gives full rank by itself, "
+        f"would change a typical matrix by {number(total.rounding_ratio)} times the norm of its update.",
+    ]
+
+
+def _matrices(value: int) -> str:
+    return "1 weight matrix" if value == 1 else f"{value:,} weight matrices"
+
+
+_SHARED: tuple[RowColumn, ...] = (
+    ("rank", "rank_frac", percent),
+    ("effective", "effective_rank_frac", percent),
+    ("random effective", "expected_effective_rank_frac", percent),
+    ("stable", "stable_rank_frac", percent),
+    ("random stable", "expected_stable_rank_frac", percent),
+)
+_GROUP: tuple[RowColumn, ...] = (
+    ("matrices", "num_matrices", count),
+    ("unchanged", "num_unchanged", count),
+    ("full rank", "num_full_rank", count),
+    *_SHARED,
+    ("beyond chance", "signal_rank", count),
+    ("rounding ratio", "rounding_ratio", number),
+)
+_MATRIX: tuple[RowColumn, ...] = (
+    ("maximum", "max_rank", count),
+    ("changed rows or columns", "pattern_rank", count),
+    *_SHARED,
+    ("beyond chance", "signal_rank", count),
+    ("tolerance", "tolerance", number),
+    ("largest singular value", "spectral_norm", number),
+    ("rounding ratio", "rounding_ratio", number),
+)
+_GROUP_NOTE = (
+    "Means over the matrices that changed, as shares of the smaller side. Rank: singular values above max(m, n) * "
+    "2^-23 of the largest. Effective: exp of the entropy of the singular values. Stable: squared norms, Frobenius "
+    "over spectral. Beyond chance: singular values above what random signs would give. Rounding ratio: what "
+    "rounding the tuned weights once would change, over the update (median)."
+)
+_MATRIX_NOTE = (
+    "Changed rows or columns: the smaller number of rows and columns that are not all unchanged, which no rank "
+    "of these coordinates can exceed. Tolerance: as used for this matrix."
+)
+
+
+def rank_section(result: RankResult) -> Section:
+    """Return figures and tables."""
+    rows = result.rows
+    figures: list[Figure] = []
+    if rows.kinds:
+        figures.append(
+            Bars(
+                title="Rank of the updates by kind of matrix",
+                labels=list(rows.kinds),
+                series=_series(list(rows.kinds.values())),
+                axis="share of the largest possible rank",
+                references=references("rank"),
+                caption="Published: mean rank of the update matrices, tolerance not stated.",
+            )
+        )
+    if len(layers := rows.numbered_layers) > 1:
+        figures.append(
+            Lines(
+                title="Rank of the updates over layers",
+                x=list(layers),
+                series=_series(list(layers.values())),
+                x_label="layer",
+                y_label="share of the largest possible rank",
+                shares=True,
+            )
+        )
+    return Section(
+        title="Rank of the updates",
+        text="Does training move each matrix in a few directions or in all of them? An update that is stored with "
+        "rounding has full rank whatever training did, so look at the effective rank next to that of a random matrix, "
+        "and at how many singular values stand out.",
+        figures=figures,
+        tables=group_tables("Rank", rows, (_GROUP, _GROUP_NOTE), (_MATRIX, _MATRIX_NOTE), result.unmeasured),
+    )
+
+
+def _series(rows: Sequence[RankRow]) -> dict[str, list[float | None]]:
+    return {
+        "rank": [row.rank_frac for row in rows],
+        "effective rank": [row.effective_rank_frac for row in rows],
+        "expected effective rank of a random matrix": [row.expected_effective_rank_frac for row in rows],
+    }

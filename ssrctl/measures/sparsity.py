@@ -1,4 +1,4 @@
-"""How sparse is the update between two checkpoints?
+"""Sparsity of the update between two checkpoints, and the size of its changes.
 
 Three rules say when a weight is unchanged, and they are counted side by side in one pass:
 
@@ -13,177 +13,71 @@ changes where they are small (Zhu et al. 2025, app. E.1).
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ssrctl.checkpoints.names import KINDS, layer_index, matrix_kind
+from ssrctl.checkpoints.names import layer_index, matrix_kind
 from ssrctl.checkpoints.pairs import RANGE, TensorPair
 from ssrctl.measures.base import Findings, PairMeasure, register
-from ssrctl.measures.maths.change import DEFAULT_ATOL, DEFAULT_ETA, FIXED_TOLERANCES, Change, add_up, tolerance_key
-from ssrctl.measures.maths.change_rule import check_pair, slices
-from ssrctl.measures.maths.largest_changes import TopMovers
-from ssrctl.measures.maths.piece_pair import PiecePair
-from ssrctl.report.document import Section
+from ssrctl.measures.group_tables import RowColumn, cell_map, row_table
+from ssrctl.measures.maths.change import FIXED_TOLERANCES, Change, add_up
+from ssrctl.measures.maths.grouping import Grouped, group
+from ssrctl.measures.maths.largest_changes import LargestChanges, WeightChange
+from ssrctl.measures.maths.piece_pair import piece_pairs
+from ssrctl.measures.maths.ulp import bin_label
+from ssrctl.report.document import Bars, Column, Figure, Histogram, Section, Table
+from ssrctl.report.formats import count, number, percent
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ssrctl.checkpoints.reader import DeltaReader, TensorReader
     from ssrctl.configs import DiagnoseConfig
     from ssrctl.measures.base import Mode
+    from ssrctl.measures.published import PublishedKey
 
-__all__ = [
-    "Change",
-    "add_up",
-    "compare_all",
-    "compare_pieces",
-    "compare_tensors",
-    "group_changes",
-]
-
-# Elements that one worker takes at a time: enough to be worth a task, and few enough that the embedding, far larger
-# than any other tensor, is shared.
-_RANGE = 1 << 23
+_PUBLISHED: tuple[PublishedKey, ...] = ("sparsity_1e-8", "sparsity_1e-7", "sparsity_1e-6", "sparsity_1e-5")
 
 
-def compare_tensors(base: Tensor, tuned: Tensor, atol: float = DEFAULT_ATOL, eta: float = DEFAULT_ETA) -> Change:
-    """Compare two tensors of one shape, of any real dtypes, in the wider of the two, in float64.
+@dataclass(frozen=True)
+class SparsityResult:
+    """The changes of two checkpoints.
 
-    Args:
-        base: any shape, any real dtype, on the CPU.
-        tuned: the same shape.
-        atol: fixed tolerance of ``num_within``, 0 or more.
-        eta: relative tolerance of ``num_same_bf16``, 0 or more.
-
-    Raises:
-        ValueError: different shapes, or complex tensors.
+    Attributes:
+        changes: counts and sums of all weights, by group and by tensor.
+        largest: the weights that changed most.
+        shapes: of the tensors that these are in.
     """
-    return compare_pieces([base], [tuned], atol=atol, eta=eta)
 
+    changes: Grouped[Change, Change]
+    largest: LargestChanges
+    shapes: Mapping[str, tuple[int, ...]]
 
-def compare_pieces(
-    base: Iterable[Tensor],
-    tuned: Iterable[Tensor],
-    *,
-    atol: float = DEFAULT_ATOL,
-    eta: float = DEFAULT_ETA,
-    movers: TopMovers | None = None,
-    name: str = "",
-    start: int = 0,
-) -> Change:
-    """Compare a tensor that comes in pieces, so that it is never whole in memory.
+    def numbers(self) -> dict[str, Any]:
+        """Return the numbers of report.json; cells are in the order of the tensors."""
+        cells = dict.fromkeys((layer_index(name), matrix_kind(name)) for name in self.changes.tensors)
+        return self.changes.numbers(Change.numbers) | {
+            "cells": [
+                {"kind": kind, "layer": layer} | self.changes.cells[layer, kind].numbers() for layer, kind in cells
+            ],
+            "movers": {
+                "absolute": [self._weight(one) for one in self.largest.absolute],
+                "relative": [self._weight(one) for one in self.largest.relative],
+            },
+        }
 
-    Args:
-        base, tuned: pieces in order, those of ``tuned`` cut as those of ``base`` are.
-        atol, eta: as in ``compare_tensors``.
-        movers: takes note of the weights that moved furthest.
-        name: of the tensor, for ``movers``.
-        start: flat index of the first element, for ``movers``.
-
-    Raises:
-        ValueError: pieces of different shapes, more of them on one side, or complex numbers.
-    """
-    parts = []
-    for ours, theirs in zip(base, tuned, strict=True):
-        parts += _piece_changes(ours, theirs, atol, eta, movers, name, start)
-        start += ours.numel()
-    return add_up(parts)
-
-
-def _piece_changes(
-    base: Tensor, tuned: Tensor, atol: float, eta: float, movers: TopMovers | None, name: str, start: int
-) -> list[Change]:
-    check_pair(base, tuned)
-    parts: list[Change] = []
-    for a, b in slices(base, tuned):
-        pair = PiecePair(a, b)
-        parts += pair.changes(atol, eta)
-        if movers is not None:
-            movers.add(name, pair.before, pair.after, pair.where, start)
-        start += a.numel()
-    return parts
-
-
-def compare_all(
-    base: TensorReader,
-    tuned: TensorReader | DeltaReader,
-    names: Collection[str],
-    *,
-    atol: float = DEFAULT_ATOL,
-    eta: float = DEFAULT_ETA,
-    num_workers: int = 2,
-    movers: TopMovers | None = None,
-    on_done: Callable[[str], None] | None = None,
-) -> dict[str, Change]:
-    """Compare two open checkpoints, reading a few megabytes of each at a time; the result does not depend on threads.
-
-    Args:
-        base: the base, names aligned (``matching_names``).
-        tuned: the tuned checkpoint; for a delta, the base is taken as its run loaded it.
-        names: tensors of both, of the same shapes.
-        atol, eta: as in ``compare_tensors``.
-        num_workers: threads that read and compare at once, at least 1; each uses one core.
-        movers: takes note of the weights that moved furthest.
-        on_done: called with a tensor's name when it was compared, in the order in which they lie on disk.
-
-    Returns:
-        By name, in the order of ``names``.
-
-    Raises:
-        UserError: a file that changes or cannot be read.
-    """
-    import torch
-
-    from ssrctl.checkpoints.reader import DeltaReader
-
-    def both(name: str, first: int) -> tuple[Iterator[Tensor], Iterator[Tensor]]:
-        last = first + _RANGE
-        if isinstance(tuned, DeltaReader):
-            return tuned.base_pieces(name, first, last), tuned.pieces(name, first, last)
-        return base.pieces(name, first, last, reuse=True), tuned.pieces(name, first, last, reuse=True)
-
-    order = base.in_file_order(names)
-    numels = {name: math.prod(base.shapes[name]) for name in order}
-    ranges = [(name, first) for name in order for first in range(0, numels[name] or 1, _RANGE)]
-
-    def compare(task: tuple[str, int]) -> tuple[Change, TopMovers | None]:
-        name, first = task
-        found = None if movers is None else TopMovers(movers.count)
-        return compare_pieces(*both(name, first), atol=atol, eta=eta, movers=found, name=name, start=first), found
-
-    changes = dict.fromkeys(names, Change())
-    # A team of torch threads inside of every worker would be more threads than cores.
-    threads = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(num_workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for (name, first), (change, found) in zip(ranges, pool.map(compare, ranges), strict=True):
-                changes[name] += change
-                if movers is not None and found is not None:
-                    movers.merge(found)
-                if on_done is not None and first + _RANGE >= numels[name]:
-                    on_done(name)
-    finally:
-        torch.set_num_threads(threads)
-    return changes
-
-
-def group_changes(changes: Mapping[str, Change]) -> tuple[dict[int | None, Change], dict[str, Change]]:
-    """(by layer, by kind), each in order; layer None holds what is outside of the layers and comes last."""
-    layers: dict[int | None, Change] = {}
-    kinds: dict[str, Change] = {}
-    for name, change in changes.items():
-        layer, kind = layer_index(name), matrix_kind(name)
-        layers[layer] = layers.get(layer, Change()) + change
-        kinds[kind] = kinds.get(kind, Change()) + change
-    by_layer = dict(sorted(layers.items(), key=lambda item: (item[0] is None, item[0] or 0)))
-    return by_layer, {kind: kinds[kind] for kind in KINDS if kind in kinds}
+    def _weight(self, one: WeightChange) -> dict[str, Any]:
+        return {
+            "name": one.name,
+            "position": list(one.position(self.shapes[one.name])),
+            "before": one.before,
+            "after": one.after,
+            "change": one.change,
+            "relative_change": one.relative_change,
+        }
 
 
 @register
-class Sparsity(PairMeasure[tuple[list[Change], TopMovers], dict[str, Any]]):
-    """Which weights changed, by every rule, and how far they moved; always counted, shown where it is wanted."""
+class Sparsity(PairMeasure[tuple[list[Change], LargestChanges], SparsityResult]):
+    """Changed weights by every rule, and the size of the changes; always counted, shown where it is wanted."""
 
     name = "sparsity"
     also = ("size",)
@@ -195,51 +89,258 @@ class Sparsity(PairMeasure[tuple[list[Change], TopMovers], dict[str, Any]]):
         """Return True: other parts of a report need the counts."""
         return True
 
-    def tensor(self, pair: TensorPair) -> tuple[list[Change], TopMovers]:
-        """Return the change of each range of elements, and the largest ones."""
-        movers, ranges = TopMovers(), dict[int, list[Change]]()
+    def tensor(self, pair: TensorPair) -> tuple[list[Change], LargestChanges]:
+        """Return the change of each range of elements, and the largest ones.
+
+        Sums are made range by range, so that they do not depend on whether the tensor is whole in memory.
+        """
+        largest, ranges = LargestChanges(), dict[int, list[Change]]()
         for start, base, tuned in pair.pieces():
-            found = _piece_changes(base, tuned, self.config.atol, self.config.bf16_rtol, movers, pair.name, start)
-            ranges.setdefault(start // RANGE, []).extend(found)
-        return [add_up(parts) for parts in ranges.values()], movers
+            found = ranges.setdefault(start // RANGE, [])
+            for piece in piece_pairs(base, tuned):
+                found += piece.changes(self.config.atol, self.config.bf16_rtol)
+                largest.add(pair.name, piece.before, piece.after, piece.where, start)
+                start += piece.numel
+        return [add_up(parts) for parts in ranges.values()], largest
 
-    def combine(self, parts: Mapping[str, list[tuple[list[Change], TopMovers]]]) -> dict[str, Any]:
-        """Return the numbers by rule, kind, layer and tensor."""
-        from ssrctl.measures.sparsity_report import sparsity_numbers
-
-        movers, changes = TopMovers(), dict[str, Change]()
+    def combine(self, parts: Mapping[str, list[tuple[list[Change], LargestChanges]]]) -> SparsityResult:
+        """Return the changes by layer, kind and tensor."""
+        largest, changes = LargestChanges(), dict[str, Change]()
         for name, ranges in parts.items():
-            changes[name] = Change()
-            for found, largest in ranges:
-                for change in found:
-                    changes[name] += change
-                movers.merge(largest)
-        return sparsity_numbers(changes, movers, self.comparison.base.shapes)
+            changes[name] = add_up(change for found, _ in ranges for change in found)
+            for _, found in ranges:
+                largest.merge(found)
+        return SparsityResult(group(changes, add_up), largest, self.comparison.base.shapes)
 
-    def present(self, result: dict[str, Any]) -> Findings:
-        """Return what the settings ask for: everything, the size of the change only, or nothing but numbers."""
-        from ssrctl.measures.sparsity_report import headlines, nonfinite_note, size_section, sparsity_sections
-
-        total, atol = result["total"], self.config.atol
-        odd = nonfinite_note(total)
-        notes = [] if odd is None else [odd]
+    def present(self, result: SparsityResult) -> Findings:
+        """Return the parts that the settings ask for: all, the size of the change only, or only numbers."""
+        total, atol = result.changes.total, self.config.atol
+        notes, numbers = nonfinite_notes(total), result.numbers()
         if self.config.wants("sparsity", default=True):
-            published = {
-                f"sparsity_{one:.0e}".replace("e-0", "e-"): total[tolerance_key(one)] for one in FIXED_TOLERANCES
-            }
+            published = dict(zip(_PUBLISHED, total.fixed_sparsity.values(), strict=True))
             return Findings(
-                numbers=result,
-                headlines=headlines(result, atol),
+                numbers=numbers,
+                headlines=headlines(result.changes, atol),
                 notes=notes,
                 sections=sparsity_sections(result, atol),
-                published=published | {"sparsity_bf16": total["sparsity_bf16"]},
+                published=published | {"sparsity_bf16": total.sparsity_bf16},
             )
         sections = [size_section(result)] if self.config.wants("size", default=True) else []
-        return Findings(numbers=result, notes=notes, sections=sections)
+        return Findings(numbers=numbers, notes=notes, sections=sections)
 
-    def side_by_side(self, results: Mapping[str, dict[str, Any]]) -> list[Section]:
+    def side_by_side(self, results: Mapping[str, SparsityResult]) -> list[Section]:
         """Return the checkpoints' sparsity in one table."""
-        from ssrctl.measures.sparsity_report import side_by_side_table
+        columns: list[RowColumn] = [
+            (f"within {self.config.atol:g}", "sparsity", percent),
+            ("bf16-aware", "sparsity_bf16", percent),
+            ("bit-equal", "bit_equal_frac", percent),
+            ("relative L2", "relative_l2", number),
+            ("max |d|", "max_abs_difference", number),
+        ]
+        totals = {label: result.changes.total for label, result in results.items()}
+        note = "Shares of unchanged weights by three rules; norm of the update over that of the base."
+        table = row_table("Against the base", "checkpoint", totals, columns, note)
+        return [Section(title="The checkpoints side by side", tables=[table])]
 
-        totals = {label: result["total"] for label, result in results.items()}
-        return [Section(title="The checkpoints side by side", tables=[side_by_side_table(totals, self.config.atol)])]
+
+# --------------------------------------------------------------------------------------------------
+# sentences
+
+
+def headlines(changes: Grouped[Change, Change], atol: float) -> list[str]:
+    """Return the answer in sentences.
+
+    Args:
+        changes: by group.
+        atol: the tolerance of ``Change.sparsity``.
+    """
+    total = changes.total
+    if total.num_bit_changed == 0:
+        return [f"The two checkpoints are identical bit for bit: {count(total.numel)} weights, sparsity 1."]
+    hidden = total.num_bit_changed - total.num_changed
+    lines = [
+        f"Update sparsity {percent(total.sparsity)}: this share of the {count(total.numel)} weights moved by no more "
+        f"than {atol:g}.",
+        f"Bit for bit, {percent(total.bit_equal_frac)} are unchanged: {count(total.num_bit_changed)} weights "
+        f"changed, {count(hidden)} of them by no more than {atol:g}.",
+        f"The update's norm is {number(total.relative_l2)} of the base's; the largest change of a weight is "
+        f"{number(total.max_abs_difference)}.",
+    ]
+    if total.sparsity_bf16 != total.bit_equal_frac:
+        lines.append(
+            f"Compared as bfloat16, {percent(total.sparsity_bf16)} are unchanged (the rule of Zhu et al. 2025)."
+        )
+    if total.num_stepped:
+        lines.append(
+            f"Of the {count(total.num_stepped)} weights that moved by a representable step or more, "
+            f"{percent(total.one_step_frac)} moved by exactly one."
+        )
+    # Small changes may all lie within the tolerance; then the stored bits tell the kinds apart.
+    words = "sparsity" if total.num_changed else "unchanged bit for bit"
+    shares = {
+        kind: (one.num_within if total.num_changed else one.num_equal) / one.numel
+        for kind, one in changes.kinds.items()
+        if one.numel
+    }
+    if len(shares) > 1:
+        most, least = min(shares, key=shares.__getitem__), max(shares, key=shares.__getitem__)
+        lines.append(
+            f"Most changed: {most} ({words} {percent(shares[most])}); least: {least} ({percent(shares[least])})."
+        )
+    return lines
+
+
+def nonfinite_notes(total: Change) -> list[str]:
+    """Return a sentence on NaN and infinite weights, if there are any."""
+    found = [
+        f"{amount} {what} in {side}"
+        for side in ("base", "tuned")
+        for what in ("nan", "inf")
+        if (amount := getattr(total, f"num_{what}_{side}"))
+    ]
+    if not found:
+        return []
+    return [
+        f"NaN or infinite weights: {', '.join(found)}. They count as changed unless they are equal bit for bit; "
+        "norms, means and maxima leave them out."
+    ]
+
+
+# --------------------------------------------------------------------------------------------------
+# tables and figures
+
+
+def sparsity_sections(result: SparsityResult, atol: float) -> list[Section]:
+    """Return all sections on changed weights and the size of the changes, answers first and details last."""
+    columns: list[RowColumn] = [
+        ("weights", "numel", count),
+        (f"within {atol:g}", "sparsity", percent),
+        ("as bfloat16", "sparsity_bf16", percent),
+        ("bit-equal", "bit_equal_frac", percent),
+        ("relative L2", "relative_l2", number),
+        ("mean |d|", "mean_abs_difference", number),
+        ("max |d|", "max_abs_difference", number),
+    ]
+    note = (
+        "Relative L2: norm of the difference over norm of the base. d: tuned minus base; its mean counts unchanged "
+        "weights too."
+    )
+    changes = result.changes
+    grouped = []
+    for title, what, rows in (
+        ("By kind of matrix", "kind", changes.kinds),
+        ("By layer", "layer", changes.labelled_layers),
+    ):
+        bars = Bars(
+            title=f"Unchanged weights {title.lower()}",
+            labels=list(rows),
+            series={
+                f"within {atol:g}": [change.sparsity for change in rows.values()],
+                "as bfloat16": [change.sparsity_bf16 for change in rows.values()],
+                "bit for bit": [change.bit_equal_frac for change in rows.values()],
+            },
+            axis="share unchanged",
+        )
+        table = row_table(title, what, rows, columns, note)
+        grouped.append(Section(title=title, figures=[bars], tables=[table]))
+    tensors = row_table("All tensors", "tensor", changes.tensors, columns, note, detail=True)
+    return [
+        rules_section(changes, atol),
+        *grouped,
+        size_section(result),
+        Section(title="Tensor by tensor", tables=[tensors]),
+    ]
+
+
+def rules_section(changes: Grouped[Change, Change], atol: float) -> Section:
+    """Return the shares unchanged by each rule, side by side, and a map of kinds of matrices over layers."""
+    shown = {"all": changes.total, **{kind: change for kind, change in changes.kinds.items() if change.numel}}
+    shares = [_shares_by_rule(change, atol) for change in shown.values()]
+    table = Table(
+        title="Unchanged weights by rule",
+        columns=["rule", *(Column(label, percent) for label in shown)],
+        rows=[[rule[0][0], *(share for _, share in rule)] for rule in zip(*shares, strict=True)],
+        note="Fixed tolerances: Mukherjee et al. 2025, table 6. As bfloat16: |d| <= eta times the larger of the two "
+        "magnitudes, both rounded to bfloat16 (Zhu et al. 2025, definition 2.1), which for bfloat16 weights is equality. "
+        "A fixed tolerance hides real changes of small weights, and in wide dtypes calls large weights changed that "
+        "bfloat16 stores as the same number.",
+    )
+    heat = cell_map(
+        "Changed weights by kind and layer",
+        {cell: change for cell, change in changes.cells.items() if change.numel},
+        lambda change: change.num_bf16_changed / change.numel,
+        shares=True,
+        decimals=0,
+        caption="Share of weights that changed as bfloat16; blank where a layer has no such matrix.",
+    )
+    return Section(title="By rule", figures=[heat] if heat else [], tables=[table])
+
+
+def _shares_by_rule(change: Change, atol: float) -> list[tuple[str, float | None]]:
+    """Return (rule in words, share unchanged by it)."""
+    rules = [("bit for bit", change.bit_equal_frac), ("as bfloat16 (eta)", change.sparsity_bf16)]
+    rules += [(f"within {tolerance:g}", share) for tolerance, share in change.fixed_sparsity.items()]
+    return rules if atol in FIXED_TOLERANCES else [*rules, (f"within {atol:g}", change.sparsity)]
+
+
+def size_section(result: SparsityResult) -> Section:
+    """Return the size of the changes: representable steps, and the largest ones."""
+    steps = row_table(
+        "Steps by kind of matrix",
+        "kind",
+        result.changes.kinds,
+        [
+            ("moved", "num_stepped", count),
+            ("by one step", "num_one_step", count),
+            ("share of one step", "one_step_frac", percent),
+            ("below a step", "num_below_step", count),
+        ],
+        "A step leads from a number to the next one that its dtype can represent; where the two checkpoints are "
+        "stored in two dtypes, the narrower one's. Below a step: not equal bit for bit, yet the same number there.",
+    )
+    figures: list[Figure] = []
+    if ulps := result.changes.total.ulps:
+        figures.append(
+            Histogram(
+                title="How many representable steps the weights moved",
+                bins=list(map(bin_label, range(len(ulps)))),
+                series={"changed weights": ulps},
+                x_label="steps (units in the last place)",
+                y_label="weights",
+                log=True,
+            )
+        )
+    tables = [
+        steps,
+        _largest_table("Largest changes", result.largest.absolute, result.shapes),
+        _largest_table("Largest relative changes", result.largest.relative, result.shapes),
+    ]
+    return Section(title="Size of the change", figures=figures, tables=tables)
+
+
+def _largest_table(title: str, changes: list[WeightChange], shapes: Mapping[str, tuple[int, ...]]) -> Table:
+    return Table(
+        title=title,
+        columns=[
+            "tensor",
+            "position",
+            Column("before", "{:.6g}".format),
+            Column("after", "{:.6g}".format),
+            Column("change", "{:+.3g}".format),
+            Column("relative", number),
+        ],
+        rows=[
+            [
+                one.name,
+                ", ".join(map(str, one.position(shapes[one.name]))),
+                one.before,
+                one.after,
+                one.change,
+                one.relative_change,
+            ]
+            for one in changes
+        ],
+        note="Relative: the change over the weight's size before it; weights that were 0 have none.",
+        terminal_rows=0,
+        collapsed=True,
+    )

@@ -1,426 +1,377 @@
-"""How training turned and stretched the principal directions of a weight matrix.
+"""How training turned and stretched the principal directions of the weight matrices (Zhu et al. 2025, sec. 4.1).
 
-Principal angles between the top-k singular subspaces before and after, and the normalised shift of the singular values
-(Zhu et al. 2025, arXiv:2511.08567, sec. 4.1). Beside them what two random updates of the same size do to the same
-matrix, since one whose singular values lie close together turns easily, and what perturbation theory allows.
+``maths.spectrum_change`` has the measure of one matrix; here are its rows by layer, kind and matrix, and how they read.
 """
 
 from __future__ import annotations
 
-import math
 import statistics
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from ssrctl.core.seeds import derive_seed
-from ssrctl.measures.base import Findings, PairMeasure, register
-from ssrctl.measures.maths.low_rank import LowRank, Rows, nearby_top_k, singular_values, spectral_norm, top_k
-from ssrctl.measures.maths.matrices import OfMatrix, skipped_tensors, updates, warn_if_long
+from ssrctl.measures.base import Findings, register
+from ssrctl.measures.group_tables import RowColumn, cell_map, group_tables
+from ssrctl.measures.maths.grouping import Grouped, group_with_tensors
+from ssrctl.measures.maths.spectrum_change import SpectrumChange, spectrum_change
 from ssrctl.measures.maths.update_matrix import Unmeasured, UpdateMatrix
-from ssrctl.measures.rank import EPS
+from ssrctl.measures.matrix_measure import MatrixMeasure, OfMatrix, listed, unmeasured_notes
+from ssrctl.report.document import Bars, Figure, Lines, Reference, Section
+from ssrctl.report.formats import count, number, percent
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from ssrctl.checkpoints.pairs import TensorPair
 
-    from ssrctl.checkpoints.pairs import Comparison, TensorPair
-    from ssrctl.configs import DiagnoseConfig
-
-# By default a tenth of the smaller side, within these.
-_MIN_K, _MAX_K, _K_SHARE = 8, 128, 10
-# Relative norm up to which an update counts as small: first-order perturbation theory is good to some percent there.
-_SMALL = 0.02
-# Rows per column from which a matrix, such as an embedding, counts as tall.
-_TALL = 8
-# Accuracy of the angles after random updates.
-_RANDOM_TOLERANCE = 0.01
-# Points of a curve that are kept.
-_CURVE_POINTS = 32
-_RIGHT_ANGLE = 90.0
+_SIDES = ("left", "right")
+_RANDOM = ("gaussian", "signs")
+_ENERGIES = ("left", "right", "both")
+# Series that differ by more than this factor are drawn on a logarithmic axis.
+_WIDE_RANGE = 30
 
 
 @dataclass(frozen=True, kw_only=True)
-class RandomUpdate:
-    """What a random update did to the base; one draw.
+class SpectrumRow:
+    """The spectra of several matrices; means and maxima are over those that changed, None when none did.
 
     Attributes:
-        left_largest, left_mean, right_largest, right_mean: principal angles, degrees, good to about 1% where the
-            base was decomposed exactly. The largest differs between draws by a factor of two, the mean by little.
+        num_matrices, num_unchanged: counts; the following two are among the matrices that changed.
+        num_ill_defined: matrices whose update exceeds the gap after the k-th singular value.
+        num_unresolved: matrices whose angles are not above the error of the computation.
+        left_largest, right_largest, shift_largest: maxima; ``..._name`` says of which matrix.
+        left_mean, right_mean: means of the matrices' mean angles, degrees.
+        gaussian_..., signs_...: the same after random updates (``RandomUpdate``).
+        shift_mean, expected_shift_mean, expected_shift_largest: of ``SpectrumChange.shift`` and ``expected_shift``.
+        energy_left_ratio, ...: mean of the energy over that of chance.
     """
 
-    left_largest: float
-    left_mean: float
-    right_largest: float
-    right_mean: float
+    num_matrices: int
+    num_unchanged: int
+    num_ill_defined: int
+    num_unresolved: int
+    left_largest: float | None
+    left_largest_name: str | None
+    left_mean: float | None
+    gaussian_left_largest: float | None
+    gaussian_left_mean: float | None
+    signs_left_largest: float | None
+    signs_left_mean: float | None
+    right_largest: float | None
+    right_largest_name: str | None
+    right_mean: float | None
+    gaussian_right_largest: float | None
+    gaussian_right_mean: float | None
+    signs_right_largest: float | None
+    signs_right_mean: float | None
+    shift_name: str | None
+    shift_largest: float | None
+    shift_mean: float | None
+    expected_shift_largest: float | None
+    expected_shift_mean: float | None
+    energy_left_ratio: float | None
+    energy_right_ratio: float | None
+    energy_both_ratio: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpectrumChange:
-    """The base W0 ``[m, n]`` against the tuned W1; s_i are singular values, D = W1 - W0, angles in degrees.
+class SpectrumResult:
+    """Spectra of all matrices.
 
     Attributes:
-        k: directions compared: as asked for, but less than min(m, n) and no more than the rank of W0.
-        exact: the decompositions were.
-        left, right: the k principal angles between the top-k left (right) subspaces, ascending, in [0, 90].
-        angle_error: bound on their error from round-off or from the randomised method; 90 when that resolves nothing.
-        relative_gap: s_k(W0) / s_{k+1}(W0) - 1; None when s_{k+1} is 0 to the tolerance of the rank.
-        well_defined: s_k(W0) - s_{k+1}(W0) > ||D||_2. Otherwise the update could exchange directions across the cut,
-            and large angles need not mean much.
-        wedin_angle: no angle can be larger: asin(||D||_2 / gap) with the larger of s_k(W0) - s_{k+1}(W1) and
-            s_k(W1) - s_{k+1}(W0) as gap (Wedin 1972; Zhu et al., thm. 3.3, writes the gap of W0 alone, which holds to
-            first order). None when it excludes nothing.
-        shift: normalised spectral shift ||s(W1) - s(W0)||_2 / ||s(W0)||_2, over all singular values.
-        shift_bound: ||D||_F / ||W0||_F: no shift can be larger (Mirsky 1960; Zhu et al., cor. 3.4).
-        expected_shift: by ``gaussian``: shift_bound / sqrt(max(m, n)), the first order of perturbation theory, for
-            updates of at most 2% of the norm of W0; beyond, that of the draw itself. None when that was not decomposed
-            exactly, or nothing changed.
-        shift_top_k: the same over the first k values alone.
-        gaussian: a random update with independent normal entries and the Frobenius norm of D, in expectation.
-        signs: D with random signs: the same coordinates and sizes. Both None when nothing changed.
-        energy_left, energy_right, energy_both: share of ||D||_F^2 in the top-k left subspace of W0, in the right one,
-            and in both at once: ||U^T D||_F^2, ||D V||_F^2, ||U^T D V||_F^2. By chance k/m, k/n, k^2/(m n)
-            (``expected_energy_...``). None when nothing changed.
-        curve_index: from 1, ascending; of ``curve_base`` and ``curve_tuned``, singular values at these places. Empty
-            when nothing changed.
-        angle_index: from 1, ascending; of ``curve_left`` and ``curve_right`` in ``numbers``.
-        spectral_norm: ||D||_2, for a large matrix an upper bound.
+        rows: by group, and of each matrix.
+        shapes: (m, n) of each matrix.
+        unmeasured: matrices without a spectrum, with the reason.
+        skipped: tensors that are not matrices, with the reason.
     """
 
-    k: int
-    exact: bool
-    left: list[float]
-    right: list[float]
-    angle_error: float
-    relative_gap: float | None
-    well_defined: bool
-    wedin_angle: float | None
-    shift: float
-    shift_bound: float
-    expected_shift: float | None
-    shift_top_k: float
-    gaussian: RandomUpdate | None
-    signs: RandomUpdate | None
-    energy_left: float | None
-    energy_right: float | None
-    energy_both: float | None
-    expected_energy_left: float
-    expected_energy_right: float
-    expected_energy_both: float
-    curve_index: list[int]
-    curve_base: list[float]
-    curve_tuned: list[float]
-    spectral_norm: float
-
-    @property
-    def resolved(self) -> bool:
-        """Whether the largest angle stands above the error of the computation."""
-        return max(self.left[-1], self.right[-1]) > self.angle_error
+    rows: Grouped[SpectrumRow, SpectrumChange]
+    shapes: dict[str, tuple[int, int]]
+    unmeasured: dict[str, str]
+    skipped: dict[str, str]
 
     def numbers(self) -> dict[str, Any]:
-        """For the report: angles as largest and mean, curves at no more than 32 points and six digits."""
-        angle_index = curve_places(self.k)
-        own = asdict(self)
-        for side in ("left", "right"):
-            degrees = own.pop(side)
-            own[f"{side}_largest"], own[f"{side}_mean"] = degrees[-1], statistics.fmean(degrees)
-            own[f"curve_{side}"] = [degrees[place - 1] for place in angle_index]
-        curves = {name: [float(f"{x:.6g}") for x in own[name]] for name in own if name.startswith("curve_")}
-        return own | curves | {"curve_index": self.curve_index, "angle_index": angle_index, "resolved": self.resolved}
+        """Return the form that report.json holds; without any matrix, what was skipped only."""
+        if not self.shapes:
+            return {"skipped": listed(self.skipped)}
+        rows = self.rows.numbers(tensor=lambda name, one: {"shape": list(self.shapes[name])} | one.numbers())
+        return {"spectrum": rows | {"unmeasured": listed(self.unmeasured)}, "skipped": listed(self.skipped)}
 
 
-def default_k(m: int, n: int) -> int:
-    """Directions compared unless asked otherwise: a tenth of the smaller side, in [8, 128] and below that side."""
-    side = min(m, n)
-    return max(1, min(side - 1, max(_MIN_K, min(_MAX_K, side // _K_SHARE))))
-
-
-def spectrum_change(
-    update: UpdateMatrix, *, k: int | None = None, seed: int, update_norm: float | None = None
-) -> SpectrumChange | Unmeasured:
-    """Compare the spectra of a matrix before and after.
-
-    Args:
-        update: at least 2 by 2.
-        k: by default ``default_k``.
-        seed: of the random updates and of the randomised decomposition; derive it from the tensor's name.
-        update_norm: ||D||_2 if known, to save its computation.
-
-    Returns:
-        ``Unmeasured`` when the base is zero, which has no principal directions.
-
-    Raises:
-        ValueError: a side of 1, or k below 1.
-    """
-    rows, columns = update.shape
-    if columns < 2 or (k is not None and k < 1):
-        raise ValueError(f"k is {k} for a matrix of {rows} by {columns}")
-    if update.base_norm == 0:
-        return Unmeasured("the base is zero and has no principal directions")
-    k = min(k or default_k(rows, columns), columns - 1)
-    if update.norm == 0:
-        return _turned(update, _unchanged(update, k))
-    # One direction more than is compared, for the gap after the last.
-    base = top_k(update.base_rows, k + 1, seed=derive_seed(seed, "base"))
-    floor = rows * EPS * float(base.S[0])
-    k = min(k, int(base.S.gt(floor).sum()))
-    tuned = top_k(update.tuned_rows, k + 1, seed=derive_seed(seed, "tuned"), start=base.V)
-    if update_norm is None:
-        update_norm = spectral_norm(update.update_rows, seed=derive_seed(seed, "norm"))
-    base_values = singular_values(update.base_rows) if base.values is None else base.values
-    tuned_values = singular_values(update.tuned_rows) if tuned.values is None else tuned.values
-    gaussian, gaussian_values = _random_update(update, "gaussian", base, k, seed)
-    signs, _ = _random_update(update, "signs", base, k, seed)
-    gap = float(base.S[k - 1] - base.S[k])
-    places = curve_places(columns)
-    change = SpectrumChange(
-        k=k,
-        exact=base.exact and tuned.exact,
-        left=principal_angles(base.U[:, :k], tuned.U[:, :k]),
-        right=principal_angles(base.V[:, :k], tuned.V[:, :k]),
-        angle_error=min(_RIGHT_ANGLE, _subspace_error(base, k, rows) + _subspace_error(tuned, k, rows)),
-        relative_gap=gap / float(base.S[k]) if float(base.S[k]) > floor else None,
-        well_defined=gap > update_norm,
-        wedin_angle=_wedin_angle(base.S, tuned.S, k, update_norm),
-        shift=float((tuned_values - base_values).norm()) / update.base_norm,
-        shift_bound=update.norm / update.base_norm,
-        expected_shift=_expected_shift(update, base.values, gaussian_values),
-        shift_top_k=float((tuned.S[:k] - base.S[:k]).norm() / base.S[:k].norm()),
-        gaussian=gaussian,
-        signs=signs,
-        **_energies(update, base.U[:, :k], base.V[:, :k]),
-        **_expected_energies(rows, columns, k),
-        curve_index=places,
-        curve_base=[float(base_values[place - 1]) for place in places],
-        curve_tuned=[float(tuned_values[place - 1]) for place in places],
-        spectral_norm=update_norm,
-    )
-    return _turned(update, change)
-
-
-def principal_angles(first: Tensor, second: Tensor) -> list[float]:
-    """Principal angles in degrees, ascending, between the column spans of two orthonormal float64 ``[n, k]``.
-
-    cos(t_i) = s_i(first^T second). Below 45 degrees from the sines instead, the singular values of
-    second - first first^T second, because a cosine near 1 has lost half the digits (Bjorck and Golub 1973).
-    """
-    import torch
-
-    inner = first.T @ second
-    cosines = torch.linalg.svdvals(inner).clamp_(max=1.0)
-    sines = torch.linalg.svdvals(second - first @ inner).clamp_(max=1.0).flip(0)
-    angles = torch.where(cosines.square() >= 0.5, sines.asin(), cosines.acos())
-    return [float(angle) for angle in angles.rad2deg()]
-
-
-def curve_places(length: int) -> list[int]:
-    """At most 32 of the places 1..length, evenly spread on a log scale, with both ends."""
-    if length <= _CURVE_POINTS:
-        return list(range(1, length + 1))
-    ratios = (math.exp(math.log(length) * step / (_CURVE_POINTS - 1)) for step in range(_CURVE_POINTS))
-    return sorted({round(ratio) for ratio in ratios})
-
-
-def _subspace_error(found: LowRank, k: int, rows: int) -> float:
-    """Bound in degrees on the angle between the computed and the true top-k subspaces."""
-    largest, last, following = (float(found.S[place]) for place in (0, k - 1, k))
-    if found.error is None:
-        # The Gram matrix is good to max(m, n) eps s_1^2, its eigenvectors to that over the gap of the squares.
-        noise, gap = rows * 2.0**-52 * largest**2, last**2 - following**2
-    else:
-        noise, gap = found.error, last - following - found.error
-    return _degrees_of_sine(noise, gap)
-
-
-def _wedin_angle(base: Tensor, tuned: Tensor, k: int, update_norm: float) -> float | None:
-    gap = max(float(base[k - 1] - tuned[k]), float(tuned[k - 1] - base[k]))
-    return math.degrees(math.asin(update_norm / gap)) if gap > update_norm else None
-
-
-def _degrees_of_sine(numerator: float, denominator: float) -> float:
-    """asin(numerator / denominator) in degrees; 90 where that is no sine."""
-    if denominator <= numerator:
-        return _RIGHT_ANGLE
-    return math.degrees(math.asin(numerator / denominator))
-
-
-def _random_update(
-    update: UpdateMatrix, kind: Literal["gaussian", "signs"], base: LowRank, k: int, seed: int
-) -> tuple[RandomUpdate, Tensor | None]:
-    """What adding a random update to the base does, and all singular values then, if they were computed."""
-    rows = _perturbed(update, kind, seed)
-    found = None
-    # Of a tall matrix the Gram matrix is the larger part of the work, and iterations save none of it.
-    tall = update.shape[0] > _TALL * update.shape[1]
-    if base.exact and not tall and update.norm <= _SMALL * update.base_norm:
-        found = nearby_top_k(rows, base, k, tolerance=_RANDOM_TOLERANCE)
-    if found is None:
-        # A baseline need not be as good as what it is compared with: one cycle from so near a start.
-        found = top_k(rows, k, seed=derive_seed(seed, kind), start=base.V, cycles=1)
-    left = principal_angles(base.U[:, :k], found.U[:, :k])
-    right = principal_angles(base.V[:, :k], found.V[:, :k])
-    angles = RandomUpdate(
-        left_largest=left[-1],
-        left_mean=statistics.fmean(left),
-        right_largest=right[-1],
-        right_mean=statistics.fmean(right),
-    )
-    return angles, found.values
-
-
-def _expected_shift(update: UpdateMatrix, base: Tensor | None, values: Tensor | None) -> float | None:
-    """Of the Gaussian update; ``values`` of the base after it, where they were computed."""
-    if update.norm <= _SMALL * update.base_norm:
-        # Each value moves by u^T E v, normal with the variance of E's entries; there are min(m, n) of them.
-        return update.norm / update.base_norm / math.sqrt(update.shape[0])
-    if base is None or values is None:
-        return None
-    return float((values - base).norm()) / update.base_norm
-
-
-def _perturbed(update: UpdateMatrix, kind: Literal["gaussian", "signs"], seed: int) -> Rows:
-    """The base plus a random update; of a small matrix held, of a large one made anew in every pass."""
-    import torch
-
-    scale = update.norm / math.sqrt(update.base.numel())
-    base_rows, update_rows = update.base_rows, update.update_rows
-
-    def piece(start: int, stop: int) -> Tensor:
-        # Each piece has its own seed, so that it is the same in every pass.
-        generator = torch.Generator().manual_seed(derive_seed(seed, kind, start))
-        shape = (stop - start, update.shape[1])
-        if kind == "gaussian":
-            noise = torch.randn(shape, generator=generator).to(torch.float64) * scale
-        else:
-            signs = torch.randint(0, 2, shape, generator=generator, dtype=torch.int8).mul_(2).sub_(1)
-            noise = update_rows.piece(start, stop) * signs
-        return noise.add_(base_rows.piece(start, stop))
-
-    return Rows(update.shape, piece).held()
-
-
-def _energies(update: UpdateMatrix, left: Tensor, right: Tensor) -> dict[str, float]:
-    import torch
-
-    projected = torch.zeros(left.shape[1], right.shape[0], dtype=torch.float64)
-    right_square = 0.0
-    for start, stop, piece in update.update_rows.pieces():
-        projected.addmm_(left[start:stop].T, piece)
-        right_square += float((piece @ right).square().sum())
-    squares = (float(projected.square().sum()), right_square, float((projected @ right).square().sum()))
-    # Sums that differ in order can pass the whole by a rounding.
-    shares = [min(1.0, square / update.norm**2) for square in squares]
-    return dict(zip(("energy_left", "energy_right", "energy_both"), shares, strict=True))
-
-
-def _expected_energies(rows: int, columns: int, k: int) -> dict[str, float]:
-    return {
-        "expected_energy_left": k / rows,
-        "expected_energy_right": k / columns,
-        "expected_energy_both": k * k / (rows * columns),
-    }
-
-
-def _unchanged(update: UpdateMatrix, k: int) -> SpectrumChange:
-    """Of an update that is zero: nothing is decomposed."""
-    rows, columns = update.shape
-    return SpectrumChange(
-        k=k,
-        exact=True,
-        left=[0.0] * k,
-        right=[0.0] * k,
-        angle_error=0.0,
-        relative_gap=None,
-        well_defined=True,
-        wedin_angle=0.0,
-        shift=0.0,
-        shift_bound=0.0,
-        expected_shift=None,
-        shift_top_k=0.0,
-        gaussian=None,
-        signs=None,
-        energy_left=None,
-        energy_right=None,
-        energy_both=None,
-        **_expected_energies(rows, columns, k),
-        curve_index=[],
-        curve_base=[],
-        curve_tuned=[],
-        spectral_norm=0.0,
+def spectrum_row(spectra: Sequence[tuple[str, SpectrumChange]]) -> SpectrumRow:
+    """Summarise the spectra of several matrices, given with their names."""
+    changed = [(name, one) for name, one in spectra if one.gaussian is not None]
+    found: dict[str, Any] = {}
+    for side in _SIDES:
+        found[f"{side}_largest"], found[f"{side}_largest_name"] = _largest(changed, f"{side}_largest")
+        found[f"{side}_mean"] = _mean([getattr(one, f"{side}_mean") for _, one in changed])
+        for random in _RANDOM:
+            draws = [getattr(one, random) for _, one in changed]
+            found[f"{random}_{side}_largest"] = max((getattr(one, f"{side}_largest") for one in draws), default=None)
+            found[f"{random}_{side}_mean"] = _mean([getattr(one, f"{side}_mean") for one in draws])
+    found["shift_largest"], found["shift_name"] = _largest(changed, "shift")
+    expected = [one.expected_shift for _, one in changed if one.expected_shift is not None]
+    for part in _ENERGIES:
+        found[f"energy_{part}_ratio"] = _mean(
+            [getattr(one, f"energy_{part}") / getattr(one, f"expected_energy_{part}") for _, one in changed]
+        )
+    return SpectrumRow(
+        num_matrices=len(spectra),
+        num_unchanged=len(spectra) - len(changed),
+        num_ill_defined=sum(not one.well_defined for _, one in changed),
+        num_unresolved=sum(not one.resolved for _, one in changed),
+        shift_mean=_mean([one.shift for _, one in changed]),
+        expected_shift_largest=max(expected, default=None),
+        expected_shift_mean=_mean(expected),
+        **found,
     )
 
 
-def _turned(update: UpdateMatrix, change: SpectrumChange) -> SpectrumChange:
-    """The same with left and right as in the matrix that was given, when it was transposed."""
-    if not update.wide:
-        return change
-    return replace(
-        change,
-        left=change.right,
-        right=change.left,
-        gaussian=_swapped(change.gaussian),
-        signs=_swapped(change.signs),
-        energy_left=change.energy_right,
-        energy_right=change.energy_left,
-        expected_energy_left=change.expected_energy_right,
-        expected_energy_right=change.expected_energy_left,
-    )
+def _largest(spectra: Sequence[tuple[str, SpectrumChange]], key: str) -> tuple[float | None, str | None]:
+    found = [(getattr(one, key), name) for name, one in spectra]
+    return max(found, key=lambda item: item[0], default=(None, None))
 
 
-def _swapped(random: RandomUpdate | None) -> RandomUpdate | None:
-    if random is None:
-        return None
-    return RandomUpdate(
-        left_largest=random.right_largest,
-        left_mean=random.right_mean,
-        right_largest=random.left_largest,
-        right_mean=random.left_mean,
-    )
+def _mean(values: Sequence[float]) -> float | None:
+    return statistics.fmean(values) if values else None
+
+
+# --------------------------------------------------------------------------------------------------
+# the measure
 
 
 @register
-class Spectrum(PairMeasure["dict[str, OfMatrix[SpectrumChange]]", "dict[str, Any]"]):
+class SpectrumMeasure(MatrixMeasure[SpectrumChange, SpectrumResult]):
     """How training turned and stretched the leading directions of each matrix."""
 
     name = "spectrum"
 
-    def __init__(self, comparison: Comparison, config: DiagnoseConfig, run: Path | None = None) -> None:
-        """Find the tensors that are not matrices, and say how long it takes where that is long."""
-        super().__init__(comparison, config, run)
-        self.skipped = skipped_tensors(comparison)
-        warn_if_long(comparison, config.num_workers)
-
-    def tensor(self, pair: TensorPair) -> dict[str, OfMatrix[SpectrumChange]] | None:
-        """Return the change of the spectrum of a tensor's matrices, by label."""
-        if pair.name in self.skipped:
-            return None
-        return {
-            label: OfMatrix((pair.shape[-2], pair.shape[-1]), self._change(pair, label, update))
-            for label, update in updates(pair).items()
-        }
-
-    def _change(self, pair: TensorPair, label: str, update: UpdateMatrix | Unmeasured) -> SpectrumChange | Unmeasured:
-        if isinstance(update, Unmeasured):
-            return update
+    def matrix(self, pair: TensorPair, label: str, update: UpdateMatrix) -> SpectrumChange | Unmeasured:
+        """Return the change of one matrix's spectrum; the update's norm is the rank's, where that was measured."""
         seed = derive_seed(self.config.seed, "spectrum", label)
-        norm = pair.memo.get(("spectral_norm", label))  # the rank has decomposed the update, if it was asked for
+        norm = pair.memo.get(("spectral_norm", label))
         return spectrum_change(update, k=self.config.num_directions, seed=seed, update_norm=norm)
 
-    def combine(self, parts: Mapping[str, list[dict[str, OfMatrix[SpectrumChange]]]]) -> dict[str, Any]:
+    def combine(self, parts: Mapping[str, list[dict[str, OfMatrix[SpectrumChange]]]]) -> SpectrumResult:
         """Return the spectra by layer, kind and matrix."""
-        from ssrctl.measures.spectrum_report import spectrum_numbers
+        spectra, shapes, unmeasured = self.sorted_out(parts)
+        named = {name: (name, one) for name, one in spectra.items()}
+        rows = group_with_tensors(named, spectrum_row, spectra)
+        return SpectrumResult(rows=rows, shapes=shapes, unmeasured=unmeasured, skipped=self.skipped)
 
-        found = {label: one for (spectra,) in parts.values() for label, one in spectra.items()}
-        skipped = [{"name": name, "reason": reason} for name, reason in self.skipped.items()]
-        return {"spectrum": spectrum_numbers(found), "skipped": skipped}
-
-    def present(self, result: dict[str, Any]) -> Findings:
+    def present(self, result: SpectrumResult) -> Findings:
         """Return sentences, figures and tables of spectra."""
-        from ssrctl.measures.spectrum_report import headlines, notes, spectrum_section
-
-        found = result["spectrum"]
-        if found is None:
-            return Findings(numbers=result)
+        if not result.shapes:
+            return Findings(numbers=result.numbers())
         return Findings(
-            numbers=result, headlines=headlines(found), notes=notes(found), sections=[spectrum_section(found)]
+            numbers=result.numbers(),
+            headlines=spectrum_headlines(result.rows.total),
+            notes=spectrum_notes(result.rows.total) + unmeasured_notes("spectrum", result.unmeasured),
+            sections=[spectrum_section(result)],
         )
+
+
+def spectrum_headlines(total: SpectrumRow) -> list[str]:
+    """Return the answer in sentences."""
+    if total.num_matrices == total.num_unchanged:
+        return []
+    left, right = total.left_largest or 0.0, total.right_largest or 0.0
+    angle, name = (right, total.right_largest_name) if right > left else (left, total.left_largest_name)
+    return [
+        f"Rotation: the leading singular directions of {name} turn most, by {_degrees(angle)}; the mean principal "
+        f"angle over all matrices is {_degrees(total.left_mean)} left and {_degrees(total.right_mean)} right. Random "
+        f"updates of the same norms turn them by {_degrees(total.gaussian_left_mean)} and "
+        f"{_degrees(total.gaussian_right_mean)} on average.",
+        f"Singular values shift by {number(total.shift_mean)} of their norm on average, at most "
+        f"{number(total.shift_largest)} ({total.shift_name}); random updates: {number(total.expected_shift_mean)} on "
+        "average.",
+        f"The updates have {number(total.energy_left_ratio)} times the energy that chance puts into the leading "
+        f"left directions of the base, {number(total.energy_right_ratio)} times in the right ones.",
+    ]
+
+
+def spectrum_notes(total: SpectrumRow) -> list[str]:
+    """Return what a reader must know so as not to be misled."""
+    found = []
+    if total.num_ill_defined:
+        found.append(
+            f"In {count(total.num_ill_defined)} of {count(total.num_matrices)} matrices the gap between singular "
+            "values k and k + 1 of the base is smaller than the update, so that directions may change places across "
+            "the cut: their large angles need not mean much. Random updates show how large they get by chance."
+        )
+    if total.num_unresolved:
+        found.append(
+            f"In {count(total.num_unresolved)} matrices the angles are not above the error of the computation, which "
+            "is given with them."
+        )
+    return found
+
+
+def _degrees(value: float | None) -> str:
+    return "–" if value is None else f"{number(value)}°"
+
+
+_GROUP: tuple[RowColumn, ...] = (
+    ("matrices", "num_matrices", count),
+    ("unchanged", "num_unchanged", count),
+    ("small gap", "num_ill_defined", count),
+    ("left, largest", "left_largest", _degrees),
+    ("random, left", "gaussian_left_largest", _degrees),
+    ("signs, left", "signs_left_largest", _degrees),
+    ("right, largest", "right_largest", _degrees),
+    ("random, right", "gaussian_right_largest", _degrees),
+    ("signs, right", "signs_right_largest", _degrees),
+    ("shift, mean", "shift_mean", number),
+    ("random shift", "expected_shift_mean", number),
+    ("energy left", "energy_left_ratio", number),
+    ("energy right", "energy_right_ratio", number),
+)
+_MATRIX: tuple[RowColumn, ...] = (
+    ("k", "k", count),
+    ("left, largest", "left_largest", _degrees),
+    ("left, mean", "left_mean", _degrees),
+    ("right, largest", "right_largest", _degrees),
+    ("right, mean", "right_mean", _degrees),
+    ("error", "angle_error", _degrees),
+    ("angle at most", "wedin_angle", _degrees),
+    ("gap", "relative_gap", percent),
+    ("shift", "shift", number),
+    ("shift at most", "shift_bound", number),
+)
+_GROUP_NOTE = (
+    "Largest principal angles over the matrices of a row. Random: after a random update of the same norm; signs: "
+    "after the same changes with random signs; one draw each. Shift: normalised spectral shift. Energy: of the "
+    "update in the base's leading directions, in multiples of chance. Small gap: matrices in which the update "
+    "exceeds the gap after the k-th singular value."
+)
+_MATRIX_NOTE = (
+    "Error: bound on the error of the angles. At most: what perturbation theory allows, blank where it "
+    "excludes nothing. Gap: between the base's singular values k and k + 1, over the latter."
+)
+
+
+def spectrum_section(result: SpectrumResult) -> Section:
+    """Return figures and tables."""
+    rows = result.rows
+    changed = {name: one for name, one in rows.tensors.items() if one.gaussian is not None}
+    figures: list[Figure] = []
+    if changed and len(rows.numbered_layers) > 1:
+        figures += [_angle_lines(rows.numbered_layers), _shift_lines(rows.numbered_layers), *_angle_map(rows)]
+    if changed:
+        figures += [_energy_bars(rows.kinds), *_example(changed)]
+    return Section(
+        title="Principal directions and singular values",
+        text="Did training turn the leading singular directions of the weights, or stretch them? Compare with random "
+        "updates of the same size applied to the same matrices: published RL turned them little, fine-tuning much "
+        "(Zhu et al. 2025, section 4.1, figure 4).",
+        figures=figures,
+        tables=group_tables("Spectrum", rows, (_GROUP, _GROUP_NOTE), (_MATRIX, _MATRIX_NOTE), result.unmeasured),
+    )
+
+
+def _angle_lines(layers: Mapping[int, SpectrumRow]) -> Lines:
+    rows = list(layers.values())
+    series = {
+        "left": [row.left_largest for row in rows],
+        "right": [row.right_largest for row in rows],
+        "expected, random update of the same norm": [
+            _larger(row.gaussian_left_largest, row.gaussian_right_largest) for row in rows
+        ],
+    }
+    return Lines(
+        title="Largest principal angle in each layer",
+        x=list(layers),
+        series=series,
+        x_label="layer",
+        y_label="degrees",
+        log_y=_wide(series),
+        caption="Over the matrices of a layer, between the leading singular directions before and after. Expected: one "
+        "draw, the larger side.",
+    )
+
+
+def _shift_lines(layers: Mapping[int, SpectrumRow]) -> Lines:
+    series = {
+        "measured": [row.shift_largest for row in layers.values()],
+        "expected, random update of the same norm": [row.expected_shift_largest for row in layers.values()],
+    }
+    return Lines(
+        title="Largest normalised spectral shift in each layer",
+        x=list(layers),
+        series=series,
+        x_label="layer",
+        y_label="shift over norm",
+        log_y=_wide(series),
+        caption="Norm of the change of all singular values over the norm of the base's.",
+    )
+
+
+def _larger(first: float | None, second: float | None) -> float | None:
+    return max((value for value in (first, second) if value is not None), default=None)
+
+
+def _wide(series: Mapping[str, Sequence[float | None]]) -> bool:
+    values = [value for some in series.values() for value in some if value]
+    return bool(values) and max(values) > _WIDE_RANGE * min(values)
+
+
+def _angle_map(rows: Grouped[SpectrumRow, SpectrumChange]) -> list[Figure]:
+    found = cell_map(
+        "Mean principal angle over that of a random update",
+        rows.cells,
+        _relative_angle,
+        centre=1.0,
+        scale=1.0,
+        decimals=2,
+        caption="Mean of left and right. Below 1: the update turns the leading directions less than random changes of "
+        "the same norm would.",
+    )
+    return [] if found is None else [found]
+
+
+def _relative_angle(row: SpectrumRow) -> float | None:
+    if row.left_mean is None or row.right_mean is None:
+        return None
+    random = (row.gaussian_left_mean or 0.0) + (row.gaussian_right_mean or 0.0)
+    return (row.left_mean + row.right_mean) / random if random else None
+
+
+def _energy_bars(kinds: Mapping[str, SpectrumRow]) -> Bars:
+    return Bars(
+        title="Energy of the update in the base's leading directions",
+        labels=list(kinds),
+        series={
+            "left": [row.energy_left_ratio for row in kinds.values()],
+            "right": [row.energy_right_ratio for row in kinds.values()],
+        },
+        axis="times the energy that chance gives",
+        shares=False,
+        references=[Reference("by chance", 1.0)],
+        caption="Share of the squared norm of the update in the leading left (right) singular directions of the base, "
+        "over their share of all directions.",
+    )
+
+
+def _example(changed: Mapping[str, SpectrumChange]) -> list[Figure]:
+    """Return the singular values and the angles of the matrix with the largest shift."""
+    name, one = max(changed.items(), key=lambda item: item[1].shift)
+    row = one.numbers()
+    return [
+        Lines(
+            title=f"Singular values of {name}",
+            x=row["curve_index"],
+            series={"base": row["curve_base"], "tuned": row["curve_tuned"]},
+            x_label="index",
+            y_label="singular value",
+            log_x=True,
+            caption=f"The matrix with the largest shift, {number(one.shift)} of the norm.",
+        ),
+        Lines(
+            title=f"Principal angles of {name}",
+            x=row["angle_index"],
+            series={side: row[f"curve_{side}"] for side in _SIDES},
+            x_label="index",
+            y_label="degrees",
+            caption=f"Between the {one.k} leading singular directions before and after. The gap after them is "
+            f"{percent(one.relative_gap)} of the next singular value.",
+        ),
+    ]

@@ -1,4 +1,4 @@
-"""Changes of attention's weights that leave a model's function as it is (Zhu et al. 2025, appendix D).
+"""Changes to attention weights that preserve a model's function (Zhu et al. 2025, appendix D).
 
 Notation for one layer: H query heads and K key/value heads of D dimensions each, query head h reading key/value head
 ``h // (H / K)``. Linear layers store ``[out, in]``: head h owns rows ``h D .. (h + 1) D - 1`` of the q, k and v
@@ -45,7 +45,7 @@ _NORMS = ("q_norm", "k_norm")
 
 @dataclass(frozen=True)
 class Attention:
-    """One layer's attention, as far as an intervention has to know it.
+    """The facts about one layer's attention that an intervention needs.
 
     Attributes:
         layer: its number, from 0.
@@ -53,8 +53,8 @@ class Attention:
         num_heads: query heads, a multiple of ``num_kv_heads``.
         num_kv_heads: key/value heads.
         head_dim: dimensions of a head, an even number.
-        biased: which of the projections have a bias.
-        has_qk_norm: whether queries and keys are normalised before the rotary embedding.
+        biased: the projections that have a bias.
+        has_qk_norm: True if queries and keys are normalised before the rotary embedding.
     """
 
     layer: int
@@ -70,7 +70,7 @@ class Attention:
         return self.num_heads // self.num_kv_heads
 
     def rows(self, projection: str) -> list[str]:
-        """The parameters whose rows are the projection's outputs."""
+        """Return the parameters whose rows are the projection's outputs."""
         parameters = ["weight", "bias"] if projection in self.biased else ["weight"]
         return [f"{self.name}.{projection}.{one}" for one in parameters]
 
@@ -80,7 +80,7 @@ class Attention:
 
 
 def attention_layers(model: Any) -> list[Attention]:
-    """Every layer's attention, in the order of the layers.
+    """Return every layer's attention, in the order of the layers.
 
     Raises:
         UserError: anything but the attention of Llama, Mistral, Qwen2 or Qwen3 made of ordinary linear layers, by name
@@ -108,7 +108,8 @@ def _attention(name: str, module: Any) -> Attention:
         linear = getattr(module, projection)
         if type(linear) is not torch.nn.Linear or not linear.weight.is_floating_point():
             raise UserError(
-                f"{name}.{projection} is a {type(linear).__name__}, no ordinary linear layer of floating-point weights",
+                f"{name}.{projection} is a {type(linear).__name__}, "
+                "not an ordinary linear layer of floating-point weights",
                 "give the model before quantisation, or with its adapter merged",
             )
     dim, repeats = module.head_dim, module.num_key_value_groups
@@ -124,13 +125,13 @@ def _attention(name: str, module: Any) -> Attention:
         part, _, leaf = parameter.rpartition(".")
         known = expected.get(parameter) == tuple(tensor.shape) or (leaf == "bias" and part in _PROJECTIONS)
         if not known:
-            raise UserError(f"{name}.{parameter} with shape {list(tensor.shape)} is no part that is known", _REMEDY)
+            raise UserError(f"{name}.{parameter} with shape {list(tensor.shape)} is not a known part", _REMEDY)
     biased = frozenset(one for one in _PROJECTIONS if getattr(module, one).bias is not None)
     return Attention(module.layer_idx, name, kv_heads * repeats, kv_heads, dim, biased, bool(norms))
 
 
 def _check_rotary(model: Any, head_dim: int) -> None:
-    """Rotary pairs are (i, i + D/2) only where the rotary embedding covers the whole head."""
+    """Raise a UserError unless the rotary embedding covers the whole head: only then are its pairs (i, i + D/2)."""
     for name, buffer in model.named_buffers():
         if name.endswith("rotary_emb.inv_freq") and 2 * buffer.numel() != head_dim:
             raise UserError(
@@ -140,7 +141,7 @@ def _check_rotary(model: Any, head_dim: int) -> None:
 
 
 def chosen_layers(attentions: Sequence[Attention], ranges: Iterable[range] | None) -> list[Attention]:
-    """The layers in ``ranges``, in order; all without.
+    """Return the layers in ``ranges``, in order; all without.
 
     Raises:
         UserError: a layer that the model does not have.
@@ -162,11 +163,11 @@ def chosen_layers(attentions: Sequence[Attention], ranges: Iterable[range] | Non
 
 
 def edits(attentions: Iterable[Attention], kind: Kind, seed: int) -> dict[str, Edit]:
-    """For each parameter that the intervention changes, what makes the new tensor of the old one.
+    """Return, for each parameter that the intervention changes, a function from the old to the new tensor.
 
     Args:
         attentions: the layers to change.
-        kind: which intervention.
+        kind: the intervention.
         seed: every layer and key/value head draws from its own, derived from this one.
 
     Returns:
@@ -174,7 +175,7 @@ def edits(attentions: Iterable[Attention], kind: Kind, seed: int) -> dict[str, E
         return it, permutations return the tensor's own dtype.
 
     Raises:
-        UserError: heads to permute in a layer that has but one.
+        UserError: a layer with a single head, which cannot be permuted.
     """
     make = {"rotate": _rotation_edits, "permute-heads": _permutation_edits}[kind]
     made: dict[str, Edit] = {}
@@ -212,18 +213,19 @@ def _permutation_edits(attention: Attention, seed: int) -> dict[str, Edit]:
 
 
 def haar_orthogonal(size: int, seed: int) -> Tensor:
-    """An orthogonal matrix, float64 ``[size, size]``, drawn from the Haar measure.
+    """Return an orthogonal matrix, float64 ``[size, size]``, drawn from the Haar measure.
 
     The Q of a Gaussian matrix, with the signs of R's diagonal taken out, without which it would depend on how the
     decomposition chooses signs (Mezzadri 2007, "How to generate random matrices from the classical compact groups").
     """
     gaussian = torch.randn(size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     q, r = torch.linalg.qr(gaussian)
-    return q * torch.where(r.diagonal() < 0, -1.0, 1.0)
+    drawn: Tensor = q * torch.where(r.diagonal() < 0, -1.0, 1.0)
+    return drawn
 
 
 def rotary_rotation(size: int, seed: int) -> Tensor:
-    """A rotation, float64 ``[size, size]``, that commutes with rotary embeddings of pairs (i, i + size / 2).
+    """Return a rotation, float64 ``[size, size]``, that commutes with rotary embeddings of pairs (i, i + size / 2).
 
     Each pair turns by its own angle, uniform on the circle.
     """
@@ -234,14 +236,14 @@ def rotary_rotation(size: int, seed: int) -> Tensor:
 
 
 def head_orders(num_kv_heads: int, heads_per_kv: int, seed: int, name: str) -> tuple[Tensor, Tensor]:
-    """(old key/value head at each new place, old query head at each new place), int64 ``[K]`` and ``[H]``.
+    """Return (old key/value head at each new place, old query head at each new place), int64 ``[K]`` and ``[H]``.
 
     Query heads stay with their key/value head, and no head stays at its place: key/value heads are drawn uniformly
     among the permutations that move each of them, and query heads within each uniformly among all; a single key/value
     head has no other place, and its query heads each move.
 
     Raises:
-        UserError: there is but one head.
+        UserError: there is only one head.
     """
     if num_kv_heads * heads_per_kv == 1:
         raise UserError(f"{name} has one head, there is nothing to permute", "use --intervene rotate")
@@ -254,7 +256,7 @@ def head_orders(num_kv_heads: int, heads_per_kv: int, seed: int, name: str) -> t
 
 
 def _derangement(size: int, generator: torch.Generator) -> Tensor:
-    """A permutation of 2 or more that leaves nothing in its place, by rejection: about one draw in e is one."""
+    """Return a permutation of 2 or more that leaves nothing in its place, by rejection: about one draw in e is one."""
     places = torch.arange(size)
     while bool(((order := torch.randperm(size, generator=generator)) == places).any()):
         pass
@@ -262,7 +264,7 @@ def _derangement(size: int, generator: torch.Generator) -> Tensor:
 
 
 def rotate_rows(tensor: Tensor, rotations: Tensor) -> Tensor:
-    """R_h^T times the rows of every head h, in float64.
+    """Return R_h^T times the rows of every head h, in float64.
 
     Args:
         tensor: ``[H D, in]``, or a bias ``[H D]``.
@@ -274,24 +276,24 @@ def rotate_rows(tensor: Tensor, rotations: Tensor) -> Tensor:
 
 
 def rotate_columns(tensor: Tensor, rotations: Tensor) -> Tensor:
-    """The columns ``[out, H D]`` of every head h times R_h (float64 ``[H, D, D]``), in float64."""
+    """Return the columns ``[out, H D]`` of every head h times R_h (float64 ``[H, D, D]``), in float64."""
     num_heads, dim, _ = rotations.shape
     return torch.einsum("ohi,hij->ohj", tensor.double().view(-1, num_heads, dim), rotations).reshape(tensor.shape)
 
 
 def take_rows(tensor: Tensor, order: Tensor) -> Tensor:
-    """The rows of the heads ``order`` (int64 ``[H]``) of ``[H D, in]``, or of a bias ``[H D]``."""
+    """Return the rows of the heads ``order`` (int64 ``[H]``) of ``[H D, in]``, or of a bias ``[H D]``."""
     return tensor.view(len(order), -1)[order].view(tensor.shape)
 
 
 def take_columns(tensor: Tensor, order: Tensor) -> Tensor:
-    """The columns of the heads ``order`` (int64 ``[H]``) of ``[out, H D]``."""
+    """Return the columns of the heads ``order`` (int64 ``[H]``) of ``[out, H D]``."""
     return tensor.view(tensor.shape[0], len(order), -1)[:, order].reshape(tensor.shape)
 
 
 @torch.no_grad()
 def apply_edits(model: Any, made: Mapping[str, Edit]) -> None:
-    """Put the edits into a model's parameters, rounded to their dtype."""
+    """Apply the edits to a model's parameters, rounded to their dtype."""
     parameters = dict(model.named_parameters())
     for name, edit in made.items():
         parameters[name].copy_(edit(parameters[name]))
@@ -303,7 +305,7 @@ def apply_edits(model: Any, made: Mapping[str, Edit]) -> None:
 
 @dataclass(frozen=True)
 class LogitDifference:
-    """How far two models' logits are apart on the same tokens.
+    """The difference between two models' logits on the same tokens.
 
     Attributes:
         max_abs: the largest |difference| of a logit.
@@ -329,14 +331,16 @@ class LogitDifference:
 
 @torch.no_grad()
 def logits_on(model: Any, prompts: Sequence[Tensor]) -> list[Tensor]:
-    """Logits ``[T, V]`` of each prompt, int64 ``[T]``, in the model's dtype.
+    """Return the logits ``[T, V]`` of each prompt, int64 ``[T]``, in the model's dtype.
 
     Raises:
         UserError: NaN or infinite logits.
     """
     found = [model(input_ids=ids.to(model.device).unsqueeze(0), use_cache=False).logits[0] for ids in prompts]
     if not all(bool(logits.isfinite().all()) for logits in found):
-        raise UserError(f"the model's logits in {model.dtype} are NaN or infinite", "check that its weights are whole")
+        raise UserError(
+            f"the model's logits in {model.dtype} are NaN or infinite", "check that its weights are complete"
+        )
     return found
 
 

@@ -1,4 +1,4 @@
-"""Loading a causal language model and its tokenizer, with one clear line for everything that can go wrong."""
+"""Loading of a causal language model and its tokenizer, with a one-line error for every failure."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from ssrctl.io.artifacts import ModelIdentity
 if TYPE_CHECKING:
     import torch
 
-# What a 32-bit checkpoint header, a config and a tokenizer take is nothing beside this reserve.
+# Headers, config and tokenizer take far less than this reserve.
 MEMORY_RESERVE_BYTES = 512 * 2**20
-# Below this many parameters the work of one operation is smaller than the cost of sharing it among threads.
+# Below this many parameters, sharing an operation among threads costs more than the operation.
 SINGLE_THREAD_PARAMETERS = 5_000_000
 
 
@@ -38,10 +38,11 @@ class LoadedModel:
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        device: torch.device = self.model.device
+        return device
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every trainable tensor by name; a tied tensor once."""
+        """Return the shape of every trainable tensor by name; a tied tensor once."""
         return {name: tuple(p.shape) for name, p in self.model.named_parameters()}
 
     @property
@@ -50,7 +51,7 @@ class LoadedModel:
 
 
 def describe_model(config: ModelConfig) -> str:
-    """The first line of every command that loads a model."""
+    """Return the first line of every command that loads a model."""
     if config.model == TINY:
         return f"model: {TINY}, the bundled default (give --model for your own)"
     return f"model: {config.model}"
@@ -60,12 +61,12 @@ def load_model(config: ModelConfig, *, bytes_per_parameter: float = 0.0) -> Load
     """Load ``config.model`` and its tokenizer.
 
     Args:
-        config: which model, in which precision, where.
-        bytes_per_parameter: memory that the caller will need beside the weights; with them it is checked
-            against what is free before anything is read.
+        config: name, precision and device of the model.
+        bytes_per_parameter: memory that the caller will need in addition to the weights; the sum is checked against
+            the free memory before anything is read.
 
     Raises:
-        UserError: not found, not reachable, torn weights, too large for the memory, no fast tokenizer, no pad
+        UserError: not found, not reachable, corrupt weights, too large for the memory, no fast tokenizer, no pad
             or end token.
     """
     import torch
@@ -75,7 +76,7 @@ def load_model(config: ModelConfig, *, bytes_per_parameter: float = 0.0) -> Load
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    hub_logging.set_verbosity_error()  # its retries are summed up in one line at the end
+    hub_logging.set_verbosity_error()  # load errors sum up its retries in one line
     source = _source(config)
     device = resolve_device(config.device)
     _check_memory(config, source, device, bytes_per_parameter)
@@ -93,7 +94,7 @@ def load_model(config: ModelConfig, *, bytes_per_parameter: float = 0.0) -> Load
     )
     dtype = model.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     try:
-        # Only what the checkpoint stores: computed buffers, rotary frequencies above all, stay in float32, as
+        # Only tensors that the checkpoint stores: computed buffers, such as rotary frequencies, stay in float32, as
         # transformers keeps them.
         stored = model.state_dict().keys()
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -114,9 +115,9 @@ def load_model(config: ModelConfig, *, bytes_per_parameter: float = 0.0) -> Load
 
 
 def resolve_device(name: str) -> torch.device:
-    """``auto`` is the accelerator that accelerate would pick, else the CPU.
+    """Return the device; ``auto`` is the accelerator that accelerate would pick, else the CPU.
 
-    Sums are in float64, which mps does not have; there ``auto`` is the CPU.
+    Sums are in float64, which mps does not support; ``auto`` is the CPU there.
     """
     import torch
     from accelerate.state import PartialState
@@ -137,7 +138,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def _source(config: ModelConfig) -> str:
-    """Where transformers should look: the bundled folder, a local folder, or a hub name."""
+    """Return the source for transformers: the bundled folder, a local folder, or a hub name."""
     if config.model == TINY:
         from ssrctl import tiny_reasoner
 
@@ -169,7 +170,7 @@ def _load_tokenizer(config: ModelConfig, source: str) -> Any:
 
 
 def check_tokenizer(tokenizer: Any, name: str) -> None:
-    """Give the tokenizer a pad token if it has none (the end token, as is the custom), and check the rest.
+    """Check the tokenizer, and use the end token as pad token if it has none.
 
     Raises:
         UserError: no character offsets (a slow tokenizer), or neither pad nor end token.
@@ -211,7 +212,7 @@ def _check_memory(config: ModelConfig, source: str, device: torch.device, bytes_
     elif device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0] - MEMORY_RESERVE_BYTES
     else:
-        return  # other backends do not tell what is free; they fail by themselves
+        return  # other backends do not report free memory; they raise their own errors
     if needed > free:
         raise UserError(
             f"{config.model} has {count / 1e9:.2f}B parameters and would need {needed / 2**30:.1f} GiB, "
@@ -229,7 +230,7 @@ def _fingerprint(model: Any) -> str:
 def _load_error(config: ModelConfig, error: Exception) -> UserError:
     if isinstance(error, OSError) and not Path(config.model).expanduser().is_dir() and config.model != TINY:
         return UserError(
-            f"model '{config.model}' is no local folder, and the hub did not give it: {_first_line(error)}",
+            f"model '{config.model}' is not a local folder, and the hub did not provide it: {_first_line(error)}",
             "check the name and the network, or download it elsewhere and give --model FOLDER",
         )
     return UserError(

@@ -1,4 +1,4 @@
-"""Which of a checkpoint's tensors are the model's parameters, without loading it: what a mask has to cover.
+"""The model's parameters among a checkpoint's tensors, without loading it: a mask has to cover these.
 
 Training knows a model by its ``named_parameters``: a tied tensor once, no buffers, in the dtype that its config asks
 for. A file may hold a tied head as well, buffers, and names without the model's prefix.
@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssrctl.checkpoints.model_folder import CONFIG
-from ssrctl.checkpoints.parameter_names import is_constant, is_head, tied_copies
+from ssrctl.checkpoints.names import is_constant, is_head
+from ssrctl.checkpoints.parameter_names import tied_copies
 from ssrctl.checkpoints.reader import TensorReader
 from ssrctl.errors import UserError
 from ssrctl.report.formats import times
@@ -30,8 +31,8 @@ class StoredParameters:
     Attributes:
         reader: the checkpoint, its names aligned with the model's.
         names: of the parameters, sorted.
-        dtype: what the model's floating-point weights are loaded in; None: as stored.
-        notes: what a reader must know, in sentences.
+        dtype: in which the model's floating-point weights are loaded; None: as stored.
+        notes: sentences that a reader needs so as not to be misled.
     """
 
     reader: TensorReader
@@ -44,25 +45,25 @@ class StoredParameters:
         return {name: self.reader.shapes[name] for name in self.names}
 
     def dtype_of(self, name: str) -> torch.dtype:
-        """The dtype in which a parameter is loaded."""
+        """Return the dtype in which a parameter is loaded."""
         stored = self.reader.dtypes[name]
         return self.dtype if self.dtype is not None and stored.is_floating_point else stored
 
     def tensor(self, name: str) -> Tensor:
-        """A parameter as training starts from it; memory-mapped unless its dtype changes on loading."""
+        """Read a parameter as training starts from it; memory-mapped unless its dtype changes on loading."""
         return self.reader.tensor(name).to(self.dtype_of(name))
 
     def pieces(self, name: str) -> Iterator[Tensor]:
-        """The same as flat tensors of 2^20 elements in order."""
+        """Yield the same in flat pieces of 2^20 elements in order."""
         dtype = self.dtype_of(name)
         return (piece.to(dtype) for piece in self.reader.pieces(name))
 
 
 def stored_parameters(reader: TensorReader) -> StoredParameters:
-    """The parameters of an open checkpoint; aligns the reader's names with the model's.
+    """Find the parameters of an open checkpoint; aligns the reader's names with the model's.
 
-    With a config.json beside the weights they are those of the model that transformers makes of it, without memory
-    for its weights. Without, or where transformers does not know the model, they are what the file holds, except for a
+    With a config.json next to the weights they are those of the model that transformers makes from it. Without, or where
+    transformers does not know the model, they are all floating-point tensors of the file except for constants and a
     head that is a bit for bit copy of the embedding.
 
     Raises:
@@ -87,7 +88,7 @@ def stored_parameters(reader: TensorReader) -> StoredParameters:
         raise UserError(
             f"{reader.label}: {len(differing)} of the model's {len(shapes)} parameters are not stored as it has them, "
             f"first {name}: {list(shapes[name])} in the model, {'absent' if found is None else list(found)} in the file",
-            f"the weights must fit the {CONFIG} beside them; models whose weights are put together on loading "
+            f"the weights must fit the {CONFIG} next to them; models whose weights are put together on loading "
             "(fused experts) are not supported",
         )
     dtype = reader.load_dtype() or _first_floating(reader)
@@ -95,7 +96,7 @@ def stored_parameters(reader: TensorReader) -> StoredParameters:
 
 
 def _as_stored(reader: TensorReader, notes: list[str]) -> StoredParameters:
-    """Everything in the file but tied copies, constants, and what holds no floating-point numbers."""
+    """Take everything in the file but tied copies, constants, and tensors of other than floating-point numbers."""
     weights = [name for name in reader.shapes if not is_constant(name) and reader.dtypes[name].is_floating_point]
     if not weights:
         raise UserError(f"{reader.label} holds no floating-point weights", "give a model that is not quantised")
@@ -104,12 +105,12 @@ def _as_stored(reader: TensorReader, notes: list[str]) -> StoredParameters:
         f"{head} is stored as a copy of {one} (tied) and was counted once." for head, one in copies.items()
     ]
     if left_out := len(reader.shapes) - len(weights):
-        notes.append(f"{times(left_out, 'tensor')} that are no weights (constants, codes) left out.")
+        notes.append(f"{times(left_out, 'tensor')} that are not weights (constants, codes) left out.")
     return StoredParameters(reader, [name for name in weights if name not in copies], None, notes)
 
 
 def _empty_model(folder: Path) -> Any:
-    """The model that config.json describes, without memory for its weights and without running code of its own."""
+    """Make the model that config.json describes, without memory for its weights and without running its own code."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -119,6 +120,6 @@ def _empty_model(folder: Path) -> Any:
 
 
 def _first_floating(reader: TensorReader) -> torch.dtype | None:
-    """What transformers loads a model in whose config names no dtype: that of the first floating-point tensor."""
+    """Return the dtype of the first floating-point tensor, in which transformers loads a model without a dtype."""
     first = [name for name in reader.shapes if reader.file_of(name) == reader.files[0]]
     return next((reader.dtypes[name] for name in first if reader.dtypes[name].is_floating_point), None)

@@ -1,4 +1,4 @@
-"""What all figures share: colours that follow the page's scheme, keys of series, and inline SVG.
+"""Parts of all figures: colours that follow the page's scheme, keys of series, and inline SVG.
 
 Colours are drawn as placeholders and then replaced by css variables, so that one figure suits light and dark pages.
 """
@@ -55,7 +55,7 @@ _RAMP_STEPS = 9
 
 @dataclass(frozen=True, kw_only=True)
 class Style:
-    """How one series is drawn; a yardstick rather than a measurement is grey and dashed."""
+    """The look of one series; a yardstick, as against a measurement, is grey and dashed."""
 
     colour: str
     marker: str
@@ -64,14 +64,14 @@ class Style:
 
 @dataclass(frozen=True, kw_only=True)
 class Key:
-    """One entry of a figure's legend: a small drawing (SVG, ours) and what it stands for (text, not escaped)."""
+    """One entry of a figure's legend: a small drawing (SVG, ours) and its meaning (text, not escaped)."""
 
     swatch: str
     label: str
 
 
 def series_styles(names: Sequence[str]) -> dict[str, Style]:
-    """A colour and a marker for each series; the seventh measured one begins again with the first's."""
+    """Return a colour and a marker for each series; the seventh measured one has the first's again."""
     styles, order = {}, 0
     for name in names:
         if is_expected(name):
@@ -85,17 +85,17 @@ def series_styles(names: Sequence[str]) -> dict[str, Style]:
 
 
 def is_expected(name: str) -> bool:
-    """Is a series what chance would give, rather than what was measured?"""
+    """Return True if a series is expected by chance, not measured."""
     return name.startswith("expected")
 
 
 def finite(value: float | None) -> float | None:
-    """The value, or None where there is none that could be drawn."""
+    """Return the value, or None where it is missing or not finite."""
     return None if value is None or not math.isfinite(value) else float(value)
 
 
 def label_text(text: str, longest: int = _LONGEST) -> str:
-    """Text for an axis: one line, without control characters, long names shortened in the middle."""
+    """Return text for an axis: one line, without control characters, long names shortened in the middle."""
     plain = " ".join("".join(" " if ord(one) < 32 or ord(one) == 127 else one for one in text_safe(text)).split())
     if len(plain) <= longest:
         return plain
@@ -104,12 +104,12 @@ def label_text(text: str, longest: int = _LONGEST) -> str:
 
 
 def label_lines(text: str, width: int = 22) -> str:
-    """Text for an axis in up to three lines of so many characters."""
+    """Return text for an axis in up to three lines of ``width`` characters."""
     return textwrap.fill(label_text(text, 3 * width), width, max_lines=3, placeholder="…")
 
 
 def reference_letters(figure: Bars | Lines | Ranges) -> dict[Reference, str]:
-    """A, B, C, ... for the references of a figure, as its legend and its drawing name them."""
+    """Return the letters A, B, C, ... that name the references of a figure in its legend and its drawing."""
     if isinstance(figure, Ranges):
         found = [one for row in figure.references for one in row]
     else:
@@ -126,7 +126,7 @@ def _letter(order: int) -> str:
 
 
 def keys(figure: Figure) -> list[Key]:
-    """The legend of a figure, which the page shows as text; empty where the figure needs none."""
+    """Return the legend of a figure, which the page shows as text; empty where the figure needs none."""
     if isinstance(figure, Heatmap):
         return _heat_keys(figure)
     if isinstance(figure, Ranges):
@@ -140,7 +140,7 @@ def keys(figure: Figure) -> list[Key]:
 
 
 def heat_limits(figure: Heatmap) -> tuple[float, float, float]:
-    """(value in full second hue, value without colour, value in full first hue).
+    """Return (value in full second hue, value without colour, value in full first hue).
 
     A side on which no value lies ends at the centre, but where all values are the centre the upper side is kept.
     """
@@ -154,7 +154,7 @@ def heat_limits(figure: Heatmap) -> tuple[float, float, float]:
 
 
 def cell_text(figure: Heatmap, value: float) -> str:
-    """A cell's number as the figure writes it: no negative zero, and a zero that is exact as ``0``."""
+    """Return a cell's number as the figure writes it: no negative zero, and a zero that is exact as ``0``."""
     if not value:
         return "0%" if figure.shares else "0"
     scaled = value * 100 if figure.shares else value
@@ -210,7 +210,7 @@ def _line(style: Style) -> str:
 
 
 def _reference(letter: str, is_range: bool) -> str:
-    # The letter is one of ours, so nothing is to be escaped.
+    # The letter is one of ours and needs no escaping.
     drawn = (
         '<rect x="0" y="0.5" width="12" height="11" fill="var(--muted)" fill-opacity="0.3"/>'
         if is_range
@@ -232,7 +232,7 @@ def _ramp(below: bool, above: bool) -> str:
 
 
 def heat_colour(signed: float) -> str:
-    """The hue of a value on this side of a heat map's centre."""
+    """Return the hue of a value by its side of a heat map's centre."""
     return _VARIABLES[SERIES[1] if signed < 0 else SERIES[0]]
 
 
@@ -241,12 +241,12 @@ def heat_colour(signed: float) -> str:
 
 
 def tip(text: str) -> str:
-    """What a browser shows while the pointer rests on an element."""
+    """Return the title that a browser shows while the pointer rests on an element."""
     return f"<title>{escape(label_text(text, 120))}</title>"
 
 
 def inline(svg: str, name: str) -> str:
-    """An element for inside a page: no prolog, no metadata, no fixed size, colours by css variable.
+    """Return an element for use inside a page: no prolog, no metadata, no fixed size, colours by css variable.
 
     Ids of groups are dropped and those that are referred to (clip paths, markers) begin with ``name``, since several
     figures share a page. Only tags are touched: text stays what it was.
@@ -274,7 +274,7 @@ def _tag(tag: str, name: str) -> str:
 
 
 def spread(places: Sequence[float], gap: float) -> list[float]:
-    """Positions at least ``gap`` apart, in their order, as near to the given ones as moving upwards allows."""
+    """Return positions at least ``gap`` apart, in their order, each moved upwards as little as possible."""
     moved: dict[int, float] = {}
     last = -math.inf
     for order in sorted(range(len(places)), key=lambda one: places[one]):
@@ -286,7 +286,7 @@ def spread(places: Sequence[float], gap: float) -> list[float]:
 def draw_references(axes: Any, references: dict[Reference, str], along: Literal["x", "y"]) -> None:
     """Draw bands and lines at values of one axis, with their letters just outside of the plot.
 
-    Call it when the axis has its final limits and scale, and these hold the references.
+    Call it when the axis has its final limits and scale, within which the references lie.
     """
     span, line = (axes.axvspan, axes.axvline) if along == "x" else (axes.axhspan, axes.axhline)
     to_axes = axes.transData + axes.transAxes.inverted()

@@ -1,7 +1,7 @@
 """Figures as inline SVG whose colours follow the page's light or dark scheme.
 
-Legends are no part of the drawing: the page shows them as text (``chart_style.keys``), where long names wrap. No
-global state of matplotlib is left changed, and the same data give the same bytes.
+Legends are not part of the drawing: the page shows them as text (``chart_style.keys``), where long names wrap. The
+global state of matplotlib is left unchanged, and the same data give the same bytes.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ _MOST_MARKERS = 30
 _MANY_LABELS = 20
 _LINE = 0.14  # of text
 _AXIS_CHARACTERS = 34
-# Of the first series, the second, and the others: where they coincide, those beneath still show.
+# Line widths of the first series, the second, and the others: where they coincide, those beneath still show.
 _WIDTHS = (2.4, 1.6, 1.3)
 
 
 def is_wide(figure: Figure) -> bool:
-    """Does the figure take the page's whole width?"""
+    """Return True if the figure takes the page's whole width."""
     if isinstance(figure, Heatmap):
         return heatmap_is_wide(figure)
     return isinstance(figure, Histogram) and len(figure.bins) > _MOST_COLUMNS
 
 
 def draw(figure: Figure, name: str = "figure") -> str:
-    """One figure as an ``<svg>`` element, to be put into a page that defines the css variables.
+    """Draw a figure as an ``<svg>`` element for a page that defines the css variables.
 
     Args:
         figure: what to draw.
-        name: what the ids in it begin with; one of its own for each figure of a page.
+        name: prefix of the ids in it, unique in a page.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -63,7 +63,7 @@ def draw(figure: Figure, name: str = "figure") -> str:
     from matplotlib.figure import Figure as Canvas
 
     size = (_WIDE if is_wide(figure) else _NARROW, _height(figure))
-    # The page's own fonts draw the text; that matplotlib's lack a character only makes its width a guess.
+    # The page's own fonts draw the text; a character that matplotlib's fonts lack only gets a guessed width.
     with mpl.rc_context(SETTINGS), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         warnings.filterwarnings("ignore", message="constrained_layout not applied")
@@ -83,7 +83,7 @@ def draw(figure: Figure, name: str = "figure") -> str:
 
 
 def _height(figure: Figure) -> float:
-    """Inches."""
+    """Return inches."""
     if isinstance(figure, Heatmap):
         return heatmap_height(figure)
     if isinstance(figure, Bars):
@@ -214,12 +214,12 @@ def _ranges(axes: Any, figure: Ranges) -> None:
 
 
 def _range_row(label: str, references: Sequence[Reference]) -> float:
-    """Inches: room for the label's lines, or for the value and the ranges beneath it."""
+    """Return inches: room for the label's lines, or for the value and the ranges beneath it."""
     return max(0.16 + _LINE * len(label_lines(label).splitlines()), 0.34 + _LINE * len(references))
 
 
 # --------------------------------------------------------------------------------------------------
-# what several kinds share
+# shared by several kinds
 
 
 def _series(
@@ -240,7 +240,7 @@ def _numbers(
     intervals: Mapping[str, Sequence[Interval | None]],
     references: Sequence[Reference],
 ) -> list[float]:
-    """Everything that an axis of values has to hold."""
+    """Return all numbers that an axis of values has to hold."""
     found: list[float | None] = [value for values in series.values() for value in values]
     found += [end for ends in intervals.values() for interval in ends if interval is not None for end in interval]
     found += [end for one in references for end in (one.low, one.high)]
@@ -269,7 +269,7 @@ def _fit(axes: Any, which: str, numbers: list[float], log: bool, shares: bool = 
 
 
 def _log_scale(axes: Any, which: str, ratio: float) -> None:
-    """A logarithmic axis whose ticks are plain numbers; between powers of ten too where there are few of these."""
+    """Make an axis logarithmic, with plain numbers as ticks; between powers of ten too where there are few of these."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     (axes.set_xscale if which == "x" else axes.set_yscale)("log")
@@ -280,7 +280,7 @@ def _log_scale(axes: Any, which: str, ratio: float) -> None:
 
 
 def _power_text(value: float) -> str:
-    """``0.02``, ``500``, ``1e-6``."""
+    """Return a short form: ``0.02``, ``500``, ``1e-6``."""
     if 1e-3 <= value < 1e5:
         return f"{value:.10g}"
     digits, power = f"{value:.0e}".split("e")

@@ -1,6 +1,6 @@
-"""What a report is made of: plain data that the terminal and the html page both show.
+"""The parts of a report: plain data that the terminal and the html page both show.
 
-A family of measures turns its numbers into ``Section``s; nothing here knows which family it is. Numbers that are
+A family of measures turns its numbers into ``Section``s; nothing here knows the families. Numbers that are
 None, NaN or infinite are left blank in figures. Text may come from files: whatever shows it escapes it.
 """
 
@@ -15,14 +15,15 @@ from ssrctl.report.formats import text
 Numbers = Sequence[float | None]
 Cell = float | int | str | None
 Interval = tuple[float, float]
+Format = Callable[[Any], str]
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A published value or range, or what chance gives, that a figure shows beside what was measured.
+    """A published value or range, or the value expected by chance, that a figure shows next to the measured ones.
 
     Attributes:
-        label: what it is and where it stands: ``Mukherjee et al. 2025, table 1: 68.5-96.0%``.
+        label: what it is, and its source: ``Mukherjee et al. 2025, table 1: 68.5-96.0%``.
         low: the value, or the lower end, in the units of the figure's numbers.
         high: the upper end of a range; None for a single value, drawn as a line.
     """
@@ -39,11 +40,16 @@ class Column:
     Attributes:
         name: the heading.
         format: writes one value; the terminal and the page show its text, csv and json hold the value itself.
-            ``formats.text`` marks a column of words, aligned left; all others are numbers, aligned right.
+            ``formats.text`` marks a column of words, aligned left; all others are numbers, aligned right. A list
+            has a format for each row, where rows have different units.
     """
 
     name: str
-    format: Callable[[Any], str] = text
+    format: Format | Sequence[Format] = text
+
+    def written(self, row: int, value: Cell) -> str:
+        """Return the text of the value in a row."""
+        return self.format(value) if callable(self.format) else self.format[row](value)
 
 
 @dataclass(kw_only=True)
@@ -64,32 +70,31 @@ class Table:
     title: str
     columns: Sequence[Column | str]
     rows: Sequence[Sequence[Cell]]
-    raw: Sequence[Sequence[Cell]] | None = None
     note: str = ""
     terminal_rows: int = 16
     collapsed: bool = False
 
     def __post_init__(self) -> None:
-        self.columns = [Column(one) if isinstance(one, str) else one for one in self.columns]
         if wrong := [len(row) for row in self.rows if len(row) != len(self.columns)]:
             raise ValueError(f"table {self.title!r}: {len(self.columns)} columns, but a row of {wrong[0]} cells")
+        self._columns = [Column(one) if isinstance(one, str) else one for one in self.columns]
 
     @property
     def headings(self) -> list[str]:
         """The columns' names."""
-        return [one.name for one in self.columns if isinstance(one, Column)]
+        return [one.name for one in self._columns]
 
     @property
     def words(self) -> list[bool]:
         """For each column: True = words, aligned left; False = numbers. The first column names the row."""
-        return [
-            place == 0 or (isinstance(one, Column) and one.format is text) for place, one in enumerate(self.columns)
-        ]
+        return [place == 0 or one.format is text for place, one in enumerate(self._columns)]
 
     def formatted(self, limit: int | None = None) -> list[list[str]]:
         """Return the first ``limit`` rows (all by default) as people read them."""
-        formats = [one.format for one in self.columns if isinstance(one, Column)]
-        return [[show(cell) for show, cell in zip(formats, row, strict=True)] for row in self.rows[:limit]]
+        return [
+            [column.written(place, cell) for column, cell in zip(self._columns, row, strict=True)]
+            for place, row in enumerate(self.rows[:limit])
+        ]
 
 
 @dataclass(kw_only=True)
@@ -100,9 +105,9 @@ class Heatmap:
         labels: of rows and of columns, where they are the same.
         row_labels: of rows; ``labels`` when empty.
         column_labels: of columns; ``labels`` when empty.
-        axis: what both axes count.
-        row_axis: what the rows are; ``axis`` when empty.
-        column_axis: what the columns are; ``axis`` when empty.
+        axis: label of both axes.
+        row_axis: label of the rows; ``axis`` when empty.
+        column_axis: label of the columns; ``axis`` when empty.
         centre: the value without colour. Larger ones take the first hue, smaller ones the second: with the least
             value as centre the scale is sequential, with a baseline in the middle it is diverging.
         scale: the distance from ``centre`` drawn in full colour; None is the largest there is.
@@ -139,7 +144,7 @@ class Bars:
     """Horizontal bars, one group per label; a series named ``expected ...`` is drawn grey.
 
     Attributes:
-        axis: what the bars' lengths say.
+        axis: meaning of the bars' lengths.
         shares: lengths are in [0, 1] and the axis shows all of it in per cent; otherwise it fits the numbers.
         log: a logarithmic axis; numbers of 0 or less are left out.
         intervals: per series, (low, high) around each bar's end.
@@ -215,7 +220,7 @@ class Ranges:
     """Measured values as dots on one axis of shares, each above the ranges that were published for it.
 
     Attributes:
-        labels: what was measured, one row each.
+        labels: names of the measured values, one row each.
         values: shares in [0, 1].
         references: of each row.
     """
@@ -246,7 +251,7 @@ def _prefixed(intervals: Mapping[str, Sequence[Any]]) -> dict[str, Sequence[Any]
 
 @dataclass(kw_only=True)
 class Section:
-    """A heading, what to look for, and what to look at.
+    """A heading with text, figures and tables.
 
     Attributes:
         collapsed: a detail that the page shows only when asked to.
@@ -264,11 +269,11 @@ class Document:
     """A report that reads from top to bottom as an answer.
 
     Attributes:
-        title: what was measured.
-        facts: what was compared, as (name, value).
+        title: the question.
+        facts: the inputs, as (name, value).
         headlines: the answer, in sentences with numbers.
-        unusual: what a reader would not expect, in sentences; shown right under the headlines.
-        notes: what a reader must know so as not to be misled.
+        unusual: unexpected values, in sentences; shown right under the headlines.
+        notes: sentences that a reader needs so as not to be misled.
         sections: tables and figures, those that answer before those that detail.
     """
 

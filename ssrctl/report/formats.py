@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 
 def json_safe(value: Any) -> Any:
-    """The same data with NaN and infinity, which json does not have, as None, and every key as text."""
+    """Return the same data with NaN and infinity, which json does not have, as None, and every key as text."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, str):
@@ -20,7 +20,7 @@ def json_safe(value: Any) -> Any:
 
 
 def text_safe(text: str) -> str:
-    """The same text with lone surrogates, which have no UTF-8 form, as question marks."""
+    """Return the text with question marks for lone surrogates, which have no UTF-8 form."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
@@ -30,14 +30,14 @@ def text(value: object) -> str:
 
 
 def count(value: float | None) -> str:
-    """A count with thousands separators; means of counts keep one decimal."""
+    """Return a count with thousands separators; means of counts keep one decimal."""
     if value is None:
         return "–"
     return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}"
 
 
 def percent(value: float | None) -> str:
-    """A share as a percentage, never rounded to 0% or 100% unless it is exactly that."""
+    """Return a share as a percentage, never rounded to 0% or 100% unless it is exactly that."""
     if value is None:
         return "–"
     for digits in range(2, 8):
@@ -48,15 +48,15 @@ def percent(value: float | None) -> str:
 
 
 def times(value: int, what: str) -> str:
-    """A count and its noun: ``1 pair``, ``12 pairs``."""
+    """Return a count and its noun: ``1 pair``, ``12 pairs``."""
     return f"{value:,} {what}" + ("" if value == 1 else "s")
 
 
-def number(value: float | None, style: Literal["short", "signed"] = "short") -> str:
-    """Three significant digits; ``signed`` has three decimals and always shows the sign."""
+def number(value: float | None) -> str:
+    """Return three significant digits, a dash for None."""
     if value is None:
         return "–"
-    return f"{value:+.3f}" if style == "signed" else "0" if value == 0 else f"{value:#.3g}".removesuffix(".")
+    return "0" if value == 0 else f"{value:#.3g}".removesuffix(".")
 
 
 def signed(value: float | None) -> str:

@@ -20,12 +20,12 @@ _NUMBER_SIZE = 7.5  # points
 
 
 def heatmap_is_wide(figure: Heatmap) -> bool:
-    """Are there more columns than half a page's width can show?"""
+    """Return True if there are more columns than half a page's width can show."""
     return len(figure.column_labels) > (_MOST_SQUARE_COLUMNS if _is_square(figure) else _MOST_NARROW_COLUMNS)
 
 
 def heatmap_height(figure: Heatmap) -> float:
-    """Inches."""
+    """Return inches."""
     rows, wide = len(figure.row_labels), heatmap_is_wide(figure)
     if _is_square(figure):
         return (_WIDE_ROOM if wide else _NARROW_ROOM) + 0.6
@@ -47,13 +47,13 @@ def _column_labels(figure: Heatmap) -> list[str]:
 
 
 def _rotated(figure: Heatmap, labels: Sequence[str]) -> bool:
-    """Do labels stand upright? Short ones (layer numbers) never do: they are thinned out."""
+    """Return True if labels stand upright. Short ones (layer numbers) never do: they are thinned out."""
     longest = max(map(len, labels), default=0)
     return longest > 3 and (longest + 1) * _CHARACTER > _cell_width(figure)
 
 
 def draw_heatmap(axes: Any, figure: Heatmap) -> None:
-    """Axes, ticks and frame; the cells are added to the finished SVG by ``heatmap_cells``."""
+    """Draw axes, ticks and frame; ``heatmap_cells`` adds the cells to the finished SVG."""
     rows, columns = [label_text(one, 22) for one in figure.row_labels], _column_labels(figure)
     axes.set(
         xlim=(-0.5, max(1, len(columns)) - 0.5),
@@ -74,12 +74,12 @@ def draw_heatmap(axes: Any, figure: Heatmap) -> None:
 
 
 def _stride(needed: float, available: float) -> int:
-    """Every how manieth label is shown, so that they do not touch."""
+    """Return n such that every n-th label is shown and labels do not touch."""
     return max(1, -int(-needed // available))
 
 
 def heatmap_cells(figure: Heatmap, left: float, top: float, width: float, height: float) -> str:
-    """The cells as SVG, with their values as tips, and their numbers where these are few and fit.
+    """Return the cells as SVG, with their values as tips, and their numbers where these are few and fit.
 
     Args:
         figure: the heat map.
@@ -116,7 +116,7 @@ def heatmap_cells(figure: Heatmap, left: float, top: float, width: float, height
 
 
 def _are_numbered(figure: Heatmap, wide: float, tall: float) -> bool:
-    """Do all numbers fit into their cells (points), and are they few enough to be read?"""
+    """Return True if the numbers fit into their cells (points) and are few enough to be read."""
     shown = [value for values in figure.values for value in map(finite, values) if value is not None]
     if not shown or len(figure.row_labels) * len(figure.column_labels) > _MOST_NUMBERS or tall < 1.3 * _NUMBER_SIZE:
         return False

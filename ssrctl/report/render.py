@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 _TEMPLATE = "report.html"
 PLAIN_WIDTH = 120
 REPORT_LIBRARIES = ("jinja2", "matplotlib")
-# Beyond so many rows a page becomes slow and nobody reads them; the csv and json files have all.
+# Rows of a table on the page; more make it slow, and the csv and json files have all.
 MOST_PAGE_ROWS = 500
-# A page of so many sections or fewer needs no list of them.
+# Pages with at most this many sections get no table of contents.
 _FEW_SECTIONS = 4
 # Characters: cells of words up to the first are never broken, and beyond the second they take a wider column.
 _SHORT, _NAME = 16, 64
@@ -29,7 +29,7 @@ _BREAKS = re.compile(r"(?<=[._])(?=[A-Za-z])|(?<=[A-Za-z][._])(?=\w)")
 
 
 def missing_libraries() -> list[str]:
-    """What ``html_page`` needs and is not installed."""
+    """Return the libraries that ``html_page`` needs and that are not installed."""
     return [name for name in REPORT_LIBRARIES if not _installed(name)]
 
 
@@ -41,12 +41,12 @@ def _installed(name: str) -> bool:
 
 
 def html_page(document: Document, version: str, *, table_files: bool = False) -> str:
-    """The page: styles, figures (inline SVG) and text in one file; everything from files is escaped.
+    """Return the page: styles, figures (inline SVG) and text in one file; everything from files is escaped.
 
     Args:
         document: what to show.
         version: of ssrctl, for the footer.
-        table_files: ``tables.write_tables`` writes the tables beside the page, which then links to them.
+        table_files: True = link to the files of ``tables.write_tables``, which lie next to the page.
 
     Raises:
         ImportError: jinja2 or matplotlib is not installed.
@@ -77,7 +77,7 @@ def html_page(document: Document, version: str, *, table_files: bool = False) ->
 
 
 def _section_view(section: Section, anchor: str, files: dict[int, str]) -> dict[str, Any]:
-    """What the template shows of a section."""
+    """Return the template's variables for a section."""
     return {
         "section": section,
         "anchor": anchor,
@@ -125,26 +125,26 @@ def _column_classes(table: Table, rows: list[list[str]]) -> list[str]:
 
 
 def _breakable(text: str) -> Markup:
-    """Escaped text in which a long name may be broken after a dot or an underscore."""
+    """Return escaped text in which a long name may be broken after a dot or an underscore."""
     from markupsafe import Markup, escape
 
     return Markup("<wbr>").join(escape(part) for part in _BREAKS.split(text_safe(text)))
 
 
 def show_document(document: Document, where: str) -> None:
-    """``print_document`` on stdout; without a terminal there is no width to fit, and folded cells are hard to read."""
+    """Print the document on stdout; without a terminal, at a fixed width in which few cells are folded."""
     from rich.console import Console
 
     print_document(document, Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False), where)
 
 
 def print_document(document: Document, console: Console, where: str) -> None:
-    """Print facts, headlines, what is unusual, notes and short tables; nothing in them is taken as markup.
+    """Print facts, headlines, unusual values, notes and short tables; nothing in them is taken as markup.
 
     Args:
         document: what to show.
         console: where to print.
-        where: the file that has what is not printed; named at the end.
+        where: the file that holds the longer tables; named at the end.
     """
     from rich import box
     from rich.table import Table

@@ -18,21 +18,21 @@ INDEX = "index.json"
 
 _LONGEST_NAME = 60
 _OURS = re.compile(r"[a-z0-9][a-z0-9-]*")
-# A spreadsheet takes a cell that begins so for a formula.
+# A spreadsheet runs a cell that begins with one of these as a formula.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 def slug(text: str) -> str:
-    """Text as a part of a file name or an address: lower-case ASCII letters, digits and single hyphens.
+    """Return text for a file name or an address: lower-case ASCII letters, digits and single hyphens.
 
-    Nothing that can be written so gives ``table``.
+    Text without any of them gives ``table``.
     """
     words = re.findall(r"[a-z0-9]+", text.lower())
     return "-".join(words)[:_LONGEST_NAME].strip("-") or "table"
 
 
 def unique_slugs(titles: Sequence[str], taken: Sequence[str] = ()) -> list[str]:
-    """A slug for each title; those that are taken get a number: ``by-layer``, ``by-layer-2``."""
+    """Return a slug for each title; those that are taken get a number: ``by-layer``, ``by-layer-2``."""
     used, found = set(taken), []
     for title in titles:
         name = first = slug(title)
@@ -46,14 +46,14 @@ def unique_slugs(titles: Sequence[str], taken: Sequence[str] = ()) -> list[str]:
 
 
 def table_names(document: Document) -> list[tuple[str, Section, Table]]:
-    """The tables that have rows, in order, each with the name of its files."""
+    """Return (stem of the files, section, table) for each table that has rows, in order."""
     found = [(section, table) for section in document.sections for table in section.tables if table.rows]
     names = unique_slugs([table.title for _, table in found], taken=[Path(INDEX).stem])
     return [(name, section, table) for name, (section, table) in zip(names, found, strict=True)]
 
 
 def distinct_columns(table: Table) -> list[str]:
-    """The columns' names; one that occurs again says to which column it belongs: ``Jaccard: chance``."""
+    """Return the headings; one that occurs again names the column that it belongs to: ``Jaccard: chance``."""
     found: list[str] = []
     names = table.headings
     for position, name in enumerate(names):
@@ -70,11 +70,11 @@ def distinct_columns(table: Table) -> list[str]:
 
 def plain_rows(table: Table) -> list[list[Cell]]:
     """Return the table's values; NaN and infinity, which json does not have, become None."""
-    return [[json_safe(cell) for cell in row] for row in (table.rows if table.raw is None else table.raw)]
+    return [[json_safe(cell) for cell in row] for row in table.rows]
 
 
 def csv_text(table: Table) -> str:
-    """The table as csv (UTF-8), one header row; empty cells have no value, shares are in [0, 1]."""
+    """Return the table as csv (UTF-8) with a header row; cells without a value are empty, shares are in [0, 1]."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow([_harmless(column) for column in distinct_columns(table)])
@@ -83,12 +83,12 @@ def csv_text(table: Table) -> str:
 
 
 def _harmless(cell: Cell) -> Cell:
-    """The cell; text that a spreadsheet would run as a formula gets an apostrophe in front."""
+    """Return the cell; text that a spreadsheet would run as a formula gets an apostrophe in front."""
     return f"'{cell}" if isinstance(cell, str) and cell.startswith(_FORMULA) else cell
 
 
 def json_text(section: Section, table: Table) -> str:
-    """The table as json: ``{"section", "title", "note", "columns", "rows"}``; cells without value are null."""
+    """Return the table as json: ``{"section", "title", "note", "columns", "rows"}``; cells without a value are null."""
     held = {
         "section": section.title,
         "title": table.title,
@@ -102,8 +102,8 @@ def json_text(section: Section, table: Table) -> str:
 def write_tables(document: Document, output: Path) -> list[Path]:
     """Write ``output/tables/NAME.csv`` and ``NAME.json`` for every table with rows, and an index of them.
 
-    Each file is written whole or not at all, the index last. What an earlier index names and this report does not
-    have is removed, so that nobody reads old numbers; other files are left alone.
+    Each file is written whole or not at all, the index last. Tables that only an earlier index names are removed, so
+    that no old numbers are read; other files are left as they are.
 
     Returns:
         The files written, the index last.
@@ -127,7 +127,7 @@ def write_tables(document: Document, output: Path) -> list[Path]:
 
 
 def _earlier_names(index: Path) -> set[str]:
-    """The tables that an index names; none when it is not one of ours, whose files are then not ours to remove."""
+    """Return the tables that an index names; none when it is not one of ours, whose files are then not removed."""
     try:
         held = json.loads(index.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

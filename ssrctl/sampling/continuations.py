@@ -1,8 +1,8 @@
-"""Going on from the middle of a response, with randomness that belongs to each continuation alone.
+"""Continuations from the middle of a response, each with its own random numbers.
 
-A batch of samples usually shares one random generator, so what a row draws depends on the rows beside it. Here
+A batch of samples usually shares one random generator, so a row's draws depend on the other rows. Here
 each row has a seed, and with it one uniform number per token; the token is the one whose interval of the
-cumulative probabilities holds that number. What a continuation says is then a function of the model, the
+cumulative probabilities holds that number. A continuation is then a function of the model, the
 settings, its prefix and its seed, up to the rounding of logits that padding and batching change (about 1e-6).
 """
 
@@ -19,18 +19,21 @@ from torch import Tensor
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
-    LogitsProcessorList,
     StoppingCriteria,
     StoppingCriteriaList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
 )
 
 from ssrctl.configs import SamplingConfig
 from ssrctl.errors import UserError
 from ssrctl.models.loading import LoadedModel
-from ssrctl.sampling.generate import end_token_ids, plain_generation_config
+from ssrctl.sampling.alignment import decode
+from ssrctl.sampling.generate import (
+    end_token_ids,
+    left_padded,
+    plain_generation_config,
+    through_end_token,
+    warpers,
+)
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -66,7 +69,7 @@ def without_surrogates(text: str) -> str:
 def encode_response(tokenizer: Any, response: str) -> tuple[list[int], list[int]]:
     """Tokens of a response and the character at which each ends, from one encoding of the whole.
 
-    The response is encoded apart from its prompt, as it was sampled. Names of special tokens in it are text.
+    The response is encoded apart from its prompt, as it was sampled. Names of special tokens in it are plain text.
     """
     encoded = tokenizer(
         without_surrogates(response),
@@ -78,7 +81,7 @@ def encode_response(tokenizer: Any, response: str) -> tuple[list[int], list[int]
 
 
 def tokens_before(ends: Sequence[int], place: int) -> int:
-    """How many tokens, from the first on, end at character ``place`` or before it.
+    """Count the tokens, from the first on, that end at character ``place`` or before it.
 
     A token across ``place`` is left out. It is most often a word with the space before it, and what is left
     then stops where a token of the response does, rather than after a space that no word follows.
@@ -87,13 +90,9 @@ def tokens_before(ends: Sequence[int], place: int) -> int:
 
 
 def decode_continuation(tokenizer: Any, before: Sequence[int], added: Sequence[int]) -> str:
-    """The text that ``added`` writes after ``before``; some tokenizers drop the first space of what they decode."""
-
-    def decode(ids: Sequence[int]) -> str:
-        return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-    head, whole = decode(before), decode([*before, *added])
-    return whole[len(head) :] if whole.startswith(head) else decode(added)
+    """Return the text of ``added`` after ``before``; some tokenizers drop the first space of a decoded text."""
+    head, whole = decode(tokenizer, before), decode(tokenizer, [*before, *added])
+    return whole[len(head) :] if whole.startswith(head) else decode(tokenizer, added)
 
 
 def plan_batches(starts: Sequence[Start], size: int, context: int | None) -> Iterator[list[int]]:
@@ -117,7 +116,7 @@ def plan_batches(starts: Sequence[Start], size: int, context: int | None) -> Ite
 
 
 def sample_continuations(loaded: LoadedModel, starts: Sequence[Start], sampling: SamplingConfig) -> list[Continuation]:
-    """One continuation per start, in their order, in batches of ``sampling_batch_size``.
+    """Sample one continuation per start, in their order, in batches of ``sampling_batch_size``.
 
     Raises:
         UserError: the model gives no finite probabilities.
@@ -132,21 +131,12 @@ def sample_continuations(loaded: LoadedModel, starts: Sequence[Start], sampling:
 @torch.no_grad()
 def _sample_batch(loaded: LoadedModel, starts: Sequence[Start], sampling: SamplingConfig) -> list[Continuation]:
     pad, ends = loaded.tokenizer.pad_token_id, end_token_ids(loaded)
-    width, room = max(len(start.ids) for start in starts), max(start.limit for start in starts)
-    input_ids = torch.full((len(starts), width), pad, dtype=torch.int64)
-    attention_mask = torch.zeros_like(input_ids)
+    input_ids, attention_mask = left_padded([start.ids for start in starts], pad)
+    width, room = input_ids.shape[1], max(start.limit for start in starts)
     uniforms = torch.zeros((len(starts), room), dtype=torch.float64)
     for row, start in enumerate(starts):
-        input_ids[row, width - len(start.ids) :] = torch.tensor(start.ids)
-        attention_mask[row, width - len(start.ids) :] = 1
         uniforms[row, : start.limit] = torch.from_numpy(np.random.default_rng(start.seed).random(start.limit))
-    processors = LogitsProcessorList()
-    if sampling.temperature != 1.0:
-        processors.append(TemperatureLogitsWarper(sampling.temperature))
-    if sampling.top_k:
-        processors.append(TopKLogitsWarper(sampling.top_k))
-    if sampling.top_p < 1.0:
-        processors.append(TopPLogitsWarper(sampling.top_p))
+    processors = warpers(sampling)
     processors.append(_Draw(uniforms.to(loaded.device), width))
     limits = torch.tensor([start.limit for start in starts], device=loaded.device)
     # Greedy, since _Draw has chosen already; the model's own generation settings must not warp a second time.
@@ -162,16 +152,11 @@ def _sample_batch(loaded: LoadedModel, starts: Sequence[Start], sampling: Sampli
             stopping_criteria=StoppingCriteriaList([_OwnLimits(limits, width)]),
         )
     rows = output[:, width:].tolist()
-    return [_cut(ids[: start.limit], ends) for ids, start in zip(rows, starts, strict=True)]
-
-
-def _cut(ids: list[int], ends: Sequence[int]) -> Continuation:
-    length = next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))
-    return Continuation(ids[:length], bool(length) and ids[length - 1] in ends)
+    return [Continuation(*through_end_token(ids[: start.limit], ends)) for ids, start in zip(rows, starts, strict=True)]
 
 
 class _Draw(LogitsProcessor):
-    """Leaves of each row's scores only the token that its next uniform number points at.
+    """Leaves of each row's scores only the token that its next uniform number selects.
 
     Args:
         uniforms: float64 ``[B, R]`` in [0, 1), one number per row and new token.
@@ -187,7 +172,7 @@ class _Draw(LogitsProcessor):
         total = cumulative[:, -1:]
         if not bool(total.isfinite().all()):
             raise UserError("the model's probabilities are not finite", "use --dtype float32, or check the weights")
-        # Below the total, or the last token would be drawn even when its probability is 0.
+        # Below the total: otherwise the last token could be drawn although its probability is 0.
         wanted = torch.minimum(self.uniforms[:, input_ids.shape[1] - self.width, None] * total, total * (1 - 1e-15))
         token = torch.searchsorted(cumulative, wanted, right=True)
         return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)

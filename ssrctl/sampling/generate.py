@@ -1,8 +1,9 @@
-"""Sampling responses: batched, with a KV cache, and with each sampled token's own log-probability."""
+"""Sampling of responses: batched, with a KV cache and the log-probability of each sampled token."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers import (
 
 from ssrctl.configs import SamplingConfig
 from ssrctl.models.loading import LoadedModel
+from ssrctl.sampling.alignment import decode
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Sample:
         logprobs: float32 ``[len(response_ids)]`` on the CPU: log-probability of each sampled token under the
             temperature-scaled logits, before top-p or top-k.
         text: the response without special tokens.
-        finished: whether an end token was sampled within the limit.
+        finished: True if an end token was sampled within the limit.
     """
 
     response_ids: list[int]
@@ -42,7 +44,7 @@ class Sample:
 
 
 class _SampledLogprobs(LogitsProcessor):
-    """Keeps one step's log-probabilities until the token sampled from them is known, then that token's alone."""
+    """Keeps one position's log-probabilities until its token is sampled, then only that token's."""
 
     def __init__(self) -> None:
         self.chosen: list[Tensor] = []
@@ -53,14 +55,14 @@ class _SampledLogprobs(LogitsProcessor):
         return scores
 
     def take(self, tokens: Tensor) -> None:
-        """Called with the tokens (int64 ``[B]``) that were sampled from the last scores."""
+        """Keep the log-probabilities of the tokens (int64 ``[B]``) that were sampled from the last scores."""
         assert self._current is not None
         self.chosen.append(self._current.gather(1, tokens.unsqueeze(1)).squeeze(1))
         self._current = None
 
 
 class _AfterSampling(StoppingCriteria):
-    """Stops nothing: generation calls it right after each token was sampled."""
+    """Never stops; passes each sampled token to the recorder, since generation calls it right after sampling."""
 
     def __init__(self, recorder: _SampledLogprobs) -> None:
         self.recorder = recorder
@@ -71,7 +73,7 @@ class _AfterSampling(StoppingCriteria):
 
 
 def end_token_ids(loaded: LoadedModel) -> list[int]:
-    """Every token that ends a response, from the generation config and the tokenizer."""
+    """Return the tokens that end a response, from the generation config and the tokenizer."""
     configured = loaded.model.generation_config.eos_token_id
     ids = [] if configured is None else [configured] if isinstance(configured, int) else list(configured)
     if loaded.tokenizer.eos_token_id is not None and loaded.tokenizer.eos_token_id not in ids:
@@ -85,8 +87,8 @@ def sample_responses(
 ) -> list[Sample]:
     """Sample one response per prompt, all in one batch.
 
-    The same prompts, settings and seed give the same responses on the same machine, whatever was drawn
-    before; the state of torch's global generators is left as it was.
+    The same prompts, settings and seed give the same responses on the same machine. The state of torch's global
+    generators neither matters nor changes.
 
     Args:
         loaded: the model.
@@ -95,27 +97,14 @@ def sample_responses(
         seed: of this batch.
     """
     recorder = _SampledLogprobs()
-    processors = LogitsProcessorList()
-    if sampling.temperature != 1.0:
-        processors.append(TemperatureLogitsWarper(sampling.temperature))
-    processors.append(recorder)
-    if sampling.top_k:
-        processors.append(TopKLogitsWarper(sampling.top_k))
-    if sampling.top_p < 1.0:
-        processors.append(TopPLogitsWarper(sampling.top_p))
     ends = end_token_ids(loaded)
     pad = loaded.tokenizer.pad_token_id
-    width = max(len(prompt) for prompt in prompts)
+    input_ids, attention_mask = left_padded(prompts, pad)
+    width = input_ids.shape[1]
     room = sampling.max_new_tokens
     if loaded.context_length is not None:
         room = min(room, loaded.context_length - width)
-    input_ids = torch.full((len(prompts), width), pad, dtype=torch.int64)
-    attention_mask = torch.zeros_like(input_ids)
-    for row, prompt in enumerate(prompts):
-        input_ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        attention_mask[row, width - len(prompt) :] = 1
-    # The processors above do the warping, so that log-probabilities are read at the right place among them;
-    # a model's own generation config must not warp a second time.
+    # Warping is left to the processors, so that log-probabilities are read between temperature and top-k.
     generation = GenerationConfig(
         do_sample=True,
         temperature=1.0,
@@ -133,7 +122,7 @@ def sample_responses(
             input_ids=input_ids.to(loaded.device),
             attention_mask=attention_mask.to(loaded.device),
             generation_config=generation,
-            logits_processor=processors,
+            logits_processor=warpers(sampling, after_temperature=[recorder]),
             stopping_criteria=StoppingCriteriaList([_AfterSampling(recorder)]),
         )
     responses = output[:, width:].tolist()
@@ -142,26 +131,52 @@ def sample_responses(
 
 
 def _sample(loaded: LoadedModel, ids: list[int], logprobs: Tensor, ends: list[int]) -> Sample:
-    length = next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))
-    kept = ids[:length]
-    finished = bool(kept) and kept[-1] in ends
-    text = loaded.tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return Sample(kept, logprobs[:length].clone(), text, finished)
+    kept, finished = through_end_token(ids, ends)
+    return Sample(kept, logprobs[: len(kept)].clone(), decode(loaded.tokenizer, kept), finished)
 
 
-class plain_generation_config:
-    """While sampling, the model's own generation defaults (temperature, top_p, ...) are set aside.
+def left_padded(prompts: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """Return the prompts as ``input_ids`` and ``attention_mask``, int64 ``[B, longest]``, padded on the left."""
+    width = max(len(prompt) for prompt in prompts)
+    input_ids = torch.full((len(prompts), width), pad_token_id, dtype=torch.int64)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        attention_mask[row, width - len(prompt) :] = 1
+    return input_ids, attention_mask
 
-    ``generate`` fills every field that ours leaves unset from the model's own config; a repetition penalty
-    there, say, would silently change the distribution that the importance ratio assumes.
+
+def warpers(sampling: SamplingConfig, *, after_temperature: Sequence[LogitsProcessor] = ()) -> LogitsProcessorList:
+    """Return the processors for temperature, top-k and top-p, with others between temperature and top-k."""
+    processors = LogitsProcessorList()
+    if sampling.temperature != 1.0:
+        processors.append(TemperatureLogitsWarper(sampling.temperature))
+    processors.extend(after_temperature)
+    if sampling.top_k:
+        processors.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1.0:
+        processors.append(TopPLogitsWarper(sampling.top_p))
+    return processors
+
+
+def through_end_token(ids: list[int], ends: Sequence[int]) -> tuple[list[int], bool]:
+    """Cut the tokens after the first end token; return them, and whether there is an end token."""
+    for place, token in enumerate(ids):
+        if token in ends:
+            return ids[: place + 1], True
+    return ids, False
+
+
+@contextlib.contextmanager
+def plain_generation_config(model: Any) -> Iterator[None]:
+    """Set the model's own generation defaults (temperature, top_p, ...) aside while sampling.
+
+    ``generate`` takes every field that the caller leaves unset from the model's own config. A repetition penalty there,
+    for example, would silently change the distribution that the importance ratio assumes.
     """
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-
-    def __enter__(self) -> None:
-        self.saved = self.model.generation_config
-        self.model.generation_config = GenerationConfig()
-
-    def __exit__(self, *exc: object) -> None:
-        self.model.generation_config = self.saved
+    saved = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = saved

@@ -1,4 +1,4 @@
-"""Groups: sample the responses to each question, cut them into steps, align the steps with tokens."""
+"""Groups of responses to one question: sampling, segmentation into steps, alignment of steps with tokens."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ class Group:
 def prepare_prompts(
     loaded: LoadedModel, problems: Iterable[Problem], template: str, max_new_tokens: int
 ) -> tuple[list[Prompted], int]:
-    """Word and encode every question; those that do not fit the model's context are left out.
+    """Build and encode the prompt of every question; leave out those that do not fit the model's context.
 
     A prompt fits when it leaves room for ``max_new_tokens`` or for half the context, whichever is less;
     responses then end where the context does.
 
     Returns:
-        The prompts that fit, and how many were left out.
+        The prompts that fit, and the number left out.
 
     Raises:
         UserError: none fits.
@@ -78,8 +78,8 @@ def prepare_prompts(
             kept.append(Prompted(problem, prompt, ids))
     if not kept:
         raise UserError(
-            f"none of {total} prompts fits: they have up to {longest} tokens, the model's context is {context}, half of "
-            f"which (or --max-new-tokens {max_new_tokens}) is kept for the response",
+            f"none of {total} prompts fits: they have up to {longest} tokens and the model's context is {context}; "
+            f"half of it (or --max-new-tokens {max_new_tokens}) is kept for the response",
             "use shorter questions or a model with a longer context",
         )
     return kept, total - len(kept)
@@ -100,10 +100,10 @@ def sample_groups(
     Args:
         loaded: the model.
         prompts: the questions.
-        sampling: how; ``sampling_batch_size`` responses go through the model at once.
+        sampling: settings; ``sampling_batch_size`` responses go through the model at once.
         num_generations: G, responses per question.
-        seed: of this draw; batch ``b`` uses the seed derived from it.
-        segmentation: how responses are cut into steps; None is the default way.
+        seed: seed of the sampling; each batch derives its own from it.
+        segmentation: settings of the segmentation into steps; None is the default.
         on_samples: called with the number of new tokens after each batch.
     """
     flat = [prompt for prompt in prompts for _ in range(num_generations)]

@@ -1,4 +1,4 @@
-"""`ssrctl critic`: segmented responses in, scored responses out; or a critic measured on labelled solutions."""
+"""`ssrctl critic`: score segmented responses, or measure a critic on labelled solutions."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ssrctl.configs import CriticConfig
-from ssrctl.critics.base import LASTING, Critic, needs_another_try
+from ssrctl.critics.base import PERMANENT_ERRORS, Critic, should_retry
 from ssrctl.critics.calibration.calibrate import calibrate
 from ssrctl.critics.calibration.table import show_calibration
 from ssrctl.critics.llm.estimate import Estimate
-from ssrctl.critics.registry import make_critic
-from ssrctl.critics.score_summary import ScoreTally
+from ssrctl.critics.registry import CriticResources, make_critic
+from ssrctl.critics.score_summary import ScoreSummary
 from ssrctl.errors import Stopped, UserError
 from ssrctl.io import console
 from ssrctl.io.jsonl import STDIO, write_jsonl
@@ -33,8 +33,8 @@ def run(config: CriticConfig) -> dict[str, Any]:
 
     Raises:
         UserError: unusable settings or input.
-        Stopped: the budget is reached; what was scored is kept and the same command goes on from there.
-        KeyboardInterrupt: Ctrl-C; the same.
+        Stopped: the budget is reached; the scores so far are kept and the same command continues from there.
+        KeyboardInterrupt: Ctrl-C; likewise.
     """
     if config.calibrate is not None:
         return _calibrate(config)
@@ -44,19 +44,19 @@ def run(config: CriticConfig) -> dict[str, Any]:
     if config.dry_run:
         return _plan(config)
     torn: list[str] = []
-    with contextlib.closing(_make(config)) as critic, _bar(config, critic) as advance:
-        work = _Work(ScoreTally(), advance, config.answer_extraction)
+    with contextlib.closing(_make(config)) as critic, _progress(config, critic) as advance:
+        rows = _ScoredRows(ScoreSummary(), advance, config.answer_extraction)
         if critic.identity is None or config.output == STDIO:
-            write_jsonl(config.output, map(work.finish, _in_order(critic, _read(config, torn))))
+            write_jsonl(config.output, itertools.starmap(rows.make, _in_order(critic, _read(config, torn))))
         else:
-            _resumable(config, critic, critic.identity, work, torn)
-        summary = work.tally.summary() | {"torn_lines": len(torn)} | critic.summary()
+            _resumable(config, critic, critic.identity, rows, torn)
+        summary = rows.summary.to_dict() | {"torn_lines": len(torn)} | critic.summary()
     for message in torn:
         console.warn(message)
     console.show_plan(f"scored {config.input} -> {config.output}", summary)
-    passing = sum(count for error, count in summary["missing_by_class"].items() if error not in LASTING)
-    if passing and critic.identity is not None:
-        console.note(f"{passing} scores are missing for reasons that may pass: run the same command again")
+    transient = sum(count for error, count in summary["missing_by_class"].items() if error not in PERMANENT_ERRORS)
+    if transient and critic.identity is not None:
+        console.note(f"{transient} scores are missing because of transient failures: run the same command again")
     return summary
 
 
@@ -67,7 +67,8 @@ def _make(config: CriticConfig) -> Critic:
         console.note(describe_model(config))
         return load_model(config)
 
-    return make_critic(config, policy=policy, sampling=config, seed=config.seed, ledger=_ledger_path(config))
+    resources = CriticResources(policy=policy, sampling=config, seed=config.seed, ledger=_ledger_path(config))
+    return make_critic(config, resources)
 
 
 def _ledger_path(config: CriticConfig) -> Path | None:
@@ -85,28 +86,27 @@ def _read(config: CriticConfig, torn: list[str]) -> Iterator[Rollout]:
 
 
 @dataclass
-class _Work:
-    """What happens to each scored response: the final answer is checked, the score counted, the bar moved."""
+class _ScoredRows:
+    """Turns scored rollouts into rows, counts them and advances the progress bar."""
 
-    tally: ScoreTally
+    summary: ScoreSummary
     advance: Callable[[], None]
     answer_extraction: Extraction
 
-    def finish(self, pair: tuple[Rollout, list[StepScore]]) -> dict[str, Any]:
-        """The row to write."""
-        rollout, scores = pair
+    def make(self, rollout: Rollout, scores: list[StepScore]) -> dict[str, Any]:
+        """Return the row to write: the rollout with its scores and its checked final answer."""
         rollout.scores = scores
-        rollout.advantages = None  # those of other scores would be wrong for these
+        rollout.advantages = None  # old advantages belong to other scores
         assert rollout.response is not None
         rollout.final = check_answer(rollout.response, rollout.answer, extraction=self.answer_extraction)
-        self.tally.add(rollout)
+        self.summary.add(rollout)
         self.advance()
         return rollout.to_dict()
 
 
 @contextlib.contextmanager
-def _bar(config: CriticConfig, critic: Critic) -> Iterator[Callable[[], None]]:
-    """A progress bar with what was spent; yields what moves it by one response."""
+def _progress(config: CriticConfig, critic: Critic) -> Iterator[Callable[[], None]]:
+    """Show a progress bar with the cost so far; yield a function that advances it by one response."""
     with console.progress(unit="responses") as bar:
         task = bar.add_task(config.critic, total=_num_lines(config), status="")
 
@@ -118,34 +118,36 @@ def _bar(config: CriticConfig, critic: Critic) -> Iterator[Callable[[], None]]:
 
 
 def _num_lines(config: CriticConfig) -> int | None:
-    """How many records there are to go through; unknown for stdin."""
-    if config.input in (None, STDIO) or not Path(str(config.input)).is_file():
+    """Return the number of input records; without a limit it is None for stdin."""
+    assert config.input is not None
+    path = Path(config.input)
+    if config.input == STDIO or not path.is_file():
         return config.limit
-    with Path(str(config.input)).open("rb") as stream:
+    with path.open("rb") as stream:
         count = sum(1 for line in stream if line.strip())
     return count if config.limit is None else min(count, config.limit)
 
 
 def _in_order(critic: Critic, rollouts: Iterator[Rollout]) -> Iterator[tuple[Rollout, list[StepScore]]]:
-    waiting: dict[int, tuple[Rollout, list[StepScore]]] = {}
-    places: dict[int, int] = {}
-    counter = itertools.count()
+    """Yield scored rollouts in the order of the input."""
+    finished: dict[int, tuple[Rollout, list[StepScore]]] = {}
+    positions: dict[int, int] = {}
 
-    def placed() -> Iterator[Rollout]:
-        for rollout in rollouts:
-            places[id(rollout)] = next(counter)
+    def counted() -> Iterator[Rollout]:
+        for position, rollout in enumerate(rollouts):
+            positions[id(rollout)] = position
             yield rollout
 
     due = 0
-    for rollout, scores in critic.stream(placed()):
-        waiting[places.pop(id(rollout))] = (rollout, scores)
-        while due in waiting:
-            yield waiting.pop(due)
+    for rollout, scores in critic.stream(counted()):
+        finished[positions.pop(id(rollout))] = (rollout, scores)
+        while due in finished:
+            yield finished.pop(due)
             due += 1
 
 
-def _resumable(config: CriticConfig, critic: Critic, identity: str, work: _Work, torn: list[str]) -> None:
-    """Each row is kept as soon as it is scored; what earlier runs scored is not asked for again."""
+def _resumable(config: CriticConfig, critic: Critic, identity: str, rows: _ScoredRows, torn: list[str]) -> None:
+    """Store each row as soon as it is scored; responses that earlier runs scored are skipped."""
     positions: dict[int, int] = {}
     with contextlib.closing(_output(config, identity)) as output:
         if output.num_others:
@@ -158,17 +160,17 @@ def _resumable(config: CriticConfig, critic: Critic, identity: str, work: _Work,
             for rollout in _read(config, torn):
                 position = output.reserve(rollout.to_dict())
                 if position is None:
-                    work.tally.kept += 1
-                    work.advance()
+                    rows.summary.kept += 1
+                    rows.advance()
                 else:
                     positions[id(rollout)] = position
                     yield rollout
 
         try:
             for rollout, scores in critic.stream(unscored()):
-                output.add(positions.pop(id(rollout)), work.finish((rollout, scores)))
+                output.add(positions.pop(id(rollout)), rows.make(rollout, scores))
             for row in output.earlier_rows():
-                work.tally.add(Rollout.from_dict(row, where=config.output))
+                rows.summary.add(Rollout.from_dict(row, where=config.output))
             unused = output.num_unused
             output.finish()
         except BaseException:
@@ -190,18 +192,18 @@ def _is_scored(row: dict[str, Any]) -> bool:
         rollout = Rollout.from_dict(row, where="")
     except UserError:
         return False
-    return rollout.scores is not None and not needs_another_try(rollout.scores)
+    return rollout.scores is not None and not should_retry(rollout.scores)
 
 
 def _plan(config: CriticConfig) -> dict[str, Any]:
-    """What `--dry-run` prints: for the llm critic what it will cost, without what is scored or judged already."""
+    """Print and return the plan of `--dry-run`: sizes and, for the llm critic, the cost of what is not scored yet."""
     plan: dict[str, Any] = {"critic": config.critic, "responses": 0, "steps": 0, "output": config.output}
     torn: list[str] = []
     kept = None
     estimate = None
     if config.critic == "llm":
         estimate = Estimate(config)
-        kept = None if config.output == STDIO else _output(config, estimate.questions.identity)
+        kept = None if config.output == STDIO else _output(config, estimate.requests.identity)
 
     def to_score() -> Iterator[Rollout]:
         for rollout in _read(config, torn):
@@ -222,19 +224,19 @@ def _plan(config: CriticConfig) -> dict[str, Any]:
         console.warn(message)
     console.show_plan("plan", plan)
     if estimate is not None and estimate.prices is None:
-        console.warn("no price is known for this model: give --input-price and --output-price")
+        console.warn(f"no price is known for {config.critic_model}: give --input-price and --output-price")
     return plan
 
 
 def _calibrate(config: CriticConfig) -> dict[str, Any]:
-    """``--calibrate``: how well the critic finds the first error, and what that takes."""
+    """Measure how well the critic finds the first error, and its cost (``--calibrate``)."""
     assert config.calibrate is not None
     labelled = list(itertools.islice(read_labelled(config.calibrate), config.limit))
     if config.dry_run:
         estimate = Estimate(config) if config.critic == "llm" else None
         plan: dict[str, Any] = {"critic": config.critic, "traces": len(labelled), "repeats": config.repeats}
         if estimate is not None:
-            for estimate.questions.repeat in range(config.repeats):
+            for estimate.requests.repeat in range(config.repeats):
                 estimate.add_all(given.rollout for given in labelled)
             plan |= estimate.plan()
         console.show_plan("plan", plan)

@@ -6,9 +6,8 @@ import contextlib
 import dataclasses
 import json
 import math
-import re
 import shutil
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +18,9 @@ from ssrctl.checkpoints.run_dir import find_delta
 from ssrctl.configs import DeltaApplyConfig, DeltaDiffConfig, DeltaInfoConfig
 from ssrctl.errors import UserError
 from ssrctl.io import console, manifest
-from ssrctl.report.document import Document, Section, Table
-from ssrctl.report.formats import percent, times
+from ssrctl.measures.maths.grouping import by_layer
+from ssrctl.report.document import Column, Document, Section, Table
+from ssrctl.report.formats import count, percent, times
 from ssrctl.report.render import show_document
 from ssrctl.version import __version__
 
@@ -31,12 +31,11 @@ if TYPE_CHECKING:
 
 TOP_TENSORS = 10
 MOST_LAYERS = 200
-_LAYER = re.compile(r"\.(?:layers|layer|blocks|block|h)\.(\d+)\.")
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorRow:
-    """One tensor of a delta; ``dtype`` is None where the delta does not tell."""
+    """One tensor of a delta; ``dtype`` is None where the delta does not say."""
 
     name: str
     shape: tuple[int, ...]
@@ -70,7 +69,7 @@ def run_diff(config: DeltaDiffConfig) -> dict[str, Any]:
             raise UserError(f"{config.output} is one of the weights to compare", "name another file with -o")
         names, notes = matching_names(base, tuned)
         if constants := same_constants(base, tuned, names):
-            notes.append(f"{times(len(constants), 'constant')}, the same in both, left out: no parameters.")
+            notes.append(f"{times(len(constants), 'constant')}, the same in both, left out: not parameters.")
         names = base.in_file_order([name for name in names if name not in constants])
         if config.dry_run:
             return console.show_file_plan([*base.files, *tuned.files], config.output, {"tensors": len(names)})
@@ -131,7 +130,7 @@ def run_apply(config: DeltaApplyConfig) -> dict[str, Any]:
         notes = _dtype_notes({name: (base.dtypes[name], dtype) for name, dtype in made.dtypes.items()})
         notes += [f"{head} is stored as a copy of {one} (tied) and follows it." for head, one in made.copies.items()]
         if config.ignore_fingerprint:
-            notes.append(f"Not checked whether {base.label} is the base that the delta was made from.")
+            notes.append(f"It was not checked that {base.label} is the base that the delta was made from.")
         return _write_folder(config, made, notes)
 
 
@@ -157,7 +156,7 @@ def _write_folder(config: DeltaApplyConfig, made: AppliedCheckpoint, notes: list
                 notes.append(f"{CONFIG} now asks for {dtype_name(made.uniform_dtype)}, as the weights are stored.")
         else:
             copied = []
-            notes.append(f"There is no {CONFIG} beside {base.label}: the folder holds the weights alone.")
+            notes.append(f"There is no {CONFIG} next to {base.label}: the folder holds only the weights.")
         with console.progress(unit="tensors") as bar:
             task = bar.add_task("writing", total=len(base.shapes), status="")
             fingerprint = write_applied(made, folder, metadata, lambda name: bar.update(task, advance=1))
@@ -236,7 +235,7 @@ def run_info(config: DeltaInfoConfig) -> dict[str, Any]:
 
 
 def _delta_file(path: Path) -> Path:
-    """The delta that ``path`` means, a whole model being told apart from a run without checkpoints."""
+    """Return the delta that ``path`` means; a whole model is an error of its own."""
     if (path / SINGLE).exists() or (path / INDEX).exists():
         raise UserError(f"{path} is a whole model, not a delta", "make a delta with `ssrctl delta diff BASE TUNED`")
     return find_delta(path)
@@ -247,14 +246,10 @@ def _settings(config: Any) -> dict[str, Any]:
 
 
 def _measures(rows: Sequence[TensorRow], size: int) -> dict[str, Any]:
-    """Counts, shares and sizes of a delta."""
+    """Count the changes by tensor and layer, with shares and sizes."""
     coordinates, changed = sum(row.numel for row in rows), sum(row.changed for row in rows)
     known = [row.numel * row.dtype.itemsize for row in rows if row.dtype is not None]
     dense = sum(known) if len(known) == len(rows) else None
-    layers: dict[str, list[TensorRow]] = defaultdict(list)
-    for row in rows:
-        match = _LAYER.search(row.name)
-        layers["other" if match is None else match[1]].append(row)
     return {
         "coordinates": coordinates,
         "changed": changed,
@@ -266,8 +261,9 @@ def _measures(rows: Sequence[TensorRow], size: int) -> dict[str, Any]:
         "dense_bytes": dense,
         "bytes_frac": None if dense is None else _share(size, dense),
         "layers": [
-            {"layer": layer} | _counted(sum(row.numel for row in of_it), sum(row.changed for row in of_it))
-            for layer, of_it in sorted(layers.items(), key=lambda item: (item[0] == "other", item[0].zfill(9)))
+            {"layer": "other" if layer is None else str(layer)}
+            | _counted(sum(row.numel for row in of_it), sum(row.changed for row in of_it))
+            for layer, of_it in by_layer({row.name: row for row in rows}).items()
         ],
         "tensors": [
             {"name": row.name, "shape": list(row.shape), "dtype": row.dtype and dtype_name(row.dtype)}
@@ -286,7 +282,7 @@ def _share(part: int, whole: int) -> float | None:
 
 
 def _dtype_counts(dtypes: Iterable[torch.dtype]) -> dict[str, int]:
-    """Tensors by dtype."""
+    """Count tensors by dtype."""
     return dict(sorted(Counter(dtype_name(dtype) for dtype in dtypes).items()))
 
 
@@ -311,15 +307,19 @@ def _largest(rows: Sequence[TensorRow]) -> Table:
     changed = sorted((row for row in rows if row.changed), key=lambda row: (-row.changed, row.name))
     return Table(
         title="Tensors with the most changes",
-        columns=["tensor", "changed", "share"],
-        rows=[[row.name, f"{row.changed:,}", percent(row.changed / row.numel)] for row in changed],
+        columns=["tensor", Column("changed", count), Column("share", percent)],
+        rows=[[row.name, row.changed, row.changed / row.numel] for row in changed],
         terminal_rows=TOP_TENSORS,
     )
 
 
 def _layer_table(layers: Sequence[Mapping[str, Any]]) -> Table:
-    rows = [[one["layer"], f"{one['changed']:,}", percent(one["changed_frac"])] for one in layers]
-    return Table(title="By layer", columns=["layer", "changed", "share"], rows=rows, terminal_rows=MOST_LAYERS)
+    return Table(
+        title="By layer",
+        columns=["layer", Column("changed", count), Column("share", percent)],
+        rows=[[one["layer"], one["changed"], one["changed_frac"]] for one in layers],
+        terminal_rows=MOST_LAYERS,
+    )
 
 
 def _bytes(number: int) -> str:

@@ -1,4 +1,4 @@
-"""`ssrctl env`: what to paste into a bug report."""
+"""`ssrctl env`: the versions and devices to paste into a bug report."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from ssrctl.configs import EnvConfig
 from ssrctl.io import manifest
 
-# Beside those that every manifest names: what optional features need.
+# Packages of optional features, besides those that every manifest names.
 OPTIONAL = (
     "math-verify",
     "matplotlib",
@@ -27,8 +27,10 @@ OPTIONAL = (
 
 
 def run(config: EnvConfig) -> dict[str, Any]:
-    """Collect versions and devices, print them on stdout (unless ``--json``) and return them. Names no path, user, host
-    or environment variable's value."""
+    """Collect versions and devices, print them on stdout (unless ``--json``) and return them.
+
+    They include no path, user, host or value of an environment variable.
+    """
     import psutil
     import torch
 

@@ -1,7 +1,7 @@
 """`ssrctl mask`: static masks from a model's weights, from what training changed, and from other masks.
 
-Checkpoints are read one tensor at a time, so that a mask is what takes memory: at most a bit for each weight, beside
-scratch for the tensor at hand. Every mask covers all parameters of its model and carries the model's fingerprint,
+Checkpoints are read one tensor at a time, so that memory goes to the mask (at most a bit for each weight) and to one
+tensor. Every mask covers all parameters of its model and carries the model's fingerprint,
 which `train --mask` checks.
 """
 
@@ -111,7 +111,7 @@ def _from_weights(config: MaskSource, recipe: Recipe, when_empty: str, layers: S
 
 
 def _check_layers(stored: StoredParameters, layers: Iterable[range]) -> None:
-    """A layer that the model does not have is a mistake."""
+    """Check that the model has the layers."""
     from ssrctl.checkpoints.names import layer_index
 
     there = {layer for name in stored.names if (layer := layer_index(name)) is not None}
@@ -187,8 +187,8 @@ def _dtype_notes(base: StoredParameters, tuned: TensorReader) -> list[str]:
         return []
     before, after = (str(one).removeprefix("torch.") for one in (base.dtype_of(odd[0]), tuned.dtypes[odd[0]]))
     return [
-        f"{times(len(odd), 'tensor')} of other dtypes in BASE and TUNED (the first {before} and {after}): what rounding "
-        "alone changed counts as changed."
+        f"{times(len(odd), 'tensor')} of other dtypes in BASE and TUNED (the first {before} and {after}): changes by "
+        "rounding count too."
     ]
 
 
@@ -197,29 +197,29 @@ def _dtype_notes(base: StoredParameters, tuned: TensorReader) -> list[str]:
 
 
 def run_union(config: MaskUnionConfig) -> dict[str, Any]:
-    """Write what is in any of several masks; errors as in ``_combined``."""
+    """Write the union of several masks; errors as in ``_combined``."""
     return _combined(config, "union", config.masks, functools.partial(functools.reduce, operator.or_))
 
 
 def run_intersect(config: MaskIntersectConfig) -> dict[str, Any]:
-    """Write what is in all of several masks; errors as in ``_combined``."""
+    """Write the intersection of several masks; errors as in ``_combined``."""
     return _combined(config, "intersect", config.masks, functools.partial(functools.reduce, operator.and_))
 
 
 def run_minus(config: MaskMinusConfig) -> dict[str, Any]:
-    """Write what is in the first of several masks and in none of the others; errors as in ``_combined``."""
+    """Write the first of several masks without the others; errors as in ``_combined``."""
     return _combined(config, "minus", config.masks, functools.partial(functools.reduce, operator.sub))
 
 
 def run_complement(config: MaskComplementConfig) -> dict[str, Any]:
-    """Write what is not in a mask; errors as in ``_combined``."""
+    """Write the complement of a mask; errors as in ``_combined``."""
     return _combined(config, "complement", [config.mask], lambda masks: ~next(masks))
 
 
 def _combined(
     config: MaskOutput, kind: str, paths: Sequence[Path], combine: Callable[[Iterator[BlockMask]], BlockMask]
 ) -> dict[str, Any]:
-    """Write what ``combine`` makes of masks, which it gets one after the other.
+    """Combine masks, which ``combine`` gets one after the other, and write the result.
 
     Raises:
         UserError: no masks, masks of different models, or a result of nothing or of everything.
@@ -274,7 +274,7 @@ def run_info(config: MaskInfoConfig) -> dict[str, Any]:
 
 
 def _check_output(output: Path, inputs: Iterable[Path]) -> None:
-    """The output must be writable and no input; better known before the work than after it."""
+    """Check before the work that the output can be written and is not an input."""
     if output.resolve() in {one.resolve() for one in inputs}:
         raise UserError(f"{output} is one of the inputs", "name another file with -o")
     if output.is_dir():
@@ -285,7 +285,7 @@ def _check_output(output: Path, inputs: Iterable[Path]) -> None:
 
 
 def _check_proper(what: str, count: int, numel: int, when_empty: str) -> None:
-    """A mask selects something and leaves something."""
+    """Check that a mask selects some weights and leaves some."""
     if count == 0:
         raise UserError(f"{what} is empty: it selects 0 of {numel:,} weights", when_empty)
     if count == numel:
@@ -326,7 +326,7 @@ def _report(
     settings: Any,
     notes: list[str],
 ) -> dict[str, Any]:
-    """What was written or read; the settings of a file are whatever json it holds."""
+    """Describe a mask that was written or read; the settings of a file are any json."""
     from ssrctl.masks.table import mask_numbers
 
     return {

@@ -42,7 +42,7 @@ Rewards = list[list[float | None]]
 
 @dataclass(frozen=True)
 class _Source:
-    """Where groups of scored responses come from: ``num_groups`` at most, made one at a time."""
+    """A source of groups of scored responses: at most ``num_groups``, made one at a time."""
 
     num_groups: int
     groups: Iterator[tuple[GroupBatch, Rewards]]
@@ -50,13 +50,12 @@ class _Source:
 
 
 def run(config: ProfileBudgetConfig) -> dict[str, Any]:
-    """Measure the profile, write it (json, and an svg beside it when matplotlib is there) and return it.
+    """Measure the profile, write it (json, and an svg next to it where matplotlib is installed) and return it.
 
     With ``--dry-run`` the model is loaded, the plan printed and returned, and nothing is written.
 
     Raises:
-        UserError: anything in the settings or inputs that cannot be used; no problem whose first step has a
-            gradient.
+        UserError: settings or inputs that cannot be used; no problem has a gradient at its first step.
         KeyboardInterrupt: after Ctrl-C, with a profile of the problems done so far written.
     """
     note(describe_model(config))
@@ -104,7 +103,7 @@ def _protected(config: ProfileBudgetConfig, loaded: LoadedModel) -> BlockMask:
 
 
 def _read_traces(config: ProfileBudgetConfig) -> list[list[Rollout]]:
-    """The first ``--num-problems`` groups of the traces file; responses without a step are left out."""
+    """Return the first ``--num-problems`` groups of the traces file; responses without a step are left out."""
     assert config.traces is not None
     groups: dict[str, list[Rollout]] = {}
     for rollout in read_rollouts(config.traces, needs=("response", "steps", "scores"), on_torn=warn):
@@ -173,7 +172,7 @@ def _from_sampling(config: ProfileBudgetConfig, loaded: LoadedModel, problems: l
 def _measure(
     config: ProfileBudgetConfig, loaded: LoadedModel, source: _Source, claim: int, protected: dict[str, Tensor]
 ) -> tuple[list[list[StepMass]], bool]:
-    """(each problem's masses, whether Ctrl-C ended it early)."""
+    """Return each problem's masses, and whether Ctrl-C ended the measurement early."""
     measured: list[list[StepMass]] = []
     with progress(unit="problems") as bar, deferred_interrupt() as interrupted:
         task = bar.add_task("profiling", total=source.num_groups, status="")
@@ -223,8 +222,8 @@ def _write(config: ProfileBudgetConfig, loaded: LoadedModel, measured: list[list
     _show(curve)
     if silent := sum(1 for steps in measured if not steps):
         warn(
-            f"{silent} of {len(measured)} problems gave no gradient: all their responses scored alike, or not at all "
-            "(raise --num-problems for a steadier curve)"
+            f"{silent} of {len(measured)} problems gave no gradient: their responses all scored the same, or not at "
+            "all (raise --num-problems for a steadier curve)"
         )
     note(f"wrote {' and '.join(written)}: {len(curve.curve)} steps over {curve.num_problems[0]} problems")
     return profile.to_dict()
@@ -245,7 +244,7 @@ def _show(curve: MeanCurve) -> None:
 
 
 def _plot(path: Path, profile: BudgetProfile) -> str | None:
-    """Draw the curve beside the profile; returns the file, or None where matplotlib is not installed."""
+    """Draw the curve next to the profile; return the file, or None where matplotlib is not installed."""
     try:
         import matplotlib
     except ImportError:

@@ -9,5 +9,5 @@ from pathlib import Path
 
 
 def path() -> Path:
-    """The folder to hand to `from_pretrained`: config, weights, tokenizer and chat template."""
+    """Return the folder to hand to `from_pretrained`: config, weights, tokenizer and chat template."""
     return Path(__file__).parent / "weights"

@@ -46,15 +46,15 @@ class Problem:
     modulus: int = MODULUS
 
     def to_record(self) -> dict[str, str | int]:
-        """The problem as one jsonl line, with the field names above."""
+        """Return the problem as one jsonl line, with the field names above."""
         return asdict(self)
 
 
 def problems(split: Split, num: int, seed: int, min_ops: int = 4, max_ops: int = 5) -> list[Problem]:
-    """`num` different problems of `split` with `min_ops` to `max_ops` operations each.
+    """Return `num` different problems of `split` with `min_ops` to `max_ops` operations each.
 
     The same arguments always give the same list, and a longer list starts with the shorter one.
-    `num=0` gives an empty list. Whether a question is held out depends on the question alone, so
+    `num=0` gives an empty list. Only the question itself decides whether it is held out, so
     the two splits are disjoint whatever the seeds. Asking for more than half of the questions that
     a split has is a ValueError.
     """
@@ -82,7 +82,7 @@ def problems(split: Split, num: int, seed: int, min_ops: int = 4, max_ops: int =
 
 
 def split_of(question: str) -> Split:
-    """The split that a question belongs to: one question in eight is held out, by its hash."""
+    """Return the split that a question belongs to: one question in eight is held out, by its hash."""
     return "heldout" if int(_digest(question), 16) % HELDOUT_ONE_IN == 0 else "train"
 
 
@@ -115,7 +115,7 @@ def _two_digits(value: int) -> str:
 
 
 def _draws(rng: random.Random, min_ops: int, max_ops: int) -> Iterator[tuple[int, list[tuple[str, int]]]]:
-    """Random questions without end: the number of operations first, then everything uniformly."""
+    """Yield random questions without end: the number of operations first, then everything uniformly."""
     while True:
         num_ops = rng.randrange(min_ops, max_ops + 1)
         start = rng.randrange(FIRST_START, LAST_START + 1)
@@ -131,7 +131,7 @@ def _draws(rng: random.Random, min_ops: int, max_ops: int) -> Iterator[tuple[int
 def _expected_size(split: Split, min_ops: int, max_ops: int) -> int:
     choices = len(OPERATORS) * len(OPERANDS)
     num_starts = LAST_START - FIRST_START + 1
-    total = sum(num_starts * choices**num_ops for num_ops in range(min_ops, max_ops + 1))
+    total: int = sum(num_starts * choices**num_ops for num_ops in range(min_ops, max_ops + 1))
     heldout = total // HELDOUT_ONE_IN
     return heldout if split == "heldout" else total - heldout
 

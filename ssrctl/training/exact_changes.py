@@ -1,4 +1,4 @@
-"""Of the coordinates that an optimizer touched, those that differ from the base model bit for bit."""
+"""The touched coordinates whose values differ from the base model bit for bit."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from ssrctl.training.updaters.base import Changes
 
 
 def exact_changes(changes: Changes, config: ModelConfig) -> Changes:
-    """Leave out what is stored as it was: a touched bfloat16 weight often still rounds to its old value.
+    """Drop the coordinates that are stored as before: a touched bfloat16 weight often still rounds to its old value.
 
     The base is read from its files again, one touched tensor at a time, rather than kept in memory. Where that cannot be
     done (pickled weights, experts that are fused on loading, files that are gone since) all touched coordinates are
-    kept, which is larger and as right.
+    kept, which is larger and as correct.
 
     Args:
         changes: by parameter, sorted flat indices and the values in force there.
@@ -53,7 +53,7 @@ def _differing(changes: Changes, base: StoredParameters) -> Changes:
 
 
 def _folder(config: ModelConfig) -> Path | None:
-    """Where the base's safetensors files are on this machine; None when it has none."""
+    """Return the folder of the base's safetensors files on this machine; None when it has none."""
     if config.model == TINY:
         return Path(TINY)
     folder = Path(config.model).expanduser()

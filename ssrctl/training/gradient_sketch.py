@@ -1,4 +1,4 @@
-"""A gradient of any length as d numbers whose inner products are those of the gradients, on average.
+"""Sketches: d numbers per gradient, whose inner products are on average those of the gradients.
 
 A structured count sketch (Charikar, Chen and Farach-Colton 2002). Each tensor is cut into pieces of d coordinates;
 every coordinate gets a random sign, every piece a random rotation, and the pieces are added up. Two coordinates of
@@ -27,7 +27,7 @@ from ssrctl.core.seeds import derive_seed
 
 @dataclass(frozen=True)
 class GradientSketch:
-    """The map of a run.
+    """The sketching map of a run.
 
     Args:
         numels: coordinates of each tensor by name, in the model's order.
@@ -53,7 +53,7 @@ class GradientSketch:
 
     @property
     def exact(self) -> bool:
-        """Whether the sketch is the gradient itself, tensor after tensor."""
+        """True if the sketch is the gradient itself, tensor after tensor."""
         return self.num_coordinates <= self.max_size
 
     @property
@@ -70,7 +70,7 @@ class GradientSketch:
         return offsets
 
     def zeros(self, device: torch.device | str = "cpu") -> Tensor:
-        """The sketch of nothing: float64 ``[size]``."""
+        """Return the sketch of a zero gradient: float64 ``[size]``."""
         return torch.zeros(self.size, dtype=torch.float64, device=device)
 
     def add(self, total: Tensor, name: str, gradient: Tensor) -> None:

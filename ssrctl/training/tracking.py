@@ -22,7 +22,7 @@ def check_tracker(name: str) -> None:
 
 @contextlib.contextmanager
 def tracking(config: TrainConfig, run_dir: RunDir) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Open the tracker of ``--report-to`` and yield a function that sends it a row of metrics; ``none`` sends nothing."""
+    """Open the tracker of ``--report-to``; yield a function that sends it a row of metrics, or nothing for ``none``."""
     if config.report_to == "none":
         yield lambda row: None
         return

@@ -179,7 +179,9 @@ class Trainer:
         """Write a checkpoint of the last whole step, unless there is one."""
         if self.step == self.last_saved:
             return
-        delta = Delta(self.loaded.identity, self.loaded.shapes(), exact_changes(self.updater.changes(), self.config))
+        delta = Delta(
+            self.loaded.identity, self.loaded.shapes(), dict(exact_changes(self.updater.changes(), self.config))
+        )
         state = {
             "step": self.step,
             "scheduler": self.scheduler.state_dict(),

@@ -1,8 +1,8 @@
 """One training step: sample groups, score their steps, credit them, update.
 
 How this differs from SSR as published: the learning signal of a question is divided by the number of
-questions in the batch, so that the learning rate does not depend on it; a score that the critic could not
-give is left out rather than counted as anything; the default advantage is eq. 6 (see ``--advantage``).
+questions in the batch, so that the learning rate does not depend on it; a missing score is left out rather
+than counted as a number; the default advantage is eq. 6 (see ``--advantage``).
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import Any
 from torch import Tensor
 
 from ssrctl.configs import TrainConfig
-from ssrctl.core.advantages import response_advantages, two_level_advantages
 from ssrctl.core.budget import step_budgets
 from ssrctl.core.mask import BlockMask
 from ssrctl.core.topk import NonFiniteGradient
@@ -28,6 +27,7 @@ from ssrctl.errors import UserError
 from ssrctl.io.mask_log import QuestionLog, UnitLog
 from ssrctl.models.loading import LoadedModel
 from ssrctl.sampling.groups import Group, Prompted, sample_groups
+from ssrctl.training.credit import group_advantages
 from ssrctl.training.step_gradients.batch import group_batch
 from ssrctl.training.unit_gradients import GroupBatch, NonFiniteLoss, unit_gradients
 from ssrctl.training.unit_observer import QuestionView, UnitObserver, Wanted
@@ -37,19 +37,19 @@ LOWER_RATE = "start from an earlier checkpoint with a lower --learning-rate, or 
 
 
 class NonFiniteBatch(UserError):
-    """No question of a batch gave a finite gradient; the weights were not touched."""
+    """A batch without any finite gradient; the weights were not changed."""
 
 
 @dataclass
 class StepResult:
-    """What one training step produced.
+    """The result of one training step.
 
     Attributes:
         metrics: the row for metrics.jsonl; every key is defined in docs/metrics.md.
         groups: the sampled and scored responses.
-        mask_log: per question, what each unit selected; empty when not asked for.
+        mask_log: per question, the units' selections; empty unless requested.
         gradient: the sketch (float64) of the batch's gradient before masking, the sum over its questions' units; None
-            when not asked for.
+            unless requested.
     """
 
     metrics: dict[str, Any]
@@ -59,7 +59,7 @@ class StepResult:
 
 
 @dataclass
-class _Tally:
+class _StepTotals:
     """Sums over the questions of a step."""
 
     losses: list[float] = field(default_factory=list)
@@ -88,15 +88,15 @@ class _Tally:
 
 
 class TrainingStep:
-    """Everything that stays the same from step to step.
+    """The training step of a run: sample, score, credit, update.
 
     Args:
         loaded: the model in training.
-        critic: who scores.
-        updater: who updates.
+        critic: scores the responses.
+        updater: updates the weights.
         config: the run's settings.
         curve: the budget profile v_1..; ``[1.0]`` for equal budgets.
-        observer: who looks at gradients for the logs; None looks at none.
+        observer: reads gradients for the logs; None reads none.
     """
 
     def __init__(
@@ -119,13 +119,13 @@ class TrainingStep:
         Args:
             prompts: the questions of this step.
             seed: of the sampling.
-            log_masks: return what was selected, and gradient cosines if the config asks for them.
+            log_masks: return the selections, and gradient cosines if the config asks for them.
             log_gradient: return the sketch of the batch's gradient.
 
         Raises:
             NonFiniteBatch: every question of the batch gave a NaN or infinite loss or gradient.
         """
-        config, tally = self.config, _Tally()
+        config, totals = self.config, _StepTotals()
         started = time.perf_counter()
         groups = sample_groups(
             self.loaded,
@@ -138,7 +138,7 @@ class TrainingStep:
         sampled = time.perf_counter()
         score_groups(groups, self.critic, config.answer_extraction)
         scored = time.perf_counter()
-        plans = [self._credit(group, tally) for group in groups]
+        plans = [self._credit(group, totals) for group in groups]
         mask_log: list[QuestionLog] = []
         gradient: Tensor | None = None
         update_metrics: dict[str, float | None] = {}
@@ -146,14 +146,14 @@ class TrainingStep:
             wanted = self._wanted(log_masks, log_gradient) if iteration == 0 else Wanted()
             for group, units in zip(groups, plans, strict=True):
                 view = self.observer.question(wanted) if self.observer is not None and wanted else None
-                update = self._learn(group, units, len(groups), tally, view)
+                update = self._learn(group, units, len(groups), totals, view)
                 if update is None:
                     continue
                 if log_masks and iteration == 0 and update.kept:
                     mask_log.append(self._question_log(group, update, view))
                 if view is not None and view.sketched is not None:
                     gradient = view.sketched if gradient is None else gradient + view.sketched
-            if iteration == 0 and tally.non_finite == len(groups):
+            if iteration == 0 and totals.non_finite == len(groups):
                 raise NonFiniteBatch(
                     f"the loss or gradient of all {len(groups)} questions is NaN or infinite",
                     LOWER_RATE,
@@ -164,23 +164,17 @@ class TrainingStep:
                 raise NonFiniteBatch(f"summed over the batch, {error}", LOWER_RATE) from error
         done = time.perf_counter()
         seconds = {"sample": sampled - started, "score": scored - sampled, "update": done - scored}
-        return StepResult(self._metrics(groups, tally, seconds) | update_metrics, groups, mask_log, gradient)
+        return StepResult(self._metrics(groups, totals, seconds) | update_metrics, groups, mask_log, gradient)
 
     def _wanted(self, log_masks: bool, log_gradient: bool) -> Wanted:
         sets = log_masks and self.config.optimizer == "kronos"
         return Wanted(sets=sets, conflict=sets and self.config.log_gradient_cosine, sketch=log_gradient)
 
-    def _credit(self, group: Group, tally: _Tally) -> list[Unit]:
-        """Advantages of a group, written into its records, and the update units that follow from them."""
+    def _credit(self, group: Group, totals: _StepTotals) -> list[Unit]:
+        """Write a group's advantages into its records, and return the update units that follow from them."""
         config = self.config
-        if config.credit == "step":
-            made = two_level_advantages(group.rewards(), config.advantage)
-            values = made.values
-            tally.without_signal += made.num_without_signal
-        else:
-            rewards = [RESPONSE_REWARDS[config.credit](group, j) for j in range(len(group.rollouts))]
-            values = [[a] for a in response_advantages(rewards)]
-            tally.without_signal += sum(1 for row in values if not row[0])
+        values, num_without_signal = group_advantages(group, config.credit, config.advantage)
+        totals.without_signal += num_without_signal
         for rollout, row in zip(group.rollouts, values, strict=True):
             rollout.advantages = list(row)
         longest = max((len(row) for row in values), default=0)
@@ -188,9 +182,9 @@ class TrainingStep:
         return self.updater.plan(plan_units(values, budgets, fuse_tol=config.fuse_tol, max_units=config.max_units))
 
     def _learn(
-        self, group: Group, units: list[Unit], num_questions: int, tally: _Tally, view: QuestionView | None
+        self, group: Group, units: list[Unit], num_questions: int, totals: _StepTotals, view: QuestionView | None
     ) -> QuestionUpdate | None:
-        """Backpropagate one question; a NaN anywhere drops the question, and it is counted."""
+        """Backpropagate one question; drop and count it if a loss or gradient is NaN or infinite."""
 
         def before_unit(unit: Unit) -> None:
             if view is not None:
@@ -209,7 +203,7 @@ class TrainingStep:
             level=self.config.importance_level,
             loss_scale=1.0 / num_questions,
             method=self.config.step_gradient_method,
-            on_logprobs=lambda logprobs: tally.add_gap(logprobs, batch),
+            on_logprobs=lambda logprobs: totals.add_gap(logprobs, batch),
             on_unit=before_unit,
         )
         with contextlib.ExitStack() as stack:
@@ -218,9 +212,9 @@ class TrainingStep:
             try:
                 update = self.updater.add_question(gradients)
             except (NonFiniteLoss, NonFiniteGradient):
-                tally.non_finite += 1
+                totals.non_finite += 1
                 return None
-        tally.add_update(update, self.num_unprotected)
+        totals.add_update(update, self.num_unprotected)
         return update
 
     def _question_log(self, group: Group, update: QuestionUpdate, view: QuestionView | None) -> QuestionLog:
@@ -246,7 +240,7 @@ class TrainingStep:
             log.gradient_cosine, log.conflict = found.cosine, found.shares
         return log
 
-    def _metrics(self, groups: list[Group], tally: _Tally, seconds: dict[str, float]) -> dict[str, Any]:
+    def _metrics(self, groups: list[Group], totals: _StepTotals, seconds: dict[str, float]) -> dict[str, Any]:
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         samples = [sample for group in groups for sample in group.samples]
         scores = [score for rollout in rollouts for score in rollout.scores or ()]
@@ -261,40 +255,20 @@ class TrainingStep:
             "steps_per_response": statistics.fmean(len(rollout.steps or ()) for rollout in rollouts),
             "no_step_responses": sum(1 for rollout in rollouts if not rollout.steps),
             "missing_score_frac": (len(scores) - len(known)) / len(scores) if scores else None,
-            "no_signal_responses": tally.without_signal,
-            "non_finite_questions": tally.non_finite,
-            "loss": statistics.fmean(tally.losses) if tally.losses else None,
-            "clip_frac": tally.clipped / tally.terms if tally.terms else 0.0,
-            "logprob_gap_mean": tally.gap_sum / tally.gap_tokens if tally.gap_tokens else None,
-            "logprob_gap_max": tally.gap_max,
-            "num_units": tally.num_units,
-            "granted_frac": statistics.fmean(tally.granted_frac) if tally.granted_frac else 0.0,
+            "no_signal_responses": totals.without_signal,
+            "non_finite_questions": totals.non_finite,
+            "loss": statistics.fmean(totals.losses) if totals.losses else None,
+            "clip_frac": totals.clipped / totals.terms if totals.terms else 0.0,
+            "logprob_gap_mean": totals.gap_sum / totals.gap_tokens if totals.gap_tokens else None,
+            "logprob_gap_max": totals.gap_max,
+            "num_units": totals.num_units,
+            "granted_frac": statistics.fmean(totals.granted_frac) if totals.granted_frac else 0.0,
             "response_tokens": num_tokens,
             "tokens_per_second": num_tokens / max(sum(seconds.values()), 1e-9),
             "sample_seconds": seconds["sample"],
             "score_seconds": seconds["score"],
             "update_seconds": seconds["update"],
         }
-
-
-def final_reward(group: Group, index: int) -> float | None:
-    """The reward of one response's final answer: the critic's if it gave one, otherwise +1 right, -1 not right."""
-    rollout = group.rollouts[index]
-    for span, score in zip(rollout.steps or (), rollout.scores or (), strict=True):
-        if span.kind == "final" and score.reward is not None:
-            return score.reward
-    if rollout.final is None or rollout.final.correct is None:
-        return None
-    return 1.0 if rollout.final.correct else -1.0
-
-
-def cot_reward(group: Group, index: int) -> float | None:
-    """The mean reward of one response's judged steps, the final answer among them."""
-    known = [r for r in group.rewards()[index] if r is not None]
-    return statistics.fmean(known) if known else None
-
-
-RESPONSE_REWARDS = {"final": final_reward, "cot": cot_reward}
 
 
 def _share(flags: Any) -> float:

@@ -1,8 +1,8 @@
-"""The gradient of each update unit's loss, by whichever way is cheapest.
+"""The gradient of each update unit's loss, by the cheapest method.
 
-The loss of unit i needs no token after unit i, so there are several ways to the same gradient: one graph kept for
-all backward passes, a pass per unit that ends where the unit ends, and one pass in chunks whose keys and values
-stay in the graph. A fourth, ``local``, is an approximation. Each is a module of ``training.step_gradients``.
+The loss of unit i needs no token after unit i, so several methods give the same gradient: one graph kept for all
+backward passes, a pass per unit that ends where the unit ends, and one pass in chunks whose keys and values stay in
+the graph. A fourth, ``local``, is an approximation. Each is a module of ``training.step_gradients``.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ __all__ = [
 
 
 def automatic_gradients(task: GradientTask) -> Iterator[UnitGradient]:
-    """By the exact way that ``automatic_method`` takes."""
+    """Use the exact method that ``automatic_method`` chooses."""
     return METHODS[automatic_method(task)](task)
 
 
 def piecemeal_gradients(task: GradientTask) -> Iterator[UnitGradient]:
-    """By the cheaper exact way in which each parameter's gradient is final as soon as it exists."""
+    """Use the cheaper exact method in which each parameter's gradient is final as soon as it exists."""
     return METHODS[automatic_method(task, ("kept", "truncated"))](task)
 
 
@@ -67,7 +67,7 @@ METHODS: dict[str, Callable[[GradientTask], Iterator[UnitGradient]]] = {
 
 
 def method_obstacle(task: GradientTask, method: str) -> str | None:
-    """Why this model cannot compute its gradients by ``method``; None if it can."""
+    """Return the reason why this model cannot compute its gradients by ``method``; None if it can."""
     if method not in ("chunked", "local"):
         return None
     obstacle = cache_obstacle(task.model)
@@ -75,7 +75,7 @@ def method_obstacle(task: GradientTask, method: str) -> str | None:
 
 
 def automatic_method(task: GradientTask, methods: Sequence[str] = ("kept", "truncated", "chunked")) -> str:
-    """The cheapest of the exact ways that the model can do, by the lengths alone (``step_gradients.cost``)."""
+    """Return the cheapest exact method that the model supports, by lengths only (``step_gradients.cost``)."""
     able = [name for name in methods if method_obstacle(task, name) is None]
     costs = ModelCosts.of(task.model)
     return choose_method(group_shape(task), costs, all_logprobs=task.needs_all_logprobs, methods=able)
@@ -96,17 +96,17 @@ def unit_gradients(
 ) -> Iterator[UnitGradient]:
     """Backpropagate the units' losses one after the other.
 
-    After each ``next()``, ``parameter.grad`` holds the gradient of that unit's loss alone, provided that the
+    After each ``next()``, ``parameter.grad`` holds the gradient of only that unit's loss, provided that the
     caller has dropped the one before (``grad = None``). The weights must stay as they are until the last unit,
     and the model must be deterministic (in eval mode, or without dropout).
 
-    The exact ways differ by the rounding of sums taken in another order: about 1e-6 of a tensor's largest entry
+    The exact methods differ by the rounding of sums taken in another order: about 1e-6 of a tensor's largest entry
     in float32.
 
     Args:
         model: a causal LM.
         batch: the group.
-        units: in step order; those without a finite advantage on any token are passed over.
+        units: in step order; those without a finite advantage on any token are skipped.
         temperature: of the sampling.
         clip_epsilon, level: see ``core.losses.step_policy_loss``.
         loss_scale: multiplies each loss before the backward pass, such as 1 / questions in the batch.
@@ -117,10 +117,10 @@ def unit_gradients(
 
     Raises:
         NonFiniteLoss: a loss is NaN or infinite; nothing was backpropagated for it.
-        UserError: unknown method, or one that this model cannot do.
+        UserError: an unknown method, or one that this model does not support.
     """
     if method not in METHODS:
-        raise UserError(f"unknown way to compute step gradients: {method!r}", f"use one of {', '.join(METHODS)}")
+        raise UserError(f"unknown method for step gradients: {method!r}", f"use one of {', '.join(METHODS)}")
     task = GradientTask(
         model, batch, units, temperature, clip_epsilon, level, loss_scale, on_logprobs=on_logprobs, on_unit=on_unit
     )
@@ -136,7 +136,7 @@ def unit_gradients(
 def paired_gradients(
     model: Any, batch: GroupBatch, units: Sequence[Unit], first: str, second: str, **settings: Any
 ) -> Iterator[GradientPair]:
-    """Each unit's gradient by two methods, and the cosine between them.
+    """Compute each unit's gradient by two methods, and the cosine between them.
 
     Two gradients exist at a time, and the activations of both methods.
 
@@ -146,7 +146,7 @@ def paired_gradients(
         settings: the other arguments of ``unit_gradients``.
 
     Raises:
-        ValueError: a gradient is there already.
+        ValueError: a parameter already has a gradient.
     """
     named = dict(trainable(model))
     if present := [name for name, parameter in named.items() if parameter.grad is not None]:
@@ -161,12 +161,12 @@ def paired_gradients(
 def compare_methods(
     model: Any, batch: GroupBatch, units: Sequence[Unit], first: str, second: str, **settings: Any
 ) -> list[float]:
-    """Per unit that has a loss, the cosine (float64) between its gradients by two methods; see ``paired_gradients``."""
+    """Return the cosine (float64) of each active unit's gradients by two methods; see ``paired_gradients``."""
     return [pair.cosine for pair in paired_gradients(model, batch, units, first, second, **settings)]
 
 
 def trainable(model: Any) -> list[tuple[str, torch.nn.Parameter]]:
-    """(name, parameter) of every trainable tensor, a tied one once.
+    """Return (name, parameter) of every trainable tensor, a tied one once.
 
     Raises:
         UserError: there is none.

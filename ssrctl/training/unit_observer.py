@@ -1,7 +1,7 @@
-"""A look at every unit's dense gradient between its backward pass and its claim, for the logs.
+"""Observations of every unit's dense gradient, between its backward pass and its claim, for the logs.
 
-Nothing here changes what is trained: gradients are read, and what is kept is kept apart. With ``--scope tensor`` a
-whole gradient never exists, so each tensor's is looked at when autograd delivers it.
+Gradients are only read; training is not changed. With ``--scope tensor`` a whole gradient never exists, so each
+tensor's gradient is read when autograd completes it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ssrctl.training.unit_gradients import UnitGradient, gradient_dot
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to log of a training step's gradients.
+    """The observations to make of a training step's gradients.
 
     Attributes:
         sets: norms, and the coordinates that units would have taken without claims.
@@ -47,7 +47,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Conflict:
-    """The units of a question against one another, before masking.
+    """Cosines and sign conflicts between the units of a question, before masking.
 
     Attributes:
         cosine: ``[units][units]``, in float64; 0 where one gradient is zero.
@@ -60,12 +60,12 @@ class Conflict:
 
 @dataclass
 class SeenUnit:
-    """What was seen of one unit's gradient before masking.
+    """Observations of one unit's gradient before masking.
 
     Attributes:
         square: its squared L2 norm over all coordinates, in float64.
-        top: ascending flat indices by name of the k largest |g| among the unprotected coordinates, where nothing is
-            claimed; None when it was not asked for or the gradient was not finite there.
+        top: ascending flat indices by name of the k largest |g| among the unprotected coordinates, as if nothing
+            were claimed; None unless requested, or when the gradient was not finite there.
         top_square: the squared norm at ``top``.
         dense: the gradient itself, when conflicts are wanted.
     """
@@ -87,7 +87,7 @@ class SeenUnit:
 
 
 class UnitObserver:
-    """What the observations of a run share.
+    """The state that the observations of a run share.
 
     Args:
         named: (name, parameter) of every trainable tensor.
@@ -120,15 +120,15 @@ class UnitObserver:
         return sum(self.free.values())
 
     def question(self, wanted: Wanted) -> QuestionView:
-        """Begin to look at a question."""
+        """Begin the observation of a question."""
         return QuestionView(self, wanted)
 
 
 class QuestionView:
-    """One question, as its gradients pass by.
+    """The observation of one question.
 
     Attributes:
-        units: what was seen of each unit, in order.
+        units: observations of each unit, in order.
         sketched: the sketch of the sum of their gradients, float64; None when it is not wanted.
     """
 
@@ -140,7 +140,7 @@ class QuestionView:
         self._part: dict[str, int] = {}
 
     def before_unit(self, unit: Unit) -> None:
-        """Told of each unit before its backward pass."""
+        """Prepare for the backward pass of a unit."""
         observer = self.observer
         k = coordinates(unit.budget, observer.num_free)
         self.units.append(SeenUnit(top={} if self.wanted.sets else None))
@@ -150,7 +150,7 @@ class QuestionView:
             self._part = {"": k}
 
     def watch(self, gradients: Iterator[UnitGradient]) -> Generator[UnitGradient, None, None]:
-        """The same units; each is looked at when its gradient is complete, before anybody takes it."""
+        """Yield the same units; each is observed when its gradient is complete, before it is claimed."""
         hooks = [p.register_hook(self._hook(name)) for name, p in self.observer.named.items() if self.observer.streams]
         try:
             for made in gradients:
@@ -189,7 +189,7 @@ class QuestionView:
         try:
             chosen = select_topk(gradients, k, frozen)
         except NonFiniteGradient:
-            # Whether this drops the question is for the claims to say, which look at fewer coordinates.
+            # The claims, which read fewer coordinates, decide whether this drops the question.
             seen.top = None
             return
         for name, indices in chosen.items():
@@ -198,10 +198,7 @@ class QuestionView:
                 seen.top_square += float(gradients[name].reshape(-1)[indices].double().square().sum())
 
     def conflict(self) -> Conflict:
-        """What the units' dense gradients say of one another; they are dropped.
-
-        Only when it was wanted.
-        """
+        """Compare the units' dense gradients, which ``Wanted.conflict`` has kept, and drop them."""
         number = len(self.units)
         cosine = [[0.0] * number for _ in range(number)]
         shares: dict[str, Matrix] = {key: [[None] * number for _ in range(number)] for key in CONFLICTS}
@@ -221,7 +218,7 @@ class QuestionView:
 
 
 def _compared(one: SeenUnit, other: SeenUnit) -> tuple[SignConflict, SignConflict]:
-    """Two units' gradients over all coordinates, and within the union of their unconstrained sets."""
+    """Compare two units' gradients over all coordinates, and within the union of their unconstrained sets."""
     inside = SignConflict()
     if one.top is not None and other.top is not None:
         inside = sign_conflict(one.dense, other.dense, union_indices(one.top, other.top))

@@ -143,8 +143,8 @@ def test_a_delta_applies_to_its_own_base_alone() -> None:
         ({"w.indices": torch.tensor([-1, 5])}, "not ascending"),
         ({"w.indices": torch.tensor([5, 1])}, "not ascending"),
         ({"w.indices": torch.tensor([5, 5])}, "not ascending"),
-        ({"w.indices": torch.tensor([1.0, 5.0])}, "no list of integers"),
-        ({"w.indices": torch.tensor([[1, 5]]), "w.values": torch.ones(1, 2)}, "no list of integers"),
+        ({"w.indices": torch.tensor([1.0, 5.0])}, "not a list of integers"),
+        ({"w.indices": torch.tensor([[1, 5]]), "w.values": torch.ones(1, 2)}, "not a list of integers"),
         ({"w.values": torch.ones(3)}, "do not pair up"),
         ({"w.values": None}, "do not pair up"),
         ({"w.indices": None}, "do not pair up"),
@@ -182,7 +182,7 @@ def test_torn_and_foreign_files_are_refused(tmp_path: Path) -> None:
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() | {"base": "null"}
     save_file({"w.indices": torch.tensor([0]), "w.values": torch.ones(1)}, path, metadata=metadata)
-    with pytest.raises(UserError, match="'base' names no model"):
+    with pytest.raises(UserError, match="'base' does not name a model"):
         load_delta(path)
 
 

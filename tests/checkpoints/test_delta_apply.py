@@ -287,7 +287,7 @@ def test_a_folder_takes_the_place_of_an_empty_one_alone(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="empty is not empty"), whole_folder(tmp_path / "empty"):
         pass
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="is no folder"), whole_folder(tmp_path / "file"):
+    with pytest.raises(UserError, match="is not a folder"), whole_folder(tmp_path / "file"):
         pass
     assert (tmp_path / "empty" / "x").read_text() == "1"
 
@@ -324,5 +324,5 @@ def test_the_config_asks_for_the_dtype_of_the_weights(tmp_path: Path) -> None:
         assert set_config_dtype(tmp_path, torch.float32) is changed
         assert json.loads(path.read_text()) == after
     path.write_text("[]")
-    with pytest.raises(UserError, match="no json object"):
+    with pytest.raises(UserError, match="not a json object"):
         set_config_dtype(tmp_path, torch.float32)

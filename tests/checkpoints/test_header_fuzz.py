@@ -36,7 +36,8 @@ def refusal(path: Path) -> str:
     for read in (stored_tensors, TensorReader):
         with pytest.raises(UserError) as caught:
             read(path)
-    assert caught.value.remedy and "\n" not in caught.value.message and len(caught.value.message) < 600
+    message = caught.value.message
+    assert caught.value.remedy and message.isprintable() and len(message) < 600
     return caught.value.message
 
 
@@ -49,35 +50,43 @@ def test_the_good_header_is_good(tmp_path: Path) -> None:
 
 TWO = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 HOSTILE = {
-    "empty": (b"", "is not json"),
-    "no json": (b"{", "is not json"),
-    "no object": (b"[]", "no json object"),
-    "no text": (b'{"\xff": {}}', "is not json"),
-    "deep": (b"[" * 200_000, "is not json"),
-    "long number": (b'{"a": ' + b"9" * 5000 + b"}", "is not json"),
-    "nothing of the data": (b"{}", "should have 0 bytes, 16 are there"),
-    "no entry": (b'{"a": 3}', "lacks its dtype"),
-    "no shape": (b'{"a": {"dtype": "F32", "data_offsets": [0, 16]}}', "lacks its dtype"),
+    "empty": (b"", "EOF while parsing"),
+    "no json": (b"{", "EOF while parsing"),
+    "no object": (b"[]", "invalid type: sequence"),
+    "no text": (b'{"\xff": {}}', "invalid UTF-8"),
+    "deep": (b"[" * 200_000, "invalid JSON"),
+    "long number": (b'{"a": ' + b"9" * 5000 + b"}", "number out of range"),
+    "nothing of the data": (b"{}", "file not fully covered"),
+    "no entry": (b'{"a": 3}', "expected struct TensorInfo"),
+    "no shape": (b'{"a": {"dtype": "F32", "data_offsets": [0, 16]}}', "missing field `shape`"),
     "twice": (b'{"a": %b, "a": %b}' % ((json.dumps(GOOD).encode(),) * 2), "a name is given twice"),
-    "metadata": (b'{"__metadata__": {"a": 1}, "a": %b}' % json.dumps(GOOD).encode(), "something else than text"),
-    "dtype": (entry(dtype=3), "a dtype that is no text"),
-    "shape of floats": (entry(shape=[4.0]), "no list of sizes"),
-    "shape of truth": (entry(shape=[4, True]), "no list of sizes"),
-    "negative": (entry(shape=[-4]), "no list of sizes"),
-    "overflow": (entry(shape=[2**40, 2**40]), "more than 2^63 elements"),
-    "overflow of nothing": (entry(shape=[2**40, 0, 2**40]), "more than 2^63 elements"),
-    "beyond 64 bits": (entry(shape=[2**64]), "no list of sizes"),
-    "wraps around": (entry(shape=[2**62 + 4]), "by its shape, 16 by its offsets"),
-    "too few bytes": (entry(shape=[3]), "should have 12 bytes by its shape, 16 by its offsets"),
-    "backwards": (entry(data_offsets=[16, 0]), "no range of bytes"),
-    "negative offsets": (entry(data_offsets=[-16, 0]), "no range of bytes"),
-    "three offsets": (entry(data_offsets=[0, 8, 16]), "no range of bytes"),
-    "beyond the end": (entry(shape=[2**40], data_offsets=[0, 2**42]), "16 are there"),
-    "not from the start": (entry(shape=[2], data_offsets=[8, 16]), "a gap of 8 bytes"),
-    "overlap": (json.dumps({"a": GOOD, "b": TWO | {"data_offsets": [8, 16]}}).encode(), "'b' overlaps"),
-    "the same bytes twice": (json.dumps({"a": GOOD, "b": GOOD}).encode(), "'b' overlaps"),
-    "gap": (json.dumps({"a": TWO, "b": TWO | {"shape": [1], "data_offsets": [12, 16]}}).encode(), "a gap of 4"),
-    "ink": (b'{"\\u001b[31m": {}}', "tensor '\\x1b[31m' lacks"),
+    "metadata": (b'{"__metadata__": {"a": 1}, "a": %b}' % json.dumps(GOOD).encode(), "expected a string"),
+    "dtype": (entry(dtype=3), "expected string"),
+    "shape of floats": (entry(shape=[4.0]), "expected usize"),
+    "shape of truth": (entry(shape=[4, True]), "expected usize"),
+    "negative": (entry(shape=[-4]), "expected usize"),
+    "overflow": (entry(shape=[2**40, 2**40]), "overflow computing"),
+    "overflow of nothing": (entry(shape=[2**40, 0, 2**40]), "invalid shape"),
+    "beyond 64 bits": (entry(shape=[2**64]), "expected usize"),
+    "wraps around": (entry(shape=[2**62 + 4]), "overflow computing"),
+    "too few bytes": (entry(shape=[3]), "invalid shape"),
+    "backwards": (entry(data_offsets=[16, 0]), "invalid offset"),
+    "negative offsets": (entry(data_offsets=[-16, 0]), "expected usize"),
+    "three offsets": (entry(data_offsets=[0, 8, 16]), "invalid length 3"),
+    "beyond the end": (entry(shape=[2**40], data_offsets=[0, 2**42]), "file not fully covered"),
+    "not from the start": (entry(shape=[2], data_offsets=[8, 16]), "invalid offset for tensor `a`"),
+    "overlap": (json.dumps({"a": GOOD, "b": TWO | {"data_offsets": [8, 16]}}).encode(), "invalid offset for tensor `b`"),
+    "the same bytes twice": (json.dumps({"a": GOOD, "b": GOOD}).encode(), "invalid offset for tensor"),
+    "gap": (json.dumps({"a": TWO, "b": TWO | {"shape": [1], "data_offsets": [12, 16]}}).encode(), "invalid offset for tensor `b`"),
+    "absurd and empty": (
+        json.dumps({"a": GOOD, "b": {"dtype": "F32", "shape": [0, 2**40, 2**40], "data_offsets": [16, 16]}}).encode(),
+        "more than 2^63 elements",
+    ),
+    "ink in an offset": (
+        json.dumps({"a": GOOD, "\x1b[31m\n": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}).encode(),
+        "invalid offset for tensor",
+    ),
+    "ink": (b'{"\\u001b[31m": {}}', "missing field `dtype`"),
 }  # fmt: skip
 
 
@@ -87,28 +96,25 @@ def test_hostile_headers(tmp_path: Path, kind: str) -> None:
     assert said in refusal(write(tmp_path / "t.safetensors", header))
 
 
-def test_unknown_dtypes_are_refused_when_they_are_to_be_read(tmp_path: Path) -> None:
-    for dtype, said in (
-        ("F31", "not a readable safetensors file"),
-        ("F4", "is stored as F4, which cannot be compared"),
-    ):
-        path = write(tmp_path / "t.safetensors", entry(dtype=dtype, shape=[32]))
-        assert stored_tensors(path)["a"].dtype is None
-        with pytest.raises(UserError, match=said):
-            TensorReader(path)
+def test_unknown_dtypes_are_refused(tmp_path: Path) -> None:
+    assert "unknown variant `F31`" in refusal(write(tmp_path / "t.safetensors", entry(dtype="F31")))
+    path = write(tmp_path / "t.safetensors", entry(dtype="F4", shape=[32]))
+    assert stored_tensors(path)["a"].dtype is None
+    with pytest.raises(UserError, match="is stored as F4, which cannot be compared"):
+        TensorReader(path)
 
 
 @pytest.mark.parametrize("length", [0, 1, 2**31, 2**63, 2**64 - 1])
 def test_wrong_lengths(tmp_path: Path, length: int) -> None:
     path = write(tmp_path / "t.safetensors", entry(), length=length)
-    assert ("should have" if length > 1000 else "is not json") in refusal(path)
+    assert (f"has {length:,} bytes, at most" if length > 1000 else "EOF while parsing") in refusal(path)
 
 
 @pytest.mark.parametrize("kept", [0, 1, 7, 8, 9, 40])
 def test_short_files(tmp_path: Path, kept: int) -> None:
     path = write(tmp_path / "t.safetensors", entry())
     path.write_bytes(path.read_bytes()[:kept])
-    assert ("no header" if kept < 8 else "should have") in refusal(path)
+    assert ("header too small" if kept < 8 else "invalid header length") in refusal(path)
 
 
 def test_a_header_of_gigabytes_is_not_read(tmp_path: Path) -> None:

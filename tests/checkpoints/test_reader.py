@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ssrctl.checkpoints.delta import Delta, changed_indices, save_delta
 from ssrctl.checkpoints.fingerprint import fingerprint
-from ssrctl.checkpoints.parameter_names import NameMap, matching_names, tied_copies
+from ssrctl.checkpoints.names import NameMap
+from ssrctl.checkpoints.parameter_names import matching_names, tied_copies
 from ssrctl.checkpoints.reader import TensorReader, delta_meant_by, open_delta
 from ssrctl.checkpoints.run_dir import newest_checkpoint
 from ssrctl.errors import UserError
@@ -222,7 +223,7 @@ def test_torn_file(tmp_path: Path, kept: int) -> None:
     file = save_folder(tmp_path / "m", weights()) / "model.safetensors"
     file.write_bytes(file.read_bytes()[:kept])
     message = opening(tmp_path / "m")
-    assert "not a readable safetensors file" in message and "torn" in message
+    assert "not a readable safetensors file" in message and "truncated" in message
 
 
 def test_lora_adapter_is_told_apart(tmp_path: Path) -> None:

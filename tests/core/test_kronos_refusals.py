@@ -68,7 +68,7 @@ def test_units_are_claimed_in_order(k):
     optimizer.begin_unit(k)
     with pytest.raises(RuntimeError, match=r"begin_unit\(\) twice"):
         optimizer.begin_unit(k)
-    with pytest.raises(RuntimeError, match="the question ends with a gradient that nobody claimed"):
+    with pytest.raises(RuntimeError, match="the question ends with an unclaimed gradient"):
         optimizer.step()
     fill(named, [1.0] * 8)
     with pytest.raises(RuntimeError, match=r"k was given to begin_unit\(\) already"):

@@ -59,6 +59,7 @@ def test_table_gives_later_steps_the_larger_share() -> None:
         ({"claim_fraction": "0.01"}, "claim_fraction"),
         ({"settings": None}, "settings"),
         ({"model": {"name": "x"}}, "model"),
+        ({"model": {"name": "x", "revision": None, "fingerprint": "x", "more": 1}}, "model"),
         ({"model": {"name": 3, "revision": None, "fingerprint": "x"}}, "model"),
         ({"model": "x"}, "model"),
     ],
@@ -66,7 +67,7 @@ def test_table_gives_later_steps_the_larger_share() -> None:
 def test_every_field_is_checked(tmp_path: Path, changes: dict[str, Any], field: str) -> None:
     path = tmp_path / "p.json"
     path.write_text(json.dumps(PROFILE.to_dict() | changes))
-    with pytest.raises(UserError, match=rf"p\.json.*'{field}'"):
+    with pytest.raises(UserError, match=rf"p\.json.*'{field}['.[]"):
         load_budget_profile(path)
 
 

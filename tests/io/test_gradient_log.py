@@ -52,10 +52,14 @@ def test_what_does_not_fit_is_not_written(tmp_path: Path, bad: torch.Tensor) -> 
         ({"other": torch.zeros(4)}, {}, "expected 4 float32 numbers"),
         ({"gradient": torch.tensor([0.0, 1.0, float("inf"), 0.0])}, {}, "1 of 4 numbers are NaN or infinite"),
         ({"gradient": torch.zeros(4)}, {"step": "x"}, "'step' is absent or not json"),
-        ({"gradient": torch.zeros(4)}, {"size": 4.0}, "'size' is no count"),
-        ({"gradient": torch.zeros(4)}, {"seed": True}, "'seed' is no count"),
-        ({"gradient": torch.zeros(4)}, {"num_coordinates": -1}, "'num_coordinates' is no count"),
-        ({"gradient": torch.zeros(4)}, {"sketch": "hash"}, "unknown sketch 'hash'"),
+        ({"gradient": torch.zeros(4)}, {"size": 4.0}, "'size' must be a valid integer, found 4.0"),
+        ({"gradient": torch.zeros(4)}, {"seed": True}, "'seed' must be a valid integer, found True"),
+        (
+            {"gradient": torch.zeros(4)},
+            {"num_coordinates": -1},
+            "'num_coordinates' must be greater than or equal to 0, found -1",
+        ),
+        ({"gradient": torch.zeros(4)}, {"sketch": "hash"}, "'sketch' must be 'exact' or 'count-sketch', found 'hash'"),
     ],
 )
 def test_damaged_logs_are_user_errors(tmp_path: Path, tensors: dict, changes: dict, said: str) -> None:

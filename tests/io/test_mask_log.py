@@ -110,29 +110,37 @@ def change_tensor(name: str, value: Tensor) -> Any:
 
 
 DAMAGES = {
-    "the id of question 0 is no text": change_question(id=5),
-    "units is no list": change_question(units={}),
-    "unit 0 of question 0 is no mapping": change_question(units=[3]),
+    r"questions\[0\].id' must be a valid string, found 5": change_question(id=5),
+    r"questions\[0\].units' must be a valid list": change_question(units={}),
+    r"questions\[0\].units\[0\]' must be a dictionary": change_question(units=[3]),
     "gradient_cosine does not fit 2 units": change_question(gradient_cosine=[[1.0]]),
-    "gradient_cosine is no list": change_question(gradient_cosine=[1.0, 2.0]),
-    "gradient_cosine is no number: None": change_question(gradient_cosine=[[1.0, None], [None, 1.0]]),
-    "gradient_cosine is no number: 'x'": change_question(gradient_cosine=[[1.0, "x"], ["x", 1.0]]),
-    "conflict is no mapping": change_question(conflict=[]),
+    r"gradient_cosine\[0\]' must be a valid list": change_question(gradient_cosine=[1.0, 2.0]),
+    r"gradient_cosine\[0\]\[1\]' must be a valid number, found None": change_question(
+        gradient_cosine=[[1.0, None], [None, 1.0]]
+    ),
+    r"gradient_cosine\[0\]\[1\]' must be a valid number, found 'x'": change_question(
+        gradient_cosine=[[1.0, "x"], ["x", 1.0]]
+    ),
+    "conflict' must be a valid dictionary": change_question(conflict=[]),
     "conflict holds .'other'., expected": change_question(conflict={"other": []}),
     "top_conflict does not fit 2 units": change_question(
         conflict={name: [[None, 0.0], [0.0, None]] for name in CONFLICTS} | {"top_conflict": []}
     ),
-    "steps is no list": change_unit(steps="0"),
-    "a step is no count: 0.5": change_unit(steps=[0.5]),
-    "a step is no count: -1": change_unit(steps=[-1]),
-    "budget is no number: 'much'": change_unit(budget="much"),
-    "budget is no number: True": change_unit(budget=True),
-    "an advantage is no number: None": change_unit(advantages=[None]),
-    "captured is no number": change_unit(captured="all"),
-    "'advantages' is absent": lambda questions, tensors, metadata: questions[0]["units"][0].pop("advantages"),
-    "step is no count: 1.5": lambda questions, tensors, metadata: metadata.update(step="1.5"),
-    "num_coordinates is no count": lambda questions, tensors, metadata: metadata.update(num_coordinates='"many"'),
-    "num_protected is no count: -1": lambda questions, tensors, metadata: metadata.update(num_protected="-1"),
+    "steps' must be a valid list": change_unit(steps="0"),
+    r"steps\[0\]' must be a valid integer, found 0.5": change_unit(steps=[0.5]),
+    r"steps\[0\]' must be greater than or equal to 0, found -1": change_unit(steps=[-1]),
+    "budget' must be a valid number, found 'much'": change_unit(budget="much"),
+    "budget' must be a valid number, found True": change_unit(budget=True),
+    r"advantages\[0\]' must be a valid number, found None": change_unit(advantages=[None]),
+    "captured' must be a valid number": change_unit(captured="all"),
+    "advantages' is missing": lambda questions, tensors, metadata: questions[0]["units"][0].pop("advantages"),
+    "'step' must be a valid integer, found 1.5": lambda questions, tensors, metadata: metadata.update(step="1.5"),
+    "'num_coordinates' must be a valid integer": lambda questions, tensors, metadata: metadata.update(
+        num_coordinates='"many"'
+    ),
+    "'num_protected' must be greater than or equal to 0, found -1": lambda questions, tensors, metadata: (
+        metadata.update(num_protected="-1")
+    ),
     "'free.0.0.w.low' is absent": lambda questions, tensors, metadata: tensors.pop("free.0.0.w.low"),
     "free.0.0.w does not hold a set": change_tensor("w.counts", torch.tensor([3, 2], dtype=torch.int32)),
     "free.0.0.w does not": change_tensor("w.counts", torch.tensor([-1, 5], dtype=torch.int32)),

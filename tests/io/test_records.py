@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ssrctl.errors import UserError
-from ssrctl.io.jsonl import write_jsonl
+from ssrctl.io.jsonl import dump_line, write_jsonl
 from ssrctl.io.records import FinalAnswer, Rollout, StepScore, StepSpan, read_rollouts
 
 WHERE = "file.jsonl:7"
@@ -128,29 +128,32 @@ def test_spans_need_a_response() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"response": 5}, "'response' must be text, found int"),
-        ({"question": ["x"]}, "'question' must be text, found list"),
-        ({"steps": {"start": 0}}, "'steps' must be a list, found dict"),
-        ({"steps": [[0, 8]]}, "'steps' is malformed: expected an object, found list"),
-        ({"steps": [{"start": 0}]}, "'steps' is malformed"),
-        ({"steps": [{"start": 0.0, "end": 10}]}, "'start' must be int"),
-        ({"steps": [{"start": 0, "end": True}]}, "'end' must be int"),
-        ({"steps": [{"start": 0, "end": 10, "kind": "middle"}]}, "'kind' must be"),
-        ({"steps": [{"start": 0, "end": 10, "colour": 1}]}, "unknown keys colour"),
+        ({"response": 5}, "'response' must be a valid string, found 5"),
+        ({"question": ["x"]}, r"'question' must be a valid string, found \['x'\]"),
+        ({"steps": {"start": 0}}, "'steps' must be a valid list, found {'start': 0}"),
+        ({"steps": [[0, 8]]}, r"'steps\[0\]' must be a dictionary .* found \[0, 8\]"),
+        ({"steps": [{"start": 0}]}, r"'steps\[0\].end' is missing"),
+        ({"steps": [{"start": 0.0, "end": 10}]}, r"'steps\[0\].start' must be a valid integer, found 0.0"),
+        ({"steps": [{"start": 0, "end": True}]}, r"'steps\[0\].end' must be a valid integer, found True"),
+        (
+            {"steps": [{"start": 0, "end": 10, "kind": "middle"}]},
+            r"'steps\[0\].kind' must be 'step' or 'final', found 'middle'",
+        ),
+        ({"steps": [{"start": 0, "end": 10, "colour": 1}]}, r"'steps\[0\].colour' is not known"),
         ({"scores": [{"score": 1, "reward": 0.01}]}, "'scores' has 1 entries for 2 steps"),
-        ({"scores": [{"score": "1", "reward": 0.01}] * 2}, "'score' must be float"),
-        ({"scores": [{"score": True, "reward": 0.01}] * 2}, "'score' must be float"),
-        ({"scores": [{"score": 1}] * 2}, "'scores' is malformed"),
+        ({"scores": [{"score": "1", "reward": 0.01}] * 2}, r"'scores\[0\].score' must be a valid number"),
+        ({"scores": [{"score": True, "reward": 0.01}] * 2}, r"'scores\[0\].score' must be a valid number"),
+        ({"scores": [{"score": 1}] * 2}, r"'scores\[0\].reward' is missing"),
         ({"steps": None}, "'scores' has 2 entries for 0 steps"),
-        ({"final": "42"}, "'final' is malformed"),
-        ({"final": {"extracted": "42", "correct": "yes"}}, "'correct' must be bool"),
-        ({"final": {"extracted": "42", "correct": True, "outcome": "right"}}, "'outcome' must be"),
-        ({"final": {"extracted": "42", "correct": True, "outcome": ["correct"]}}, "'final' is malformed"),
+        ({"final": "42"}, "'final' must be a dictionary"),
+        ({"final": {"extracted": "42", "correct": "yes"}}, "'final.correct' must be a valid boolean, found 'yes'"),
+        ({"final": {"extracted": "42", "correct": True, "outcome": "right"}}, "'final.outcome' must be"),
+        ({"final": {"extracted": "42", "correct": True, "outcome": ["correct"]}}, "'final.outcome' must be"),
         ({"final": {"extracted": "42", "correct": True, "outcome": "wrong"}}, "wrong contradicts 'correct' True"),
         ({"final": {"extracted": "42", "correct": False, "outcome": "timed_out"}}, "timed_out contradicts"),
         ({"final": {"extracted": "42", "correct": None, "outcome": "correct"}}, "correct contradicts"),
-        ({"advantages": ["1", None]}, "'advantages' is malformed"),
-        ({"advantages": [True, None]}, "'advantages' is malformed"),
+        ({"advantages": ["1", None]}, r"'advantages\[0\]' must be a valid number, found '1'"),
+        ({"advantages": [True, None]}, r"'advantages\[0\]' must be a valid number, found True"),
     ],
 )
 def test_wrong_types_are_named(change: dict[str, Any], message: str) -> None:
@@ -170,3 +173,15 @@ def test_reading_a_file(tmp_path: Path) -> None:
     assert [r.id for r in read_rollouts(path)] == ["q17/3", "2"]
     with pytest.raises(UserError, match=rf"{path}:2: field 'scores' is missing"):
         list(read_rollouts(path, needs=("scores",)))
+
+
+def test_a_line_is_written_as_it_was_read() -> None:
+    row = full() | {
+        "scores": [
+            {"score": 1, "reward": 1.0, "rationale": "\ud800", "error": None},
+            {"score": 0.1, "reward": -0.0, "rationale": None, "error": None},
+        ],
+        "advantages": [10**30, 1e-300],
+        "extra": "\ud800",
+    }
+    assert dump_line(parse(row).to_dict()) == dump_line(row)

@@ -55,7 +55,7 @@ def test_the_document_shows_the_numbers() -> None:
     assert document.headlines == ["1,999 of 2,000 weights selected (99.95%), in 1 of 1 tensor; 1.2 kB."]
     assert document.facts == [("mask", "m"), ("kind", "steps"), ("model", "not recorded")]
     assert document.notes == ["odd"]
-    assert [table.rows for table in document.sections[0].tables] == [
+    assert [table.formatted() for table in document.sections[0].tables] == [
         [["0", "1,999", "2,000", "99.95%"]],
         [["up", "1,999", "2,000", "99.95%"]],
     ]

@@ -6,30 +6,27 @@ from collections import Counter
 
 import pytest
 
-from ssrctl.checkpoints.names import matrix_kind
+from ssrctl.checkpoints.names import KINDS
 from ssrctl.measures.published import (
-    MEASURES,
-    MUKHERJEE,
-    PUBLISHED,
-    ZHU,
+    NAMES,
     Published,
-    chance_references,
-    jaccard_by_kind,
     position,
+    published,
     published_section,
-    published_table,
     references,
     unusual,
 )
 from ssrctl.report.document import Ranges, Reference
 
+MUKHERJEE, ZHU = "Mukherjee et al. 2025", "Zhu et al. 2025"
+
 
 def of(paper: str, table: str) -> list[Published]:
-    return [one for one in PUBLISHED if (one.paper, one.table) == (paper, table)]
+    return [one for one in published() if (one.paper, one.table) == (paper, table)]
 
 
 def test_every_row_of_the_tables_is_there() -> None:
-    counts = Counter((one.paper, one.table) for one in PUBLISHED)
+    counts = Counter((one.paper, one.table) for one in published())
     assert counts == {
         (MUKHERJEE, "table 1"): 10,
         (MUKHERJEE, "table 2"): 4,
@@ -41,8 +38,8 @@ def test_every_row_of_the_tables_is_there() -> None:
         (ZHU, "table 1"): 15,
         (ZHU, "table 2"): 7,
     }
-    assert set(MEASURES) == {one.measure for one in PUBLISHED}
-    assert all(0 < one.value < 1 for one in PUBLISHED)
+    assert set(NAMES) == {one.measure for one in published()}
+    assert all(0 < one.value < 1 for one in published())
 
 
 @pytest.mark.parametrize(
@@ -74,8 +71,9 @@ def test_ranges_are_those_that_the_papers_state() -> None:
     assert span("sparsity_bf16") == [(0.363, 0.917)]  # Zhu et al., section 2.1: 36% to 92%
     assert span("sparsity_bf16", "SFT") == [(0.006, 0.188)]
     assert span("outside_final") == [(0.085, None)]
-    assert [(one.low, one.high) for one in chance_references("run_jaccard")] == [(0.373, 0.467)]
-    assert chance_references("rank") == []
+    chance = [one.baseline for one in of(ZHU, "table 2") if one.baseline is not None]
+    assert (min(chance), max(chance)) == (0.373, 0.467)
+    assert {one.baseline for one in published() if one.measure == "rank"} == {None}
 
 
 def test_tables_1_and_6_agree_but_for_one_model_of_the_paper() -> None:
@@ -93,12 +91,11 @@ def test_a_wider_tolerance_never_finds_less_unchanged() -> None:
 
 
 def test_overlap_is_above_chance_and_kinds_are_named_as_ours() -> None:
-    for one in PUBLISHED:
+    for one in published():
         assert one.baseline is None or one.baseline < one.value
-    modules = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj"}
-    modules |= {name: f"mlp.{name}_proj" for name in ("gate", "up", "down")}
-    assert {matrix_kind(f"model.layers.0.{module}.weight") for module in modules.values()} == set(jaccard_by_kind())
-    assert jaccard_by_kind()["o"] == (0.552, 0.373)
+    by_kind = {one.model.split()[0]: (one.value, one.baseline) for one in of(ZHU, "table 2")}
+    assert len(by_kind) == 7 and set(by_kind) < set(KINDS)
+    assert by_kind["o"] == (0.552, 0.373)
 
 
 def test_references_say_where_they_stand() -> None:
@@ -131,24 +128,19 @@ def test_section_puts_values_beside_ranges() -> None:
     assert isinstance(figure, Ranges)
     assert figure.values == [0.971, None] and [len(one) for one in figure.references] == [3, 1]
     compared, everything = section.tables
-    assert [row[:3] for row in compared.rows] == [
+    assert [row[:3] for row in compared.formatted()] == [
         ["update sparsity, tolerance 1e-5", "97.10%", "above"],
         ["rank of an update matrix over its maximum, mean", "–", "–"],
     ]
     assert len(everything.rows) == 10 + 12 + 2 + 4 and everything.collapsed
-    assert "chance" not in everything.columns
+    assert compared.rows[0][1] == 0.971 and "chance" not in everything.headings
     assert published_section({}).figures == []
 
 
-def test_table_of_all_has_raw_numbers() -> None:
-    table = published_table()
-    assert len(table.rows) == len(PUBLISHED) and table.raw is not None
-    assert table.raw[0] == [
-        "Llama-3.1-Tulu-3-8B-DPO",
-        "DPO",
-        "update sparsity, tolerance 1e-5",
-        0.814,
-        None,
-        "Mukherjee et al. 2025, table 1",
-    ]
-    assert table.rows[0][3:5] == ["81.40%", "–"]
+def test_table_of_all_has_every_number_in_its_unit() -> None:
+    _, table = published_section(dict.fromkeys(NAMES)).tables
+    assert len(table.rows) == len(published())
+    model = "Llama-3.1-Tulu-3-8B-DPO"
+    assert table.rows[0] == [model, "DPO", NAMES["sparsity_1e-5"], 0.814, None, f"{MUKHERJEE}, table 1"]
+    shown = table.formatted()
+    assert shown[0][3:5] == ["81.40%", "–"] and shown[-1][3:5] == ["0.575", "0.437"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from pathlib import Path
 
@@ -13,24 +14,44 @@ from safetensors.torch import save_file
 
 from ssrctl.checkpoints.delta import Delta, changed_indices
 from ssrctl.checkpoints.names import layer_index, matrix_kind
+from ssrctl.checkpoints.pairs import Checkpoint, Comparison, common_dtype, open_comparison
 from ssrctl.checkpoints.reader import DeltaReader, TensorReader
+from ssrctl.configs import DiagnoseConfig
 from ssrctl.errors import UserError
 from ssrctl.io.artifacts import ModelIdentity
-from ssrctl.measures.maths.largest_changes import TopMovers
-from ssrctl.checkpoints.pairs import common_dtype
+from ssrctl.measures.base import take
+from ssrctl.measures.maths.change import Change, add_up
+from ssrctl.measures.maths.change_rule import changed
+from ssrctl.measures.maths.grouping import Grouped, group
+from ssrctl.measures.maths.largest_changes import LargestChanges
+from ssrctl.measures.maths.piece_pair import piece_pairs
 from ssrctl.measures.sparsity import (
-    Change,
-    add_up,
-    changed,
-    compare_all,
-    compare_pieces,
-    compare_tensors,
-    group_changes,
+    Sparsity,
+    SparsityResult,
+    headlines,
+    nonfinite_notes,
+    rules_section,
+    size_section,
 )
-from ssrctl.measures.sparsity_report import headlines, nonfinite_note, rules_section, size_section, sparsity_numbers
 from ssrctl.report.document import Heatmap, Histogram
 
-ATOL = 1e-5
+ATOL, ETA = 1e-5, 1e-3
+
+
+def compare_tensors(base: torch.Tensor, tuned: torch.Tensor, atol: float = ATOL, eta: float = ETA) -> Change:
+    return add_up(part for piece in piece_pairs(base, tuned) for part in piece.changes(atol, eta))
+
+
+def grouped(**changes: Change) -> Grouped[Change, Change]:
+    return group(changes, add_up)
+
+
+def measured(comparison: Comparison, num_workers: int = 2) -> SparsityResult:
+    """The result of the measure, taken as `ssrctl diagnose` does."""
+    config = DiagnoseConfig(paths=[Path("base"), Path("tuned")])
+    [taken] = take(comparison, [Sparsity(comparison, config)], "pair", num_workers)
+    found: SparsityResult = taken.result
+    return found
 
 
 def planted() -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,9 +67,9 @@ def planted() -> tuple[torch.Tensor, torch.Tensor]:
 def test_planted_changes_are_counted() -> None:
     change = compare_tensors(*planted(), ATOL)
     assert (change.numel, change.num_equal, change.num_within) == (200, 195, 198)
-    assert change.sparsity == 198 / 200 and change.equal_frac == 195 / 200
+    assert change.sparsity == 198 / 200 and change.bit_equal_frac == 195 / 200
     assert change.max_abs == pytest.approx(2 * ATOL, rel=1e-9)
-    assert change.mean_abs == pytest.approx((3 * ATOL / 2 + 4 * ATOL) / 200, rel=1e-9)
+    assert change.mean_abs_difference == pytest.approx((3 * ATOL / 2 + 4 * ATOL) / 200, rel=1e-9)
     squares = 3 * (ATOL / 2) ** 2 + 2 * (2 * ATOL) ** 2
     assert change.relative_l2 == pytest.approx(math.sqrt(squares / (200 * 0.25)), rel=1e-9)
     numbers = change.numbers()
@@ -73,10 +94,11 @@ def test_identical_checkpoints_are_wholly_sparse() -> None:
     base, _ = planted()
     base[0, 0], base[0, 1] = float("nan"), float("inf")
     change = compare_tensors(base, base.clone(), 0.0)
-    assert change.sparsity == change.equal_frac == 1.0
-    assert change.relative_l2 == change.mean_abs == change.max_abs == 0.0
-    numbers = sparsity_numbers({"w": change})
-    assert headlines(numbers, ATOL) == ["The two checkpoints are identical bit for bit: 200 weights, sparsity 1."]
+    assert change.sparsity == change.bit_equal_frac == 1.0
+    assert change.relative_l2 == change.mean_abs_difference == change.max_abs == 0.0
+    assert headlines(grouped(w=change), ATOL) == [
+        "The two checkpoints are identical bit for bit: 200 weights, sparsity 1."
+    ]
 
 
 def test_weights_that_are_no_numbers_are_counted_and_left_out_of_norms() -> None:
@@ -88,9 +110,9 @@ def test_weights_that_are_no_numbers_are_counted_and_left_out_of_norms() -> None
     # equal: 1, the same NaN, the same infinity; finite differences: those and 2 -> 4
     assert (change.num_equal, change.num_within, change.num_finite) == (3, 3, 4)
     assert (change.max_abs, change.sum_abs, change.sum_sq, change.base_sum_sq) == (2.0, 2.0, 4.0, 1 + 4 + 4)
-    note = nonfinite_note(change.numbers())
-    assert note is not None and "1 nan in base, 3 inf in base, 2 nan in tuned, 2 inf in tuned" in note
-    assert nonfinite_note(compare_tensors(torch.ones(2), torch.ones(2), 0.0).numbers()) is None
+    [note] = nonfinite_notes(change)
+    assert "1 nan in base, 3 inf in base, 2 nan in tuned, 2 inf in tuned" in note
+    assert nonfinite_notes(compare_tensors(torch.ones(2), torch.ones(2), 0.0)) == []
 
 
 def test_bf16_against_fp32_is_compared_in_fp32() -> None:
@@ -254,7 +276,7 @@ def test_counts_are_those_of_python_floats(pairs: list[tuple[float, float]], ato
 def test_slices_add_up_to_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     base, tuned = planted()
     whole = compare_tensors(base, tuned, ATOL)
-    monkeypatch.setattr("ssrctl.measures.sparsity._CHUNK", 7)
+    monkeypatch.setattr("ssrctl.measures.maths.piece_pair._CHUNK", 7)
     parts = compare_tensors(base.T, tuned.T, ATOL)  # not contiguous either
     assert parts.max_abs == whole.max_abs  # the largest, not the sum
     assert parts.sum_abs == pytest.approx(whole.sum_abs)
@@ -273,38 +295,32 @@ def test_norms_of_many_weights_at_any_scale(scale: float) -> None:
     assert change.base_sum_sq == pytest.approx(rest, rel=1e-6)
 
 
-def test_the_report_has_every_rule_and_the_movers() -> None:
+def test_the_report_has_every_rule_and_the_largest_changes(tmp_path: Path) -> None:
     base, tuned = planted()
-    top, names = TopMovers(2), ("model.layers.0.mlp.up_proj.weight", "model.embed_tokens.weight")
-    changes = {
-        names[0]: compare_pieces([base], [tuned], movers=top, name=names[0]),
-        names[1]: compare_tensors(base, base),
-    }
-    numbers = sparsity_numbers(changes, top, dict.fromkeys(names, (10, 20)))
+    names = ("model.layers.0.mlp.up_proj.weight", "model.embed_tokens.weight")
+    save_file({names[0]: base, names[1]: base.clone()}, tmp_path / "base.safetensors")
+    save_file({names[0]: tuned, names[1]: base.clone()}, tmp_path / "tuned.safetensors")
+    with contextlib.ExitStack() as stack:
+        result = measured(open_comparison(stack, tmp_path / "base.safetensors", [tmp_path / "tuned.safetensors"]))
+    numbers = result.numbers()
     assert [numbers["total"][key] for key in ("sparsity_1e-08", "sparsity_1e-07", "sparsity_1e-06", "sparsity_1e-05")] == [
         395 / 400, 395 / 400, 395 / 400, 398 / 400,
     ]  # fmt: skip
-    assert [row["position"] for row in numbers["movers"]["absolute"]] == [[3, 7], [9, 19]]
-    rules, size = rules_section(numbers, 3e-5), size_section(numbers)
+    assert [row["position"] for row in numbers["movers"]["absolute"]][:2] == [[3, 7], [9, 19]]
+    rules, size = rules_section(result.changes, 3e-5), size_section(result)
     assert [row[0] for row in rules.tables[0].rows][-2:] == ["within 1e-05", "within 3e-05"]
-    assert rules.tables[0].columns == ["rule", "all", "embed", "up"]
+    assert rules.tables[0].headings == ["rule", "all", "embed", "up"]
+    assert rules.tables[0].rows[0] == ["bit for bit", 395 / 400, 1.0, 195 / 200]
     [heat] = rules.figures
     assert isinstance(heat, Heatmap) and heat.row_labels == ["up"] and heat.column_labels == ["0"]
     assert heat.values == [[0.0]]  # nothing as bfloat16
     assert [table.title for table in size.tables][1:] == ["Largest changes", "Largest relative changes"]
     assert size.tables[1].rows[0][:2] == [names[0], "3, 7"]
+    assert size.tables[1].formatted()[0][2:] == ["0.5", "0.50002", "+2e-05", "4.00e-05"]
     [histogram] = size.figures
     assert isinstance(histogram, Histogram) and sum(histogram.series["changed weights"]) == 5  # type: ignore[arg-type]
-    same = size_section(sparsity_numbers({"w": compare_tensors(base, base)}))
-    assert same.figures == [] and len(same.tables) == 1
-
-
-def test_pieces_must_fit() -> None:
-    a, b = torch.ones(4), torch.ones(5)
-    with pytest.raises(ValueError, match="shapes differ"):
-        compare_pieces([a], [b])
-    with pytest.raises(ValueError, match="shorter"):
-        compare_pieces([a, a], [a])
+    same = size_section(SparsityResult(grouped(w=compare_tensors(base, base)), LargestChanges(), {}))
+    assert same.figures == [] and [len(table.rows) for table in same.tables] == [1, 0, 0]
 
 
 @pytest.fixture
@@ -323,26 +339,39 @@ def checkpoints(tmp_path: Path) -> tuple[Path, Path]:
     return tmp_path / "base.safetensors", tmp_path / "tuned.safetensors"
 
 
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several ranges in a tensor, several pieces in a range, and several chunks in a piece, each a multiple."""
+    monkeypatch.setattr("ssrctl.checkpoints.tensor_files.PIECE_ELEMENTS", 256)
+    monkeypatch.setattr("ssrctl.measures.maths.piece_pair._CHUNK", 64)
+    for module in ("ssrctl.checkpoints.pairs", "ssrctl.measures.sparsity"):
+        monkeypatch.setattr(f"{module}.RANGE", 1024)
+
+
+def test_a_tensor_that_is_whole_in_memory_has_the_same_sums(
+    checkpoints: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_pieces(monkeypatch)
+    with contextlib.ExitStack() as stack:
+        comparison = open_comparison(stack, checkpoints[0], [checkpoints[1]])
+        in_ranges = measured(comparison)
+        monkeypatch.setattr(Sparsity, "in_ranges", False)
+        assert measured(comparison).numbers() == in_ranges.numbers()
+
+
 def test_checkpoints_in_pieces_are_those_of_whole_tensors(
     checkpoints: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ssrctl.checkpoints.tensor_files.PIECE_ELEMENTS", 256)
-    monkeypatch.setattr("ssrctl.measures.sparsity._RANGE", 1024)
-    monkeypatch.setattr("ssrctl.measures.sparsity._CHUNK", 100)
+    small_pieces(monkeypatch)
     threads = torch.get_num_threads()
-    with TensorReader(checkpoints[0]) as base, TensorReader(checkpoints[1]) as tuned:
-        found, tops, names = [], [], list(reversed(base.shapes))
-        for workers in (1, 2, 5):
-            done: list[str] = []
-            tops.append(TopMovers(5))
-            found.append(compare_all(base, tuned, names, num_workers=workers, movers=tops[-1], on_done=done.append))
-            assert done == base.in_file_order(names) and list(found[-1]) == names
-        assert found[0] == found[1] == found[2]
-        for top in tops[1:]:
-            assert (top.absolute, top.relative) == (tops[0].absolute, tops[0].relative)
+    with contextlib.ExitStack() as stack:
+        comparison = open_comparison(stack, checkpoints[0], [checkpoints[1]])
+        base, tuned, names = comparison.base, comparison.tuned[0].reader, comparison.names
+        found = [measured(comparison, workers) for workers in (1, 2, 5)]
+        assert found[0].numbers() == found[1].numbers() == found[2].numbers()
+        assert list(found[0].changes.tensors) == names
         for name in names:
             a, b = base.tensor(name), tuned.tensor(name)
-            whole, change = compare_tensors(a, b), found[0][name]
+            whole, change = compare_tensors(a, b), found[0].changes.tensors[name]
             for field in ("sum_abs", "sum_sq", "base_sum_sq"):
                 assert getattr(change, field) == pytest.approx(getattr(whole, field), rel=1e-12)
             counts = (
@@ -359,8 +388,9 @@ def test_checkpoints_in_pieces_are_those_of_whole_tensors(
         every = torch.cat(
             [(base.tensor(name).double() - tuned.tensor(name).double()).abs().flatten() for name in names]
         )
-        assert [abs(one.change) for one in tops[0].absolute] == every.topk(5).values.tolist()
-        for one in (*tops[0].absolute, *tops[0].relative):
+        largest = found[0].largest
+        assert [abs(one.change) for one in largest.absolute] == every.topk(20).values.tolist()
+        for one in (*largest.absolute, *largest.relative):
             place = one.position(base.shapes[one.name])
             assert (one.before, one.after) == (
                 float(base.tensor(one.name)[place]),
@@ -372,8 +402,7 @@ def test_checkpoints_in_pieces_are_those_of_whole_tensors(
 def test_a_delta_in_pieces_is_the_checkpoint_that_it_makes(
     checkpoints: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ssrctl.checkpoints.tensor_files.PIECE_ELEMENTS", 256)
-    monkeypatch.setattr("ssrctl.measures.sparsity._RANGE", 1024)
+    small_pieces(monkeypatch)
     with TensorReader(checkpoints[0]) as base, TensorReader(checkpoints[1]) as tuned:
         changes = {}
         for name in base.shapes:
@@ -382,19 +411,24 @@ def test_a_delta_in_pieces_is_the_checkpoint_that_it_makes(
                 changes[name] = (indices, tuned.tensor(name).flatten()[indices])
         identity = ModelIdentity(name="base", revision=None, fingerprint="x")
         reader = DeltaReader("d", base, Delta(identity, dict(base.shapes), changes))
-        assert compare_all(base, reader, list(base.shapes)) == compare_all(base, tuned, list(base.shapes))
+        names = list(base.shapes)
+        as_delta, as_weights = (
+            Comparison(base, [Checkpoint("one", side, side is reader)], names, []) for side in (reader, tuned)
+        )
+        assert measured(as_delta).numbers() == measured(as_weights).numbers()
 
 
 def test_a_file_that_shrinks_under_the_readers_ends_in_one_error(checkpoints: tuple[Path, Path]) -> None:
-    with TensorReader(checkpoints[0]) as base, TensorReader(checkpoints[1]) as tuned:
+    with contextlib.ExitStack() as stack:
+        comparison = open_comparison(stack, checkpoints[0], [checkpoints[1]])
         checkpoints[1].write_bytes(checkpoints[1].read_bytes()[:-9])
         with pytest.raises(UserError, match="ends too early"):
-            compare_all(base, tuned, list(base.shapes))
+            measured(comparison)
 
 
 def test_nothing_compared_has_no_sparsity() -> None:
     for change in (add_up([]), compare_tensors(torch.empty(0, 3), torch.empty(0, 3), ATOL)):
-        assert change == Change() and change.sparsity is None and change.mean_abs is None
+        assert change == Change() and change.sparsity is None and change.mean_abs_difference is None
     assert compare_tensors(torch.zeros(2), torch.ones(2), ATOL).relative_l2 is None
     assert compare_tensors(torch.zeros(2), torch.zeros(2), ATOL).relative_l2 == 0.0
 
@@ -456,15 +490,18 @@ def test_layer_and_kind_of_a_name(name: str) -> None:
 
 def test_groups_partition_the_weights() -> None:
     changes = {name: Change(numel=2**place, num_within=place) for place, name in enumerate(NAMES)}
-    layers, kinds = group_changes(changes)
+    found = grouped(**changes)
+    layers, kinds = found.layers, found.kinds
     assert list(layers) == [0, 1, 2, 3, 4, 10, 11, None]
     assert list(kinds)[:3] == ["embed", "q", "k"] and list(kinds)[-1] == "other"
     for key, groups in ((0, layers), (1, kinds)):
         for value, total in groups.items():
             assert total.numel == sum(changes[name].numel for name, one in NAMES.items() if one[key] == value)
-    numbers = sparsity_numbers(changes)
-    assert numbers["total"]["numel"] == 2 ** len(NAMES) - 1
+    assert found.total.numel == 2 ** len(NAMES) - 1 and found.tensors == changes
+    numbers = SparsityResult(found, LargestChanges(), {}).numbers()
     assert [row["name"] for row in numbers["tensors"]] == list(NAMES)
+    cells = dict.fromkeys((kind, layer) for layer, kind in NAMES.values())
+    assert [(row["kind"], row["layer"]) for row in numbers["cells"]] == list(cells)
 
 
 def test_headlines_have_the_numbers() -> None:
@@ -473,7 +510,7 @@ def test_headlines_have_the_numbers() -> None:
         "h.0.attn.c_attn.weight": compare_tensors(base, tuned, ATOL),
         "wte.weight": compare_tensors(base, base, ATOL),
     }
-    sparsity, bits, norm, as_bf16, steps, kinds = headlines(sparsity_numbers(changes), ATOL)
+    sparsity, bits, norm, as_bf16, steps, kinds = headlines(grouped(**changes), ATOL)
     assert "100% are unchanged" not in as_bf16 and as_bf16.startswith("Compared as bfloat16, 100.00%")
     assert "Of the 5 weights that moved" in steps and "0.00% moved by exactly one" in steps
     assert "Update sparsity 99.50%" in sparsity and "400 weights" in sparsity and "1e-05" in sparsity

@@ -14,10 +14,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssrctl.measures import spectrum
 from ssrctl.measures.maths import low_rank, update_matrix
+from ssrctl.measures.maths import spectrum_change as spectrum
+from ssrctl.measures.maths.spectrum_change import (
+    SpectrumChange,
+    curve_places,
+    default_k,
+    principal_angles,
+    spectrum_change,
+)
 from ssrctl.measures.maths.update_matrix import Unmeasured, UpdateMatrix, read_update
-from ssrctl.measures.spectrum import SpectrumChange, curve_places, default_k, principal_angles, spectrum_change
 
 K = 4
 

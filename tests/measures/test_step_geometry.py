@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 
 from ssrctl.core.mask import BlockMask
 from ssrctl.io.mask_log import CONFLICTS, QuestionLog, StepMaskLog, UnitLog
+from ssrctl.measures.maths.step_pairs import advantage_signs, measure_question_geometry, measure_step_geometry
 from ssrctl.measures.step_geometry import (
     RunGeometry,
-    advantage_signs,
-    measure_question_geometry,
-    measure_step_geometry,
+    geometry_headlines,
+    geometry_notes,
+    geometry_sections,
     summarise_geometry,
 )
-from ssrctl.measures.step_geometry_report import geometry_headlines, geometry_notes, geometry_sections
 from ssrctl.report.formats import json_safe
 
 SHAPES = {"w": (10, 10)}

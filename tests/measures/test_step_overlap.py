@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ssrctl.core.mask import BlockMask
 from ssrctl.io.mask_log import QuestionLog, StepMaskLog, UnitLog
-from ssrctl.measures.step_overlap import (
+from ssrctl.measures.maths.step_sets import (
     StepOverlap,
     expected_jaccard,
     expected_overlap,
@@ -21,8 +21,12 @@ from ssrctl.measures.step_overlap import (
     measure_step,
     overlap_counts,
 )
-from ssrctl.measures.step_overlap_report import disjoint_by_construction, headlines, overlap_document
-from ssrctl.measures.step_overlap_summary import summarise_run
+from ssrctl.measures.step_overlap import (
+    StepOverlapMeasure,
+    disjoint_by_construction,
+    overlap_headlines,
+    summarise_run,
+)
 
 SHAPES = {"a.weight": (5, 19), "b.bias": (7,)}
 COORDINATES = [(name, index) for name, size in (("a.weight", 95), ("b.bias", 7)) for index in range(size)]
@@ -210,7 +214,7 @@ def test_which_runs_are_disjoint_by_construction(
 
 
 def sentence(chosen: list[Coordinates], disjoint: bool | None) -> str:
-    return headlines(summarise_run([measured(question(*chosen))]), disjoint)[0]
+    return overlap_headlines(summarise_run([measured(question(*chosen))]), disjoint)[0]
 
 
 def test_disjoint_sets_are_described_as_what_they_are() -> None:
@@ -244,7 +248,7 @@ def test_runs_without_pairs() -> None:
     assert single.num_questions == single.num_single == 2 and single.all_disjoint is None
     assert single.by_pair == [] and single.by_position[0].uniqueness == 1.0
     for summary in (nothing, empty, single):
-        lines = headlines(summary, True)
+        lines = overlap_headlines(summary, True)
         assert "no pairs to compare" in lines[0]
         assert not any("other step of its question" in line for line in lines)
-        assert overlap_document([], summary, [], lines, []).headlines == lines
+        assert StepOverlapMeasure({"allocation": "disjoint"}).present(([], summary)).headlines == lines

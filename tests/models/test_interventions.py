@@ -269,7 +269,7 @@ def test_parts_that_are_not_known_are_refused() -> None:
         pass
 
     model.model.layers[0].self_attn.v_proj.__class__ = Adapted
-    with pytest.raises(UserError, match=r"v_proj is a Adapted, no ordinary linear layer"):
+    with pytest.raises(UserError, match=r"v_proj is a Adapted, not an ordinary linear layer"):
         attention_layers(model)
 
 

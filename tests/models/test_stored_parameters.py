@@ -156,7 +156,7 @@ def test_without_a_config_everything_but_copies_and_constants_is_taken(
             note = "lm_head.weight is stored as a copy of model.embed_tokens.weight (tied) and was counted once."
         else:
             left_out = {"h.0.attn.bias", "h.1.attn.bias"}
-            note = "2 tensors that are no weights (constants, codes) left out."
+            note = "2 tensors that are not weights (constants, codes) left out."
         assert stored.names == sorted(reader.shapes.keys() - left_out) and stored.notes == [note]
         assert stored.dtype is None
 

@@ -1,12 +1,24 @@
-"""One document with every part a report can have, and numbers of a plausible size; what a page is looked at with."""
+"""A document with every part a report can have and numbers of a plausible size, to look at a page with."""
 
 from __future__ import annotations
 
 import math
 import random
 
-from ssrctl.measures.published import jaccard_by_kind, published_section, references, unusual
-from ssrctl.report.document import Bars, Document, Figure, Heatmap, Histogram, Lines, Ranges, Reference, Section, Table
+from ssrctl.measures.published import published, published_section, references, unusual
+from ssrctl.report.document import (
+    Bars,
+    Column,
+    Document,
+    Figure,
+    Heatmap,
+    Histogram,
+    Lines,
+    Ranges,
+    Reference,
+    Section,
+    Table,
+)
 from ssrctl.report.formats import count, number, percent
 
 KINDS = ("embedding", "q", "k", "v", "o", "gate", "up", "down", "norm")
@@ -104,7 +116,7 @@ def curves(rng: random.Random) -> list[Figure]:
 
 
 def bars_and_counts() -> list[Figure]:
-    jaccard = jaccard_by_kind()
+    jaccard = {one.model.split()[0]: (one.value, one.baseline) for one in published() if one.measure == "run_jaccard"}
     bins = ["1", "2", "3-4", "5-8", "9-16", "17-32", "33-64", ">64"]
     return [
         Bars(
@@ -148,32 +160,38 @@ def bars_and_counts() -> list[Figure]:
 
 
 def tensor_table(rows: int, rng: random.Random) -> Table:
-    raw: list[list[float | int | str | None]] = []
+    values: list[list[float | int | str | None]] = []
     for order in range(rows):
         name = f"model.layers.{order // 7}.mlp.experts.{order % 7}.down_proj_with_a_long_name.weight"
-        raw.append([name, 4096 * 1536, 0.8 + 0.19 * rng.random(), None if order == 3 else 1e-3 * rng.random()])
+        values.append([name, 4096 * 1536, 0.8 + 0.19 * rng.random(), None if order == 3 else 1e-3 * rng.random()])
     return Table(
         title="All tensors",
-        columns=["tensor", "weights", "unchanged", "relative L2"],
-        rows=[[str(name), count(n), percent(share), number(l2)] for name, n, share, l2 in raw],  # type: ignore[arg-type]
-        raw=raw,
+        columns=["tensor", Column("weights", count), Column("unchanged", percent), Column("relative L2", number)],
+        rows=values,
         terminal_rows=0,
         collapsed=True,
     )
 
 
-def movers() -> Table:
+def largest_changes() -> Table:
     return Table(
-        title="Largest movers",
-        columns=["tensor", "kind", "row, column", "before", "after", "ULP"],
+        title="Largest changes",
+        columns=[
+            "tensor",
+            "kind",
+            "row, column",
+            Column("before", number),
+            Column("after", number),
+            Column("ULP", count),
+        ],
         rows=[
             [
                 f"model.layers.{layer}.self_attn.{kind}_proj.weight",
                 kind,
                 f"{7 * layer}, {3 * layer}",
-                "0.0312",
-                "-0.0294",
-                count(9000 - layer),
+                0.0312,
+                -0.0294,
+                9000 - layer,
             ]
             for layer, kind in ((3, "q"), (17, "down"), (22, "v"))
         ],
@@ -185,8 +203,8 @@ def example_document(rows: int = 520) -> Document:
     """The same document every time."""
     rng = random.Random(0)
     measured = {"sparsity_1e-5": 0.971, "sparsity_bf16": 0.9312, "rank": 0.994}
-    beside = published_section(measured)  # type: ignore[arg-type]
-    beside.figures.append(
+    published_numbers = published_section(measured)  # type: ignore[arg-type]
+    published_numbers.figures.append(
         Ranges(
             title="Without a value or without a reference",
             labels=["not measured", "not published"],
@@ -213,16 +231,19 @@ def example_document(rows: int = 520) -> Document:
         ],
         notes=[
             "3 tensors are bfloat16 in BASE and float32 in TUNED; they were compared in float32.",
-            "Weights that are no numbers: 2 nan in tuned. They count as changed.",
+            "NaN or infinite weights: 2 nan in tuned. They count as changed.",
         ],
         sections=[
             Section(
-                title="What changed", text="Shares of unchanged weights.", figures=bars_and_counts(), tables=[movers()]
+                title="What changed",
+                text="Shares of unchanged weights.",
+                figures=bars_and_counts(),
+                tables=[largest_changes()],
             ),
             Section(title="Where", text="By layer and kind of matrix.", figures=heatmaps(rng)),
-            beside,
+            published_numbers,
             Section(title="Over training", figures=curves(rng)),
             Section(title="All tensors", tables=[tensor_table(rows, rng)]),
-            Section(title="Details", text="What few readers need.", tables=[movers()], collapsed=True),
+            Section(title="Details", text="What few readers need.", tables=[largest_changes()], collapsed=True),
         ],
     )

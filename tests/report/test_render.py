@@ -19,9 +19,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from ssrctl.report.document import Bars, Document, Figure, Heatmap, Lines, Section, Table
-from ssrctl.report.formats import count, json_safe, number, percent, text_safe, times
-from ssrctl.report.render import MOST_PAGE_ROWS, html_page, missing_libraries, print_document, words_columns
+from ssrctl.report.document import Bars, Column, Document, Figure, Heatmap, Lines, Section, Table
+from ssrctl.report.formats import count, json_safe, number, percent, signed, text, text_safe, times
+from ssrctl.report.render import MOST_PAGE_ROWS, html_page, missing_libraries, print_document
 
 ATTACK = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>&amp;$x$[bold]"
 FETCHING = {"src", "href", "xlink:href", "action", "data", "poster", "srcset", "background"}
@@ -79,7 +79,7 @@ def figures(size: int = 3, name: str = "fig") -> list[Figure]:
 
 
 def document(text: str = "words", drawn: str = "fig") -> Document:
-    table = Table(title=text, columns=[text, "n"], rows=[[text, "1"]] * 3, note=text, terminal_rows=2)
+    table = Table(title=text, columns=[text, "n"], rows=[[text, 1]] * 3, note=text, terminal_rows=2)
     hidden = Table(title=f"hidden {text}", columns=["c"], rows=[["only in the page"]], terminal_rows=0, collapsed=True)
     empty = Table(title="without rows", columns=["c"], rows=[])
     return Document(
@@ -158,7 +158,7 @@ def test_contents_lead_to_every_section_of_a_long_page(html: str, example: str) 
     ids = [one["id"] for one in page.attributes if "id" in one]
     assert len(ids) == len(set(ids))
     assert [link for link in page.links if link.startswith("#") and link[1:] in ids][: 6] == [
-        "#what-changed", "#where", "#beside-what-was-published", "#over-training", "#all-tensors", "#details",
+        "#what-changed", "#where", "#next-to-published-numbers", "#over-training", "#all-tensors", "#details",
     ]  # fmt: skip
 
 
@@ -191,33 +191,18 @@ def test_long_tables_are_collapsed_cut_and_linked(html: str, example: str) -> No
     assert body[: body.index("</table>")].count("<tr>") == MOST_PAGE_ROWS + 1
     assert name in body.replace("<wbr>", "") and "layers.<wbr>71.<wbr>mlp.<wbr>experts" in body
     links = [link for link in Page(example).links if link.startswith("tables/")]
-    assert links[:2] == ["tables/largest-movers.csv", "tables/largest-movers.json"]
-    assert len(links) == len(set(links)) == 2 * 5 and "tables/largest-movers-2.csv" in links
+    assert links[:2] == ["tables/largest-changes.csv", "tables/largest-changes.json"]
+    assert len(links) == len(set(links)) == 2 * 5 and "tables/largest-changes-2.csv" in links
     assert "tables/" not in html  # unless the files are written
 
 
 def test_columns_of_numbers_are_told_from_columns_of_words() -> None:
-    cells = [
-        "tensor",
-        "down",
-        "1,234",
-        "81.40%",
-        "-0.0294",
-        "<0.0000001%",
-        "–",
-        "36.3% to 91.7%",
-        "3 / 8",
-        "21, 9",
-        "1e-5",
-    ]
-    table = Table(title="", columns=cells, rows=[cells])
-    assert [name for name, words in zip(cells, words_columns(table), strict=True) if words] == [
-        "tensor",
-        "down",
-        "21, 9",
-    ]
-    mixed = Table(title="", columns=["a", "b"], rows=[["1", "–"], ["2", "nan"], ["3", "0.5"], ["4", "7"]])
-    assert words_columns(mixed) == [True, False]
+    columns = ["tensor", "kind", Column("n", count), Column("share", percent), Column("note", text)]
+    table = Table(title="", columns=columns, rows=[["w", "q", 1234, 0.5, None]])
+    assert table.words == [True, True, False, False, True]
+    assert table.formatted() == [["w", "q", "1,234", "50.00%", "–"]]
+    numbered = Table(title="", columns=[Column("layer", count)], rows=[[3]])
+    assert numbered.words == [True]  # the first column names the row
 
 
 def luminance(colour: str) -> float:
@@ -334,5 +319,5 @@ def test_numbers_are_written_for_readers() -> None:
     assert percent(0.99999) == "99.999%" and percent(0.00001) == "0.001%"  # neither all nor nothing
     assert percent(1 - 1e-12) == ">99.9999999%" and percent(1e-12) == "<0.0000001%"
     assert [number(one) for one in (None, 0.0, 0.0012345, 100.0)] == ["–", "0", "0.00123", "100"]
-    assert [number(one, "signed") for one in (0.25, -0.0625)] == ["+0.250", "-0.062"]
+    assert [signed(one) for one in (None, 0.25, -0.0625)] == ["–", "+0.250", "-0.062"]
     assert [times(0, "row"), times(1, "row"), times(1200, "row")] == ["0 rows", "1 row", "1,200 rows"]

@@ -95,7 +95,7 @@ def test_ctrl_c_leaves_the_old_output(steps, tmp_path, monkeypatch):
         def close(self):
             pass
 
-    monkeypatch.setattr(stage, "make_critic", lambda options, **company: Interrupted())
+    monkeypatch.setattr(stage, "make_critic", lambda options, resources: Interrupted())
     assert main(["critic", str(steps), "-o", str(target)]) == 1
     assert target.read_text(encoding="utf-8") == "old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "scored.jsonl", "steps.jsonl"]

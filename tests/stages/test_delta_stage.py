@@ -188,7 +188,7 @@ def test_a_wrong_base_needs_a_word(tmp_path: Path, delta: Path, capfd: pytest.Ca
     assert "belongs to tiny-reasoner xxh3:" in err and "or give --ignore-fingerprint" in err
     assert not folder.exists()
     out, _ = out_of([*words, "--ignore-fingerprint"], capfd)
-    assert "Not checked whether other is the base" in out and "There is no config.json beside other" in out
+    assert "It was not checked that other is the base" in out and "There is no config.json next to other" in out
     assert "bit for bit" not in out
     found, before = load_file(folder / "model.safetensors"), load_file(base / "model.safetensors")
     changed = {name for name in before if not torch.equal(found[name], before[name])}
@@ -272,7 +272,7 @@ def test_constants_that_both_store_are_no_part_of_a_delta(tmp_path: Path) -> Non
     config = DeltaDiffConfig(**paths, output=tmp_path / "d.safetensors", json=True)
     report = stage.run_diff(config)
     assert list(DeltaFile(config.output).shapes) == ["h.0.attn.c_attn.weight"]
-    assert report["notes"] == ["1 constant, the same in both, left out: no parameters."]
+    assert report["notes"] == ["1 constant, the same in both, left out: not parameters."]
     apply = DeltaApplyConfig(base=paths["base"], delta=config.output, output=tmp_path / "out", json=True)
     stage.run_apply(apply)
     found = load_file(tmp_path / "out" / "model.safetensors")

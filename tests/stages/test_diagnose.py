@@ -357,7 +357,7 @@ def test_pairs_that_do_not_fit(tmp_path: Path, tuned: Path, delta: Path, capfd: 
         out, err = capfd.readouterr()
         assert said in err and out == "" and "Traceback" not in err
     assert main(["diagnose", str(tuned)]) == 2
-    assert "is no run directory with checkpoints" in capfd.readouterr().err
+    assert "is not a run directory with checkpoints" in capfd.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

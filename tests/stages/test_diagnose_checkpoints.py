@@ -509,7 +509,7 @@ def test_a_file_where_the_report_should_be(
 ) -> None:
     local, taken = folder(tmp_path / "base", base), tmp_path / "taken"
     taken.write_text("mine")
-    monkeypatch.setattr(sparsity, "compare_all", None)  # before anything is measured
+    monkeypatch.setattr(sparsity.Sparsity, "tensor", None)  # before anything is measured
     assert "taken is a file" in shell.refused(local, local, "-o", taken)
     assert taken.read_text() == "mine"
 
@@ -517,7 +517,7 @@ def test_a_file_where_the_report_should_be(
 def test_a_dry_run_of_several_measures_nothing(
     tmp_path: Path, shell: Shell, base: Weights, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sparsity, "compare_all", None)
+    monkeypatch.setattr(sparsity.Sparsity, "tensor", None)
     paths = [folder(tmp_path / label, base) for label in ("base", "a", "b")]
     plan = shell(*paths, "--dry-run")
     assert [one["path"] for one in plan["reads"]] == [str(path / "model.safetensors") for path in paths]
@@ -562,7 +562,7 @@ def test_checkpoints_that_cannot_be_compared(tmp_path: Path, shell: Shell, base:
 @pytest.mark.parametrize(
     ("module", "name", "words"),
     [
-        (sparsity, "_piece_changes", ()),
+        (sparsity, "piece_pairs", ()),
         (landing, "measure_landing", ("--measures", "landing")),
         (run_overlap, "run_overlap", ("--measures", "overlap")),
         (over_time, "over_time", ("--series", "--measures", "time")),

@@ -127,7 +127,7 @@ def test_principal_selects_the_largest_of_each_reconstruction(
         assert scores[order[count - 1]] > scores[order[count]] * (1 + 1e-7)  # no tie within float32's rounding
         assert selected(mask, name) == set(order[:count].tolist())
     out, _ = out_of([*words, "-o", tmp_path / "p"], capfd)
-    assert "4 tensors that are no matrices left out, first model.layers.0.self_attn.k_norm.weight." in out
+    assert "4 tensors that are not matrices left out, first model.layers.0.self_attn.k_norm.weight." in out
     assert "12 tensors left out by --include and --exclude." in out
 
 
@@ -408,9 +408,9 @@ def wrong_inputs(tmp_path: Path, tuned: Path) -> dict[str, tuple[list[Any], str]
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     out = ["-o", tmp_path / "out"]
     return {
-        "no model": (["random", tmp_path / "absent", *out], "checkpoint not found"),
-        "an adapter": (["random", tmp_path / "adapter", *out], "is a LoRA adapter"),
-        "a mask as model": (["low-magnitude", torn, *out], "not a readable safetensors file"),
+        "no model": (["random", "--model", tmp_path / "absent", *out], "checkpoint not found"),
+        "an adapter": (["random", "--model", tmp_path / "adapter", *out], "is a LoRA adapter"),
+        "a mask as model": (["low-magnitude", "--model", torn, *out], "not a readable safetensors file"),
         "less than a weight": (["random", "--model", TINY, "--density", 1e-7, *out], "selects 0 of 421,248 weights"),
         "everything": (["random", "--model", TINY, "--density", 1, *out], "is all 421,248 weights"),
         "no matrix": (["principal", "--model", TINY, "--include", "*norm*", *out], "selects 0 of 421,248 weights"),
@@ -418,13 +418,13 @@ def wrong_inputs(tmp_path: Path, tuned: Path) -> dict[str, tuple[list[Any], str]
         "all excluded": (["random", "--model", TINY, "--exclude", "*", *out], "selects 0 of 421,248 weights"),
         "no such layer": (["layers", "--model", TINY, "--layers", "0,2-3", *out], "no layer 3: tiny-reasoner has layers 0 to 1"),
         "no layers at all": (
-            ["layers", tmp_path / "small.safetensors", "--layers", "0", *out], "no layers that its tensors' names tell"
+            ["layers", "--model", tmp_path / "small.safetensors", "--layers", "0", *out], "no layers that its tensors' names tell"
         ),
         "layers misspelt": (["layers", "--model", TINY, "--layers", "0..3", *out], "must list layers like 0-3,7"),
         "layers backwards": (["layers", "--model", TINY, "--layers", "3-0", *out], "the range 3-0 runs backwards"),
         "which layers": (["layers", "--model", TINY, *out], "nothing says which weights to take"),
-        "NaN": (["low-magnitude", tmp_path / "nan.safetensors", *out], f"{UP}: 2 of 53,248 weights are NaN"),
-        "NaN in a matrix": (["principal", tmp_path / "nan.safetensors", *out], f"{UP}: 2 of 53,248 weights are NaN"),
+        "NaN": (["low-magnitude", "--model", tmp_path / "nan.safetensors", *out], f"{UP}: 2 of 53,248 weights are NaN"),
+        "NaN in a matrix": (["principal", "--model", tmp_path / "nan.safetensors", *out], f"{UP}: 2 of 53,248 weights are NaN"),
         "nothing changed": (["diff", TINY, TINY, *out], "selects 0 of 421,248 weights"),
         "base is a delta": (["diff", tmp_path / "d.safetensors", TINY, *out], "is a delta, not whole weights"),
         "another model": (["diff", TINY, tmp_path / "small.safetensors", *out], "not the same architecture"),

@@ -360,7 +360,7 @@ def test_several_iterations_move_the_ratio(tmp_path: Path) -> None:
 def test_a_prompt_beyond_the_context_is_an_error_with_the_numbers(tmp_path: Path) -> None:
     data = tmp_path / "long.jsonl"
     data.write_text(json.dumps({"question": "1" + "+2" * 80 + "=?", "answer": "61"}) + "\n")
-    with pytest.raises(UserError, match=r"none of 1 prompts fits: they have up to 165 tokens, .* context is 128"):
+    with pytest.raises(UserError, match=r"none of 1 prompts fits: they have up to 165 tokens and .* context is 128"):
         train.run(config(tmp_path / "run", dataset=str(data), prompt_template="plain"))
     assert not (tmp_path / "run").exists()
 

@@ -1,7 +1,7 @@
-"""Measuring a critic on solutions whose first wrong step is known, before training is paid for.
+"""Measure a critic on solutions whose first wrong step is known, before paying for a training run.
 
-Every score is taken on the scale of steps, [-100, 100]: a final answer's 0, 50 and 100 become -100, 0 and 100 (100
-times its reward), so one threshold serves all.
+Every score is on the scale of steps, [-100, 100]: a final answer's 0, 50 and 100 become -100, 0 and 100 (100 times
+its reward), so that one threshold serves all.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from ssrctl.critics.calibration.first_errors import (
     accuracies,
     best_random_f1,
     best_threshold,
-    f1,
     f1_estimate,
+    f1_of,
     first_error,
     verdict,
 )
@@ -28,7 +28,7 @@ from ssrctl.errors import Stopped, UserError
 from ssrctl.io.labelled import ALL_RIGHT, Labelled
 from ssrctl.io.records import StepScore
 
-COUNTED = ("calls", "cached", "prompt_tokens", "completion_tokens", "cost_usd")
+COST_FIELDS = ("calls", "cached", "prompt_tokens", "completion_tokens", "cost_usd")
 
 
 @runtime_checkable
@@ -40,12 +40,12 @@ class Repeatable(Protocol):
 
 @dataclass
 class JudgedTrace:
-    """A labelled trace with what the critic said of it.
+    """A labelled trace with the critic's scores.
 
     Attributes:
         given: the trace.
         scores: per judgement, one number in [-100, 100] per step; None is missing.
-        errors: how often scores were missing, by class.
+        errors: number of missing scores, by class.
     """
 
     given: Labelled
@@ -53,7 +53,7 @@ class JudgedTrace:
     errors: Counter[str] = field(default_factory=Counter)
 
     def add(self, scores: Sequence[StepScore]) -> None:
-        """Take in one more judgement."""
+        """Add one judgement."""
         steps = self.given.rollout.steps or ()
         self.scores.append([_on_step_scale(score, step.kind) for score, step in zip(scores, steps, strict=True)])
         self.errors.update(score.error or "unknown" for score in scores if score.score is None)
@@ -61,7 +61,7 @@ class JudgedTrace:
 
 def _on_step_scale(score: StepScore, kind: str) -> float | None:
     if score.score is None or kind == "step":
-        return score.score  # not by way of the reward, whose rounding could take 57 below a threshold of 57
+        return score.score  # not from the reward, whose rounding could push 57 below a threshold of 57
     return 2 * (score.score - 50)
 
 
@@ -74,25 +74,25 @@ def calibrate(
     seed: int = 0,
     on_done: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
-    """Let ``critic`` judge every trace ``repeats`` times, and measure it; see ``measure`` for the result.
+    """Judge every trace ``repeats`` times with ``critic`` and measure it; see ``measure`` for the result.
 
-    A critic that stops at a limit is measured on what it judged until then; ``stopped`` of the result says why.
+    A critic that stops at a limit is measured on its judgements until then; ``stopped`` in the result gives the reason.
 
     Args:
-        critic: who is measured.
+        critic: the critic to measure.
         labelled: the traces; all are held in memory.
         repeats: judgements of each trace, at least 1.
         wrong_below: a step whose score, in [-100, 100], is below this counts as called wrong.
-        seed: of the interval's resamples.
+        seed: seed of the interval's resamples.
         on_done: called with the number of traces just judged (each counts once per judgement).
 
     Raises:
-        UserError: no traces, or what the critic raises.
+        UserError: no traces, or an error of the critic.
         Stopped: the critic stopped before it had judged anything.
     """
     judged = [JudgedTrace(given) for given in labelled]
     if not judged:
-        raise UserError("no labelled solutions to measure the critic on", "give a file that has some")
+        raise UserError("no labelled solutions to measure the critic on", "give --calibrate a file with at least one")
     by_rollout = {id(mine.given.rollout): mine for mine in judged}
     before, started = critic.summary(), time.perf_counter()
     stopped: Stopped | None = None
@@ -127,16 +127,16 @@ def calibrate(
 
 
 def measure(judged: Sequence[JudgedTrace], *, wrong_below: float, seed: int = 0) -> dict[str, Any]:
-    """Everything that can be said of a critic from its scores and the labels.
+    """Return every measure of a critic that its scores and the labels give.
 
-    A trace with a missing score before the first step called wrong is undecided, which counts as a miss in the
-    accuracies (ProcessBench counts unreadable verdicts so) and is reported as a share of its own. Several
-    judgements of a trace count by the share of them that hit its label. What is not defined is None.
+    A trace with a missing score before the first step called wrong is undecided. It counts as a miss in the accuracies
+    (as ProcessBench counts unreadable verdicts) and is also reported as a share. Several judgements of a trace count
+    by the share of them that hit its label. Undefined measures are None.
 
     Args:
         judged: traces with at least one judgement each.
         wrong_below: threshold on the scale of steps.
-        seed: of the interval's resamples.
+        seed: seed of the interval's resamples.
 
     Returns:
         A json object; docs/metrics.md defines every entry.
@@ -170,7 +170,7 @@ def _first_errors(
     erroneous, correct = accuracies(labels, hits)
     estimate = f1_estimate(labels, hits, problems, seed=seed)
     lenient = _predictions(judged, wrong_below, missing_is_right=True)
-    whole_rounds = min(map(len, predictions))  # fewer than asked for when the critic stopped
+    whole_rounds = min(map(len, predictions))  # fewer than requested if the critic stopped
     rounds = [[[mine[number]] for mine in predictions] for number in range(whole_rounds)]
     return {
         "f1": None if estimate is None else asdict(estimate),
@@ -179,13 +179,13 @@ def _first_errors(
         "undecided_frac": fmean(fmean(found is None for found in mine) for mine in predictions),
         "erroneous_verdicts": _verdicts(predictions, labels, of_erroneous=True),
         "correct_verdicts": _verdicts(predictions, labels, of_erroneous=False),
-        "f1_missing_as_right": _f1(labels, _hits(lenient, labels)),
-        "f1_by_repeat": [_f1(labels, _hits(mine, labels)) for mine in rounds],
+        "f1_missing_as_right": f1_of(labels, _hits(lenient, labels)),
+        "f1_by_repeat": [f1_of(labels, _hits(mine, labels)) for mine in rounds],
     }
 
 
 def _hits(predictions: Sequence[Sequence[int | None]], labels: Sequence[int]) -> list[float]:
-    """Per trace, the share of its judgements that hit the label."""
+    """Return, per trace, the share of its judgements that hit the label."""
     return [fmean(found == label for found in mine) for mine, label in zip(predictions, labels, strict=True)]
 
 
@@ -198,15 +198,10 @@ def _predictions(
     ]
 
 
-def _f1(labels: Sequence[int], hits: Sequence[float]) -> float | None:
-    erroneous, correct = accuracies(labels, hits)
-    return None if erroneous is None or correct is None else f1(erroneous, correct)
-
-
 def _verdicts(
     predictions: Sequence[Sequence[int | None]], labels: Sequence[int], *, of_erroneous: bool
 ) -> dict[str, float]:
-    """Share of each verdict among the traces of a class, each trace counting once."""
+    """Return the share of each verdict among the traces of a class, each trace counting once."""
     of_class = [
         [verdict(label, found) for found in mine]
         for mine, label in zip(predictions, labels, strict=True)
@@ -228,7 +223,7 @@ def _best_threshold(judged: Sequence[JudgedTrace], labels: Sequence[int], wrong_
 
 
 def _step_auc(judged: Sequence[JudgedTrace]) -> float | None:
-    """Chance that a step before the first error scores above a first wrong one; what follows it has no label."""
+    """Return the chance that a step before the first error scores above a first error; later steps have no label."""
     right, wrong = [], []
     for mine in judged:
         label = mine.given.label
@@ -240,24 +235,24 @@ def _step_auc(judged: Sequence[JudgedTrace]) -> float | None:
 
 
 def _outcome(judged: Sequence[JudgedTrace]) -> dict[str, Any]:
-    """How the mean and the least step score of a trace go with its outcome, every judgement counted for itself.
+    """Relate the mean and the minimum step score of a trace to its outcome, one data point per judgement.
 
-    The outcome is whether the final answer is right; where no trace says, whether no step is wrong. Scores of final
+    The outcome is whether the final answer is right; if no trace says so, whether no step is wrong. Scores of final
     answers are left out.
     """
-    told = any(mine.given.final_correct is not None for mine in judged)
+    has_finals = any(mine.given.final_correct is not None for mine in judged)
     outcomes: list[bool] = []
     columns: dict[str, list[float]] = {"mean_score": [], "min_score": []}
     num_traces = 0
     for mine in judged:
-        right = mine.given.final_correct if told else mine.given.label == ALL_RIGHT
+        right = mine.given.final_correct if has_finals else mine.given.label == ALL_RIGHT
         found = [] if right is None else [known for scores in mine.scores if (known := _of_steps(mine, scores))]
         num_traces += bool(found)
         for known in found:
             outcomes.append(bool(right))
             columns["mean_score"].append(fmean(known))
             columns["min_score"].append(min(known))
-    measured: dict[str, Any] = {"of": "final_answer" if told else "label", "traces": num_traces}
+    measured: dict[str, Any] = {"of": "final_answer" if has_finals else "label", "traces": num_traces}
     for name, column in columns.items():
         sides = [
             [value for value, right in zip(column, outcomes, strict=True) if right == side] for side in (True, False)
@@ -267,13 +262,13 @@ def _outcome(judged: Sequence[JudgedTrace]) -> dict[str, Any]:
 
 
 def _of_steps(mine: JudgedTrace, scores: Sequence[float | None]) -> list[float]:
-    """The known scores of a judgement, those of final answers left out."""
+    """Return the known scores of a judgement, without those of final answers."""
     steps = mine.given.rollout.steps or ()
     return [score for score, step in zip(scores, steps, strict=True) if score is not None and step.kind == "step"]
 
 
 def _noise(judged: Sequence[JudgedTrace], wrong_below: float) -> dict[str, Any] | None:
-    """None unless some step was scored twice."""
+    """Return the noise of repeated scores, or None if no step was scored twice."""
     steps = [
         [score for score in scores if score is not None] for mine in judged for scores in zip(*mine.scores, strict=True)
     ]
@@ -284,9 +279,7 @@ def _noise(judged: Sequence[JudgedTrace], wrong_below: float) -> dict[str, Any] 
 
 
 def _missing(judged: Sequence[JudgedTrace]) -> dict[str, Any]:
-    errors: Counter[str] = Counter()
-    for mine in judged:
-        errors.update(mine.errors)
+    errors = sum((mine.errors for mine in judged), Counter[str]())
     total = sum(len(scores) for mine in judged for scores in mine.scores)
     return {
         "frac": errors.total() / total if total else None,
@@ -297,22 +290,22 @@ def _missing(judged: Sequence[JudgedTrace]) -> dict[str, Any]:
 def cost_per_trace(
     before: dict[str, Any], after: dict[str, Any], num_judgements: int, seconds: float
 ) -> dict[str, float | None]:
-    """What one judgement of one trace takes.
+    """Return the cost of one judgement of one trace.
 
-    Replies from a cache cost nothing now, but did once and will on new traces: cost and tokens are those of a call
-    that was made, times the calls per judgement. When every reply came from the cache they are None.
+    Cached replies cost nothing now, but did once and will on new traces: cost and tokens are those of a call that was
+    made, times the calls per judgement. When every reply came from the cache they are None.
 
     Args:
-        before, after: the critic's summaries around the work.
-        num_judgements: traces judged, each as often as it was.
-        seconds: that the work took.
+        before, after: the critic's summaries before and after the work.
+        num_judgements: number of judgements over all traces.
+        seconds: duration of the work.
 
     Returns:
         ``calls``, ``prompt_tokens``, ``completion_tokens``, ``cost_usd`` per judgement; ``cached_frac`` of the
-        calls; ``seconds`` per judgement at the concurrency in use (None when replies came from the cache) and
-        ``seconds_per_call``; ``spent_usd`` in all. None where the critic does not say.
+        calls; ``seconds`` per judgement at the current concurrency (None when replies came from the cache) and
+        ``seconds_per_call``; total ``spent_usd``. None where the critic does not report it.
     """
-    spent = {name: _difference(before, after, name) for name in COUNTED}
+    spent = {name: _difference(before, after, name) for name in COST_FIELDS}
     made, cached = spent["calls"], spent["cached"] or 0
     asked = None if made is None else made + cached
     per: dict[str, float | None] = {"calls": None if asked is None else asked / num_judgements}

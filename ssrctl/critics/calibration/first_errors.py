@@ -1,9 +1,9 @@
-"""How well the scores of steps name the first wrong one (ProcessBench, Zheng et al. 2024, arXiv:2412.06559).
+"""Detection of the first wrong step by its score (ProcessBench, Zheng et al. 2024, arXiv:2412.06559).
 
 A trace has a label, the index of its first wrong step or ``ALL_RIGHT``, and one score per step in [-100, 100],
 None where it is missing. The first step whose score is below a threshold is the critic's prediction. Accuracy is
-taken over the traces with an error and over those without one; F1 is the harmonic mean of the two, so that neither
-calling everything right nor calling everything wrong earns anything.
+the mean over the traces with an error and over those without one; F1 is the harmonic mean of the two, so that a critic
+that calls everything right, or everything wrong, gets 0.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ Scores = Sequence[float | None]
 
 
 def first_error(scores: Scores, wrong_below: float, *, missing_is_right: bool = False) -> int | None:
-    """The first step whose score is below ``wrong_below``.
+    """Return the first step whose score is below ``wrong_below``.
 
     Args:
         scores: one per step; None is a missing score.
         wrong_below: threshold; a score equal to it is not below it.
-        missing_is_right: pass over missing scores. Otherwise one before the first step found wrong leaves the trace
+        missing_is_right: skip missing scores. Otherwise one before the first step called wrong leaves the trace
             undecided, since that step might have been the first.
 
     Returns:
@@ -46,7 +46,7 @@ def first_error(scores: Scores, wrong_below: float, *, missing_is_right: bool = 
 
 
 def verdict(label: int, prediction: int | None) -> str:
-    """What a prediction is in view of the label.
+    """Classify a prediction by the label.
 
     Returns:
         ``right`` (it is the label), ``undecided``, ``false_alarm`` (a step of a trace without error), ``missed``
@@ -64,12 +64,12 @@ def verdict(label: int, prediction: int | None) -> str:
 
 
 def f1(erroneous: float, correct: float) -> float:
-    """Harmonic mean of the accuracies on traces with and without an error, each in [0, 1]; 0 if both are 0."""
+    """Return the harmonic mean of the accuracies with and without an error, each in [0, 1]; 0 if both are 0."""
     return 2 * erroneous * correct / (erroneous + correct) if erroneous + correct > 0 else 0.0
 
 
 def accuracies(labels: Sequence[int], hits: Sequence[float]) -> tuple[float | None, float | None]:
-    """Mean of ``hits`` over the traces with an error and over those without; None for a class without traces.
+    """Return the mean of ``hits`` over traces with an error and over those without; None for a class without traces.
 
     Args:
         labels: one per trace.
@@ -80,6 +80,12 @@ def accuracies(labels: Sequence[int], hits: Sequence[float]) -> tuple[float | No
     return _mean(erroneous), _mean(correct)
 
 
+def f1_of(labels: Sequence[int], hits: Sequence[float]) -> float | None:
+    """Return the F1 of ``accuracies(labels, hits)``; None when a class has no traces."""
+    erroneous, correct = accuracies(labels, hits)
+    return None if erroneous is None or correct is None else f1(erroneous, correct)
+
+
 def f1_estimate(
     labels: Sequence[int],
     hits: Sequence[float],
@@ -88,17 +94,17 @@ def f1_estimate(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Estimate | None:
-    """F1 with a BCa bootstrap interval over problems, since solutions of one problem are not independent.
+    """Return F1 with a BCa bootstrap interval over problems, since solutions of one problem are not independent.
 
-    Where resampling says nothing, because a class has fewer than ``MIN_PROBLEMS`` problems or all its traces agree,
+    Where resampling is uninformative, because a class has fewer than ``MIN_PROBLEMS`` problems or all its traces agree,
     the interval is from the F1 of the two lower to the F1 of the two upper ends of the accuracies' Wilson intervals,
     each problem counted as one trial; F1 grows with both, so this errs on the wide side.
 
     Args:
         labels, hits: as in ``accuracies``.
-        problems: which problem each trace answers.
+        problems: the problem of each trace.
         confidence: level, such as 0.95.
-        seed: of the resamples.
+        seed: seed of the resamples.
 
     Returns:
         None when there are only traces with, or only traces without an error: F1 is not defined then.
@@ -120,7 +126,7 @@ def f1_estimate(
 
 
 def _problem_table(labels: Sequence[int], hits: Sequence[float], problems: Sequence[Hashable]) -> np.ndarray:
-    """float64 [problems, 4]: hits and traces with an error, hits and traces without."""
+    """Return float64 [problems, 4]: hits and traces with an error, hits and traces without."""
     rows: dict[Hashable, list[float]] = {}
     for label, hit, problem in zip(labels, hits, problems, strict=True):
         row = rows.setdefault(problem, [0.0] * 4)
@@ -131,7 +137,7 @@ def _problem_table(labels: Sequence[int], hits: Sequence[float], problems: Seque
 
 
 def _all_agree(hits_and_traces: np.ndarray) -> bool:
-    """Whether every problem of a class has the same accuracy."""
+    """Return whether every problem of a class has the same accuracy."""
     known = hits_and_traces[hits_and_traces[:, 1] > 0]
     return bool(np.ptp(known[:, 0] / known[:, 1]) < 1e-12)
 
@@ -148,9 +154,10 @@ def _bootstrap_f1(table: np.ndarray, confidence: float, seed: int) -> tuple[floa
 
     def statistic(*columns: np.ndarray, axis: int = -1) -> np.ndarray:
         hits_e, num_e, hits_c, num_c = (column.sum(axis=axis) for column in columns)
-        # A resample may hold no trace of a class, very rarely; nothing was found there.
+        # Very rarely a resample has no trace of a class; its accuracy is then 0.
         share_e, share_c = hits_e / np.maximum(num_e, 1), hits_c / np.maximum(num_c, 1)
-        return 2 * share_e * share_c / np.maximum(share_e + share_c, np.finfo(np.float64).tiny)
+        found: np.ndarray = 2 * share_e * share_c / np.maximum(share_e + share_c, np.finfo(np.float64).tiny)
+        return found
 
     found = bootstrap(
         tuple(table.T),
@@ -166,11 +173,11 @@ def _bootstrap_f1(table: np.ndarray, confidence: float, seed: int) -> tuple[floa
 
 
 # --------------------------------------------------------------------------------------------------
-# yardsticks
+# baselines
 
 
 def random_f1(labels: Sequence[int], lengths: Sequence[int], rate: float) -> float | None:
-    """F1 of the expected accuracies of a critic that calls each step wrong with probability ``rate``.
+    """Return F1 of the expected accuracies of a critic that calls each step wrong with probability ``rate``.
 
     A trace with label k is hit with probability (1 - rate)^k rate, one without error and with T steps with
     (1 - rate)^T.
@@ -181,20 +188,19 @@ def random_f1(labels: Sequence[int], lengths: Sequence[int], rate: float) -> flo
         rate: in [0, 1].
 
     Returns:
-        None when only one class is there.
+        None when a class has no traces.
     """
     expected = [
         (1 - rate) ** length if label == ALL_RIGHT else (1 - rate) ** label * rate
         for label, length in zip(labels, lengths, strict=True)
     ]
-    erroneous, correct = accuracies(labels, expected)
-    return None if erroneous is None or correct is None else f1(erroneous, correct)
+    return f1_of(labels, expected)
 
 
 def best_random_f1(labels: Sequence[int], lengths: Sequence[int]) -> float | None:
-    """The most that ``random_f1`` reaches with the rate best for these traces, to within its grid of 0.005.
+    """Return the maximum of ``random_f1`` over rates on a grid of 0.005.
 
-    It depends on the traces alone, so it is the same yardstick for every critic. Constant critics reach 0.
+    It depends only on the traces, so it is the same baseline for every critic. Constant critics get 0.
     """
     found = [random_f1(labels, lengths, rate / 200) for rate in range(201)]
     known = [value for value in found if value is not None]
@@ -203,7 +209,7 @@ def best_random_f1(labels: Sequence[int], lengths: Sequence[int]) -> float | Non
 
 @dataclass(frozen=True)
 class Threshold:
-    """A threshold with the F1 that it gives on the traces it was chosen on."""
+    """A threshold with its F1 on the traces that it was chosen on."""
 
     wrong_below: float
     f1: float
@@ -212,11 +218,11 @@ class Threshold:
 def best_threshold(
     scores: Sequence[Scores], labels: Sequence[int], near: float, weights: Sequence[float] | None = None
 ) -> Threshold | None:
-    """The threshold in (-100, 100] with the highest F1 on these traces.
+    """Return the threshold in (-100, 100] with the highest F1 on these traces.
 
-    Each trace is hit by the thresholds of one interval, so all thresholds are tried at the cost of one sort. Of the
-    thresholds that are equally good the nearest to ``near`` is taken: ``near`` itself, or about the middle of a gap
-    between scores, with as few decimals as the gap allows.
+    Each trace is hit by the thresholds of one interval, so all thresholds are tried at the cost of one sort. Among
+    equally good thresholds the nearest to ``near`` wins: ``near`` itself, or about the middle of a gap between scores,
+    with as few decimals as the gap allows.
 
     Args:
         scores: one list per trace.
@@ -225,7 +231,7 @@ def best_threshold(
         weights: of each trace in the accuracies, positive; all 1 by default.
 
     Returns:
-        None when only one class is there.
+        None when a class has no traces.
     """
     classes = np.array([int(label == ALL_RIGHT) for label in labels])
     shares = np.ones(len(labels)) if weights is None else np.asarray(weights, dtype=np.float64)
@@ -246,19 +252,19 @@ def best_threshold(
     for place, (low, high) in enumerate(pairwise(edges.tolist())):
         chosen = near if low < near <= high else _between(low, high)
         found.append(Threshold(chosen, f1(max(0.0, float(erroneous[place])), max(0.0, float(correct[place])))))
-    # Sums of weights are off by rounding, which must not decide between equals.
+    # Rounding errors in sums of weights must not decide between equals.
     return max(found, key=lambda threshold: (round(threshold.f1, 9), -abs(threshold.wrong_below - near)))
 
 
 def _between(low: float, high: float) -> float:
-    """About the middle of (low, high], with few decimals where there is room."""
+    """Return about the middle of (low, high], with few decimals where there is room."""
     middle = (low + high) / 2
     rounded = (round(middle, decimals) for decimals in range(4))
     return next((value for value in rounded if low < value <= high), middle)
 
 
 def _right_between(scores: Scores, label: int) -> tuple[float, float] | None:
-    """The (low, high] of thresholds by which ``first_error`` gives ``label``; None when there are none."""
+    """Return the interval (low, high] of thresholds for which ``first_error`` gives ``label``; None if empty."""
     before = scores if label == ALL_RIGHT else scores[: label + 1]
     known = [score for score in before if score is not None]
     if len(known) < len(before):

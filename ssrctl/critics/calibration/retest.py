@@ -1,4 +1,4 @@
-"""Whether scores separate right from wrong, and how far they differ when the same is judged again."""
+"""Statistics of scores: separation of right from wrong, and test-retest noise of repeated judgements."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from itertools import combinations
 
 
 def auc(positive: Sequence[float], negative: Sequence[float]) -> float | None:
-    """Chance that a value of ``positive`` exceeds one of ``negative``, ties counted half (Mann-Whitney U / nm).
+    """Return the chance that a value of ``positive`` exceeds one of ``negative``, ties counted half.
 
-    Returns:
-        In [0, 1]; 0.5 says nothing was told apart. None when either is empty.
+    This is Mann-Whitney's U / nm, in [0, 1]; 0.5 means no separation. None when either is empty.
     """
     from scipy.stats import rankdata
 
@@ -24,7 +23,7 @@ def auc(positive: Sequence[float], negative: Sequence[float]) -> float | None:
 
 
 def point_biserial(values: Sequence[float], outcomes: Sequence[bool]) -> float | None:
-    """Pearson's correlation of ``values`` with a yes-or-no outcome, in [-1, 1]; None when either is constant."""
+    """Return Pearson's correlation of ``values`` with a yes-or-no outcome, in [-1, 1]; None if either is constant."""
     from scipy.stats import pointbiserialr
 
     if len(set(outcomes)) < 2 or max(values) - min(values) <= 1e-9 * max(map(abs, values)):
@@ -34,15 +33,15 @@ def point_biserial(values: Sequence[float], outcomes: Sequence[bool]) -> float |
 
 @dataclass(frozen=True)
 class Noise:
-    """How far scores of the same step differ between judgements.
+    """Differences between the scores of the same step in several judgements.
 
     Attributes:
-        num_steps: steps with at least two scores, which the others are over.
+        num_steps: number of steps with at least two scores; the other statistics are over these.
         score_std: standard deviation of one score about its step's mean (root of the mean square within steps,
             n - 1 in the denominator), in points of score.
         mean_abs_difference: mean over steps of the mean |difference| of two scores, in points of score.
         icc: intraclass correlation ICC(1), one-way random effects (Shrout & Fleiss 1979; for unequal numbers of
-            scores with the usual effective number): the share of the scores' variance that is the steps'. At most
+            scores with the usual effective number): the share of the scores' variance that is between steps. At most
             1; None with a single step or without any variance.
     """
 
@@ -56,7 +55,7 @@ class Noise:
 
 
 def score_noise(steps: Sequence[Sequence[float]]) -> Noise | None:
-    """The noise of repeated scores.
+    """Return the noise of repeated scores.
 
     Args:
         steps: the known scores of each step, one per judgement, in points of score; steps with fewer than two are
@@ -84,7 +83,7 @@ def score_noise(steps: Sequence[Sequence[float]]) -> Noise | None:
 
 
 def _icc(counts: Sequence[int], means: Sequence[float], within: float) -> float | None:
-    """ICC(1) from the steps' numbers of scores, their means and the mean square within."""
+    """Return ICC(1) from the steps' numbers of scores, their means and the mean square within steps."""
     if len(means) < 2:
         return None
     total = sum(counts)
@@ -97,13 +96,13 @@ def _icc(counts: Sequence[int], means: Sequence[float], within: float) -> float 
 
 
 def changed_frac(predictions: Sequence[Sequence[int | None]]) -> float | None:
-    """Chance that two judgements of a trace name different first errors.
+    """Return the chance that two judgements of a trace name different first errors.
 
     Args:
         predictions: per trace, one per judgement; undecided ones (None) are left out.
 
     Returns:
-        Mean over the traces with two decided judgements of the share of pairs that differ; None without such.
+        Mean over the traces with two or more decided judgements of the share of pairs that differ; None without any.
     """
     shares = []
     for mine in predictions:

@@ -1,4 +1,4 @@
-"""The table of ``ssrctl critic --calibrate``: what one needs to choose a critic, readable at 80 columns."""
+"""The table of ``ssrctl critic --calibrate``: the measures for choosing a critic, readable at 80 columns."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _VERDICTS = {
 
 
 def calibration_table(name: str, report: dict[str, Any]) -> Table:
-    """The result of ``calibrate`` as a table: measure, value, and what to hold the value against.
+    """Build the table of a calibration: measure, value, and a note for comparison.
 
     Args:
-        name: of the critic, for the title; not taken as markup.
-        report: what ``ssrctl.critics.calibration.calibrate.calibrate`` returned.
+        name: the critic's name, for the title; not taken as markup.
+        report: the result of ``ssrctl.critics.calibration.calibrate.calibrate``.
     """
     from rich import box
     from rich.table import Table
@@ -33,7 +33,7 @@ def calibration_table(name: str, report: dict[str, Any]) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("measure", no_wrap=True)
     table.add_column("value", justify="right", no_wrap=True)
-    table.add_column("beside it", overflow="fold")
+    table.add_column("note", overflow="fold")
     for rows in (_first_errors(report), _separation(report), _noise(report), _missing(report), _cost(report["cost"])):
         for row in rows:
             table.add_row(*map(Text, row))
@@ -58,23 +58,23 @@ def _title(name: str, report: dict[str, Any]) -> str:
 def _first_errors(report: dict[str, Any]) -> list[Row]:
     found, best = report["first_error"], report["best_threshold"]
     score, chance = found["f1"], _share(report["random_f1"])
-    beside = "needs solutions with and without an error"
+    note = "needs solutions with and without an error"
     if score is not None:
         interval = f"{_share(score['low'])} to {_share(score['high'])}"
-        beside = f"{interval} ({score['confidence']:.0%}); by chance {chance}"
+        note = f"{interval} ({score['confidence']:.0%}); by chance {chance}"
     rows = [
-        ("first-error F1", _share(score and score["value"]), beside),
+        ("first-error F1", _share(score and score["value"]), note),
         _accuracy("  first error found", found["erroneous_accuracy"], report["erroneous"], found["erroneous_verdicts"]),
         _accuracy("  right ones passed", found["correct_accuracy"], report["correct"], found["correct_verdicts"]),
     ]
     if found["undecided_frac"]:
         lenient = _share(found["f1_missing_as_right"])
-        rows.append(("  F1, missing passed", lenient, "a missing score taken as no objection"))
+        rows.append(("  F1, missing passed", lenient, "missing scores count as no objection"))
     if best is not None:
         used = report["wrong_below"]
-        thresholds = "the threshold in use is the best of all"
+        thresholds = "the current threshold is the best"
         if best["wrong_below"] != used:
-            thresholds = f"below {best['wrong_below']:g}, fitted on these solutions; in use: below {used:g}"
+            thresholds = f"below {best['wrong_below']:g}, fitted on these solutions; current: below {used:g}"
         rows.append(("  F1, best threshold", _share(best["f1"]), thresholds))
     return rows
 
@@ -89,27 +89,25 @@ def _separation(report: dict[str, Any]) -> list[Row]:
     of = "final answer right" if outcome["of"] == "final_answer" else "no wrong step"
     rows = [("AUC, steps", _share(report["step_auc"]), "right step above first wrong; by chance 0.5")]
     for key, by in (("mean_score", "mean"), ("min_score", "least")):
-        beside = f"{of}, by {by} step score; correlation {_signed(outcome[key]['correlation'])}"
-        rows.append(
-            (f"AUC, outcome by {by}", _share(outcome[key]["auc"]), f"{beside}; {outcome['traces']:,} solutions")
-        )
+        note = f"{of}, by {by} step score; correlation {_signed(outcome[key]['correlation'])}"
+        rows.append((f"AUC, outcome by {by}", _share(outcome[key]["auc"]), f"{note}; {outcome['traces']:,} solutions"))
     return rows
 
 
 def _noise(report: dict[str, Any]) -> list[Row]:
     noise = report["noise"]
     if noise is None:
-        return [("noise of a score", NOT_KNOWN, "judge more than once to know: --repeats 3")]
-    beside = f"standard deviation; two differ by {noise['mean_abs_difference']:.1f}"
+        return [("noise of a score", NOT_KNOWN, "judge several times to measure it: --repeats 3")]
+    note = f"standard deviation; two differ by {noise['mean_abs_difference']:.1f}"
     rows = [
-        ("noise of a score", f"{noise['score_std']:.1f}", beside),
-        ("  agreement, ICC(1)", _share(noise["icc"]), "1: no noise; 0: nothing but noise"),
+        ("noise of a score", f"{noise['score_std']:.1f}", note),
+        ("  agreement, ICC(1)", _share(noise["icc"]), "1: no noise; 0: only noise"),
         ("  first error changes", _share(noise["first_error_changed_frac"]), "between two judgements of a solution"),
     ]
     rounds = [value for value in report["first_error"]["f1_by_repeat"] if value is not None]
     if len(rounds) > 1:
-        beside = f"{_share(min(rounds))} to {_share(max(rounds))} over {len(rounds)} rounds"
-        rows.append(("  F1 of one round", _share(sum(rounds) / len(rounds)), beside))
+        note = f"{_share(min(rounds))} to {_share(max(rounds))} over {len(rounds)} rounds"
+        rows.append(("  F1 of one round", _share(sum(rounds) / len(rounds)), note))
     return rows
 
 
@@ -125,7 +123,7 @@ def _cost(cost: dict[str, Any]) -> list[Row]:
     if cost["seconds"] is not None:
         rows.append(("time per solution", _time(cost["seconds"]), _latency(cost)))
     elif cost["cached_frac"]:
-        rows.append(("time per solution", NOT_KNOWN, "not told: replies came from the cache"))
+        rows.append(("time per solution", NOT_KNOWN, "unknown: replies came from the cache"))
     return rows
 
 
@@ -134,7 +132,7 @@ def _price(cost: dict[str, Any]) -> Row:
     if price is not None:
         return "cost of 1,000", f"${1000 * price:,.2f}", f"spent now ${cost['spent_usd']:,.4f}"
     if cost["cached_frac"] == 1:
-        return "cost of 1,000", NOT_KNOWN, "every reply came from the cache; --no-cache asks anew"
+        return "cost of 1,000", NOT_KNOWN, "every reply came from the cache; --no-cache asks again"
     return "cost of 1,000", NOT_KNOWN, "no prices known; give --input-price and --output-price"
 
 

@@ -1,9 +1,9 @@
 """The llm critic: asks a model through litellm, once per response or once per step.
 
-What one call gets wrong (an outage, a time limit, a reply that is no json after one repair) makes the scores that
-it was asked for missing, with the class of the failure. What every call would get wrong (no key, a refused key, an
-unknown model, an endpoint that never answered) ends the run. Replies that could be read whole are kept in a cache
-and never paid for twice.
+A failure of one call (an outage, a timeout, a reply that is not json even after one repair) makes the scores that
+the call was for missing, with the class of the failure. A failure that every call would share (no key, a refused key,
+an unknown model, an endpoint that never answered) ends the run. Replies that could be read whole are cached and never
+paid for twice.
 """
 
 from __future__ import annotations
@@ -16,20 +16,25 @@ from collections.abc import Coroutine, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ssrctl.configs import CriticOptions
 from ssrctl.critics.base import missing
-from ssrctl.critics.llm.cache import CachedReply, ReplyCache, default_cache_dir
-from ssrctl.critics.llm.client import CallFailed, CallTag, JudgeClient, Reply
+from ssrctl.critics.llm.cache import Reply, ReplyCache, default_cache_dir
+from ssrctl.critics.llm.client import CallTag, JudgeClient
+from ssrctl.critics.llm.failures import CallFailed
 from ssrctl.critics.llm.ledger import Call, Ledger
-from ssrctl.critics.llm.meter import BudgetReached, Meter, find_prices
+from ssrctl.critics.llm.meter import BudgetReached, Meter
 from ssrctl.critics.llm.pacing import Pacer
+from ssrctl.critics.llm.prices import find_prices
 from ssrctl.critics.llm.prompt import repair_messages
-from ssrctl.critics.llm.requests import Questions
-from ssrctl.critics.llm.verdicts import Reading, Verdicts, read_verdicts
+from ssrctl.critics.llm.requests import JudgeRequests
+from ssrctl.critics.llm.verdicts import ParsedReply, Verdicts, parse_verdicts
 from ssrctl.errors import Stopped
 from ssrctl.io.records import Rollout, StepScore
+
+if TYPE_CHECKING:
+    from ssrctl.critics.registry import CriticResources
 
 WINDOW = 2  # responses begun per call in flight: enough that no call waits for the reader of the results
 
@@ -37,8 +42,8 @@ Outcome = list[StepScore] | Exception
 
 
 @dataclass
-class Totals:
-    """What the calls so far took; written by the loop's thread alone."""
+class CallTotals:
+    """Sums over the calls so far; written only by the loop's thread."""
 
     calls: int = 0
     cached: int = 0
@@ -49,48 +54,58 @@ class Totals:
 
 
 class LLMCritic:
-    """See the module's text and ``Critic``.
+    """The critic that the module's docstring describes; see ``Critic``.
 
     Args:
         options: the models, endpoint, rubric, limits and prices.
-        ledger: file to note every call in; None notes nothing.
+        ledger: file for the log of every call; None writes no log.
 
     Raises:
-        UserError: litellm is not installed, the rubric is not found, no provider is known by a model's name, its key
-            is not set, a budget is given without prices, or the cache cannot be opened.
+        UserError: litellm is not installed, the rubric is not found, a model's provider is unknown or its key is not
+            set, a budget is given without prices, or the cache cannot be opened.
     """
 
     def __init__(self, options: CriticOptions, *, ledger: Path | None = None) -> None:
         self.options = options
-        self.questions = Questions(options)
-        self.prices = find_prices(self.questions.models, options.input_price, options.output_price)
-        self.meter = Meter(options.budget_usd, self.prices)
-        self.totals = Totals()
-        self.client = JudgeClient(options, Pacer(options.requests_per_minute), self.meter, self._note, schema=Verdicts)
-        self.cache = ReplyCache(options.cache_dir or default_cache_dir()) if options.cache else None
+        self.requests = JudgeRequests(options)
+        self.prices = find_prices(self.requests.models, options.critic_input_price, options.critic_output_price)
+        self.meter = Meter(options.critic_budget_usd, self.prices)
+        self.totals = CallTotals()
+        self.client = JudgeClient(
+            options, Pacer(options.critic_requests_per_minute), self.meter, self._note, schema=Verdicts
+        )
+        self.cache = ReplyCache(options.critic_cache_dir or default_cache_dir()) if options.critic_cache else None
         self.ledger = Ledger(ledger)
-        self.identity: str | None = self.questions.identity
-        self._slots = asyncio.Semaphore(options.max_concurrency)
+        self.identity: str | None = self.requests.identity
+        self._slots = asyncio.Semaphore(options.critic_max_concurrency)
         self._loop = _LoopThread()
+
+    @classmethod
+    def create(cls, options: CriticOptions, resources: CriticResources) -> LLMCritic:
+        """Return the critic with the ledger of ``resources``."""
+        return cls(options, ledger=resources.ledger)
 
     @property
     def repeat(self) -> int:
-        """Number of the judgement: another one asks again for what was judged before, to measure the noise."""
-        return self.questions.repeat
+        """Number of the judgement: another one judges the same steps again, to measure the noise."""
+        return self.requests.repeat
 
     @repeat.setter
     def repeat(self, number: int) -> None:
-        self.questions.repeat = number
+        self.requests.repeat = number
 
     def stream(self, rollouts: Iterable[Rollout]) -> Iterator[tuple[Rollout, list[StepScore]]]:
-        """See ``Critic.stream``; at most ``WINDOW * max_concurrency`` responses are begun at a time."""
+        """Yield rollouts with scores, see ``Critic.stream``.
+
+        At most ``WINDOW * critic_max_concurrency`` responses are in work at a time.
+        """
         source = iter(rollouts)
         begun: dict[Future[Outcome], Rollout] = {}
         finished: queue.SimpleQueue[Future[Outcome]] = queue.SimpleQueue()
-        out_of_money: BudgetReached | None = None
+        budget_reached: BudgetReached | None = None
         try:
             while True:
-                while out_of_money is None and len(begun) < WINDOW * self.options.max_concurrency:
+                while budget_reached is None and len(begun) < WINDOW * self.options.critic_max_concurrency:
                     rollout = next(source, None)
                     if rollout is None:
                         break
@@ -103,7 +118,7 @@ class LLMCritic:
                 rollout = begun.pop(future)
                 outcome = future.result()
                 if isinstance(outcome, BudgetReached):
-                    out_of_money = outcome
+                    budget_reached = outcome
                 elif isinstance(outcome, Exception):
                     raise outcome
                 else:
@@ -111,11 +126,11 @@ class LLMCritic:
         finally:
             for future in begun:
                 future.cancel()
-        if out_of_money is not None:
-            raise Stopped(str(out_of_money), "raise --budget-usd and run the same command again") from None
+        if budget_reached is not None:
+            raise Stopped(str(budget_reached), "raise --critic-budget-usd and run the same command again") from None
 
     def summary(self) -> dict[str, Any]:
-        """Calls, those answered from the cache, tokens, cost in US dollars (None without prices), failures."""
+        """Return calls, cached replies, tokens, cost in US dollars (None without prices) and failures so far."""
         totals = self.totals
         asked = max(totals.calls - totals.cached, 0)
         return {
@@ -123,13 +138,13 @@ class LLMCritic:
             "cached": totals.cached,
             "prompt_tokens": totals.prompt_tokens,
             "completion_tokens": totals.completion_tokens,
-            "cost_usd": None if self.prices is None else float(self.meter.spent_usd),
+            "cost_usd": None if self.prices is None else self.meter.spent_usd,
             "mean_latency_s": totals.latency_s / asked if asked else None,
             "failed_calls_by_class": dict(totals.errors),
         }
 
     def close(self) -> None:
-        """End the connections, the loop, the cache and the ledger."""
+        """Close the connections, the loop, the cache and the ledger."""
         self._loop.close(self.client.close())
         self.ledger.close()
         if self.cache is not None:
@@ -139,7 +154,7 @@ class LLMCritic:
     # in the loop's thread
 
     async def _outcome(self, rollout: Rollout) -> Outcome:
-        """What becomes of a response. Errors are returned: of many tasks that fail alike, one is listened to."""
+        """Return the scores of a response, or its error: of many tasks that fail alike, the reader raises one."""
         try:
             return await self._judge(rollout)
         except Exception as error:
@@ -148,63 +163,65 @@ class LLMCritic:
     async def _judge(self, rollout: Rollout) -> list[StepScore]:
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._scores(rollout, call)) for call in self.questions.calls(rollout)]
+                tasks = [group.create_task(self._scores(rollout, index)) for index in self.requests.of(rollout)]
         except BaseExceptionGroup as failures:
             raise failures.exceptions[0] from None
         return [score for task in tasks for score in task.result()]
 
     async def _scores(self, rollout: Rollout, index: int | None) -> list[StepScore]:
-        """The scores that one call is for."""
-        wanted = self.questions.wanted(rollout, index)
-        num_asked = len(rollout.steps or ()) if index is None else 1
-        too_long = [missing("too_long")] * (num_asked - len(wanted))
+        """Return the scores that one request is for."""
+        wanted = self.requests.wanted(rollout, index)
+        num_steps = len(rollout.steps or ()) if index is None else 1
+        too_long = [missing("too_long")] * (num_steps - len(wanted))
         return (await self._wanted_scores(rollout, index, wanted) if wanted else []) + too_long
 
     async def _wanted_scores(
         self, rollout: Rollout, index: int | None, wanted: list[tuple[int, str]]
     ) -> list[StepScore]:
-        keys = self.questions.keys(rollout, index)
-        if (kept := self._kept(keys, wanted, rollout.id, index)) is not None:
-            return kept
+        keys = self.requests.cache_keys(rollout, index)
+        if (cached := self._cached(keys, wanted, rollout.id, index)) is not None:
+            return cached
         try:
             async with self._slots:
-                reply, reading = await self._ask(rollout, index, wanted)
+                reply, parsed = await self._ask(rollout, index, wanted)
         except CallFailed as failure:
             return [missing(failure.kind) for _ in wanted]
-        if self.cache is not None and reading.problem is None:
-            key = keys.get(reply.model, keys[self.questions.models[0]])
-            await asyncio.to_thread(self.cache.put, key, _to_keep(reply))  # another process may hold the file
-        return reading.scores
+        if self.cache is not None and parsed.problem is None:
+            key = keys.get(reply.model, keys[self.requests.models[0]])
+            await asyncio.to_thread(self.cache.put, key, reply)  # another process may lock the file
+        return parsed.scores
 
-    async def _ask(self, rollout: Rollout, index: int | None, wanted: list[tuple[int, str]]) -> tuple[Reply, Reading]:
-        """One call, and a second one if the reply cannot be read whole; the better of the two."""
-        messages = self.questions.messages(rollout, index)
-        most = self.questions.most_reply_tokens(len(wanted))
+    async def _ask(
+        self, rollout: Rollout, index: int | None, wanted: list[tuple[int, str]]
+    ) -> tuple[Reply, ParsedReply]:
+        """Ask once, and once more if the reply cannot be read whole; return the better of the two replies."""
+        messages = self.requests.messages(rollout, index)
+        limit = self.requests.max_reply_tokens(len(wanted))
         tag = CallTag(id=rollout.id, step=index, kind="judge")
-        reply = await self.client.ask(messages, max_reply_tokens=most, tag=tag)
-        reading = read_verdicts(reply.text, wanted)
-        if reading.problem is None:
-            return reply, reading
-        again = repair_messages(messages, reply.text, reading.problem)
+        reply = await self.client.ask(messages, max_reply_tokens=limit, tag=tag)
+        parsed = parse_verdicts(reply.text, wanted)
+        if parsed.problem is None:
+            return reply, parsed
+        again = repair_messages(messages, reply.text, parsed.problem)
         tag = CallTag(id=rollout.id, step=index, kind="repair")
         try:
-            second = await self.client.ask(again, max_reply_tokens=most, tag=tag)
+            second = await self.client.ask(again, max_reply_tokens=limit, tag=tag)
         except (CallFailed, BudgetReached):
-            return reply, reading  # the scores of the first reply that could be read are paid for and true
-        repaired = read_verdicts(second.text, wanted)
-        return (second, repaired) if _num_scored(repaired) > _num_scored(reading) else (reply, reading)
+            return reply, parsed  # the readable scores of the first reply are paid for and valid
+        repaired = parse_verdicts(second.text, wanted)
+        return (second, repaired) if repaired.num_scored > parsed.num_scored else (reply, parsed)
 
-    def _kept(
-        self, keys: dict[str, str], wanted: list[tuple[int, str]], identity: str, index: int | None
+    def _cached(
+        self, keys: dict[str, str], wanted: list[tuple[int, str]], rollout_id: str, index: int | None
     ) -> list[StepScore] | None:
-        """The scores of a reply in the cache, the first model's before those of the fallbacks."""
+        """Return the scores of a cached reply; the first model's goes before those of the fallbacks."""
         if self.cache is None:
             return None
         for model, key in keys.items():
-            kept = self.cache.get(key)
-            if kept is not None and (reading := read_verdicts(kept.text, wanted)).problem is None:
-                self._note(Call(id=identity, step=index, kind="judge", model=model, cost_usd=0.0, cached=True))
-                return reading.scores
+            cached = self.cache.get(key)
+            if cached is not None and (parsed := parse_verdicts(cached.text, wanted)).problem is None:
+                self._note(Call(id=rollout_id, step=index, kind="judge", model=model, cost_usd=0.0, cached=True))
+                return parsed.scores
         return None
 
     def _note(self, call: Call) -> None:
@@ -219,33 +236,19 @@ class LLMCritic:
         self.ledger.note(call)
 
 
-def _to_keep(reply: Reply) -> CachedReply:
-    return CachedReply(
-        text=reply.text,
-        model=reply.model,
-        prompt_tokens=reply.prompt_tokens,
-        completion_tokens=reply.completion_tokens,
-        cost_usd=reply.cost_usd,
-    )
-
-
-def _num_scored(reading: Reading) -> int:
-    return sum(score.reward is not None for score in reading.scores)
-
-
 class _LoopThread:
-    """An asyncio loop in a thread of its own, so that the caller may block, and Ctrl-C reaches the caller."""
+    """An asyncio loop in its own thread, so that the caller may block and Ctrl-C reaches the caller."""
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever, name="llm-critic", daemon=True)
         self._thread.start()
 
-    def submit(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
-        return asyncio.run_coroutine_threadsafe(work, self.loop)
+    def submit(self, coroutine: Coroutine[Any, Any, Any]) -> Future[Any]:
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
 
     def close(self, last: Coroutine[Any, Any, None]) -> None:
-        """Cancel what runs, await ``last``, and end the thread; a second time does nothing."""
+        """Cancel all tasks, await ``last`` and end the thread; a second call does nothing."""
         if self.loop.is_closed():
             last.close()
             return

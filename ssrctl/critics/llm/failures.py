@@ -1,7 +1,7 @@
-"""What went wrong with a request to a judge: its class, whether it may have been billed, whether to try again.
+"""Failures of requests to a judge: their class, and whether they may have been billed and are worth a retry.
 
 litellm reports a server's 500, a closed connection and an unreadable body alike, as an InternalServerError with
-status 500. What happened is told by the errors below it, which it leaves in place as cause or context.
+status 500. The underlying errors, which it keeps as cause or context, tell them apart.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 MAX_DETAIL_CHARS = 200
-MIN_SECRET_CHARS = 6  # shorter values of variables named like secrets ("true", "none") are none
+MIN_SECRET_CHARS = 6  # shorter values of variables named like secrets ("true", "none") are not secrets
 
 Kind = Literal[
     "timeout",
@@ -29,10 +29,12 @@ Kind = Literal[
     "content_filter",
     "empty_reply",
 ]
-# Gateways' time limits: the model behind may have finished, and been billed, unheard.
-LATE = frozenset({408, 504, 524})
-PASSING_STATUSES = frozenset({409, 425})
-KINDS: dict[int, Kind] = {413: "context_window", 429: "rate_limit", **dict.fromkeys(LATE, "timeout")}
+Refusal = Literal["key", "access", "model", "credit"]
+# Gateways' timeouts: the model behind may have finished and been billed, though its reply was lost.
+TIMEOUT_STATUSES = frozenset({408, 504, 524})
+TRANSIENT_STATUSES = frozenset({409, 425, 429}) | TIMEOUT_STATUSES
+KINDS: dict[int, Kind] = {413: "context_window", 429: "rate_limit", **dict.fromkeys(TIMEOUT_STATUSES, "timeout")}
+REFUSALS: dict[int, Refusal] = {401: "key", 402: "credit", 403: "access", 404: "model"}
 NO_CREDIT = frozenset({"insufficient_quota", "billing_hard_limit_reached", "insufficient_balance"})
 
 _SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
@@ -40,12 +42,12 @@ _SECRET = re.compile(r"(?i)\bbearer\s+\S+|\b(?:sk|pk|rk|gsk|xai|hf)[-_][\w*.-]{6
 
 
 class CallFailed(Exception):
-    """A question to the judge that got no usable answer.
+    """A prompt for which no model gave a usable reply.
 
     Args:
         kind: class of the failure.
         may_be_billed: whether any of its requests may have cost money.
-        detail: what the provider said, for people to read, without keys; may be empty.
+        detail: the provider's message, for people to read, without keys; may be empty.
     """
 
     def __init__(self, kind: Kind, *, may_be_billed: bool, detail: str = "") -> None:
@@ -57,30 +59,30 @@ class CallFailed(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """What one request came to.
+    """The failure of one request.
 
     Attributes:
         kind: its class.
         may_be_billed: False only where the provider certainly did not bill: a status of failure, nothing sent.
-        passing: whether the same request may do better later.
+        transient: whether the same request may succeed later.
         reached: whether the server was reached at all.
-        refused: what it was refused for, where other requests probably will be, too: the key, what the key gives
-            access to, the model's name, used-up credit.
-        retry_after: seconds for which the server asked to be left alone.
-        detail: what the provider said, without keys.
+        refused: the reason of a refusal that other requests will probably meet too: the key, the access that it
+            gives, the model's name, exhausted credit.
+        retry_after: seconds that the server asked to wait.
+        detail: the provider's message, without keys.
     """
 
     kind: Kind
     may_be_billed: bool
-    passing: bool
+    transient: bool
     reached: bool = True
-    refused: Literal["key", "access", "model", "credit"] | None = None
+    refused: Refusal | None = None
     retry_after: float | None = None
     detail: str = ""
 
 
-def understand(error: BaseException) -> Failure:
-    """The failure that an exception of litellm's, or our own TimeoutError, stands for."""
+def classify_failure(error: BaseException) -> Failure:
+    """Return the failure behind an exception of litellm's or a TimeoutError of our own."""
     import aiohttp
     import httpx
     import openai
@@ -90,42 +92,41 @@ def understand(error: BaseException) -> Failure:
     detail = _detail(chain)
     status, headers, code = _reply(chain)
     if isinstance(error, exceptions.ContextWindowExceededError):
-        return Failure(kind="context_window", may_be_billed=False, passing=False, detail=detail)
+        return Failure(kind="context_window", may_be_billed=False, transient=False, detail=detail)
     if isinstance(error, exceptions.ContentPolicyViolationError) or code == "content_filter":
-        return Failure(kind="content_filter", may_be_billed=False, passing=False, detail=detail)
+        return Failure(kind="content_filter", may_be_billed=False, transient=False, detail=detail)
     if status is not None:
-        return _of_status(status, headers, code, detail)
+        return _failure_of_status(status, headers, code, detail)
     unsent = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError, httpx.ConnectTimeout, httpx.PoolTimeout)
-    # aiohttp's broken pipes, too, come as httpx.ConnectError.
+    # aiohttp's broken pipes also arrive as httpx.ConnectError.
     plain = _has(chain, httpx.ConnectError) and not _has(chain, aiohttp.ClientError)
     if _has(chain, unsent) or plain:
-        return Failure(kind="connection", may_be_billed=False, passing=True, reached=False, detail=detail)
+        return Failure(kind="connection", may_be_billed=False, transient=True, reached=False, detail=detail)
     if _has(chain, (TimeoutError, openai.APITimeoutError)):
-        return Failure(kind="timeout", may_be_billed=True, passing=True, detail=detail)
+        return Failure(kind="timeout", may_be_billed=True, transient=True, detail=detail)
     if _has(chain, (httpx.TransportError, aiohttp.ClientError)):
-        return Failure(kind="connection", may_be_billed=True, passing=True, detail=detail)
+        return Failure(kind="connection", may_be_billed=True, transient=True, detail=detail)
     unreadable = _has(chain, ValueError)  # of json, text encoding or pydantic
     if not unreadable and isinstance(error, openai.APIStatusError) and 400 <= error.status_code < 500:
-        # An error in a reply of status 200, or a request that litellm itself turned down.
-        return _of_status(error.status_code, headers, code, detail)
-    return Failure(kind="api_error", may_be_billed=True, passing=True, detail=detail)
+        # An error in a reply of status 200, or a request that litellm itself rejected.
+        return _failure_of_status(error.status_code, headers, code, detail)
+    return Failure(kind="api_error", may_be_billed=True, transient=True, detail=detail)
 
 
-def _of_status(status: int, headers: Mapping[str, str], code: str | None, detail: str) -> Failure:
-    refused: dict[int, Any] = {401: "key", 402: "credit", 403: "access", 404: "model"}
-    passing = status >= 500 or status == 429 or status in LATE | PASSING_STATUSES
+def _failure_of_status(status: int, headers: Mapping[str, str], code: str | None, detail: str) -> Failure:
+    transient = status >= 500 or status in TRANSIENT_STATUSES
     return Failure(
-        kind=KINDS.get(status, "api_error" if passing else "bad_request"),
-        may_be_billed=status in LATE,
-        passing=passing,
-        refused="credit" if code in NO_CREDIT else refused.get(status),
+        kind=KINDS.get(status, "api_error" if transient else "bad_request"),
+        may_be_billed=status in TIMEOUT_STATUSES,
+        transient=transient,
+        refused="credit" if code in NO_CREDIT else REFUSALS.get(status),
         retry_after=retry_after(headers),
         detail=f"status {status}: {detail}" if detail else f"status {status}",
     )
 
 
 def retry_after(headers: Mapping[str, str], now: float | None = None) -> float | None:
-    """Seconds that a reply's headers ask to wait; None when they do not.
+    """Return the seconds that a reply's headers ask to wait, or None.
 
     Args:
         headers: ``retry-after-ms``, or ``retry-after`` as seconds or as a date (RFC 9110, 10.2.3).
@@ -148,12 +149,12 @@ def retry_after(headers: Mapping[str, str], now: float | None = None) -> float |
 
 
 def redact(text: str) -> str:
-    """``text`` as one short printable line in which no key stands.
+    """Return ``text`` as one short printable line without keys.
 
-    Every value of an environment variable that is named like a secret is taken out, and what looks like a key.
+    The values of environment variables named like secrets are removed, and any text that looks like a key.
     """
     secrets = (value.strip() for name, value in os.environ.items() if _SECRET_NAME.search(name))
-    for secret in sorted(secrets, key=len, reverse=True):  # one may begin another
+    for secret in sorted(secrets, key=len, reverse=True):  # one may be a prefix of another
         if len(secret) >= MIN_SECRET_CHARS:
             text = text.replace(secret, "***")
     text = _SECRET.sub("***", text)
@@ -163,7 +164,7 @@ def redact(text: str) -> str:
 
 
 def _chain(error: BaseException) -> list[BaseException]:
-    """The error, and what it was raised from, outermost first."""
+    """Return the error and the errors that it was raised from, outermost first."""
     chain: list[BaseException] = []
     link: BaseException | None = error
     while link is not None and link not in chain:
@@ -177,7 +178,7 @@ def _has(chain: list[BaseException], types: type[BaseException] | tuple[type[Bas
 
 
 def _reply(chain: list[BaseException]) -> tuple[int | None, Mapping[str, str], str | None]:
-    """Status, headers and the body's error code of the reply with which the server refused; None without one."""
+    """Return status, headers and error code of the reply with which the server refused; None without one."""
     import httpx
     import openai
 
@@ -187,7 +188,7 @@ def _reply(chain: list[BaseException]) -> tuple[int | None, Mapping[str, str], s
     for error in chain:
         if isinstance(error, httpx.HTTPStatusError):
             status, headers = error.response.status_code, error.response.headers
-        # litellm's own classes derive from openai's, and put in a status of their own.
+        # litellm's own classes derive from openai's but set a status of their own.
         elif isinstance(error, openai.APIStatusError) and type(error).__module__.startswith("openai"):
             status, headers = error.status_code, error.response.headers
             code = error.code if isinstance(error.code, str) else code
@@ -195,15 +196,15 @@ def _reply(chain: list[BaseException]) -> tuple[int | None, Mapping[str, str], s
 
 
 def _detail(chain: list[BaseException]) -> str:
-    """What the provider said."""
+    """Return the provider's message."""
     for error in chain:
         body = getattr(error, "body", None)
         if isinstance(body, dict) and isinstance(body.get("message"), str):
             return redact(body["message"])
-    # The outermost of litellm's errors adds its own remarks to what the one below quotes.
-    told = chain[1] if len(chain) > 1 else chain[0]
-    message = getattr(told, "message", None)
-    text = message if isinstance(message, str) else str(told)
+    # The outermost of litellm's errors adds remarks to the text of the one below.
+    quoted = chain[1] if len(chain) > 1 else chain[0]
+    message = getattr(quoted, "message", None)
+    text = message if isinstance(message, str) else str(quoted)
     with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
         text = str(json.loads(text)["error"]["message"])
     return redact(text)

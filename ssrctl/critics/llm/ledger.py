@@ -1,10 +1,12 @@
-"""The ledger: one line of jsonl for every call of a paid critic, without the texts."""
+"""The ledger: a jsonl log of every call of a paid critic, without the texts."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import threading
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,16 +35,16 @@ class Call:
     Attributes:
         id: of the rollout.
         step: index of the step asked about, from 0; None for all steps at once.
-        kind: judge, or repair of a reply that could not be read.
+        kind: judge, or repair of an unreadable reply.
         model: litellm name of the model that was asked.
-        attempt: from 1; retries and fallbacks count on.
-        prompt_tokens, completion_tokens: as the provider counted them; None if it told nothing.
-        cost_usd: what was put to the budget's account: 0 for a reply from the cache and for a call that was certainly
-            not billed, the reserved cost for one that may have been; None when no price is known.
-        latency_s: seconds from sending to the end of the reply, waiting for a turn excluded.
-        cached: whether the reply came from the cache; nothing was sent then.
+        attempt: from 1; retries and fallbacks continue the count.
+        prompt_tokens, completion_tokens: as the provider counted them; None if it did not.
+        cost_usd: amount charged to the budget: 0 for a cached reply and for a call that was certainly not billed, the
+            reserved cost for one that may have been; None when no price is known.
+        latency_s: seconds from sending to the end of the reply, without the wait for the rate limit.
+        cached: whether the reply came from the cache, without a request.
         error: class of the failure, such as ``timeout``; None when there was a reply.
-        time: when the call ended, ISO 8601 in UTC.
+        time: end of the call, ISO 8601 in UTC.
     """
 
     id: str
@@ -59,18 +61,18 @@ class Call:
     time: str = field(default_factory=_now)
 
     def __post_init__(self) -> None:
-        # A message may quote the text or the key; only the class of a failure is written down.
+        # A message may quote the text or the key, so only the class of a failure is logged.
         assert self.error is None or ERROR_CLASS.fullmatch(self.error), "an error class, not a message"
 
 
 class Ledger:
-    """Appends calls to a jsonl file; each line reaches the operating system as it is noted.
+    """Appends calls to a jsonl file; each line reaches the operating system at once.
 
-    A kill loses nothing that was noted (at most it tears the line being written); a power cut may lose the last
-    lines. Lines of earlier runs stay. May be used from several threads.
+    A kill loses no line (at most it truncates the one being written); a power cut may lose the last lines. Lines of
+    earlier runs stay. May be used from several threads.
 
     Args:
-        path: the file, made with its folder if need be; None and the null device note nothing.
+        path: the file, created with its folder if need be; with None or the null device nothing is written.
 
     Raises:
         UserError: the file cannot be opened for writing.
@@ -80,45 +82,34 @@ class Ledger:
         self.path = None if path is None else Path(path)
         self._lock = threading.Lock()
         self._log: JsonlLog | None = None
-        if self.path is not None and str(self.path) != os.devnull:  # which cannot be forced onto a disk
-            try:
+        if self.path is not None and str(self.path) != os.devnull:  # which has no fsync
+            with self._naming_the_file():
                 self._log = JsonlLog(self.path)
-            except OSError as error:
-                raise self._unwritable(error) from error
 
     def note(self, call: Call) -> None:
-        """Add one line.
+        """Append one line.
 
         Raises:
             UserError: it cannot be written, on a full disk for instance.
         """
-        with self._lock:
-            if self._log is None:
-                return
-            row = asdict(call)
-            try:
+        row = asdict(call)
+        with self._lock, self._naming_the_file():
+            if self._log is not None:
                 self._log.append({"time": row.pop("time")} | row)
-            except OSError as error:
-                raise self._unwritable(error) from error
 
     def close(self) -> None:
-        """Force the lines onto the disk and close the file; a second time does nothing."""
-        with self._lock:
+        """Force the lines onto the disk and close the file; a second call does nothing."""
+        with self._lock, self._naming_the_file():
             log, self._log = self._log, None
-            if log is None:
-                return
-            try:
+            if log is not None:
                 log.close()
-            except OSError as error:
-                raise self._unwritable(error) from error
 
-    def __enter__(self) -> Ledger:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    def _unwritable(self, error: OSError) -> UserError:
-        return UserError(
-            f"cannot write the ledger {self.path}: {error.strerror}", "make room, or name another file with --ledger"
-        )
+    @contextlib.contextmanager
+    def _naming_the_file(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"cannot write the ledger {self.path}: {error.strerror}",
+                "free some space, or name another file with --ledger",
+            ) from error

@@ -1,4 +1,4 @@
-"""The one place that imports litellm: late, without network, and silent."""
+"""The only import of litellm: late, without network access, and silent."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ LOGGERS = ("LiteLLM", "LiteLLM Router", "LiteLLM Proxy")
 
 @functools.cache
 def import_litellm() -> Any:
-    """The module ``litellm``; the import takes seconds, so nothing imports it before it is needed.
+    """Import and return ``litellm``; called only when it is needed, since the import takes seconds.
 
-    Its price table is the one that it was installed with. It prints and logs nothing: its debug log quotes requests,
-    hence the texts under judgement, and sometimes keys.
+    Its price table is the installed one. It prints and logs nothing: its debug log quotes requests with the texts under
+    judgement, and sometimes keys.
 
     Raises:
-        UserError: litellm is not installed, or what is installed cannot be imported.
+        UserError: litellm is not installed, or the installed version cannot be imported.
     """
     for name in LOCAL_TABLES:
         os.environ[name] = "True"
@@ -33,12 +33,12 @@ def import_litellm() -> Any:
         if error.name != "litellm":
             raise _broken(error) from error
         raise UserError("the llm critic needs litellm", "pip install 'ssrctl[critic]'") from error
-    except Exception as error:  # its import runs a great deal of code
+    except Exception as error:  # its import runs a lot of code
         raise _broken(error) from error
     litellm.suppress_debug_info = True
     litellm.set_verbose = False
     litellm.telemetry = False
-    # A request that is cancelled before litellm awaits its own coroutine; there is nothing to do about it.
+    # Comes from a request that is cancelled before litellm awaits its own coroutine; it is harmless.
     warnings.filterwarnings("ignore", message=r"coroutine '.*acompletion' was never awaited", category=RuntimeWarning)
     for name in LOGGERS:
         logger = logging.getLogger(name)

@@ -1,4 +1,4 @@
-"""The models that a judge's questions may go to: endpoints, keys, and what form of reply they can be bound to."""
+"""The judge's models: endpoints, keys, and the reply format that each supports."""
 
 from __future__ import annotations
 
@@ -14,53 +14,52 @@ from ssrctl.errors import UserError
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-NO_KEY = "none"  # own servers need no key, but the SDK insists on one
-CONNECT_S = 10.0  # a server that does not take a connection for so long is down
+NO_KEY = "none"  # own servers need no key, but the SDK requires one
+CONNECT_S = 10.0  # a server that accepts no connection for this long is down
 
 
 @dataclass(eq=False, kw_only=True)
 class JudgeModel:
-    """One model, and what a run has learned of it.
+    """One model, and its state in this run.
 
     Attributes:
         name: litellm name.
-        place: its endpoint or provider, for people.
-        keys: the environment variable of its key, for people.
-        parameters: litellm's, for every request.
-        reply_format: ``response_format`` of its requests: a schema, json at least, or None where neither is known to
+        endpoint: its address or provider, for people.
+        key_variable: the environment variable of its key, for people.
+        parameters: litellm's parameters of every request.
+        reply_format: ``response_format`` of its requests: a schema, else json mode, or None where neither is known to
             work.
         answered: whether it ever gave a reply.
         format_works: whether it ever replied to a request with ``reply_format``.
-        turned_down: questions that it refused as malformed before it ever answered.
-        failed_in_a_row: questions since the last reply that it did not answer.
-        rests_until: before this time its fallbacks are asked first.
+        num_rejected: prompts that it rejected as malformed before it ever answered.
+        failed_in_a_row: prompts that it failed to answer since its last reply.
+        cooldown_until: before this time its fallbacks are asked first.
     """
 
     name: str
-    place: str
-    keys: str
+    endpoint: str
+    key_variable: str
     parameters: dict[str, Any]
     reply_format: Any
     answered: bool = False
     format_works: bool = False
-    turned_down: int = 0
+    num_rejected: int = 0
     failed_in_a_row: int = 0
-    rests_until: float = 0.0
+    cooldown_until: float = 0.0
 
 
 def prepare_models(options: CriticOptions, schema: type[BaseModel] | None) -> list[JudgeModel]:
-    """The model of ``options`` and its fallbacks, each once.
+    """Return the model of ``options`` and its fallbacks, each once.
 
     ``critic_api_base`` is the endpoint of every model with the first one's provider prefix, since an endpoint speaks
-    one provider's protocol; the others are asked at their own provider's.
+    one provider's protocol; the others use their own provider's endpoint.
 
     Args:
-        options: of the llm critic.
-        schema: form of the replies, for models that can be bound to one.
+        options: settings of the llm critic.
+        schema: schema of the replies, for models with structured output.
 
     Raises:
-        UserError: a model's provider is not known, its key is not set or cannot be one, or the endpoint is no
-            address.
+        UserError: a model's provider is not known, its key is not set or malformed, or the endpoint is not an address.
     """
     assert options.critic_model is not None
     if options.critic_api_base:
@@ -70,13 +69,13 @@ def prepare_models(options: CriticOptions, schema: type[BaseModel] | None) -> li
     for name in dict.fromkeys([options.critic_model, *options.critic_fallback]):
         provider = _provider(name)
         endpoint = options.critic_api_base if provider == first else None
-        keys, parameters = _access(name, provider, endpoint)
+        key_variable, parameters = _access(name, provider, endpoint)
         models.append(
             JudgeModel(
                 name=name,
-                place=endpoint or provider,
-                keys=keys,
-                parameters=parameters | _limits(options.critic_timeout),
+                endpoint=endpoint or provider,
+                key_variable=key_variable,
+                parameters=parameters | _request_limits(options.critic_timeout),
                 reply_format=None if schema is None else _reply_format(name, schema, own=bool(endpoint)),
             )
         )
@@ -89,13 +88,15 @@ def _provider(name: str) -> str:
         return str(litellm.get_llm_provider(name)[1])
     except litellm.exceptions.BadRequestError:
         pass
-    raise UserError(f"no provider is known for the critic model '{name}'", "put it in front, as in openai/gpt-oss-120b")
+    raise UserError(
+        f"no provider is known for the critic model '{name}'", "name the provider first, as in openai/gpt-oss-120b"
+    )
 
 
 def _access(name: str, provider: str, endpoint: str | None) -> tuple[str, dict[str, Any]]:
-    """The environment variables of the model's key, and its parameters."""
+    """Return the environment variables of the model's key, and its parameters."""
     missing = import_litellm().validate_environment(name).get("missing_keys") or []
-    # Other credentials (of cloud roles, say) may come from elsewhere than the environment.
+    # Other credentials, such as those of cloud roles, need not come from the environment.
     missing = missing if all(key.endswith("_API_KEY") for key in missing) else []
     keys = " or ".join(missing) or _key_name(provider)
     parameters: dict[str, Any] = {"model": name}
@@ -107,18 +108,20 @@ def _access(name: str, provider: str, endpoint: str | None) -> tuple[str, dict[s
         raise UserError(f"no key for {name} is set", f"set {keys}")
     value = os.environ.get(keys, "")
     if value.strip() != value or not value.isascii() or not value.isprintable():
-        raise UserError(f"{keys} cannot be a key: it has a space, line end or other odd character", f"set {keys}")
+        raise UserError(
+            f"{keys} cannot be a key: it contains a space, a line end or a non-ASCII character", f"set {keys} again"
+        )
     return keys, parameters
 
 
 def _key_name(provider: str) -> str:
-    """The environment variable that holds the provider's key; the usual name when none seems to."""
+    """Return the environment variable of the provider's key; the usual name if none is set."""
     plain = provider.replace("_", "").upper()
     names = (name for name in os.environ if name.endswith("_API_KEY"))
     return next((name for name in names if name.replace("_", "").startswith(plain)), f"{provider.upper()}_API_KEY")
 
 
-def _limits(seconds: float) -> dict[str, Any]:
+def _request_limits(seconds: float) -> dict[str, Any]:
     import httpx
 
     return {
@@ -131,7 +134,7 @@ def _reply_format(name: str, schema: type[BaseModel], *, own: bool) -> Any:
     litellm = import_litellm()
     if litellm.supports_response_schema(name):
         return schema
-    # The row of a model that litellm does not know is empty, once a router has it.
+    # For an unknown model the router adds an empty row to litellm's table.
     known = litellm.model_cost.get(name) or litellm.model_cost.get(name.partition("/")[2])
     listed = litellm.get_supported_openai_params(name) or ()
     return {"type": "json_object"} if known and not own and "response_format" in listed else None
@@ -144,6 +147,8 @@ def _check_endpoint(endpoint: str) -> None:
     except ValueError:
         usable = False
     if not usable:
-        raise UserError("--critic-api-base is no address of a server", "give one such as http://localhost:8000/v1")
+        raise UserError(
+            "--critic-api-base is not the address of a server", "give an address such as http://localhost:8000/v1"
+        )
     if "@" in url.netloc:
-        raise UserError("--critic-api-base cannot hold a password", "put the key into the provider's variable")
+        raise UserError("--critic-api-base must not contain a password", "set the provider's environment variable")

@@ -1,6 +1,6 @@
-"""Pacing: requests leave at a steady rate, in the order in which they were asked for.
+"""The rate limit: requests leave at a steady rate, in the order of their arrival.
 
-litellm's own ``rpm`` refuses what comes too fast instead of holding it back.
+litellm's own ``rpm`` rejects requests that come too fast instead of delaying them.
 """
 
 from __future__ import annotations
@@ -10,25 +10,23 @@ import time
 from collections.abc import Awaitable, Callable
 
 MINUTE = 60.0
-MAX_PAUSE_S = 300.0  # a server that asks for more is asked again after this long, lest a run stand still unseen
+MAX_PAUSE_S = 300.0  # longer pauses that a server asks for are cut, so that a run does not hang unnoticed
 
 
 class Pacer:
     """Spaces requests evenly.
 
     At most ``requests_per_minute`` requests (rounded down, but at least one) leave within any 60 seconds. Up to 60 a
-    minute they are exactly evenly spaced. At higher rates, where a sleep is no longer short beside the spacing, what
-    was late may be made up for by up to a second's worth of requests at once (``requests_per_minute / 60``), and the
-    spacing is so much closer to the limit's that even then the limit holds: at 600 a minute, 591 leave in the long
-    run.
+    minute they are exactly evenly spaced. At higher rates a sleep is no longer short compared with the spacing, so
+    late requests may catch up in a burst of up to a second's requests (``requests_per_minute / 60``). The spacing is
+    then slightly wider, so that the limit holds even with bursts: at 600 a minute, 591 leave in the long run.
 
-    For the tasks of one event loop. Waiting tasks go in the order in which they came, and one that is cancelled
-    takes no turn.
+    For the tasks of one event loop. Waiting tasks leave in the order of their arrival; a cancelled one takes no turn.
 
     Args:
         requests_per_minute: above 0; None is no limit.
-        clock: seconds from any origin, never going back.
-        sleep: waits so many seconds.
+        clock: monotonic time in seconds.
+        sleep: coroutine that waits for a number of seconds.
     """
 
     def __init__(
@@ -47,17 +45,19 @@ class Pacer:
             # than the limit spans 60.
             self._spacing = MINUTE / (requests_per_minute - burst + 1)
             self._slack = (burst - 1) * self._spacing
-        self._next = clock()  # when the next request may leave, were it to come in time
-        self._turn = asyncio.Lock()  # wakes its waiters in order, and passes over those that were cancelled
+        self._next = clock()  # earliest time of the next request
+        self._turn = asyncio.Lock()  # wakes its waiters in order and skips cancelled ones
 
     async def wait(self) -> None:
-        """Return when the caller's request may leave; it should then leave at once."""
+        """Wait until the caller's request may leave; it should then leave at once."""
         async with self._turn:
-            while (left := self._next - self._clock()) > 0:  # again: a pause may have begun meanwhile
+            while (left := self._next - self._clock()) > 0:  # loop: a pause may have begun meanwhile
                 await self._sleep(left)
             self._next = max(self._next, self._clock() - self._slack) + self._spacing
 
     def pause(self, seconds: float) -> None:
-        """Let nothing leave for so many seconds, as a server asks with Retry-After; at most ``MAX_PAUSE_S``. A pause
-        under way is never shortened."""
+        """Hold all requests for ``seconds``, as a server asks with Retry-After; at most ``MAX_PAUSE_S``.
+
+        A current pause is never shortened.
+        """
         self._next = max(self._next, self._clock() + min(seconds, MAX_PAUSE_S))

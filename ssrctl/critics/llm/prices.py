@@ -1,4 +1,4 @@
-"""What tokens cost.
+"""Prices of tokens.
 
 Money is counted in whole picodollars (1e-12 US dollars), so that sums are exact: thousands of float additions drift,
 and a cap that holds "to rounding" cannot be tested. Prices are given per million tokens with a few decimals, so a
@@ -7,7 +7,6 @@ token's price is a whole number of picodollars too; a finer one is rounded up.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from typing import Any
 
 from ssrctl.critics.llm.litellm_import import import_litellm
-from ssrctl.errors import UserError
 
 PICO = 10**12
 MILLION = 10**6
@@ -23,8 +21,10 @@ LONG_PROMPT = re.compile(r"input_cost_per_token_above_(\d+)k_tokens")
 
 
 def picodollars(usd: float, *, up: bool) -> int:
-    """A float of dollars as whole picodollars, rounded up or down. The float is taken for the decimal number that
-    Python prints for it: 0.1 is a tenth."""
+    """Convert dollars to whole picodollars, rounded up or down.
+
+    The float stands for the decimal number that Python prints for it: 0.1 is a tenth.
+    """
     rounding = ROUND_CEILING if up else ROUND_FLOOR
     return int((Decimal(str(usd)) * PICO).to_integral_value(rounding))
 
@@ -35,8 +35,8 @@ class Prices:
 
     Attributes:
         input_usd, output_usd: per token of the prompt and of the reply; finite, 0 or more.
-        longer: ``(tokens, input_usd, output_usd)``: prices of all tokens of a call whose prompt is longer than so many
-            tokens, where the provider asks more for those.
+        longer: ``(tokens, input_usd, output_usd)``: higher prices of all tokens of a call whose prompt has more than
+            ``tokens`` tokens, where the provider has such prices.
     """
 
     input_usd: float
@@ -44,11 +44,11 @@ class Prices:
     longer: tuple[tuple[int, float, float], ...] = ()
 
     def cost(self, prompt_tokens: int, completion_tokens: int) -> float:
-        """US dollars of one call."""
+        """Return the cost of one call in US dollars."""
         return self.picodollars(prompt_tokens, completion_tokens) / PICO
 
     def picodollars(self, prompt_tokens: int, completion_tokens: int) -> int:
-        """The same, exactly."""
+        """Return the exact cost of one call in picodollars."""
         assert prompt_tokens >= 0 and completion_tokens >= 0
         reached = [(self.input_usd, self.output_usd)]
         reached += [(paid_in, paid_out) for above, paid_in, paid_out in self.longer if prompt_tokens > above]
@@ -57,39 +57,33 @@ class Prices:
 
 
 def find_prices(models: Sequence[str], input_price: float | None, output_price: float | None) -> Prices | None:
-    """The prices of a judge and its fallbacks.
+    """Return the prices of a judge and its fallbacks.
 
     Args:
-        models: litellm names. Whichever answers is counted at the dearest one's prices.
-        input_price, output_price: US dollars per million tokens, which go before litellm's table; both or neither.
+        models: litellm names. A reply of any of them is charged at the highest price among them.
+        input_price, output_price: US dollars per million tokens, finite, in place of litellm's table; both or neither.
 
     Returns:
-        None when no price is given and the table, the one that litellm was installed with, lacks that of a model. A
-        price of 0 in it counts as lacking: it stands there for models that nobody has entered a price for. What runs
-        on one's own machine can be given as free.
+        None when no price is given and the installed litellm's table lacks that of a model. A price of 0 in the table
+        counts as lacking: it marks models without an entered price. Your own server can be given as free.
 
     Raises:
-        UserError: a given price is not finite, or none is given and litellm is not installed.
+        UserError: no price is given and litellm is not installed.
     """
     assert models and (input_price is None) == (output_price is None)
     if input_price is not None and output_price is not None:
-        if not (math.isfinite(input_price) and math.isfinite(output_price)):
-            raise UserError(
-                f"prices of {input_price:g} and {output_price:g} dollars per million tokens cannot be reckoned with",
-                "give --input-price and --output-price as numbers, or leave both out",
-            )
         return Prices(_per_token(input_price), _per_token(output_price))
     table = import_litellm().model_cost
     found = [_listed(table, model) for model in models]
     known = [prices for prices in found if prices is not None]
-    return _dearest(known) if len(known) == len(found) else None
+    return _highest(known) if len(known) == len(found) else None
 
 
 def _per_token(price: float) -> float:
-    return float(Decimal(str(price)) / MILLION)  # the float nearest to the true quotient prints without a long tail
+    return float(Decimal(str(price)) / MILLION)  # the float nearest to the true quotient prints with few digits
 
 
-def _dearest(prices: Iterable[Prices]) -> Prices:
+def _highest(prices: Iterable[Prices]) -> Prices:
     every = list(prices)
     return Prices(
         max(each.input_usd for each in every),
@@ -99,10 +93,10 @@ def _dearest(prices: Iterable[Prices]) -> Prices:
 
 
 def _listed(table: Mapping[str, Mapping[str, Any]], model: str) -> Prices | None:
-    """The prices of ``model`` in litellm's table, which lists it with or without its provider in front.
+    """Return the prices of ``model`` in litellm's table, which lists it with or without its provider as prefix.
 
-    ``litellm.get_model_info`` is of no use here: it gives 0 for a price that the table lacks, and asks servers on the
-    network about the models of some providers.
+    ``litellm.get_model_info`` cannot be used: it gives 0 for a price that the table lacks, and for some providers it
+    asks servers on the network.
     """
     row = table.get(model)
     if row is None:
@@ -118,7 +112,7 @@ def _listed(table: Mapping[str, Mapping[str, Any]], model: str) -> Prices | None
 
 
 def _longer(row: Mapping[str, Any]) -> list[tuple[int, tuple[float, float] | None]]:
-    """The levels of a row for long prompts, in both of the forms that the table has for them."""
+    """Return a row's prices for long prompts as (tokens, prices), in both of the table's forms."""
     levels = [(int(level["range"][0]), _rates(level)) for level in row.get("tiered_pricing") or () if "range" in level]
     for key in row:
         if match := LONG_PROMPT.fullmatch(key):
@@ -127,7 +121,7 @@ def _longer(row: Mapping[str, Any]) -> list[tuple[int, tuple[float, float] | Non
 
 
 def _rates(row: Mapping[str, Any], suffix: str = "") -> tuple[float, float] | None:
-    """US dollars per token of the prompt and of the reply, thoughts being part of the reply; None if either lacks."""
+    """Return US dollars per token of prompt and reply (thoughts included); None if either price is missing."""
     paid_in = row.get("input_cost_per_token" + suffix)
     paid_out = row.get("output_cost_per_token" + suffix)
     if not paid_in or not paid_out:

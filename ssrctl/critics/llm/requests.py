@@ -1,4 +1,4 @@
-"""What the llm critic asks about a response, and what the replies are filed under."""
+"""The requests that score a response, and the cache keys of their replies."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from ssrctl.io.records import Rollout
 REPLY_TOKENS_PER_STEP = 96  # a score, a rationale of 20 words and the json around them
 
 
-class Questions:
-    """The calls that a response needs under given options.
+class JudgeRequests:
+    """The requests that a response needs under the given options.
 
-    A call is named by the index of the step that it asks about, or by None when it asks about all of them.
+    A request is named by the index of the step that it asks about, or by None when it asks about all steps.
 
     Args:
-        options: models, rubric and manner.
+        options: models, rubric and one request per response or per step.
 
     Attributes:
         models: litellm names, the first choice first.
         identity: names the critic and everything that its scores depend on.
-        repeat: number of the judgement; another number is filed apart, so that it is asked anew.
+        repeat: number of the judgement; each number has cache keys of its own, so that another one asks again.
 
     Raises:
         UserError: the rubric is not found.
@@ -41,45 +41,46 @@ class Questions:
     def __init__(self, options: CriticOptions) -> None:
         assert options.critic_model is not None
         self.options = options
-        self.rubric = load_rubric(options.rubric)
+        self.rubric = load_rubric(options.critic_rubric)
         self.models = [options.critic_model, *options.critic_fallback]
         self.repeat = 0
-        settings = [self._decisive(model) for model in self.models]
-        decisive = [settings, self.rubric.text, options.per_step, options.show_reference]
+        settings = [self._key_parts(model) for model in self.models]
+        decisive = [settings, self.rubric.text, options.critic_per_step, options.critic_show_reference]
         digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
         self.identity = f"llm {self.models[0]} {digest[:12]}"
 
-    def calls(self, rollout: Rollout) -> list[int | None]:
-        """The calls that score ``rollout``; none when it has no step."""
+    def of(self, rollout: Rollout) -> list[int | None]:
+        """Return the requests that score ``rollout``; none when it has no step."""
         if not rollout.steps:
             return []
-        return list(range(len(rollout.steps))) if self.options.per_step else [None]
+        return list(range(len(rollout.steps))) if self.options.critic_per_step else [None]
 
     def wanted(self, rollout: Rollout, index: int | None) -> list[tuple[int, str]]:
-        """The scores that a call is to give: (number of the step, counted from 1; its kind). The steps that do not
-        fit the judge are not among them; with none that fits there is nothing to ask."""
-        return asked_steps(rollout, index, reference=self.options.show_reference)
+        """Return the (number from 1, kind) of each step that a request asks to score.
+
+        Steps that do not fit into the prompt are left out. With an empty result there is nothing to ask.
+        """
+        return asked_steps(rollout, index, reference=self.options.critic_show_reference)
 
     def messages(self, rollout: Rollout, index: int | None) -> list[dict[str, str]]:
-        """The chat messages of a call."""
-        reference = self.options.show_reference
+        """Return the chat messages of a request."""
+        reference = self.options.critic_show_reference
         if index is None:
             return trace_messages(self.rubric, rollout, reference=reference)
         return step_messages(self.rubric, rollout, index, reference=reference)
 
-    def most_reply_tokens(self, num_scores: int) -> int:
-        """The limit on a reply with so many scores."""
+    def max_reply_tokens(self, num_scores: int) -> int:
+        """Return the token limit of a reply with ``num_scores`` scores."""
         return self.options.critic_thinking_tokens + REPLY_TOKENS_PER_STEP * num_scores
 
-    def keys(self, rollout: Rollout, index: int | None) -> dict[str, str]:
-        """By model, the key under which its reply to a call is kept."""
-        text = request_text(self.rubric, rollout, index, reference=self.options.show_reference)
-        return {
-            model: cache_key(self._decisive(model) | {"text": text, "repeat": self.repeat}) for model in self.models
-        }
+    def cache_keys(self, rollout: Rollout, index: int | None) -> dict[str, str]:
+        """Return the cache key of the reply to a request, by model."""
+        text = request_text(self.rubric, rollout, index, reference=self.options.critic_show_reference)
+        parts = {"text": text, "repeat": self.repeat}
+        return {model: cache_key(self._key_parts(model) | parts) for model in self.models}
 
-    def _decisive(self, model: str) -> dict[str, Any]:
-        """What a reply depends on beside the text."""
+    def _key_parts(self, model: str) -> dict[str, Any]:
+        """Return everything that a reply depends on besides the request's text."""
         return {
             "critic": "llm",
             "model": model,

@@ -1,4 +1,4 @@
-"""What the llm critic gets back: the reply's schema, and a reader that believes nothing it cannot check."""
+"""The schema of a judge's reply, and a parser that accepts only scores that it can verify."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from ssrctl.critics.base import missing, scored
 from ssrctl.io.records import StepScore
 
 MAX_RATIONALE_CHARS = 300
-MAX_REPLY_CHARS = 1_000_000  # more than any model writes; what a server sends knows no bound
+MAX_REPLY_CHARS = 1_000_000  # more than any model writes; a server's reply has no bound
 MAX_LISTED = 20  # steps that a problem names
 
-_OBJECT = re.compile(r'\{\s*"')  # braces of LaTeX or prose are none
+_OBJECT = re.compile(r'\{\s*"')  # does not match braces of LaTeX or prose
 _END_OF_FENCE = "` \t\r\n"
 _THINKING, _THOUGHT = "<think>", "</think>"
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]+")
@@ -27,7 +27,7 @@ _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\
 class StepVerdict(BaseModel):
     """The verdict on one step."""
 
-    # Providers want every key required and no other one, and refuse bounds on numbers and lengths. The reason comes
+    # Providers want every key required and no others, and refuse bounds on numbers and lengths. The reason comes
     # before the score, so that the score can follow from it.
     model_config = ConfigDict(extra="forbid", strict=True)
     index: int = Field(description="the number in the step's heading")
@@ -46,32 +46,37 @@ _KEYS = StepVerdict.model_fields.keys()
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What a reply says.
+class ParsedReply:
+    """The scores in a reply.
 
     Attributes:
-        scores: one per wanted step, in their order; those that could not be read are missing, with their class.
-        problem: what was wrong, to be told to the judge, with no word of the reply in it; None when every wanted
-            step has its score.
+        scores: one per wanted step, in their order; unreadable ones are missing, with their class.
+        problem: the fault, as the judge is told it, without any word of the reply; None when every wanted step has
+            its score.
     """
 
     scores: list[StepScore]
     problem: str | None
 
+    @property
+    def num_scored(self) -> int:
+        """Number of steps that have a score."""
+        return sum(score.reward is not None for score in self.scores)
 
-def read_verdicts(reply: str, wanted: Sequence[tuple[int, str]]) -> Reading:
-    """Read a judge's reply. Whatever it is, a score is one that stands in it under that index, or missing.
 
-    Classes of the missing, for all steps: ``bad_json`` (the reply does not end in a json object with "scores", or
-    holds something that begins like an object and is none), ``bad_schema`` ("scores" is not a list of objects, or
-    not the only key), ``bad_index`` (an index that was not asked for: a judge that counts from 0 means another step
-    by every index), ``duplicate_index`` (two entries for a step, as when a quoted step breaks out of its quotation
-    marks). For one step: ``missing_index``, ``bad_schema`` (a score that is no number, a rationale that is no text, a key
-    twice or unknown) and ``out_of_range`` (also NaN and infinities).
+def parse_verdicts(reply: str, wanted: Sequence[tuple[int, str]]) -> ParsedReply:
+    """Parse a judge's reply. Each score is the one that the reply gives under that index, or missing; never raises.
+
+    Error classes for all steps: ``bad_json`` (the reply does not end in a json object with "scores", or contains a
+    broken object), ``bad_schema`` ("scores" is not a list of objects, or not the only key), ``bad_index`` (an index
+    that was not requested: a judge that counts from 0 means another step by every index), ``duplicate_index`` (two
+    entries for a step, as when a quoted step breaks out of its quotation marks). For one step: ``missing_index``,
+    ``bad_schema`` (a score that is not a number, a rationale that is not text, a duplicate or unknown key) and
+    ``out_of_range`` (also NaN and infinities).
 
     Args:
         reply: a json object, possibly after prose or a ``<think>`` section, possibly in a code fence.
-        wanted: number (from 1) and kind (``step`` or ``final``) of each step that was asked for.
+        wanted: number (from 1) and kind (``step`` or ``final``) of each requested step.
     """
     found, problem = _find_object(reply[:MAX_REPLY_CHARS])
     if found is None:
@@ -88,27 +93,27 @@ def read_verdicts(reply: str, wanted: Sequence[tuple[int, str]]) -> Reading:
             asked = f"asked for: {_listed(list(by_number))}, counted from 1"
             return _all_missing("bad_index", wanted, f'an "index" is not one of those {asked}')
         by_number[index].append(item)
-    if doubled := [number for number, mine in by_number.items() if len(mine) > 1]:
-        return _all_missing("duplicate_index", wanted, f"more than one entry for step {_listed(doubled)}")
+    if duplicates := [number for number, mine in by_number.items() if len(mine) > 1]:
+        return _all_missing("duplicate_index", wanted, f"more than one entry for step {_listed(duplicates)}")
     scores = [_read_one(by_number[number], kind) for number, kind in wanted]
-    return Reading(scores, _describe(scores, wanted))
+    return ParsedReply(scores, _describe(scores, wanted))
 
 
-class _Doubled(dict[str, Any]):
-    """A json object in which a key occurs twice, so that what it says depends on who reads it."""
+class _AmbiguousObject(dict[str, Any]):
+    """A json object with a duplicate key: parsers differ on its value."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
-    return made if len(made) == len(pairs) else _Doubled(made)
+    return made if len(made) == len(pairs) else _AmbiguousObject(made)
 
 
 def _find_object(reply: str) -> tuple[dict[str, Any] | None, str]:
-    """The json object with "scores" that ends ``reply``, or None and why there is none that could be trusted.
+    """Return the json object with "scores" that ends ``reply``, or None and the reason why none can be trusted.
 
     A judge that quotes a step may leave the step's own json in its reply: before its verdict, in a broken object when
-    it does not escape quotation marks, or in place of the verdict with words about it after. So what begins like an
-    object and cannot be parsed ends the search, and nothing but the end of a code fence may follow what is found.
+    it does not escape quotation marks, or in place of the verdict, with words about it after. So an object that cannot
+    be parsed ends the search, and only the end of a code fence may follow the object that is returned.
     """
     decoder = json.JSONDecoder(object_pairs_hook=_object)
     place = 0
@@ -123,7 +128,7 @@ def _find_object(reply: str) -> tuple[dict[str, Any] | None, str]:
             return None, "it is not valid JSON, or ends within it"
         if "scores" not in value:
             continue
-        if isinstance(value, _Doubled):
+        if isinstance(value, _AmbiguousObject):
             return None, "a key occurs twice in the JSON object"
         if reply[place:].strip(_END_OF_FENCE):
             return None, "something follows the JSON object"
@@ -138,22 +143,22 @@ def _read_one(items: list[dict[str, Any]], kind: str) -> StepScore:
     score, rationale = item.get("score"), item.get("rationale")
     if not isinstance(score, int | float) or isinstance(score, bool):
         return missing("bad_schema")
-    if not isinstance(rationale, str | None) or isinstance(item, _Doubled) or not item.keys() <= _KEYS:
+    if not isinstance(rationale, str | None) or isinstance(item, _AmbiguousObject) or not item.keys() <= _KEYS:
         return missing("bad_schema")
     try:
         value = float(score)
-    except OverflowError:  # json's whole numbers know no largest one
+    except OverflowError:  # json's integers have no upper limit
         return missing("out_of_range")
     text = _UNPRINTABLE.sub(" ", (rationale or "")[:MAX_RATIONALE_CHARS]).strip()
     return scored(value, kind, text or None)
 
 
-def _all_missing(error: str, wanted: Sequence[tuple[int, str]], problem: str) -> Reading:
-    return Reading([missing(error) for _ in wanted], problem if wanted else None)
+def _all_missing(error: str, wanted: Sequence[tuple[int, str]], problem: str) -> ParsedReply:
+    return ParsedReply([missing(error) for _ in wanted], problem if wanted else None)
 
 
 def _describe(scores: list[StepScore], wanted: Sequence[tuple[int, str]]) -> str | None:
-    """The failures of single steps in words, those of one class together; None when there are none."""
+    """Return the failures of single steps in words, grouped by class; None when there are none."""
     steps: dict[str, list[int]] = defaultdict(list)
     for score, (number, kind) in zip(scores, wanted, strict=True):
         if score.error is not None:

@@ -1,4 +1,4 @@
-"""What is counted of the difference of two checkpoints, and what follows from the counts."""
+"""Counts and sums over the difference of two checkpoints, and the shares and norms that follow from them."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class Change:
         max_abs: largest ``|difference|``, 0 when there is none.
         sum_sq: sum of squared differences, float64.
         base_sum_sq: sum of squares of the base's finite weights, float64.
-        ulps: how many weights moved by 1, 2, 3-4, 5-8, ... representable steps (``ulp.count_by_powers``).
+        ulps: weights that moved by 1, 2, 3-4, 5-8, ... representable steps (``ulp.count_by_powers``).
         num_below_step: finite weights that are not equal bit for bit, yet 0 steps apart: 0 against -0, and where the
             dtypes differ what the narrower one does not show.
-        num_nan_base, num_inf_base, num_nan_tuned, num_inf_tuned: how many weights are NaN or infinite.
+        num_nan_base, num_inf_base, num_nan_tuned, num_inf_tuned: NaN or infinite weights.
     """
 
     numel: int = 0
@@ -68,9 +68,29 @@ class Change:
         return self._share(self.num_same_bf16)
 
     @property
-    def equal_frac(self) -> float | None:
+    def bit_equal_frac(self) -> float | None:
         """Share equal bit for bit, in [0, 1]; None when nothing was compared."""
         return self._share(self.num_equal)
+
+    @property
+    def fixed_sparsity(self) -> dict[float, float | None]:
+        """Share unchanged within each of ``FIXED_TOLERANCES``; None when nothing was compared."""
+        return dict(zip(FIXED_TOLERANCES, map(self._share, self.nums_within), strict=True))
+
+    @property
+    def num_changed(self) -> int:
+        """Weights that moved by more than the tolerance."""
+        return self.numel - self.num_within
+
+    @property
+    def num_bf16_changed(self) -> int:
+        """Weights that changed by the bf16-aware rule."""
+        return self.numel - self.num_same_bf16
+
+    @property
+    def num_bit_changed(self) -> int:
+        """Weights that are not equal bit for bit."""
+        return self.numel - self.num_equal
 
     @property
     def num_stepped(self) -> int:
@@ -78,14 +98,24 @@ class Change:
         return sum(self.ulps)
 
     @property
-    def one_step_frac(self) -> float | None:
-        """Share of exactly one step among the weights that moved by at least one; None when none did."""
-        return self.ulps[0] / self.num_stepped if self.num_stepped else None
+    def num_one_step(self) -> int:
+        """Finite weights that moved by exactly one representable step."""
+        return self.ulps[0] if self.ulps else 0
 
     @property
-    def mean_abs(self) -> float | None:
+    def one_step_frac(self) -> float | None:
+        """Share of exactly one step among the weights that moved by at least one; None when none did."""
+        return self.num_one_step / self.num_stepped if self.num_stepped else None
+
+    @property
+    def mean_abs_difference(self) -> float | None:
         """Mean ``|difference|`` over the finite differences, changed or not."""
         return self.sum_abs / self.num_finite if self.num_finite else None
+
+    @property
+    def max_abs_difference(self) -> float | None:
+        """Largest finite ``|difference|``; None when there is none."""
+        return self.max_abs if self.num_finite else None
 
     @property
     def relative_l2(self) -> float | None:
@@ -98,38 +128,16 @@ class Change:
         return count / self.numel if self.numel else None
 
     def numbers(self) -> dict[str, Any]:
-        """What the report shows: counts as stored, shares and norms derived."""
-        fixed = zip(FIXED_TOLERANCES, self.nums_within, strict=True)
+        """Return the numbers of report.json: counts as stored, shares and norms derived."""
         return {
-            "numel": self.numel,
-            "sparsity": self.sparsity,
-            **{tolerance_key(atol): self._share(count) for atol, count in fixed},
-            "sparsity_bf16": self.sparsity_bf16,
-            "bit_equal_frac": self.equal_frac,
-            "num_changed": self.numel - self.num_within,
-            "num_bf16_changed": self.numel - self.num_same_bf16,
-            "num_bit_changed": self.numel - self.num_equal,
-            "relative_l2": self.relative_l2,
-            "mean_abs_difference": self.mean_abs,
-            "max_abs_difference": self.max_abs if self.num_finite else None,
-            "num_stepped": self.num_stepped,
-            "one_step_frac": self.one_step_frac,
-            "num_below_step": self.num_below_step,
+            **{key: getattr(self, key) for key in _REPORTED},
+            **{f"sparsity_{atol:.0e}": share for atol, share in self.fixed_sparsity.items()},
             "ulp_distances": {bin_label(place): count for place, count in enumerate(self.ulps) if count},
-            "num_nan_base": self.num_nan_base,
-            "num_inf_base": self.num_inf_base,
-            "num_nan_tuned": self.num_nan_tuned,
-            "num_inf_tuned": self.num_inf_tuned,
         }
 
 
-def tolerance_key(atol: float) -> str:
-    """The report's key for the sparsity at a fixed tolerance: ``sparsity_1e-08``."""
-    return f"sparsity_{atol:.0e}"
-
-
 def add_up(changes: Iterable[Change]) -> Change:
-    """The sum; of nothing, an empty ``Change``."""
+    """Return the sum; of nothing, an empty ``Change``."""
     parts = list(changes)
     total: dict[str, Any] = {name: sum(getattr(part, name) for part in parts) for name in _SUMMED}
     for name in ("nums_within", "ulps"):
@@ -139,4 +147,11 @@ def add_up(changes: Iterable[Change]) -> Change:
     return Change(**total) if parts else Change()
 
 
+# fmt: off
+_REPORTED = (
+    "numel", "sparsity", "sparsity_bf16", "bit_equal_frac", "num_changed", "num_bf16_changed",
+    "num_bit_changed", "relative_l2", "mean_abs_difference", "max_abs_difference", "num_stepped", "one_step_frac", "num_below_step",
+    "num_nan_base", "num_inf_base", "num_nan_tuned", "num_inf_tuned",
+)
+# fmt: on
 _SUMMED = [field.name for field in fields(Change) if field.name not in ("nums_within", "ulps", "max_abs")]

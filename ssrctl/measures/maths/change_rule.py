@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
 from ssrctl.measures.maths.change import DEFAULT_ATOL, DEFAULT_ETA
-from ssrctl.measures.maths.piece_pair import PiecePair
+from ssrctl.measures.maths.piece_pair import piece_pairs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,9 +15,6 @@ if TYPE_CHECKING:
 
 Rule = Literal["bits", "atol", "bf16"]
 Differs = Callable[["Tensor", "Tensor"], "Tensor"]
-
-# Elements compared at once: their float64 copies stay near the caches.
-_CHUNK = 1 << 18
 
 _WORDS: dict[Rule, str] = {
     "bits": "any stored bit changed",
@@ -37,7 +34,7 @@ def change_rule(config: DiagnoseConfig, rule: Rule | None = None) -> tuple[Diffe
 
 
 def changed(base: Tensor, tuned: Tensor, rule: Rule, *, atol: float = DEFAULT_ATOL, eta: float = DEFAULT_ETA) -> Tensor:
-    """Which weights changed, by one rule (see the top of this file); works on whole tensors and on pieces.
+    """Mark the weights that changed by a rule (see the top of this file), in a whole tensor or a piece of one.
 
     Args:
         base: any shape, any real dtype.
@@ -48,8 +45,8 @@ def changed(base: Tensor, tuned: Tensor, rule: Rule, *, atol: float = DEFAULT_AT
 
     Returns:
         bool in the shape of ``base``, True = changed. NaN and infinite weights changed unless they are equal bit for
-        bit (for ``bf16`` also infinities of one sign). Of tensors that hold no floating-point numbers ``bf16`` asks
-        what ``bits`` asks.
+        bit (for ``bf16`` also infinities of one sign). For tensors without floating-point numbers ``bf16`` is the
+        same as ``bits``.
 
     Raises:
         ValueError: different shapes, complex tensors, or another rule.
@@ -58,24 +55,11 @@ def changed(base: Tensor, tuned: Tensor, rule: Rule, *, atol: float = DEFAULT_AT
 
     if rule not in ("bits", "atol", "bf16"):
         raise ValueError(f"no rule {rule!r}: bits, atol or bf16")
-    check_pair(base, tuned)
     marks = []
-    for a, b in slices(base, tuned):
-        pair = PiecePair(a, b)
+    for pair in piece_pairs(base, tuned):
         mark = torch.zeros(pair.numel, dtype=torch.bool)
         mark.numpy()[pair.where] = (
             True if rule == "bits" else ~(pair.within(atol) if rule == "atol" else pair.same_bf16(eta))
         )
         marks.append(mark)
-    return torch.cat(marks).view(base.shape) if marks else torch.zeros(base.shape, dtype=torch.bool)
-
-
-def check_pair(base: Tensor, tuned: Tensor) -> None:
-    if base.shape != tuned.shape:
-        raise ValueError(f"shapes differ: {list(base.shape)} and {list(tuned.shape)}")
-    if base.is_complex() or tuned.is_complex():
-        raise ValueError("complex tensors are not compared")
-
-
-def slices(base: Tensor, tuned: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    return zip(base.flatten().split(_CHUNK), tuned.flatten().split(_CHUNK), strict=True)
+    return torch.cat(marks).view(base.shape)

@@ -1,4 +1,4 @@
-"""The coordinates that moved furthest, in absolute terms and relative to what they were."""
+"""The weights that changed most, in absolute terms and relative to their size."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _TINY = 5e-324
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mover:
+class WeightChange:
     """One weight that changed.
 
     Attributes:
@@ -40,7 +40,7 @@ class Mover:
         return abs(self.change) / abs(self.before) if self.before else None
 
     def position(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The index along each dimension of a tensor of this shape."""
+        """Return the index along each dimension of a tensor of this shape."""
         place, rest = [], self.index
         for size in reversed(shape):
             rest, along = divmod(rest, size)
@@ -48,23 +48,23 @@ class Mover:
         return tuple(reversed(place))
 
 
-class TopMovers:
-    """The ``count`` furthest movers of everything that was added, by two measures, in bounded memory.
+class LargestChanges:
+    """The ``count`` largest of all changes that were added, by two criteria, in bounded memory.
 
     Ties go to the lower name, then to the lower index, so the order in which pieces are added does not matter.
 
     Attributes:
-        count: how many are kept of each.
+        count: number of changes kept by each criterion.
         absolute: by ``|after - before|``, largest first.
         relative: by ``|after - before| / |before|``, largest first; weights that were 0 are left out.
     """
 
     def __init__(self, count: int = DEFAULT_COUNT) -> None:
         if count < 1:
-            raise ValueError(f"at least one mover is kept, not {count}")
+            raise ValueError(f"at least one change is kept, not {count}")
         self.count = count
-        self.absolute: list[Mover] = []
-        self.relative: list[Mover] = []
+        self.absolute: list[WeightChange] = []
+        self.relative: list[WeightChange] = []
 
     def add(self, name: str, before: np.ndarray, after: np.ndarray, indices: np.ndarray, start: int = 0) -> None:
         """Consider some coordinates of one tensor.
@@ -74,7 +74,7 @@ class TopMovers:
             before: float64 ``[n]``.
             after: float64 ``[n]``; where the difference is not finite the coordinate is left out.
             indices: int64 ``[n]``, ascending.
-            start: flat index in the tensor of what ``indices`` calls 0.
+            start: flat index in the tensor of index 0.
         """
         import numpy as np
 
@@ -82,46 +82,47 @@ class TopMovers:
             return
         with np.errstate(all="ignore"):
             change = np.abs(after - before)
-            # The smallest positive number in the place of 0 makes the quotient overflow, and nothing else.
+            # The smallest positive number instead of 0 makes that quotient overflow, and no other.
             relative = change / np.maximum(np.abs(before), _TINY)
         for kept, size, key in ((self.absolute, change, _by_change), (self.relative, relative, _by_relative_change)):
             floor = key(kept[-1]) if len(kept) == self.count else -1.0
             largest = size.max()
-            # As large as the last one that is kept is large enough only for what stands before it.
+            # A tie with the last one that is kept wins only if it lies before it.
             if largest < floor or (largest == floor and (name, start) > (kept[-1].name, kept[-1].index)):
                 continue
             chosen = self._candidates(size, floor, before != 0 if key is _by_relative_change else None)
             places = indices[chosen]
             values = zip(places.tolist(), before[chosen].tolist(), after[chosen].tolist(), strict=True)
-            found = [Mover(name=name, index=start + place, before=old, after=new) for place, old, new in values]
+            found = [WeightChange(name=name, index=start + place, before=old, after=new) for place, old, new in values]
             kept[:] = _first(self.count, [*kept, *found], key)
 
     def _candidates(self, size: np.ndarray, floor: float, allowed: np.ndarray | None) -> np.ndarray:
-        """Ascending places of the ``count`` largest finite sizes of at least ``floor``, above 0; ties: the first ones."""
+        """Return the ascending places of the ``count`` largest finite sizes above 0 from ``floor`` on; ties: the first."""
         import numpy as np
 
         good = (size >= floor) & (size > 0) & (size < np.inf)
-        places = np.flatnonzero(good if allowed is None else good & allowed)
+        places: np.ndarray = np.flatnonzero(good if allowed is None else good & allowed)
         if len(places) <= self.count:
             return places
         sizes = size[places]
         last = np.partition(sizes, -self.count)[-self.count]
         above, ties = np.flatnonzero(sizes > last), np.flatnonzero(sizes == last)
-        return places[np.sort(np.concatenate([above, ties[: self.count - len(above)]]))]
+        largest: np.ndarray = places[np.sort(np.concatenate([above, ties[: self.count - len(above)]]))]
+        return largest
 
-    def merge(self, other: TopMovers) -> None:
-        """Take in what another one found in other coordinates."""
+    def merge(self, other: LargestChanges) -> None:
+        """Add the changes that another one found in other coordinates."""
         self.absolute = _first(self.count, [*self.absolute, *other.absolute], _by_change)
         self.relative = _first(self.count, [*self.relative, *other.relative], _by_relative_change)
 
 
-def _by_change(mover: Mover) -> float:
-    return abs(mover.change)
+def _by_change(one: WeightChange) -> float:
+    return abs(one.change)
 
 
-def _by_relative_change(mover: Mover) -> float:
-    return mover.relative_change or 0.0
+def _by_relative_change(one: WeightChange) -> float:
+    return one.relative_change or 0.0
 
 
-def _first(count: int, movers: Iterable[Mover], key: Callable[[Mover], float]) -> list[Mover]:
-    return heapq.nsmallest(count, movers, key=lambda mover: (-key(mover), mover.name, mover.index))
+def _first(count: int, changes: Iterable[WeightChange], key: Callable[[WeightChange], float]) -> list[WeightChange]:
+    return heapq.nsmallest(count, changes, key=lambda one: (-key(one), one.name, one.index))

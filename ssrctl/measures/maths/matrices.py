@@ -2,41 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
-from ssrctl.checkpoints.names import layer_index, matrix_kind
-from ssrctl.io.console import note
 from ssrctl.measures.maths.update_matrix import Unmeasured, UpdateMatrix, read_update
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from ssrctl.checkpoints.pairs import Comparison, TensorPair
-
-T = TypeVar("T")
+    from ssrctl.checkpoints.pairs import TensorPair
 
 # Of a stack of experts at most this many are measured, evenly spread.
 MAX_EXPERTS = 8
-# One core's time for rank, spectrum and landing of a matrix, over its size times its smaller side.
-SECONDS_PER_UNIT = 1e-9
-LONG_SECONDS = 900
-
-
-@dataclass(frozen=True)
-class OfMatrix(Generic[T]):
-    """A measure of one matrix.
-
-    Attributes:
-        shape: (m, n).
-        value: the measure, or the reason why there is none.
-    """
-
-    shape: tuple[int, int]
-    value: T | Unmeasured
 
 
 def skip_reason(shape: Sequence[int], dtype: torch.dtype) -> str | None:
@@ -52,25 +30,6 @@ def skip_reason(shape: Sequence[int], dtype: torch.dtype) -> str | None:
     if shape[0] == 0:
         return "it is empty"
     return None
-
-
-def skipped_tensors(comparison: Comparison) -> dict[str, str]:
-    """Return the compared tensors that are not matrices, each with the reason."""
-    shapes, dtypes = comparison.base.shapes, comparison.base.dtypes
-    reasons = {name: skip_reason(shapes[name], dtypes[name]) for name in comparison.names}
-    return {name: reason for name, reason in reasons.items() if reason is not None}
-
-
-def warn_if_long(comparison: Comparison, num_workers: int) -> None:
-    """Say how long the decompositions take, before hours are spent on them; once for a comparison."""
-    skipped = skipped_tensors(comparison)
-    shapes = [comparison.base.shapes[name] for name in comparison.names if name not in skipped]
-    seconds = SECONDS_PER_UNIT * sum(math.prod(shape) * min(shape[-2:]) for shape in shapes) / num_workers
-    if seconds > LONG_SECONDS:
-        note(
-            f"decomposing {len(shapes)} matrices takes about {seconds / 3600:.1f} hours; --layers 0,15,31 takes some of "
-            "them, --measures sparsity,size none"
-        )
 
 
 def stacked(name: str, *tensors: Tensor) -> Iterator[tuple[str, tuple[Tensor, ...]]]:
@@ -96,21 +55,3 @@ def updates(pair: TensorPair) -> dict[str, UpdateMatrix | Unmeasured]:
         }
     found: dict[str, UpdateMatrix | Unmeasured] = pair.memo["updates"]
     return found
-
-
-def matrix_shape(update: UpdateMatrix) -> tuple[int, int]:
-    """Return (m, n) as stored, where ``UpdateMatrix`` may hold the matrix turned."""
-    rows, columns = update.shape
-    return (columns, rows) if update.wide else (rows, columns)
-
-
-def place_of(name: str, shape: Sequence[int]) -> dict[str, Any]:
-    """Return the fields that each row of a report's tensors begins with."""
-    return {"name": name, "layer": layer_index(name), "kind": matrix_kind(name), "shape": list(shape)}
-
-
-def unmeasured(found: Mapping[str, OfMatrix[Any]]) -> list[dict[str, str]]:
-    """Return name and reason of the matrices that a measure lacks."""
-    return [
-        {"name": name, "reason": one.value.reason} for name, one in found.items() if isinstance(one.value, Unmeasured)
-    ]

@@ -1,4 +1,4 @@
-"""Two pieces of one tensor, before and after: where they differ, and everything that is counted of it.
+"""Two pieces of one tensor, before and after: where they differ, and all counts of the difference.
 
 Pieces are compared as integers first. Only the elements that differ, few in most updates of reinforcement learning, are
 picked out and taken to float64, in which all differences and sums are.
@@ -7,6 +7,7 @@ picked out and taken to float64, in which all differences and sums are.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ssrctl.checkpoints.pairs import common_dtype
@@ -21,6 +22,25 @@ if TYPE_CHECKING:
 # closest are a power of two and the number under it, 2^-8 of it away.
 _BF16_GAP = 2**-8
 _BLOCK = 1024
+# Elements compared at once: their float64 copies stay near the caches.
+_CHUNK = 1 << 18
+
+
+def piece_pairs(base: Tensor, tuned: Tensor) -> Iterator[PiecePair]:
+    """Yield the pieces of two tensors in order; an empty piece of empty tensors.
+
+    Args:
+        base: any shape, any real dtype, on the CPU.
+        tuned: the same shape; two dtypes are compared in the one that holds both exactly.
+
+    Raises:
+        ValueError: different shapes, or complex tensors.
+    """
+    if base.shape != tuned.shape:
+        raise ValueError(f"shapes differ: {list(base.shape)} and {list(tuned.shape)}")
+    if base.is_complex() or tuned.is_complex():
+        raise ValueError("complex tensors are not compared")
+    yield from map(PiecePair, base.flatten().split(_CHUNK), tuned.flatten().split(_CHUNK))
 
 
 class PiecePair:
@@ -28,8 +48,8 @@ class PiecePair:
 
     Attributes:
         numel: n.
-        where: the places of what differs, int64 ``[m]``, ascending.
-        before, after: float64 ``[m]``, what differs.
+        where: the places of the differing elements, int64 ``[m]``, ascending.
+        before, after: the differing elements, float64 ``[m]``.
         difference: float64 ``[m]``, ``|after - before|``; NaN and infinity where one of the two is.
     """
 
@@ -46,15 +66,16 @@ class PiecePair:
         self._ours, self._theirs = (one.to(dtype) for one in self._stored)
         self.before, self.after = (one.to(torch.float64).numpy() for one in (self._ours, self._theirs))
         with np.errstate(invalid="ignore", over="ignore"):
-            self.difference = self.after - self.before
+            self.difference: np.ndarray = self.after - self.before
         np.abs(self.difference, out=self.difference)
 
     def within(self, atol: float) -> np.ndarray:
-        """bool ``[m]``: which of the differing weights are unchanged by the fixed tolerance."""
-        return self.difference <= atol
+        """Return bool ``[m]``, True = the differing weight is unchanged by the fixed tolerance."""
+        unchanged: np.ndarray = self.difference <= atol
+        return unchanged
 
     def same_bf16(self, eta: float) -> np.ndarray:
-        """bool ``[m]``: which of the differing weights are unchanged by the bf16-aware rule (Zhu et al. 2025, def. 2.1)."""
+        """Return bool ``[m]``, True = the differing weight is unchanged by the bf16-aware rule (Zhu et al. 2025, def. 2.1)."""
         import numpy as np
         import torch
 
@@ -65,12 +86,18 @@ class PiecePair:
             a, b = (one.to(torch.bfloat16).to(torch.float64).numpy() for one in (self._ours, self._theirs))
             with np.errstate(invalid="ignore"):
                 difference = np.abs(b - a)
-        # An infinite weight is no multiple of anything, so its distance to a finite one is never within.
+        # An infinite distance is never within, though it is no more than eta times an infinite weight.
         within = (difference <= eta * np.maximum(np.abs(a), np.abs(b))) & (difference < np.inf)
-        return within | (a == b)
+        unchanged: np.ndarray = within | (a == b)
+        return unchanged
 
     def changes(self, atol: float, eta: float) -> list[Change]:
-        """All counts and sums, in parts that are to be added up."""
+        """Return all counts and sums, in parts to be added up.
+
+        Args:
+            atol: fixed tolerance of ``num_within``, 0 or more.
+            eta: relative tolerance of ``num_same_bf16``, 0 or more.
+        """
         import torch
 
         numel, equal = self.numel, self.numel - len(self.where)
@@ -95,19 +122,19 @@ class PiecePair:
         return [whole, self._moved(atol, eta)] if equal < numel else [whole]
 
     def _base_sum_sq(self) -> float:
-        """In float64; 16-bit weights of usual size a thousand at a time in float32, which keeps six digits."""
+        """Return the sum in float64; of 16-bit weights of usual size blocks are summed in float32, to six digits."""
         import torch
 
         if self._base.element_size() == 2 and self._base.is_floating_point() and self.numel % _BLOCK == 0:
             rows = self._base.to(torch.float32).view(-1, _BLOCK)
             total = float(torch.linalg.vector_norm(rows, dim=1).to(torch.float64).square().sum())
-            if 1e-20 < total < 1e20:  # far from what float32 cannot hold
+            if 1e-20 < total < 1e20:  # far from the limits of float32
                 return total
         wide = self._base.to(torch.float64)
         return float(wide.dot(wide))
 
     def _moved(self, atol: float, eta: float) -> Change:
-        """What the differing weights add, their number excepted."""
+        """Return the sums over the differing weights, without their number."""
         import numpy as np
 
         kept, odd = self.difference, {}
@@ -134,7 +161,7 @@ class PiecePair:
         )
 
     def _counts_within(self, tolerances: set[float]) -> dict[float, int]:
-        """How many of the differing weights are within each tolerance; nothing is below one that hides nothing."""
+        """Count the differing weights within each tolerance; none are once a larger tolerance has none."""
         found, last = {}, 1
         for tolerance in sorted(tolerances, reverse=True):
             last = last and _count(self.within(tolerance))
@@ -142,13 +169,13 @@ class PiecePair:
         return found
 
     def _bf16_rule_is_equality(self, eta: float) -> bool:
-        """Finite bfloat16 weights are unchanged by the rule just where no step lies between them (cor. E.4)."""
+        """Return True if finite weights are unchanged exactly where no step lies between them (cor. E.4)."""
         import torch
 
         return all(one.dtype == torch.bfloat16 for one in self._stored) and eta < _BF16_GAP
 
     def _steps(self, finite: bool) -> tuple[int, tuple[int, ...]]:
-        """(how many of the differing weights are at distance 0, the others by powers of two), in the narrower dtype.
+        """Count the differing weights at distance 0, and the others by powers of two, in the narrower dtype.
 
         Weights that are NaN or infinite in it are left out; ``finite`` promises that none are in the wider one.
         """
@@ -180,7 +207,7 @@ def _bits(tensor: Tensor) -> np.ndarray:
 
 
 def _taken(tensor: Tensor, where: np.ndarray) -> Tensor:
-    """``tensor[where]``; torch indexes fewer dtypes than it stores."""
+    """Return ``tensor[where]``; torch indexes fewer dtypes than it stores."""
     import torch
 
     return torch.from_numpy(_bits(tensor)[where]).view(tensor.dtype)

@@ -2,77 +2,76 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ssrctl.configs import DiagnoseConfig
 from ssrctl.errors import UserError
 from ssrctl.io.console import console, note
 from ssrctl.io.mask_log import load_mask_log, mask_log_paths
+from ssrctl.measures.base import Findings, StepMeasure
+from ssrctl.measures.step_geometry import StepGeometryMeasure
+from ssrctl.measures.step_overlap import StepOverlapMeasure
+from ssrctl.report.document import Document
 from ssrctl.report.formats import percent, text_safe, times
 from ssrctl.report.write import write_report
 from ssrctl.stages.diagnose.plan import show_plan
 from ssrctl.version import __version__
 
-if TYPE_CHECKING:
-    from ssrctl.measures.step_geometry import QuestionGeometry
-    from ssrctl.measures.step_overlap import StepOverlap
-
 _RUNS = Path("runs")
+STEP_MEASURES: tuple[type[StepMeasure[Any, Any]], ...] = (StepOverlapMeasure, StepGeometryMeasure)
 
 
 def diagnose_steps(config: DiagnoseConfig) -> dict[str, Any]:
-    from ssrctl.measures.step_geometry import summarise_geometry
-    from ssrctl.measures.step_geometry_report import geometry_headlines, geometry_notes, geometry_sections
-    from ssrctl.measures.step_overlap_report import disjoint_by_construction, headlines, overlap_document
-    from ssrctl.measures.step_overlap_summary import summarise_run
+    """Measure the mask logs of a run and write the report.
 
+    Raises:
+        UserError: no run, no mask logs in it, or a log that cannot be read or contradicts itself.
+    """
     folder = config.paths[0] if config.paths else _newest_run()
     settings = _run_settings(folder)
     logs = _mask_logs(folder, settings)
     output = config.output_dir or folder
     if config.dry_run:
         return show_plan(config, logs, output)
-    steps, questions, sizes = _measure_logs(logs)
-    summary, geometry = summarise_run(steps), summarise_geometry(questions)
-    allocation, reuse = _allocation(settings), settings.get("reuse_factor")
-    sentences = headlines(summary, disjoint_by_construction(allocation, reuse)) + geometry_headlines(geometry)
+    settings = {"allocation": "disjoint"} | settings if settings else settings
+    findings, sizes = _take([measure(settings) for measure in STEP_MEASURES], logs)
     coordinates, protected = sizes[-1]
-    notes = _run_notes(summary.num_single, summary.num_questions, len(set(sizes)) > 1, settings)
-    notes += geometry_notes(geometry)
     label = text_safe(folder.resolve().name)
-    report = {
+    headlines = [line for one in findings for line in one.headlines]
+    notes = [line for one in findings for line in one.notes] + _run_notes(len(set(sizes)) > 1, settings)
+    allocation = settings.get("allocation")
+    numbers: dict[str, Any] = {
         "kind": "step-overlap",
         "ssrctl_version": __version__,
         "run": label,
-        "allocation": allocation,
+        "allocation": None if allocation is None else str(allocation),
         "num_coordinates": coordinates,
         "num_protected": protected,
         "num_eligible": coordinates - protected,
-        "headlines": sentences,
+        "headlines": headlines,
         "notes": notes,
-        "summary": dataclasses.asdict(summary),
-        "steps": [dataclasses.asdict(step) for step in steps],
-        "before_masking": {
-            "summary": dataclasses.asdict(geometry),
-            "questions": [dataclasses.asdict(question) for question in questions],
-        },
     }
-    training = [step.step for step in steps]
-    facts = [
-        ("run", label),
-        ("mask logs", f"{len(training)}, training steps {min(training)} to {max(training)}"),
-        ("questions", str(summary.num_questions)),
-        ("allocation", allocation or "not recorded"),
-        (
-            "coordinates",
-            f"{coordinates:,}, {protected:,} protected ({percent(protected / coordinates if coordinates else None)})",
-        ),
-    ]
-    document = overlap_document(steps, summary, facts, sentences, notes, geometry_sections(geometry))
-    return write_report(report, document, output, show=not config.json)
+    for one in findings:
+        numbers |= one.numbers
+    share = percent(protected / coordinates if coordinates else None)
+    steps = sorted(step["step"] for step in numbers["steps"])
+    document = Document(
+        title="Do reasoning steps update the same weights?",
+        facts=[
+            ("run", label),
+            ("mask logs", f"{len(steps)}, training steps {steps[0]} to {steps[-1]}"),
+            ("questions", str(numbers["summary"]["num_questions"])),
+            ("allocation", numbers["allocation"] or "not recorded"),
+            ("coordinates", f"{coordinates:,}, {protected:,} protected ({share})"),
+        ],
+        headlines=headlines,
+        notes=notes,
+        sections=[section for one in findings for section in one.sections]
+        + [section for one in findings for section in one.details],
+    )
+    return write_report(numbers, document, output, show=not config.json)
 
 
 def _newest_run() -> Path:
@@ -112,13 +111,6 @@ def _run_settings(folder: Path) -> dict[str, Any]:
     return {str(key).replace("-", "_"): value for key, value in (loaded or {}).items()}
 
 
-def _allocation(settings: Mapping[str, Any]) -> str | None:
-    """How the run gave coordinates to steps; None when it left no config."""
-    if not settings:
-        return None
-    return str(settings.get("allocation", "disjoint"))
-
-
 def _mask_logs(folder: Path, settings: Mapping[str, Any]) -> list[Path]:
     logs = list(mask_log_paths(folder))
     if logs:
@@ -145,31 +137,27 @@ def _mask_logs(folder: Path, settings: Mapping[str, Any]) -> list[Path]:
     )
 
 
-def _measure_logs(paths: list[Path]) -> tuple[list[StepOverlap], list[QuestionGeometry], list[tuple[int, int]]]:
-    """Measure the logs one at a time; also (coordinates, protected) of each."""
+def _take(measures: Sequence[StepMeasure[Any, Any]], paths: list[Path]) -> tuple[list[Findings], list[tuple[int, int]]]:
+    """Read the logs one at a time; return the findings of each measure, and (coordinates, protected) of each log."""
     from rich.progress import track
 
-    from ssrctl.measures.step_geometry import measure_step_geometry
-    from ssrctl.measures.step_overlap import measure_step
-
-    steps: list[StepOverlap] = []
-    questions: list[QuestionGeometry] = []
+    parts: list[list[Any]] = [[] for _ in measures]
     sizes: list[tuple[int, int]] = []
-    for path in track(paths, "measuring overlap", console=console(), transient=True, disable=not console().is_terminal):
+    shown = console()
+    for path in track(paths, "measuring overlap", console=shown, transient=True, disable=not shown.is_terminal):
         log = load_mask_log(path)
         try:
-            steps.append(measure_step(log))
-            questions += measure_step_geometry(log)
+            for measure, kept in zip(measures, parts, strict=True):
+                kept.append(measure.log(log))
         except ValueError as error:
             raise UserError(f"{path}: the log contradicts itself: {error}", "log the run again") from error
         sizes.append((log.num_coordinates, log.num_protected))
-    return steps, questions, sizes
+    findings = [measure.present(measure.combine(kept)) for measure, kept in zip(measures, parts, strict=True)]
+    return findings, sizes
 
 
-def _run_notes(single: int, questions: int, protected_changed: bool, settings: Mapping[str, Any]) -> list[str]:
+def _run_notes(protected_changed: bool, settings: Mapping[str, Any]) -> list[str]:
     notes = []
-    if single:
-        notes.append(f"Of {times(questions, 'question')}, {single} had fewer than two update units and so no pairs.")
     if protected_changed:
         notes.append("The protected set changed during the run; expectations use each training step's own.")
     if settings.get("reuse_factor"):

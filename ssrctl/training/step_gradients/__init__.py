@@ -1,1 +1,1 @@
-"""The ways to compute the gradient of each update unit's loss, one module each (see ``training.unit_gradients``)."""
+"""The methods to compute the gradient of each update unit's loss, one module each (see ``training.unit_gradients``)."""

@@ -78,7 +78,7 @@ def make_batch(
 def response_logprobs(
     model: Any, batch: GroupBatch, temperature: float, *, rows: Tensor | None = None, end: int | None = None
 ) -> Tensor:
-    """Log-probability of every response token under the temperature-scaled logits.
+    """Compute the log-probability of every response token under the temperature-scaled logits.
 
     Logits are computed at the positions that predict a response token, no others.
 
@@ -87,20 +87,20 @@ def response_logprobs(
         batch: the group.
         temperature: of the sampling.
         rows: int64 indices of the responses wanted; None for all.
-        end: how many tokens of each; None for all.
+        end: number of tokens of each; None for all.
 
     Returns:
-        float32 (float64 for a float64 model) ``[len(rows), end]``. What stands in the padding has no meaning.
+        float32 (float64 for a float64 model) ``[len(rows), end]``. Values in the padding have no meaning.
         The graph is kept where gradients are enabled.
     """
     width = batch.step_ids.shape[1] if end is None else end
-    # the last token predicts nothing that is wanted
+    # the last token predicts no token of the response
     inputs = batch.input_ids[:, : batch.prompt_length + width - 1]
     targets = batch.targets[:, :width]
     if rows is not None:
         inputs, targets = inputs[rows], targets[rows]
-    # The padding stands on the right, where causal attention of a token never looks; without a mask to apply,
-    # the attention kernels that need none are taken.
+    # The padding is on the right, which causal attention never reads; without a mask the faster attention kernels
+    # are used.
     logits = model(
         input_ids=inputs, attention_mask=torch.ones_like(inputs), use_cache=False, **last_logits(model, width)
     ).logits[:, -width:]
@@ -108,17 +108,17 @@ def response_logprobs(
 
 
 def last_logits(model: Any, count: int) -> dict[str, int]:
-    """What to pass to ``model`` so that it computes its last ``count`` logits only; nothing if it cannot."""
+    """Return the arguments that make ``model`` compute only its last ``count`` logits; none if it cannot."""
     return {"logits_to_keep": count} if "logits_to_keep" in forward_parameters(model) else {}
 
 
 def forward_parameters(model: Any) -> set[str]:
-    """The names that the model's forward method takes."""
+    """Return the names that the model's forward method takes."""
     return set(inspect.signature(model.forward).parameters)
 
 
 def token_logprobs(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    """Log-softmax of ``logits / temperature`` at ``targets``.
+    """Compute the log-softmax of ``logits / temperature`` at ``targets``.
 
     Args:
         logits: float ``[G, w, V]``, or ``[1, w, V]`` when they are the same for all responses.
@@ -136,7 +136,7 @@ def token_logprobs(logits: Tensor, targets: Tensor, temperature: float) -> Tenso
 
 
 def group_batch(loaded: LoadedModel, group: Group, *, whole_response: bool = False) -> GroupBatch:
-    """The group as padded tensors on the model's device.
+    """Return the group as padded tensors on the model's device.
 
     Args:
         loaded: the model.

@@ -25,7 +25,7 @@ def chunked_gradients(task: GradientTask) -> Iterator[UnitGradient]:
     Needs a model without a ``cache_obstacle``. Memory: the activations of all chunks until the last unit is
     done, about as much as the kept graph. A backward pass adds up each parameter's gradient over the chunks
     before any is final, so a whole dense gradient exists even if each is consumed as it becomes final. With
-    bfloat16 weights these sums are rounded to bfloat16, which is no more than what that arithmetic loses anyway.
+    bfloat16 weights these sums are rounded to bfloat16, no more than that arithmetic loses anyway.
     """
     boundaries = plan_boundaries(group_shape(task), ModelCosts.of(task.model))
     chunks = column_chunks(task.batch, boundaries, to_the_end=task.needs_all_logprobs)
@@ -38,7 +38,7 @@ def column_chunks(batch: GroupBatch, boundaries: Sequence[int], *, to_the_end: b
     Args:
         batch: the group.
         boundaries: ascending columns of ``input_ids`` at which chunks end.
-        to_the_end: whether the rest follows as a last chunk without a graph.
+        to_the_end: True adds the rest as a last chunk without a graph.
     """
     device = batch.input_ids.device
     last = batch.known.sum(1) + batch.prompt_length - 1  # the column that predicts nothing more

@@ -1,4 +1,4 @@
-"""Running a group through the model piece by piece, with the keys and values of earlier pieces in a cache.
+"""Forward passes of a group in chunks, with the keys and values of earlier chunks in a cache.
 
 Shapes: G responses, P prompt tokens, R response tokens; r rows and w columns of one chunk, V logits.
 """
@@ -23,9 +23,9 @@ class Chunk:
 
     Attributes:
         rows: int64 ``[r]``, the responses they are from, ascending, among those of the chunk before.
-        columns: int64 ``[r, w]``, columns of ``GroupBatch.input_ids``; -1 where there is nothing.
-        with_graph: whether gradients will flow through it.
-        past_constant: whether the keys and values before it count as constants.
+        columns: int64 ``[r, w]``, columns of ``GroupBatch.input_ids``; -1 in the padding.
+        with_graph: True if gradients will flow through it.
+        past_constant: True if the keys and values before it count as constants.
     """
 
     rows: Tensor
@@ -49,7 +49,7 @@ class Piece:
 
 
 def cache_obstacle(model: Any) -> str | None:
-    """Why gradients cannot flow through this model's cached keys and values; None if they can."""
+    """Return the reason why gradients cannot flow through this model's cached keys and values; None if they can."""
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -58,7 +58,7 @@ def cache_obstacle(model: Any) -> str | None:
     if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         return "gradient checkpointing is on, which excludes a cache"
     if getattr(model, "_is_stateful", False):
-        return "it carries a state beside keys and values"
+        return "it carries a state besides keys and values"
     config = model.config.get_text_config()
     if getattr(config, "is_encoder_decoder", False) or not getattr(config, "is_causal", True):
         return "it is not a causal decoder"
@@ -82,8 +82,8 @@ def run_chunks(
         batch: the group.
         chunks: together every response's tokens from the prompt on, in order.
         temperature: of the sampling.
-        padded: whether there are columns of -1; then the model is told each token's position and which cached
-            tokens exist.
+        padded: True if there are columns of -1; the model then gets each token's position and a mask of the cached
+            tokens.
 
     Yields:
         Per chunk that predicts response tokens, their log-probabilities.
@@ -93,7 +93,7 @@ def run_chunks(
     """
     from transformers import DynamicCache
 
-    # plain layers even where the model attends within a window: the model's own mask sees to the window
+    # plain layers even where the model attends within a window: the model's own mask applies the window
     cache = DynamicCache()
     held = torch.zeros(1, dtype=torch.int64, device=batch.input_ids.device)
     seen = torch.zeros(1, 0, dtype=torch.bool, device=held.device)
@@ -125,13 +125,13 @@ def run_chunks(
 
 
 def _is_prompt(chunk: Chunk, batch: GroupBatch) -> bool:
-    """Whether the chunk is the prompt and no more, which is the same for all rows."""
+    """Return whether the chunk is exactly the prompt, which is the same for all rows."""
     return int(chunk.columns[0, -1]) == batch.prompt_length - 1 and int(chunk.columns[0, 0]) == 0
 
 
 def _keep_rows(cache: Any, held: Tensor, rows: Tensor, seen: Tensor) -> Tensor:
-    """Make the cache hold ``rows`` instead of ``held``; returns ``seen`` for them."""
-    if len(held) == 1 and len(rows) > 1:  # nothing was run yet, or the prompt for one row, which serves all
+    """Make the cache hold ``rows`` instead of ``held``; return ``seen`` for them."""
+    if len(held) == 1 and len(rows) > 1:  # before the first chunk, or after the prompt, which was run for one row
         cache.batch_repeat_interleave(len(rows))
         return seen.expand(len(rows), -1)
     if len(rows) == len(held):
@@ -142,7 +142,7 @@ def _keep_rows(cache: Any, held: Tensor, rows: Tensor, seen: Tensor) -> Tensor:
 
 
 def _piece(batch: GroupBatch, chunk: Chunk, logits: Tensor, temperature: float) -> Piece:
-    """The chunk's last logits ``[r, kept, V]`` (``[1, 1, V]`` after the prompt) at the tokens they predict."""
+    """Return the chunk's last logits ``[r, kept, V]`` (``[1, 1, V]`` after the prompt) at the tokens they predict."""
     columns = chunk.columns[:, -logits.shape[1] :]
     # a column of input_ids predicts the one after it, which is response token column + 1 - P
     predicted = (columns + 1 - batch.prompt_length).clamp_min(0)
@@ -159,7 +159,7 @@ def backpropagate_pieces(task: GradientTask, made: Iterator[Piece]) -> Iterator[
     """Backpropagate each unit's loss through the pieces that hold its tokens (and whatever these depend on).
 
     All chunks run before the first unit, since the sequence-level ratio needs the whole response's
-    log-probabilities. A piece is let go after the last unit that has a token in it.
+    log-probabilities. A piece is freed after the last unit that has a token in it.
     """
     pieces: list[Piece | None] = list(made)
     dtype = next((piece.logprobs.dtype for piece in pieces if piece is not None), torch.float32)

@@ -1,4 +1,4 @@
-"""Gradients from two ways of computing them, side by side."""
+"""Comparison of gradients from two methods."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import Tensor
 from ssrctl.core.units import Unit
 from ssrctl.training.step_gradients.task import UnitGradient
 
-# Elements turned into float64 at a time, so that the copies stay small beside the gradient.
+# Elements turned into float64 at a time, so that the copies stay small compared with the gradient.
 DOT_CHUNK = 2**22
 
 
 @dataclass(frozen=True)
 class GradientPair:
-    """One unit's gradient, computed in two ways.
+    """One unit's gradient by two methods.
 
     Attributes:
-        unit: which.
+        unit: the unit.
         first, second: by parameter name; a parameter without a gradient is absent.
         cosine: between the two over all parameters, float64; 0 where one of them is zero.
     """
@@ -32,7 +32,7 @@ class GradientPair:
 
 
 def gradient_dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
-    """The inner product over all tensors that both have, products and sums in float64.
+    """Return the inner product over all tensors that both have, products and sums in float64.
 
     In float32 the sum over 1e8 products of unlike size is off by percents.
     """
@@ -48,7 +48,7 @@ def gradient_dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
 
 
 def gradient_cosine(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
-    """The cosine between two gradients, in float64; 0 where one is zero."""
+    """Return the cosine between two gradients, in float64; 0 where one is zero."""
     scale = (gradient_dot(a, a) * gradient_dot(b, b)) ** 0.5
     return gradient_dot(a, b) / scale if scale > 0 else 0.0
 
@@ -56,7 +56,7 @@ def gradient_cosine(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
 def paired(
     named: Mapping[str, torch.nn.Parameter], first: Iterator[UnitGradient], second: Iterator[UnitGradient]
 ) -> Iterator[GradientPair]:
-    """Advance two ways together, so that only two gradients exist at any time.
+    """Advance two methods together, so that only two gradients exist at any time.
 
     Args:
         named: the parameters; their ``grad`` is None before and after each unit.
@@ -69,7 +69,7 @@ def paired(
 def _taken(
     named: Mapping[str, torch.nn.Parameter], made: Iterator[UnitGradient]
 ) -> Iterator[tuple[Unit, dict[str, Tensor]]]:
-    """Each unit with its gradient, taken off the parameters."""
+    """Yield each unit with its gradient, removed from the parameters."""
     for gradient in made:
         found = {name: p.grad for name, p in named.items() if p.grad is not None}
         for parameter in named.values():

@@ -1,9 +1,9 @@
-"""What each exact way of computing the units' gradients costs, and so which to take.
+"""The cost of each exact method for the units' gradients, and the choice of the cheapest.
 
 The unit of cost is one token's forward pass through the model's body (all but embeddings and logits). Costs
-follow from counts alone, never from a clock, so that the same run takes the same way every time.
+follow from counts alone, never from a clock, so that the same run uses the same method every time.
 
-The cost of a chunk of r rows and w tokens after p cached ones, of which h predict something, is
+The cost of a chunk of r rows and w tokens after p cached ones, h of them predicting a response token, is
 
     chunk + logits [h > 0] + r (w token + h head + (w p + w (w + 1) / 2) pair + p cached)
 
@@ -21,7 +21,7 @@ from ssrctl.training.step_gradients.shape import GroupShape
 
 @dataclass(frozen=True)
 class DeviceCosts:
-    """What a device is slow at, in terms of what it is fast at.
+    """A device's overheads, in units of its arithmetic.
 
     Attributes:
         forward_layer, backward_layer: floating-point operations that would fit into the time in which one
@@ -29,7 +29,7 @@ class DeviceCosts:
         forward_weights: tokens whose arithmetic takes as long as one read of the weights.
         backward_weights: the same for reading them and adding to their gradient.
         backward_table: as ``backward_weights`` for the output projection, one large tensor whose gradient is
-            made anew by every chunk.
+            allocated again by every chunk.
         forward_copy, backward_copy: multiply-adds that would fit into the time in which one cached number is
             copied and read.
     """
@@ -52,7 +52,7 @@ DEVICE_COSTS = {
 }
 
 # Keeping a cache and gathering log-probabilities from pieces, as a share of a chunk's own forward cost: what one
-# chunk took longer than the kept graph in short groups, for which the choice hangs on it.
+# chunk took longer than the kept graph in short groups, whose choice depends on it.
 CACHE_OVERHEAD = 0.5
 
 
@@ -97,8 +97,10 @@ class ModelCosts:
 
     @classmethod
     def of(cls, model: Any) -> ModelCosts:
-        """From the model's sizes; every weight counts as used by every token, and a model whose config names no
-        attention heads as one without attention."""
+        """Return the costs from the model's sizes.
+
+        Every weight counts as used by every token; a model whose config names no attention heads has no attention.
+        """
         config = model.config.get_text_config()
         inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
         tables = {id(module.weight): module.weight.numel() for module in (inputs, outputs) if module is not None}
@@ -117,7 +119,7 @@ class ModelCosts:
     def from_sizes(
         cls, *, body: int, head: int, num_layers: int, attention_width: int, cache_width: int, device: str = "cpu"
     ) -> ModelCosts:
-        """From counts.
+        """Return the costs from counts.
 
         Args:
             body: parameters without embeddings and output projection.
@@ -128,7 +130,7 @@ class ModelCosts:
             device: its type; an unknown one counts as ``cuda``.
         """
         costs = DEVICE_COSTS.get(device, DEVICE_COSTS["cuda"])
-        # a layer more for what a model does beside its layers: masks, embeddings, loss
+        # one layer more for masks, embeddings and the loss
         dispatched = (num_layers + 1) / (2 * body)
         # keys and values once as they are cached and once as they are repeated for the query heads
         cached = 2 * num_layers * (attention_width + cache_width) / body
@@ -155,11 +157,11 @@ class ModelCosts:
 
 
 def plan_boundaries(shape: GroupShape, costs: ModelCosts) -> list[int]:
-    """Where the chunked way should cut: the cheapest choice among the end of the prompt and the units' ends.
+    """Return the cheapest cuts for the chunked method among the end of the prompt and the units' ends.
 
-    A cut spares the units that end at it the walk through what follows, but each chunk costs something by
-    itself, so short units share one. The end of the last unit is always a cut. A cut at the end
-    of the prompt has it run once for all rows. Shortest path over the possible cuts.
+    A cut spares the units that end at it the backward pass through later chunks, but each chunk has its own
+    cost, so short units share one. The end of the last unit is always a cut. With a cut at the end
+    of the prompt, the prompt is run once for all rows. Shortest path over the possible cuts.
 
     Returns:
         Ascending columns of ``input_ids`` at which chunks end; empty without units.
@@ -176,7 +178,7 @@ def plan_boundaries(shape: GroupShape, costs: ModelCosts) -> list[int]:
 
 
 def _chunk_cost(shape: GroupShape, costs: ModelCosts, start: int, end: int) -> float:
-    """Of columns ``start`` to ``end``: one forward pass, and a backward pass for every unit that reaches them."""
+    """Return the cost of columns ``start`` to ``end``: a forward pass, and a backward pass per unit reaching them."""
     rows = 1 if end == shape.prompt_length else shape.rows_beyond(start)
     # response tokens that the chunk predicts
     first, past_last = max(start, shape.prompt_length - 1) - shape.prompt_length + 1, end - shape.prompt_length + 1
@@ -194,13 +196,13 @@ def _forward_all(shape: GroupShape, costs: ModelCosts) -> float:
 
 
 def kept_cost(shape: GroupShape, costs: ModelCosts, all_logprobs: bool) -> float:
-    """One forward pass over everything, and one backward pass over everything per unit."""
+    """Return the cost of one forward pass over everything, and one backward pass over everything per unit."""
     backward = costs.backward.of(len(shape.lengths), shape.input_end(shape.width), 0, shape.width)
     return _forward_all(shape, costs) + len(shape.units) * backward
 
 
 def truncated_cost(shape: GroupShape, costs: ModelCosts, all_logprobs: bool) -> float:
-    """Per unit, both directions up to its end for the rows that have it; a forward pass more for all values."""
+    """Return the cost of both directions per unit, up to its end for its rows, and of a forward pass for all values."""
     total = _forward_all(shape, costs) if all_logprobs else 0.0
     for unit in shape.units:
         for direction in (costs.forward, costs.backward):
@@ -209,7 +211,7 @@ def truncated_cost(shape: GroupShape, costs: ModelCosts, all_logprobs: bool) -> 
 
 
 def chunked_cost(shape: GroupShape, costs: ModelCosts, all_logprobs: bool) -> float:
-    """The best cuts, and the tail's forward pass for all values."""
+    """Return the cost of the best cuts, and of the tail's forward pass for all values."""
     boundaries = plan_boundaries(shape, costs)
     total = CACHE_OVERHEAD * costs.forward.chunk + sum(
         _chunk_cost(shape, costs, a, b) for a, b in zip([0, *boundaries], boundaries, strict=False)
@@ -227,13 +229,13 @@ COSTS: dict[str, Cost] = {"kept": kept_cost, "truncated": truncated_cost, "chunk
 def choose_method(
     shape: GroupShape, costs: ModelCosts, *, all_logprobs: bool, methods: Collection[str] = tuple(COSTS)
 ) -> str:
-    """The cheapest exact way.
+    """Return the cheapest exact method.
 
     Args:
         shape: the lengths.
         costs: of the model.
-        all_logprobs: whether log-probabilities are needed of tokens after the last unit as well.
-        methods: those that the model can do, of ``COSTS``.
+        all_logprobs: True if log-probabilities of tokens after the last unit are needed as well.
+        methods: those that the model supports, of ``COSTS``.
 
     Raises:
         ValueError: no method given.

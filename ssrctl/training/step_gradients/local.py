@@ -1,4 +1,4 @@
-"""The approximation that takes earlier steps' keys and values as constants."""
+"""The approximation with constant keys and values of earlier steps."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ssrctl.training.step_gradients.task import GradientTask, UnitGradient
 def local_gradients(task: GradientTask) -> Iterator[UnitGradient]:
     """Backpropagate each unit's loss through its own tokens only: one forward and one backward pass in all.
 
-    An approximation: what a unit's loss says about the keys and values of earlier tokens is lost. A unit's own
+    An approximation: the gradient of a unit's loss through the keys and values of earlier tokens is lost. A unit's own
     tokens are, in each response, the inputs that predict the tokens after the unit before it up to its last
     one. The prompt goes with the first unit, whose gradient is therefore exact.
 
-    Responses reach their units at different columns, so the tokens are laid out anew: all tokens of a unit
-    stand in one range of columns, padded to the longest. Needs a model without a ``cache_obstacle`` or a
+    Responses reach their units at different columns, so the tokens get a new layout: all tokens of a unit
+    are in one range of columns, padded to the longest. Needs a model without a ``cache_obstacle`` or a
     ``layout_obstacle``. Memory: the activations of all tokens at first; each unit's are freed after it.
     """
     chunks = unit_chunks(task)
@@ -29,7 +29,7 @@ def local_gradients(task: GradientTask) -> Iterator[UnitGradient]:
 
 
 def unit_chunks(task: GradientTask) -> list[Chunk]:
-    """The prompt, then each unit's tokens; those after the last unit without a graph if they are needed at all."""
+    """Return the prompt, then each unit's tokens; those after the last unit, if needed, without a graph."""
     batch, device = task.batch, task.batch.input_ids.device
     prompt = torch.arange(batch.prompt_length, device=device).expand(len(batch.input_ids), -1)
     chunks = [Chunk(torch.arange(len(prompt), device=device), prompt)]
@@ -51,7 +51,7 @@ def unit_chunks(task: GradientTask) -> list[Chunk]:
 
 
 def input_owners(task: GradientTask) -> Tensor:
-    """int64 ``[G, R - 1]``: the number of the active unit to which each input token belongs.
+    """Return the number of the active unit to which each input token belongs, int64 ``[G, R - 1]``.
 
     An input belongs to the unit of the token that it predicts; tokens between two units to the later one. The
     count of units stands for tokens after the last, -1 for inputs that predict nothing.
@@ -62,7 +62,7 @@ def input_owners(task: GradientTask) -> Tensor:
 
 
 def layout_obstacle(task: GradientTask) -> str | None:
-    """Why this group cannot be laid out by units for this model; None if it can."""
+    """Return the reason why this group cannot be laid out by units for this model; None if it can."""
     from transformers import DynamicCache
 
     if "position_ids" not in forward_parameters(task.model):

@@ -1,4 +1,4 @@
-"""The lengths that decide which way of computing the units' gradients is cheapest."""
+"""The lengths that decide the cheapest method for the units' gradients."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ssrctl.training.step_gradients.task import GradientTask
 
 @dataclass(frozen=True)
 class UnitSpan:
-    """Where the tokens of one unit's loss are.
+    """The place of the tokens of one unit's loss.
 
     Attributes:
         start, end: the first such response token over all responses, and one past the last.
@@ -41,16 +41,16 @@ class GroupShape:
         return max(self.lengths)
 
     def input_end(self, response_end: int) -> int:
-        """Input tokens, with the prompt, that predict a response's first ``response_end`` tokens."""
+        """Count the input tokens, with the prompt, that predict a response's first ``response_end`` tokens."""
         return self.prompt_length + response_end - 1
 
     def rows_beyond(self, column: int) -> int:
-        """Responses with an input token at ``column`` that predicts something."""
+        """Count the responses with an input token at ``column`` that predicts a response token."""
         return sum(self.input_end(length) > column for length in self.lengths)
 
 
 def group_shape(task: GradientTask) -> GroupShape:
-    """The shape of a task's batch and of its active units."""
+    """Return the shape of a task's batch and of its active units."""
     return GroupShape(
         prompt_length=task.batch.prompt_length,
         lengths=tuple(task.batch.known.sum(1).tolist()),

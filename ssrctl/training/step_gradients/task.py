@@ -1,4 +1,4 @@
-"""What every way of computing the units' gradients shares: the question, its units, one unit's backward pass."""
+"""The task that the gradient methods share: a question, its units, and one unit's backward pass."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class UnitGradient:
     """One unit's loss, after its backward pass has filled ``parameter.grad``.
 
     Attributes:
-        unit: which.
+        unit: the unit.
         loss: its value (before ``loss_scale``).
         num_terms: surrogate terms in it.
         num_clipped: those in which the clip was active.
@@ -42,7 +42,7 @@ class ActiveUnit:
     """A unit whose loss has at least one term.
 
     Attributes:
-        unit: which.
+        unit: the unit.
         inside: bool ``[G, R]``, True at the tokens that its loss is made of.
         rows: indices of the responses that have such tokens.
         start, end: the first such token over all responses, and one past the last.
@@ -76,7 +76,7 @@ class GradientTask:
 
     @property
     def needs_all_logprobs(self) -> bool:
-        """Whether values (without a graph) are needed even of tokens that are in no unit."""
+        """True if values (without a graph) are needed even for tokens outside all units."""
         return self.on_logprobs is not None or self.level == "sequence"
 
     def _active(self) -> Iterator[ActiveUnit]:
@@ -97,7 +97,7 @@ class GradientTask:
         Args:
             unit: an active one.
             logprobs: ``[G, R]``, with a graph at the unit's tokens.
-            retain_graph: whether another backward pass will go through any of it.
+            retain_graph: True if another backward pass will go through any of it.
 
         Raises:
             NonFiniteLoss: nothing was backpropagated.

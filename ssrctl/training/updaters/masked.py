@@ -41,7 +41,7 @@ class MaskedAdamWUpdater(DenseGradients):
         self.num_protected = self.num_coordinates - self.optimizer.num_trained
 
     def _trained(self, name: str) -> Tensor:
-        """Return the ascending flat indices (int64) of a parameter's trained coordinates, from the optimizer's state."""
+        """Return the ascending flat indices (int64) of a parameter's trained coordinates."""
         parameter = self.named[name]
         state = self.optimizer.state.get(parameter)
         if not state:

@@ -129,9 +129,9 @@ def test_rows_that_say_nothing_are_left_out() -> None:
 
 
 def test_the_best_threshold_may_be_the_one_in_use() -> None:
-    assert "below -12.5, fitted on these solutions; in use: below 0" in shown(REPORT)
+    assert "below -12.5, fitted on these solutions; current: below 0" in shown(REPORT)
     text = shown(changed(wrong_below=-12.5))
-    assert "the threshold in use is the best" in text and "fitted" not in text
+    assert "the current threshold is the best" in text and "fitted" not in text
 
 
 def test_the_table_goes_to_stdout(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -17,14 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssrctl.critics.llm import cache as module
-from ssrctl.critics.llm.cache import FILE_NAME, CachedReply, ReplyCache, cache_key, default_cache_dir
+from ssrctl.critics.llm.cache import FILE_NAME, Reply, ReplyCache, cache_key, default_cache_dir
 from ssrctl.errors import UserError
 
-REPLY = CachedReply("score: 3", "openai/m", 100, 20, 0.0125)
+REPLY = Reply("score: 3", "openai/m", 100, 20, 0.0125)
 
 
 def reply_of(text):
-    return CachedReply(text, "m", 1, 2, 0.5)
+    return Reply(text, "m", 1, 2, 0.5)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -105,24 +106,24 @@ def test_a_key_is_made_of_json_alone(parts):
 
 
 def test_what_was_put_is_there_now_and_later(tmp_path):
-    with ReplyCache(tmp_path / "deep" / "er") as cache:
+    with closing(ReplyCache(tmp_path / "deep" / "er")) as cache:
         assert cache.get("k") is None
         cache.put("k", REPLY)
         assert cache.get("k") == REPLY
         assert cache.get("K") is None
-    with ReplyCache(tmp_path / "deep" / "er") as cache:
+    with closing(ReplyCache(tmp_path / "deep" / "er")) as cache:
         assert cache.get("k") == REPLY
 
 
 def test_what_is_not_known_stays_so(tmp_path):
-    reply = CachedReply("text", "m", None, None, None)
-    with ReplyCache(tmp_path) as cache:
+    reply = Reply("text", "m", None, None, None)
+    with closing(ReplyCache(tmp_path)) as cache:
         cache.put("k", reply)
         assert cache.get("k") == reply
 
 
 def test_the_first_reply_stays(tmp_path):
-    with ReplyCache(tmp_path) as cache:
+    with closing(ReplyCache(tmp_path)) as cache:
         cache.put("k", REPLY)
         cache.put("k", REPLY)
         cache.put("k", reply_of("another"))
@@ -135,15 +136,15 @@ def test_texts_come_back_exactly(tmp_path, text, model):
     """Any code points: NUL, lone surrogates, and pairs of them that would make up a character."""
     for exact in (text, text + "\ud83d\ude42\x00" + text):
         key = cache_key({"text": exact, "model": model})
-        with ReplyCache(tmp_path) as cache:
-            cache.put(key, CachedReply(exact, model, 0, 0, 0.0))
+        with closing(ReplyCache(tmp_path)) as cache:
+            cache.put(key, Reply(exact, model, 0, 0, 0.0))
             found = cache.get(key)
         assert (found.text, found.model) == (exact, model)
 
 
 def test_replies_of_10_megabytes(tmp_path):
     reply = reply_of("\u00e9" * 5_000_000)
-    with ReplyCache(tmp_path) as cache:
+    with closing(ReplyCache(tmp_path)) as cache:
         cache.put("k", reply)
         assert cache.get("k") == reply
 
@@ -151,7 +152,7 @@ def test_replies_of_10_megabytes(tmp_path):
 def test_only_the_owner_reads_what_models_wrote(tmp_path):
     before = os.umask(0)
     try:
-        with ReplyCache(tmp_path / "new") as cache:
+        with closing(ReplyCache(tmp_path / "new")) as cache:
             cache.put("k", REPLY)
             files = list((tmp_path / "new").iterdir())
             assert {path.name for path in files} >= {FILE_NAME}
@@ -162,7 +163,7 @@ def test_only_the_owner_reads_what_models_wrote(tmp_path):
 
 
 def test_threads_share_a_cache(tmp_path):
-    with ReplyCache(tmp_path) as cache, ThreadPoolExecutor(8) as pool:
+    with closing(ReplyCache(tmp_path)) as cache, ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda number: cache.put(str(number % 50), reply_of(f"{number % 50}")), range(400)))
         found = list(pool.map(lambda number: cache.get(str(number)).text, range(50)))
     assert found == [str(number) for number in range(50)]
@@ -204,17 +205,18 @@ def test_without_a_home_the_remedy_is_an_option(monkeypatch):
 
 WORKER = """
 import random, sys
-from ssrctl.critics.llm.cache import CachedReply, ReplyCache
+from contextlib import closing
+from ssrctl.critics.llm.cache import Reply, ReplyCache
 
 folder, name = sys.argv[1], sys.argv[2]
 keys = [str(number) for number in range(100)]
 random.Random(name).shuffle(keys)
 sys.stdin.readline()  # all begin at once
 for _ in range(2):
-    with ReplyCache(folder) as cache:
+    with closing(ReplyCache(folder)) as cache:
         for key in keys:
             if cache.get(key) is None:
-                cache.put(key, CachedReply(key * 500, name, int(key), 0, 0.5))
+                cache.put(key, Reply(key * 500, name, int(key), 0, 0.5))
             found = cache.get(key)
             assert found is not None and found.text == key * 500 and found.prompt_tokens == int(key), (key, found)
 """
@@ -236,19 +238,20 @@ def test_processes_share_a_file_from_its_making_on(tmp_path):
     for worker in workers:
         _, errors = worker.communicate(timeout=120)
         assert worker.returncode == 0, errors
-    with ReplyCache(tmp_path / "new") as cache:
+    with closing(ReplyCache(tmp_path / "new")) as cache:
         found = [cache.get(str(number)) for number in range(100)]
     assert [reply.text for reply in found] == [str(number) * 500 for number in range(100)]
 
 
 PUT_FOR_EVER = """
 import itertools, sys
-from ssrctl.critics.llm.cache import CachedReply, ReplyCache
+from contextlib import closing
+from ssrctl.critics.llm.cache import Reply, ReplyCache
 
 folder, first = sys.argv[1], int(sys.argv[2])
-with ReplyCache(folder) as cache:
+with closing(ReplyCache(folder)) as cache:
     for number in itertools.count(first):
-        cache.put(str(number), CachedReply(f"{number} " * 30_000, "m", number, 0, 0.5))
+        cache.put(str(number), Reply(f"{number} " * 30_000, "m", number, 0, 0.5))
         sys.stdout.write(f"{number}\\n")
         sys.stdout.flush()
 """
@@ -264,15 +267,15 @@ def test_a_kill_leaves_all_that_was_put_and_a_sound_file(tmp_path):
                 put += 1
             process.send_signal(signal.SIGKILL)
             put += len(process.stdout.read().split())
-        with ReplyCache(tmp_path) as cache:
+        with closing(ReplyCache(tmp_path)) as cache:
             assert cache._run("PRAGMA integrity_check") == [("ok",)]
             for number in range(put):
-                assert cache.get(str(number)) == CachedReply(f"{number} " * 30_000, "m", number, 0, 0.5)
+                assert cache.get(str(number)) == Reply(f"{number} " * 30_000, "m", number, 0, 0.5)
             put += cache.get(str(put)) is not None  # one that was put and not told
 
 
 def test_one_waits_while_another_process_writes(tmp_path):
-    with ReplyCache(tmp_path) as cache:
+    with closing(ReplyCache(tmp_path)) as cache:
         other = sqlite3.connect(tmp_path / FILE_NAME, isolation_level=None, check_same_thread=False)
         other.execute("BEGIN EXCLUSIVE")
         timer = threading.Timer(0.3, other.execute, ["ROLLBACK"])
@@ -285,7 +288,7 @@ def test_one_waits_while_another_process_writes(tmp_path):
 
 def test_a_file_that_is_held_for_too_long_is_one_clear_error(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "BUSY_SECONDS", 0.2)
-    with ReplyCache(tmp_path) as cache:
+    with closing(ReplyCache(tmp_path)) as cache:
         other = sqlite3.connect(tmp_path / FILE_NAME, isolation_level=None)
         other.execute("BEGIN IMMEDIATE")
         with pytest.raises(UserError, match=r"another process has locked") as caught:
@@ -320,13 +323,13 @@ def test_a_file_that_is_no_database(tmp_path):
 
 def test_an_empty_file_becomes_a_cache(tmp_path):
     (tmp_path / FILE_NAME).touch()
-    with ReplyCache(tmp_path) as cache:
+    with closing(ReplyCache(tmp_path)) as cache:
         cache.put("k", REPLY)
         assert cache.get("k") == REPLY
 
 
 def filled(folder):
-    with ReplyCache(folder) as cache:
+    with closing(ReplyCache(folder)) as cache:
         for number in range(300):
             cache.put(str(number), reply_of(f"{number} " * 200))
     return folder / FILE_NAME
@@ -353,7 +356,7 @@ def test_bytes_that_are_no_text(tmp_path):
     with connection:
         connection.execute("UPDATE replies SET text = x'ff' WHERE key = '7'")
     connection.close()
-    with ReplyCache(tmp_path) as cache, pytest.raises(UserError, match="corrupt"):
+    with closing(ReplyCache(tmp_path)) as cache, pytest.raises(UserError, match="corrupt"):
         cache.get("7")
 
 
@@ -375,7 +378,7 @@ def test_a_file_whose_table_is_gone(tmp_path):
     connection = sqlite3.connect(filled(tmp_path))
     connection.execute("DROP TABLE replies")
     connection.close()
-    with ReplyCache(tmp_path) as cache, pytest.raises(UserError, match="corrupt: no such table"):
+    with closing(ReplyCache(tmp_path)) as cache, pytest.raises(UserError, match="corrupt: no such table"):
         cache.get("k")
 
 
@@ -404,7 +407,7 @@ def test_a_folder_that_is_read_only(tmp_path):
     ("pragma", "says"), [("max_page_count = 8", "full"), ("query_only = ON", "readonly")], ids=["full", "read-only"]
 )
 def test_a_full_or_read_only_disk_is_one_clear_error_and_loses_nothing(tmp_path, pragma, says):
-    with ReplyCache(tmp_path) as cache:
+    with closing(ReplyCache(tmp_path)) as cache:
         cache.put("k", REPLY)
         cache._connection.execute(f"PRAGMA {pragma}")
         with pytest.raises(UserError, match=f"cannot keep the critic's replies.*{says}") as caught:

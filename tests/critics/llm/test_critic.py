@@ -12,7 +12,7 @@ from critics.llm.fault_server import FaultServer, score_of, steps_of, verdicts
 
 from ssrctl.configs import CriticOptions
 from ssrctl.critics.base import score_all
-from ssrctl.critics.registry import make_critic
+from ssrctl.critics.registry import CriticResources, make_critic
 from ssrctl.errors import Stopped, UserError
 from ssrctl.io.jsonl import read_jsonl
 from ssrctl.io.records import Rollout, StepSpan
@@ -32,7 +32,7 @@ def true_scores(made):
 
 
 def options(server, tmp_path, **settings):
-    settings = {"cache_dir": tmp_path / "cache", "critic_retries": 2, "critic_timeout": 5.0} | settings
+    settings = {"critic_cache_dir": tmp_path / "cache", "critic_retries": 2, "critic_timeout": 5.0} | settings
     return CriticOptions(critic="llm", critic_model="openai/judge", critic_api_base=server.base_url, **settings)
 
 
@@ -40,11 +40,11 @@ def options(server, tmp_path, **settings):
 def opened(monkeypatch):
     """Makes critics that do not wait between tries, and closes them."""
     monkeypatch.setattr("ssrctl.critics.llm.client.FIRST_WAIT_S", 0.001)
-    monkeypatch.setattr("ssrctl.critics.llm.client.PATIENCE_S", 0.01)
+    monkeypatch.setattr("ssrctl.critics.llm.client.MAX_RATE_LIMIT_WAIT_S", 0.01)
     made = []
 
-    def make(given, **company):
-        made.append(make_critic(given, **company))
+    def make(given, **resources):
+        made.append(make_critic(given, CriticResources(**resources)))
         return made[-1]
 
     yield make
@@ -61,7 +61,7 @@ def test_every_step_gets_its_own_score(opened, tmp_path, per_step):
     rollouts = [rollout(f"a/{i}", f"Foo {i}\nsecond {i}\n####{i}") for i in range(12)]
     rollouts.append(Rollout(id="a/empty", question="?", response="", steps=[]))
     with FaultServer() as server:
-        critic = opened(options(server, tmp_path, per_step=per_step))
+        critic = opened(options(server, tmp_path, critic_per_step=per_step))
         scores = score_all(critic, rollouts)
         assert [[s.score for s in mine] for mine in scores] == [true_scores(r) for r in rollouts]
         assert server.counts.total() == (36 if per_step else 12)
@@ -88,11 +88,11 @@ def test_what_was_judged_is_not_asked_again(opened, tmp_path):
         assert row["cached"] is True and row["id"] == "b/7"
         # everything that the judgement depends on makes another question of it
         for other in (
-            {"per_step": True},
+            {"critic_per_step": True},
             {"critic_temperature": 0.5},
-            {"show_reference": False},
-            {"rubric": "correctness"},
-            {"cache": False},
+            {"critic_show_reference": False},
+            {"critic_rubric": "correctness"},
+            {"critic_cache": False},
             {"critic_model": "openai/another"},
             {"critic_api_base": server.base_url.replace("127.0.0.1", "localhost")},
         ):
@@ -111,10 +111,15 @@ def test_what_was_judged_is_not_asked_again(opened, tmp_path):
 
 def test_the_identity_names_what_the_scores_depend_on(opened, tmp_path):
     with FaultServer() as server:
-        same = {"max_concurrency": 2, "critic_timeout": 3.0, "requests_per_minute": 1e6, "cache": False}
+        same = {
+            "critic_max_concurrency": 2,
+            "critic_timeout": 3.0,
+            "critic_requests_per_minute": 1e6,
+            "critic_cache": False,
+        }
         base = opened(options(server, tmp_path)).identity
         assert opened(options(server, tmp_path, **same)).identity == base
-        for name, value in {"per_step": True, "rubric": "correctness", "critic_temperature": 1.0}.items():
+        for name, value in {"critic_per_step": True, "critic_rubric": "correctness", "critic_temperature": 1.0}.items():
             assert opened(options(server, tmp_path, **{name: value})).identity != base
 
 
@@ -193,9 +198,9 @@ def test_an_outage_leaves_the_others_their_scores(opened, tmp_path):
 
 def test_the_budget_is_a_hard_cap_and_what_is_done_is_kept(opened, tmp_path):
     rollouts = [rollout(f"a/{i}", f"Foo {i}\n####{i}") for i in range(50)]
-    prices = {"input_price": 1.0, "output_price": 2.0, "critic_thinking_tokens": 0}
+    prices = {"critic_input_price": 1.0, "critic_output_price": 2.0, "critic_thinking_tokens": 0}
     with FaultServer() as server:
-        critic = opened(options(server, tmp_path, budget_usd=0.02, **prices))
+        critic = opened(options(server, tmp_path, critic_budget_usd=0.02, **prices))
         done = []
         with pytest.raises(Stopped, match="budget"):
             for pair in critic.stream(iter(rollouts)):
@@ -204,7 +209,7 @@ def test_the_budget_is_a_hard_cap_and_what_is_done_is_kept(opened, tmp_path):
         assert 0 < critic.summary()["cost_usd"] <= 0.02
         assert all([s.score for s in scores] == true_scores(made) for made, scores in done)
         # what was paid for is kept, so the same budget goes further
-        again = opened(options(server, tmp_path, budget_usd=0.02, **prices))
+        again = opened(options(server, tmp_path, critic_budget_usd=0.02, **prices))
         more = []
         with pytest.raises(Stopped):
             for pair in again.stream(iter(rollouts)):
@@ -240,7 +245,7 @@ def test_steps_that_do_not_fit_are_missing_and_the_others_are_judged(opened, tmp
         (scores,) = score_all(opened(options(server, tmp_path)), [long])
         assert errors(scores) == [None, "too_long", "too_long", "too_long"]
         assert scores[0].score == score_of("fits", "step")
-        (per_step,) = score_all(opened(options(server, tmp_path, per_step=True)), [long])
+        (per_step,) = score_all(opened(options(server, tmp_path, critic_per_step=True)), [long])
         assert errors(per_step) == errors(scores) and server.counts.total() == 2
 
 
@@ -260,7 +265,7 @@ def test_no_more_calls_at_once_than_allowed_and_input_is_drawn_as_needed(opened,
             yield rollout(f"a/{i}", f"Foo {i}\n####{i}")
 
     with FaultServer(faults={"stall": 1.0}) as server:
-        critic = opened(options(server, tmp_path, max_concurrency=3, critic_timeout=60.0))
+        critic = opened(options(server, tmp_path, critic_max_concurrency=3, critic_timeout=60.0))
 
         def read():
             with pytest.raises(CancelledError):

@@ -14,7 +14,7 @@ pytest.importorskip("litellm")  # and what comes with it
 from critics.llm.fault_server import FAULTS, FaultServer, score_of, steps_of
 
 from ssrctl.critics.llm.prompt import as_sent, load_rubric, repair_messages, step_messages, trace_messages
-from ssrctl.critics.llm.verdicts import read_verdicts
+from ssrctl.critics.llm.verdicts import parse_verdicts
 from ssrctl.io.records import Rollout, StepSpan
 
 RESPONSE = "48*6=88, said deadbeefdeadbeef\n[step 3] <|im_end|>\n####86"
@@ -46,12 +46,12 @@ def test_the_grader_reads_the_prompts_of_the_package():
     wanted = list(enumerate(KINDS, 1))
     with FaultServer() as server:
         for messages in (trace, repair_messages(trace, "no [step 9] idea", "it was no json")):
-            scores = read_verdicts(ask(server, messages), wanted).scores
+            scores = parse_verdicts(ask(server, messages), wanted).scores
             assert [score.score for score in scores] == [expected(0), expected(1), expected(2)]
         for index in range(3):
             messages = step_messages(rubric, ROLLOUT, index, reference=False)
             assert list(steps_of(messages)) == [index + 1]
-            (score,) = read_verdicts(ask(server, messages), wanted[index : index + 1]).scores
+            (score,) = parse_verdicts(ask(server, messages), wanted[index : index + 1]).scores
             assert score.score == expected(index)
 
 

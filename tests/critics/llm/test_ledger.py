@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import closing
 from datetime import UTC, datetime
 
 import pytest
@@ -22,7 +23,7 @@ def rows(path):
 def test_a_line_holds_the_call_and_nothing_else(tmp_path):
     path = tmp_path / "new" / "ledger.jsonl"
     before = datetime.now(UTC)
-    with Ledger(path) as ledger:
+    with closing(Ledger(path)) as ledger:
         ledger.note(
             Call(
                 id="q17/3",
@@ -70,18 +71,18 @@ def test_an_error_is_a_class_and_never_a_message(message):
 def test_lines_of_earlier_runs_stay_and_a_torn_one_is_cut_off(tmp_path):
     path = tmp_path / "ledger.jsonl"
     for number in range(2):
-        with Ledger(path) as ledger:
+        with closing(Ledger(path)) as ledger:
             ledger.note(Call(id=str(number), step=None, kind="judge", model="m"))
         with path.open("ab") as stream:
             stream.write(b'{"time": "20')
-    with Ledger(path):
+    with closing(Ledger(path)):
         pass
     assert [row["id"] for row in rows(path)] == ["0", "1"]
 
 
 def test_ids_may_be_any_text(tmp_path):
     odd = ["", "a\nb", "\ud800", "\x00", "🙂" * 1000]
-    with Ledger(tmp_path / "ledger.jsonl") as ledger:
+    with closing(Ledger(tmp_path / "ledger.jsonl")) as ledger:
         for text in odd:
             ledger.note(Call(id=text, step=None, kind="judge", model="m"))
     assert [row["id"] for row in rows(tmp_path / "ledger.jsonl")] == odd
@@ -144,7 +145,7 @@ def test_a_kill_loses_nothing_that_was_noted(tmp_path):
             process.stdout.readline()
         process.send_signal(signal.SIGKILL)
         told = 500 + len(process.stdout.read().split())
-    with Ledger(path):
+    with closing(Ledger(path)):
         pass
     found = [json.loads(line)["id"] for line in path.read_text().splitlines()]
     assert found[:told] == [str(number) for number in range(told)]

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from virtual_time import now, run_virtually
 
-from ssrctl.critics.llm.meter import BudgetReached, Meter, most_prompt_tokens
+from ssrctl.critics.llm.meter import BudgetReached, Meter, max_prompt_tokens
 from ssrctl.critics.llm.prices import Prices
 from ssrctl.errors import UserError
 
@@ -132,13 +132,9 @@ def test_without_prices_no_cost_is_claimed():
     run_virtually(main())
 
 
-@pytest.mark.parametrize(
-    ("budget", "prices", "says"),
-    [(1.0, None, "--input-price"), (float("inf"), CENTS, "no cap"), (float("nan"), CENTS, "no cap")],
-)
-def test_budgets_that_cannot_be_kept(budget, prices, says):
-    with pytest.raises(UserError, match=says):
-        Meter(budget, prices)
+def test_a_budget_without_prices_cannot_be_kept():
+    with pytest.raises(UserError, match="--critic-input-price"):
+        Meter(1.0, None)
 
 
 def test_a_provider_that_counts_more_than_was_reserved_is_believed():
@@ -370,11 +366,11 @@ def test_without_cancellation_small_calls_use_most_of_the_budget():
 
 def test_the_bound_counts_bytes_roles_and_the_schema():
     messages = [{"role": "system", "content": "é"}, {"role": "user", "content": "abc"}]
-    bound = most_prompt_tokens(messages)
+    bound = max_prompt_tokens(messages)
     assert bound >= 2 + 3
-    assert most_prompt_tokens(messages, "x" * 100) == bound + 100
-    assert most_prompt_tokens([*messages, {"role": "user", "content": ""}]) > bound
-    assert most_prompt_tokens([{"role": "user", "content": "\ud800"}]) >= 3
+    assert max_prompt_tokens(messages, "x" * 100) == bound + 100
+    assert max_prompt_tokens([*messages, {"role": "user", "content": ""}]) > bound
+    assert max_prompt_tokens([{"role": "user", "content": "\ud800"}]) >= 3
 
 
 @given(st.lists(st.text(max_size=60), min_size=1, max_size=4))
@@ -383,4 +379,4 @@ def test_no_prompt_has_more_tokens_than_the_bound(bpe_tokenizer, texts):
     messages = [{"role": "user", "content": text} for text in texts]
     num_tokens = sum(len(bpe_tokenizer(text)["input_ids"]) for text in texts)
     num_marks = 6 * len(texts) + 6
-    assert num_tokens + num_marks <= most_prompt_tokens(messages)
+    assert num_tokens + num_marks <= max_prompt_tokens(messages)

@@ -94,12 +94,12 @@ def test_a_model_that_fails_again_and_again_is_rested(server):
     async def many(client):
         for number in range(6):
             await question(client, str(number))
-        bench.now += module.REST_S + 1
+        bench.now += module.COOLDOWN_S + 1
         await question(client, "later")
 
     bench.run(many)
     asked = Counter(request.body["model"] for request in server.requests)
-    assert asked == {"judge": module.REST_AFTER + 1, "second": 7}
+    assert asked == {"judge": module.COOLDOWN_AFTER + 1, "second": 7}
 
 
 def test_when_all_fail_the_last_failure_counts(server):
@@ -118,8 +118,8 @@ def test_the_endpoint_is_for_models_of_the_first_ones_provider_alone(server, mon
     )
     models = prepare_models(options, None)
     assert [model.parameters.get("api_base") for model in models] == ["http://own/v1"] * 2 + [None]
-    assert [model.place for model in models] == ["http://own/v1"] * 2 + ["anthropic"]
-    assert [model.keys for model in models] == ["OPENAI_API_KEY"] * 2 + ["ANTHROPIC_API_KEY"]
+    assert [model.endpoint for model in models] == ["http://own/v1"] * 2 + ["anthropic"]
+    assert [model.key_variable for model in models] == ["OPENAI_API_KEY"] * 2 + ["ANTHROPIC_API_KEY"]
 
 
 # -- keys ------------------------------------------------------------------------------------------------------------
@@ -215,13 +215,13 @@ def test_a_server_that_turns_every_question_down_ends_the_run(server, monkeypatc
     monkeypatch.setitem(FAULTS, "refuse", refuse)
 
     async def work(client):
-        for number in range(module.TURNED_DOWN - 1):
+        for number in range(module.MAX_REJECTED - 1):
             with pytest.raises(CallFailed, match="bad_request"):
                 await question(client, f"bad {number}")
         await question(client, "one more")
 
     server.faults = {"refuse": 1.0}
-    with pytest.raises(UserError, match=r"every question to openai/judge .status 400: max_tokens is too large"):
+    with pytest.raises(UserError, match=r"all 10 prompts to openai/judge .status 400: max_tokens is too large"):
         Bench(server).run(work)
     # One answer shows that it is the questions that are bad.
     server.fault_of = lambda body, attempt: "refuse" if "bad" in str(body["messages"]) else None

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ssrctl.configs import CriticOptions
 from ssrctl.critics.llm import prices as module
 from ssrctl.critics.llm.litellm_import import import_litellm
 from ssrctl.critics.llm.prices import Prices, find_prices, picodollars
@@ -120,12 +121,12 @@ def test_finer_prices_are_rounded_up():
     assert picodollars(1.9e-12, up=False) == 1
 
 
-@pytest.mark.parametrize("price", [float("inf"), float("nan")])
-def test_prices_must_be_numbers(price):
-    with pytest.raises(UserError, match="--critic-input-price"):
-        find_prices(["m"], price, 1.0)
-    with pytest.raises(UserError, match="--critic-input-price"):
-        find_prices(["m"], 1.0, price)
+@pytest.mark.parametrize("number", [float("inf"), float("nan")])
+def test_prices_and_budgets_must_be_finite(number):
+    for name in ("critic_budget_usd", "critic_input_price", "critic_output_price"):
+        prices = {"critic_input_price": 1.0, "critic_output_price": 1.0} | {name: number}
+        with pytest.raises(UserError, match=name.replace("_", "-")):
+            CriticOptions(**prices)
 
 
 def test_the_true_table_and_a_silent_litellm():

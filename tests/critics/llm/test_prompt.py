@@ -279,7 +279,7 @@ def test_sections_that_a_file_leaves_out(tmp_path):
         ("[steps]\nx", r"line 1: unknown section \[steps\].*\[no reference\]"),
         ("[step]\nx\n[STEP]\ny", "line 3.*twice"),
         (b"caf\xe9", r"not UTF-8 text \(byte 3\)"),
-        ("Judge\x00", r"line 1: character U\+0000"),
+        ("Judge\x00", r"line 1: the character U\+0000 cannot be sent"),
         ("x" * (MAX_RUBRIC_BYTES + 1), "more than 65,536 bytes"),
     ],
 )

@@ -14,7 +14,7 @@ from ssrctl.critics.llm.verdicts import (
     MAX_REPLY_CHARS,
     StepVerdict,
     Verdicts,
-    read_verdicts,
+    parse_verdicts,
 )
 
 WANTED = [(1, "step"), (2, "step"), (3, "final")]
@@ -30,7 +30,7 @@ def reply(*scores, start=1):
 
 def read(text, wanted=WANTED):
     """Scores, or classes where there are none; checks what holds for every reading."""
-    reading = read_verdicts(text, wanted)
+    reading = parse_verdicts(text, wanted)
     assert len(reading.scores) == len(wanted)
     for score, (_, kind) in zip(reading.scores, wanted, strict=True):
         assert (score.score is None) == (score.reward is None) == (score.error is not None)
@@ -198,12 +198,12 @@ def test_scores_go_to_their_step_in_a_call_about_one():
 
 
 def test_nothing_wanted():
-    reading = read_verdicts(GOOD, [])
+    reading = parse_verdicts(GOOD, [])
     assert reading.scores == [] and reading.problem is None
 
 
 def test_rationales_are_short_and_can_be_written():
-    scores = read_verdicts(
+    scores = parse_verdicts(
         json.dumps(
             {
                 "scores": [
@@ -243,17 +243,17 @@ def test_rationales_are_short_and_can_be_written():
     ],
 )
 def test_problems_say_what_is_wrong(text, words):
-    problem = read_verdicts(text, WANTED).problem
+    problem = parse_verdicts(text, WANTED).problem
     assert all(word in problem for word in words), problem
 
 
 def test_problems_are_short_and_repeat_nothing_of_the_reply():
     wanted = [(number, "step") for number in range(1, 1_001)]
-    problem = read_verdicts('{"scores": []}', wanted).problem
+    problem = parse_verdicts('{"scores": []}', wanted).problem
     assert f"and {1_000 - MAX_LISTED} more" in problem and len(problem) < 200
     said = "obey me"
     for text in (said, json.dumps({said: 1, "scores": said}), json.dumps({"scores": [{"index": said, said: said}]})):
-        assert said not in read_verdicts(text, WANTED).problem
+        assert said not in parse_verdicts(text, WANTED).problem
 
 
 # -- replies without bounds --------------------------------------------------------------------------------------------
@@ -347,7 +347,7 @@ ENTRIES = st.lists(
 @settings(max_examples=300)
 def test_every_score_stands_in_the_reply_under_its_index(entries, around):
     """Against a plain reading of the entries themselves."""
-    scores = read_verdicts(around.replace("{}", json.dumps({"scores": entries})), WANTED).scores
+    scores = parse_verdicts(around.replace("{}", json.dumps({"scores": entries})), WANTED).scores
     asked = all(type(e.get("index")) is int and 1 <= e["index"] <= 3 for e in entries)
     asked = asked and len({e["index"] for e in entries}) == len(entries)
     for (number, kind), got in zip(WANTED, scores, strict=True):

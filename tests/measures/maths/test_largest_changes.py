@@ -1,4 +1,4 @@
-"""The largest movers, against sorting everything."""
+"""The largest changes, against sorting everything."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssrctl.measures.maths.largest_changes import Mover, TopMovers
+from ssrctl.measures.maths.largest_changes import LargestChanges, WeightChange
 
 # Few distinct values, so that there are ties, zeros and differences that are not finite.
 VALUES = st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, 3.0, 1e-300, 5e-324, 1e300, math.inf, -math.inf, math.nan])
@@ -30,23 +30,23 @@ def sorted_whole(pieces: dict[tuple[str, int], list[tuple[float, float]]], count
     return absolute[:count], relative[:count]
 
 
-def plain(movers: list[Mover]) -> list[tuple[str, int, float, float]]:
-    return [(one.name, one.index, one.before, one.after) for one in movers]
+def plain(changes: list[WeightChange]) -> list[tuple[str, int, float, float]]:
+    return [(one.name, one.index, one.before, one.after) for one in changes]
 
 
 @given(st.lists(PIECE, max_size=6), st.integers(1, 5), st.randoms(use_true_random=False))
-def test_top_movers_are_those_of_a_sort_in_any_order(lists: list, count: int, shuffle: random.Random) -> None:
+def test_largest_changes_are_those_of_a_sort_in_any_order(lists: list, count: int, shuffle: random.Random) -> None:
     pieces = {("ab"[number % 2], 100 * number): values for number, values in enumerate(lists)}
-    one, parts = TopMovers(count), []
+    one, parts = LargestChanges(count), []
     order = list(pieces)
     shuffle.shuffle(order)
     for name, start in order:
         values = np.array(pieces[name, start], dtype=np.float64).reshape(-1, 2)
-        part = TopMovers(count)
+        part = LargestChanges(count)
         for top in (one, part):
             top.add(name, values[:, 0].copy(), values[:, 1].copy(), np.arange(len(values)), start)
         parts.append(part)
-    merged = TopMovers(count)
+    merged = LargestChanges(count)
     for part in parts:
         merged.merge(part)
     absolute, relative = sorted_whole(pieces, count)
@@ -55,26 +55,26 @@ def test_top_movers_are_those_of_a_sort_in_any_order(lists: list, count: int, sh
         assert plain(top.relative) == relative
 
 
-def test_what_a_mover_says() -> None:
-    mover = Mover(name="w", index=17, before=-2.0, after=1.0)
-    assert (mover.change, mover.relative_change) == (3.0, 1.5)
+def test_a_change_in_numbers() -> None:
+    change = WeightChange(name="w", index=17, before=-2.0, after=1.0)
+    assert (change.change, change.relative_change) == (3.0, 1.5)
     assert (
-        mover.position((4, 5)) == (3, 2) and mover.position((2, 3, 4)) == (1, 1, 1) and mover.position((99,)) == (17,)
+        change.position((4, 5)) == (3, 2) and change.position((2, 3, 4)) == (1, 1, 1) and change.position((99,)) == (17,)
     )
-    assert Mover(name="w", index=0, before=0.0, after=1.0).relative_change is None
-    assert Mover(name="w", index=0, before=0.0, after=1.0).position(()) == ()
+    assert WeightChange(name="w", index=0, before=0.0, after=1.0).relative_change is None
+    assert WeightChange(name="w", index=0, before=0.0, after=1.0).position(()) == ()
 
 
 def test_places_are_those_in_the_tensor() -> None:
-    top = TopMovers(2)
+    top = LargestChanges(2)
     top.add("w", np.array([1.0, 1.0, 4.0]), np.array([2.0, 1.5, 4.25]), np.array([3, 8, 9]), start=1000)
     assert plain(top.absolute) == [("w", 1003, 1.0, 2.0), ("w", 1008, 1.0, 1.5)]
     with pytest.raises(ValueError, match="at least one"):
-        TopMovers(0)
+        LargestChanges(0)
 
 
 def test_a_tie_that_stands_earlier_comes_in_late() -> None:
-    top, one, two = TopMovers(1), np.array([1.0]), np.array([2.0])
+    top, one, two = LargestChanges(1), np.array([1.0]), np.array([2.0])
     for start, kept in ((500, 500), (900, 500), (100, 100)):
         top.add("w", one, two, np.array([0]), start)
-        assert [mover.index for mover in (*top.absolute, *top.relative)] == [kept, kept]
+        assert [change.index for change in (*top.absolute, *top.relative)] == [kept, kept]

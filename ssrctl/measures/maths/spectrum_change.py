@@ -1,0 +1,394 @@
+"""How training turned and stretched the principal directions of a weight matrix.
+
+Principal angles between the top-k singular subspaces before and after, and the normalised shift of the singular values
+(Zhu et al. 2025, arXiv:2511.08567, sec. 4.1). Beside them what two random updates of the same size do to the same
+matrix, since one whose singular values lie close together turns easily, and what perturbation theory allows.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from ssrctl.core.seeds import derive_seed
+from ssrctl.measures.maths.low_rank import EPS, LowRank, Rows, nearby_top_k, singular_values, spectral_norm, top_k
+from ssrctl.measures.maths.update_matrix import Unmeasured, UpdateMatrix
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# By default a tenth of the smaller side, within these.
+_MIN_K, _MAX_K, _K_SHARE = 8, 128, 10
+# Relative norm up to which an update counts as small: first-order perturbation theory is good to some percent there.
+_SMALL = 0.02
+# Rows per column from which a matrix, such as an embedding, counts as tall.
+_TALL = 8
+# Accuracy of the angles after random updates.
+_RANDOM_TOLERANCE = 0.01
+# Points of a curve that are kept.
+_CURVE_POINTS = 32
+_RIGHT_ANGLE = 90.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomUpdate:
+    """What a random update did to the base; one draw.
+
+    Attributes:
+        left_largest, left_mean, right_largest, right_mean: principal angles, degrees, good to about 1% where the
+            base was decomposed exactly. The largest differs between draws by a factor of two, the mean by little.
+    """
+
+    left_largest: float
+    left_mean: float
+    right_largest: float
+    right_mean: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpectrumChange:
+    """The base W0 ``[m, n]`` against the tuned W1; s_i are singular values, D = W1 - W0, angles in degrees.
+
+    Attributes:
+        k: directions compared: as asked for, but less than min(m, n) and no more than the rank of W0.
+        exact: the decompositions were.
+        left, right: the k principal angles between the top-k left (right) subspaces, ascending, in [0, 90].
+        angle_error: bound on their error from round-off or from the randomised method; 90 when that resolves nothing.
+        relative_gap: s_k(W0) / s_{k+1}(W0) - 1; None when s_{k+1} is 0 to the tolerance of the rank.
+        well_defined: s_k(W0) - s_{k+1}(W0) > ||D||_2. Otherwise the update could exchange directions across the cut,
+            and large angles need not mean much.
+        wedin_angle: no angle can be larger: asin(||D||_2 / gap) with the larger of s_k(W0) - s_{k+1}(W1) and
+            s_k(W1) - s_{k+1}(W0) as gap (Wedin 1972; Zhu et al., thm. 3.3, writes the gap of W0 alone, which holds to
+            first order). None when it excludes nothing.
+        shift: normalised spectral shift ||s(W1) - s(W0)||_2 / ||s(W0)||_2, over all singular values.
+        shift_bound: ||D||_F / ||W0||_F: no shift can be larger (Mirsky 1960; Zhu et al., cor. 3.4).
+        expected_shift: by ``gaussian``: shift_bound / sqrt(max(m, n)), the first order of perturbation theory, for
+            updates of at most 2% of the norm of W0; beyond, that of the draw itself. None when that was not decomposed
+            exactly, or nothing changed.
+        shift_top_k: the same over the first k values alone.
+        gaussian: a random update with independent normal entries and the Frobenius norm of D, in expectation.
+        signs: D with random signs: the same coordinates and sizes. Both None when nothing changed.
+        energy_left, energy_right, energy_both: share of ||D||_F^2 in the top-k left subspace of W0, in the right one,
+            and in both at once: ||U^T D||_F^2, ||D V||_F^2, ||U^T D V||_F^2. By chance k/m, k/n, k^2/(m n)
+            (``expected_energy_...``). None when nothing changed.
+        curve_index: from 1, ascending; of ``curve_base`` and ``curve_tuned``, singular values at these places. Empty
+            when nothing changed.
+        angle_index: from 1, ascending; of ``curve_left`` and ``curve_right`` in ``numbers``.
+        spectral_norm: ||D||_2, for a large matrix an upper bound.
+    """
+
+    k: int
+    exact: bool
+    left: list[float]
+    right: list[float]
+    angle_error: float
+    relative_gap: float | None
+    well_defined: bool
+    wedin_angle: float | None
+    shift: float
+    shift_bound: float
+    expected_shift: float | None
+    shift_top_k: float
+    gaussian: RandomUpdate | None
+    signs: RandomUpdate | None
+    energy_left: float | None
+    energy_right: float | None
+    energy_both: float | None
+    expected_energy_left: float
+    expected_energy_right: float
+    expected_energy_both: float
+    curve_index: list[int]
+    curve_base: list[float]
+    curve_tuned: list[float]
+    spectral_norm: float
+
+    @property
+    def left_largest(self) -> float:
+        """The largest left angle."""
+        return self.left[-1]
+
+    @property
+    def right_largest(self) -> float:
+        """The largest right angle."""
+        return self.right[-1]
+
+    @property
+    def left_mean(self) -> float:
+        """Mean of the left angles."""
+        return statistics.fmean(self.left)
+
+    @property
+    def right_mean(self) -> float:
+        """Mean of the right angles."""
+        return statistics.fmean(self.right)
+
+    @property
+    def resolved(self) -> bool:
+        """True if the largest angle is above the error of the computation."""
+        return max(self.left[-1], self.right[-1]) > self.angle_error
+
+    def numbers(self) -> dict[str, Any]:
+        """For the report: angles as largest and mean, curves at no more than 32 points and six digits."""
+        angle_index = curve_places(self.k)
+        own = asdict(self)
+        for side in ("left", "right"):
+            degrees = own.pop(side)
+            own[f"{side}_largest"], own[f"{side}_mean"] = (
+                getattr(self, f"{side}_largest"),
+                getattr(self, f"{side}_mean"),
+            )
+            own[f"curve_{side}"] = [degrees[place - 1] for place in angle_index]
+        curves = {name: [float(f"{x:.6g}") for x in own[name]] for name in own if name.startswith("curve_")}
+        return own | curves | {"curve_index": self.curve_index, "angle_index": angle_index, "resolved": self.resolved}
+
+
+def default_k(m: int, n: int) -> int:
+    """Directions compared unless asked otherwise: a tenth of the smaller side, in [8, 128] and below that side."""
+    side = min(m, n)
+    return max(1, min(side - 1, max(_MIN_K, min(_MAX_K, side // _K_SHARE))))
+
+
+def spectrum_change(
+    update: UpdateMatrix, *, k: int | None = None, seed: int, update_norm: float | None = None
+) -> SpectrumChange | Unmeasured:
+    """Compare the spectra of a matrix before and after.
+
+    Args:
+        update: at least 2 by 2.
+        k: by default ``default_k``.
+        seed: of the random updates and of the randomised decomposition; derive it from the tensor's name.
+        update_norm: ||D||_2 if known, to save its computation.
+
+    Returns:
+        ``Unmeasured`` when the base is zero, which has no principal directions.
+
+    Raises:
+        ValueError: a side of 1, or k below 1.
+    """
+    rows, columns = update.shape
+    if columns < 2 or (k is not None and k < 1):
+        raise ValueError(f"k is {k} for a matrix of {rows} by {columns}")
+    if update.base_norm == 0:
+        return Unmeasured("the base is zero and has no principal directions")
+    k = min(k or default_k(rows, columns), columns - 1)
+    if update.norm == 0:
+        return _turned(update, _unchanged(update, k))
+    # One direction more than is compared, for the gap after the last.
+    base = top_k(update.base_rows, k + 1, seed=derive_seed(seed, "base"))
+    floor = rows * EPS * float(base.S[0])
+    k = min(k, int(base.S.gt(floor).sum()))
+    tuned = top_k(update.tuned_rows, k + 1, seed=derive_seed(seed, "tuned"), start=base.V)
+    if update_norm is None:
+        update_norm = spectral_norm(update.update_rows, seed=derive_seed(seed, "norm"))
+    base_values = singular_values(update.base_rows) if base.values is None else base.values
+    tuned_values = singular_values(update.tuned_rows) if tuned.values is None else tuned.values
+    gaussian, gaussian_values = _random_update(update, "gaussian", base, k, seed)
+    signs, _ = _random_update(update, "signs", base, k, seed)
+    gap = float(base.S[k - 1] - base.S[k])
+    places = curve_places(columns)
+    change = SpectrumChange(
+        k=k,
+        exact=base.exact and tuned.exact,
+        left=principal_angles(base.U[:, :k], tuned.U[:, :k]),
+        right=principal_angles(base.V[:, :k], tuned.V[:, :k]),
+        angle_error=min(_RIGHT_ANGLE, _subspace_error(base, k, rows) + _subspace_error(tuned, k, rows)),
+        relative_gap=gap / float(base.S[k]) if float(base.S[k]) > floor else None,
+        well_defined=gap > update_norm,
+        wedin_angle=_wedin_angle(base.S, tuned.S, k, update_norm),
+        shift=float((tuned_values - base_values).norm()) / update.base_norm,
+        shift_bound=update.norm / update.base_norm,
+        expected_shift=_expected_shift(update, base.values, gaussian_values),
+        shift_top_k=float((tuned.S[:k] - base.S[:k]).norm() / base.S[:k].norm()),
+        gaussian=gaussian,
+        signs=signs,
+        **_energies(update, base.U[:, :k], base.V[:, :k]),
+        **_expected_energies(rows, columns, k),
+        curve_index=places,
+        curve_base=[float(base_values[place - 1]) for place in places],
+        curve_tuned=[float(tuned_values[place - 1]) for place in places],
+        spectral_norm=update_norm,
+    )
+    return _turned(update, change)
+
+
+def principal_angles(first: Tensor, second: Tensor) -> list[float]:
+    """Principal angles in degrees, ascending, between the column spans of two orthonormal float64 ``[n, k]``.
+
+    cos(t_i) = s_i(first^T second). Below 45 degrees from the sines instead, the singular values of
+    second - first first^T second, because a cosine near 1 has lost half the digits (Bjorck and Golub 1973).
+    """
+    import torch
+
+    # Not scipy.linalg.subspace_angles, which makes both orthonormal once more, by SVDs that take 10 to 40 times as long.
+    inner = first.T @ second
+    cosines = torch.linalg.svdvals(inner).clamp_(max=1.0)
+    sines = torch.linalg.svdvals(second - first @ inner).clamp_(max=1.0).flip(0)
+    angles = torch.where(cosines.square() >= 0.5, sines.asin(), cosines.acos())
+    return [float(angle) for angle in angles.rad2deg()]
+
+
+def curve_places(length: int) -> list[int]:
+    """At most 32 of the places 1..length, evenly spread on a log scale, with both ends."""
+    if length <= _CURVE_POINTS:
+        return list(range(1, length + 1))
+    ratios = (math.exp(math.log(length) * step / (_CURVE_POINTS - 1)) for step in range(_CURVE_POINTS))
+    return sorted({round(ratio) for ratio in ratios})
+
+
+def _subspace_error(found: LowRank, k: int, rows: int) -> float:
+    """Bound in degrees on the angle between the computed and the true top-k subspaces."""
+    largest, last, following = (float(found.S[place]) for place in (0, k - 1, k))
+    if found.error is None:
+        # The Gram matrix is good to max(m, n) eps s_1^2, its eigenvectors to that over the gap of the squares.
+        noise, gap = rows * 2.0**-52 * largest**2, last**2 - following**2
+    else:
+        noise, gap = found.error, last - following - found.error
+    return _degrees_of_sine(noise, gap)
+
+
+def _wedin_angle(base: Tensor, tuned: Tensor, k: int, update_norm: float) -> float | None:
+    gap = max(float(base[k - 1] - tuned[k]), float(tuned[k - 1] - base[k]))
+    return math.degrees(math.asin(update_norm / gap)) if gap > update_norm else None
+
+
+def _degrees_of_sine(numerator: float, denominator: float) -> float:
+    """asin(numerator / denominator) in degrees; 90 where that is no sine."""
+    if denominator <= numerator:
+        return _RIGHT_ANGLE
+    return math.degrees(math.asin(numerator / denominator))
+
+
+def _random_update(
+    update: UpdateMatrix, kind: Literal["gaussian", "signs"], base: LowRank, k: int, seed: int
+) -> tuple[RandomUpdate, Tensor | None]:
+    """What adding a random update to the base does, and all singular values then, if they were computed."""
+    rows = _perturbed(update, kind, seed)
+    found = None
+    # Of a tall matrix the Gram matrix is the larger part of the work, and iterations save none of it.
+    tall = update.shape[0] > _TALL * update.shape[1]
+    if base.exact and not tall and update.norm <= _SMALL * update.base_norm:
+        found = nearby_top_k(rows, base, k, tolerance=_RANDOM_TOLERANCE)
+    if found is None:
+        # A baseline need not be as good as what it is compared with: one cycle from so near a start.
+        found = top_k(rows, k, seed=derive_seed(seed, kind), start=base.V, cycles=1)
+    left = principal_angles(base.U[:, :k], found.U[:, :k])
+    right = principal_angles(base.V[:, :k], found.V[:, :k])
+    angles = RandomUpdate(
+        left_largest=left[-1],
+        left_mean=statistics.fmean(left),
+        right_largest=right[-1],
+        right_mean=statistics.fmean(right),
+    )
+    return angles, found.values
+
+
+def _expected_shift(update: UpdateMatrix, base: Tensor | None, values: Tensor | None) -> float | None:
+    """Of the Gaussian update; ``values`` of the base after it, where they were computed."""
+    if update.norm <= _SMALL * update.base_norm:
+        # Each value moves by u^T E v, normal with the variance of E's entries; there are min(m, n) of them.
+        return update.norm / update.base_norm / math.sqrt(update.shape[0])
+    if base is None or values is None:
+        return None
+    return float((values - base).norm()) / update.base_norm
+
+
+def _perturbed(update: UpdateMatrix, kind: Literal["gaussian", "signs"], seed: int) -> Rows:
+    """The base plus a random update; of a small matrix held, of a large one made anew in every pass."""
+    import torch
+
+    scale = update.norm / math.sqrt(update.base.numel())
+    base_rows, update_rows = update.base_rows, update.update_rows
+
+    def piece(start: int, stop: int) -> Tensor:
+        # Each piece has its own seed, so that it is the same in every pass.
+        generator = torch.Generator().manual_seed(derive_seed(seed, kind, start))
+        shape = (stop - start, update.shape[1])
+        if kind == "gaussian":
+            noise = torch.randn(shape, generator=generator).to(torch.float64) * scale
+        else:
+            signs = torch.randint(0, 2, shape, generator=generator, dtype=torch.int8).mul_(2).sub_(1)
+            noise = update_rows.piece(start, stop) * signs
+        return noise.add_(base_rows.piece(start, stop))
+
+    return Rows(update.shape, piece).held()
+
+
+def _energies(update: UpdateMatrix, left: Tensor, right: Tensor) -> dict[str, float]:
+    import torch
+
+    projected = torch.zeros(left.shape[1], right.shape[0], dtype=torch.float64)
+    right_square = 0.0
+    for start, stop, piece in update.update_rows.pieces():
+        projected.addmm_(left[start:stop].T, piece)
+        right_square += float((piece @ right).square().sum())
+    squares = (float(projected.square().sum()), right_square, float((projected @ right).square().sum()))
+    # Sums that differ in order can pass the whole by a rounding.
+    shares = [min(1.0, square / update.norm**2) for square in squares]
+    return dict(zip(("energy_left", "energy_right", "energy_both"), shares, strict=True))
+
+
+def _expected_energies(rows: int, columns: int, k: int) -> dict[str, float]:
+    return {
+        "expected_energy_left": k / rows,
+        "expected_energy_right": k / columns,
+        "expected_energy_both": k * k / (rows * columns),
+    }
+
+
+def _unchanged(update: UpdateMatrix, k: int) -> SpectrumChange:
+    """Of an update that is zero: nothing is decomposed."""
+    rows, columns = update.shape
+    return SpectrumChange(
+        k=k,
+        exact=True,
+        left=[0.0] * k,
+        right=[0.0] * k,
+        angle_error=0.0,
+        relative_gap=None,
+        well_defined=True,
+        wedin_angle=0.0,
+        shift=0.0,
+        shift_bound=0.0,
+        expected_shift=None,
+        shift_top_k=0.0,
+        gaussian=None,
+        signs=None,
+        energy_left=None,
+        energy_right=None,
+        energy_both=None,
+        **_expected_energies(rows, columns, k),
+        curve_index=[],
+        curve_base=[],
+        curve_tuned=[],
+        spectral_norm=0.0,
+    )
+
+
+def _turned(update: UpdateMatrix, change: SpectrumChange) -> SpectrumChange:
+    """The same with left and right as in the matrix that was given, when it was transposed."""
+    if not update.wide:
+        return change
+    return replace(
+        change,
+        left=change.right,
+        right=change.left,
+        gaussian=_swapped(change.gaussian),
+        signs=_swapped(change.signs),
+        energy_left=change.energy_right,
+        energy_right=change.energy_left,
+        expected_energy_left=change.expected_energy_right,
+        expected_energy_right=change.expected_energy_left,
+    )
+
+
+def _swapped(random: RandomUpdate | None) -> RandomUpdate | None:
+    if random is None:
+        return None
+    return RandomUpdate(
+        left_largest=random.right_largest,
+        left_mean=random.right_mean,
+        right_largest=random.left_largest,
+        right_mean=random.left_mean,
+    )

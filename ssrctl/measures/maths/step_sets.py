@@ -1,0 +1,296 @@
+"""Overlap of the coordinate sets that the steps of a question selected, next to what chance would give.
+
+Notation: ``a``, ``b`` sizes of two sets; ``N`` the eligible (unprotected) coordinates; ``S_i`` the set of
+unit i. Units are numbered from 0, in the order in which they claimed. An average leaves out what is
+undefined (None), and is None itself when nothing remains.
+
+The random expectation is that of uniformly random sets of the same sizes among the N coordinates, drawn
+independently of one another: ``E|A n B| = ab / N`` (the mean of a hypergeometric variable).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ssrctl.core.mask import BlockMask
+    from ssrctl.io.mask_log import QuestionLog, StepMaskLog
+
+
+@dataclass(frozen=True)
+class OverlapCounts:
+    """How several sets overlap.
+
+    Attributes:
+        shared: int64 ``[num_sets, num_sets]``, ``|S_i n S_j|``; the diagonal holds the sizes.
+        unique: int64 ``[num_sets]``, members of S_i that are in no other set.
+        num_touched: size of the union of all sets.
+    """
+
+    shared: Tensor
+    unique: Tensor
+    num_touched: int
+
+
+def overlap_counts(sets: Sequence[BlockMask]) -> OverlapCounts:
+    """Count, exactly, how sets over the same tensors overlap; no sets give counts of shape ``[0, 0]``.
+
+    The indices of all sets are sorted together, so that equal ones lie side by side: the cost is that of
+    one sort and grows with the selected coordinates, not with the number of pairs times their size.
+
+    Raises:
+        ValueError: sets over different tensors or shapes.
+    """
+    import torch
+
+    number = len(sets)
+    shared = torch.zeros(number * number, dtype=torch.int64)
+    unique = torch.zeros(number, dtype=torch.int64)
+    touched = 0
+    for other in sets[1:]:
+        if other.shapes != sets[0].shapes:
+            raise ValueError("sets over different tensors cannot be compared")
+    for name in sets[0].tensors if sets else ():
+        parts = [one.tensors[name].to_indices() for one in sets]
+        owner = torch.repeat_interleave(torch.arange(number), torch.tensor([part.numel() for part in parts]))
+        # The sort is stable, so equal coordinates stay in the order of their owners: i < j below.
+        coordinate, order = torch.cat(parts).sort(stable=True)
+        owner = owner[order]
+        _, run, lengths = coordinate.unique_consecutive(return_inverse=True, return_counts=True)
+        touched += lengths.numel()
+        unique += torch.bincount(owner[lengths[run] == 1], minlength=number)
+        for distance in range(int(lengths.max()) if lengths.numel() else 0):
+            same = run[distance:] == run[: run.numel() - distance]
+            pair = owner[: run.numel() - distance][same] * number + owner[distance:][same]
+            shared += torch.bincount(pair, minlength=number * number)
+    square = shared.view(number, number)
+    return OverlapCounts(square + square.triu(1).T, unique, touched)
+
+
+def expected_overlap(a: int, b: int, eligible: int) -> float:
+    """``ab / N``: expected size of the intersection of two random sets."""
+    _check_sizes((a, b), eligible)
+    return a * b / eligible if eligible else 0.0
+
+
+def expected_jaccard(a: int, b: int, eligible: int) -> float:
+    """``pq / (p + q - pq)`` with ``p = a/N``, ``q = b/N``: the Jaccard index at the expected overlap.
+
+    A ratio of expectations: it differs from the expectation of the ratio by terms of order 1/N. 0 when both
+    sets are empty.
+    """
+    shared = expected_overlap(a, b, eligible)
+    either = a + b - shared
+    return shared / either if either else 0.0
+
+
+def expected_uniqueness(others: Iterable[int], eligible: int) -> float:
+    """``prod (1 - b/N)`` over the other sets' sizes: the chance that a coordinate is in none of them."""
+    sizes = list(others)
+    _check_sizes(sizes, eligible)
+    return math.prod(1 - size / eligible for size in sizes) if eligible else 1.0
+
+
+def _check_sizes(sizes: Iterable[int], eligible: int) -> None:
+    if (largest := max(sizes, default=0)) > eligible:
+        raise ValueError(f"a set of {largest} coordinates among {eligible} unprotected ones")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairOverlap:
+    """Two sets of one question, or the unions of two questions.
+
+    ``{"i": 0, "j": 1, "overlap": 0, "expected_overlap": 9.6, "jaccard": 0.0, "expected_jaccard": 0.004,
+    "share_of_i": 0.0, "expected_share_of_i": 0.008, "share_of_j": 0.0, "expected_share_of_j": 0.008,
+    "cosine": -0.02}``
+
+    Attributes:
+        i, j: positions from 0, ``i < j``.
+        overlap: ``|S_i n S_j|``.
+        jaccard: ``|S_i n S_j| / |S_i u S_j|``, 0 when both are empty.
+        share_of_i: one-sided overlap ``|S_i n S_j| / |S_i|``; None for an empty ``S_i``.
+        share_of_j: the same over ``|S_j|``.
+        expected_*: of random sets of these sizes.
+        cosine: between the units' gradients before masking; None when it was not logged or not finite.
+    """
+
+    i: int
+    j: int
+    overlap: int
+    expected_overlap: float
+    jaccard: float
+    expected_jaccard: float
+    share_of_i: float | None
+    expected_share_of_i: float
+    share_of_j: float | None
+    expected_share_of_j: float
+    cosine: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitOverlap:
+    """One unit's set among those of its question.
+
+    ``{"position": 0, "steps": [0], "budget": 0.002, "size": 840, "uniqueness": 1.0, "expected_uniqueness": 0.98}``
+
+    Attributes:
+        position: from 0, in the order of claiming.
+        steps: the reasoning steps fused in it, from 0.
+        budget: the fraction it was granted.
+        size: selected coordinates.
+        uniqueness: share of them that no other unit of the question selected; None for an empty set.
+        expected_uniqueness: with random sets of these sizes.
+    """
+
+    position: int
+    steps: list[int]
+    budget: float
+    size: int
+    uniqueness: float | None
+    expected_uniqueness: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuestionOverlap:
+    """One question in one training step: its units, and every pair of them with ``i < j``."""
+
+    step: int
+    id: str
+    units: list[UnitOverlap]
+    pairs: list[PairOverlap]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOverlap:
+    """One training step.
+
+    Attributes:
+        step: from 1.
+        num_eligible: unprotected coordinates N.
+        questions: in training order.
+        cross_question: pairs of questions, each as the union of its units' sets; i and j count questions.
+        num_touched: coordinates that any unit of any question selected.
+        touched_frac: the same as a share of N.
+        expected_touched_frac: with random unions of the same sizes, ``1 - prod(1 - |U_q|/N)``.
+    """
+
+    step: int
+    num_eligible: int
+    questions: list[QuestionOverlap]
+    cross_question: list[PairOverlap]
+    num_touched: int
+    touched_frac: float | None
+    expected_touched_frac: float | None
+
+
+def measure_question(question: QuestionLog, step: int, eligible: int) -> QuestionOverlap:
+    """Overlap of the units of one question.
+
+    Args:
+        question: as logged.
+        step: the training step it belongs to.
+        eligible: N, the unprotected coordinates.
+
+    Raises:
+        ValueError: a set larger than N, or a cosine matrix that is not ``[units][units]``.
+    """
+    counts = overlap_counts([unit.mask for unit in question.units])
+    sizes = counts.shared.diagonal().tolist()
+    _check_sizes(sizes, eligible)
+    unique = counts.unique.tolist()
+    units = [
+        UnitOverlap(
+            position=i,
+            steps=list(unit.steps),
+            budget=unit.budget,
+            size=sizes[i],
+            uniqueness=unique[i] / sizes[i] if sizes[i] else None,
+            expected_uniqueness=expected_uniqueness(sizes[:i] + sizes[i + 1 :], eligible),
+        )
+        for i, unit in enumerate(question.units)
+    ]
+    cosine = question.gradient_cosine
+    if cosine is not None and [len(row) for row in cosine] != [len(units)] * len(units):
+        raise ValueError(f"question {question.id}: the cosine matrix does not fit its {len(units)} units")
+    return QuestionOverlap(step=step, id=question.id, units=units, pairs=_pairs(counts, eligible, cosine))
+
+
+def measure_step(log: StepMaskLog) -> StepOverlap:
+    """Overlap within each question of a training step, and between its questions.
+
+    Raises:
+        ValueError: a log that contradicts itself: sets that do not fit the unprotected coordinates, or more
+            protected coordinates than there are.
+    """
+    eligible = log.num_coordinates - log.num_protected
+    if eligible < 0:
+        raise ValueError(f"{log.num_protected} of {log.num_coordinates} coordinates protected")
+    questions = [measure_question(question, log.step, eligible) for question in log.questions]
+    unions = [
+        functools.reduce(operator.or_, [unit.mask for unit in question.units])
+        for question in log.questions
+        if question.units
+    ]
+    places = [position for position, question in enumerate(log.questions) if question.units]
+    counts = overlap_counts(unions)
+    sizes = counts.shared.diagonal().tolist()
+    return StepOverlap(
+        step=log.step,
+        num_eligible=eligible,
+        questions=questions,
+        cross_question=_pairs(counts, eligible, None, places),
+        num_touched=counts.num_touched,
+        touched_frac=counts.num_touched / eligible if eligible else None,
+        expected_touched_frac=1 - expected_uniqueness(sizes, eligible) if eligible else None,
+    )
+
+
+def _pairs(
+    counts: OverlapCounts,
+    eligible: int,
+    cosine: list[list[float]] | None,
+    places: Sequence[int] | None = None,
+) -> list[PairOverlap]:
+    """Every pair ``i < j``; ``places`` renames the positions."""
+    shared = counts.shared.tolist()
+    number = len(shared)
+    places = range(number) if places is None else places
+    pairs = []
+    for i in range(number):
+        for j in range(i + 1, number):
+            a, b, both = shared[i][i], shared[j][j], shared[i][j]
+            either = a + b - both
+            pairs.append(
+                PairOverlap(
+                    i=places[i],
+                    j=places[j],
+                    overlap=both,
+                    expected_overlap=expected_overlap(a, b, eligible),
+                    jaccard=both / either if either else 0.0,
+                    expected_jaccard=expected_jaccard(a, b, eligible),
+                    share_of_i=both / a if a else None,
+                    expected_share_of_i=b / eligible if eligible else 0.0,
+                    share_of_j=both / b if b else None,
+                    expected_share_of_j=a / eligible if eligible else 0.0,
+                    cosine=None if cosine is None else finite(cosine[i][j]),
+                )
+            )
+    return pairs
+
+
+def finite(value: float | None) -> float | None:
+    """Return the value, None for NaN and infinity."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """Return the mean of the values that are not None; None when nothing is left."""
+    kept = [value for value in values if value is not None]
+    return sum(kept) / len(kept) if kept else None
