@@ -1,11 +1,10 @@
-"""How training turned and stretched the principal directions of the weight matrices (Zhu et al. 2025, sec. 4.1).
+"""The rotation and stretching of the weight matrices' principal directions by training (Zhu et al. 2025, sec. 4.1).
 
-``maths.spectrum_change`` has the measure of one matrix; here are its rows by layer, kind and matrix, and how they read.
+``maths.spectrum_change`` measures one matrix; here are the rows by layer, kind and matrix, and their presentation.
 """
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ssrctl.core.seeds import derive_seed
 from ssrctl.measures.base import Findings, register
 from ssrctl.measures.group_tables import RowColumn, cell_map, group_tables
+from ssrctl.measures.maths.averages import mean
 from ssrctl.measures.maths.grouping import Grouped, group_with_tensors
 from ssrctl.measures.maths.spectrum_change import SpectrumChange, spectrum_change
 from ssrctl.measures.maths.update_matrix import Unmeasured, UpdateMatrix
@@ -103,25 +103,25 @@ def spectrum_row(spectra: Sequence[tuple[str, SpectrumChange]]) -> SpectrumRow:
     found: dict[str, Any] = {}
     for side in _SIDES:
         found[f"{side}_largest"], found[f"{side}_largest_name"] = _largest(changed, f"{side}_largest")
-        found[f"{side}_mean"] = _mean([getattr(one, f"{side}_mean") for _, one in changed])
+        found[f"{side}_mean"] = mean(getattr(one, f"{side}_mean") for _, one in changed)
         for random in _RANDOM:
             draws = [getattr(one, random) for _, one in changed]
             found[f"{random}_{side}_largest"] = max((getattr(one, f"{side}_largest") for one in draws), default=None)
-            found[f"{random}_{side}_mean"] = _mean([getattr(one, f"{side}_mean") for one in draws])
+            found[f"{random}_{side}_mean"] = mean(getattr(one, f"{side}_mean") for one in draws)
     found["shift_largest"], found["shift_name"] = _largest(changed, "shift")
     expected = [one.expected_shift for _, one in changed if one.expected_shift is not None]
     for part in _ENERGIES:
-        found[f"energy_{part}_ratio"] = _mean(
-            [getattr(one, f"energy_{part}") / getattr(one, f"expected_energy_{part}") for _, one in changed]
+        found[f"energy_{part}_ratio"] = mean(
+            getattr(one, f"energy_{part}") / getattr(one, f"expected_energy_{part}") for _, one in changed
         )
     return SpectrumRow(
         num_matrices=len(spectra),
         num_unchanged=len(spectra) - len(changed),
         num_ill_defined=sum(not one.well_defined for _, one in changed),
         num_unresolved=sum(not one.resolved for _, one in changed),
-        shift_mean=_mean([one.shift for _, one in changed]),
+        shift_mean=mean(one.shift for _, one in changed),
         expected_shift_largest=max(expected, default=None),
-        expected_shift_mean=_mean(expected),
+        expected_shift_mean=mean(expected),
         **found,
     )
 
@@ -131,17 +131,13 @@ def _largest(spectra: Sequence[tuple[str, SpectrumChange]], key: str) -> tuple[f
     return max(found, key=lambda item: item[0], default=(None, None))
 
 
-def _mean(values: Sequence[float]) -> float | None:
-    return statistics.fmean(values) if values else None
-
-
 # --------------------------------------------------------------------------------------------------
 # the measure
 
 
 @register
 class SpectrumMeasure(MatrixMeasure[SpectrumChange, SpectrumResult]):
-    """How training turned and stretched the leading directions of each matrix."""
+    """The rotation and stretching of the leading directions of each matrix."""
 
     name = "spectrum"
 
