@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 def score_groups(groups: Sequence[Group], critic: Critic, answer_extraction: Extraction = "strict") -> None:
     """Score every response with ``critic`` and check its final answer; fills the records in place.
 
-    A response without a marked answer has a final reward too, the same under every ``--credit``: its last step becomes
-    the final one, with the checker's verdict as score. A comparison that timed out leaves the step as it is.
+    Every response with a step has a final reward, the same under every ``--credit``: without a marked answer its last
+    step becomes the final one. Where the critic gave no score for a final answer, the checker's verdict is the score. A
+    comparison that timed out changes nothing.
 
     Raises:
         Stopped: every score is missing because of an outage, so that there is nothing to learn from.
@@ -34,9 +35,12 @@ def score_groups(groups: Sequence[Group], critic: Critic, answer_extraction: Ext
         assert rollout.response is not None and rollout.answer is not None
         errors.update(score.error for score in scores)
         rollout.scores, rollout.final = scores, final
-        if rollout.steps and rollout.steps[-1].kind != "final" and final.correct is not None:
-            rollout.steps[-1].kind = "final"
-            rollout.scores = [*scores[:-1], scored(100.0 * final.correct, "final", "no marked answer")]
+        if final.correct is None or not rollout.steps:
+            continue
+        if (last := rollout.steps[-1]).kind != "final" or scores[-1].reward is None:
+            why = "the checker's verdict" if last.kind == "final" else "no marked answer"
+            last.kind = "final"
+            rollout.scores = [*scores[:-1], scored(100.0 * final.correct, "final", why)]
     if errors and set(errors) <= OUTAGE_ERRORS:
         classes = ", ".join(f"{kind} {count}" for kind, count in errors.items())
         raise Stopped(

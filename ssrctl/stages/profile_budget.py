@@ -153,7 +153,7 @@ def _from_sampling(config: ProfileBudgetConfig, loaded: LoadedModel, problems: l
                 num_generations=config.num_generations,
                 seed=derive_seed(config.seed, "profile-budget", prompt.problem.id),
             )
-            score_groups(made, critic, config.answer_extraction)
+            score_groups(made, critic)
             yield group_batch(loaded, made[0]), made[0].rewards()
 
     responses = len(prompts) * config.num_generations

@@ -68,8 +68,11 @@ def _same(mine: str, theirs: str, algebra: Algebra | None, depth: int = 0) -> bo
     if _CHOICE.fullmatch(expected) or expected in _VERDICTS:
         return _same_choice(folded, expected)
     mine, theirs = _unwrapped(_stated_value(mine)), _unwrapped(_stated_value(theirs))
-    if (decided := _same_named(mine, theirs, algebra, depth)) is not _NO_NAMES:
-        return decided
+    values = _without_names(mine, theirs)
+    if values is None:
+        return False
+    if values != (mine, theirs):
+        return _same(*values, algebra, depth + 1)
     ours, their = parts_of(mine), parts_of(theirs)
     if "ratio" in {part.kind for part in (ours, their) if part}:
         return _same_ratio(mine, theirs)
@@ -112,7 +115,6 @@ _NAME = re.compile(
     r"|\\?[a-zA-Z]+'?(?:_\{?\w+\}?)?(?:\s*\(\s*[a-zA-Z0-9]+(?:,\s*[a-zA-Z0-9]+)*\s*\))?"
     r"|\(\s*[a-zA-Z](?:_?\w)?(?:,\s*[a-zA-Z](?:_?\w)?)+\s*\)|\|[A-Z]{1,3}\|"
 )
-_NO_NAMES = object()
 
 
 def _stated_value(text: str) -> str:
@@ -131,17 +133,14 @@ def _unwrapped(text: str) -> str:
     return text
 
 
-def _same_named(mine: str, theirs: str, algebra: Algebra | None, depth: int) -> bool | object | None:
-    """Compare the values behind ``name =``; ``_NO_NAMES`` when neither side has a name to remove."""
+def _without_names(mine: str, theirs: str) -> tuple[str, str] | None:
+    """Remove ``name =`` from both sides; return None when the names contradict each other."""
     (name, value), (other, expected) = _name_and_value(mine), _name_and_value(theirs)
-    if not (name or other):
-        return _NO_NAMES
     if name and other and name.replace(" ", "") != other.replace(" ", ""):
-        words = len(name) > 1 and len(other) > 1
-        return _same(value, expected, algebra, depth + 1) if words else False
+        return (value, expected) if len(name) > 1 and len(other) > 1 else None
     if (not name and "=" in mine) or (not other and "=" in theirs):
-        return _NO_NAMES if not _COEFFICIENT.search(mine + theirs) or algebra is None else algebra(mine, theirs)
-    return _same(value, expected, algebra, depth + 1)
+        return mine, theirs  # an equation on one side
+    return value, expected
 
 
 def _name_and_value(text: str) -> tuple[str, str]:
