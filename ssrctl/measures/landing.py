@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ssrctl.checkpoints.names import layer_index, matrix_kind
 from ssrctl.core.seeds import derive_seed
 from ssrctl.measures.base import Findings, PairMeasure, register
-from ssrctl.measures.group_tables import RowColumn, cell_map, picture
+from ssrctl.measures.group_tables import RowColumn, cell_map, picture, row_bars
 from ssrctl.measures.maths import matrices
 from ssrctl.measures.maths.change_rule import change_rule
 from ssrctl.measures.maths.grouping import Grouped, group
@@ -205,6 +205,7 @@ class LandingMeasure(PairMeasure[LandingPart, LandingResult]):
     """The landings of the changed weights of each matrix."""
 
     name = "landing"
+    order = 60
 
     def tensor(self, pair: TensorPair) -> LandingPart | None:
         """Return the landings of a tensor's matrices; None for a tensor without principal weights."""
@@ -330,15 +331,12 @@ def _total_figure(sets: Mapping[str, SetLanding]) -> Bars:
         None if row.expected_low is None or row.expected_high is None else (row.expected_low, row.expected_high)
         for row in sets.values()
     ]
-    return Bars(
-        title="Changed weights in each set",
-        labels=list(sets),
-        series={
-            "measured": [row.overlap for row in sets.values()],
-            _CHANCE: [row.expected_overlap for row in sets.values()],
-        },
+    return row_bars(
+        "Changed weights in each set",
+        sets,
+        {"measured": "overlap", _CHANCE: "expected_overlap"},
+        "share of the changed weights",
         intervals={_CHANCE: intervals},
-        axis="share of the changed weights",
         caption="By chance: as many weights of each matrix, drawn at random; the interval holds 95% of such draws. Same "
         "size: drawn with the magnitudes of the changed weights.",
     )
@@ -378,21 +376,17 @@ def _maps(rows: Grouped[LandingRow, LandingRow]) -> list[Figure]:
 
 def _gini_figures(kinds: Mapping[str, Concentration]) -> list[Figure]:
     shown = {kind: row for kind, row in kinds.items() if row.row_gini is not None}
-    if not shown:
-        return []
+    sides = ("row", "column") if shown else ()
     return [
-        Bars(
-            title=f"How unevenly changes spread over {side}s",
-            labels=list(shown),
-            series={
-                "measured": [getattr(row, f"{side}_gini") for row in shown.values()],
-                _CHANCE: [getattr(row, f"expected_{side}_gini") for row in shown.values()],
-            },
-            axis=f"Gini coefficient of the changes per {side}",
+        row_bars(
+            f"How unevenly changes spread over {side}s",
+            shown,
+            {"measured": f"{side}_gini", _CHANCE: f"expected_{side}_gini"},
+            f"Gini coefficient of the changes per {side}",
             shares=False,
             caption=f"0: every {side} has as many changes; near 1: few {side}s have them all. Mean over matrices.",
         )
-        for side in ("row", "column")
+        for side in sides
     ]
 
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from ssrctl.checkpoints.names import layer_index
 from ssrctl.measures.base import Findings, JointMeasure, TensorSeries, register
-from ssrctl.measures.group_tables import RowColumn, picture, row_table
+from ssrctl.measures.group_tables import RowColumn, picture, row_bars, row_table
 from ssrctl.measures.maths.averages import mean, ratio
 from ssrctl.measures.maths.change_rule import change_rule
 from ssrctl.measures.maths.grouping import Grouped, group
@@ -306,6 +306,7 @@ class OverlapMeasure(JointMeasure[tuple[RunOverlap, Consensus | None], OverlapRe
     """The overlap of the changed sets of several checkpoints."""
 
     name = "overlap"
+    order = 70
     default_in = frozenset({"several"})
     possible_in = frozenset({"several"})
     needs = "two or more checkpoints of one base, not in a series"
@@ -453,14 +454,11 @@ def _maps(result: OverlapResult) -> list[Figure]:
 
 
 def _consensus_figure(rows: Sequence[ConsensusRow]) -> Bars:
-    return Bars(
-        title="Consensus of runs",
-        labels=[_or_more(row.runs) for row in rows],
-        series={
-            "measured": [row.frac_of_ever for row in rows],
-            _CHANCE: [row.expected_frac_of_ever for row in rows],
-        },
-        axis="share of the weights that any run changed",
+    return row_bars(
+        "Consensus of runs",
+        {_or_more(row.runs): row for row in rows},
+        {"measured": "frac_of_ever", _CHANCE: "expected_frac_of_ever"},
+        "share of the weights that any run changed",
         caption="Weights that so many of the runs changed.",
     )
 
@@ -471,14 +469,11 @@ def _or_more(runs: int) -> str:
 
 def _kind_figures(kinds: Mapping[str, OverlapRow], published: Sequence[Reference]) -> list[Figure]:
     figures: list[Figure] = [
-        Bars(
-            title="Jaccard index by kind of matrix",
-            labels=list(kinds),
-            series={
-                "measured": [row.jaccard for row in kinds.values()],
-                _CHANCE: [row.expected_jaccard for row in kinds.values()],
-            },
-            axis="mean over pairs of runs",
+        row_bars(
+            "Jaccard index by kind of matrix",
+            kinds,
+            {"measured": "jaccard", _CHANCE: "expected_jaccard"},
+            "mean over pairs of runs",
             references=published,
         )
     ]
@@ -487,14 +482,11 @@ def _kind_figures(kinds: Mapping[str, OverlapRow], published: Sequence[Reference
     }
     if lined:
         figures.append(
-            Bars(
-                title="Do runs hit the same rows and columns?",
-                labels=list(lined),
-                series={
-                    "rows": [row.row_agreement for row in lined.values()],
-                    "columns": [row.column_agreement for row in lined.values()],
-                },
-                axis="rank correlation of changes per row, per column",
+            row_bars(
+                "Do runs hit the same rows and columns?",
+                lined,
+                {"rows": "row_agreement", "columns": "column_agreement"},
+                "rank correlation of changes per row, per column",
                 shares=False,
                 caption="Mean over pairs of runs and over matrices; 0 is chance, 1 the same order.",
             )
