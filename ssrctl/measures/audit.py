@@ -34,14 +34,7 @@ _SHOWN_NAMES = 5
 
 @dataclass(frozen=True)
 class TensorAudit:
-    """Counts of one tensor.
-
-    Attributes:
-        numel: weights.
-        num_protected: protected weights.
-        num_changed: changed weights.
-        num_protected_changed: weights that are both.
-    """
+    """Counts of one tensor: its weights, the protected ones, the changed ones, and those that are both."""
 
     numel: int
     num_protected: int
@@ -54,8 +47,7 @@ class AuditRow(TensorAudit):
     """Counts of one or more tensors and their shares; a share of nothing is None.
 
     Attributes:
-        protected_frac: protected over all weights.
-        changed_frac: changed over all weights.
+        protected_frac, changed_frac: over all weights.
         protected_changed_frac: changed over protected.
         overlap: the protected share of the changed weights.
         expected_overlap: the same if as many weights of each tensor had changed at random (for one tensor the
@@ -78,8 +70,6 @@ class SpikeAudit:
     Attributes:
         spike: the outlier's entry in the report of ``ssrctl superweights``.
         index: flat index of the weight in its tensor.
-        protected: True = the mask protects it.
-        moved: True = it changed.
     """
 
     spike: Mapping[str, Any]
@@ -97,8 +87,6 @@ class AuditResult:
     """The audit of a checkpoint.
 
     Attributes:
-        rows: counts and shares by group and by tensor.
-        spikes: the weights behind activation outliers.
         not_compared: protected weights in tensors of the mask that the checkpoints do not have, by name.
     """
 
@@ -118,7 +106,6 @@ def audit_tensor(name: str, protected: TileSet | None, changed: Tensor) -> Tenso
     """Count one tensor's protected weights, its changed weights, and those that are both.
 
     Args:
-        name: of the tensor, for the error.
         protected: the mask's set; None where the mask lacks the tensor, and so protects nothing of it.
         changed: bool in the tensor's shape, True = changed.
 
@@ -303,7 +290,6 @@ def failures(result: AuditResult, *, frozen: bool, moved_pattern: str | None) ->
     An assertion that holds because there was nothing to check is a failure.
 
     Args:
-        result: of the audit.
         frozen: no protected weight may have changed.
         moved_pattern: a glob pattern (``*`` also matches dots; upper and lower case differ): in every tensor whose
             name matches, at least one weight must have changed. None asserts nothing.

@@ -268,10 +268,7 @@ class Taken(Generic[Result]):
     """A measure that was taken.
 
     Attributes:
-        measure: the measure.
         place: the number of the checkpoint, from 0; None for a measure of all of them.
-        result: from ``combine``.
-        findings: from ``present``.
     """
 
     measure: Measure[Any, Result]

@@ -26,7 +26,7 @@ from ssrctl.measures.base import Findings, PairMeasure, register
 from ssrctl.measures.group_tables import RowColumn, cell_map, picture, row_bars
 from ssrctl.measures.maths import matrices
 from ssrctl.measures.maths.change_rule import change_rule
-from ssrctl.measures.maths.grouping import Grouped, group
+from ssrctl.measures.maths.grouping import Grouped, group, middle_layer
 from ssrctl.measures.maths.landings import CONFIDENCE, Landings, SetLanding, land, land_by_magnitude, summary
 from ssrctl.measures.maths.low_rank import rank_k_svd
 from ssrctl.measures.maths.magnitude import widened
@@ -151,10 +151,8 @@ class LandingResult:
     Attributes:
         rank_share, density: of the sets.
         rule: the criterion of a changed weight, in words.
-        rows: by group, and of each matrix.
         concentration: how unevenly changes spread over rows and columns, by the same groups; means over matrices.
         unmeasured: matrices without principal weights, with the reason.
-        examples: pictures of some matrices.
     """
 
     rank_share: float
@@ -254,10 +252,8 @@ class LandingMeasure(PairMeasure[LandingPart, LandingResult]):
 
 def _middle_pictures(pictures: Mapping[str, Picture | None]) -> list[Picture]:
     """Return the pictures of a query and a gate matrix of the middle layer of those where something changed."""
-    layers = sorted({layer for name in pictures if (layer := layer_index(name)) is not None})
-    if not layers:
+    if (middle := middle_layer(pictures)) is None:
         return []
-    middle = layers[len(layers) // 2]
     kinds = {matrix_kind(name): name for name in pictures if layer_index(name) == middle}
     chosen = [kinds[kind] for kind in PICTURED if kind in kinds][:2]
     return [one for name in sorted(chosen, key=list(pictures).index) if (one := pictures[name]) is not None]

@@ -40,7 +40,6 @@ class OfMatrix(Generic[Value]):
     """A measure of one matrix.
 
     Attributes:
-        shape: (m, n).
         value: the measure, or the reason why there is none.
     """
 
@@ -53,8 +52,6 @@ class MatrixResult(Generic[Row, Value]):
     """A measure of all matrices.
 
     Attributes:
-        name: of the measure.
-        rows: by group, and of each matrix.
         shapes: (m, n) of each matrix, by label.
         unmeasured: matrices without the measure, with the reason.
         skipped: tensors that are not matrices, with the reason.

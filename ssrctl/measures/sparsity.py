@@ -43,7 +43,6 @@ class SparsityResult:
 
     Attributes:
         changes: counts and sums of all weights, by group and by tensor.
-        largest: the weights that changed most.
         shapes: of the tensors that these are in.
     """
 
@@ -143,12 +142,7 @@ class Sparsity(PairMeasure[tuple[list[Change], LargestChanges], SparsityResult])
 
 
 def headlines(changes: Grouped[Change, Change], atol: float) -> list[str]:
-    """Return the answer in sentences.
-
-    Args:
-        changes: by group.
-        atol: the tolerance of ``Change.sparsity``.
-    """
+    """Return the answer in sentences."""
     total = changes.total
     if total.num_bit_changed == 0:
         return [f"The two checkpoints are identical bit for bit: {count(total.numel)} weights, sparsity 1."]

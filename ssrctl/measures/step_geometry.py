@@ -55,7 +55,6 @@ class PairMeans(PairGradients):
     """Means over several pairs.
 
     Attributes:
-        num_pairs: cases.
         num_cosines: those of them whose gradients were compared.
         negative_frac: share of these with a negative cosine.
     """

@@ -242,7 +242,6 @@ def overlap_headlines(summary: RunOverlap, disjoint: bool | None) -> list[str]:
     """Return the answer in sentences.
 
     Args:
-        summary: of the run.
         disjoint: from ``disjoint_by_construction``.
     """
     lines = [_overlap_line(summary, disjoint)]

@@ -99,16 +99,10 @@ class PiecePair:
             base_sum_sq = float(base[base.isfinite()].square().sum())
         whole = Change(
             numel=numel,
-            num_within=equal,
             nums_within=(equal,) * len(FIXED_TOLERANCES),
-            num_same_bf16=equal,
-            num_equal=equal,
-            num_finite=equal,
             base_sum_sq=base_sum_sq,
-            num_nan_base=odd["nan"],
-            num_inf_base=odd["inf"],
-            num_nan_tuned=odd["nan"],
-            num_inf_tuned=odd["inf"],
+            **dict.fromkeys(("num_within", "num_same_bf16", "num_equal", "num_finite"), equal),
+            **{f"num_{kind}_{side}": number for kind, number in odd.items() for side in ("base", "tuned")},
         )
         return [whole, self._moved(atol, eta)] if equal < numel else [whole]
 

@@ -126,8 +126,6 @@ def measure_question_geometry(question: QuestionLog, step: int, eligible: int) -
     """Measure one question.
 
     Args:
-        question: as logged.
-        step: the training step it belongs to.
         eligible: N, the unprotected coordinates.
 
     Raises:
