@@ -8,12 +8,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ssrctl.checkpoints.pairs import Comparison, TensorPair, first_of
+from ssrctl.configs import DiagnoseConfig
 from ssrctl.core.mask import BlockMask, TileSet, matrix_shape
 from ssrctl.errors import UserError
 from ssrctl.io.artifacts import load_mask
@@ -25,9 +26,6 @@ from ssrctl.measures.maths.change_rule import change_rule
 from ssrctl.measures.maths.grouping import Grouped, group
 from ssrctl.report.document import Bars, Column, Section, Table
 from ssrctl.report.formats import count, number, percent, times
-
-if TYPE_CHECKING:
-    from ssrctl.configs import DiagnoseConfig
 
 _SHOWN_NAMES = 5
 

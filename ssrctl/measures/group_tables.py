@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ssrctl.checkpoints.names import KINDS
 from ssrctl.measures.maths.grouping import Grouped
-from ssrctl.measures.maths.row_column_counts import CoarseMap
 from ssrctl.report.document import Bars, Column, Heatmap, Lines, Numbers, Table
+
+if TYPE_CHECKING:  # it loads torch, which is not needed to refuse a folder
+    from ssrctl.measures.maths.row_column_counts import CoarseMap
 
 Row = TypeVar("Row")
 

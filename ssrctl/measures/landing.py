@@ -14,12 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ssrctl.checkpoints.names import layer_index, matrix_kind
+from ssrctl.checkpoints.pairs import TensorPair
 from ssrctl.core.seeds import derive_seed
 from ssrctl.core.static_masks import NonFiniteWeights, low_magnitude_mask, principal_mask, rank_of
 from ssrctl.measures.base import Findings, PairMeasure, register
@@ -43,9 +44,6 @@ from ssrctl.measures.maths.update_matrix import Unmeasured
 from ssrctl.measures.matrix_measure import listed
 from ssrctl.report.document import Bars, Column, Figure, Lines, Section, Table
 from ssrctl.report.formats import count, number, percent
-
-if TYPE_CHECKING:
-    from ssrctl.checkpoints.pairs import TensorPair
 
 # The last is the first again, with another idea of chance: random weights of the same magnitudes as those that changed.
 SETS = {

@@ -7,17 +7,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
+from ssrctl.checkpoints.pairs import Comparison, TensorPair
+from ssrctl.configs import DiagnoseConfig
 from ssrctl.io.console import note
 from ssrctl.measures.base import Findings, PairMeasure
 from ssrctl.measures.maths.grouping import Grouped, group_with_tensors
 from ssrctl.measures.maths.matrices import skip_reason, updates
 from ssrctl.measures.maths.update_matrix import Unmeasured, UpdateMatrix
-
-if TYPE_CHECKING:
-    from ssrctl.checkpoints.pairs import Comparison, TensorPair
-    from ssrctl.configs import DiagnoseConfig
 
 
 class HasNumbers(Protocol):

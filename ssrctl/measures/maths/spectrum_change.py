@@ -317,7 +317,7 @@ def _energies(update: UpdateMatrix, left: Tensor, right: Tensor) -> dict[str, fl
     return dict(zip(("energy_left", "energy_right", "energy_both"), shares, strict=True))
 
 
-def _expected_energies(rows: int, columns: int, k: int) -> dict[str, float]:
+def _expected_energies(rows: int, columns: int, k: int) -> dict[str, Any]:
     return {
         "expected_energy_left": k / rows,
         "expected_energy_right": k / columns,
