@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from ssrctl.checkpoints.header import MAX_HEADER_BYTES
+from ssrctl.checkpoints.header import MAX_HEADER_BYTES, read_header
 from ssrctl.errors import UserError
 from ssrctl.io.files import existing_file
 
@@ -49,12 +49,34 @@ def locate(place: Path) -> dict[str, Path]:
     if (place / "adapter_config.json").exists():
         raise UserError(f"{place} is a LoRA adapter, not a model", _MERGE)
     if (place / SINGLE).exists() or (place / SINGLE).is_symlink():
-        _check_link(place, SINGLE)
+        check_link(place, SINGLE)
         return {"": existing_file(place / SINGLE, "model file")}
     if (place / INDEX).exists():
-        _check_link(place, INDEX)
+        check_link(place, INDEX)
         return dict(_indexed(place))
     raise _nothing_to_read(place)
+
+
+def check_folder(folder: Path) -> None:
+    """Check that a model folder has whole safetensors, and that no file in it is a link that leads out of it.
+
+    Raises:
+        UserError: see ``locate`` and ``read_header``; or a config or tokenizer file that is such a link.
+    """
+    check_links(folder)
+    for file in sorted(set(locate(folder).values())):
+        read_header(file)
+
+
+def check_links(folder: Path) -> None:
+    """Refuse a folder of which a file or sub-folder is a link that leads out of it; hidden ones are not read.
+
+    Raises:
+        UserError: there is one.
+    """
+    for one in sorted(folder.iterdir()):
+        if one.is_symlink() and not one.name.startswith("."):
+            check_link(folder, one.name)
 
 
 def refuse_adapter(file: Path, names: Collection[str]) -> None:
@@ -80,7 +102,7 @@ def _nothing_to_read(place: Path) -> UserError:
     return UserError(message, "give a model folder saved with save_pretrained (safetensors)")
 
 
-def _check_link(folder: Path, name: str) -> None:
+def check_link(folder: Path, name: str) -> None:
     """Refuse a link that leads out of the model's folder; the hub's cache links to its own blobs."""
     # Path.resolve raises for links in a circle.
     target, home = Path(os.path.realpath(folder / name)), folder.resolve()
@@ -124,6 +146,6 @@ def _indexed(folder: Path) -> Iterator[tuple[str, Path]]:
             "download or copy the model again",
         )
     for shard in shards:
-        _check_link(folder, shard)
+        check_link(folder, shard)
     for name, shard in weight_map.items():
         yield name, folder / shard
