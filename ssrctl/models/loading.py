@@ -182,6 +182,13 @@ def _source(config: ModelConfig) -> str:
     return config.model
 
 
+def folder_of(config: ModelConfig) -> Path:
+    """Return the folder that a model which was loaded came from; that of the hub's cache for a name on the hub."""
+    from transformers.utils import cached_file
+
+    return Path(cached_file(_source(config), "config.json", revision=config.revision)).parent
+
+
 def _load_tokenizer(config: ModelConfig, source: str) -> Any:
     from transformers import AutoTokenizer
     from transformers.utils import cached_file

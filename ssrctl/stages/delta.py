@@ -158,7 +158,8 @@ def _write_folder(config: DeltaApplyConfig, made: AppliedCheckpoint, notes: list
             copied = []
             notes.append(f"There is no {CONFIG} next to {base.label}: the folder holds only the weights.")
         with console.progress(unit="tensors") as bar:
-            task = bar.add_task("writing", total=len(base.shapes), status="")
+            stored = sum(len(base.stored_in(file)) for file in base.files)
+            task = bar.add_task("writing", total=stored, status="")
             fingerprint = write_applied(made, folder, metadata, lambda name: bar.update(task, advance=1))
         if delta.tuned is not None and not config.ignore_fingerprint and fingerprint != delta.tuned.fingerprint:
             raise UserError(

@@ -86,7 +86,7 @@ def apply(base: Path, delta_path: Path, folder: Path) -> str:
         with whole_folder(folder) as temporary:
             written: list[str] = []
             found = write_applied(made, temporary, {"format": "pt"}, written.append)
-            assert sorted(written) == sorted(reader.shapes)
+            assert sorted(written) == sorted(name for one in reader.files for name in reader.stored_in(one))
     return found
 
 
