@@ -1,7 +1,7 @@
 """The protocol of a measure, and the registry that `ssrctl diagnose` takes them from.
 
-A measure is one file. It says what it computes of a tensor (``tensor``, run in a worker thread while the tensor is in
-memory), how the tensors' parts make a result (``combine``), and how the result reads (``present``)::
+A measure is one class with three steps: ``tensor`` computes a part of each tensor, in a worker thread while the tensor
+is in memory; ``combine`` makes a result of the parts; ``present`` puts it into words, tables and figures::
 
     @register
     class ChangedShare(PairMeasure[int, Share]):
@@ -16,7 +16,7 @@ memory), how the tensors' parts make a result (``combine``), and how the result 
         def present(self, result: Share) -> Findings:
             return Findings(numbers={"changed_share": result.share}, headlines=[f"{percent(result.share)} changed."])
 
-``ssrctl diagnose --measures changed-share`` then takes it, and json, csv, terminal and page show it.
+``ssrctl diagnose --measures changed-share`` then takes it, and report.json, csv, terminal and page show it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Result = TypeVar("Result")
 # The modules of this package that register measures, in the order in which reports show them.
 FAMILIES = ("over_time", "gradients", "sparsity", "rank", "spectrum", "landing", "overlap", "audit")
 
-# What is compared: one checkpoint with its base, several of one base, checkpoints in the order of training, or all
+# The comparison: one checkpoint with its base, several of one base, checkpoints in the order of training, or all
 # checkpoints of a run directory.
 Mode = Literal["pair", "several", "series", "run"]
 
@@ -54,10 +54,10 @@ class Findings:
     Attributes:
         numbers: for report.json, by key.
         headlines: the answer, in sentences with numbers.
-        notes: what a reader must know so as not to be misled.
+        notes: sentences that a reader needs so as not to be misled.
         sections: figures and tables, those that answer before those that detail.
         details: further sections, shown below those of other measures.
-        published: values to be shown next to published ones; None for one that is not defined here.
+        published: values to show next to published ones; None for one that is not defined here.
         failed: assertions that do not hold, in sentences; any makes the command exit with 4.
     """
 
@@ -74,11 +74,11 @@ class Measure(abc.ABC, Generic[Part, Result]):
     """A family of numbers.
 
     Attributes:
-        name: what `--measures` calls it.
-        also: further names, of parts of it.
+        name: in `--measures`.
+        also: further names in `--measures`, of parts of it.
         default_in: the modes in which it is taken unless `--measures` says otherwise.
         possible_in: the modes in which it can be taken at all.
-        needs: what it takes to be possible, for the error message.
+        needs: the paths that it needs, for the error message.
         audits: True = shown for every checkpoint of several, with its headlines; other pair measures become
             collapsed details there.
     """
@@ -133,7 +133,7 @@ class PairMeasure(Measure[Part, Result]):
 
     @abc.abstractmethod
     def tensor(self, pair: TensorPair) -> Part | None:
-        """Return what is kept of one tensor, None for nothing; called in a worker thread."""
+        """Return the part of one tensor, None for no part; called in a worker thread."""
 
     def side_by_side(self, results: Mapping[str, Result]) -> list[Section]:
         """Return sections that show several checkpoints next to each other, by label; none by default."""
@@ -145,7 +145,7 @@ class JointMeasure(Measure[Part, Result]):
 
     @abc.abstractmethod
     def tensor(self, pairs: TensorSeries) -> Part | None:
-        """Return what is kept of one tensor of all checkpoints, None for nothing; called in a worker thread."""
+        """Return the part of one tensor of all checkpoints, None for no part; called in a worker thread."""
 
 
 class RunMeasure(Measure[Any, Result]):
@@ -168,7 +168,7 @@ class StepMeasure(abc.ABC, Generic[Part, Result]):
 
     @abc.abstractmethod
     def log(self, log: StepMaskLog) -> Part:
-        """Return what is kept of one logged training step.
+        """Return the part of one logged training step.
 
         Raises:
             ValueError: a log that contradicts itself.
@@ -285,7 +285,7 @@ def take(
     keys = [(one, place) for one in measures for place in (places if isinstance(one, PairMeasure) else [None])]
     parts: dict[tuple[str, int | None], dict[str, list[Any]]] = {(one.name, place): {} for one, place in keys}
 
-    def work(name: str, start: int | None) -> dict[tuple[str, int | None], Any]:
+    def measure_tensor(name: str, start: int | None) -> dict[tuple[str, int | None], Any]:
         pairs = [TensorPair(comparison, checkpoint, name, start) for checkpoint in comparison.tuned]
         series = TensorSeries(pairs, dict.fromkeys(places, pairwise))
         found: dict[tuple[str, int | None], Any] = {(one.name, None): one.tensor(series) for one in joint}
@@ -295,7 +295,7 @@ def take(
         names = " and ".join(dict.fromkeys(one.name for one in (*joint, *pairwise)))
         in_ranges = not joint and all(one.in_ranges for one in pairwise)
         for name, found in walk(
-            comparison, work, num_workers=num_workers, description=f"measuring {names}", in_ranges=in_ranges
+            comparison, measure_tensor, num_workers=num_workers, description=f"measuring {names}", in_ranges=in_ranges
         ):
             for key, part in found.items():
                 if part is not None:

@@ -1,5 +1,8 @@
 """Choosing a critic, and from scores to rewards."""
 
+import pkgutil
+from typing import get_args, get_type_hints
+
 import pytest
 
 from ssrctl.configs import CriticOptions
@@ -50,6 +53,7 @@ def test_missing_is_not_zero():
     assert (made.score, made.reward, made.error, made.rationale) == (None, None, "timeout", None)
 
 
-def test_the_option_decides():
-    assert set(CRITICS) == {"rule", "llm", "rollout"}
+def test_every_value_of_the_option_is_a_critic():
+    assert set(CRITICS) == set(get_args(get_type_hints(CriticOptions)["critic"]))
+    assert all(callable(pkgutil.resolve_name(path).create) for path in CRITICS.values())
     assert isinstance(make_critic(CriticOptions(critic="rule")), RuleCritic)

@@ -18,8 +18,8 @@ from ssrctl.critics.calibration.first_errors import (
     accuracies,
     best_random_f1,
     best_threshold,
-    f1,
     f1_estimate,
+    f1_of,
     first_error,
     verdict,
 )
@@ -179,8 +179,8 @@ def _first_errors(
         "undecided_frac": fmean(fmean(found is None for found in mine) for mine in predictions),
         "erroneous_verdicts": _verdicts(predictions, labels, of_erroneous=True),
         "correct_verdicts": _verdicts(predictions, labels, of_erroneous=False),
-        "f1_missing_as_right": _f1(labels, _hits(lenient, labels)),
-        "f1_by_repeat": [_f1(labels, _hits(mine, labels)) for mine in rounds],
+        "f1_missing_as_right": f1_of(labels, _hits(lenient, labels)),
+        "f1_by_repeat": [f1_of(labels, _hits(mine, labels)) for mine in rounds],
     }
 
 
@@ -196,11 +196,6 @@ def _predictions(
         [first_error(scores, wrong_below, missing_is_right=missing_is_right) for scores in mine.scores]
         for mine in judged
     ]
-
-
-def _f1(labels: Sequence[int], hits: Sequence[float]) -> float | None:
-    erroneous, correct = accuracies(labels, hits)
-    return None if erroneous is None or correct is None else f1(erroneous, correct)
 
 
 def _verdicts(

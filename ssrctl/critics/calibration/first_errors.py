@@ -80,6 +80,12 @@ def accuracies(labels: Sequence[int], hits: Sequence[float]) -> tuple[float | No
     return _mean(erroneous), _mean(correct)
 
 
+def f1_of(labels: Sequence[int], hits: Sequence[float]) -> float | None:
+    """Return the F1 of ``accuracies(labels, hits)``; None when a class has no traces."""
+    erroneous, correct = accuracies(labels, hits)
+    return None if erroneous is None or correct is None else f1(erroneous, correct)
+
+
 def f1_estimate(
     labels: Sequence[int],
     hits: Sequence[float],
@@ -188,8 +194,7 @@ def random_f1(labels: Sequence[int], lengths: Sequence[int], rate: float) -> flo
         (1 - rate) ** length if label == ALL_RIGHT else (1 - rate) ** label * rate
         for label, length in zip(labels, lengths, strict=True)
     ]
-    erroneous, correct = accuracies(labels, expected)
-    return None if erroneous is None or correct is None else f1(erroneous, correct)
+    return f1_of(labels, expected)
 
 
 def best_random_f1(labels: Sequence[int], lengths: Sequence[int]) -> float | None:

@@ -40,14 +40,14 @@ OTHER_CACHE = "use another folder with --critic-cache-dir, or --no-critic-cache"
 
 
 @dataclass(frozen=True)
-class CachedReply:
+class Reply:
     """A judge's reply as it was paid for.
 
     Attributes:
-        text: the exact reply; untrusted.
+        text: the exact reply, never blank; untrusted.
         model: litellm name of the model that replied.
         prompt_tokens, completion_tokens: as the provider counted them, below 2**63; None if it did not.
-        cost_usd: its cost at that time; None when no price was known.
+        cost_usd: the cost of the answered request; None when no price was known.
     """
 
     text: str
@@ -140,7 +140,7 @@ class ReplyCache:
             self._connection.close()
             raise
 
-    def get(self, key: str) -> CachedReply | None:
+    def get(self, key: str) -> Reply | None:
         """Return the reply stored under ``key``, or None.
 
         Raises:
@@ -153,11 +153,11 @@ class ReplyCache:
             return None
         text, model, *numbers = rows[0]
         try:
-            return CachedReply(_decoded(text), _decoded(model), *numbers)
+            return Reply(_decoded(text), _decoded(model), *numbers)
         except UnicodeDecodeError as error:
             raise self._corrupt(str(error)) from error
 
-    def put(self, key: str, reply: CachedReply) -> None:
+    def put(self, key: str, reply: Reply) -> None:
         """Store ``reply`` unless ``key`` has one already, so that all processes continue with the same reply.
 
         Raises:

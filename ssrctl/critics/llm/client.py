@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from ssrctl.configs import CriticOptions
+from ssrctl.critics.llm.cache import Reply
 from ssrctl.critics.llm.failures import CallFailed, Failure, classify_failure
 from ssrctl.critics.llm.ledger import Call
 from ssrctl.critics.llm.litellm_import import import_litellm
@@ -51,28 +52,6 @@ class CallTag:
     id: str
     step: int | None = None
     kind: Literal["judge", "repair"] = "judge"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reply:
-    """A judge's answer.
-
-    Attributes:
-        text: never blank.
-        model: litellm name of the model that answered.
-        prompt_tokens, completion_tokens: as the provider counted them; None if it did not.
-        cost_usd: of the answered request; None when no price is known.
-        latency_s: duration of that request in seconds.
-        finish_reason: ``stop``, or ``length`` when the token limit truncated the reply.
-    """
-
-    text: str
-    model: str
-    prompt_tokens: int | None
-    completion_tokens: int | None
-    cost_usd: float | None
-    latency_s: float
-    finish_reason: str | None
 
 
 @dataclass
@@ -277,16 +256,9 @@ class JudgeClient:
             failure = _empty_reply(reason)
             note(cost, tokens, error=failure.kind)
             return failure
-        call = note(cost, tokens)
-        return Reply(
-            text=text,
-            model=model.name,
-            prompt_tokens=call.prompt_tokens,
-            completion_tokens=call.completion_tokens,
-            cost_usd=cost,
-            latency_s=call.latency_s or 0.0,
-            finish_reason=reason,
-        )
+        note(cost, tokens)
+        prompt_tokens, completion_tokens = tokens or (None, None)
+        return Reply(text, model.name, prompt_tokens, completion_tokens, cost)
 
     async def _send(self, model: JudgeModel, prompt: _PendingPrompt, reply_format: Any) -> Any:
         extra = {} if reply_format is None else {"response_format": reply_format}
@@ -308,7 +280,7 @@ class JudgeClient:
         tokens: tuple[int, int] | None = None,
         *,
         error: str | None = None,
-    ) -> Call:
+    ) -> None:
         call = Call(
             **asdict(prompt.tag),
             model=model.name,
@@ -320,7 +292,6 @@ class JudgeClient:
             error=error,
         )
         self._on_call(call)
-        return call
 
     def _raise_if_fatal(self, model: JudgeModel, failure: Failure) -> None:
         """Raise a UserError for a failure that every other request would share."""

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from ssrctl.configs import CriticOptions
 from ssrctl.critics.base import missing
-from ssrctl.critics.llm.cache import CachedReply, ReplyCache, default_cache_dir
-from ssrctl.critics.llm.client import CallTag, JudgeClient, Reply
+from ssrctl.critics.llm.cache import Reply, ReplyCache, default_cache_dir
+from ssrctl.critics.llm.client import CallTag, JudgeClient
 from ssrctl.critics.llm.failures import CallFailed
 from ssrctl.critics.llm.ledger import Call, Ledger
 from ssrctl.critics.llm.meter import BudgetReached, Meter
@@ -188,8 +188,7 @@ class LLMCritic:
             return [missing(failure.kind) for _ in wanted]
         if self.cache is not None and parsed.problem is None:
             key = keys.get(reply.model, keys[self.requests.models[0]])
-            entry = CachedReply(reply.text, reply.model, reply.prompt_tokens, reply.completion_tokens, reply.cost_usd)
-            await asyncio.to_thread(self.cache.put, key, entry)  # another process may lock the file
+            await asyncio.to_thread(self.cache.put, key, reply)  # another process may lock the file
         return parsed.scores
 
     async def _ask(

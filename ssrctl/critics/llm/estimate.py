@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,27 +48,23 @@ class Estimate:
         folder = self.options.critic_cache_dir or default_cache_dir()
         # An estimate does not create a cache.
         cache = ReplyCache(folder) if self.options.critic_cache and folder.is_dir() else None
-        try:
+        with contextlib.closing(cache) if cache else contextlib.nullcontext():
             for rollout in rollouts:
                 for index in self.requests.of(rollout):
-                    if not self.requests.wanted(rollout, index):
-                        continue
-                    if cache is not None and any(map(cache.get, self.requests.cache_keys(rollout, index).values())):
+                    wanted = self.requests.wanted(rollout, index)
+                    if wanted and cache and any(map(cache.get, self.requests.cache_keys(rollout, index).values())):
                         self.cached += 1
-                    else:
-                        self._add(litellm, rollout, index)
-        finally:
-            if cache is not None:
-                cache.close()
+                    elif wanted:
+                        self._add(litellm, rollout, index, len(wanted))
 
-    def _add(self, litellm: Any, rollout: Rollout, index: int | None) -> None:
+    def _add(self, litellm: Any, rollout: Rollout, index: int | None, num_scores: int) -> None:
         messages = self.requests.messages(rollout, index)
         size = sum(len(message["content"].encode()) for message in messages)
         if self.calls < NUM_TOKENISED:
             self._counted.append((size, litellm.token_counter(model=self.requests.models[0], messages=messages)))
         self.calls += 1
         self.bytes += size
-        self.num_scores += len(self.requests.wanted(rollout, index))
+        self.num_scores += num_scores
 
     def plan(self) -> dict[str, Any]:
         """Return calls, tokens, US dollars and minutes.

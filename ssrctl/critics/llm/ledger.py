@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import threading
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -81,10 +83,8 @@ class Ledger:
         self._lock = threading.Lock()
         self._log: JsonlLog | None = None
         if self.path is not None and str(self.path) != os.devnull:  # which has no fsync
-            try:
+            with self._naming_the_file():
                 self._log = JsonlLog(self.path)
-            except OSError as error:
-                raise self._unwritable(error) from error
 
     def note(self, call: Call) -> None:
         """Append one line.
@@ -92,28 +92,24 @@ class Ledger:
         Raises:
             UserError: it cannot be written, on a full disk for instance.
         """
-        with self._lock:
-            if self._log is None:
-                return
-            row = asdict(call)
-            try:
+        row = asdict(call)
+        with self._lock, self._naming_the_file():
+            if self._log is not None:
                 self._log.append({"time": row.pop("time")} | row)
-            except OSError as error:
-                raise self._unwritable(error) from error
 
     def close(self) -> None:
         """Force the lines onto the disk and close the file; a second call does nothing."""
-        with self._lock:
+        with self._lock, self._naming_the_file():
             log, self._log = self._log, None
-            if log is None:
-                return
-            try:
+            if log is not None:
                 log.close()
-            except OSError as error:
-                raise self._unwritable(error) from error
 
-    def _unwritable(self, error: OSError) -> UserError:
-        return UserError(
-            f"cannot write the ledger {self.path}: {error.strerror}",
-            "free some space, or name another file with --ledger",
-        )
+    @contextlib.contextmanager
+    def _naming_the_file(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"cannot write the ledger {self.path}: {error.strerror}",
+                "free some space, or name another file with --ledger",
+            ) from error

@@ -18,14 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssrctl.critics.llm import cache as module
-from ssrctl.critics.llm.cache import FILE_NAME, CachedReply, ReplyCache, cache_key, default_cache_dir
+from ssrctl.critics.llm.cache import FILE_NAME, Reply, ReplyCache, cache_key, default_cache_dir
 from ssrctl.errors import UserError
 
-REPLY = CachedReply("score: 3", "openai/m", 100, 20, 0.0125)
+REPLY = Reply("score: 3", "openai/m", 100, 20, 0.0125)
 
 
 def reply_of(text):
-    return CachedReply(text, "m", 1, 2, 0.5)
+    return Reply(text, "m", 1, 2, 0.5)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -116,7 +116,7 @@ def test_what_was_put_is_there_now_and_later(tmp_path):
 
 
 def test_what_is_not_known_stays_so(tmp_path):
-    reply = CachedReply("text", "m", None, None, None)
+    reply = Reply("text", "m", None, None, None)
     with closing(ReplyCache(tmp_path)) as cache:
         cache.put("k", reply)
         assert cache.get("k") == reply
@@ -137,7 +137,7 @@ def test_texts_come_back_exactly(tmp_path, text, model):
     for exact in (text, text + "\ud83d\ude42\x00" + text):
         key = cache_key({"text": exact, "model": model})
         with closing(ReplyCache(tmp_path)) as cache:
-            cache.put(key, CachedReply(exact, model, 0, 0, 0.0))
+            cache.put(key, Reply(exact, model, 0, 0, 0.0))
             found = cache.get(key)
         assert (found.text, found.model) == (exact, model)
 
@@ -206,7 +206,7 @@ def test_without_a_home_the_remedy_is_an_option(monkeypatch):
 WORKER = """
 import random, sys
 from contextlib import closing
-from ssrctl.critics.llm.cache import CachedReply, ReplyCache
+from ssrctl.critics.llm.cache import Reply, ReplyCache
 
 folder, name = sys.argv[1], sys.argv[2]
 keys = [str(number) for number in range(100)]
@@ -216,7 +216,7 @@ for _ in range(2):
     with closing(ReplyCache(folder)) as cache:
         for key in keys:
             if cache.get(key) is None:
-                cache.put(key, CachedReply(key * 500, name, int(key), 0, 0.5))
+                cache.put(key, Reply(key * 500, name, int(key), 0, 0.5))
             found = cache.get(key)
             assert found is not None and found.text == key * 500 and found.prompt_tokens == int(key), (key, found)
 """
@@ -246,12 +246,12 @@ def test_processes_share_a_file_from_its_making_on(tmp_path):
 PUT_FOR_EVER = """
 import itertools, sys
 from contextlib import closing
-from ssrctl.critics.llm.cache import CachedReply, ReplyCache
+from ssrctl.critics.llm.cache import Reply, ReplyCache
 
 folder, first = sys.argv[1], int(sys.argv[2])
 with closing(ReplyCache(folder)) as cache:
     for number in itertools.count(first):
-        cache.put(str(number), CachedReply(f"{number} " * 30_000, "m", number, 0, 0.5))
+        cache.put(str(number), Reply(f"{number} " * 30_000, "m", number, 0, 0.5))
         sys.stdout.write(f"{number}\\n")
         sys.stdout.flush()
 """
@@ -270,7 +270,7 @@ def test_a_kill_leaves_all_that_was_put_and_a_sound_file(tmp_path):
         with closing(ReplyCache(tmp_path)) as cache:
             assert cache._run("PRAGMA integrity_check") == [("ok",)]
             for number in range(put):
-                assert cache.get(str(number)) == CachedReply(f"{number} " * 30_000, "m", number, 0, 0.5)
+                assert cache.get(str(number)) == Reply(f"{number} " * 30_000, "m", number, 0, 0.5)
             put += cache.get(str(put)) is not None  # one that was put and not told
 
 

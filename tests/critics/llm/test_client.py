@@ -38,7 +38,7 @@ def server():
 def test_a_question_and_its_answer(server):
     bench = Bench(server, critic_temperature=0.3)
     reply = bench.ask("What is 2+2?")
-    assert (reply.text, reply.model, reply.finish_reason) == ("What is 2+2?", "openai/judge", "stop")
+    assert (reply.text, reply.model) == ("What is 2+2?", "openai/judge")
     (request,), (call,) = server.requests, bench.calls
     assert request.body == {
         "model": "judge",
@@ -49,7 +49,7 @@ def test_a_question_and_its_answer(server):
     assert request.authorization == f"Bearer {KEY}"
     assert (call.id, call.step, call.kind, call.model, call.attempt) == ("q/0", 3, "repair", "openai/judge", 1)
     assert (call.prompt_tokens, call.completion_tokens, call.error, call.cached) == (9, 4, None, False)
-    assert (reply.prompt_tokens, reply.completion_tokens, reply.latency_s) == (9, 4, call.latency_s)
+    assert (reply.prompt_tokens, reply.completion_tokens) == (9, 4) and call.latency_s > 0
     assert call.cost_usd == reply.cost_usd == bench.meter.spent_usd == pytest.approx(9 * 1e-6 + 4 * 2e-6)
     assert bench.waits == []
 

@@ -59,7 +59,7 @@ def test_questions_are_answered_and_counted(judge, monkeypatch):
     texts = [f"Step {number}: 12+30=42 \ud800 ½" for number in range(6)]
     replies, meter, calls = ask(judge, texts)
     assert all(reply.text and reply.model == judge[0] for reply in replies)
-    assert all(reply.finish_reason == "length" and reply.completion_tokens == 16 for reply in replies)
+    assert all(reply.completion_tokens == 16 for reply in replies)
     assert all(
         0 < reply.prompt_tokens <= len(text.encode(errors="replace")) + 60
         for reply, text in zip(replies, texts, strict=True)
