@@ -108,7 +108,7 @@ class _Rows:
         self._count = 0
 
     def of(self, name: str) -> Tensor:
-        """Number the rows of a tensor."""
+        """Return the row numbers of a tensor, in its shape but for the last dimension."""
         import torch
 
         shape = _by_rows(self._stored[name])

@@ -18,6 +18,7 @@ SINGLE = "model.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _ADAPTER = re.compile(r"(^|\.)lora_(A|B|embedding_A|embedding_B)(\.|$)")
 _MERGE = "merge it first (peft: merge_and_unload, then save_pretrained)"
+_FROM_GGUF = "convert it: from_pretrained(FOLDER, gguf_file=NAME), then save_pretrained writes safetensors"
 _CONVERT = "if you trust it, convert it: from_pretrained, then save_pretrained writes safetensors"
 
 
@@ -43,6 +44,8 @@ def locate(place: Path) -> dict[str, Path]:
             "give a local folder or safetensors file; `hf download` fetches a model from the hub",
         )
     if place.is_file():
+        if place.suffix == ".gguf":
+            raise UserError(f"{place} is a GGUF file, which is not read", _FROM_GGUF)
         if place.suffix in _PICKLES:
             raise UserError(f"{place} is a pickle, which may run code when it is loaded and is not read", _CONVERT)
         return {"": place}
@@ -97,6 +100,8 @@ def _nothing_to_read(place: Path) -> UserError:
     message = f"{place}: neither {SINGLE} nor {INDEX} in it" + (f", but {', '.join(others[:3])}" if others else "")
     if any(name.endswith(".safetensors") for name in others):
         return UserError(message, "name the .safetensors file itself")
+    if any(name.endswith(".gguf") for name in others):
+        return UserError(message, _FROM_GGUF)
     if any(name.endswith(_PICKLES) for name in others):
         return UserError(f"{message}: pickles may run code when they are loaded and are not read", _CONVERT)
     return UserError(message, "give a model folder saved with save_pretrained (safetensors)")

@@ -9,11 +9,16 @@ loading (experts). ``NameMap`` converts in both directions.
 from __future__ import annotations
 
 import collections
+import fnmatch
 import functools
 import itertools
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+
+from ssrctl.errors import UserError
+
+Shape = tuple[int, ...]
 
 KINDS = ("embed", "q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "norm", "lm_head", "other")
 
@@ -151,6 +156,51 @@ class NameMap:
     def to_file(self, name: str) -> str:
         """Return the name in the file of a parameter."""
         return self._stored.get(name, name)
+
+
+def replaced_prefix(stored: Mapping[str, Shape], parameters: Mapping[str, Shape]) -> tuple[str, str] | None:
+    """Return the (prefix, its replacement) that gives most of a file's tensors a name and shape in ``parameters``.
+
+    Wrappers and models with towers put a whole language model under another name: ``base_model.model.`` in front, or
+    ``model.language_model.`` for ``model.``. None where fewer than half of the smaller side's tensors are met.
+    """
+    ends: dict[str, list[str]] = {}
+    for name in parameters:
+        ends.setdefault(".".join(name.split(".")[-2:]), []).append(name)
+    votes: collections.Counter[tuple[str, str]] = collections.Counter()
+    for name, shape in stored.items():
+        for other in ends.get(".".join(name.split(".")[-2:]), []):
+            if parameters[other] == shape:
+                ours, theirs = name.split("."), other.split(".")
+                while ours and theirs and ours[-1] == theirs[-1]:
+                    ours.pop(), theirs.pop()
+                votes["".join(f"{part}." for part in ours), "".join(f"{part}." for part in theirs)] += 1
+    best = max(votes, key=lambda pair: (votes[pair], -len(pair[0])), default=None)
+    return best if best is not None and 2 * votes[best] > min(len(stored), len(parameters)) else None
+
+
+def matching(names: Sequence[str], flag: str, patterns: Iterable[str], owner: str) -> set[str]:
+    """Return the names that any of the glob patterns matches.
+
+    Args:
+        names: of the tensors.
+        flag: where the patterns come from, for messages.
+        patterns: as ``fnmatch`` reads them, with case.
+        owner: whose names they are, for messages.
+
+    Raises:
+        UserError: a pattern that matches nothing.
+    """
+    hits: set[str] = set()
+    for pattern in patterns:
+        found = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+        if not found:
+            raise UserError(
+                f"{flag} {pattern!r} matches none of the {len(names)} tensors of {owner}",
+                f"names are like {names[0]}; * stands for anything" if names else None,
+            )
+        hits |= set(found)
+    return hits
 
 
 def is_head(name: str) -> bool:

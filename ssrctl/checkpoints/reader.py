@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from ssrctl.checkpoints.delta import KIND as DELTA_KIND
 from ssrctl.checkpoints.delta import Delta, load_delta
+from ssrctl.checkpoints.export import FUSED
 from ssrctl.checkpoints.files import INDEX, SINGLE, locate, refuse_adapter, tiny_location
-from ssrctl.checkpoints.names import NameMap
+from ssrctl.checkpoints.names import NameMap, Part, replaced_prefix
 from ssrctl.checkpoints.run_dir import DELTA_FILE, find_delta
 from ssrctl.checkpoints.tensor_files import PIECE_ELEMENTS, StoredTensor, read_pieces, stored_tensors
 from ssrctl.configs import TINY
@@ -71,6 +72,7 @@ class TensorReader:
         self.dtypes: dict[str, torch.dtype] = {}
         self._joined_shapes: dict[str, tuple[int, ...]] = {}
         self._ends: dict[str, list[int]] = {}
+        self._cropped: set[str] = set()
         try:
             self._read_headers()
         except BaseException:
@@ -112,7 +114,12 @@ class TensorReader:
             return whole.view(shape)
         file = self._places[name]
         try:
-            tensor: Tensor = self._handles[file].get_tensor(self.name_map.to_file(name))
+            stored = self._handles[file].get_slice(self.name_map.to_file(name)) if name in self._cropped else None
+            tensor: Tensor = (
+                self._handles[file].get_tensor(self.name_map.to_file(name))
+                if stored is None
+                else stored[: self.shapes[name][0]]
+            )
         except (SafetensorError, OSError, RuntimeError, TypeError) as error:  # the last two: absurd empty shapes
             raise UserError(f"{file}: {name} cannot be read: {error}", "it may be truncated; copy it again") from error
         return tensor
@@ -125,6 +132,9 @@ class TensorReader:
         """
         if name in self.name_map.joined:
             return self._joined_pieces(name, start, stop)
+        if name in self._cropped:
+            numel = math.prod(self.shapes[name])
+            stop = numel if stop is None else min(stop, numel)
         return read_pieces(self._places[name], self._stored_tensor(name), start=start, stop=stop, reuse=reuse)
 
     def _joined_pieces(self, name: str, start: int, stop: int | None) -> Iterator[Tensor]:
@@ -151,6 +161,12 @@ class TensorReader:
                 room[done : done + piece.numel()] = piece
                 done += piece.numel()
             place += 1
+
+    def crop(self, name: str, rows: int) -> None:
+        """Read only the first rows of a tensor from now on, as if it had no more."""
+        if rows < self.shapes[name][0]:
+            self._cropped.add(name)
+            self.shapes[name] = (rows, *self.shapes[name][1:])
 
     def file_of(self, name: str) -> Path:
         """Return the file that holds a tensor, or the first piece of a joined one."""
@@ -181,6 +197,32 @@ class TensorReader:
         if found.renamed or found.joined:
             self._rename(found)
 
+    def align_prefix(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, str] | None:
+        """Take the names of ``shapes`` where a whole model lies under another prefix; returns it and its replacement."""
+        if (
+            self.name_map != NameMap()
+            or (found := replaced_prefix(self.shapes, shapes)) is None
+            or found[0] == found[1]
+        ):
+            return None
+        old, new = found
+        named = {name: new + name.removeprefix(old) for name in self.shapes if name.startswith(old)}
+        self._rename(NameMap("", {name: target for name, target in named.items() if target in shapes}))
+        return found
+
+    @property
+    def quantization(self) -> str | None:
+        """The method by which the weights are quantised, by the ``config.json`` next to them; None when they are not."""
+        settings = self._config().get("quantization_config")
+        return str(settings.get("quant_method", "unknown")) if isinstance(settings, dict) else None
+
+    def _config(self) -> dict[str, Any]:
+        try:
+            config = json.loads((self.files[0].parent / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):  # a single file needs no config
+            return {}
+        return config if isinstance(config, dict) else {}
+
     def _conversion(self, names: Collection[str]) -> NameMap | None:
         """Return what transformers makes of the tensors, as far as ``names`` has it; None without, or where it cannot."""
         from ssrctl.checkpoints.conversion import empty_model, parameter_parts
@@ -190,13 +232,33 @@ class TensorReader:
         except Exception:  # whatever a foreign config makes transformers raise; the names stay as they are then
             return None
         parts = parameter_parts(model, self.shapes)
-        wanted = {name: parts[name] for name in names if name in parts}
-        for name, one in list(wanted.items()):
-            if len({self.dtypes[part.name] for part in one}) > 1:
-                del wanted[name]
-        found = NameMap.converted(wanted, {name: math.prod(shape) for name, shape in self.shapes.items()})
-        self._joined_shapes = {name: tuple(model.state_dict()[name].shape) for name in found.joined}
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        return self._joining({name: parts[name] for name in names if name in parts}, shapes)
+
+    def _joining(self, parts: Mapping[str, tuple[Part, ...]], shapes: Mapping[str, tuple[int, ...]]) -> NameMap:
+        """Return the map for tensors that consist of parts of one dtype, and keep their shapes."""
+        even = {name: one for name, one in parts.items() if len({self.dtypes[part.name] for part in one}) == 1}
+        found = NameMap.converted(even, {name: math.prod(shape) for name, shape in self.shapes.items()})
+        self._joined_shapes = {name: shapes[name] for name in found.joined}
         return found
+
+    def join_rows(self, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+        """Join what ``shapes`` has as one matrix of several by rows (q, k and v; gate and up); returns the joined names."""
+        parts = {}
+        for name, shape in shapes.items():
+            fused = next((one for one in FUSED if f".{one}." in name), None)
+            if fused is None or name in self.shapes:
+                continue
+            pieces = [name.replace(f".{fused}.", f".{part}.") for part in FUSED[fused]]
+            if all(one in self.shapes and self.shapes[one][1:] == shape[1:] for one in pieces):
+                parts[name] = tuple(Part(one, 0, math.prod(self.shapes[one])) for one in pieces)
+                if sum(part.count for part in parts[name]) != math.prod(shape):
+                    del parts[name]
+        if parts and self.name_map == NameMap():
+            whole = {name: (Part(name, 0, math.prod(shape)),) for name, shape in self.shapes.items()}
+            used = {part.name for one in parts.values() for part in one}
+            self._rename(self._joining({n: one for n, one in whole.items() if n not in used} | parts, shapes))
+        return sorted(self.name_map.joined.keys() & parts.keys())
 
     def _rename(self, found: NameMap) -> None:
         new = found.to_parameter
@@ -227,11 +289,8 @@ class TensorReader:
         """Return the floating dtype in which transformers loads the weights, by the ``config.json`` next to them."""
         import torch
 
-        try:
-            config = json.loads((self.files[0].parent / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):  # a single file needs no config
-            return None
-        name = (config.get("dtype") or config.get("torch_dtype")) if isinstance(config, dict) else None
+        config = self._config()
+        name = config.get("dtype") or config.get("torch_dtype")
         dtype = getattr(torch, name, None) if isinstance(name, str) else None
         return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else None
 
