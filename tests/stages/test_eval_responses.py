@@ -112,7 +112,7 @@ def test_no_reference_at_all_is_an_error_and_writes_nothing(tmp_path: Path) -> N
     ("content", "message"),
     [
         (b'{"id": "a", "answer": "1"}\n', "r.jsonl:1: field 'response' is missing"),
-        (b'{"response": "x", "answer": "1"}\n{"response": 5}\n', "r.jsonl:2: field 'response' must be text"),
+        (b'{"response": "x", "answer": "1"}\n{"response": 5}\n', "r.jsonl:2: field 'response' must be a valid string"),
         ('{"response": "ü", "answer": "1"}\n'.encode("latin-1"), "r.jsonl:1: not UTF-8"),
         (b"", "no records"),
         (b"[1]\n", "expected a json object"),
