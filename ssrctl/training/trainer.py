@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -109,7 +110,7 @@ class Trainer:
                         self._save_checkpoint()
                         raise NonFiniteBatch(error.message, self._last_good(error)) from error
                     except NonFiniteLogits as error:  # the weights of the last step are not worth keeping
-                        raise NonFiniteLogits(error.message, self._last_good(error)) from error
+                        raise NonFiniteLogits(error.message, self._last_good(error, self.step)) from error
                     except Stopped as stop:
                         self._save_checkpoint()
                         fix = f"to continue after step {self.step}: {self._how_to_continue()}"
@@ -196,11 +197,12 @@ class Trainer:
         prune_checkpoints(self.run_dir, self.config.save_total_limit)
         self.last_saved, self.num_changed = self.step, delta.count
 
-    def _last_good(self, error: UserError) -> str:
-        """Return the error's remedy with the newest checkpoint."""
-        if not self.last_saved:
-            return f"lower --learning-rate; no checkpoint was written before. {error.remedy}"
-        return f"{error.remedy}; the last good checkpoint is {self.run_dir.checkpoint(self.last_saved)}"
+    def _last_good(self, error: UserError, before: float = math.inf) -> str:
+        """Return the error's remedy with the newest checkpoint of a step below ``before``."""
+        good = [one for one in self.run_dir.checkpoints() if int(one.name) < before]
+        if not good:
+            return f"{error.remedy}; lower --learning-rate (there is no checkpoint from before)"
+        return f"{error.remedy}; the last good checkpoint is {good[-1]}"
 
     def _how_to_continue(self) -> str:
         if not self.step:

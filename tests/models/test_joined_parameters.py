@@ -145,7 +145,7 @@ def trained(tmp_path: Path, bpe_tokenizer, monkeypatch: pytest.MonkeyPatch) -> C
         train.run(
             TrainConfig(
                 model=str(base), output_dir=run, budget_profile="flat", questions_per_step=1, num_generations=3,
-                max_new_tokens=12, max_steps=1, learning_rate=0.01, advantage="group", device="cpu", **settings,
+                max_new_tokens=12, advantage="group", device="cpu", **{"max_steps": 1, "learning_rate": 0.01} | settings,
             )
         )  # fmt: skip
         return base, run
@@ -201,3 +201,11 @@ def test_a_run_that_could_not_be_exported_is_refused_before_its_first_step(tmp_p
     check_exportable(folder, shapes, fingerprint(loaded.items()))
     with pytest.raises(UserError, match="belongs to"):
         check_exportable(folder, shapes, "xxh3:0")
+
+
+def test_a_run_that_diverges_names_the_checkpoint_before(trained, tmp_path: Path) -> None:
+    settings = {"max_steps": 5, "save_steps": 1, "update_rule": "sgd"}
+    with pytest.raises(UserError, match=r"NaN or infinite.*there is no checkpoint from before"):
+        trained("gpt_neox", learning_rate=1e38, **settings)
+    run = tmp_path / "run-gpt_neox"
+    assert [one.name for one in (run / "checkpoints").iterdir()] == ["000001"]
