@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from ssrctl.configs.building import AtLeastOne, Config, Positive, Share, ZeroOrMore
@@ -50,6 +50,22 @@ class ModelConfig(Config):
 
     trust_remote_code: bool = False
     """Run python code that the model's folder contains. Only for models that you trust."""
+
+
+@dataclass(kw_only=True)
+class PairOptions(Config):
+    """Settings of the commands that compare two checkpoints."""
+
+    panel = "Tensors"
+
+    include: list[str] = field(default_factory=list)
+    """Only tensors whose names match this glob pattern; may be given several times."""
+
+    exclude: list[str] = field(default_factory=list)
+    """Leave out tensors whose names match this glob pattern; may be given several times."""
+
+    strict: bool = False
+    """Refuse checkpoints whose tensors differ in name or shape, instead of comparing what both have."""
 
 
 @dataclass(kw_only=True)

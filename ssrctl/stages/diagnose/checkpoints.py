@@ -43,7 +43,7 @@ def diagnose_checkpoints(config: DiagnoseConfig) -> dict[str, Any]:
     if output.exists() and not output.is_dir():  # said now, not when everything is measured
         raise UserError(f"{output} is a file", "name a folder for the report")
     with contextlib.ExitStack() as stack:
-        comparison = open_comparison(stack, base, paths, config.layers)
+        comparison = open_comparison(stack, base, paths, config.layers, config)
         measures = [measure(comparison, config, run) for measure in chosen]
         if config.dry_run:
             return show_plan(_files(comparison, paths), output, show=not config.json)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ssrctl.checkpoints.files import INDEX, SINGLE
 from ssrctl.checkpoints.model_folder import check_free, copy_companions, whole_folder
 from ssrctl.checkpoints.reader import TensorReader
-from ssrctl.checkpoints.tensor_files import NewTensor, aligned_order, stored_bytes, write_header
+from ssrctl.checkpoints.tensor_files import NewTensor, aligned_order, read_pieces, stored_bytes, write_header
 from ssrctl.configs import TINY, DiagnoseConfig
 from ssrctl.configs.common import ModelConfig
 from ssrctl.configs.layers import layer_ranges
@@ -176,22 +176,27 @@ def _check_function(
 
 def _write_weights(reader: TensorReader, made: Mapping[str, Edit], folder: Path) -> None:
     """Write every tensor in the layout and dtype of the base; those without an edit bit for bit."""
+    if joined := sorted(made.keys() & reader.name_map.joined.keys()):
+        raise UserError(
+            f"{joined[0]} is put together from several of the file's tensors and cannot be written",
+            "choose other layers",
+        )
     weight_map, total = {}, 0
     for file in reader.files:
         target = file.relative_to(reader.folder) if reader.sharded else Path(SINGLE)
-        held = {reader.name_map.to_file(name): name for name in reader.shapes if reader.file_of(name) == file}
+        held = reader.stored_in(file)
         tensors = aligned_order(
-            NewTensor(stored, reader.dtypes[name], reader.shapes[name]) for stored, name in held.items()
+            NewTensor(name, stored.dtype, stored.shape) for name, stored in held.items() if stored.dtype is not None
         )
         (folder / target).parent.mkdir(parents=True, exist_ok=True)
         with (folder / target).open("wb") as stream:
             write_header(stream, tensors, {"format": "pt"})
             for tensor in tensors:
-                name = held[tensor.name]
+                name = reader.name_map.to_parameter(tensor.name)
                 if name in made:
                     stream.write(stored_bytes(made[name](reader.tensor(name)).to(tensor.dtype)))
                 else:
-                    stream.writelines(stored_bytes(piece) for piece in reader.pieces(name))
+                    stream.writelines(stored_bytes(piece) for piece in read_pieces(file, held[tensor.name]))
                 weight_map[tensor.name] = target.as_posix()
                 total += tensor.nbytes
     if reader.sharded:
