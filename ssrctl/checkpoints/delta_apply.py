@@ -75,35 +75,52 @@ class AppliedCheckpoint:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors as written."""
-        return sum(tensor.nbytes for file in self.base.files for tensor in self.tensors_of(file).values())
+        return sum(tensor.nbytes for file in self.base.files for tensor in self.tensors_of(file))
 
-    def tensors_of(self, file: Path) -> dict[str, NewTensor]:
-        """Return the tensors that a file of the base holds once written, by the base's names, in the order of the bytes."""
-        held = {self.base.name_map.to_file(name): name for name in self.base.shapes if self.base.file_of(name) == file}
-        new = [NewTensor(stored, self.dtypes[name], self.base.shapes[name]) for stored, name in held.items()]
-        return {held[tensor.name]: tensor for tensor in aligned_order(new)}
+    def tensors_of(self, file: Path) -> list[NewTensor]:
+        """Return the tensors that a file of the base holds once written, by its own names, in the order of the bytes."""
+        names = self.base.name_map
+        return aligned_order(
+            NewTensor(
+                name,
+                self.dtypes[parts[0].name if (parts := names.parts_of(name)) else names.to_parameter(name)],
+                stored.shape,
+            )
+            for name, stored in self.base.stored_in(file).items()
+        )
 
-    def pieces(self, name: str) -> Iterator[Tensor]:
-        """Yield a tensor of the base with its changes put in, as flat tensors in order.
+    def stored_pieces(self, name: str) -> Iterator[Tensor]:
+        """Yield a tensor of a file, by its name there, with its changes put in, as flat tensors in order.
 
         Raises:
             UserError: indices out of range or out of order.
         """
+        parts = self.base.name_map.parts_of(name)
+        if not parts:
+            yield from self.pieces(self.base.name_map.to_parameter(name))
+        for part in parts:
+            yield from self.pieces(part.name, part.start, part.start + part.count)
+
+    def pieces(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
+        """Yield a tensor of the model, from flat index ``start`` to before ``stop``, likewise."""
         source = self.copies.get(name, name)
         if source not in self.delta.shapes:
-            yield from self.base.pieces(source)
+            yield from self.base.pieces(source, start, stop)
             return
         blocks = _Blocks(self.delta.blocks(source))
-        start = 0
-        for piece in self.base.pieces(source):
+        if start:
+            for _ in blocks.below(start):
+                pass
+        for piece in self.base.pieces(source, start, stop):
             loaded = self._load_dtype if self._load_dtype is not None and piece.is_floating_point() else piece.dtype
             piece = piece.to(loaded).to(self.dtypes[name])
             for indices, values in blocks.below(start + piece.numel()):
                 piece[indices - start] = values
             yield piece
             start += piece.numel()
-        left_over = any(blocks.below(start + 1))
-        assert not left_over, "indices beyond the tensor are refused as they are read"
+        if stop is None:
+            left_over = any(blocks.below(start + 1))
+            assert not left_over, "indices beyond the tensor are refused as they are read"
 
 
 class _Blocks:
@@ -150,17 +167,22 @@ def write_applied(
         target = file.relative_to(made.base.folder) if made.base.sharded else Path(SINGLE)
         tensors = made.tensors_of(file)
         with whole_file(folder / target) as temporary, temporary.open("wb") as stream:
-            write_header(stream, list(tensors.values()), metadata)
-            for name, tensor in tensors.items():
+            write_header(stream, tensors, metadata)
+            for tensor in tensors:
                 weight_map[tensor.name] = target.as_posix()
-                is_parameter = name in made.delta.shapes
-                if is_parameter:
-                    running.begin(name, tensor.dtype, tensor.shape)
-                for piece in made.pieces(name):
+                parameter = made.base.name_map.to_parameter(tensor.name)
+                hashed = parameter in made.delta.shapes and not made.base.name_map.parts_of(tensor.name)
+                if hashed:
+                    running.begin(parameter, tensor.dtype, tensor.shape)
+                for piece in made.stored_pieces(tensor.name):
                     stream.write(stored_bytes(piece))
-                    if is_parameter:
+                    if hashed:
                         running.update(piece)
-                advance(name)
+                advance(tensor.name)
+    for name in made.base.name_map.joined:
+        running.begin(name, made.dtypes[name], made.base.shapes[name])
+        for piece in made.pieces(name):
+            running.update(piece)
     if made.base.sharded:
         index = {"metadata": {"total_size": made.nbytes}, "weight_map": dict(sorted(weight_map.items()))}
         write_text(folder / INDEX, json.dumps(index, indent=2, ensure_ascii=False) + "\n")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ssrctl.checkpoints.delta import INT32_MAX, KIND, changed_indices, delta_metadata, dtype_name
 from ssrctl.checkpoints.fingerprint import RunningFingerprint
+from ssrctl.checkpoints.parameter_names import paired_pieces
 from ssrctl.checkpoints.reader import TensorReader
 from ssrctl.checkpoints.tensor_files import TensorSpool
 from ssrctl.errors import UserError
@@ -68,7 +69,8 @@ def write_difference(
         path: the delta to write.
         base: open, its names aligned with ``tuned``'s.
         tuned: likewise.
-        names: the tensors to compare, each of one shape in both; reading is fastest in the order on disk.
+        names: the tensors to compare, each of one shape in both but for the number of rows, of which the base's counts;
+            reading is fastest in the order on disk.
         settings: what made the delta, for its metadata.
 
     Raises:
@@ -107,12 +109,12 @@ class _Comparison:
     def compare(self, name: str) -> TensorChange:
         import torch
 
-        dtype, shape = self.tuned.dtypes[name], self.tuned.shapes[name]
+        dtype, shape = self.tuned.dtypes[name], self.base.shapes[name]
         index_dtype = torch.int32 if math.prod(shape) - 1 <= INT32_MAX else torch.int64
         self.before.begin(name, self.base.dtypes[name], shape)
         self.after.begin(name, dtype, shape)
         start = changed = 0
-        for ours, theirs in zip(self.base.pieces(name), self.tuned.pieces(name), strict=True):
+        for ours, theirs in paired_pieces(self.base.pieces(name), self.tuned.pieces(name)):
             self.before.update(ours)
             self.after.update(theirs)
             indices = changed_indices(_converted(ours, dtype, name), theirs)

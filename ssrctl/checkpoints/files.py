@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from ssrctl.checkpoints.header import MAX_HEADER_BYTES
+from ssrctl.checkpoints.header import MAX_HEADER_BYTES, read_header
 from ssrctl.errors import UserError
 from ssrctl.io.files import existing_file
 
@@ -18,6 +18,7 @@ SINGLE = "model.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _ADAPTER = re.compile(r"(^|\.)lora_(A|B|embedding_A|embedding_B)(\.|$)")
 _MERGE = "merge it first (peft: merge_and_unload, then save_pretrained)"
+_FROM_GGUF = "convert it: from_pretrained(FOLDER, gguf_file=NAME), then save_pretrained writes safetensors"
 _CONVERT = "if you trust it, convert it: from_pretrained, then save_pretrained writes safetensors"
 
 
@@ -43,18 +44,42 @@ def locate(place: Path) -> dict[str, Path]:
             "give a local folder or safetensors file; `hf download` fetches a model from the hub",
         )
     if place.is_file():
+        if place.suffix == ".gguf":
+            raise UserError(f"{place} is a GGUF file, which is not read", _FROM_GGUF)
         if place.suffix in _PICKLES:
             raise UserError(f"{place} is a pickle, which may run code when it is loaded and is not read", _CONVERT)
         return {"": place}
     if (place / "adapter_config.json").exists():
         raise UserError(f"{place} is a LoRA adapter, not a model", _MERGE)
     if (place / SINGLE).exists() or (place / SINGLE).is_symlink():
-        _check_link(place, SINGLE)
+        check_link(place, SINGLE)
         return {"": existing_file(place / SINGLE, "model file")}
     if (place / INDEX).exists():
-        _check_link(place, INDEX)
+        check_link(place, INDEX)
         return dict(_indexed(place))
     raise _nothing_to_read(place)
+
+
+def check_folder(folder: Path) -> None:
+    """Check that a model folder has whole safetensors, and that no file in it is a link that leads out of it.
+
+    Raises:
+        UserError: see ``locate`` and ``read_header``; or a config or tokenizer file that is such a link.
+    """
+    check_links(folder)
+    for file in sorted(set(locate(folder).values())):
+        read_header(file)
+
+
+def check_links(folder: Path) -> None:
+    """Refuse a folder of which a file or sub-folder is a link that leads out of it; hidden ones are not read.
+
+    Raises:
+        UserError: there is one.
+    """
+    for one in sorted(folder.iterdir()):
+        if one.is_symlink() and not one.name.startswith("."):
+            check_link(folder, one.name)
 
 
 def refuse_adapter(file: Path, names: Collection[str]) -> None:
@@ -75,12 +100,14 @@ def _nothing_to_read(place: Path) -> UserError:
     message = f"{place}: neither {SINGLE} nor {INDEX} in it" + (f", but {', '.join(others[:3])}" if others else "")
     if any(name.endswith(".safetensors") for name in others):
         return UserError(message, "name the .safetensors file itself")
+    if any(name.endswith(".gguf") for name in others):
+        return UserError(message, _FROM_GGUF)
     if any(name.endswith(_PICKLES) for name in others):
         return UserError(f"{message}: pickles may run code when they are loaded and are not read", _CONVERT)
     return UserError(message, "give a model folder saved with save_pretrained (safetensors)")
 
 
-def _check_link(folder: Path, name: str) -> None:
+def check_link(folder: Path, name: str) -> None:
     """Refuse a link that leads out of the model's folder; the hub's cache links to its own blobs."""
     # Path.resolve raises for links in a circle.
     target, home = Path(os.path.realpath(folder / name)), folder.resolve()
@@ -124,6 +151,6 @@ def _indexed(folder: Path) -> Iterator[tuple[str, Path]]:
             "download or copy the model again",
         )
     for shard in shards:
-        _check_link(folder, shard)
+        check_link(folder, shard)
     for name, shard in weight_map.items():
         yield name, folder / shard

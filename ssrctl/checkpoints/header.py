@@ -21,6 +21,7 @@ from ssrctl.io.files import existing_file
 MAX_HEADER_BYTES = 32 * 2**20
 _MAX_ELEMENTS = 2**63 - 1
 _LENGTH_BYTES = 8
+_LFS_POINTER = b"version "  # https://git-lfs.github.com/spec/v1
 
 
 def read_header(path: str | Path) -> tuple[dict[str, dict[str, Any]], int]:
@@ -35,7 +36,9 @@ def read_header(path: str | Path) -> tuple[dict[str, dict[str, Any]], int]:
     """
     file = existing_file(path, "safetensors file")
     with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
+        length = int.from_bytes(start := stream.read(_LENGTH_BYTES), "little")
+        if start == _LFS_POINTER:
+            raise UserError(f"{file} is a git-lfs pointer, not the file itself", "fetch the files with `git lfs pull`")
         if length > MAX_HEADER_BYTES:
             _refuse(file, f"its header has {length:,} bytes, at most {MAX_HEADER_BYTES:,} are read")
         with open_safetensors(file):  # makes the library's checks

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ssrctl.checkpoints.files import check_link
 from ssrctl.errors import UserError
 from ssrctl.io.files import write_text
 
@@ -60,12 +61,15 @@ def check_free(path: Path) -> None:
 
 
 def copy_companions(source: Path, target: Path) -> list[str]:
-    """Copy the files that belong to a model besides its weights; links, as in the hub's cache, are followed.
+    """Copy the files that belong to a model besides its weights; links within the hub's cache are followed.
 
     The model card stays behind, since it describes the base.
 
     Returns:
         The copied names, sorted.
+
+    Raises:
+        UserError: a link that leads out of the folder.
     """
     kept = [
         one
@@ -78,6 +82,7 @@ def copy_companions(source: Path, target: Path) -> list[str]:
     kept += [one for name in _KEPT_FOLDERS if (source / name).is_dir() for one in (source / name).iterdir()]
     names = []
     for one in sorted(kept):
+        check_link(source, str(one.relative_to(source)))
         name = one.relative_to(source)
         (target / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(one, target / name)
@@ -98,7 +103,7 @@ def set_config_dtype(folder: Path, dtype: torch.dtype) -> bool:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         present = [key for key in _DTYPE_KEYS if config.get(key) is not None]
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{CONFIG} of the base is not a json object: {error}", "fix or copy it again") from error
     wanted = str(dtype).removeprefix("torch.")
     if all(config[key] == wanted for key in present):

@@ -2,16 +2,23 @@
 
 Training knows a model by its ``named_parameters``: a tied tensor once, no buffers, with the model's prefix. A file may
 lack the prefix (the hub's GPT-2 holds ``wte.weight`` where ``save_pretrained`` writes ``transformer.wte.weight``), hold
-a copy of the embedding as output head, and constants such as causal masks. ``NameMap`` converts names in both
-directions.
+a copy of the embedding as output head, and constants such as causal masks, and hold in pieces what the model joins on
+loading (experts). ``NameMap`` converts in both directions.
 """
 
 from __future__ import annotations
 
+import collections
+import fnmatch
 import functools
+import itertools
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+
+from ssrctl.errors import UserError
+
+Shape = tuple[int, ...]
 
 KINDS = ("embed", "q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "norm", "lm_head", "other")
 
@@ -52,8 +59,23 @@ def layer_index(name: str) -> int | None:
 
 
 @dataclass(frozen=True)
+class Part:
+    """A range of a file's tensor, or of a parameter, by flat indices.
+
+    Attributes:
+        name: of the tensor.
+        start: its first element.
+        count: elements.
+    """
+
+    name: str
+    start: int
+    count: int
+
+
+@dataclass(frozen=True)
 class NameMap:
-    """Two-way map between the tensor names in a file and parameter names; without entries names are the same.
+    """Two-way map between the tensors in a file and parameters; without entries they are the same.
 
     Example::
 
@@ -64,10 +86,12 @@ class NameMap:
     Attributes:
         prefix: what the file's names lack; empty when they lack nothing.
         renamed: {name in the file: parameter name}, of the names that differ.
+        joined: {parameter: the ranges of the file's tensors that it consists of}, of those that are not one whole tensor.
     """
 
     prefix: str = ""
     renamed: Mapping[str, str] = field(default_factory=dict)
+    joined: Mapping[str, tuple[Part, ...]] = field(default_factory=dict)
 
     @classmethod
     def between(cls, stored: Collection[str], parameters: Collection[str]) -> NameMap:
@@ -86,6 +110,41 @@ class NameMap:
             return cls()
         return cls(prefix, {name: prefix + name for name in stored if prefix + name in parameters})
 
+    @classmethod
+    def converted(cls, parts: Mapping[str, tuple[Part, ...]], sizes: Mapping[str, int]) -> NameMap:
+        """Return the map for parameters that consist of ``parts`` of the file's tensors, which have ``sizes`` elements.
+
+        A file's tensor of which no parameter or several parameters hold an element is left out with all that holds it.
+        """
+        covered, totals = collections.Counter[str](), collections.Counter[str]()
+        for part in itertools.chain.from_iterable(parts.values()):
+            covered[part.name] += 1
+            totals[part.name] += part.count
+        whole = {name: one for name, one in parts.items() if all(totals[part.name] == sizes[part.name] for part in one)}
+        renamed, joined = {}, {}
+        for name, one in whole.items():
+            first = one[0]
+            if len(one) == 1 and covered[first.name] == 1:
+                if first.name != name:
+                    renamed[first.name] = name
+            else:
+                joined[name] = one
+        return cls("", renamed, joined)
+
+    def parts_of(self, stored: str) -> list[Part]:
+        """Return the ranges of parameters that a joined tensor of the file consists of, in order; else an empty list."""
+        return self._held.get(stored, [])
+
+    @functools.cached_property
+    def _held(self) -> dict[str, list[Part]]:
+        found: dict[str, list[tuple[int, Part]]] = {}
+        for name, parts in self.joined.items():
+            start = 0
+            for part in parts:
+                found.setdefault(part.name, []).append((part.start, Part(name, start, part.count)))
+                start += part.count
+        return {stored: [part for _, part in sorted(held, key=lambda one: one[0])] for stored, held in found.items()}
+
     @functools.cached_property
     def _stored(self) -> dict[str, str]:
         return {parameter: stored for stored, parameter in self.renamed.items()}
@@ -97,6 +156,51 @@ class NameMap:
     def to_file(self, name: str) -> str:
         """Return the name in the file of a parameter."""
         return self._stored.get(name, name)
+
+
+def replaced_prefix(stored: Mapping[str, Shape], parameters: Mapping[str, Shape]) -> tuple[str, str] | None:
+    """Return the (prefix, its replacement) that gives most of a file's tensors a name and shape in ``parameters``.
+
+    Wrappers and models with towers put a whole language model under another name: ``base_model.model.`` in front, or
+    ``model.language_model.`` for ``model.``. None where fewer than half of the smaller side's tensors are met.
+    """
+    ends: dict[str, list[str]] = {}
+    for name in parameters:
+        ends.setdefault(".".join(name.split(".")[-2:]), []).append(name)
+    votes: collections.Counter[tuple[str, str]] = collections.Counter()
+    for name, shape in stored.items():
+        for other in ends.get(".".join(name.split(".")[-2:]), []):
+            if parameters[other] == shape:
+                ours, theirs = name.split("."), other.split(".")
+                while ours and theirs and ours[-1] == theirs[-1]:
+                    ours.pop(), theirs.pop()
+                votes["".join(f"{part}." for part in ours), "".join(f"{part}." for part in theirs)] += 1
+    best = max(votes, key=lambda pair: (votes[pair], -len(pair[0])), default=None)
+    return best if best is not None and 2 * votes[best] > min(len(stored), len(parameters)) else None
+
+
+def matching(names: Sequence[str], flag: str, patterns: Iterable[str], owner: str) -> set[str]:
+    """Return the names that any of the glob patterns matches.
+
+    Args:
+        names: of the tensors.
+        flag: where the patterns come from, for messages.
+        patterns: as ``fnmatch`` reads them, with case.
+        owner: whose names they are, for messages.
+
+    Raises:
+        UserError: a pattern that matches nothing.
+    """
+    hits: set[str] = set()
+    for pattern in patterns:
+        found = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+        if not found:
+            raise UserError(
+                f"{flag} {pattern!r} matches none of the {len(names)} tensors of {owner}",
+                f"names are like {names[0]}; * stands for anything" if names else None,
+            )
+        hits |= set(found)
+    return hits
 
 
 def is_head(name: str) -> bool:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ssrctl.checkpoints.run_dir import RunDir
 from ssrctl.configs import TINY
+from ssrctl.configs.common import PairOptions
 from ssrctl.configs.layers import layer_ranges
 from ssrctl.errors import UserError
 from ssrctl.report.formats import text_safe
@@ -220,7 +221,11 @@ def is_run(path: Path) -> bool:
 
 
 def open_comparison(
-    stack: contextlib.ExitStack, base_path: Path, paths: list[Path], layers: str | None = None
+    stack: contextlib.ExitStack,
+    base_path: Path,
+    paths: list[Path],
+    layers: str | None = None,
+    options: PairOptions | None = None,
 ) -> Comparison:
     """Open the base and every checkpoint, and find the tensors to compare.
 
@@ -229,6 +234,7 @@ def open_comparison(
         base_path: a folder, a safetensors file, or a name on the hub.
         paths: the same, or a delta, or a run.
         layers: compare these only, as ``layer_ranges`` reads them; None is all.
+        options: patterns of names, and whether every difference is refused; by default neither.
 
     Raises:
         UserError: something that cannot be opened, or that was not made from the base.
@@ -236,6 +242,7 @@ def open_comparison(
     from ssrctl.checkpoints.parameter_names import matching_names
     from ssrctl.checkpoints.reader import TensorReader, delta_meant_by, open_delta
 
+    options = options or PairOptions()
     if base_path.exists() and delta_meant_by(base_path) is not None:
         raise UserError(f"BASE {base_path} is a delta, not whole weights", "give the model that the run started from")
     base = stack.enter_context(TensorReader(local_copy(base_path)))
@@ -250,14 +257,52 @@ def open_comparison(
             names, said = _delta_names(base, one.reader)
         else:
             reader = stack.enter_context(TensorReader(local_copy(path)))
-            names, said = matching_names(base, reader)
+            names, said = matching_names(base, reader, strict=options.strict)
             one = Checkpoint("", reader, False)
         label = _unused(text_safe(one.reader.label), {other.label for other in tuned})
         tuned.append(Checkpoint(label, one.reader, one.is_delta, one.step))
         shared = set(names) if shared is None else shared & set(names)
         notes += [note for note in said + _dtype_notes(base, one.reader, names) if note not in notes]
     assert shared is not None
-    return Comparison(base, tuned, _in_layers(sorted(shared), layers), notes)
+    _crop_to_common_rows(base, tuned, shared, notes)
+    names, said = chosen_names(sorted(shared), options, base.label)
+    return Comparison(base, tuned, _in_layers(names, layers), notes + said)
+
+
+def chosen_names(names: list[str], options: PairOptions, owner: str) -> tuple[list[str], list[str]]:
+    """Return (the names that --include and --exclude leave, in order; notes on the others).
+
+    Raises:
+        UserError: a pattern that matches nothing, or no name left.
+    """
+    from ssrctl.checkpoints.names import matching
+
+    taken = matching(names, "--include", options.include, owner) if options.include else set(names)
+    taken -= matching(names, "--exclude", options.exclude, owner)
+    if not taken:
+        raise UserError("no tensor is left to compare", "choose other patterns with --include and --exclude")
+    left_out = len(names) - len(taken)
+    notes = [f"{left_out} of {len(names)} tensors left out by --include and --exclude."] if left_out else []
+    return [name for name in names if name in taken], notes
+
+
+def _crop_to_common_rows(base: TensorReader, tuned: list[Checkpoint], shared: set[str], notes: list[str]) -> None:
+    """Let every checkpoint read only the rows that all have; next to a delta, a resized tensor is left out."""
+    from ssrctl.checkpoints.reader import TensorReader
+
+    readers = [one.reader for one in tuned]
+    resized = sorted(name for name in shared if len({one.shapes[name] for one in (base, *readers)}) > 1)
+    if not resized:
+        return
+    dense = [one for one in readers if isinstance(one, TensorReader)]
+    if len(dense) < len(readers):
+        shared.difference_update(resized)
+        notes.append(f"Next to a delta, tensors with another number of rows were left out: {first_of(resized)}.")
+        return
+    for name in resized:
+        rows = min(one.shapes[name][0] for one in (base, *dense))
+        for one in (base, *dense):
+            one.crop(name, rows)
 
 
 def _unused(label: str, taken: set[str]) -> str:

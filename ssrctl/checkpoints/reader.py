@@ -6,8 +6,11 @@ tensor, memory-mapped; ``pieces`` gives a few megabytes of it at a time, however
 
 from __future__ import annotations
 
+import bisect
 import contextlib
+import itertools
 import json
+import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 from ssrctl.checkpoints.delta import KIND as DELTA_KIND
 from ssrctl.checkpoints.delta import Delta, load_delta
+from ssrctl.checkpoints.export import FUSED
 from ssrctl.checkpoints.files import INDEX, SINGLE, locate, refuse_adapter, tiny_location
-from ssrctl.checkpoints.names import NameMap
+from ssrctl.checkpoints.names import NameMap, Part, replaced_prefix
 from ssrctl.checkpoints.run_dir import DELTA_FILE, find_delta
-from ssrctl.checkpoints.tensor_files import StoredTensor, read_pieces, stored_tensors
+from ssrctl.checkpoints.tensor_files import PIECE_ELEMENTS, StoredTensor, read_pieces, stored_tensors
 from ssrctl.configs import TINY
 from ssrctl.errors import UserError
 from ssrctl.io.artifacts import ModelIdentity, open_safetensors
@@ -66,6 +70,9 @@ class TensorReader:
         self._handles: dict[Path, Any] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
+        self._joined_shapes: dict[str, tuple[int, ...]] = {}
+        self._ends: dict[str, list[int]] = {}
+        self._cropped: set[str] = set()
         try:
             self._read_headers()
         except BaseException:
@@ -93,14 +100,26 @@ class TensorReader:
             self.shapes[name], self.dtypes[name] = stored.shape, stored.dtype
         if not self.shapes:
             raise UserError(f"{self.label}: no tensors in it", "check the path")
+        self._file_of_stored = dict(self._places)
 
     def tensor(self, name: str) -> Tensor:
-        """Read one tensor, as stored."""
+        """Read one tensor, as stored; one that is joined from several of the file is put together in memory."""
+        import torch
         from safetensors import SafetensorError
 
+        if name in self.name_map.joined:
+            shape = self.shapes[name]
+            whole = torch.empty(math.prod(shape), dtype=self.dtypes[name])
+            self._fill(name, whole, 0)
+            return whole.view(shape)
         file = self._places[name]
         try:
-            tensor: Tensor = self._handles[file].get_tensor(self.name_map.to_file(name))
+            stored = self._handles[file].get_slice(self.name_map.to_file(name)) if name in self._cropped else None
+            tensor: Tensor = (
+                self._handles[file].get_tensor(self.name_map.to_file(name))
+                if stored is None
+                else stored[: self.shapes[name][0]]
+            )
         except (SafetensorError, OSError, RuntimeError, TypeError) as error:  # the last two: absurd empty shapes
             raise UserError(f"{file}: {name} cannot be read: {error}", "it may be truncated; copy it again") from error
         return tensor
@@ -111,28 +130,151 @@ class TensorReader:
         ``start`` and ``stop`` are flat indices, for a part of it; with ``reuse`` a piece is overwritten by the next one.
         Threads may read at the same time.
         """
+        if name in self.name_map.joined:
+            return self._joined_pieces(name, start, stop)
+        if name in self._cropped:
+            numel = math.prod(self.shapes[name])
+            stop = numel if stop is None else min(stop, numel)
         return read_pieces(self._places[name], self._stored_tensor(name), start=start, stop=stop, reuse=reuse)
 
+    def _joined_pieces(self, name: str, start: int, stop: int | None) -> Iterator[Tensor]:
+        import torch
+
+        numel = math.prod(self.shapes[name])
+        end = numel if stop is None else min(stop, numel)
+        for first in range(start, end, PIECE_ELEMENTS):
+            piece = torch.empty(min(PIECE_ELEMENTS, end - first), dtype=self.dtypes[name])
+            self._fill(name, piece, first)
+            yield piece
+
+    def _fill(self, name: str, room: Tensor, first: int) -> None:
+        """Read elements ``first`` and on of a joined tensor into ``room``."""
+        parts, ends = self.name_map.joined[name], self._ends[name]
+        place, done = bisect.bisect_right(ends, first), 0
+        while done < room.numel():
+            part = parts[place]
+            inside = first + done - (ends[place] - part.count)
+            count = min(part.count - inside, room.numel() - done)
+            file = self._file_of_stored[part.name]
+            begin = part.start + inside
+            for piece in read_pieces(file, self._stored[file][part.name], start=begin, stop=begin + count):
+                room[done : done + piece.numel()] = piece
+                done += piece.numel()
+            place += 1
+
+    def crop(self, name: str, rows: int) -> None:
+        """Read only the first rows of a tensor from now on, as if it had no more."""
+        if rows < self.shapes[name][0]:
+            self._cropped.add(name)
+            self.shapes[name] = (rows, *self.shapes[name][1:])
+
     def file_of(self, name: str) -> Path:
-        """Return the file that holds a tensor."""
+        """Return the file that holds a tensor, or the first piece of a joined one."""
         return self._places[name]
+
+    def stored_in(self, file: Path) -> dict[str, StoredTensor]:
+        """Return the tensors of a file by the names that it has for them, as far as the index names the file for them."""
+        return {name: self._stored[file][name] for name, place in self._file_of_stored.items() if place == file}
 
     def in_file_order(self, names: Collection[str]) -> list[str]:
         """Return the names in the order in which their bytes lie on disk."""
         return sorted(names, key=lambda name: (self._places[name], self._stored_tensor(name).start))
 
     def _stored_tensor(self, name: str) -> StoredTensor:
-        return self._stored[self._places[name]][self.name_map.to_file(name)]
+        parts = self.name_map.joined.get(name)
+        return self._stored[self._places[name]][parts[0].name if parts else self.name_map.to_file(name)]
 
     def align(self, names: Collection[str]) -> None:
-        """Take the names of ``names`` for this file's tensors where only a prefix keeps them apart (see ``NameMap``)."""
+        """Take the names of ``names`` for this file's tensors, where a prefix or transformers' loading keeps them apart.
+
+        See ``NameMap``; of what transformers makes of the tensors (``conversion``), the parameters in ``names`` are taken.
+        """
+        if self.name_map != NameMap():
+            return
         found = NameMap.between(self.shapes, names)
-        if found.renamed and not self.name_map.renamed:
-            new = found.to_parameter
-            self.name_map = found
-            self._places = {new(name): file for name, file in self._places.items()}
-            self.dtypes = {new(name): dtype for name, dtype in self.dtypes.items()}
-            self.shapes = {new(name): self.shapes[name] for name in sorted(self.shapes, key=new)}
+        if any(found.to_file(name) not in self.shapes for name in names) and (self.folder / "config.json").is_file():
+            found = self._conversion(names) or found
+        if found.renamed or found.joined:
+            self._rename(found)
+
+    def align_prefix(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, str] | None:
+        """Take the names of ``shapes`` where a whole model lies under another prefix; returns it and its replacement."""
+        if (
+            self.name_map != NameMap()
+            or (found := replaced_prefix(self.shapes, shapes)) is None
+            or found[0] == found[1]
+        ):
+            return None
+        old, new = found
+        named = {name: new + name.removeprefix(old) for name in self.shapes if name.startswith(old)}
+        self._rename(NameMap("", {name: target for name, target in named.items() if target in shapes}))
+        return found
+
+    @property
+    def quantization(self) -> str | None:
+        """The method by which the weights are quantised, by the ``config.json`` next to them; None when they are not."""
+        settings = self._config().get("quantization_config")
+        return str(settings.get("quant_method", "unknown")) if isinstance(settings, dict) else None
+
+    def _config(self) -> dict[str, Any]:
+        try:
+            config = json.loads((self.files[0].parent / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):  # a single file needs no config
+            return {}
+        return config if isinstance(config, dict) else {}
+
+    def _conversion(self, names: Collection[str]) -> NameMap | None:
+        """Return what transformers makes of the tensors, as far as ``names`` has it; None without, or where it cannot."""
+        from ssrctl.checkpoints.conversion import empty_model, parameter_parts
+
+        try:
+            model = empty_model(self.folder)
+        except Exception:  # whatever a foreign config makes transformers raise; the names stay as they are then
+            return None
+        parts = parameter_parts(model, self.shapes)
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        return self._joining({name: parts[name] for name in names if name in parts}, shapes)
+
+    def _joining(self, parts: Mapping[str, tuple[Part, ...]], shapes: Mapping[str, tuple[int, ...]]) -> NameMap:
+        """Return the map for tensors that consist of parts of one dtype, and keep their shapes."""
+        even = {name: one for name, one in parts.items() if len({self.dtypes[part.name] for part in one}) == 1}
+        found = NameMap.converted(even, {name: math.prod(shape) for name, shape in self.shapes.items()})
+        self._joined_shapes = {name: shapes[name] for name in found.joined}
+        return found
+
+    def join_rows(self, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+        """Join what ``shapes`` has as one matrix of several by rows (q, k and v; gate and up); returns the joined names."""
+        parts = {}
+        for name, shape in shapes.items():
+            fused = next((one for one in FUSED if f".{one}." in name), None)
+            if fused is None or name in self.shapes:
+                continue
+            pieces = [name.replace(f".{fused}.", f".{part}.") for part in FUSED[fused]]
+            if all(one in self.shapes and self.shapes[one][1:] == shape[1:] for one in pieces):
+                parts[name] = tuple(Part(one, 0, math.prod(self.shapes[one])) for one in pieces)
+                if sum(part.count for part in parts[name]) != math.prod(shape):
+                    del parts[name]
+        if parts and self.name_map == NameMap():
+            whole = {name: (Part(name, 0, math.prod(shape)),) for name, shape in self.shapes.items()}
+            used = {part.name for one in parts.values() for part in one}
+            self._rename(self._joining({n: one for n, one in whole.items() if n not in used} | parts, shapes))
+        return sorted(self.name_map.joined.keys() & parts.keys())
+
+    def _rename(self, found: NameMap) -> None:
+        new = found.to_parameter
+        self.name_map = found
+        gone = {part.name for parts in found.joined.values() for part in parts}
+        self._ends = {
+            name: list(itertools.accumulate(part.count for part in parts)) for name, parts in found.joined.items()
+        }
+        first = {name: parts[0].name for name, parts in found.joined.items()}
+        joined_dtypes = {name: self.dtypes[stored] for name, stored in first.items()}
+        joined_places = {name: self._places[stored] for name, stored in first.items()}
+        kept = [name for name in self.shapes if name not in gone]
+        self._places = {new(name): self._places[name] for name in kept} | joined_places
+        self.dtypes = {new(name): self.dtypes[name] for name in kept} | joined_dtypes
+        shapes = {new(name): self.shapes[name] for name in kept} | self._joined_shapes
+        self.shapes = dict(sorted(shapes.items()))
 
     def identity(self, fingerprint: str) -> ModelIdentity:
         """Return the identity of these weights; a model in the hub's cache has its name on the hub and its revision."""
@@ -147,11 +289,8 @@ class TensorReader:
         """Return the floating dtype in which transformers loads the weights, by the ``config.json`` next to them."""
         import torch
 
-        try:
-            config = json.loads((self.files[0].parent / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):  # a single file needs no config
-            return None
-        name = (config.get("dtype") or config.get("torch_dtype")) if isinstance(config, dict) else None
+        config = self._config()
+        name = config.get("dtype") or config.get("torch_dtype")
         dtype = getattr(torch, name, None) if isinstance(name, str) else None
         return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else None
 

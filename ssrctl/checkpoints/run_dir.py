@@ -138,8 +138,12 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         raise UserError(f"{folder} is not a complete checkpoint", "name a folder that has a file COMPLETE in it")
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder / 'state.json'} cannot be read: {error}") from error
+        if not isinstance(state, dict) or not isinstance(state.get("step"), int):
+            raise ValueError("it does not say its step")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"{folder / 'state.json'} cannot be read: {error}", "continue from an earlier checkpoint of the run"
+        ) from error
     optimizer, _ = load_tensors(folder / "optimizer.safetensors", OPTIMIZER_KIND)
     return Checkpoint(folder, load_delta(folder / DELTA_FILE), optimizer, state)
 

@@ -57,6 +57,22 @@ class ModelConfig(Config):
 
 
 @dataclass(kw_only=True)
+class PairOptions(Config):
+    """Settings of the commands that compare two checkpoints."""
+
+    panel = "Tensors"
+
+    include: list[str] = field(default_factory=list)
+    """Only tensors whose names match this glob pattern; may be given several times."""
+
+    exclude: list[str] = field(default_factory=list)
+    """Leave out tensors whose names match this glob pattern; may be given several times."""
+
+    strict: bool = False
+    """Refuse checkpoints whose tensors differ in name or shape, instead of comparing what both have."""
+
+
+@dataclass(kw_only=True)
 class SamplingConfig(Config):
     """Settings of the sampling of responses."""
 

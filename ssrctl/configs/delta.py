@@ -6,24 +6,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ssrctl.configs.building import output, positional
-from ssrctl.configs.common import CommonConfig, JsonConfig
+from ssrctl.configs.common import CommonConfig, JsonConfig, PairOptions
 
 
 @dataclass(kw_only=True)
-class DeltaDiffConfig(CommonConfig):
+class DeltaDiffConfig(PairOptions, CommonConfig):
     """Write the difference of a base and a tuned checkpoint as a delta: the coordinates that differ bit for bit.
 
     Checkpoints are model folders (one file or shards) or safetensors files. Where the dtypes differ, the tuned
-    one's counts, provided that the base's values have an exact form in it.
+    one's counts, provided that the base's values have an exact form in it. Tensors that only one side has are left out.
 
     Example: ssrctl delta diff base tuned -o delta.safetensors
     """
 
     base: Path = positional(metavar="BASE")
-    """The checkpoint that the delta will apply to: a model folder, a safetensors file, or tiny-reasoner."""
+    """The checkpoint that the delta will apply to: a model folder, a safetensors file, a name on the hub, or
+    tiny-reasoner."""
 
     tuned: Path = positional(metavar="TUNED")
-    """The checkpoint that applying it will give again: a model folder or a safetensors file."""
+    """The checkpoint that applying it will give again: a model folder, a safetensors file or a name on the hub."""
 
     output: Path = output()
     """Delta to write (safetensors)."""
@@ -40,7 +41,8 @@ class DeltaApplyConfig(CommonConfig):
     """
 
     base: Path = positional(metavar="BASE")
-    """The checkpoint that the delta was made from: a model folder, a safetensors file, or tiny-reasoner."""
+    """The checkpoint that the delta was made from: a model folder, a safetensors file, a name on the hub, or
+    tiny-reasoner."""
 
     delta: Path = positional(metavar="DELTA")
     """A delta file, a checkpoint folder, or a run directory (its newest checkpoint)."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from ssrctl.configs.building import AtLeastOne, Config, Fraction, NotNegative, Share, output, positional
-from ssrctl.configs.common import CommonConfig
+from ssrctl.configs.common import CommonConfig, PairOptions
 from ssrctl.errors import UserError
 
 
@@ -61,7 +61,7 @@ class CheckOptions(Config):
 
 
 @dataclass(kw_only=True)
-class DiagnoseConfig(MeasureOptions, CheckOptions, CommonConfig):
+class DiagnoseConfig(MeasureOptions, PairOptions, CheckOptions, CommonConfig):
     """Measure what updates did: to a checkpoint, between several, over a run, or between the steps of a run.
 
     Paths are model folders, safetensors files, deltas, checkpoint folders or run directories. BASE TUNED measures one

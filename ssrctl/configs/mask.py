@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from ssrctl.configs.building import Fraction, NotNegative, Positive, Share, output, positional
-from ssrctl.configs.common import CommonConfig, JsonConfig
+from ssrctl.configs.common import CommonConfig, JsonConfig, PairOptions
 from ssrctl.configs.layers import layer_ranges
 from ssrctl.errors import UserError
 
@@ -25,7 +25,7 @@ class MaskSource(MaskOutput):
     """A mask made from a model's weights."""
 
     model: str = field(metadata={"once_positional": True})
-    """Model folder or safetensors file, read one tensor at a time; or tiny-reasoner."""
+    """Model folder, safetensors file (read one tensor at a time) or name on the hub; or tiny-reasoner."""
 
     include: list[str] = field(default_factory=list)
     """Only tensors whose names match this glob pattern; may be given several times."""
@@ -99,17 +99,18 @@ class MaskLayersConfig(MaskSource):
 
 
 @dataclass(kw_only=True)
-class MaskDiffConfig(MaskOutput):
+class MaskDiffConfig(PairOptions, MaskOutput):
     """Take the weights that training changed: the subnetwork of Mukherjee et al. 2025.
 
     Example: ssrctl mask diff base tuned --changed-by bf16 -o mask.safetensors
     """
 
     base: Path = positional(metavar="BASE")
-    """The checkpoint before training: a model folder, a safetensors file, or tiny-reasoner."""
+    """The checkpoint before training: a model folder, a safetensors file, a name on the hub, or tiny-reasoner."""
 
     tuned: Path = positional(metavar="TUNED")
-    """The checkpoint after it: a model folder, a safetensors file, a delta, a checkpoint folder or a run."""
+    """The checkpoint after it: a model folder, a safetensors file, a name on the hub, a delta, a checkpoint folder or a
+    run."""
 
     changed_by: Literal["bits", "atol", "bf16"] = "bits"
     """Criterion of a changed weight. bits: any change of the stored value; atol: by more than --atol; bf16: beyond the

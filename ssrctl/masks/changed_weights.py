@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ssrctl.checkpoints.fingerprint import RunningFingerprint
-from ssrctl.checkpoints.parameter_names import matching_names
+from ssrctl.checkpoints.parameter_names import matching_names, paired_pieces
 from ssrctl.checkpoints.reader import TensorReader, check_weights
 from ssrctl.errors import UserError
 from ssrctl.masks.static_masks import Names
@@ -23,29 +23,36 @@ if TYPE_CHECKING:
 Rule = Callable[["Tensor", "Tensor"], "Tensor"]  # flat pieces before and after -> bool, True = changed
 
 
-def check_pair(base: StoredParameters, tuned: TensorReader) -> None:
-    """Check that ``tuned`` has every parameter of ``base``; aligns its names.
+def check_pair(base: StoredParameters, tuned: TensorReader, *, strict: bool = False) -> tuple[list[str], list[str]]:
+    """Return (the parameters of ``base`` that ``tuned`` has as well, notes on the others); aligns its names.
 
     Raises:
-        UserError: names or shapes that differ.
+        UserError: too little in common (``matching_names``), or ``strict`` and a parameter that is not.
     """
     tuned.align(base.names)
-    matching_names(base.reader, tuned)
-    if missing := [name for name in base.names if name not in tuned.shapes]:
+    shared, notes = matching_names(base.reader, tuned, strict=strict)
+    names = [name for name in base.names if name in set(shared)]
+    missing = [name for name in base.names if name not in tuned.shapes]
+    if strict and missing:
         raise UserError(
             f"{tuned.label} lacks {len(missing)} of the parameters of {base.reader.label}, first {missing[0]}",
             "compare checkpoints of one model",
         )
+    return names, notes
 
 
 def changed_in_pair(
-    base: StoredParameters, tuned: TensorReader, rule: Rule, one_by_one: Names
+    base: StoredParameters, tuned: TensorReader, names: Collection[str], rule: Rule, one_by_one: Names
 ) -> tuple[BlockMask, str, str]:
     """Return (mask of the changes, fingerprint before, after) of two checkpoints that ``check_pair`` accepted.
+
+    The mask is over all parameters of ``base``; those outside of ``names`` count as unchanged, and so do rows that only
+    ``base`` has. The fingerprint after is that of ``base`` with what changed in ``names``, of these parameters only.
 
     Args:
         base: the parameters before, as training loads them.
         tuned: the checkpoint after, as stored.
+        names: the parameters to compare.
         rule: compares values before and after; True = changed.
         one_by_one: follows the progress.
     """
@@ -58,9 +65,14 @@ def changed_in_pair(
     for name in one_by_one(base.reader.in_file_order(base.names)):
         shape, start = base.shapes[name], 0
         before.begin(name, base.dtype_of(name), shape)
-        after.begin(name, tuned.dtypes[name], shape)
         changed = torch.zeros(math.prod(shape), dtype=torch.bool)
-        for ours, theirs in zip(base.pieces(name), tuned.pieces(name), strict=True):
+        if name not in names:
+            for ours in base.pieces(name):
+                before.update(ours)
+            tensors[name] = TileSet.empty(shape)
+            continue
+        after.begin(name, tuned.dtypes[name], shape)
+        for ours, theirs in paired_pieces(base.pieces(name), tuned.pieces(name)):
             before.update(ours)
             after.update(theirs)
             changed[start : start + ours.numel()] = rule(ours, theirs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import functools
 import math
 import sys
@@ -10,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ssrctl.checkpoints.names import layer_index
+from ssrctl.checkpoints.names import layer_index, matching
 from ssrctl.core.seeds import derive_seed
 from ssrctl.errors import UserError
 from ssrctl.report.formats import times
@@ -120,8 +119,9 @@ def planned_counts(
     Raises:
         UserError: a pattern that matches no parameter.
     """
-    taken = _matching(stored, "--include", include) if include else set(stored.names)
-    taken -= _matching(stored, "--exclude", exclude)
+    owner = stored.reader.label
+    taken = matching(stored.names, "--include", include, owner) if include else set(stored.names)
+    taken -= matching(stored.names, "--exclude", exclude, owner)
     return {name: recipe.count(name, shape) for name, shape in stored.shapes.items() if name in taken}
 
 
@@ -152,19 +152,6 @@ def make_mask(
         tensors[name] = recipe.select(name, stored) if wanted else TileSet.empty(stored.shapes[name])
         assert tensors[name].count() == wanted, name
     return BlockMask({name: tensors[name] for name in stored.names}), fingerprint.digest()
-
-
-def _matching(stored: StoredParameters, flag: str, patterns: Iterable[str]) -> set[str]:
-    hits = set()
-    for pattern in patterns:
-        found = [name for name in stored.names if fnmatch.fnmatchcase(name, pattern)]
-        if not found:
-            raise UserError(
-                f"{flag} {pattern!r} matches none of the {len(stored.names)} tensors of {stored.reader.label}",
-                f"names are like {stored.names[0]}; * stands for anything",
-            )
-        hits |= set(found)
-    return hits
 
 
 def _share_of(density: float) -> Callable[[str, Shape], int]:

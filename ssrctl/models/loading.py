@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ssrctl.checkpoints.files import check_folder
 from ssrctl.configs import TINY, ModelConfig
 from ssrctl.errors import UserError
+from ssrctl.io import console
 from ssrctl.io.artifacts import ModelIdentity
+from ssrctl.models.weight_checks import check_all_loaded, check_finite, check_tokens, head_is_untied
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +24,12 @@ if TYPE_CHECKING:
 MEMORY_RESERVE_BYTES = 512 * 2**20
 # Below this many parameters, sharing an operation among threads costs more than the operation.
 SINGLE_THREAD_PARAMETERS = 5_000_000
+# More than any model has; a config that asks for more would keep transformers building modules for hours.
+MOST_LAYERS = 10_000
+LONGEST_REASON = 300
+UNTIED = (
+    "{name}: the config ties the output head to the embedding, but the file stores a head of other values: it is used"
+)
 
 
 @dataclass(frozen=True)
@@ -67,9 +77,11 @@ def load_model(config: ModelConfig, *, bytes_per_parameter: float = 0.0) -> Load
         bytes_per_parameter: memory that the caller will need in addition to the weights; the sum is checked against
             the free memory before anything is read.
 
+    Only safetensors are read, and of a local folder no file that a link leads out to.
+
     Raises:
-        UserError: not found, not reachable, corrupt weights, too large for the memory, no fast tokenizer, no pad
-            or end token.
+        UserError: not found, not reachable, corrupt weights, weights that the file lacks or that are NaN or infinite,
+            too large for the memory, no fast tokenizer, no pad or end token.
     """
     import torch
     from huggingface_hub.utils import logging as hub_logging
@@ -82,10 +94,23 @@ def load_model(config: ModelConfig, *, bytes_per_parameter: float = 0.0) -> Load
     device = resolve_device(config.device)
     _check_memory(config, source, device, bytes_per_parameter)
     tokenizer = _load_tokenizer(config, source)
-    with _load_errors(config):
-        model = AutoModelForCausalLM.from_pretrained(
-            source, revision=config.revision, dtype="auto", trust_remote_code=config.trust_remote_code
+    with _explained(config), _quiet_report():
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source,
+            revision=config.revision,
+            dtype="auto",
+            trust_remote_code=config.trust_remote_code,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are refused below, with their shapes
+            output_loading_info=True,
         )
+    for remark in (
+        check_all_loaded(config.model, model, report),
+        check_tokens(config.model, model, tokenizer),
+        UNTIED.format(name=config.model) if head_is_untied(model) else None,
+    ):
+        if remark is not None:
+            console.warn(remark)
     identity = ModelIdentity(
         name=Path(config.model).name if Path(config.model).exists() else config.model,
         revision=config.revision,
@@ -104,6 +129,7 @@ def load_model(config: ModelConfig, *, bytes_per_parameter: float = 0.0) -> Load
         raise UserError(
             f"{config.model} does not fit on {device}: {_first_line(error)}", "use --dtype bfloat16 or another --device"
         ) from error
+    check_finite(config.model, dict(model.named_parameters()))
     if (
         device.type == "cpu"
         and "OMP_NUM_THREADS" not in os.environ
@@ -149,18 +175,44 @@ def _source(config: ModelConfig) -> str:
             raise UserError(
                 f"{path} has no config.json, so it is not a model folder", hint or "name the folder that has it"
             )
+        check_folder(path)
         return str(path)
     if path.exists() or path.is_absolute() or config.model.startswith((".", "~")) or config.model.count("/") > 1:
         raise UserError(f"model folder not found: {config.model}", "name a folder with config.json and safetensors")
     return config.model
 
 
+def folder_of(config: ModelConfig) -> Path:
+    """Return the folder that a model which was loaded came from; that of the hub's cache for a name on the hub."""
+    from transformers.utils import cached_file
+
+    return Path(cached_file(_source(config), "config.json", revision=config.revision)).parent
+
+
 def _load_tokenizer(config: ModelConfig, source: str) -> Any:
     from transformers import AutoTokenizer
+    from transformers.utils import cached_file
 
-    with _load_errors(config):
+    with _explained(config, "the tokenizer of "):
         tokenizer = AutoTokenizer.from_pretrained(
             source, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    with _explained(config, "the tokenizer of "):
+        vocabularies = {"tokenizer.json", "tekken.json", *tokenizer.vocab_files_names.values()}
+        stored = any(
+            cached_file(
+                source,
+                name,
+                revision=config.revision,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+            )
+            for name in sorted(vocabularies)
+        )
+    if not stored:  # transformers makes an empty tokenizer of the model's kind then
+        raise UserError(
+            f"{config.model} has no tokenizer: none of {', '.join(sorted(vocabularies))}",
+            "copy the base model's tokenizer files into the folder",
         )
     check_tokenizer(tokenizer, config.model)
     return tokenizer
@@ -192,12 +244,13 @@ def _check_memory(config: ModelConfig, source: str, device: torch.device, bytes_
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with _load_errors(config):
+    with _explained(config):
         described = AutoConfig.from_pretrained(
             source, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
-        with init_empty_weights():
-            empty = AutoModelForCausalLM.from_config(described, trust_remote_code=config.trust_remote_code)
+    _check_config(config, described)
+    with _explained(config), init_empty_weights():
+        empty = AutoModelForCausalLM.from_config(described, trust_remote_code=config.trust_remote_code)
     count = sum(p.numel() for p in empty.parameters())
     stored = described.dtype or torch.float32
     dtype = stored if config.dtype == "auto" else getattr(torch, config.dtype)
@@ -222,30 +275,95 @@ def _fingerprint(model: Any) -> str:
     return fingerprint(model.named_parameters())
 
 
+def _check_config(config: ModelConfig, described: Any) -> None:
+    """Refuse what no causal LM can be made of, before its modules are built."""
+    import torch
+
+    text = described.get_text_config()
+    if getattr(described, "is_encoder_decoder", False):
+        raise UserError(
+            f"{config.model} is an encoder-decoder ({described.model_type})", "name a decoder-only (causal) model"
+        )
+    layers = getattr(text, "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > MOST_LAYERS:
+        raise UserError(f"{config.model}: config.json asks for {layers:.3g} layers", "copy the model again")
+    rows, pad = getattr(text, "vocab_size", None), getattr(text, "pad_token_id", None)
+    if isinstance(rows, int) and isinstance(pad, int) and pad >= rows:
+        raise UserError(
+            f"{config.model}: pad_token_id {pad} in config.json is beyond its vocab_size {rows}",
+            "set pad_token_id to a token that the model knows, or to null",
+        )
+    if described.dtype is not None and not isinstance(described.dtype, torch.dtype):
+        raise UserError(
+            f"{config.model}: config.json asks for dtype {described.dtype!r}", "bfloat16, float16 or float32 is meant"
+        )
+
+
 @contextlib.contextmanager
-def _load_errors(config: ModelConfig) -> Iterator[None]:
-    """Turn an error of transformers into a ``UserError``; a damaged file raises whatever its values lead to."""
+def _explained(config: ModelConfig, part: str = "") -> Iterator[None]:
+    """Turn whatever transformers raises into one line, with the cause kept.
+
+    Its loaders raise nearly every type on a damaged or foreign folder (AssertionError, IndexError, RecursionError,
+    errors of other packages' own), so all are caught here, and only here.
+    """
     try:
         yield
-    except MemoryError:
-        raise
     except Exception as error:
-        raise _load_error(config, error) from error
+        raise _load_error(config, error, part) from error
 
 
-def _load_error(config: ModelConfig, error: Exception) -> UserError:
+@contextlib.contextmanager
+def _quiet_report() -> Iterator[None]:
+    """Keep transformers from printing its table of missing tensors and its note on ties; a line of our own says it."""
+    logger = logging.getLogger("transformers.modeling_utils")
+
+    def no_report(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        return "LOAD REPORT" not in message and "we will NOT tie them" not in message
+
+    logger.addFilter(no_report)
+    try:
+        yield
+    finally:
+        logger.removeFilter(no_report)
+
+
+def _load_error(config: ModelConfig, error: Exception, part: str = "") -> UserError:
+    reason = _first_line(error)
+    if "trust_remote_code" in str(error):
+        return UserError(
+            f"{config.model} brings its own code, which is not run unasked",
+            "give --trust-remote-code if you trust it",
+        )
+    if "Unrecognized configuration class" in reason or "Unrecognized model" in reason:
+        return UserError(
+            f"{config.model} is not a causal language model that transformers knows",
+            "give a text model; of one that sees or hears as well, save its language model by itself",
+        )
+    if "does not recognize this architecture" in reason:
+        return UserError(f"{config.model}: {reason.partition(' This could')[0]}", "upgrade transformers")
+    if "backend tokenizer" in reason:
+        return UserError(
+            f"{config.model} has no tokenizer that can be read", "copy the base model's tokenizer files into the folder"
+        )
+    if isinstance(error, ImportError):
+        return UserError(
+            f"{part}{config.model} needs a package that is absent: {reason}",
+            "install it, or name a model that is not quantised",
+        )
     if isinstance(error, OSError) and not Path(config.model).expanduser().is_dir() and config.model != TINY:
         return UserError(
-            f"model '{config.model}' is not a local folder, and the hub did not provide it: {_first_line(error)}",
+            f"model '{config.model}' is not a local folder, and the hub did not provide it: {reason}",
             "check the name and the network, or download it elsewhere and give --model FOLDER",
         )
     return UserError(
-        f"{config.model} cannot be loaded: {_first_line(error)}",
-        "check that the folder is complete and its files are whole",
+        f"{part}{config.model} cannot be loaded: {reason}", "check that the folder is complete and its files are whole"
     )
 
 
 def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).strip().splitlines()]
-    count = 2 if lines and lines[0].endswith(":") else 1
-    return " ".join(lines[:count])[:500] or type(error).__name__
+    lines = str(error).strip().splitlines()
+    kind = type(error).__name__
+    if not lines or isinstance(error, (RecursionError, KeyError, IndexError, AssertionError, AttributeError)):
+        return f"{kind}: {lines[0][:LONGEST_REASON]}" if lines else kind
+    return lines[0][:LONGEST_REASON]

@@ -7,15 +7,16 @@ for. A file may hold a tied head as well, buffers, and names without the model's
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ssrctl.checkpoints.conversion import empty_model
 from ssrctl.checkpoints.model_folder import CONFIG
 from ssrctl.checkpoints.names import is_constant, is_head
 from ssrctl.checkpoints.parameter_names import tied_copies
-from ssrctl.checkpoints.reader import TensorReader
+from ssrctl.checkpoints.reader import TensorReader, check_weights
 from ssrctl.errors import UserError
 from ssrctl.report.formats import times
 
@@ -72,7 +73,7 @@ def stored_parameters(reader: TensorReader) -> StoredParameters:
     if not (reader.folder / CONFIG).is_file():
         return _as_stored(reader, [])
     try:
-        model = _empty_model(reader.folder)
+        model = empty_model(reader.folder)
     except Exception as error:  # whatever a foreign config makes transformers raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return _as_stored(reader, [f"Tensors were taken as stored, as transformers cannot use {CONFIG}: {reason}"])
@@ -88,11 +89,34 @@ def stored_parameters(reader: TensorReader) -> StoredParameters:
         raise UserError(
             f"{reader.label}: {len(differing)} of the model's {len(shapes)} parameters are not stored as it has them, "
             f"first {name}: {list(shapes[name])} in the model, {'absent' if found is None else list(found)} in the file",
-            f"the weights must fit the {CONFIG} next to them; models whose weights are put together on loading "
-            "(fused experts) are not supported",
+            f"the weights must fit the {CONFIG} next to them",
         )
     dtype = reader.load_dtype() or _first_floating(reader)
     return StoredParameters(reader, sorted(shapes.keys() | untied), dtype)
+
+
+def check_exportable(folder: Path, shapes: Mapping[str, tuple[int, ...]], fingerprint: str) -> None:
+    """Check that a run's delta, which has parameter names, can be applied to the files that the model was loaded from.
+
+    Args:
+        folder: of the files.
+        shapes: of the parameters in training.
+        fingerprint: of the weights as loaded; compared where tensors are joined on loading, which reads all of them.
+
+    Raises:
+        UserError: parameters that are not stored as the model has them and of which the map is unknown.
+    """
+    with TensorReader(folder) as reader:
+        reader.align(shapes)
+        differing = sorted(name for name, shape in shapes.items() if reader.shapes.get(name) != shape)
+        if differing:
+            raise UserError(
+                f"{reader.label} cannot be trained: {times(len(differing), 'parameter')} of {len(shapes)} (first "
+                f"{differing[0]}) are put together on loading in a way that `delta apply` cannot reverse",
+                "load and save the model with transformers and name that folder, or use another model",
+            )
+        if reader.name_map.joined:
+            check_weights(folder, reader.identity(fingerprint), shapes, reader)
 
 
 def _as_stored(reader: TensorReader, notes: list[str]) -> StoredParameters:
@@ -107,16 +131,6 @@ def _as_stored(reader: TensorReader, notes: list[str]) -> StoredParameters:
     if left_out := len(reader.shapes) - len(weights):
         notes.append(f"{times(left_out, 'tensor')} that are not weights (constants, codes) left out.")
     return StoredParameters(reader, [name for name in weights if name not in copies], None, notes)
-
-
-def _empty_model(folder: Path) -> Any:
-    """Make the model that config.json describes, without memory for its weights and without running its own code."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-    with torch.device("meta"):  # accelerate's init_empty_weights would untie
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def _first_floating(reader: TensorReader) -> torch.dtype | None:

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from ssrctl.configs import SamplingConfig
+from ssrctl.errors import UserError
 from ssrctl.models.loading import LoadedModel
 from ssrctl.sampling.alignment import decode
 from ssrctl.text.prompts import turn_end_id
@@ -120,6 +121,10 @@ def end_token_ids(loaded: LoadedModel) -> list[int]:
     return ids
 
 
+class NonFiniteLogits(UserError):
+    """A model whose logits are NaN or infinite, from which no token can be sampled."""
+
+
 @torch.no_grad()
 def sample_responses(
     loaded: LoadedModel, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seed: int
@@ -134,6 +139,9 @@ def sample_responses(
         prompts: token ids, one list per response (repeat a prompt for several responses).
         sampling: temperature, top-p, top-k, stop texts, longest response; responses also end where the context does.
         seed: of this batch.
+
+    Raises:
+        NonFiniteLogits: the model gives NaN or infinity for some token.
     """
     recorder = _SampledLogprobs()
     ends = end_token_ids(loaded)
@@ -158,13 +166,21 @@ def sample_responses(
     devices = [loaded.device] if loaded.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), plain_generation_config(loaded.model):
         torch.manual_seed(seed)
-        output = loaded.model.generate(
-            input_ids=input_ids.to(loaded.device),
-            attention_mask=attention_mask.to(loaded.device),
-            generation_config=generation,
-            logits_processor=warpers(sampling, after_temperature=[recorder]),
-            stopping_criteria=StoppingCriteriaList([_AfterSampling(recorder), stops]),
-        )
+        try:
+            output = loaded.model.generate(
+                input_ids=input_ids.to(loaded.device),
+                attention_mask=attention_mask.to(loaded.device),
+                generation_config=generation,
+                logits_processor=warpers(sampling, after_temperature=[recorder]),
+                stopping_criteria=StoppingCriteriaList([_AfterSampling(recorder), stops]),
+            )
+        except RuntimeError as error:
+            if "probability tensor contains" not in str(error):  # torch.multinomial's
+                raise
+            raise NonFiniteLogits(
+                f"no token can be sampled: the logits of {loaded.identity.name} are NaN or infinite",
+                "its activations are beyond the dtype's range; use --dtype float32 or bfloat16",
+            ) from error
     responses = output[:, width:].tolist()
     logprobs = torch.stack(recorder.chosen, dim=1).cpu()
     samples = []

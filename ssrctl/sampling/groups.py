@@ -64,16 +64,24 @@ def prepare_prompts(
         The prompts that fit, and the number left out.
 
     Raises:
-        UserError: none fits, or one cannot be built or encoded, see ``build_prompt`` and ``encode_prompt``.
+        UserError: none fits, one cannot be built or encoded (``build_prompt``, ``encode_prompt``), or one has a token that
+            the model does not know.
     """
     use_chat_template(loaded.tokenizer, prompt_format)
     context = loaded.context_length
+    rows = getattr(getattr(loaded.model.get_input_embeddings(), "weight", None), "shape", [None])[0]
     kept: list[Prompted] = []
     longest = total = 0
     for problem in problems:
         total += 1
         prompt = build_prompt(loaded.tokenizer, prompt_format, problem.question, problem.messages)
         ids = encode_prompt(loaded.tokenizer, prompt)
+        if rows is not None and ids and max(ids) >= rows:
+            raise UserError(
+                f"question {problem.id} has token {max(ids)} ({loaded.tokenizer.decode([max(ids)])!r}), the model's "
+                f"embedding has rows 0 to {rows - 1}",
+                "use the tokenizer that belongs to the model, or resize the model's embedding to it",
+            )
         longest = max(longest, len(ids))
         if ids and (context is None or len(ids) + min(max_new_tokens, context // 2) <= context):
             kept.append(Prompted(problem, prompt, ids))

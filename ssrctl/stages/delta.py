@@ -58,16 +58,20 @@ def run_diff(config: DeltaDiffConfig) -> dict[str, Any]:
         UserError: checkpoints of different architectures, or dtypes that cannot be compared exactly.
     """
     from ssrctl.checkpoints.delta_diff import write_difference
+    from ssrctl.checkpoints.pairs import chosen_names, local_copy
     from ssrctl.checkpoints.parameter_names import matching_names, same_constants
     from ssrctl.checkpoints.reader import TensorReader, delta_meant_by
 
     for side, path in (("BASE", config.base), ("TUNED", config.tuned)):
         if (delta := delta_meant_by(path)) is not None:
             raise UserError(f"{side} {path} is a delta, not whole weights", f"see `ssrctl delta info {delta}`")
-    with _one_thread(), TensorReader(config.base) as base, TensorReader(config.tuned) as tuned:
+    ours, theirs = local_copy(config.base), local_copy(config.tuned)
+    with _one_thread(), TensorReader(ours) as base, TensorReader(theirs) as tuned:
         if config.output.resolve() in {file.resolve() for file in (*base.files, *tuned.files)}:
             raise UserError(f"{config.output} is one of the weights to compare", "name another file with -o")
-        names, notes = matching_names(base, tuned)
+        names, notes = matching_names(base, tuned, strict=config.strict)
+        names, said = chosen_names(names, config, base.label)
+        notes += said
         if constants := same_constants(base, tuned, names):
             notes.append(f"{times(len(constants), 'constant')}, the same in both, left out: not parameters.")
         names = base.in_file_order([name for name in names if name not in constants])
@@ -111,13 +115,14 @@ def run_apply(config: DeltaApplyConfig) -> dict[str, Any]:
     """
     from ssrctl.checkpoints.delta_apply import AppliedCheckpoint
     from ssrctl.checkpoints.model_folder import check_free
+    from ssrctl.checkpoints.pairs import local_copy
     from ssrctl.checkpoints.reader import TensorReader, check_shapes, check_weights, delta_meant_by
 
     if delta_meant_by(config.base) is not None:
         raise UserError(f"BASE {config.base} is a delta, not whole weights", "give the model that it was made from")
     delta = DeltaFile(_delta_file(config.delta))
     check_free(config.output)
-    with _one_thread(), TensorReader(config.base) as base:
+    with _one_thread(), TensorReader(local_copy(config.base)) as base:
         check_shapes(delta.path, delta.base, delta.shapes, base)
         load_dtype = None
         if not (config.ignore_fingerprint or config.dry_run):
@@ -158,7 +163,8 @@ def _write_folder(config: DeltaApplyConfig, made: AppliedCheckpoint, notes: list
             copied = []
             notes.append(f"There is no {CONFIG} next to {base.label}: the folder holds only the weights.")
         with console.progress(unit="tensors") as bar:
-            task = bar.add_task("writing", total=len(base.shapes), status="")
+            stored = sum(len(base.stored_in(file)) for file in base.files)
+            task = bar.add_task("writing", total=stored, status="")
             fingerprint = write_applied(made, folder, metadata, lambda name: bar.update(task, advance=1))
         if delta.tuned is not None and not config.ignore_fingerprint and fingerprint != delta.tuned.fingerprint:
             raise UserError(

@@ -85,11 +85,12 @@ def _from_weights(config: MaskSource, recipe: Recipe, when_empty: str, layers: S
         UserError: no model, a pattern or layer that is not in it, weights that are NaN or infinite where their order
             matters, or a mask of nothing or of everything.
     """
+    from ssrctl.checkpoints.pairs import local_copy
     from ssrctl.checkpoints.reader import TensorReader
     from ssrctl.masks.static_masks import make_mask, planned_counts
     from ssrctl.models.stored_parameters import stored_parameters
 
-    with TensorReader(config.model) as reader:
+    with TensorReader(local_copy(Path(config.model))) as reader:
         _check_output(config.output, reader.files)
         stored = stored_parameters(reader)
         _check_layers(stored, layers)
@@ -134,6 +135,7 @@ def run_diff(config: MaskDiffConfig) -> dict[str, Any]:
     Raises:
         UserError: checkpoints of different models, a delta of another base, or no change at all.
     """
+    from ssrctl.checkpoints.pairs import local_copy
     from ssrctl.checkpoints.reader import TensorReader, delta_meant_by
     from ssrctl.measures.maths.change_rule import changed
 
@@ -141,27 +143,34 @@ def run_diff(config: MaskDiffConfig) -> dict[str, Any]:
         raise UserError(f"BASE {config.base} is a delta, not whole weights", "give the model that training began from")
     rule = functools.partial(changed, rule=config.changed_by, atol=config.atol, eta=config.bf16_rtol)
     delta = delta_meant_by(config.tuned)
-    with TensorReader(config.base) as base:
+    with TensorReader(local_copy(config.base)) as base:
         if delta is not None:
             return _diff_delta(config, base, delta, rule)
-        with TensorReader(config.tuned) as tuned:
+        with TensorReader(local_copy(config.tuned)) as tuned:
             return _diff_pair(config, base, tuned, rule)
 
 
 def _diff_pair(config: MaskDiffConfig, base: TensorReader, tuned: TensorReader, rule: Rule) -> dict[str, Any]:
+    from ssrctl.checkpoints.pairs import chosen_names
     from ssrctl.masks.changed_weights import changed_in_pair, check_pair
     from ssrctl.models.stored_parameters import stored_parameters
 
     _check_output(config.output, [*base.files, *tuned.files])
     stored = stored_parameters(base)
-    check_pair(stored, tuned)
+    names, notes = check_pair(stored, tuned, strict=config.strict)
+    names, said = chosen_names(names, config, base.label)
+    notes += said
     if config.dry_run:
         coordinates = sum(map(math.prod, stored.shapes.values()))
         planned = {"tensors": len(stored.names), "coordinates": coordinates}
         return console.show_file_plan([*base.files, *tuned.files], config.output, planned)
-    mask, before, after = changed_in_pair(stored, tuned, rule, functools.partial(console.tracked, what="comparing"))
+    mask, before, after = changed_in_pair(
+        stored, tuned, names, rule, functools.partial(console.tracked, what="comparing")
+    )
     settings = _settings(config) | {"tuned_model": dataclasses.asdict(tuned.identity(after))}
-    return _deliver(config, "diff", mask, base.identity(before), settings, stored.notes + _dtype_notes(stored, tuned))
+    return _deliver(
+        config, "diff", mask, base.identity(before), settings, stored.notes + notes + _dtype_notes(stored, tuned, names)
+    )
 
 
 def _diff_delta(config: MaskDiffConfig, base: TensorReader, path: Path, rule: Rule) -> dict[str, Any]:
@@ -181,8 +190,8 @@ def _diff_delta(config: MaskDiffConfig, base: TensorReader, path: Path, rule: Ru
     return _deliver(config, "diff", mask, delta.base, settings, [])
 
 
-def _dtype_notes(base: StoredParameters, tuned: TensorReader) -> list[str]:
-    odd = [name for name in base.names if base.dtype_of(name) != tuned.dtypes[name]]
+def _dtype_notes(base: StoredParameters, tuned: TensorReader, names: Iterable[str]) -> list[str]:
+    odd = [name for name in names if base.dtype_of(name) != tuned.dtypes[name]]
     if not odd:
         return []
     before, after = (str(one).removeprefix("torch.") for one in (base.dtype_of(odd[0]), tuned.dtypes[odd[0]]))

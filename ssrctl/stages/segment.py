@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ssrctl.checkpoints.files import check_links
 from ssrctl.configs import TINY, SegmentConfig
 from ssrctl.errors import UserError
 from ssrctl.io import console
@@ -138,10 +139,15 @@ def _load_tokenizer(name: str) -> Any:
         source = str(Path(name).expanduser())
         if name.startswith(("/", ".", "~")) and not Path(source).is_dir():
             raise UserError(f"tokenizer folder not found: {name}", "name a folder with tokenizer.json")
+    if Path(source).is_dir():
+        check_links(Path(source))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except Exception as error:  # a damaged file raises whatever its values lead to
+        # False: transformers would otherwise ask whether to run code that the folder brings.
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # a damaged tokenizer.json makes its parsers raise nearly any type
         reason = next(iter(str(error).splitlines()), type(error).__name__)
+        if "trust_remote_code" in str(error):
+            reason = "it brings its own code, which is not run"
         raise UserError(
             f"the tokenizer {name} cannot be loaded: {reason}",
             "name a folder with tokenizer.json or a model on the hub",

@@ -22,7 +22,8 @@ from ssrctl.io.artifacts import load_mask_for
 from ssrctl.io.budget_file import load_budget_profile
 from ssrctl.io.package_data import profile_path, shipped_names
 from ssrctl.io.problems import load_problems
-from ssrctl.models.loading import LoadedModel, describe_model, load_model
+from ssrctl.models.loading import LoadedModel, describe_model, folder_of, load_model
+from ssrctl.models.stored_parameters import check_exportable
 from ssrctl.sampling.groups import Prompted, describe_prompt, prepare_prompts
 from ssrctl.text.prompts import load_prompt_format
 from ssrctl.training.lr_sweep import find_lr
@@ -53,6 +54,7 @@ def run(config: TrainConfig) -> dict[str, Any] | None:
     itemsize = 4 if config.dtype in ("auto", "float32") else 2
     update_bytes = updater_kind(config).bytes_per_parameter(config, itemsize)
     loaded = load_model(config, bytes_per_parameter=update_bytes + ACTIVATION_BYTES_PER_PARAMETER)
+    check_exportable(folder_of(config), loaded.shapes(), loaded.identity.fingerprint)
     protected = _mask_at(config.protect, config, loaded)
     mask = _mask_at(config.mask, config, loaded)
     _check_trainable(config, loaded, protected, mask)

@@ -17,6 +17,7 @@ from ssrctl.critics.base import Critic
 from ssrctl.errors import UserError
 from ssrctl.io import console
 from ssrctl.models.loading import LoadedModel
+from ssrctl.sampling.generate import NonFiniteLogits
 from ssrctl.sampling.groups import Prompted
 from ssrctl.training.training_step import NonFiniteBatch, TrainingStep
 from ssrctl.training.unit_gradients import trainable
@@ -132,7 +133,7 @@ def _at_rate(
     for number in range(1, num_steps + 1):
         try:
             row = step.run(questions(number), seed=derive_seed(config.seed, "rollout", number), log_masks=False).metrics
-        except NonFiniteBatch:
+        except (NonFiniteBatch, NonFiniteLogits):
             return dataclasses.replace(made, broke=True)
         if row["reward"] is not None:
             made.reward.append(row["reward"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,12 +15,13 @@ from ssrctl.checkpoints.delta import Delta, apply_delta
 from ssrctl.checkpoints.run_dir import Checkpoint, RunDir, prune_checkpoints, save_checkpoint
 from ssrctl.configs import TrainConfig
 from ssrctl.core.seeds import derive_seed
-from ssrctl.errors import Stopped
+from ssrctl.errors import Stopped, UserError
 from ssrctl.io import console, manifest
 from ssrctl.io.gradient_log import GradientHeader, gradient_log_path, save_gradient_log
 from ssrctl.io.jsonl import JsonlLog, write_jsonl
 from ssrctl.io.mask_log import StepMaskLog, save_mask_log
 from ssrctl.models.loading import LoadedModel
+from ssrctl.sampling.generate import NonFiniteLogits
 from ssrctl.sampling.groups import Prompted
 from ssrctl.training.exact_changes import exact_changes
 from ssrctl.training.tracking import tracking
@@ -94,6 +96,7 @@ class Trainer:
         Raises:
             KeyboardInterrupt: after Ctrl-C, once the step in progress is done and a checkpoint is written.
             NonFiniteBatch, Stopped: after a checkpoint of the last whole step is written.
+            NonFiniteLogits: the weights diverged; no checkpoint of them is written.
         """
         config = self.config
         bar = console.progress(unit="steps")
@@ -103,9 +106,11 @@ class Trainer:
                 while self.step < config.max_steps and not interrupted():
                     try:
                         row = self._train_step()
-                    except NonFiniteBatch:
+                    except NonFiniteBatch as error:
                         self._save_checkpoint()
-                        raise
+                        raise NonFiniteBatch(error.message, self._last_good(error)) from error
+                    except NonFiniteLogits as error:  # the weights of the last step are not worth keeping
+                        raise NonFiniteLogits(error.message, self._last_good(error, self.step)) from error
                     except Stopped as stop:
                         self._save_checkpoint()
                         fix = f"to continue after step {self.step}: {self._how_to_continue()}"
@@ -191,6 +196,13 @@ class Trainer:
         save_checkpoint(self.run_dir.checkpoint(self.step), delta, self.updater.state(), state, settings)
         prune_checkpoints(self.run_dir, self.config.save_total_limit)
         self.last_saved, self.num_changed = self.step, delta.count
+
+    def _last_good(self, error: UserError, before: float = math.inf) -> str:
+        """Return the error's remedy with the newest checkpoint of a step below ``before``."""
+        good = [one for one in self.run_dir.checkpoints() if int(one.name) < before]
+        if not good:
+            return f"{error.remedy}; lower --learning-rate (there is no checkpoint from before)"
+        return f"{error.remedy}; the last good checkpoint is {good[-1]}"
 
     def _how_to_continue(self) -> str:
         if not self.step:

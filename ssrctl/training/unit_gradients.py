@@ -17,7 +17,7 @@ from ssrctl.core.units import Unit
 from ssrctl.errors import UserError
 from ssrctl.training.step_gradients.batch import GroupBatch, make_batch, response_logprobs
 from ssrctl.training.step_gradients.chunked import chunked_gradients
-from ssrctl.training.step_gradients.chunks import cache_obstacle
+from ssrctl.training.step_gradients.chunks import cache_obstacle, position_obstacle
 from ssrctl.training.step_gradients.compare import GradientPair, gradient_cosine, gradient_dot, paired
 from ssrctl.training.step_gradients.cost import ModelCosts, choose_method
 from ssrctl.training.step_gradients.kept import kept_gradients
@@ -68,6 +68,8 @@ METHODS: dict[str, Callable[[GradientTask], Iterator[UnitGradient]]] = {
 
 def method_obstacle(task: GradientTask, method: str) -> str | None:
     """Return the reason why this model cannot compute its gradients by ``method``; None if it can."""
+    if method in ("truncated", "chunked", "local") and (obstacle := position_obstacle(task)) is not None:
+        return obstacle
     if method not in ("chunked", "local"):
         return None
     obstacle = cache_obstacle(task.model)

@@ -86,7 +86,7 @@ def apply(base: Path, delta_path: Path, folder: Path) -> str:
         with whole_folder(folder) as temporary:
             written: list[str] = []
             found = write_applied(made, temporary, {"format": "pt"}, written.append)
-            assert sorted(written) == sorted(reader.shapes)
+            assert sorted(written) == sorted(name for one in reader.files for name in reader.stored_in(one))
     return found
 
 
@@ -293,7 +293,8 @@ def test_a_folder_takes_the_place_of_an_empty_one_alone(tmp_path: Path) -> None:
 
 
 def test_what_is_copied_beside_the_weights(tmp_path: Path) -> None:
-    source, target, blobs = tmp_path / "source", tmp_path / "target", tmp_path / "blobs"
+    cache, target = tmp_path / "models--me--tiny", tmp_path / "target"
+    source, blobs = cache / "snapshots" / "0123", cache / "blobs"
     for folder in (source / "additional_chat_templates", target, blobs, source / "runs"):
         folder.mkdir(parents=True)
     (blobs / "abc").write_text("tokens")
@@ -309,6 +310,11 @@ def test_what_is_copied_beside_the_weights(tmp_path: Path) -> None:
         [*kept, "tokenizer.json"]
     )
     assert (target / "tokenizer.json").read_text() == "tokens" and not (target / "tokenizer.json").is_symlink()
+    for name in ("NOTICE", "additional_chat_templates/other.jinja"):
+        (source / name).symlink_to("/etc/hostname")
+        with pytest.raises(UserError, match=f"{name} is a link that leads out"):
+            copy_companions(source, tmp_path / "target")
+        (source / name).unlink()
 
 
 def test_the_config_asks_for_the_dtype_of_the_weights(tmp_path: Path) -> None:

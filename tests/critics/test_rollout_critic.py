@@ -57,8 +57,10 @@ def record(response=SOLUTION, *, answer="93", name="q/0", question=QUESTION, **f
     )
 
 
-def critic(loaded, *, k=4, mode="value", seed=0, **sampling):
-    options = CriticOptions(critic="rollout", critic_rollouts=k, critic_rollout_value=mode)
+def critic(loaded, *, k=4, mode="value", seed=0, extraction="strict", **sampling):
+    options = CriticOptions(
+        critic="rollout", critic_rollouts=k, critic_rollout_value=mode, answer_extraction=extraction
+    )
     return RolloutCritic(options, loaded, SamplingConfig(**{"max_new_tokens": 64} | sampling), seed)
 
 
@@ -246,8 +248,8 @@ def test_what_decides_the_scores_is_in_the_identity(bundled):
 
 def test_a_response_that_ends_without_a_final_step(bundled):
     response = SOLUTION[:-7]
-    for answer, score in (("93", 100), ("75", -100)):
-        ((*_, last),) = score_all(critic(bundled), [record(response, answer=answer)])
+    for answer, extraction, score in (("93", "lenient", 100), ("75", "lenient", -100), ("93", "strict", -100)):
+        ((*_, last),) = score_all(critic(bundled, extraction=extraction), [record(response, answer=answer)])
         assert last.score == score and last.rationale == "the response ends " + ("right" if score > 0 else "wrong")
 
 
@@ -302,16 +304,16 @@ def test_the_context_limits_too(bundled):
 def test_continuations_that_could_not_be_compared_count_neither_way(bundled, monkeypatch):
     given_up = FinalAnswer(extracted="1", correct=None, outcome="timed_out")
 
-    def check_answers(pairs):
+    def check_answers(pairs, extraction):
         outcomes = itertools.cycle((True, None, None, False, True, None))
         return [given_up if o is None else FinalAnswer(extracted="1", correct=o) for _, o in zip(pairs, outcomes)]  # noqa: B905
 
     monkeypatch.setattr(rollout_module, "check_answers", check_answers)
-    monkeypatch.setattr(rollout_module, "check_answer", lambda *_: given_up)
+    monkeypatch.setattr(rollout_module, "check_answer", lambda *_, **__: given_up)
     judge = critic(bundled, k=6)
     assert verdicts(score_all(judge, [record()])[0]) == [pytest.approx(100 / 3)] * 4 + ["answer_timeout"]
     assert judge.summary()["answer_timeouts"] == 12
-    monkeypatch.setattr(rollout_module, "check_answers", lambda pairs: [given_up] * len(pairs))
+    monkeypatch.setattr(rollout_module, "check_answers", lambda pairs, extraction: [given_up] * len(pairs))
     for mode in ("value", "difference"):
         assert verdicts(score_all(critic(bundled, mode=mode), [record()])[0]) == ["answer_timeout"] * 5
 

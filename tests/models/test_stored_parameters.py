@@ -16,8 +16,6 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
 )
 
 from ssrctl import tiny_reasoner
@@ -190,13 +188,6 @@ def test_weights_that_do_not_fit_their_config_are_refused(tmp_path: Path) -> Non
         stored_parameters(reader)
     assert "6 of the model's 21 parameters are not stored as it has them" in caught.value.message
     assert "down_proj.weight: [16, 25] in the model, [16, 24] in the file" in caught.value.message
-
-
-def test_experts_that_are_fused_on_loading_are_refused(tmp_path: Path) -> None:
-    MixtralForCausalLM(MixtralConfig(**SMALL, num_local_experts=2)).save_pretrained(tmp_path)
-    with TensorReader(tmp_path) as reader, pytest.raises(UserError, match="fused experts") as caught:
-        stored_parameters(reader)
-    assert "experts.down_proj: [2, 16, 24] in the model, absent in the file" in caught.value.message
 
 
 def test_a_file_without_weights_is_refused(tmp_path: Path) -> None:

@@ -257,9 +257,13 @@ def test_parameters_on_one_side_are_listed(tmp_path: Path, tuned: Path, capfd: p
     weights = load_file(tuned / "model.safetensors")
     weights["extra.weight"] = weights.pop("model.norm.weight")
     save_file(weights, tuned / "model.safetensors")
-    _, err = out_of(["delta", "diff", TINY, str(tuned), "-o", str(tmp_path / "d")], capfd, 2)
+    words = ["delta", "diff", TINY, str(tuned), "-o", str(tmp_path / "d")]
+    _, err = out_of([*words, "--strict"], capfd, 2)
     assert "model.norm.weight only in BASE; extra.weight only in TUNED" in err
     assert not (tmp_path / "d").exists()
+    notes = json.loads(out_of([*words, "--json"], capfd)[0])["notes"]
+    assert any("only in BASE: 1 of" in one and "(model.norm.weight)" in one for one in notes)
+    assert any("only in TUNED: 1 of" in one and "(extra.weight)" in one for one in notes)
 
 
 def test_constants_that_both_store_are_no_part_of_a_delta(tmp_path: Path) -> None:

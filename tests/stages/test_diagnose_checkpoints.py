@@ -532,8 +532,6 @@ def bad_checkpoints(base: Weights, at: Path) -> Iterator[tuple[Path, str]]:
     (adapter / "model.safetensors").rename(adapter / "adapter_model.safetensors")
     yield adapter, "LoRA adapter"
     yield adapter / "adapter_model.safetensors", "LoRA adapter"
-    yield folder(at / "shapes", base | {Q.format(0): torch.ones(3, SIDE)}), Q.format(0)
-    yield folder(at / "names", {name.replace("q_proj", "query"): one for name, one in base.items()}), "q"
     yield folder(at / "none", {"unrelated": torch.ones(2)}), "unrelated"
     shards = folder(at / "shards", base)
     (shards / "model.safetensors").rename(shards / "model-00001-of-00002.safetensors")
@@ -549,6 +547,16 @@ def bad_checkpoints(base: Weights, at: Path) -> Iterator[tuple[Path, str]]:
     yield at / "empty", "empty"
     (at / "text.safetensors").write_text("not at all")
     yield at / "text.safetensors", "text.safetensors"
+
+
+def test_tensors_that_differ_are_left_out_or_refused(tmp_path: Path, shell: Shell, base: Weights) -> None:
+    good = folder(tmp_path / "good", base)
+    renamed = {name.replace(Q.format(0), "other.weight"): one for name, one in base.items()}
+    pairs = [folder(tmp_path / "a", base | {Q.format(0): torch.ones(3, SIDE)}), folder(tmp_path / "b", renamed)]
+    for bad in pairs:
+        assert Q.format(0) in shell.refused(good, bad, "--strict")
+    for bad in pairs:
+        assert any(Q.format(0) in note and "1 of" in note for note in shell(good, bad)["notes"])
 
 
 def test_checkpoints_that_cannot_be_compared(tmp_path: Path, shell: Shell, base: Weights) -> None:

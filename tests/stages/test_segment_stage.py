@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from ssrctl.cli import main
 from ssrctl.configs import SegmentConfig
+from ssrctl.errors import UserError
 from ssrctl.stages.segment import run, tokens_per_step
 from ssrctl.text.segment import segment
 
@@ -102,6 +103,19 @@ def test_every_token_is_counted_in_one_step(tmp_path, bpe_tokenizer):
     whole = sum(len(bpe_tokenizer(text, add_special_tokens=False).input_ids) for text in texts)
     assert summary["tokens_per_step"]["mean"] == pytest.approx(whole / summary["steps"])
     assert 1 <= summary["tokens_per_step"]["median"] <= summary["tokens_per_step"]["max"] < whole
+
+
+def test_code_of_a_tokenizer_is_never_run(tmp_path, bpe_tokenizer):
+    folder = tmp_path / "tokenizer"
+    bpe_tokenizer.save_pretrained(folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"auto_map": {"AutoTokenizer": ["code.Mine", None]}, "tokenizer_class": "Mine"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    source = write(tmp_path / "in.jsonl", ROWS)
+    with pytest.raises(UserError, match="brings its own code, which is not run"):
+        run(SegmentConfig(input=str(source), output=str(tmp_path / "out.jsonl"), tokenizer=str(folder)))
+    assert not (tmp_path / "ran").exists()
 
 
 @given(texts)

@@ -62,6 +62,56 @@ def test_local_needs_the_window_to_hold_the_padded_steps():
     assert len(found_gradients(wide, case.near(wide), "local")) == 3
 
 
+def test_local_knows_the_window_of_gpt_neo():
+    config = transformers.GPTNeoConfig(
+        vocab_size=VOCABULARY, hidden_size=16, num_layers=2, num_heads=2, window_size=4,
+        attention_types=[[["global", "local"], 1]], max_position_embeddings=64, intermediate_size=16,
+    )  # fmt: skip
+    model, case = transformers.AutoModelForCausalLM.from_config(config).eval(), CASES["ragged"]
+    with pytest.raises(UserError, match="last 4 columns only, and the padded steps take 12"):
+        unit_gradients(model, case.batch(), case.units, method="local")
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4},
+        {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4,
+         "factor": 4.0, "original_max_position_embeddings": 6},
+    ],
+    ids=["dynamic", "longrope"],
+)  # fmt: skip
+def test_frequencies_that_depend_on_the_length_need_whole_passes(rope):
+    case = CASES["ragged"]
+
+    def model(length):
+        config = transformers.LlamaConfig(
+            vocab_size=VOCABULARY, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+            max_position_embeddings=length,
+            rope_parameters=rope | ({} if rope["rope_type"] == "dynamic" else {"original_max_position_embeddings": length}),
+        )  # fmt: skip
+        return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+    beyond, within = model(6), model(64)
+    for method in ("truncated", "chunked", "local"):
+        with pytest.raises(UserError, match=rf"{rope['rope_type']}\) depend on the length beyond 6 tokens"):
+            unit_gradients(beyond, case.batch(), case.units, method=method)
+        assert len(found_gradients(within, case, method)) == len(case.units)
+    for methods in (("kept", "truncated", "chunked"), ("kept", "truncated")):
+        assert automatic_method(GradientTask(beyond, case.batch(), case.units), methods) == "kept"
+
+
+def test_gemma_4_whose_layers_differ():
+    config = transformers.Gemma4TextConfig(
+        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, hidden_size_per_layer_input=4, vocab_size_per_layer_input=VOCABULARY,
+        num_kv_shared_layers=0, sliding_window=32, layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    case = CASES["ragged"].near(model)
+    assert len(found_gradients(model, case, "auto")) == len(case.units)
+
+
 def test_a_cache_that_is_not_filled_is_noticed(qwen, monkeypatch):
     case, whole = CASES["ragged"], qwen.forward
 

@@ -69,6 +69,28 @@ def cache_obstacle(model: Any) -> str | None:
     return f"it has layers of other kinds ({', '.join(sorted(kinds))})" if kinds else None
 
 
+def position_obstacle(task: GradientTask) -> str | None:
+    """Return the reason why a token's logits depend on how many tokens follow it; None if they do not.
+
+    Rotary frequencies of the types ``dynamic`` and ``longrope`` change for all tokens when the sequence outgrows the length
+    of pretraining, so a pass over a part of the sequence gives other logits than one over the whole.
+    """
+    config = task.model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    by_layer_type = [one for one in rope.values() if isinstance(one, dict)]
+    total = task.batch.input_ids.shape[1]
+    for one in by_layer_type or [rope]:
+        if one.get("rope_type") not in ("dynamic", "longrope"):
+            continue
+        length = one.get("original_max_position_embeddings") or config.max_position_embeddings
+        if total > length:
+            return (
+                f"its rotary frequencies ({one['rope_type']}) depend on the length beyond {length} tokens, "
+                f"and these are {total}"
+            )
+    return None
+
+
 def run_chunks(
     model: Any, batch: GroupBatch, chunks: Sequence[Chunk], temperature: float, *, padded: bool = False
 ) -> Iterator[Piece]:

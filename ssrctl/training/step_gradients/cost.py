@@ -88,6 +88,13 @@ class PassCosts:
         return self.chunk + self.logits + rows * (body + heads * self.head)
 
 
+def _attention_widths(config: Any) -> tuple[int, int]:
+    """Return (query heads, key and value heads), each times their width; 0 without attention."""
+    heads = getattr(config, "num_attention_heads", None) or 0
+    width = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
+    return heads * width, (getattr(config, "num_key_value_heads", None) or heads) * width
+
+
 @dataclass(frozen=True)
 class ModelCosts:
     """Costs of one model on one device."""
@@ -104,20 +111,21 @@ class ModelCosts:
         config = model.config.get_text_config()
         inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
         tables = {id(module.weight): module.weight.numel() for module in (inputs, outputs) if module is not None}
-        heads = getattr(config, "num_attention_heads", None) or 0
-        width = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
+        # Gemma 4's layers differ; its config then has no head_dim of its own.
+        layers = list(config.per_layer_config) if getattr(config, "is_heterogeneous", False) else [config]
+        widths = [_attention_widths(layer) for layer in layers]
         return cls.from_sizes(
             body=max(1, sum(p.numel() for p in model.parameters()) - sum(tables.values())),
             head=outputs.weight.numel() if outputs is not None else 0,
             num_layers=config.num_hidden_layers,
-            attention_width=heads * width,
-            cache_width=(getattr(config, "num_key_value_heads", None) or heads) * width,
+            attention_width=sum(attention for attention, _ in widths) / len(widths),
+            cache_width=sum(cached for _, cached in widths) / len(widths),
             device=model.device.type,
         )
 
     @classmethod
     def from_sizes(
-        cls, *, body: int, head: int, num_layers: int, attention_width: int, cache_width: int, device: str = "cpu"
+        cls, *, body: int, head: int, num_layers: int, attention_width: float, cache_width: float, device: str = "cpu"
     ) -> ModelCosts:
         """Return the costs from counts.
 
@@ -125,8 +133,8 @@ class ModelCosts:
             body: parameters without embeddings and output projection.
             head: parameters of the output projection.
             num_layers: of the model.
-            attention_width: query heads times their width.
-            cache_width: key and value heads times their width.
+            attention_width: query heads times their width, the mean over the layers.
+            cache_width: key and value heads times their width, likewise.
             device: its type; an unknown one counts as ``cuda``.
         """
         costs = DEVICE_COSTS.get(device, DEVICE_COSTS["cuda"])

@@ -72,6 +72,9 @@ def layout_obstacle(task: GradientTask) -> str | None:
         for layer in DynamicCache(config=task.model.config.get_text_config()).layers
         if (window := getattr(layer, "sliding_window", None)) is not None
     ]
+    config = task.model.config.get_text_config()
+    if "local" in (getattr(config, "attention_layers", None) or ()):  # GPT-Neo's, which its cache does not know
+        windows.append(config.window_size)
     total = sum(chunk.columns.shape[1] for chunk in unit_chunks(task))
     if windows and min(windows) < total:
         return f"it attends to the last {min(windows)} columns only, and the padded steps take {total}"
