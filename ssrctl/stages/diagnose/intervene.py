@@ -171,8 +171,8 @@ def _check_function(
 def _write_weights(reader: TensorReader, made: Mapping[str, Edit], folder: Path) -> None:
     """Every tensor in the layout and dtype of the base; those without an edit bit for bit."""
     from ssrctl.checkpoints.files import INDEX, SINGLE
-    from ssrctl.checkpoints.tensor_files import NewTensor, aligned_order, stored_bytes, write_header
     from ssrctl.io.files import write_text
+    from ssrctl.io.tensor_writing import NewTensor, aligned_order, stored_bytes, write_header
 
     weight_map, total = {}, 0
     for file in reader.files:
