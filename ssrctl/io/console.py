@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import signal
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -114,30 +112,3 @@ def tracked(names: Sequence[str], what: str) -> Iterator[str]:
         for name in names:
             yield name
             bar.update(task, advance=1)
-
-
-@contextlib.contextmanager
-def deferred_interrupt() -> Iterator[Any]:
-    """Let the current step finish on Ctrl-C.
-
-    Yields a function that tells whether Ctrl-C was pressed. A second Ctrl-C interrupts at once. Outside the
-    main thread, where signals cannot be caught, nothing is changed.
-    """
-    pressed = False
-
-    def handler(number: int, frame: object) -> None:
-        nonlocal pressed
-        if pressed:
-            raise KeyboardInterrupt
-        pressed = True
-        note("Ctrl-C: finishing this step; press again to stop at once")
-
-    try:
-        before = signal.signal(signal.SIGINT, handler)
-    except ValueError:
-        yield lambda: False
-        return
-    try:
-        yield lambda: pressed
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -22,7 +22,8 @@ MEMORY_LIMIT_BYTES = 2 * 2**30
 
 def main() -> None:
     """Serve comparisons until the input ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # Ctrl-C and `timeout` reach the whole group; the parent decides
     _prepare_alarm()
     _limit_memory()
     # Output of libraries must not get between the replies.

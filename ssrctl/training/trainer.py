@@ -17,6 +17,7 @@ from ssrctl.core.seeds import derive_seed
 from ssrctl.errors import Stopped
 from ssrctl.io import console, manifest
 from ssrctl.io.gradient_log import GradientHeader, gradient_log_path, save_gradient_log
+from ssrctl.io.interrupts import deferred_interrupt
 from ssrctl.io.jsonl import JsonlLog, write_jsonl
 from ssrctl.io.mask_log import StepMaskLog, save_mask_log
 from ssrctl.models.loading import LoadedModel
@@ -99,7 +100,7 @@ class Trainer:
         bar = console.progress(unit="steps")
         with JsonlLog(self.run_dir.metrics) as log, tracking(config, self.run_dir) as track, bar:
             task = bar.add_task("train", total=config.max_steps, completed=self.step, status="")
-            with console.deferred_interrupt() as interrupted:
+            with deferred_interrupt() as interrupted:
                 while self.step < config.max_steps and not interrupted():
                     try:
                         row = self._train_step()
