@@ -25,6 +25,7 @@ from ssrctl.configs.building import field_types, ranges
 from ssrctl.configs.names import accepted_names, flag, old_names
 from ssrctl.errors import CheckFailed, Interrupted, Stopped, UserError
 from ssrctl.io.interrupts import termination_as_interrupt
+from ssrctl.io.visible import visible
 
 _DEFAULTS_GIVEN = "ssrctl.defaults_given"
 _METAVARS = {int: "INT", float: "FLOAT", Path: "PATH", str: "TEXT"}
@@ -222,7 +223,7 @@ def current_words(config: type[Config], argv: list[str], *, quiet: bool = False)
 
 def warn(text: str) -> None:
     """Print a warning to stderr."""
-    sys.stderr.write(f"warning: {text}\n")
+    sys.stderr.write(f"warning: {visible(text)}\n")
 
 
 def run_guarded(call: Callable[[], int]) -> int:
@@ -274,10 +275,11 @@ def _guarded(call: Callable[[], int], terminated_by: Callable[[], str | None]) -
 
 def say_error(message: str, remedy: str | None, *, title: str = "error: ") -> None:
     """Print an error to stderr, without reading it as markup."""
-    from rich.console import Console
     from rich.text import Text
 
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    from ssrctl.io.terminal import SafeConsole
+
+    console = SafeConsole(stderr=True, soft_wrap=True, highlight=False)
     console.print(Text.assemble((title, "bold red"), message))
     if remedy:
         console.print(Text.assemble(("  fix: ", "bold"), remedy))

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ssrctl.io.visible import visible
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
@@ -15,9 +17,9 @@ if TYPE_CHECKING:
 @functools.cache
 def console() -> Console:
     """Return the console of stderr."""
-    from rich.console import Console
+    from ssrctl.io.terminal import SafeConsole
 
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    return SafeConsole(stderr=True, highlight=False, soft_wrap=True)
 
 
 def note(text: str) -> None:
@@ -39,7 +41,7 @@ def show_plan(title: str, plan: dict[str, Any]) -> None:
 
     table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
     for key, value in plan.items():
-        table.add_row(key.replace("_", " "), Text(_shown(value)))
+        table.add_row(key.replace("_", " "), Text(visible(_shown(value))))  # before the width is measured
     console().print(table)
 
 
@@ -80,8 +82,13 @@ def show_rates(results: Sequence[Any]) -> None:
     console().print(table)
 
 
-def progress(*, unit: str) -> Progress:
-    """Make a progress bar with count, elapsed time and time left; silent when stderr is not a terminal."""
+def progress(*, unit: str, lines: bool = True) -> Progress:
+    """Make a progress bar with count, elapsed time and time left; when stderr is not a terminal, a line now and then.
+
+    Args:
+        unit: of the counts.
+        lines: False prints no lines, for a caller that prints its own.
+    """
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -91,6 +98,10 @@ def progress(*, unit: str) -> Progress:
         TimeRemainingColumn,
     )
 
+    if lines and not console().is_terminal:
+        from ssrctl.io.terminal import PlainProgress
+
+        return PlainProgress(unit, console())
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),

@@ -285,9 +285,10 @@ def _claim_folder(config: EvalConfig, loaded: LoadedModel) -> None:
 
 def _show(summary: dict[str, Any], config: EvalConfig) -> None:
     """Print the result as a small table on stdout."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
+
+    from ssrctl.io.terminal import SafeConsole
 
     level = f"{config.confidence:.0%} interval"
     source = summary["responses"] if config.responses else config.dataset
@@ -302,7 +303,7 @@ def _show(summary: dict[str, Any], config: EvalConfig) -> None:
         table.add_row("difference (paired)", *_cells(paired["difference"], signed=True))
     else:
         table.add_row("given" if config.responses else "sampled", *_cells(summary["accuracy"]))
-    Console().print(table)
+    SafeConsole().print(table)
 
 
 def _cells(estimate: dict[str, float], signed: bool = False) -> tuple[str, str]:

@@ -97,7 +97,7 @@ class Trainer:
             NonFiniteBatch, Stopped: after a checkpoint of the last whole step is written.
         """
         config = self.config
-        bar = console.progress(unit="steps")
+        bar = console.progress(unit="steps", lines=False)  # it prints its own
         with JsonlLog(self.run_dir.metrics) as log, tracking(config, self.run_dir) as track, bar:
             task = bar.add_task("train", total=config.max_steps, completed=self.step, status="")
             with deferred_interrupt() as interrupted:
