@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import socket
@@ -13,6 +14,8 @@ from pathlib import Path
 from ssrctl.errors import UserError
 from ssrctl.io.console import warn
 
+_LONGEST = 240  # bytes of a name, with which the lock's own stays below what file systems take
+
 
 @contextlib.contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
@@ -21,37 +24,45 @@ def locked_folder(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another process holds it, or the folder cannot be written to.
     """
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        with _locked(folder / ".lock", folder):
-            yield
-    finally:
-        for path in made:
-            with contextlib.suppress(OSError):  # not empty, or not made
-                path.rmdir()
+    with _locked(folder / ".lock", folder):
+        yield
 
 
 @contextlib.contextmanager
 def locked_file(path: Path) -> Iterator[None]:
-    """Hold the output file ``path``, which need not exist, for this process; see ``locked_folder``."""
-    with _locked(path.with_name(f".{path.name[:240]}.lock"), path):
+    """Hold the output file ``path``, which need not exist, for this process; see ``locked_folder``.
+
+    Devices and pipes, which several processes may write to, are not locked.
+    """
+    real = Path(os.path.realpath(path))
+    if os.path.exists(real) and not os.path.isfile(real):  # noqa: PTH110, PTH113 (Path's raise for long names)
+        yield
+        return
+    name = real.name if len(os.fsencode(real.name)) <= _LONGEST else hashlib.sha256(os.fsencode(real.name)).hexdigest()
+    with _locked(real.with_name(f".{name}.lock"), path):
         yield
 
 
 @contextlib.contextmanager
 def _locked(lock: Path, output: Path) -> Iterator[None]:
+    made = [folder for folder in lock.parents if not folder.exists()]
     try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = _take(lock, output)
-    except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror}", "choose a folder you can write to") from error
-    try:
-        yield
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = _take(lock, output)
+        except OSError as error:
+            raise UserError(f"cannot write {output}: {error.strerror}", "choose a folder you can write to") from error
+        try:
+            yield
+        finally:
+            if descriptor is not None:
+                with contextlib.suppress(OSError):  # the folder may be gone; the lock itself ends with the descriptor
+                    lock.unlink()
+                os.close(descriptor)
     finally:
-        if descriptor is not None:
-            with contextlib.suppress(OSError):  # the folder may be gone; the lock itself ends with the descriptor
-                lock.unlink()
-            os.close(descriptor)
+        for folder in made:
+            with contextlib.suppress(OSError):  # not empty, or not made
+                folder.rmdir()
 
 
 def _take(lock: Path, output: Path) -> int | None:
