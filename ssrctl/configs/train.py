@@ -154,8 +154,7 @@ class OptimizerOptions(Config):
     """Added to the denominator of adam, adamw and rms."""
 
     master_weights: bool = True
-    """Keep, with bfloat16 or float16 weights, the exact float32 value of those that kronos (or adamw with --mask)
-    updates."""
+    """Keep, with bfloat16 or float16 weights, the exact float32 value of those that are updated."""
 
 
 @dataclass(kw_only=True)

@@ -23,6 +23,7 @@ class Obstacles:
     def __init__(self, config: TrainConfig) -> None:
         self._config = config
         self._steps: list[int] = []
+        self._warned_at = 0
         self._unfinished = self._unscored = self._silent = 0.0
 
     def add(self, row: dict[str, Any]) -> None:
@@ -31,16 +32,17 @@ class Obstacles:
         self._unfinished += 1 - row["finished_frac"]
         self._unscored += row["missing_score_frac"] or 0.0
         self._silent += row["no_signal_responses"] / (self._config.questions_per_step * self._config.num_generations)
-        if len(self._steps) == min(EARLY_STEPS, self._config.max_steps):
+        if len(self._steps) == EARLY_STEPS:
             self.warn()
 
     def warn(self) -> None:
-        """Print a warning if the run can learn little, with the shares and the settings to change."""
-        if text := self.describe():
+        """Print a warning if the run can learn little, unless it was printed for these steps."""
+        if len(self._steps) != self._warned_at and (text := self.describe()):
             console.warn(text)
+            self._warned_at = len(self._steps)
 
     def describe(self) -> str:
-        """Return that warning; an empty text when nothing is in the way."""
+        """Return the shares and the settings to change; an empty text when nothing is in the way."""
         if not self._steps:
             return ""
         config, count = self._config, len(self._steps)

@@ -216,7 +216,10 @@ class Trainer:
             "scheduler": self.scheduler.state_dict(),
             "learning_rates": [group["lr"] for group in self.updater.optimizer.param_groups],
         }
-        settings = manifest.published_settings(self.config)
+        # A resumed run writes the same bytes as an uninterrupted one.
+        settings = manifest.published_settings(
+            dataclasses.replace(self.config, resume_from_checkpoint=None, force=False)
+        )
         save_checkpoint(self.run_dir.checkpoint(self.step), delta, self.updater.state(), state, settings)
         prune_checkpoints(self.run_dir, self.config.save_total_limit)
         self.last_saved, self.num_changed = self.step, delta.count

@@ -59,7 +59,9 @@ def test_a_change_in_numbers() -> None:
     change = WeightChange(name="w", index=17, before=-2.0, after=1.0)
     assert (change.change, change.relative_change) == (3.0, 1.5)
     assert (
-        change.position((4, 5)) == (3, 2) and change.position((2, 3, 4)) == (1, 1, 1) and change.position((99,)) == (17,)
+        change.position((4, 5)) == (3, 2)
+        and change.position((2, 3, 4)) == (1, 1, 1)
+        and change.position((99,)) == (17,)
     )
     assert WeightChange(name="w", index=0, before=0.0, after=1.0).relative_change is None
     assert WeightChange(name="w", index=0, before=0.0, after=1.0).position(()) == ()
