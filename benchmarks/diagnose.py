@@ -5,8 +5,8 @@ the next representable number, and compares them in a process of its own: all ru
 changes. The plain read runs `readinto` over the same files, one after the other with one thread, and once more with
 as many threads as the pass has. Everything lies in a temporary folder that is removed at the end. Both are timed twice:
 from the disk, where checkpoints usually come from (the system is told to drop the files from its page cache before
-each run), and from the page cache, where a read costs next to nothing. The cores must be free: seconds of work count
-beside a busy machine's seconds on the clock.
+each run), and from the page cache, where a read costs next to nothing. The cores must be free: on a busy machine the
+wall clock says little, and CPU seconds are shown next to it.
 
     python benchmarks/diagnose.py
     python benchmarks/diagnose.py --gigabytes 16 --changed 0.6 --folder /scratch
@@ -157,7 +157,7 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=4.0, help="size of both checkpoints together")
     parser.add_argument("--changed", type=float, default=0.2, help="share of the weights that moved")
     parser.add_argument("--num-workers", type=int, default=2, help="threads of the pass")
-    parser.add_argument("--repeats", type=int, default=3, help="the best of so many runs counts")
+    parser.add_argument("--repeats", type=int, default=3, help="runs, of which the best counts")
     parser.add_argument("--folder", type=Path, default=None, help="where to make the temporary folder")
     args = parser.parse_args()
     print(machine())

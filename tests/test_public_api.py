@@ -174,7 +174,7 @@ REFUSED: dict[str, Callable[[], object]] = {
     "claim() found no gradient": lambda: claim(1, backward=0),
     "begin_question() with": left_over,
     "no budget is planned for this unit": lambda: claim(1, num_claims=2),
-    "the question ends with a gradient that nobody claimed": unclaimed,
+    "the question ends with an unclaimed gradient": unclaimed,
     "values that are NaN or infinite": not_a_number,
     "claim() found nothing that was selected during a backward pass": lambda: claim(scope="tensor", k=3),
     "got a second gradient in one unit": lambda: claim(1, backward=2, scope="tensor"),
@@ -186,7 +186,7 @@ REFUSED: dict[str, Callable[[], object]] = {
 
 
 def test_the_page_lists_these_refusals() -> None:
-    table = PAGE.partition("## When it refuses")[2]
+    table = PAGE.partition("## Error messages")[2]
     assert set(re.findall(r"^\| `(.+?)` \|", table, re.MULTILINE)) == REFUSED.keys()
 
 

@@ -199,7 +199,7 @@ def walk(
 
 
 def checkpoints_of(run: Path) -> tuple[Path, list[Path]]:
-    """(the base that a run started from, its complete checkpoints, oldest first).
+    """Return (the base that a run started from, its complete checkpoints, oldest first).
 
     Raises:
         UserError: the run has no checkpoint yet, or does not say its model.
@@ -215,7 +215,7 @@ def checkpoints_of(run: Path) -> tuple[Path, list[Path]]:
 
 
 def is_run(path: Path) -> bool:
-    """Whether ``path`` is a run directory rather than a model or a checkpoint."""
+    """Return True if ``path`` is a run directory rather than a model or a checkpoint."""
     return (path / "config.yaml").is_file() and (path / "checkpoints").is_dir()
 
 
@@ -283,7 +283,7 @@ def local_copy(path: Path) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(
-            f"{name} is no path here, and the hub did not give a model of that name: {reason}", "check the name"
+            f"{name} is not a path here, and the hub gave no model of that name: {reason}", "check the name"
         ) from error
 
 
@@ -303,19 +303,19 @@ def _in_layers(names: list[str], layers: str | None) -> list[str]:
 
 
 def _delta_names(base: TensorReader, tuned: TensorReader | DeltaReader) -> tuple[list[str], list[str]]:
-    """(the tensors that were trained, notes on those of the base that were not)."""
+    """Return (the tensors that were trained, notes on those of the base that were not)."""
     names = sorted(tuned.shapes)
     left_out = sorted(set(base.shapes) - set(names))
     if not left_out:
         return names, []
     return names, [
-        f"{len(left_out)} tensors of the base are no parameters of the trained model (tied copies or buffers) and were "
+        f"{len(left_out)} tensors of the base are not parameters of the trained model (tied copies or buffers) and were "
         f"left out: {first_of(left_out)}."
     ]
 
 
 def _dtype_notes(base: TensorReader, tuned: TensorReader | DeltaReader, names: list[str]) -> list[str]:
-    """Sentences on tensors whose dtypes differ, or that hold no floating-point numbers."""
+    """Return sentences on tensors whose dtypes differ, or that hold no floating-point numbers."""
     from ssrctl.checkpoints.reader import DeltaReader
 
     notes = []
@@ -356,7 +356,7 @@ def first_of(names: list[str]) -> str:
 
 
 def common_dtype(a: torch.dtype, b: torch.dtype) -> torch.dtype:
-    """The narrowest floating dtype that holds the values of both exactly; 8-bit floats meet in float32.
+    """Return the narrowest floating dtype that holds the values of both exactly; 8-bit floats meet in float32.
 
     Integers follow ``torch.promote_types``, which can round large ones that meet floats.
     """

@@ -17,7 +17,7 @@ from ssrctl.io.console import note
 from ssrctl.measures.base import Findings, Mode, PairMeasure, register
 from ssrctl.measures.group_tables import RowColumn, row_table
 from ssrctl.measures.maths.change_rule import change_rule
-from ssrctl.measures.maths.grouping import Grouped, group, layer_label
+from ssrctl.measures.maths.grouping import Grouped, group
 from ssrctl.report.document import Bars, Column, Section, Table
 from ssrctl.report.formats import count, number, percent, times
 
@@ -267,7 +267,7 @@ def _protected_weights(comparison: Comparison, config: DiagnoseConfig) -> BlockM
 
     if config.protect is not None and config.assert_frozen is not None:
         raise UserError(
-            "--protect and --assert-frozen each name a mask", "give --assert-frozen alone; it reports the same"
+            "--protect and --assert-frozen each name a mask", "give only --assert-frozen; it reports the same"
         )
     path = config.assert_frozen or config.protect
     if path is None:
@@ -429,8 +429,7 @@ def audit_section(result: AuditResult) -> Section:
         "Of protected: both over protected. Of changed: both over changed; by chance: what random changes would "
         "give; ratio: of these two. Tensors without protected weights are left out."
     )
-    kinds, tensors = _protected(rows.kinds), _protected(rows.tensors)
-    layers = _protected({layer_label(layer): row for layer, row in rows.layers.items()})
+    kinds, layers, tensors = map(_protected, (rows.kinds, rows.labelled_layers, rows.tensors))
     return Section(
         title="Did protected weights move?",
         text="A frozen weight has to be equal to what it was. Without protection, as large a share of the changed "

@@ -1,4 +1,4 @@
-"""In how many directions do a run's gradients point? The spectrum of their Gram matrix (Adewuyi et al. 2026, app. B).
+"""The number of directions that a run's gradients span: the spectrum of their Gram matrix (Adewuyi et al. 2026, app. B).
 
 G is ``[T, n]``, one row per stored gradient. The nonzero eigenvalues of G G^T (``[T, T]``) are those of G^T G. Rows are
 sketches of d numbers (``io.gradient_log``): with S the sketch, A = G S^T is read in blocks and A A^T computed in
@@ -9,9 +9,10 @@ as accurate, relatively, as large ones.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ from ssrctl.core.seeds import derive_seed
 from ssrctl.errors import UserError
 from ssrctl.io.gradient_log import GradientHeader, gradient_log_paths, load_gradient_log, read_gradient_header
 from ssrctl.measures.base import Findings, RunMeasure, register
+from ssrctl.report.document import Column, Figure, Heatmap, Lines, Section, Table
+from ssrctl.report.formats import count, number, percent, signed, times
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,14 +31,16 @@ BLOCK_BYTES = 32 * 2**20
 ENERGY_SHARES = (0.9, 0.95, 0.99)
 # More steps than this cannot be told apart in a heat map, and the matrix would fill the report.
 MOST_COSINES = 60
+_CHANCE = "expected for independent directions"
+_TOP_ROWS = 20
 
 
 def gram_matrix(load: Callable[[int], Tensor], count: int, size: int) -> Tensor:
-    """Inner products of ``count`` vectors of which only some are in memory: float64 ``[count, count]``.
+    """Return the inner products, float64 ``[count, count]``, of vectors of which only some are in memory at a time.
 
     Args:
         load: gives vector number i, float ``[size]``.
-        count: how many there are; 0 gives ``[0, 0]``.
+        count: number of vectors; 0 gives ``[0, 0]``.
         size: numbers in each.
     """
     import torch
@@ -59,7 +64,7 @@ def gram_matrix(load: Callable[[int], Tensor], count: int, size: int) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Spectrum:
-    """The eigenvalues of a Gram matrix, and how many count.
+    """The eigenvalues of a Gram matrix, and its ranks.
 
     With p_i = eigenvalue i over their sum:
 
@@ -67,7 +72,7 @@ class Spectrum:
         eigenvalues: descending, never negative.
         effective_rank: ``exp(-sum p ln p)`` (Roy and Vetterli 2007, of energies), in [1, T]; None when all are 0.
         participation_ratio: ``1 / sum p^2``, in [1, T]; None when all are 0.
-        energy_ranks: for 0.9, 0.95, 0.99: how many of the largest hold that share of the sum; None when all are 0.
+        energy_ranks: for 0.9, 0.95, 0.99: the number of largest ones that hold that share of the sum; None when all are 0.
     """
 
     eigenvalues: list[float]
@@ -77,7 +82,7 @@ class Spectrum:
 
 
 def spectrum_of(gram: Tensor) -> Spectrum:
-    """The spectrum of a symmetric positive semidefinite matrix, float64 ``[T, T]``; T may be 0."""
+    """Return the spectrum of a symmetric positive semidefinite matrix, float64 ``[T, T]``; T may be 0."""
     import torch
 
     # Rounding can leave zeros slightly negative.
@@ -106,7 +111,7 @@ def spectrum_of(gram: Tensor) -> Spectrum:
 
 
 def random_gram(norms: Sequence[float], size: int, seed: int) -> Tensor:
-    """The Gram matrix of random vectors with independent directions, on average of the given norms.
+    """Draw the Gram matrix of random vectors with independent directions, on average of the given norms.
 
     Rows have independent normal entries of variance norm^2 / size. The matrix is Wishart and drawn by its Cholesky
     factor (Bartlett 1933), so the cost does not depend on ``size``.
@@ -131,7 +136,7 @@ def random_gram(norms: Sequence[float], size: int, seed: int) -> Tensor:
 
 
 def sketch_error(count: int, header: GradientHeader) -> float:
-    """Relative error of an eigenvalue, about: ``(1 + sqrt(T/d))^2 - 1``; 0 for gradients that are stored exactly.
+    """Return the approximate relative error of an eigenvalue, ``(1 + sqrt(T/d))^2 - 1``; 0 for exactly stored gradients.
 
     The largest eigenvalue of V^T S^T S V for a sketch with independent normal entries (Marchenko and Pastur 1967), to
     which a count sketch of many coordinates of like size comes close.
@@ -139,15 +144,72 @@ def sketch_error(count: int, header: GradientHeader) -> float:
     return 0.0 if header.sketch == "exact" else (1.0 + math.sqrt(count / header.size)) ** 2 - 1.0
 
 
-def gradient_numbers(paths: Sequence[Path], seed: int = 0) -> dict[str, Any] | None:
-    """What the stored gradients of a run span; None without any.
+@dataclass(frozen=True)
+class ComparedSpectrum:
+    """A spectrum, and that of random vectors with independent directions and the same norms."""
+
+    found: Spectrum
+    chance: Spectrum
+
+    @property
+    def num_shared(self) -> int:
+        """The number of eigenvalues above the largest by chance."""
+        largest = max(self.chance.eigenvalues, default=0.0)
+        return sum(value > largest for value in self.found.eigenvalues)
+
+    def numbers(self) -> dict[str, Any]:
+        """Return the form that report.json holds."""
+        expected = {f"expected_{key}": value for key, value in asdict(self.chance).items()}
+        return asdict(self.found) | expected | {"num_shared": self.num_shared}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientsResult:
+    """Geometry of the T stored gradients of a run.
+
+    Attributes:
+        sketch, size, num_coordinates: as in ``GradientHeader``.
+        num_gradients: T.
+        num_zero: gradients of norm 0.
+        inner_product_error: of the sketch, relative to the product of the norms (standard deviation).
+        eigenvalue_error: of the sketch, relative.
+        steps: the training step of each gradient.
+        norms: of each gradient.
+        gradients: spectrum of the Gram matrix.
+        directions: the same of the gradients scaled to norm 1, without those of norm 0.
+        mean_cosine: over all pairs of these; None for fewer than two.
+        neighbour_cosines: of each gradient with the next; None with one of norm 0.
+        cosine_steps, cosines: cosines between at most ``MOST_COSINES`` steps, evenly spread.
+    """
+
+    sketch: str
+    size: int
+    num_coordinates: int
+    num_gradients: int
+    num_zero: int
+    inner_product_error: float
+    eigenvalue_error: float
+    steps: list[int]
+    norms: list[float]
+    gradients: ComparedSpectrum
+    directions: ComparedSpectrum
+    mean_cosine: float | None
+    neighbour_cosines: list[float | None]
+    cosine_steps: list[int]
+    cosines: list[list[float | None]]
+
+    def numbers(self) -> dict[str, Any]:
+        """Return the form that report.json holds."""
+        spectra = {"gradients": self.gradients.numbers(), "directions": self.directions.numbers()}
+        return asdict(self) | spectra
+
+
+def gradients_result(paths: Sequence[Path], seed: int = 0) -> GradientsResult | None:
+    """Measure the stored gradients of a run; None without any.
 
     Args:
         paths: gradient logs of one run, in order.
         seed: of the random gradients that serve as a yardstick.
-
-    Returns:
-        Plain numbers, as the report stores them; see docs/metrics.md.
 
     Raises:
         UserError: a log that is torn, or not of the same sketch as the first.
@@ -167,61 +229,49 @@ def gradient_numbers(paths: Sequence[Path], seed: int = 0) -> dict[str, Any] | N
     some = norms > 0
     directions = gram[some][:, some] / norms[some].outer(norms[some])
     steps = [header.step for header in headers]
-    return {
-        "sketch": first.sketch,
-        "size": first.size,
-        "num_coordinates": first.num_coordinates,
-        "num_gradients": len(paths),
-        "num_zero": int((~some).sum()),
-        "inner_product_error": 0.0 if first.sketch == "exact" else math.sqrt(2.0 / first.size),
-        "eigenvalue_error": sketch_error(len(paths), first),
-        "steps": steps,
-        "norms": norms.tolist(),
-        "gradients": _compared(gram, norms.tolist(), first.size, seed),
-        "directions": _compared(directions, [1.0] * len(directions), first.size, seed),
-    } | _cosines(gram, norms, directions, steps)
-
-
-def _compared(gram: Tensor, norms: Sequence[float], size: int, seed: int) -> dict[str, Any]:
-    """A spectrum beside that of independent directions of the same norms."""
-    found, chance = spectrum_of(gram), spectrum_of(random_gram(norms, size, seed))
-    largest = max(chance.eigenvalues, default=0.0)
-    return vars(found) | {
-        "expected_eigenvalues": chance.eigenvalues,
-        "expected_effective_rank": chance.effective_rank,
-        "expected_participation_ratio": chance.participation_ratio,
-        "expected_energy_ranks": chance.energy_ranks,
-        "num_shared": sum(value > largest for value in found.eigenvalues),
-    }
-
-
-def _cosines(gram: Tensor, norms: Tensor, directions: Tensor, steps: Sequence[int]) -> dict[str, Any]:
-    """Cosines between neighbours, their mean over all pairs, and the matrix of at most ``MOST_COSINES`` steps."""
-    count = len(steps)
 
     def cosine(i: int, j: int) -> float | None:
         scale = float(norms[i] * norms[j])
         return min(1.0, max(-1.0, float(gram[i, j]) / scale)) if scale > 0 else None
 
-    number = min(count, MOST_COSINES)
-    chosen = [round(k * (count - 1) / (number - 1)) for k in range(number)] if number > 1 else list(range(number))
+    last, shown = len(paths) - 1, min(len(paths), MOST_COSINES)
+    places = [round(k * last / (shown - 1)) for k in range(shown)] if shown > 1 else [0]
     pairs = len(directions) * (len(directions) - 1)
-    return {
-        "mean_cosine": float(directions.sum() - directions.diagonal().sum()) / pairs if pairs else None,
-        "neighbour_cosines": [cosine(i, i + 1) for i in range(count - 1)],
-        "cosine_steps": [steps[i] for i in chosen],
-        "cosines": [[cosine(i, j) for j in chosen] for i in chosen],
-    }
+    return GradientsResult(
+        sketch=first.sketch,
+        size=first.size,
+        num_coordinates=first.num_coordinates,
+        num_gradients=len(paths),
+        num_zero=int((~some).sum()),
+        inner_product_error=0.0 if first.sketch == "exact" else math.sqrt(2.0 / first.size),
+        eigenvalue_error=sketch_error(len(paths), first),
+        steps=steps,
+        norms=norms.tolist(),
+        gradients=_compared(gram, norms.tolist(), first.size, seed),
+        directions=_compared(directions, [1.0] * len(directions), first.size, seed),
+        mean_cosine=float(directions.sum() - directions.diagonal().sum()) / pairs if pairs else None,
+        neighbour_cosines=[cosine(i, i + 1) for i in range(last)],
+        cosine_steps=[steps[i] for i in places],
+        cosines=[[cosine(i, j) for j in places] for i in places],
+    )
+
+
+def _compared(gram: Tensor, norms: Sequence[float], size: int, seed: int) -> ComparedSpectrum:
+    return ComparedSpectrum(spectrum_of(gram), spectrum_of(random_gram(norms, size, seed)))
+
+
+# --------------------------------------------------------------------------------------------------
+# the measure
 
 
 @register
-class Gradients(RunMeasure["dict[str, Any] | None"]):
-    """In how many directions the logged gradients of a run point."""
+class GradientsMeasure(RunMeasure[GradientsResult | None]):
+    """The number of directions that the logged gradients of a run span."""
 
     name = "gradients"
     needs = "a run that was trained with --log-gradients"
 
-    def combine(self, parts: Mapping[str, list[Any]]) -> dict[str, Any] | None:
+    def combine(self, parts: Mapping[str, list[Any]]) -> GradientsResult | None:
         """Return the spectra of the run's gradient logs; None without any.
 
         Raises:
@@ -231,13 +281,175 @@ class Gradients(RunMeasure["dict[str, Any] | None"]):
         paths = gradient_log_paths(self.run)
         if not paths and self.config.measures is not None:
             raise UserError(f"{self.run} has no gradient logs", "train with --log-gradients 10 or so")
-        return gradient_numbers(paths)
+        return gradients_result(paths)
 
-    def present(self, result: dict[str, Any] | None) -> Findings:
+    def present(self, result: GradientsResult | None) -> Findings:
         """Return sentences, figures and tables of the gradients' geometry."""
-        from ssrctl.measures.gradients_report import gradient_section, headlines
-
-        section = gradient_section(result)
-        if section is None:
+        if result is None:
             return Findings()
-        return Findings(numbers={"gradients": result}, headlines=headlines(result), sections=[section])
+        return Findings(
+            numbers={"gradients": result.numbers()}, headlines=headlines(result), sections=[gradients_section(result)]
+        )
+
+
+def headlines(result: GradientsResult) -> list[str]:
+    """Return the answer in sentences; none without two gradients that are not zero."""
+    if result.num_gradients - result.num_zero < 2:
+        return []
+    gradients, directions = result.gradients, result.directions
+    ranks = gradients.found.energy_ranks
+    lines = [
+        f"The {count(result.num_gradients)} stored gradients have an effective rank of "
+        f"{number(gradients.found.effective_rank)} (independent directions of the same lengths: "
+        f"{number(gradients.chance.effective_rank)}); {times(ranks['0.9'] or 0, 'direction')} hold 90% of their energy, "
+        f"{count(ranks['0.99'])} hold 99%."
+    ]
+    if result.mean_cosine is not None:
+        lines.append(
+            f"Two stored gradients have a mean cosine of {signed(result.mean_cosine)}; counted by "
+            f"direction alone their effective rank is {number(directions.found.effective_rank)} (chance: "
+            f"{number(directions.chance.effective_rank)}), with "
+            f"{times(directions.num_shared, 'direction')} beyond chance."
+        )
+    return lines
+
+
+def gradients_section(result: GradientsResult) -> Section:
+    """Return figures and tables: eigenvalues, cumulative energy and cosines."""
+    figures: list[Figure] = []
+    if result.gradients.found.effective_rank is not None:
+        figures = [_eigenvalues(result.gradients), _energy(result.gradients)]
+        if len(result.cosine_steps) > 1:
+            figures += [_cosine_map(result), _neighbours(result)]
+    return Section(
+        title="How many directions the gradients span",
+        text=_text(result),
+        figures=figures,
+        tables=[_rank_table(result), _eigenvalue_table(result.gradients)],
+    )
+
+
+def _text(result: GradientsResult) -> str:
+    text = (
+        f"Gradients of {times(result.num_gradients, 'training step')} before masking, each the sum over a batch. "
+        "Eigenvalues are those of the Gram matrix G G^T, one row of G per stored gradient; they are the energies along "
+        "the principal directions, and their sum is that of all squared norms. "
+    )
+    if result.sketch == "exact":
+        text += "The gradients are stored exactly."
+    else:
+        text += (
+            f"Each is stored as a sketch of {count(result.size)} numbers for {count(result.num_coordinates)} "
+            f"weights: inner products are off by at most {percent(result.inner_product_error)} of the product of "
+            f"the norms (standard deviation), eigenvalues by about {percent(result.eigenvalue_error)} of "
+            "themselves. The yardstick is sketched the same way."
+        )
+    if result.num_zero:
+        text += f" {times(result.num_zero, 'gradient')} of norm 0 (no advantage differed from 0) count as rows of G."
+    return text
+
+
+def _shares(values: Sequence[float]) -> list[float | None]:
+    total = sum(values)
+    return [value / total if total else None for value in values]
+
+
+def _cumulative(values: Sequence[float]) -> list[float | None]:
+    total = sum(values)
+    return [min(1.0, held / total) if total else None for held in itertools.accumulate(values)]
+
+
+def _eigenvalues(spectra: ComparedSpectrum) -> Lines:
+    return Lines(
+        title="Eigenvalues of the gradients' Gram matrix",
+        x=list(range(1, len(spectra.found.eigenvalues) + 1)),
+        series={"measured": _shares(spectra.found.eigenvalues), _CHANCE: _shares(spectra.chance.eigenvalues)},
+        x_label="eigenvalue, from the largest",
+        y_label="share of all energy",
+        log_y=True,
+        caption="Where the measured curve lies above the grey one, a direction is shared by more gradients than chance "
+        "explains.",
+    )
+
+
+def _energy(spectra: ComparedSpectrum) -> Lines:
+    return Lines(
+        title="Energy in the largest directions together",
+        x=list(range(1, len(spectra.found.eigenvalues) + 1)),
+        series={"measured": _cumulative(spectra.found.eigenvalues), _CHANCE: _cumulative(spectra.chance.eigenvalues)},
+        x_label="directions, from the largest",
+        y_label="share of all energy",
+        shares=True,
+    )
+
+
+def _cosine_map(result: GradientsResult) -> Heatmap:
+    matrix = [
+        [None if row == column else value for column, value in enumerate(values)]
+        for row, values in enumerate(result.cosines)
+    ]
+    largest = max((abs(value) for values in matrix for value in values if value is not None), default=0.0)
+    thinned = len(matrix) < result.num_gradients
+    return Heatmap(
+        title="Cosine between the gradients of two training steps",
+        labels=[str(step) for step in result.cosine_steps],
+        values=matrix,
+        axis="training step",
+        scale=largest or None,
+        decimals=2,
+        caption=f"Full colour is ±{number(largest)}; blue is agreement, orange is conflict."
+        + (f" {len(matrix)} of {result.num_gradients} steps are shown." if thinned else ""),
+    )
+
+
+def _neighbours(result: GradientsResult) -> Lines:
+    return Lines(
+        title="Cosine between the gradients of neighbouring stored steps",
+        x=result.steps[1:],
+        series={"measured": result.neighbour_cosines},
+        x_label="training step",
+        y_label="cosine to the one before",
+    )
+
+
+def _rank_table(result: GradientsResult) -> Table:
+    rows = [
+        [name, one.effective_rank, one.participation_ratio, *one.energy_ranks.values(), shared]
+        for label, spectra in (("gradients", result.gradients), ("directions alone", result.directions))
+        for name, one, shared in (
+            (label, spectra.found, spectra.num_shared),
+            (f"{label}, by chance", spectra.chance, None),
+        )
+    ]
+    return Table(
+        title="Ranks of the stored gradients",
+        columns=[
+            "of",
+            Column("effective rank", number),
+            Column("participation ratio", number),
+            *(Column(f"{share:.0%} energy", count) for share in ENERGY_SHARES),
+            Column("beyond chance", count),
+        ],
+        rows=rows,
+        note=f"Of at most {count(result.num_gradients)}. Directions alone: every gradient scaled to norm 1, so "
+        "that a few large ones do not decide. By chance: independent random directions of the same norms. Beyond "
+        "chance: eigenvalues above the largest of these.",
+    )
+
+
+def _eigenvalue_table(spectra: ComparedSpectrum) -> Table:
+    values, expected = spectra.found.eigenvalues, spectra.chance.eigenvalues
+    places = range(1, len(values) + 1)
+    return Table(
+        title="Eigenvalues",
+        columns=[
+            "number",
+            Column("eigenvalue", number),
+            Column("share", percent),
+            Column("share by chance", percent),
+            Column("share of the first so many", percent),
+        ],
+        rows=list(zip(places, values, _shares(values), _shares(expected), _cumulative(values), strict=True)),
+        terminal_rows=0,
+        collapsed=len(values) > _TOP_ROWS,
+    )

@@ -1,13 +1,15 @@
-"""Tables and heat maps of grouped rows, which most measures show: by kind of matrix, by layer, tensor by tensor."""
+"""Tables and figures that several measures show: rows by kind of matrix, by layer, by tensor; pictures of matrices."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from ssrctl.checkpoints.names import KINDS
-from ssrctl.measures.maths.grouping import Grouped, layer_label
-from ssrctl.report.document import Column, Heatmap, Table
+from ssrctl.measures.maths.grouping import Grouped
+from ssrctl.measures.maths.row_column_counts import CoarseMap
+from ssrctl.report.document import Bars, Column, Heatmap, Numbers, Table
 
 Row = TypeVar("Row")
 
@@ -54,10 +56,9 @@ def group_tables(
         tensors: columns and note of the table of matrices.
         unmeasured: reason by name. Empty tables are left out.
     """
-    by_layer = {layer_label(layer): row for layer, row in found.layers.items()}
     tables = (
         row_table(f"{what} by kind of matrix", "kind", found.kinds, *groups),
-        row_table(f"{what} by layer", "layer", by_layer, *groups, detail=True),
+        row_table(f"{what} by layer", "layer", found.labelled_layers, *groups, detail=True),
         row_table(f"{what}, matrix by matrix", "matrix", found.tensors, *tensors, detail=True),
         reasons_table(f"Matrices without a {what.lower()}", unmeasured),
     )
@@ -93,4 +94,41 @@ def cell_map(
         row_axis="kind",
         column_axis="layer",
         **settings,
+    )
+
+
+def series_of(rows: Mapping[Any, Any], series: Mapping[str, str]) -> dict[str, Numbers]:
+    """Return for each name of a series the values of an attribute of the rows."""
+    return {name: [getattr(row, key) for row in rows.values()] for name, key in series.items()}
+
+
+def row_bars(title: str, rows: Mapping[str, Any], series: Mapping[str, str], axis: str, **settings: Any) -> Bars:
+    """Return bars for each row.
+
+    Args:
+        title: of the figure.
+        rows: objects by label.
+        series: the attribute shown, by the name of the series.
+        axis: meaning of the bars' lengths.
+        settings: further fields of ``Bars``.
+    """
+    return Bars(title=title, labels=list(rows), series=series_of(rows, series), axis=axis, **settings)
+
+
+def picture(title: str, blocks: CoarseMap, caption: str) -> Heatmap:
+    """Return a picture of a matrix in colours around the mean over its blocks: bands of rows and columns stand out."""
+    values = [value for row in blocks.shares for value in row]
+    centre = math.fsum(values) / len(values)
+    return Heatmap(
+        title=title,
+        values=blocks.shares,
+        row_labels=[str(start) for start in blocks.rows],
+        column_labels=[str(start) for start in blocks.columns],
+        row_axis="row",
+        column_axis="column",
+        centre=centre,
+        scale=min(centre, 1 - centre) or None,  # so that the scale's ends are shares, too
+        shares=True,
+        decimals=0,
+        caption=caption,
     )

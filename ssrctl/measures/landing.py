@@ -1,4 +1,4 @@
-"""Do changed weights land on the principal weights, or on small ones? (Zhu et al. 2025, arXiv:2511.08567, sec. 4.2)
+"""The overlap of changed weights with principal and with small weights (Zhu et al. 2025, arXiv:2511.08567, sec. 4.2).
 
 Notation: W ``[m, n]`` a base matrix, N = mn; M the set of its changed weights; P any fixed set of its coordinates.
 The overlap of M with P is ``|M n P| / |M|``. A set drawn at random with as many coordinates as M has an overlap of
@@ -6,26 +6,38 @@ The overlap of M with P is ``|M n P| / |M|``. A set drawn at random with as many
 are drawn.
 
 Large weights need larger updates before their stored value moves, and principal weights tend to be large. Any update,
-even noise, then seems to avoid them. So there is a second comparison for them, with random sets that have as many
-weights of each magnitude (of each power of two) as M has: what is left is not due to rounding.
+even noise, then seems to avoid them. A second comparison for them therefore takes random sets that have as many weights
+of each magnitude (of each power of two) as M has: a remaining difference is not due to rounding.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ssrctl.checkpoints.names import layer_index, matrix_kind
 from ssrctl.core.seeds import derive_seed
 from ssrctl.measures.base import Findings, PairMeasure, register
+from ssrctl.measures.group_tables import RowColumn, cell_map, picture, row_bars
 from ssrctl.measures.maths import matrices
 from ssrctl.measures.maths.change_rule import change_rule
-from ssrctl.measures.maths.grouping import grouped
-from ssrctl.measures.maths.magnitude import count_by_magnitude, widened
-from ssrctl.measures.maths.row_column_counts import Profile, coarse_map, concentration, mean_concentration, profile
+from ssrctl.measures.maths.grouping import Grouped, group
+from ssrctl.measures.maths.landings import CONFIDENCE, Landings, SetLanding, land, land_by_magnitude, summary
+from ssrctl.measures.maths.magnitude import widened
+from ssrctl.measures.maths.row_column_counts import (
+    CoarseMap,
+    Concentration,
+    Profile,
+    coarse_map,
+    concentration,
+    mean_concentration,
+    profile,
+)
 from ssrctl.measures.maths.update_matrix import Unmeasured
+from ssrctl.measures.matrix_measure import listed
+from ssrctl.report.document import Bars, Column, Figure, Lines, Section, Table
+from ssrctl.report.formats import count, number, percent
 
 if TYPE_CHECKING:
     import torch
@@ -33,147 +45,28 @@ if TYPE_CHECKING:
 
     from ssrctl.checkpoints.pairs import TensorPair
 
-CONFIDENCE = 0.95
-Landings = tuple["Landing", ...]
 # The last is the first again, with another idea of chance: random weights of the same magnitudes as those that changed.
-SETS = ("principal", "low_magnitude", "principal_not_low", "principal_same_size")
-# Kinds of which a matrix is pictured, the first two that a model has.
+SETS = {
+    "principal": "principal",
+    "low_magnitude": "low-magnitude",
+    "principal_not_low": "principal, not low",
+    "principal_same_size": "principal, same size",
+}
+# Kinds of matrices that are pictured; the first two that a model has.
 PICTURED = ("q", "qkv", "gate", "up", "gate_up")
 # Their rows are tokens: a reconstruction of low rank says nothing of them, and the paper leaves them out.
 _LEFT_OUT = {"embed": "an embedding", "lm_head": "the output head"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Landing:
-    """The changed weights of one matrix and one set of its coordinates, counted.
-
-    Attributes:
-        numel: N.
-        num_set: ``|P|``.
-        num_changed: ``|M|``.
-        num_both: ``|M n P|``.
-    """
-
-    numel: int
-    num_set: int
-    num_changed: int
-    num_both: int
-
-    @property
-    def overlap(self) -> float | None:
-        """``|M n P| / |M|``, in [0, 1]; None when nothing changed."""
-        return self.num_both / self.num_changed if self.num_changed else None
-
-    @property
-    def density(self) -> float:
-        """``|P| / N``, what the overlap is on average by chance; 0 for an empty matrix."""
-        return self.num_set / self.numel if self.numel else 0.0
-
-    @property
-    def expected_both(self) -> float:
-        """``|M| |P| / N``, the mean of ``|M n P|`` by chance."""
-        return self.num_changed * self.density
-
-    @property
-    def variance_both(self) -> float:
-        """Variance of ``|M n P|`` by chance: ``|M| p (1 - p) (N - |M|) / (N - 1)`` with p the density of P."""
-        if self.numel < 2:
-            return 0.0
-        left = (self.numel - self.num_changed) / (self.numel - 1)
-        return self.num_changed * self.density * (1 - self.density) * left
-
-    @property
-    def least_both(self) -> int:
-        """The smallest ``|M n P|`` that these sizes allow."""
-        return max(0, self.num_changed + self.num_set - self.numel)
-
-    @property
-    def most_both(self) -> int:
-        """The largest ``|M n P|`` that these sizes allow."""
-        return min(self.num_changed, self.num_set)
-
-
-def land(changed: Tensor, chosen: Tensor) -> Landing:
-    """Count how two sets of one tensor's coordinates meet.
-
-    Args:
-        changed: bool, any shape, True = changed.
-        chosen: bool, the same shape, True = in the set.
-
-    Raises:
-        ValueError: different shapes.
-    """
-    if changed.shape != chosen.shape:
-        raise ValueError(f"sets over different shapes: {list(changed.shape)} and {list(chosen.shape)}")
-    return Landing(
-        numel=changed.numel(),
-        num_set=int(chosen.count_nonzero()),
-        num_changed=int(changed.count_nonzero()),
-        num_both=int((changed & chosen).count_nonzero()),
-    )
-
-
-def chance_interval(landings: Sequence[Landing], confidence: float = CONFIDENCE) -> tuple[int, int]:
-    """Where the total of ``|M n P|`` lies by chance: (low, high), both counted in, equal tails.
-
-    Each matrix has its own random set, of as many coordinates as changed there. For a single matrix with changes the
-    quantiles are those of the hypergeometric distribution; for several, whose counts add up, those of the normal
-    distribution with the exact mean and variance, rounded outwards to whole counts within what is possible.
-
-    Args:
-        landings: of matrices that do not share coordinates; none gives (0, 0).
-        confidence: level, in (0, 1).
-    """
-    from scipy.stats import hypergeom, norm
-
-    free = [one for one in landings if one.most_both > one.least_both]
-    fixed = sum(one.least_both for one in landings if one.most_both == one.least_both)
-    if not free:
-        return fixed, fixed
-    if len(free) == 1:
-        only = free[0]
-        low, high = hypergeom(only.numel, only.num_set, only.num_changed).interval(confidence)
-        return fixed + int(low), fixed + int(high)
-    mean = math.fsum(one.expected_both for one in free)
-    spread = float(norm.ppf((1 + confidence) / 2)) * math.sqrt(math.fsum(one.variance_both for one in free))
-    low = max(math.floor(mean - spread), sum(one.least_both for one in free))
-    high = min(math.ceil(mean + spread), sum(one.most_both for one in free))
-    return fixed + low, fixed + high
-
-
-def summary(landings: Sequence[Landing]) -> dict[str, float | int | None]:
-    """One or several matrices, or parts of them, with one kind of set, weighted by their changed weights.
-
-    Returns:
-        ``num_changed``, ``num_both``; ``overlap``; ``expected_overlap`` by chance with its interval, ``expected_low``
-        and ``expected_high``; ``ratio``, overlap over expected; ``density`` of the set, weighted by the matrices' sizes. What
-        is not defined, as after no change, is None.
-    """
-    changed = sum(one.num_changed for one in landings)
-    both = sum(one.num_both for one in landings)
-    numel = sum(one.numel for one in landings)
-    expected = math.fsum(one.expected_both for one in landings)
-    low, high = chance_interval(landings)
-    return {
-        "num_changed": changed,
-        "num_both": both,
-        "density": sum(one.num_set for one in landings) / numel if numel else None,
-        "overlap": both / changed if changed else None,
-        "expected_overlap": expected / changed if changed else None,
-        "expected_low": low / changed if changed else None,
-        "expected_high": high / changed if changed else None,
-        "ratio": both / expected if expected else None,
-    }
+_CHANCE = "expected by chance"
 
 
 def skip_reason(name: str, shape: Sequence[int], dtype: torch.dtype) -> str | None:
-    """Why a tensor has no principal weights; None when it has. Needs no weights, so that none are read in vain."""
+    """Return the reason why a tensor has no principal weights, None when it has; read no weights."""
     kind = matrix_kind(name)
     return f"it is {_LEFT_OUT[kind]}" if kind in _LEFT_OUT else matrices.skip_reason(shape, dtype)
 
 
 def reference_sets(base: Tensor, *, rank_share: float, density: float, seed: int) -> dict[str, Tensor] | Unmeasured:
-    """The sets that changes are compared with.
+    """Return the sets of weights that changes are compared with.
 
     ``principal``: the ``density`` share with the largest ``|U_k S_k V_k^T|``, k = ``rank_share`` of the smaller side;
     ``low_magnitude``: the ``density`` share with the smallest ``|W|``; ``principal_not_low``: in the first and not
@@ -186,7 +79,7 @@ def reference_sets(base: Tensor, *, rank_share: float, density: float, seed: int
         seed: of the randomised decomposition of large matrices.
 
     Returns:
-        bool ``[m, n]`` by name, or why there are none: weights that are NaN or infinite.
+        bool ``[m, n]`` by name, or the reason why there are none: weights that are NaN or infinite.
     """
     import torch
 
@@ -218,74 +111,98 @@ def measure_landing(base: Tensor, changed: Tensor, sets: Mapping[str, Tensor]) -
     return found | {"principal_same_size": land_by_magnitude(base, changed, sets["principal"])}
 
 
-def land_by_magnitude(base: Tensor, changed: Tensor, chosen: Tensor) -> Landings:
-    """``land`` among the weights of each power of two, of which those without weights are left out."""
-    counts = count_by_magnitude(base, changed, chosen, changed & chosen)
-    return tuple(
-        Landing(numel=numel, num_set=chosen_here, num_changed=changed_here, num_both=both)
-        for numel, changed_here, chosen_here, both in counts.T.tolist()
-    )
-
-
-def landing_numbers(
-    found: Mapping[str, Mapping[str, Landings] | Unmeasured],
-    profiles: Mapping[str, Profile],
-    *,
-    rank_share: float,
-    density: float,
-    rule: str,
-    examples: Sequence[Mapping[str, Any]] = (),
-) -> dict[str, Any]:
-    """The report's numbers: ``total``, ``layers``, ``kinds``, ``cells`` and ``tensors``.
-
-    Each row holds ``num_changed`` and, under the name of each of ``SETS``, its ``summary``. ``profiles`` holds the same
-    groups with the means over matrices of ``profiles.concentration``.
-
-    Args:
-        found: of each tensor, by name.
-        profiles: of the changes of each matrix, by name.
-        rank_share, density: the sets were made with.
-        rule: what counts as changed, in words.
-        examples: from ``example``.
-    """
-    measured = {name: one for name, one in found.items() if not isinstance(one, Unmeasured)}
-    return {
-        "rank_share": rank_share,
-        "density": density,
-        "rule": rule,
-        "confidence": CONFIDENCE,
-        "examples": [dict(one) for one in examples],
-        **grouped(measured, _row),
-        "unmeasured": [
-            {"name": name, "reason": one.reason} for name, one in found.items() if isinstance(one, Unmeasured)
-        ],
-        "profiles": grouped({name: concentration(one) for name, one in profiles.items()}, mean_concentration),
-    }
-
-
-def _row(tensors: Sequence[Mapping[str, Landings]]) -> dict[str, Any]:
+def landing_row(tensors: Sequence[Mapping[str, Landings]]) -> LandingRow:
+    """Summarise the landings of several matrices, each given for every set."""
     rows = {name: summary([part for one in tensors for part in one[name]]) for name in SETS}
-    return {"num_changed": rows[SETS[0]]["num_changed"], **rows}
+    return LandingRow(num_changed=rows["principal"].num_changed, **rows)
+
+
+# --------------------------------------------------------------------------------------------------
+# the result
+
+
+@dataclass(frozen=True, kw_only=True)
+class LandingRow:
+    """Landings of several matrices on each of ``SETS``."""
+
+    num_changed: int
+    principal: SetLanding
+    low_magnitude: SetLanding
+    principal_not_low: SetLanding
+    principal_same_size: SetLanding
+
+    @property
+    def sets(self) -> dict[str, SetLanding]:
+        """The landings by the set's name in tables and figures."""
+        return {words: getattr(self, name) for name, words in SETS.items()}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Coarse maps of the changes and of the principal weights of a matrix (Zhu et al. 2025, figure 7)."""
+
+    name: str
+    changed: CoarseMap
+    principal: CoarseMap
+
+
+@dataclass(frozen=True, kw_only=True)
+class LandingResult:
+    """Landings of all matrices.
+
+    Attributes:
+        rank_share, density: of the sets.
+        rule: the criterion of a changed weight, in words.
+        rows: by group, and of each matrix.
+        concentration: how unevenly changes spread over rows and columns, by the same groups; means over matrices.
+        unmeasured: matrices without principal weights, with the reason.
+        examples: pictures of some matrices.
+    """
+
+    rank_share: float
+    density: float
+    rule: str
+    rows: Grouped[LandingRow, LandingRow]
+    concentration: Grouped[Concentration, Concentration]
+    unmeasured: dict[str, str]
+    examples: list[Picture]
+
+    def numbers(self) -> dict[str, Any]:
+        """Return the form that report.json holds."""
+        return {
+            "rank_share": self.rank_share,
+            "density": self.density,
+            "rule": self.rule,
+            "confidence": CONFIDENCE,
+            "examples": [asdict(one) for one in self.examples],
+            **self.rows.numbers(),
+            "unmeasured": listed(self.unmeasured),
+            "profiles": self.concentration.numbers(),
+        }
+
+
+# --------------------------------------------------------------------------------------------------
+# the measure
 
 
 @dataclass(frozen=True)
 class LandingPart:
-    """What is kept of one tensor.
+    """Landings of one tensor.
 
     Attributes:
         landings: by matrix label, for each of ``SETS``, or the reason why there is none.
         profile: changed weights by row and by column; None for a stack of matrices.
-        picture: coarse maps of the changes and of the principal weights; None where none is shown.
+        picture: None where none is shown.
     """
 
     landings: dict[str, dict[str, Landings] | Unmeasured]
     profile: Profile | None = None
-    picture: dict[str, Any] | None = None
+    picture: Picture | None = None
 
 
 @register
-class LandingMeasure(PairMeasure[LandingPart, dict[str, Any]]):
-    """Where the changed weights of each matrix landed."""
+class LandingMeasure(PairMeasure[LandingPart, LandingResult]):
+    """The landings of the changed weights of each matrix."""
 
     name = "landing"
 
@@ -299,7 +216,7 @@ class LandingMeasure(PairMeasure[LandingPart, dict[str, Any]]):
         differs, _ = change_rule(self.config)
         changed, base = differs(pair.base, pair.tuned), widened(pair.base)
         landings: dict[str, dict[str, Landings] | Unmeasured] = {}
-        picture = None
+        shown = None
         for label, (one, hit) in matrices.stacked(pair.name, base, changed):
             sets = reference_sets(
                 one,
@@ -309,36 +226,34 @@ class LandingMeasure(PairMeasure[LandingPart, dict[str, Any]]):
             )
             landings[label] = sets if isinstance(sets, Unmeasured) else measure_landing(one, hit, sets)
             if not isinstance(sets, Unmeasured) and base.dim() == 2 and matrix_kind(pair.name) in PICTURED:
-                picture = {"name": label, "changed": coarse_map(hit), "principal": coarse_map(sets["principal"])}
-        return LandingPart(landings, profile(changed) if changed.dim() == 2 else None, picture)
+                shown = Picture(label, coarse_map(hit), coarse_map(sets["principal"]))
+        return LandingPart(landings, profile(changed), shown)
 
-    def combine(self, parts: Mapping[str, list[LandingPart]]) -> dict[str, Any]:
-        """Return the landings by layer, kind and tensor; empty when no tensor has principal weights."""
+    def combine(self, parts: Mapping[str, list[LandingPart]]) -> LandingResult:
+        """Return the landings by layer, kind and tensor."""
         found = {name: one for name, (one,) in parts.items()}
         landed = {label: landing for one in found.values() for label, landing in one.landings.items()}
-        if not landed:
-            return {}
-        numbers = landing_numbers(
-            landed,
-            {name: one.profile for name, one in found.items() if one.profile is not None},
+        profiles = {name: one.profile for name, one in found.items() if one.profile is not None}
+        return LandingResult(
             rank_share=self.config.principal_rank,
             density=self.config.mask_density,
             rule=change_rule(self.config)[1],
-            examples=_middle_pictures({name: one.picture for name, one in found.items() if one.profile is not None}),
+            rows=group({name: one for name, one in landed.items() if not isinstance(one, Unmeasured)}, landing_row),
+            concentration=group({name: concentration(one) for name, one in profiles.items()}, mean_concentration),
+            unmeasured={name: one.reason for name, one in landed.items() if isinstance(one, Unmeasured)},
+            examples=_middle_pictures({name: found[name].picture for name in profiles}),
         )
-        return {"landing": numbers}
 
-    def present(self, result: dict[str, Any]) -> Findings:
-        """Return sentences, figures and tables of landings."""
-        from ssrctl.measures.landing_report import headlines, landing_section
-
-        if not result:
+    def present(self, result: LandingResult) -> Findings:
+        """Return sentences, figures and tables of landings; none when no tensor has principal weights."""
+        if not result.rows.tensors and not result.unmeasured:
             return Findings()
-        found = result["landing"]
-        return Findings(numbers=result, headlines=headlines(found), sections=[landing_section(found)])
+        return Findings(
+            numbers={"landing": result.numbers()}, headlines=headlines(result), sections=[landing_section(result)]
+        )
 
 
-def _middle_pictures(pictures: Mapping[str, dict[str, Any] | None]) -> list[dict[str, Any]]:
+def _middle_pictures(pictures: Mapping[str, Picture | None]) -> list[Picture]:
     """Return the pictures of a query and a gate matrix of the middle layer of those where something changed."""
     layers = sorted({layer for name in pictures if (layer := layer_index(name)) is not None})
     if not layers:
@@ -346,4 +261,165 @@ def _middle_pictures(pictures: Mapping[str, dict[str, Any] | None]) -> list[dict
     middle = layers[len(layers) // 2]
     kinds = {matrix_kind(name): name for name in pictures if layer_index(name) == middle}
     chosen = [kinds[kind] for kind in PICTURED if kind in kinds][:2]
-    return [picture for name in sorted(chosen, key=list(pictures).index) if (picture := pictures[name]) is not None]
+    return [one for name in sorted(chosen, key=list(pictures).index) if (one := pictures[name]) is not None]
+
+
+def headlines(result: LandingResult) -> list[str]:
+    """Return the answer in sentences; none when no matrix was measured."""
+    total = result.rows.total
+    if not result.rows.tensors:
+        return []
+    if not total.num_changed:
+        return ["No weight of the measured matrices changed, so that nothing landed anywhere."]
+    same_size = total.principal_same_size
+    return [
+        *(
+            f"{percent(row.overlap)} of the changed weights are {words} weights, {number(row.ratio)} times chance "
+            f"({percent(row.expected_overlap)}): {_verdict(row)}."
+            for words, row in total.sets.items()
+            if row is not same_size
+        ),
+        f"Among weights of equal magnitude, principal ones are hit {number(same_size.ratio)} times as often as "
+        f"chance: {_verdict(same_size)}.",
+    ]
+
+
+def _verdict(row: SetLanding) -> str:
+    assert row.overlap is not None and row.expected_low is not None and row.expected_high is not None
+    if row.overlap < row.expected_low:
+        return "changes avoid them"
+    return "changes prefer them" if row.overlap > row.expected_high else "no more or less than chance explains"
+
+
+def landing_section(result: LandingResult) -> Section:
+    """Return figures and tables: the overlap of changes with each set, and how they spread over rows and columns."""
+    title = "Where changes landed"
+    rows = result.rows
+    if not rows.tensors:
+        return Section(title=title, text="No matrix of the kind that has principal weights was compared.")
+    share = percent(result.density)
+    tables = [
+        _table("Landing by kind of matrix", "kind", rows.kinds),
+        _table("Landing by layer", "layer", rows.labelled_layers),
+        _table("Landing by tensor", "tensor", rows.tensors, detail=True),
+    ]
+    if result.unmeasured:
+        reasons = list(result.unmeasured.items())
+        tables.append(Table(title="Matrices without principal weights", columns=["tensor", "why"], rows=reasons))
+    return Section(
+        title=title,
+        text=f"Do changes avoid the principal weights and prefer small ones? Principal: the {share} of a matrix with the "
+        f"largest magnitude after reconstruction with rank {percent(result.rank_share)} of its smaller side. "
+        f"Low-magnitude: the smallest {share}. Changed: {result.rule}. Zhu et al. 2025, section 4.2, find changes "
+        "below chance on principal weights and above it on small ones. Large weights need larger updates before their "
+        "stored value moves, so that even noise seems to avoid principal weights; at equal magnitude (the same power of "
+        "two) it does not.",
+        figures=[
+            _total_figure(rows.total.sets),
+            *_layer_figures(rows.numbered_layers),
+            *_maps(rows),
+            *_gini_figures(result.concentration.kinds),
+            *_pictures(result.examples),
+        ],
+        tables=tables,
+    )
+
+
+def _total_figure(sets: Mapping[str, SetLanding]) -> Bars:
+    intervals = [
+        None if row.expected_low is None or row.expected_high is None else (row.expected_low, row.expected_high)
+        for row in sets.values()
+    ]
+    return row_bars(
+        "Changed weights in each set",
+        sets,
+        {"measured": "overlap", _CHANCE: "expected_overlap"},
+        "share of the changed weights",
+        intervals={_CHANCE: intervals},
+        caption="By chance: as many weights of each matrix, drawn at random; the interval holds 95% of such draws. Same "
+        "size: drawn with the magnitudes of the changed weights.",
+    )
+
+
+def _layer_figures(layers: Mapping[int, LandingRow]) -> list[Figure]:
+    if len(layers) < 2:
+        return []
+    return [
+        Lines(
+            title="Overlap over chance by layer",
+            x=list(layers),
+            series={words: [row.sets[words].ratio for row in layers.values()] for words in SETS.values()}
+            | {_CHANCE: [1.0] * len(layers)},
+            x_label="layer",
+            y_label="overlap / chance",
+        )
+    ]
+
+
+def _maps(rows: Grouped[LandingRow, LandingRow]) -> list[Figure]:
+    if len(rows.cells) < 2:
+        return []
+    maps = [
+        cell_map(
+            f"Overlap over chance: {words}",
+            {cell: row.sets[words] for cell, row in rows.cells.items()},
+            lambda landing: landing.ratio,
+            centre=1.0,
+            decimals=2,
+            caption="1 is chance. Blank: nothing changed, or no such matrix.",
+        )
+        for words in SETS.values()
+    ]
+    return [one for one in maps if one is not None]
+
+
+def _gini_figures(kinds: Mapping[str, Concentration]) -> list[Figure]:
+    shown = {kind: row for kind, row in kinds.items() if row.row_gini is not None}
+    sides = ("row", "column") if shown else ()
+    return [
+        row_bars(
+            f"How unevenly changes spread over {side}s",
+            shown,
+            {"measured": f"{side}_gini", _CHANCE: f"expected_{side}_gini"},
+            f"Gini coefficient of the changes per {side}",
+            shares=False,
+            caption=f"0: every {side} has as many changes; near 1: few {side}s have them all. Mean over matrices.",
+        )
+        for side in sides
+    ]
+
+
+def _pictures(examples: Sequence[Picture]) -> list[Figure]:
+    caption = "Share of each block of the matrix; without colour: as many as in the whole matrix."
+    return [
+        picture(f"{words} of {one.name}", blocks, caption)
+        for one in examples
+        for words, blocks in (("Changed weights", one.changed), ("Principal weights", one.principal))
+    ]
+
+
+_COLUMNS: tuple[RowColumn, ...] = (
+    ("changed", "num_changed", count),
+    ("overlap", "overlap", percent),
+    ("chance", "expected_overlap", percent),
+    ("low", "expected_low", percent),
+    ("high", "expected_high", percent),
+    ("ratio", "ratio", number),
+)
+
+
+def _table(title: str, what: str, rows: Mapping[str, LandingRow], detail: bool = False) -> Table:
+    """Return a table with a line for each row and set."""
+    return Table(
+        title=title,
+        columns=[what, "set", *(Column(heading, show) for heading, _, show in _COLUMNS)],
+        rows=[
+            [label, words, *(getattr(landing, key) for _, key, _ in _COLUMNS)]
+            for label, row in rows.items()
+            for words, landing in row.sets.items()
+        ],
+        note="Shares of the changed weights. 95% of random sets of as many weights overlap by something from low to "
+        "high; for the same size, random sets with as many weights of each power of two. Ratio: overlap over chance.",
+        terminal_rows=0 if detail else 48,
+        collapsed=detail,
+    )

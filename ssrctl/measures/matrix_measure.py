@@ -1,4 +1,4 @@
-"""What measures of single weight matrices share: which tensors they take, their parts, and matrices that lack them."""
+"""The common part of measures of single weight matrices: the tensors they take, their parts, and what they leave out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Do several runs from one base change the same weights?
+"""The overlap of the weights that several runs from one base changed.
 
 Notation: A_i the set of weights that run i changed, p_i its density in one tensor of N weights.
 
@@ -18,202 +18,194 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from ssrctl.checkpoints.names import layer_index
 from ssrctl.measures.base import Findings, JointMeasure, TensorSeries, register
+from ssrctl.measures.group_tables import RowColumn, picture, row_bars, row_table
+from ssrctl.measures.maths.averages import mean, ratio
 from ssrctl.measures.maths.change_rule import change_rule
-from ssrctl.measures.maths.grouping import grouped
+from ssrctl.measures.maths.grouping import Grouped, group
 from ssrctl.measures.maths.magnitude import count_by_magnitude, widened
-from ssrctl.measures.maths.row_column_counts import Profile, agreement, coarse_map, mean, profile
+from ssrctl.measures.maths.row_column_counts import CoarseMap, coarse_map, profile
+from ssrctl.measures.maths.run_sets import (
+    RunOverlap,
+    at_least,
+    bernoulli_jaccard,
+    expected_shared,
+    expected_shared_same_size,
+    run_overlap,
+)
+from ssrctl.measures.published import references
+from ssrctl.report.document import Bars, Column, Figure, Heatmap, Reference, Section, Table
+from ssrctl.report.formats import count, number, percent
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ssrctl.core.mask import TileSet
-
 Matrix = list[list[float | None]]
-
-# Tiles compared at once: 1 MiB for each run.
-_TILES = 1 << 15
+_CHANCE = "expected by chance"
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOverlap:
-    """How the changed sets of R runs meet in one tensor.
+class PairMatrices:
+    """Overlaps of every pair of runs over some tensors; row i, column j.
+
+    Diagonals are 1 where A_i is not empty, expected ones too.
 
     Attributes:
-        numel: N.
-        shared: ``[R][R]``, ``|A_i n A_j|``; the diagonal holds the sizes.
-        depth: ``[R + 1]``, how many weights exactly r runs changed, r from 0.
-        by_magnitude: for each power of two of the base's magnitudes, the weights and then ``|A_i|`` of each run there;
-            empty when it was not counted.
-        row_agreement, column_agreement: mean over pairs of runs of the rank correlation of their profiles
-            (``profiles.agreement``); None where there is none.
+        one_sided: ``|A_i n A_j| / |A_i|``, None for an empty A_i.
+        jaccard: Jaccard index, None when both sets are empty.
+        expected_one_sided, expected_jaccard: by chance within each tensor.
+        expected_one_sided_same_size, expected_jaccard_same_size: by chance among weights of one tensor and of equal
+            magnitude, None where that was not counted.
+    """
+
+    one_sided: Matrix
+    jaccard: Matrix
+    expected_one_sided: Matrix
+    expected_jaccard: Matrix
+    expected_one_sided_same_size: Matrix
+    expected_jaccard_same_size: Matrix
+
+
+@dataclass(frozen=True, kw_only=True)
+class WholeModel:
+    """Overlaps by chance if changes could lie anywhere in the model (Mukherjee et al., appendix E)."""
+
+    expected_one_sided: Matrix
+    expected_jaccard: Matrix
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConsensusRow:
+    """Weights that at least ``runs`` of the runs changed.
+
+    By chance, independent within each tensor, the number of runs that change a weight is Poisson-binomial with the
+    tensor's densities; expected shares are ratios of expectations.
+
+    Attributes:
+        runs: r, from 1.
+        count: of the weights.
+        frac, expected_frac: share of all weights.
+        frac_of_ever, expected_frac_of_ever: share of those that any run changed.
+    """
+
+    runs: int
+    count: int
+    frac: float | None
+    expected_frac: float | None
+    frac_of_ever: float | None
+    expected_frac_of_ever: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class OverlapRow:
+    """Overlaps in some tensors; means are over pairs of different runs.
+
+    Attributes:
+        numel: number of weights.
+        num_changed: by each run.
+        one_sided: mean over both directions; ``expected_...`` as in ``PairMatrices``.
+        jaccard: mean index; ``expected_...`` over the same pairs.
+        all_runs_of_ever: share of ever changed weights that all runs changed, and by chance.
+        row_agreement, column_agreement: means over tensors.
     """
 
     numel: int
-    shared: tuple[tuple[int, ...], ...]
-    depth: tuple[int, ...]
-    by_magnitude: tuple[tuple[int, ...], ...] = ()
-    row_agreement: float | None = None
-    column_agreement: float | None = None
-
-    @property
-    def num_runs(self) -> int:
-        return len(self.shared)
-
-    @property
-    def sizes(self) -> list[int]:
-        """``|A_i|`` of each run."""
-        return [self.shared[i][i] for i in range(self.num_runs)]
-
-    @property
-    def densities(self) -> list[float]:
-        """``|A_i| / N`` of each run; 0 in an empty tensor."""
-        return [size / self.numel if self.numel else 0.0 for size in self.sizes]
+    num_changed: list[int]
+    one_sided: float | None
+    expected_one_sided: float | None
+    expected_one_sided_same_size: float | None
+    jaccard: float | None
+    expected_jaccard: float | None
+    expected_jaccard_same_size: float | None
+    all_runs_of_ever: float | None
+    expected_all_runs_of_ever: float | None
+    row_agreement: float | None
+    column_agreement: float | None
 
 
-def run_overlap(
-    sets: Sequence[TileSet], profiles: Sequence[Profile | None] = (), by_magnitude: Tensor | None = None
-) -> RunOverlap:
-    """Count how the changed sets of one tensor meet, without unpacking them.
+@dataclass(frozen=True)
+class Consensus:
+    """A picture of a matrix: the share of the runs that changed a weight, averaged over blocks (Zhu et al., figure 2)."""
 
-    Args:
-        sets: one for each run, at least one, over the same tensor.
-        profiles: of the same sets, made before they were packed (``profiles.profile``), to be compared as well.
-        by_magnitude: ``magnitude.count_by_magnitude`` of the base with the same sets, for chance at equal magnitude.
+    name: str
+    consensus: CoarseMap
 
-    Raises:
-        ValueError: no sets, or sets over different shapes.
+
+@dataclass(frozen=True, kw_only=True)
+class OverlapResult:
+    """Overlaps of two or more runs.
+
+    Attributes:
+        runs: their names.
+        rule: the criterion of a changed weight, in words.
+        matrices, whole_model, consensus: of the whole model.
+        rows: by group, and of each tensor.
+        examples: pictures of some matrices.
     """
-    import torch
 
-    from ssrctl.core.popcount import popcount
+    runs: list[str]
+    rule: str
+    matrices: PairMatrices
+    whole_model: WholeModel
+    consensus: list[ConsensusRow]
+    rows: Grouped[OverlapRow, OverlapRow]
+    examples: list[Consensus]
 
-    if not sets or any(one.shape != sets[0].shape for one in sets):
-        raise ValueError(f"one tensor's sets are needed, got shapes {[list(one.shape) for one in sets]}")
-    num_runs = len(sets)
-    shared = [[0] * num_runs for _ in sets]
-    depth = torch.zeros(num_runs + 1, dtype=torch.int64)
-    for words in _aligned_words(sets):
-        for i in range(num_runs):
-            for j in range(i, num_runs):
-                shared[i][j] += int(popcount(words[i] & words[j]).sum())
-        for runs, chosen in enumerate(_exactly(words)):
-            depth[runs] += popcount(chosen).sum()
-    # What is in no tile at all, or in a tile's padding, was not counted as a coordinate that no run changed.
-    depth[0] = sets[0].numel - int(depth[1:].sum())
-    agreed = agreement([one for one in profiles if one is not None])
-    return RunOverlap(
-        numel=sets[0].numel,
-        shared=tuple(tuple(shared[min(i, j)][max(i, j)] for j in range(num_runs)) for i in range(num_runs)),
-        depth=tuple(depth.tolist()),
-        by_magnitude=() if by_magnitude is None else tuple(map(tuple, by_magnitude.T.tolist())),
-        row_agreement=agreed["rows"],
-        column_agreement=agreed["columns"],
-    )
-
-
-def _aligned_words(sets: Sequence[TileSet]) -> Iterator[Tensor]:
-    """int64 ``[runs, words]``: the same tiles of every run, strip by strip; tiles that no run has are left out."""
-    import torch
-
-    rows, columns = sets[0].grid
-    for start in range(0, rows * columns, _TILES):
-        edges = torch.tensor([start, start + _TILES])
-        cuts = [torch.searchsorted(one.tile_ids, edges).tolist() for one in sets]
-        ids = torch.cat([one.tile_ids[first:last] for one, (first, last) in zip(sets, cuts, strict=True)]).unique()
-        if not ids.numel():
-            continue
-        strip = torch.zeros(len(sets), ids.numel(), sets[0].tiles.shape[1], dtype=torch.uint8)
-        for run, (one, (first, last)) in enumerate(zip(sets, cuts, strict=True)):
-            strip[run, torch.searchsorted(ids, one.tile_ids[first:last])] = one.tiles[first:last]
-        yield strip.view(torch.int64).flatten(1)
-
-
-def _exactly(words: Tensor) -> list[Tensor]:
-    """For r = 0, 1, ... runs: the bits that are set in exactly r rows of int64 ``[runs, words]``.
-
-    Rows are taken in one after another: what was in exactly r of those before is in r + 1 or stays in r.
-    """
-    import torch
-
-    found = [torch.full_like(words[0], -1)]
-    for row in words:
-        taken = [one & row for one in found]
-        found = [a & ~row for a in found] + [torch.zeros_like(row)]
-        for runs, moved in enumerate(taken):
-            found[runs + 1] |= moved
-    return found
+    def numbers(self) -> dict[str, Any]:
+        """Return the form that report.json holds."""
+        whole = {key: value for key, value in asdict(self).items() if key != "rows"}
+        return whole | self.rows.numbers()
 
 
 # --------------------------------------------------------------------------------------------------
 # measured and expected, of one or several tensors
 
 
-def matrices(tensors: Sequence[RunOverlap]) -> dict[str, Matrix]:
-    """Overlaps of every pair of runs over some tensors; row i, column j.
-
-    Returns:
-        ``one_sided``: ``|A_i n A_j| / |A_i|``, None for an empty A_i; ``expected_one_sided`` the same by chance within
-        each tensor; ``jaccard``, None when both are empty, and ``expected_jaccard``. ``..._same_size``: by chance among
-        weights of one tensor and of equal magnitude, None where that was not counted. Diagonals are 1 where A_i is
-        not empty, expected ones too.
-    """
-    num_runs = tensors[0].num_runs if tensors else 0
-    runs = range(num_runs)
+def pair_matrices(tensors: Sequence[RunOverlap]) -> PairMatrices:
+    """Compare every pair of runs over some tensors."""
+    runs = range(tensors[0].num_runs if tensors else 0)
     sizes = [sum(one.sizes[i] for one in tensors) for i in runs]
-    counts: dict[str, Matrix] = {
-        "": [[sum(one.shared[i][j] for one in tensors) for j in runs] for i in runs],
-        "expected_": [[expected_shared(tensors, i, j) for j in runs] for i in runs],
-        "same_size": [[expected_shared_same_size(tensors, i, j) for j in runs] for i in runs],
+    shared: dict[str, Matrix] = {
+        "{}": [[sum(one.shared[i][j] for one in tensors) for j in runs] for i in runs],
+        "expected_{}": [[expected_shared(tensors, i, j) for j in runs] for i in runs],
+        "expected_{}_same_size": [[expected_shared_same_size(tensors, i, j) for j in runs] for i in runs],
     }
     found: dict[str, Matrix] = {}
-    for chance, shared in counts.items():
+    for name, both in shared.items():
         for i in runs:
-            shared[i][i] = sizes[i]
-        prefix, suffix = ("expected_", "_same_size") if chance == "same_size" else (chance, "")
-        found[f"{prefix}one_sided{suffix}"] = [[_ratio(shared[i][j], sizes[i]) for j in runs] for i in runs]
-        found[f"{prefix}jaccard{suffix}"] = [[_jaccard(sizes[i], sizes[j], shared[i][j]) for j in runs] for i in runs]
-    return found
+            both[i][i] = sizes[i]
+        found[name.format("one_sided")] = [[ratio(both[i][j], sizes[i]) for j in runs] for i in runs]
+        found[name.format("jaccard")] = [[_jaccard(sizes[i], sizes[j], both[i][j]) for j in runs] for i in runs]
+    return PairMatrices(**found)
 
 
-def expected_shared(tensors: Sequence[RunOverlap], i: int, j: int) -> float:
-    """``E|A_i n A_j|`` of independent sets of the same sizes in each tensor: the sum of ``N p_i p_j``, i != j."""
-    return math.fsum(one.sizes[i] * one.sizes[j] / one.numel for one in tensors if one.numel)
+def _jaccard(a: int, b: int, shared: float | None) -> float | None:
+    return None if shared is None else ratio(shared, a + b - shared)
 
 
-def expected_shared_same_size(tensors: Sequence[RunOverlap], i: int, j: int) -> float | None:
-    """The same of sets that have as many weights of each magnitude as A_i and A_j; None where that was not counted.
-
-    Runs that move small weights because those have small steps overlap so much without any other agreement.
-    """
-    if any(one.numel and not one.by_magnitude for one in tensors):
-        return None
-    return math.fsum(part[1 + i] * part[1 + j] / part[0] for one in tensors for part in one.by_magnitude)
-
-
-def bernoulli_jaccard(p: float, q: float) -> float | None:
-    """``p q / (p + q - p q)``, the Jaccard index of independent sets of densities p and q (Zhu et al., sec. 2.2).
-
-    A ratio of expectations. None when both are 0.
-    """
-    return _ratio(p * q, p + q - p * q)
+def as_one_tensor(tensors: Sequence[RunOverlap]) -> WholeModel:
+    """Return what chance gives when it may place changes anywhere in the model."""
+    runs = range(tensors[0].num_runs if tensors else 0)
+    numel = sum(one.numel for one in tensors)
+    sizes = [sum(one.sizes[i] for one in tensors) for i in runs]
+    density = [size / numel if numel else 0.0 for size in sizes]
+    same = [ratio(size, size) for size in sizes]
+    return WholeModel(
+        expected_one_sided=[[same[i] if i == j else density[j] if sizes[i] else None for j in runs] for i in runs],
+        expected_jaccard=[
+            [same[i] if i == j else bernoulli_jaccard(density[i], density[j]) for j in runs] for i in runs
+        ],
+    )
 
 
-def consensus(tensors: Sequence[RunOverlap]) -> list[dict[str, float | int | None]]:
-    """For r = 1 ... R: weights that at least r of the R runs changed, beside independence within each tensor.
-
-    By chance the number of runs that change a weight is Poisson-binomial with the tensor's densities.
-
-    Returns:
-        ``runs``: r; ``count``; ``frac`` of all weights; ``frac_of_ever``, of those that any run changed;
-        ``expected_frac`` and ``expected_frac_of_ever`` by chance (ratios of expectations).
-    """
+def consensus(tensors: Sequence[RunOverlap]) -> list[ConsensusRow]:
+    """Return for r = 1 ... R the weights that at least r of the R runs changed, and the same by chance."""
     num_runs = tensors[0].num_runs if tensors else 0
     numel = sum(one.numel for one in tensors)
     counts = [sum(sum(one.depth[runs:]) for one in tensors) for runs in range(num_runs + 1)]
@@ -223,62 +215,70 @@ def consensus(tensors: Sequence[RunOverlap]) -> list[dict[str, float | int | Non
         for runs in range(num_runs + 1)
     ]
     return [
-        {
-            "runs": runs,
-            "count": counts[runs],
-            "frac": _ratio(counts[runs], numel),
-            "expected_frac": _ratio(expected[runs], numel),
-            "frac_of_ever": _ratio(counts[runs], counts[1]),
-            "expected_frac_of_ever": _ratio(expected[runs], expected[1]),
-        }
+        ConsensusRow(
+            runs=runs,
+            count=counts[runs],
+            frac=ratio(counts[runs], numel),
+            expected_frac=ratio(expected[runs], numel),
+            frac_of_ever=ratio(counts[runs], counts[1]),
+            expected_frac_of_ever=ratio(expected[runs], expected[1]),
+        )
         for runs in range(1, num_runs + 1)
     ]
 
 
-def at_least(densities: Sequence[float]) -> list[float]:
-    """For r = 0 ... R: the chance that at least r of R independent events happen (Poisson-binomial)."""
-    exactly = [1.0]
-    for p in densities:
-        exactly = [a * (1 - p) + b * p for a, b in zip([*exactly, 0.0], [0.0, *exactly], strict=True)]
-    return [math.fsum(exactly[runs:]) for runs in range(len(exactly))]
-
-
-def consensus_example(name: str, changed: Sequence[Tensor]) -> dict[str, Any]:
-    """A small picture of the consensus ratio of one matrix (Zhu et al. 2025, section 2.2 and figure 2).
+def consensus_example(name: str, changed: Sequence[Tensor]) -> Consensus:
+    """Draw the consensus of one matrix.
 
     Args:
         name: of the matrix.
         changed: bool ``[m, n]``, not empty, of each of up to 255 runs.
-
-    Returns:
-        ``name``, and ``consensus`` as ``profiles.coarse_map``: the mean over a block of the share of runs that changed
-        a weight.
     """
     import torch
 
     times = torch.zeros(changed[0].shape, dtype=torch.uint8)
     for one in changed:
         times += one
-    picture = coarse_map(times)
-    shares = [[value / len(changed) for value in row] for row in picture["shares"]]
-    return {"name": name, "consensus": picture | {"shares": shares}}
+    blocks = coarse_map(times)
+    shares = [[value / len(changed) for value in row] for row in blocks.shares]
+    return Consensus(name, CoarseMap(blocks.rows, blocks.columns, shares))
 
 
-def run_overlap_numbers(
-    found: Mapping[str, RunOverlap], runs: Sequence[str], rule: str, examples: Sequence[Mapping[str, Any]] = ()
-) -> dict[str, Any]:
-    """The report's numbers.
+def overlap_row(tensors: Sequence[RunOverlap]) -> OverlapRow:
+    """Summarise the overlaps in some tensors."""
+    found, steps = pair_matrices(tensors), consensus(tensors)
+    pairs = list(combinations(range(len(steps)), 2))
+    both_ways = pairs + [(j, i) for i, j in pairs]
+
+    def over(matrix: Matrix, places: Sequence[tuple[int, int]]) -> float | None:
+        return mean(matrix[i][j] for i, j in places)
+
+    return OverlapRow(
+        numel=sum(one.numel for one in tensors),
+        num_changed=[sum(one.sizes[i] for one in tensors) for i in range(len(steps))],
+        one_sided=over(found.one_sided, both_ways),
+        expected_one_sided=over(found.expected_one_sided, both_ways),
+        expected_one_sided_same_size=over(found.expected_one_sided_same_size, both_ways),
+        jaccard=over(found.jaccard, pairs),
+        expected_jaccard=over(found.expected_jaccard, pairs),
+        expected_jaccard_same_size=over(found.expected_jaccard_same_size, pairs),
+        all_runs_of_ever=steps[-1].frac_of_ever if steps else None,
+        expected_all_runs_of_ever=steps[-1].expected_frac_of_ever if steps else None,
+        row_agreement=mean(one.row_agreement for one in tensors),
+        column_agreement=mean(one.column_agreement for one in tensors),
+    )
+
+
+def overlap_result(
+    found: Mapping[str, RunOverlap], runs: Sequence[str], rule: str, examples: Sequence[Consensus] = ()
+) -> OverlapResult:
+    """Return the overlaps of the whole model, and by group.
 
     Args:
         found: of each tensor, by name.
         runs: names of the runs, two or more, in the order of the sets.
-        rule: what counts as changed, in words.
+        rule: the criterion of a changed weight, in words.
         examples: from ``consensus_example``.
-
-    Returns:
-        ``runs``, ``rule``; ``matrices`` and ``consensus`` of the whole model; ``whole_model``, the one-sided overlaps and
-        Jaccard indices to be expected if the whole model were one tensor; ``total``, ``layers``, ``kinds``, ``cells``
-        and ``tensors``, each with means over the pairs of runs.
 
     Raises:
         ValueError: another number of runs than of sets.
@@ -286,86 +286,31 @@ def run_overlap_numbers(
     tensors = list(found.values())
     if any(one.num_runs != len(runs) for one in tensors):
         raise ValueError(f"{len(runs)} names of runs, but {tensors[0].num_runs} sets")
-    return {
-        "runs": list(runs),
-        "rule": rule,
-        "matrices": matrices(tensors),
-        "whole_model": _as_one_tensor(tensors),
-        "consensus": consensus(tensors),
-        "examples": [dict(one) for one in examples],
-        **grouped(found, pair_means),
-    }
+    return OverlapResult(
+        runs=list(runs),
+        rule=rule,
+        matrices=pair_matrices(tensors),
+        whole_model=as_one_tensor(tensors),
+        consensus=consensus(tensors),
+        rows=group(found, overlap_row),
+        examples=list(examples),
+    )
 
 
-def pair_means(tensors: Sequence[RunOverlap]) -> dict[str, Any]:
-    """Some tensors in a few numbers: sizes, means over pairs i != j, and what all runs agree on.
-
-    Returns:
-        ``numel``; ``num_changed`` of each run; ``one_sided`` (both directions), ``jaccard``, each with
-        ``expected_...`` and ``expected_..._same_size`` over the same pairs; ``all_runs_of_ever``, share of ever changed weights that all runs
-        changed, and ``expected_all_runs_of_ever``; ``row_agreement`` and ``column_agreement``, means over tensors.
-    """
-    found = matrices(tensors)
-    steps = consensus(tensors)
-    num_runs = len(steps)
-    pairs = list(combinations(range(num_runs), 2))
-    both_ways = pairs + [(j, i) for i, j in pairs]
-    return {
-        "numel": sum(one.numel for one in tensors),
-        "num_changed": [sum(one.sizes[i] for one in tensors) for i in range(num_runs)],
-        "one_sided": _mean_of(found["one_sided"], both_ways),
-        "expected_one_sided": _mean_of(found["expected_one_sided"], both_ways),
-        "expected_one_sided_same_size": _mean_of(found["expected_one_sided_same_size"], both_ways),
-        "jaccard": _mean_of(found["jaccard"], pairs),
-        "expected_jaccard": _mean_of(found["expected_jaccard"], pairs),
-        "expected_jaccard_same_size": _mean_of(found["expected_jaccard_same_size"], pairs),
-        "all_runs_of_ever": steps[-1]["frac_of_ever"] if steps else None,
-        "expected_all_runs_of_ever": steps[-1]["expected_frac_of_ever"] if steps else None,
-        "row_agreement": mean([one.row_agreement for one in tensors]),
-        "column_agreement": mean([one.column_agreement for one in tensors]),
-    }
-
-
-def _as_one_tensor(tensors: Sequence[RunOverlap]) -> dict[str, Matrix]:
-    """What chance gives when it may place changes anywhere in the model (Mukherjee et al., appendix E)."""
-    num_runs = tensors[0].num_runs if tensors else 0
-    numel = sum(one.numel for one in tensors)
-    sizes = [sum(one.sizes[i] for one in tensors) for i in range(num_runs)]
-    density = [size / numel if numel else 0.0 for size in sizes]
-    runs = range(num_runs)
-    return {
-        "expected_one_sided": [
-            [_ratio(sizes[i], sizes[i]) if i == j else density[j] if sizes[i] else None for j in runs] for i in runs
-        ],
-        "expected_jaccard": [
-            [_ratio(sizes[i], sizes[i]) if i == j else bernoulli_jaccard(density[i], density[j]) for j in runs]
-            for i in runs
-        ],
-    }
-
-
-def _mean_of(matrix: Matrix, pairs: Sequence[tuple[int, int]]) -> float | None:
-    return mean([matrix[i][j] for i, j in pairs])
-
-
-def _jaccard(a: int, b: int, shared: float | None) -> float | None:
-    return None if shared is None else _ratio(shared, a + b - shared)
-
-
-def _ratio(part: float | None, whole: float) -> float | None:
-    return None if part is None or not whole else part / whole
+# --------------------------------------------------------------------------------------------------
+# the measure
 
 
 @register
-class Overlap(JointMeasure[tuple[RunOverlap, "dict[str, Any] | None"], dict[str, Any]]):
-    """How the changed sets of several checkpoints meet."""
+class OverlapMeasure(JointMeasure[tuple[RunOverlap, Consensus | None], OverlapResult]):
+    """The overlap of the changed sets of several checkpoints."""
 
     name = "overlap"
     default_in = frozenset({"several"})
     possible_in = frozenset({"several"})
     needs = "two or more checkpoints of one base, not in a series"
 
-    def tensor(self, pairs: TensorSeries) -> tuple[RunOverlap, dict[str, Any] | None]:
+    def tensor(self, pairs: TensorSeries) -> tuple[RunOverlap, Consensus | None]:
         """Return the counts of one tensor, and a picture of the consensus where one is shown."""
         from ssrctl.core.mask import TileSet
 
@@ -374,7 +319,7 @@ class Overlap(JointMeasure[tuple[RunOverlap, "dict[str, Any] | None"], dict[str,
         base = pairs.last.base if not pairs.last.checkpoint.is_delta else self.comparison.base.tensor(pairs.name)
         found = run_overlap(
             [TileSet.from_dense(one) for one in changed],
-            [profile(one) if one.dim() == 2 else None for one in changed],
+            [profile(one) for one in changed],
             count_by_magnitude(widened(base), *changed) if base.dtype.is_floating_point else None,
         )
         return found, consensus_example(pairs.name, changed) if pairs.name == self._pictured else None
@@ -387,21 +332,210 @@ class Overlap(JointMeasure[tuple[RunOverlap, "dict[str, Any] | None"], dict[str,
         numbers = sorted({layer for layer in layers.values() if layer is not None})
         return next((name for name, layer in layers.items() if numbers and layer == numbers[len(numbers) // 2]), None)
 
-    def combine(self, parts: Mapping[str, list[tuple[RunOverlap, dict[str, Any] | None]]]) -> dict[str, Any]:
+    def combine(self, parts: Mapping[str, list[tuple[RunOverlap, Consensus | None]]]) -> OverlapResult:
         """Return the overlaps by pair of runs, layer, kind and tensor."""
         found = {name: one for name, ((one, _),) in parts.items()}
-        pictures = [picture for ((_, picture),) in parts.values() if picture is not None]
+        examples = [example for ((_, example),) in parts.values() if example is not None]
         labels = [checkpoint.label for checkpoint in self.comparison.tuned]
-        return run_overlap_numbers(found, labels, change_rule(self.config)[1], pictures)
+        return overlap_result(found, labels, change_rule(self.config)[1], examples)
 
-    def present(self, result: dict[str, Any]) -> Findings:
-        """Return sentences, figures and tables of overlaps."""
-        from ssrctl.measures.overlap_report import headlines, run_overlap_section
-
-        total = result["total"]
+    def present(self, result: OverlapResult) -> Findings:
+        """Return sentences, figures and tables of overlaps; published values are of the bf16-aware rule."""
+        total = result.rows.total
         return Findings(
-            numbers={"overlap": result},
+            numbers={"overlap": result.numbers()},
             headlines=headlines(result),
-            sections=[run_overlap_section(result, published=self.config.changed_by == "bf16")],
-            published={"run_overlap": total["one_sided"], "run_jaccard": total["jaccard"]},
+            sections=[overlap_section(result, references("run_jaccard") if self.config.changed_by == "bf16" else [])],
+            published={"run_overlap": total.one_sided, "run_jaccard": total.jaccard},
         )
+
+
+def headlines(result: OverlapResult) -> list[str]:
+    """Return the answer in sentences."""
+    total, num_runs = result.rows.total, len(result.runs)
+    if total.jaccard is None:
+        return ["No run changed any weight, so that there is nothing to overlap."]
+    chance, same_size = total.expected_jaccard, total.expected_jaccard_same_size
+    beside = f", {number(total.jaccard / chance)} times chance ({number(chance)})" if chance else ""
+    lines = [f"{num_runs} runs agree on which weights change with a Jaccard index of {number(total.jaccard)}{beside}."]
+    if same_size:
+        lines.append(
+            f"Against random weights of the same magnitudes the index is {number(total.jaccard / same_size)} times "
+            f"chance ({number(same_size)})."
+        )
+    if total.one_sided is not None:
+        lines.append(
+            f"{percent(total.one_sided)} of what one run changed, another changed too; "
+            f"{percent(total.expected_one_sided)} would be chance."
+        )
+    if num_runs > 2:
+        lines.append(
+            f"All {num_runs} runs changed {percent(total.all_runs_of_ever)} of the weights that any of them changed; "
+            f"{percent(total.expected_all_runs_of_ever)} would be chance."
+        )
+    return lines
+
+
+_COLUMNS: tuple[RowColumn, ...] = (
+    ("weights", "numel", count),
+    ("Jaccard", "jaccard", number),
+    ("chance", "expected_jaccard", number),
+    ("at equal magnitude", "expected_jaccard_same_size", number),
+    ("one-sided", "one_sided", percent),
+    ("chance, one-sided", "expected_one_sided", percent),
+    ("all runs", "all_runs_of_ever", percent),
+    ("chance, all runs", "expected_all_runs_of_ever", percent),
+    ("rows", "row_agreement", number),
+    ("columns", "column_agreement", number),
+)
+_NOTE = (
+    "Means over pairs of runs. At equal magnitude: the Jaccard index by chance among weights of one power of two, "
+    "since small weights move more easily. All runs: share of ever changed weights that every run changed. Rows, columns: "
+    "rank correlation of the changes per row, per column."
+)
+
+
+def overlap_section(result: OverlapResult, published: Sequence[Reference] = ()) -> Section:
+    """Return figures and tables: every pair of runs, consensus, and groups.
+
+    Args:
+        result: the overlaps.
+        published: Jaccard indices to show next to the measured ones.
+    """
+    title, rows = "Overlap between runs", result.rows
+    if not rows.tensors:
+        return Section(title=title, text="There are no weights to compare.")
+    caption = "Mean share of the runs that changed a weight, by block of the matrix; without colour: the mean."
+    return Section(
+        title=title,
+        text=f"Do different runs from one base change the same weights? Changed: {result.rule}. Chance is "
+        "independence within each tensor, so that runs which change the same tensors are not yet counted as agreeing.",
+        figures=[
+            *_maps(result),
+            _consensus_figure(result.consensus),
+            *_kind_figures(rows.kinds, published),
+            *(picture(f"Consensus of runs on {one.name}", one.consensus, caption) for one in result.examples),
+        ],
+        tables=[
+            _pair_table(result),
+            _consensus_table(result.consensus),
+            row_table("Overlap by kind of matrix", "kind", rows.kinds, _COLUMNS, _NOTE),
+            row_table("Overlap by layer", "layer", rows.labelled_layers, _COLUMNS, _NOTE),
+            row_table("Overlap by tensor", "tensor", rows.tensors, _COLUMNS, _NOTE, detail=True),
+        ],
+    )
+
+
+def _maps(result: OverlapResult) -> list[Figure]:
+    if len(result.runs) < 2 or len(result.runs) > 80:
+        return []
+    found = result.matrices
+    jaccard = "Shared weights of two runs over all that either changed."
+    one_sided = "Share of the row's changed weights that the column's run changed too."
+    return [
+        Heatmap(
+            title=title,
+            values=[[None if i == j else value for j, value in enumerate(row)] for i, row in enumerate(matrix)],
+            labels=result.runs,
+            axis="run",
+            scale=1.0,
+            shares=caption is one_sided,
+            decimals=1 if caption is one_sided else 3,
+            caption=caption,
+        )
+        for title, matrix, caption in (
+            ("Jaccard index of runs", found.jaccard, jaccard),
+            ("Jaccard index of runs, expected by chance", found.expected_jaccard, jaccard),
+            ("One-sided overlap of runs", found.one_sided, one_sided),
+            ("One-sided overlap of runs, expected by chance", found.expected_one_sided, one_sided),
+        )
+    ]
+
+
+def _consensus_figure(rows: Sequence[ConsensusRow]) -> Bars:
+    return row_bars(
+        "Consensus of runs",
+        {_or_more(row.runs): row for row in rows},
+        {"measured": "frac_of_ever", _CHANCE: "expected_frac_of_ever"},
+        "share of the weights that any run changed",
+        caption="Weights that so many of the runs changed.",
+    )
+
+
+def _or_more(runs: int) -> str:
+    return f"{runs} or more"
+
+
+def _kind_figures(kinds: Mapping[str, OverlapRow], published: Sequence[Reference]) -> list[Figure]:
+    figures: list[Figure] = [
+        row_bars(
+            "Jaccard index by kind of matrix",
+            kinds,
+            {"measured": "jaccard", _CHANCE: "expected_jaccard"},
+            "mean over pairs of runs",
+            references=published,
+        )
+    ]
+    lined = {
+        kind: row for kind, row in kinds.items() if row.row_agreement is not None or row.column_agreement is not None
+    }
+    if lined:
+        figures.append(
+            row_bars(
+                "Do runs hit the same rows and columns?",
+                lined,
+                {"rows": "row_agreement", "columns": "column_agreement"},
+                "rank correlation of changes per row, per column",
+                shares=False,
+                caption="Mean over pairs of runs and over matrices; 0 is chance, 1 the same order.",
+            )
+        )
+    return figures
+
+
+def _pair_table(result: OverlapResult) -> Table:
+    runs, found, whole = result.runs, result.matrices, result.whole_model
+    one_sided = (found.one_sided, found.expected_one_sided, whole.expected_one_sided)
+    jaccard = (found.jaccard, found.expected_jaccard, found.expected_jaccard_same_size)
+    shares = ("o1", "o1 chance", "o1 chance, model", "o2", "o2 chance", "o2 chance, model")
+    indices = ("Jaccard", "Jaccard chance", "at equal magnitude")
+    return Table(
+        title="Pairs of runs",
+        columns=[
+            "run 1",
+            "run 2",
+            *(Column(name, percent) for name in shares),
+            *(Column(name, number) for name in indices),
+        ],
+        rows=[
+            [
+                runs[i],
+                runs[j],
+                *(matrix[i][j] for matrix in one_sided),
+                *(matrix[j][i] for matrix in one_sided),
+                *(matrix[i][j] for matrix in jaccard),
+            ]
+            for i, j in combinations(range(len(runs)), 2)
+        ],
+        note="o1, o2: shared weights over those that run 1, run 2 changed (Mukherjee et al. 2025, section 5). Chance: "
+        "within each tensor; model: if changes could lie anywhere in the model; at equal magnitude: the Jaccard index by "
+        "chance if each run changed as many weights of each power of two of each tensor as it did.",
+        terminal_rows=24,
+    )
+
+
+def _consensus_table(rows: Sequence[ConsensusRow]) -> Table:
+    shares = ("of all", "chance", "of ever changed", "chance of ever changed")
+    return Table(
+        title="Consensus of runs",
+        columns=[
+            Column("runs", _or_more),
+            Column("weights", count),
+            *(Column(name, percent) for name in shares),
+        ],
+        rows=[
+            [row.runs, row.count, row.frac, row.expected_frac, row.frac_of_ever, row.expected_frac_of_ever]
+            for row in rows
+        ],
+        note="Weights that at least so many runs changed (Zhu et al. 2025, section 2.2).",
+    )

@@ -150,11 +150,11 @@ def published_section(values: Mapping[PublishedKey, float | None]) -> Section:
             ]
             for measure, value in values.items()
         ],
-        note="The published checkpoints are stored in bf16. Sparsity falls as training goes on (Mukherjee et al. "
-        "2025, figure 5), so that a short run lies above the range.",
+        note="The published checkpoints are stored in bf16. Sparsity falls during training (Mukherjee et al. 2025, "
+        "figure 5), so that a short run lies above the range.",
     )
     return Section(
-        title="Beside what was published",
+        title="Next to published numbers",
         text="Does the update look like those of published RL checkpoints?",
         figures=[figure] if values else [],
         tables=[compared, _published_table(values)],

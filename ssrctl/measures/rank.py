@@ -1,6 +1,6 @@
-"""The rank of the update of a weight matrix, in four readings, and what each would be by chance.
+"""The rank of the update of a weight matrix by four definitions, each next to its value by chance.
 
-An update that is stored with rounding has full rank whatever training did, because rounding errors do. So beside the
+An update that is stored with rounding has full rank whatever training did, because rounding errors do. Next to the
 numerical rank (Mukherjee et al. 2025, arXiv:2505.11711, table 2) stand measures that weigh the singular values, and
 the number of them that independent entries of the same sizes cannot explain.
 """
@@ -11,17 +11,18 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from statistics import fmean, median
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from ssrctl.measures.base import Findings, register
-from ssrctl.measures.group_tables import RowColumn, group_tables
+from ssrctl.measures.group_tables import RowColumn, group_tables, row_bars, series_of
+from ssrctl.measures.maths.averages import mean
 from ssrctl.measures.maths.grouping import Grouped, group_with_tensors
 from ssrctl.measures.maths.low_rank import EPS, singular_values
 from ssrctl.measures.maths.update_matrix import UpdateMatrix
 from ssrctl.measures.matrix_measure import MatrixMeasure, OfMatrix, listed, unmeasured_notes
 from ssrctl.measures.published import references
-from ssrctl.report.document import Bars, Figure, Lines, Section
+from ssrctl.report.document import Figure, Lines, Section
 from ssrctl.report.formats import count, number, percent
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class UpdateRank:
         signal_rank: number of s_i above ``chance_norm``: directions that the sizes of the entries alone do not explain.
             A lower bound: an update of high rank with even singular values has none.
         chance_norm: largest row norm plus largest column norm of D, which bounds, to leading order, the expected
-            largest singular value after the sign of every entry is drawn anew (Bandeira and van Handel 2016, thm. 3.1;
+            largest singular value after the sign of every entry is drawn at random (Bandeira and van Handel 2016, thm. 3.1;
             random signs as a yardstick: Hong, Sheng and Dobriban 2020).
         spectral_norm, frobenius_norm: s_1 and sqrt(sum of s_i^2).
         rounding_ratio: expected Frobenius norm of the rounding of the stored weights over that of D
@@ -90,7 +91,7 @@ class UpdateRank:
 
 
 def update_rank(update: UpdateMatrix) -> UpdateRank:
-    """The ranks of an update. Exact at any size: the time is that of the Gram matrix and its eigenvalues."""
+    """Return the ranks of an update, exact at any size: the time is that of the Gram matrix and its eigenvalues."""
     rows, columns = update.shape
     chance_norm = update.largest_row + update.largest_column
     if update.norm == 0:
@@ -125,7 +126,7 @@ def update_rank(update: UpdateMatrix) -> UpdateRank:
 
 @functools.lru_cache(maxsize=256)
 def random_effective_frac(aspect: float) -> float:
-    """Effective rank over min(m, n) of a large matrix with independent entries of mean 0 and equal variance.
+    """Return effective rank / min(m, n) of a large matrix with independent entries of mean 0 and equal variance.
 
     The singular values over sqrt(max(m, n)) have the density sqrt((x^2 - a^2)(b^2 - x^2)) / (pi c x) on [a, b] =
     [1 - sqrt(c), 1 + sqrt(c)] (Marchenko and Pastur 1967); with e = mean(x), the share is
@@ -217,9 +218,9 @@ def rank_row(ranks: Sequence[UpdateRank]) -> RankRow:
         num_full_rank=sum(one.rank == one.max_rank for one in changed),
         num_beyond_chance=sum(one.signal_rank > 0 for one in changed),
         num_within_rounding=sum(ratio >= 1 for ratio in ratios),
-        signal_rank=fmean(one.signal_rank for one in changed) if changed else None,
+        signal_rank=mean(one.signal_rank for one in changed),
         rounding_ratio=median(ratios) if ratios else None,
-        **{key: fmean(getattr(one, key) for one in changed) if changed else None for key in _MEANS},
+        **{key: mean(getattr(one, key) for one in changed) for key in _MEANS},
     )
 
 
@@ -304,6 +305,11 @@ _MATRIX: tuple[RowColumn, ...] = (
     ("largest singular value", "spectral_norm", number),
     ("rounding ratio", "rounding_ratio", number),
 )
+_SERIES = {
+    "rank": "rank_frac",
+    "effective rank": "effective_rank_frac",
+    "expected effective rank of a random matrix": "expected_effective_rank_frac",
+}
 _GROUP_NOTE = (
     "Means over the matrices that changed, as shares of the smaller side. Rank: singular values above max(m, n) * "
     "2^-23 of the largest. Effective: exp of the entropy of the singular values. Stable: squared norms, Frobenius "
@@ -322,11 +328,11 @@ def rank_section(result: RankResult) -> Section:
     figures: list[Figure] = []
     if rows.kinds:
         figures.append(
-            Bars(
-                title="Rank of the updates by kind of matrix",
-                labels=list(rows.kinds),
-                series=_series(list(rows.kinds.values())),
-                axis="share of the largest possible rank",
+            row_bars(
+                "Rank of the updates by kind of matrix",
+                rows.kinds,
+                _SERIES,
+                "share of the largest possible rank",
                 references=references("rank"),
                 caption="Published: mean rank of the update matrices, tolerance not stated.",
             )
@@ -336,7 +342,7 @@ def rank_section(result: RankResult) -> Section:
             Lines(
                 title="Rank of the updates over layers",
                 x=list(layers),
-                series=_series(list(layers.values())),
+                series=series_of(layers, _SERIES),
                 x_label="layer",
                 y_label="share of the largest possible rank",
                 shares=True,
@@ -350,11 +356,3 @@ def rank_section(result: RankResult) -> Section:
         figures=figures,
         tables=group_tables("Rank", rows, (_GROUP, _GROUP_NOTE), (_MATRIX, _MATRIX_NOTE), result.unmeasured),
     )
-
-
-def _series(rows: Sequence[RankRow]) -> dict[str, list[float | None]]:
-    return {
-        "rank": [row.rank_frac for row in rows],
-        "effective rank": [row.effective_rank_frac for row in rows],
-        "expected effective rank of a random matrix": [row.expected_effective_rank_frac for row in rows],
-    }

@@ -22,7 +22,7 @@ from ssrctl.checkpoints.pairs import RANGE, TensorPair
 from ssrctl.measures.base import Findings, PairMeasure, register
 from ssrctl.measures.group_tables import RowColumn, cell_map, row_table
 from ssrctl.measures.maths.change import FIXED_TOLERANCES, Change, add_up
-from ssrctl.measures.maths.grouping import Grouped, group, layer_label
+from ssrctl.measures.maths.grouping import Grouped, group
 from ssrctl.measures.maths.largest_changes import LargestChanges, WeightChange
 from ssrctl.measures.maths.piece_pair import piece_pairs
 from ssrctl.measures.maths.ulp import bin_label
@@ -159,8 +159,8 @@ def headlines(changes: Grouped[Change, Change], atol: float) -> list[str]:
         return [f"The two checkpoints are identical bit for bit: {count(total.numel)} weights, sparsity 1."]
     hidden = total.num_bit_changed - total.num_changed
     lines = [
-        f"Update sparsity {percent(total.sparsity)}: so many of the {count(total.numel)} weights moved by no "
-        f"more than {atol:g}.",
+        f"Update sparsity {percent(total.sparsity)}: this share of the {count(total.numel)} weights moved by no more "
+        f"than {atol:g}.",
         f"Bit for bit, {percent(total.bit_equal_frac)} are unchanged: {count(total.num_bit_changed)} weights "
         f"changed, {count(hidden)} of them by no more than {atol:g}.",
         f"The update's norm is {number(total.relative_l2)} of the base's; the largest change of a weight is "
@@ -201,7 +201,7 @@ def nonfinite_notes(total: Change) -> list[str]:
     if not found:
         return []
     return [
-        f"Weights that are no numbers: {', '.join(found)}. They count as changed unless they are equal bit for bit; "
+        f"NaN or infinite weights: {', '.join(found)}. They count as changed unless they are equal bit for bit; "
         "norms, means and maxima leave them out."
     ]
 
@@ -226,9 +226,11 @@ def sparsity_sections(result: SparsityResult, atol: float) -> list[Section]:
         "weights too."
     )
     changes = result.changes
-    layers = {layer_label(layer): change for layer, change in changes.layers.items()}
     grouped = []
-    for title, what, rows in (("By kind of matrix", "kind", changes.kinds), ("By layer", "layer", layers)):
+    for title, what, rows in (
+        ("By kind of matrix", "kind", changes.kinds),
+        ("By layer", "layer", changes.labelled_layers),
+    ):
         bars = Bars(
             title=f"Unchanged weights {title.lower()}",
             labels=list(rows),

@@ -1,23 +1,23 @@
-"""How training turned and stretched the principal directions of the weight matrices (Zhu et al. 2025, sec. 4.1).
+"""The rotation and stretching of the weight matrices' principal directions by training (Zhu et al. 2025, sec. 4.1).
 
-``maths.spectrum_change`` has the measure of one matrix; here are its rows by layer, kind and matrix, and how they read.
+``maths.spectrum_change`` measures one matrix; here are the rows by layer, kind and matrix, and their presentation.
 """
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ssrctl.core.seeds import derive_seed
 from ssrctl.measures.base import Findings, register
-from ssrctl.measures.group_tables import RowColumn, cell_map, group_tables
+from ssrctl.measures.group_tables import RowColumn, cell_map, group_tables, row_bars, series_of
+from ssrctl.measures.maths.averages import mean
 from ssrctl.measures.maths.grouping import Grouped, group_with_tensors
 from ssrctl.measures.maths.spectrum_change import SpectrumChange, spectrum_change
 from ssrctl.measures.maths.update_matrix import Unmeasured, UpdateMatrix
 from ssrctl.measures.matrix_measure import MatrixMeasure, OfMatrix, listed, unmeasured_notes
-from ssrctl.report.document import Bars, Figure, Lines, Reference, Section
+from ssrctl.report.document import Figure, Lines, Reference, Section
 from ssrctl.report.formats import count, number, percent
 
 if TYPE_CHECKING:
@@ -103,25 +103,25 @@ def spectrum_row(spectra: Sequence[tuple[str, SpectrumChange]]) -> SpectrumRow:
     found: dict[str, Any] = {}
     for side in _SIDES:
         found[f"{side}_largest"], found[f"{side}_largest_name"] = _largest(changed, f"{side}_largest")
-        found[f"{side}_mean"] = _mean([getattr(one, f"{side}_mean") for _, one in changed])
+        found[f"{side}_mean"] = mean(getattr(one, f"{side}_mean") for _, one in changed)
         for random in _RANDOM:
             draws = [getattr(one, random) for _, one in changed]
             found[f"{random}_{side}_largest"] = max((getattr(one, f"{side}_largest") for one in draws), default=None)
-            found[f"{random}_{side}_mean"] = _mean([getattr(one, f"{side}_mean") for one in draws])
+            found[f"{random}_{side}_mean"] = mean(getattr(one, f"{side}_mean") for one in draws)
     found["shift_largest"], found["shift_name"] = _largest(changed, "shift")
     expected = [one.expected_shift for _, one in changed if one.expected_shift is not None]
     for part in _ENERGIES:
-        found[f"energy_{part}_ratio"] = _mean(
-            [getattr(one, f"energy_{part}") / getattr(one, f"expected_energy_{part}") for _, one in changed]
+        found[f"energy_{part}_ratio"] = mean(
+            getattr(one, f"energy_{part}") / getattr(one, f"expected_energy_{part}") for _, one in changed
         )
     return SpectrumRow(
         num_matrices=len(spectra),
         num_unchanged=len(spectra) - len(changed),
         num_ill_defined=sum(not one.well_defined for _, one in changed),
         num_unresolved=sum(not one.resolved for _, one in changed),
-        shift_mean=_mean([one.shift for _, one in changed]),
+        shift_mean=mean(one.shift for _, one in changed),
         expected_shift_largest=max(expected, default=None),
-        expected_shift_mean=_mean(expected),
+        expected_shift_mean=mean(expected),
         **found,
     )
 
@@ -131,17 +131,13 @@ def _largest(spectra: Sequence[tuple[str, SpectrumChange]], key: str) -> tuple[f
     return max(found, key=lambda item: item[0], default=(None, None))
 
 
-def _mean(values: Sequence[float]) -> float | None:
-    return statistics.fmean(values) if values else None
-
-
 # --------------------------------------------------------------------------------------------------
 # the measure
 
 
 @register
 class SpectrumMeasure(MatrixMeasure[SpectrumChange, SpectrumResult]):
-    """How training turned and stretched the leading directions of each matrix."""
+    """The rotation and stretching of the leading directions of each matrix."""
 
     name = "spectrum"
 
@@ -257,7 +253,19 @@ def spectrum_section(result: SpectrumResult) -> Section:
     if changed and len(rows.numbered_layers) > 1:
         figures += [_angle_lines(rows.numbered_layers), _shift_lines(rows.numbered_layers), *_angle_map(rows)]
     if changed:
-        figures += [_energy_bars(rows.kinds), *_example(changed)]
+        figures += [
+            row_bars(
+                "Energy of the update in the base's leading directions",
+                rows.kinds,
+                {"left": "energy_left_ratio", "right": "energy_right_ratio"},
+                "times the energy that chance gives",
+                shares=False,
+                references=[Reference("by chance", 1.0)],
+                caption="Share of the squared norm of the update in the leading left (right) singular directions of "
+                "the base, over their share of all directions.",
+            ),
+            *_example(changed),
+        ]
     return Section(
         title="Principal directions and singular values",
         text="Did training turn the leading singular directions of the weights, or stretch them? Compare with random "
@@ -290,10 +298,8 @@ def _angle_lines(layers: Mapping[int, SpectrumRow]) -> Lines:
 
 
 def _shift_lines(layers: Mapping[int, SpectrumRow]) -> Lines:
-    series = {
-        "measured": [row.shift_largest for row in layers.values()],
-        "expected, random update of the same norm": [row.expected_shift_largest for row in layers.values()],
-    }
+    names = {"measured": "shift_largest", "expected, random update of the same norm": "expected_shift_largest"}
+    series = series_of(layers, names)
     return Lines(
         title="Largest normalised spectral shift in each layer",
         x=list(layers),
@@ -333,22 +339,6 @@ def _relative_angle(row: SpectrumRow) -> float | None:
         return None
     random = (row.gaussian_left_mean or 0.0) + (row.gaussian_right_mean or 0.0)
     return (row.left_mean + row.right_mean) / random if random else None
-
-
-def _energy_bars(kinds: Mapping[str, SpectrumRow]) -> Bars:
-    return Bars(
-        title="Energy of the update in the base's leading directions",
-        labels=list(kinds),
-        series={
-            "left": [row.energy_left_ratio for row in kinds.values()],
-            "right": [row.energy_right_ratio for row in kinds.values()],
-        },
-        axis="times the energy that chance gives",
-        shares=False,
-        references=[Reference("by chance", 1.0)],
-        caption="Share of the squared norm of the update in the leading left (right) singular directions of the base, "
-        "over their share of all directions.",
-    )
 
 
 def _example(changed: Mapping[str, SpectrumChange]) -> list[Figure]:

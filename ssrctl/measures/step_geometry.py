@@ -255,8 +255,8 @@ def geometry_headlines(found: RunGeometry) -> list[str]:
         )
     if found.equal.cosine is not None and found.opposite.cosine is not None:
         lines.append(
-            f"Steps with mean advantages of the same sign have a mean cosine of {number(found.equal.cosine, 'signed')} "
-            f"({times(found.equal.num_cosines, 'pair')}), of opposite signs {number(found.opposite.cosine, 'signed')} "
+            f"Steps with mean advantages of the same sign have a mean cosine of {signed(found.equal.cosine)} "
+            f"({times(found.equal.num_cosines, 'pair')}), of opposite signs {signed(found.opposite.cosine)} "
             f"({times(found.opposite.num_cosines, 'pair')})."
         )
     return lines

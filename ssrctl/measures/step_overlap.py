@@ -260,8 +260,8 @@ def overlap_headlines(summary: RunOverlap, disjoint: bool | None) -> list[str]:
         )
     if (cosine := summary.pairs.cosine) is not None:
         lines.append(
-            f"The gradients of two steps have a mean cosine of {number(cosine.mean, 'signed')}, from "
-            f"{number(cosine.min, 'signed')} to {number(cosine.max, 'signed')} over {times(cosine.num_pairs, 'pair')}; "
+            f"The gradients of two steps have a mean cosine of {signed(cosine.mean)}, from "
+            f"{signed(cosine.min)} to {signed(cosine.max)} over {times(cosine.num_pairs, 'pair')}; "
             f"{percent(cosine.conflict_frac)} of the pairs are in conflict (negative cosine)."
         )
     across = summary.cross_question

@@ -60,14 +60,14 @@ def _heatmap(figure: Heatmap) -> str:
 
 
 def _ranges(figure: Ranges) -> str:
-    sentences = [f"Measured values beside published ones, {figure.axis}."]
+    sentences = [f"Measured values next to published ones, {figure.axis}."]
     for label, value, references in zip(figure.labels, figure.values, figure.references, strict=True):
-        beside = "; ".join(label_text(one.label, 120) for one in references)
+        published = "; ".join(label_text(one.label, 120) for one in references)
         sentences.append(
-            f"{label_text(label)}: {percent(finite(value))}" + (f", published: {beside}." if beside else ".")
+            f"{label_text(label)}: {percent(finite(value))}" + (f", published: {published}." if published else ".")
         )
     return " ".join(sentences)
 
 
 def _reference_words(references: Sequence[Reference]) -> list[str]:
-    return [f"Beside it: {'; '.join(label_text(one.label, 120) for one in references)}."] if references else []
+    return [f"For comparison: {'; '.join(label_text(one.label, 120) for one in references)}."] if references else []

@@ -70,7 +70,6 @@ class Table:
     title: str
     columns: Sequence[Column | str]
     rows: Sequence[Sequence[Cell]]
-    raw: Sequence[Sequence[Cell]] | None = None
     note: str = ""
     terminal_rows: int = 16
     collapsed: bool = False

@@ -52,11 +52,11 @@ def times(value: int, what: str) -> str:
     return f"{value:,} {what}" + ("" if value == 1 else "s")
 
 
-def number(value: float | None, style: str = "short") -> str:
+def number(value: float | None) -> str:
     """Return three significant digits, a dash for None."""
     if value is None:
         return "–"
-    return f"{value:+.3f}" if style == "signed" else "0" if value == 0 else f"{value:#.3g}".removesuffix(".")
+    return "0" if value == 0 else f"{value:#.3g}".removesuffix(".")
 
 
 def signed(value: float | None) -> str:

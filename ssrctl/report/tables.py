@@ -70,7 +70,7 @@ def distinct_columns(table: Table) -> list[str]:
 
 def plain_rows(table: Table) -> list[list[Cell]]:
     """Return the table's values; NaN and infinity, which json does not have, become None."""
-    return [[json_safe(cell) for cell in row] for row in (table.rows if table.raw is None else table.raw)]
+    return [[json_safe(cell) for cell in row] for row in table.rows]
 
 
 def csv_text(table: Table) -> str:

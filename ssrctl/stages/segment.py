@@ -129,7 +129,7 @@ def _load_tokenizer(name: str) -> Any:
     from huggingface_hub.utils import logging as hub_logging
     from transformers import AutoTokenizer
 
-    hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # huggingface_hub has no annotation there
+    hub_logging.set_verbosity_error()
     if name == TINY:
         from ssrctl import tiny_reasoner
 

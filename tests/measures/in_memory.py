@@ -39,6 +39,12 @@ def taken(
     measures: Sequence[type[Measure[Any, Any]]], base: Weights, *tuned: Weights, mode: Mode = "pair", **settings: Any
 ) -> list[Taken[Any]]:
     """Take measures with the given settings of ``DiagnoseConfig``."""
-    comparison = opened(base, *tuned)
+    return taken_of(measures, opened(base, *tuned), mode, **settings)
+
+
+def taken_of(
+    measures: Sequence[type[Measure[Any, Any]]], comparison: Comparison, mode: Mode, **settings: Any
+) -> list[Taken[Any]]:
+    """Take measures of an open comparison."""
     config = DiagnoseConfig(paths=[Path("base"), *(Path(one.label) for one in comparison.tuned)], **settings)
     return take(comparison, [measure(comparison, config) for measure in measures], mode, config.num_workers)

@@ -14,8 +14,15 @@ from torch import Tensor
 from ssrctl.errors import UserError
 from ssrctl.io.gradient_log import GradientHeader, gradient_log_path, gradient_log_paths, save_gradient_log
 from ssrctl.measures import gradients as gradient_geometry
-from ssrctl.measures.gradients import gradient_numbers, gram_matrix, random_gram, spectrum_of
-from ssrctl.measures.gradients_report import gradient_section, headlines
+from ssrctl.measures.gradients import (
+    GradientsResult,
+    gradients_result,
+    gradients_section,
+    gram_matrix,
+    headlines,
+    random_gram,
+    spectrum_of,
+)
 from ssrctl.report.document import Lines
 from ssrctl.report.formats import json_safe
 from ssrctl.training.gradient_sketch import GradientSketch
@@ -38,8 +45,8 @@ def write(run: Path, gradients: Tensor, max_size: int = 10**6, seed: int = 0) ->
     return gradient_log_paths(run)
 
 
-def measured(run: Path, gradients: Tensor, max_size: int = 10**6) -> dict:
-    found = gradient_numbers(write(run, gradients, max_size))
+def measured(run: Path, gradients: Tensor, max_size: int = 10**6) -> GradientsResult:
+    found = gradients_result(write(run, gradients, max_size))
     assert found is not None
     return found
 
@@ -92,18 +99,18 @@ def test_ranks_of_a_spectrum_by_hand() -> None:
 def test_exact_gradients_give_the_singular_values_of_their_matrix(tmp_path: Path) -> None:
     rows = randn(8, 50)
     found = measured(tmp_path, rows)
-    assert found["sketch"] == "exact" and found["eigenvalue_error"] == found["inner_product_error"] == 0.0
-    assert found["steps"] == [5, 10, 15, 20, 25, 30, 35, 40]
+    assert found.sketch == "exact" and found.eigenvalue_error == found.inner_product_error == 0.0
+    assert found.steps == [5, 10, 15, 20, 25, 30, 35, 40]
     squares = torch.linalg.svdvals(rows.double()).square()
-    assert found["gradients"]["eigenvalues"] == pytest.approx(squares.tolist(), rel=1e-9)
-    assert found["norms"] == pytest.approx(rows.double().norm(dim=1).tolist(), rel=1e-12)
+    assert found.gradients.found.eigenvalues == pytest.approx(squares.tolist(), rel=1e-9)
+    assert found.norms == pytest.approx(rows.double().norm(dim=1).tolist(), rel=1e-12)
     cosines = torch.nn.functional.normalize(rows.double(), dim=1)
     cosines = cosines @ cosines.T
-    assert found["neighbour_cosines"] == pytest.approx(cosines.diagonal(1).tolist(), abs=1e-12)
-    for row, expected in zip(found["cosines"], cosines.tolist(), strict=True):
+    assert found.neighbour_cosines == pytest.approx(cosines.diagonal(1).tolist(), abs=1e-12)
+    for row, expected in zip(found.cosines, cosines.tolist(), strict=True):
         assert row == pytest.approx(expected, abs=1e-12)
-    assert found["mean_cosine"] == pytest.approx((float(cosines.sum()) - 8) / 56, abs=1e-12)
-    assert found["directions"]["effective_rank"] == pytest.approx(spectrum_of(cosines).effective_rank, rel=1e-9)
+    assert found.mean_cosine == pytest.approx((float(cosines.sum()) - 8) / 56, abs=1e-12)
+    assert found.directions.found.effective_rank == pytest.approx(spectrum_of(cosines).effective_rank, rel=1e-9)
 
 
 def test_a_planted_subspace_is_found_through_the_sketch(tmp_path: Path) -> None:
@@ -111,26 +118,26 @@ def test_a_planted_subspace_is_found_through_the_sketch(tmp_path: Path) -> None:
     basis = torch.linalg.qr(randn(30_000, 4).double()).Q.T
     mix = torch.linalg.qr(randn(24, 4, seed=1).double()).Q * torch.tensor([8.0, 4.0, 2.0, 1.0]).sqrt()
     found = measured(tmp_path, mix @ basis, max_size=4096)
-    assert found["sketch"] == "count-sketch" and found["size"] == 4096
-    values = found["gradients"]["eigenvalues"]
+    assert found.sketch == "count-sketch" and found.size == 4096
+    values = found.gradients.found.eigenvalues
     # the subspace has rank 4, so factors stay within (1 +- sqrt(4/d))^2 up to fluctuations: 3 times that
     assert values[:4] == pytest.approx([8.0, 4.0, 2.0, 1.0], rel=6 * math.sqrt(4 / 4096))
     assert max(values[4:]) < 1e-6  # float32 storage
-    assert found["gradients"]["energy_ranks"] == {"0.9": 3, "0.95": 4, "0.99": 4}
+    assert found.gradients.found.energy_ranks == {"0.9": 3, "0.95": 4, "0.99": 4}
     shares = torch.tensor([8.0, 4.0, 2.0, 1.0]) / 15
-    assert found["gradients"]["effective_rank"] == pytest.approx(
+    assert found.gradients.found.effective_rank == pytest.approx(
         math.exp(-float((shares * shares.log()).sum())), rel=0.05
     )
-    assert found["gradients"]["expected_effective_rank"] > 3 * found["gradients"]["effective_rank"]
-    assert found["gradients"]["num_shared"] >= 1
-    assert found["eigenvalue_error"] == pytest.approx((1 + math.sqrt(24 / 4096)) ** 2 - 1)
+    assert found.gradients.chance.effective_rank > 3 * found.gradients.found.effective_rank
+    assert found.gradients.num_shared >= 1
+    assert found.eigenvalue_error == pytest.approx((1 + math.sqrt(24 / 4096)) ** 2 - 1)
 
 
 def test_independent_gradients_look_like_the_yardstick(tmp_path: Path) -> None:
     rows = randn(30, 20_000) * torch.linspace(0.5, 2.0, 30).unsqueeze(1)
-    found = measured(tmp_path, rows, max_size=2048)["gradients"]
-    assert found["effective_rank"] == pytest.approx(found["expected_effective_rank"], rel=0.02)
-    for value, expected in zip(found["eigenvalues"], found["expected_eigenvalues"], strict=True):
+    found = measured(tmp_path, rows, max_size=2048).gradients
+    assert found.found.effective_rank == pytest.approx(found.chance.effective_rank, rel=0.02)
+    for value, expected in zip(found.found.eigenvalues, found.chance.eigenvalues, strict=True):
         assert value == pytest.approx(expected, rel=0.12)
 
 
@@ -151,35 +158,35 @@ def test_the_yardstick_has_the_moments_of_independent_directions(count: int, siz
 
 def test_one_gradient_and_zero_gradients(tmp_path: Path) -> None:
     one = measured(tmp_path / "one", randn(1, 20))
-    assert one["gradients"]["effective_rank"] == pytest.approx(1.0) and one["mean_cosine"] is None
-    assert one["neighbour_cosines"] == [] and len(one["cosines"]) == 1
+    assert one.gradients.found.effective_rank == pytest.approx(1.0) and one.mean_cosine is None
+    assert one.neighbour_cosines == [] and len(one.cosines) == 1
     rows = randn(3, 20)
     rows[1] = 0
     some = measured(tmp_path / "some", rows)
-    assert some["num_zero"] == 1 and some["neighbour_cosines"] == [None, None]
-    assert some["cosines"][0][2] is not None and some["cosines"][1] == [None] * 3
-    assert len(some["directions"]["eigenvalues"]) == 2
+    assert some.num_zero == 1 and some.neighbour_cosines == [None, None]
+    assert some.cosines[0][2] is not None and some.cosines[1] == [None] * 3
+    assert len(some.directions.found.eigenvalues) == 2
     none = measured(tmp_path / "none", torch.zeros(2, 20))
-    assert none["gradients"]["effective_rank"] is None and none["directions"]["eigenvalues"] == []
-    assert gradient_numbers([]) is None and gradient_section(None) is None and headlines(None) == []
+    assert none.gradients.found.effective_rank is None and none.directions.found.eigenvalues == []
+    assert gradients_result([]) is None
     for numbers in (one, some, none):
-        assert json_safe(numbers) == numbers  # nothing that json lacks
-        section = gradient_section(numbers)
-        assert section is not None and len(section.tables[1].rows) == numbers["num_gradients"]
+        stored = numbers.numbers()
+        assert json_safe(stored) == stored  # nothing that json lacks
+        assert stored["gradients"]["expected_effective_rank"] == numbers.gradients.chance.effective_rank
+        assert len(gradients_section(numbers).tables[1].rows) == numbers.num_gradients
     assert headlines(one) == headlines(none) == [] and len(headlines(some)) == 2
 
 
 def test_the_report_shows_spectrum_energy_and_cosines(tmp_path: Path) -> None:
     numbers = measured(tmp_path, randn(70, 100))
-    section = gradient_section(numbers)
-    assert section is not None
+    section = gradients_section(numbers)
     eigenvalues, energy, cosines, neighbours = section.figures
     assert isinstance(eigenvalues, Lines) and eigenvalues.log_y
     shares = list(eigenvalues.series["measured"])
     assert sum(share for share in shares if share is not None) == pytest.approx(1.0)
     assert isinstance(energy, Lines) and energy.series["measured"][-1] == pytest.approx(1.0)
     assert len(cosines.values) == 60 and cosines.labels[0] == "5" and cosines.labels[-1] == "350"  # type: ignore[union-attr]
-    assert neighbours.x == numbers["steps"][1:]  # type: ignore[union-attr]
+    assert neighbours.x == numbers.steps[1:]  # type: ignore[union-attr]
     assert "70 stored gradients" in headlines(numbers)[0] and "stored exactly" in section.text
 
 
@@ -191,5 +198,5 @@ def test_logs_of_different_sketches_are_refused(tmp_path: Path) -> None:
         ("model", write(tmp_path / "d", randn(1, 101), max_size=64)),
     ):
         with pytest.raises(UserError, match="different kinds, sizes, seeds or models"):
-            gradient_numbers(first + other)
+            gradients_result(first + other)
         assert name

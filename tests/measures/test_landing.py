@@ -4,30 +4,31 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from in_memory import taken
 
+from ssrctl.measures.base import Taken
 from ssrctl.measures.landing import (
     SETS,
-    Landing,
-    chance_interval,
-    example,
-    land,
-    landing_numbers,
+    LandingMeasure,
+    LandingResult,
+    Picture,
+    headlines,
+    landing_row,
+    landing_section,
     measure_landing,
-    measure_tensor,
     reference_sets,
     skip_reason,
-    summary,
 )
-from ssrctl.measures.landing_report import headlines, landing_section
+from ssrctl.measures.maths.grouping import group
+from ssrctl.measures.maths.landings import Landing, Landings, chance_interval, land, summary
 from ssrctl.measures.maths.magnitude import count_by_magnitude, magnitude_classes
-from ssrctl.measures.maths.row_column_counts import profile
+from ssrctl.measures.maths.row_column_counts import coarse_map, concentration, mean_concentration, profile
 from ssrctl.measures.maths.update_matrix import Unmeasured
 from ssrctl.report.formats import json_safe
 from ssrctl.report.render import html_page
@@ -50,10 +51,34 @@ def masks_of(shape: tuple[int, ...], *counts: int, seed: int = 0) -> list[torch.
     return found
 
 
-def numbers_of(found: dict, **more: Any) -> dict:
-    changes = {name: masks_of((6, 8), 9)[0] for name in found}
-    lines = {name: line for name, one in changes.items() if (line := profile(one)) is not None}
-    return landing_numbers(found, lines, rule="any", **SETTINGS, **more)
+def result_of(
+    found: dict[str, dict[str, Landings]],
+    unmeasured: dict[str, str] | None = None,
+    examples: list[Picture] | None = None,
+) -> LandingResult:
+    line = profile(masks_of((6, 8), 9)[0])
+    assert line is not None
+    return LandingResult(
+        **SETTINGS,
+        rule="any",
+        rows=group(found, landing_row),
+        concentration=group(dict.fromkeys(found, concentration(line)), mean_concentration),
+        unmeasured=unmeasured or {},
+        examples=examples or [],
+    )
+
+
+def landed(weight: torch.Tensor, changed: torch.Tensor, *, rank_share: float, density: float) -> dict[str, Landings]:
+    sets = reference_sets(weight, rank_share=rank_share, density=density, seed=0)
+    assert not isinstance(sets, Unmeasured)
+    return measure_landing(weight, changed, sets)
+
+
+def measured(name: str, base: torch.Tensor, changed: torch.Tensor, **settings: float) -> Taken[LandingResult]:
+    """Take the measure of one tensor, of which the changed weights moved by a bit or more."""
+    tuned = torch.where(changed, base + base.abs() + 1, base)
+    (found,) = taken([LandingMeasure], {name: base}, {name: tuned}, **settings)
+    return found
 
 
 # --------------------------------------------------------------------------------------------------
@@ -70,7 +95,7 @@ def test_a_planted_overlap_is_found(planted: int) -> None:
     one = land(changed, chosen)
     assert one == landing(80, 20, 10, planted)
     assert one.overlap == planted / 10 and one.density == one.expected_both / 10 == 0.25
-    assert summary([one])["ratio"] == pytest.approx(planted / 2.5)
+    assert summary([one]).ratio == pytest.approx(planted / 2.5)
 
 
 @given(st.integers(0, 2**24 - 1), st.integers(0, 2**24 - 1))
@@ -86,15 +111,15 @@ def test_counts_are_those_of_python_sets(a: int, b: int) -> None:
 
 def test_nothing_changed_has_no_overlap_and_no_ratio() -> None:
     row = summary([landing(40, 10, 0)])
-    assert (row["num_changed"], row["overlap"], row["expected_overlap"], row["ratio"]) == (0, None, None, None)
-    assert (row["expected_low"], row["expected_high"], row["density"]) == (None, None, 0.25)
-    assert summary([])["density"] is None and chance_interval([]) == (0, 0)
+    assert (row.num_changed, row.overlap, row.expected_overlap, row.ratio) == (0, None, None, None)
+    assert (row.expected_low, row.expected_high, row.density) == (None, None, 0.25)
+    assert summary([]).density is None and chance_interval([]) == (0, 0)
     assert landing(0, 0, 0).density == 0.0
 
 
 def test_everything_changed_overlaps_by_the_density_exactly() -> None:
     row = summary([landing(40, 10, 40, 10)])
-    assert row["overlap"] == row["expected_overlap"] == row["expected_low"] == row["expected_high"] == 0.25
+    assert row.overlap == row.expected_overlap == row.expected_low == row.expected_high == 0.25
 
 
 def test_shapes_must_agree() -> None:
@@ -121,7 +146,7 @@ def test_the_normalised_overlap_of_random_sets_is_the_other_sets_density() -> No
     overlaps = [land(drawn, chosen).overlap for drawn in masks_of((40, 50), *[300] * 400, seed=1)]
     # the mean of 400 draws, each with a standard deviation of 0.025
     assert np.mean(overlaps) == pytest.approx(0.3, abs=4 * 0.025 / 20)
-    assert summary([land(masks_of((40, 50), 300)[0], chosen)])["expected_overlap"] == pytest.approx(0.3, abs=1e-15)
+    assert summary([land(masks_of((40, 50), 300)[0], chosen)]).expected_overlap == pytest.approx(0.3, abs=1e-15)
 
 
 @pytest.mark.parametrize(("numel", "num_set", "num_changed"), [(2000, 1000, 400), (200, 20, 30), (50, 45, 40)])
@@ -162,10 +187,10 @@ def test_an_interval_lies_within_what_is_possible(sizes: list[tuple[int, int, in
 
 def test_totals_weigh_matrices_by_their_changes() -> None:
     row = summary([landing(100, 50, 10, 9), landing(100, 10, 30, 3)])
-    assert row["overlap"] == 12 / 40
-    assert row["expected_overlap"] == pytest.approx((10 * 0.5 + 30 * 0.1) / 40)
-    assert row["ratio"] == pytest.approx(12 / 8)
-    assert row["density"] == 60 / 200  # of the sets, weighted by size
+    assert row.overlap == 12 / 40
+    assert row.expected_overlap == pytest.approx((10 * 0.5 + 30 * 0.1) / 40)
+    assert row.ratio == pytest.approx(12 / 8)
+    assert row.density == 60 / 200  # of the sets, weighted by size
 
 
 # --------------------------------------------------------------------------------------------------
@@ -183,7 +208,7 @@ def planted_matrix() -> torch.Tensor:
 def test_the_sets_are_those_of_the_definition() -> None:
     weight = planted_matrix()
     sets = reference_sets(weight, rank_share=1 / 24, density=1 / 8, seed=0)
-    assert not isinstance(sets, Unmeasured) and tuple(sets) == SETS[:3]
+    assert not isinstance(sets, Unmeasured) and list(sets) == list(SETS)[:3]
     block = torch.zeros(32, 24, dtype=torch.bool)
     block[:8, :12] = True  # 96 of 768: an eighth
     assert torch.equal(sets["principal"], block)
@@ -206,11 +231,10 @@ def test_changes_off_the_principal_weights_are_seen_to_avoid_them() -> None:
     changed = torch.zeros(32, 24, dtype=torch.bool)
     changed[:8, :3] = True  # 24 of 96 on principal weights
     changed[20:29, 12:20] = True  # 72 elsewhere
-    found = measure_landing(weight, changed, rank_share=1 / 24, density=1 / 8)
-    assert not isinstance(found, Unmeasured)
+    found = landed(weight, changed, rank_share=1 / 24, density=1 / 8)
     assert found["principal"] == (landing(768, 96, 96, 24),)
     row = summary(found["principal"])
-    assert row["overlap"] == 0.25 and row["expected_overlap"] == 1 / 8 and row["ratio"] == 2.0
+    assert row.overlap == 0.25 and row.expected_overlap == 1 / 8 and row.ratio == 2.0
 
 
 def rounded_noise(avoid: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -227,12 +251,11 @@ def rounded_noise(avoid: torch.Tensor | None = None) -> tuple[torch.Tensor, torc
 def test_noise_seems_to_avoid_principal_weights_until_magnitudes_are_matched() -> None:
     """Zhu et al. 2025, gate III: rounding hides small updates of large weights, whatever made them."""
     weight, changed = rounded_noise()
-    found = measure_landing(weight, changed, rank_share=8 / 96, density=0.5)
-    assert not isinstance(found, Unmeasured)
+    found = landed(weight, changed, rank_share=8 / 96, density=0.5)
     plain, matched = summary(found["principal"]), summary(found["principal_same_size"])
-    assert plain["num_changed"] == matched["num_changed"] and plain["overlap"] == matched["overlap"]
-    assert plain["ratio"] < 0.6 and plain["overlap"] < plain["expected_low"]
-    assert matched["expected_low"] <= matched["overlap"] <= matched["expected_high"]
+    assert plain.num_changed == matched.num_changed and plain.overlap == matched.overlap
+    assert plain.ratio < 0.6 and plain.overlap < plain.expected_low
+    assert matched.expected_low <= matched.overlap <= matched.expected_high
 
 
 def test_real_avoidance_is_still_seen_at_equal_magnitude() -> None:
@@ -241,10 +264,9 @@ def test_real_avoidance_is_still_seen_at_equal_magnitude() -> None:
     assert not isinstance(sets, Unmeasured)
     half = sets["principal"] & masks_of((96, 128), 6144, seed=12)[0]
     _, changed = rounded_noise(avoid=half)
-    found = measure_landing(weight, changed, rank_share=8 / 96, density=0.5)
-    assert not isinstance(found, Unmeasured)
+    found = landed(weight, changed, rank_share=8 / 96, density=0.5)
     matched = summary(found["principal_same_size"])
-    assert matched["overlap"] < matched["expected_low"] and 0.4 < matched["ratio"] < 0.8
+    assert matched.overlap < matched.expected_low and 0.4 < matched.ratio < 0.8
 
 
 def test_counts_by_magnitude_are_those_of_the_definition() -> None:
@@ -267,10 +289,7 @@ def test_counts_by_magnitude_are_those_of_the_definition() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_every_floating_dtype_is_measured(dtype: torch.dtype) -> None:
-    found = measure_landing(
-        planted_matrix().to(dtype), torch.ones(32, 24, dtype=torch.bool), rank_share=1 / 24, density=1 / 8
-    )
-    assert not isinstance(found, Unmeasured)
+    found = landed(planted_matrix().to(dtype), torch.ones(32, 24, dtype=torch.bool), rank_share=1 / 24, density=1 / 8)
     assert found["principal"] == (landing(768, 96, 768, 96),)
 
 
@@ -278,9 +297,10 @@ def test_every_floating_dtype_is_measured(dtype: torch.dtype) -> None:
 def test_weights_that_are_no_numbers_have_no_sets(broken: float) -> None:
     weight = planted_matrix()
     weight[3, 4] = broken
-    assert example("w", weight, weight > 0, **SETTINGS) is None
-    found = measure_landing(weight, torch.ones(32, 24, dtype=torch.bool), **SETTINGS)
-    assert isinstance(found, Unmeasured) and "NaN or infinite" in found.reason
+    found = measured("model.layers.0.self_attn.q_proj.weight", weight, weight == weight[0, 0])
+    (reason,) = found.result.unmeasured.values()
+    assert "NaN or infinite" in reason and found.result.examples == []
+    assert found.findings.sections[0].figures == found.findings.headlines == []
 
 
 def test_skipped_tensors_are_named_with_a_reason() -> None:
@@ -298,32 +318,46 @@ def test_experts_are_matrices_of_their_own_and_evenly_spread() -> None:
     changed = torch.zeros(15, 32, 24, dtype=torch.bool)
     changed[14, 0, 0] = True
     name = "model.layers.3.mlp.experts.down_proj"
-    found = measure_tensor(name, stack, changed, rank_share=1 / 24, density=1 / 8)
-    assert list(found) == [f"{name}.{place}" for place in (0, 2, 4, 6, 8, 10, 12, 14)]
-    last = found[f"{name}.14"]
-    assert not isinstance(last, Unmeasured) and last["principal"] == (landing(768, 96, 1, 1),)
-    one = measure_tensor("w", stack[0], changed[14], rank_share=1 / 24, density=1 / 8)
-    assert one == {"w": last}
+    settings = {"principal_rank": 1 / 24, "mask_density": 1 / 8}
+    found = measured(name, stack, changed, **settings).result
+    assert list(found.rows.tensors) == [f"{name}.{place}" for place in (0, 2, 4, 6, 8, 10, 12, 14)]
+    last = found.rows.tensors[f"{name}.14"]
+    assert last.principal == summary([landing(768, 96, 1, 1)])
+    assert found.concentration.tensors == {} and found.examples == []  # of matrices only
+    one = measured("model.layers.3.mlp.down_proj.weight", stack[0], changed[14], **settings).result
+    assert list(one.rows.tensors.values()) == [last]
+    assert one.concentration.total.row_gini is not None
     assert skip_reason(name, stack.shape, stack.dtype) is None
+
+
+def test_tensors_that_did_not_change_or_have_no_principal_weights_are_told_apart() -> None:
+    same = measured("w", planted_matrix(), torch.zeros(32, 24, dtype=torch.bool))
+    assert same.result.unmeasured == {"w": "nothing in it changed"}
+    assert same.findings.numbers["landing"]["unmeasured"] == [{"name": "w", "reason": "nothing in it changed"}]
+    vector = measured("w", torch.ones(5), torch.ones(5, dtype=torch.bool))
+    assert vector.findings.numbers == {} and vector.findings.sections == []
 
 
 def test_an_example_shows_where_changes_and_principal_weights_lie() -> None:
     weight = planted_matrix()
     changed = torch.zeros(32, 24, dtype=torch.bool)
     changed[20:] = True
-    one = example("w", weight, changed, rank_share=1 / 24, density=1 / 8)
-    assert one is not None and one["name"] == "w"
-    assert one["changed"]["shares"] == changed.double().tolist()
-    assert [sum(row) for row in one["principal"]["shares"]] == [12.0] * 8 + [0.0] * 24
-    section = landing_section(numbers_of({"w": dict.fromkeys(SETS, (landing(48, 24, 9, 5),))}, examples=[one]))
-    assert [figure.title for figure in section.figures[-2:]] == ["Changed weights of w", "Principal weights of w"]
+    name = "model.layers.0.self_attn.q_proj.weight"
+    found = measured(name, weight, changed, principal_rank=1 / 24, mask_density=1 / 8)
+    (one,) = found.result.examples
+    assert one.name == name and one.changed == coarse_map(changed)
+    assert one.changed.shares == changed.double().tolist()
+    assert [sum(row) for row in one.principal.shares] == [12.0] * 8 + [0.0] * 24
+    assert found.findings.numbers["landing"]["examples"][0]["changed"]["shares"] == one.changed.shares
+    titles = [figure.title for figure in found.findings.sections[0].figures[-2:]]
+    assert titles == [f"Changed weights of {name}", f"Principal weights of {name}"]
 
 
 # --------------------------------------------------------------------------------------------------
 # the report
 
 
-def report() -> dict:
+def report() -> LandingResult:
     names = [f"model.layers.{layer}.self_attn.{kind}_proj.weight" for layer in (0, 1) for kind in ("q", "o")]
     parts = (
         [landing(48, 24, 9, 1)],
@@ -331,13 +365,12 @@ def report() -> dict:
         [landing(48, 12, 9, 0)],
         [landing(24, 12, 8, 1), landing(24, 12, 1, 0)],
     )
-    found: dict = {name: dict(zip(SETS, map(tuple, parts), strict=True)) for name in names}
-    found["model.layers.1.mlp.up_proj.weight"] = Unmeasured("<b>1</b> of 48 weights are NaN or infinite")
-    return numbers_of(found)
+    found = {name: dict(zip(SETS, map(tuple, parts), strict=True)) for name in names}
+    return result_of(found, {"model.layers.1.mlp.up_proj.weight": "<b>1</b> of 48 weights are NaN or infinite"})
 
 
 def test_numbers_are_grouped_and_json_ready() -> None:
-    numbers = report()
+    numbers = report().numbers()
     assert numbers == json_safe(numbers)
     assert [row["layer"] for row in numbers["layers"]] == [0, 1]
     assert [row["kind"] for row in numbers["kinds"]] == ["q", "o"]
@@ -356,25 +389,30 @@ def test_headlines_say_which_side_of_chance() -> None:
 
 
 def test_an_overlap_within_the_interval_is_not_called_a_preference() -> None:
-    numbers = numbers_of({"w": dict.fromkeys(SETS, (landing(48, 24, 9, 5),))})
+    numbers = result_of({"w": dict.fromkeys(SETS, (landing(48, 24, 9, 5),))})
     assert all("no more or less than chance" in line for line in headlines(numbers))
 
 
 def test_reports_without_changes_or_matrices_are_still_reports() -> None:
-    assert headlines(numbers_of({})) == []
-    assert landing_section(numbers_of({})).figures == []
-    unchanged = numbers_of({"w": dict.fromkeys(SETS, (landing(48, 24, 0),))})
+    assert headlines(result_of({})) == []
+    assert landing_section(result_of({})).figures == []
+    unchanged = result_of({"w": dict.fromkeys(SETS, (landing(48, 24, 0),))})
     assert "nothing landed" in headlines(unchanged)[0]
-    assert "–" in landing_section(unchanged).tables[0].rows[0]
+    table = landing_section(unchanged).tables[0]
+    assert table.rows[0][3:] == [None] * 5 and table.formatted()[0][3:] == ["–"] * 5
 
 
 def test_the_section_is_drawn() -> None:
     from ssrctl.report.document import Document
 
-    numbers = report()
-    section = landing_section(numbers)
+    result = report()
+    section = landing_section(result)
+    assert [table.title for table in section.tables][-1] == "Matrices without principal weights"
+    by_kind = section.tables[0]
+    assert [row[:3] for row in by_kind.rows[:2]] == [["q", "principal", 18], ["q", "low-magnitude", 18]]
+    assert by_kind.rows[0][3] == 2 / 18 and by_kind.formatted()[0][3] == "11.11%"
     assert "expected by chance" in section.figures[0].series  # type: ignore[union-attr]
     page = html_page(
-        Document(title="t", facts=[], headlines=headlines(numbers), notes=[], sections=[section]), version="0"
+        Document(title="t", facts=[], headlines=headlines(result), notes=[], sections=[section]), version="0"
     )
     assert "principal, not low" in page and "<b>1</b>" not in page

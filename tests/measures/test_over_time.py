@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import math
+import weakref
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from in_memory import opened, taken, taken_of
 
 from ssrctl.measures import over_time as module
 from ssrctl.measures.maths.row_column_counts import profile, stability
-from ssrctl.measures.over_time import OverTime, over_time, over_time_numbers, series
-from ssrctl.measures.over_time_report import headlines, over_time_section
+from ssrctl.measures.over_time import (
+    OverTime,
+    OverTimeMeasure,
+    OverTimeResult,
+    headlines,
+    over_time,
+    over_time_result,
+    over_time_section,
+    time_row,
+)
 from ssrctl.report.document import Document, Lines
 from ssrctl.report.formats import json_safe
 from ssrctl.report.render import html_page
@@ -30,7 +40,8 @@ def beyond_one(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def follow(base: torch.Tensor, checkpoints: list[torch.Tensor], differs=differ) -> OverTime:
-    return over_time(base, [lambda one=one: one for one in checkpoints], differs, differ)  # type: ignore[misc]
+    last = checkpoints[-1] if checkpoints else base
+    return over_time(base, last, checkpoints, differs, differ)
 
 
 def places(flags: torch.Tensor) -> set[int]:
@@ -94,13 +105,13 @@ def test_a_planted_run_is_told_apart() -> None:
         "num_ever_outside": 1,
         "num_cancelled": 1,
     }
-    row = series([one])
-    assert row["sparsity"] == [0.6, 0.7, 0.6] and row["neighbour_sparsity"] == [0.6, 0.8, 0.8]
-    assert row["outside_final_of_ever"] == row["cancelled_of_ever"] == 0.2
-    assert row["ever_outside_frac"] == row["cancelled_frac"] == 0.1
-    assert row["never_frac"] == 0.5 and row["final_frac"] == 0.4
-    assert row["outside_final_of_changed"] == [0.25, 0.0, 0.0]
-    assert row["expected_ever_frac"] == pytest.approx([0.4, 1 - 0.6 * 0.8, 1 - 0.6 * 0.8 * 0.8])
+    row = time_row([one])
+    assert row.sparsity == [0.6, 0.7, 0.6] and row.neighbour_sparsity == [0.6, 0.8, 0.8]
+    assert row.outside_final_of_ever == row.cancelled_of_ever == 0.2
+    assert row.ever_outside_frac == row.cancelled_frac == 0.1
+    assert row.never_frac == 0.5 and row.final_frac == 0.4
+    assert row.outside_final_of_changed == [0.25, 0.0, 0.0]
+    assert row.expected_ever_frac == pytest.approx([0.4, 1 - 0.6 * 0.8, 1 - 0.6 * 0.8 * 0.8])
 
 
 def test_within_a_tolerance_is_outside_the_final_subnetwork_but_not_cancelled() -> None:
@@ -117,19 +128,19 @@ def test_intervals_that_move_random_weights_grow_as_expected() -> None:
         now = now.clone()
         now.view(-1)[torch.randperm(60_000, generator=generator)[:9000]] += 1
         checkpoints.append(now)
-    row = series([follow(base, checkpoints)])
+    row = time_row([follow(base, checkpoints)])
     # a standard deviation of about sqrt(60000 * 0.25) = 122 weights
-    assert row["ever_frac"] == pytest.approx(row["expected_ever_frac"], abs=4 * 122 / 60_000)
-    assert row["expected_ever_frac"][-1] == pytest.approx(1 - 0.85**4)
+    assert row.ever_frac == pytest.approx(row.expected_ever_frac, abs=4 * 122 / 60_000)
+    assert row.expected_ever_frac[-1] == pytest.approx(1 - 0.85**4)
 
 
 def test_a_run_that_changes_nothing_divides_by_nothing() -> None:
-    row = series([follow(torch.ones(3, 4), [torch.ones(3, 4)] * 2)])
-    assert row["sparsity"] == [1.0, 1.0] and row["never_frac"] == 1.0
-    assert row["outside_final_of_ever"] is None and row["cancelled_of_ever"] is None
-    assert row["outside_final_of_changed"] == row["row_stability"] == [None, None]
-    empty = series([])
-    assert empty["sparsity"] == [] and empty["never_frac"] is None and empty["final_frac"] is None
+    row = time_row([follow(torch.ones(3, 4), [torch.ones(3, 4)] * 2)])
+    assert row.sparsity == [1.0, 1.0] and row.never_frac == 1.0
+    assert row.outside_final_of_ever is None and row.cancelled_of_ever is None
+    assert row.outside_final_of_changed == row.row_stability == [None, None]
+    empty = time_row([])
+    assert empty.sparsity == [] and empty.never_frac is None and empty.final_frac is None
 
 
 def test_profiles_are_compared_with_the_last() -> None:
@@ -137,21 +148,20 @@ def test_profiles_are_compared_with_the_last() -> None:
     base = torch.zeros(30, 20)
     checkpoints = [(torch.rand(30, 20, generator=generator) < share).float() for share in (0.1, 0.3, 0.5)]
     one = follow(base, checkpoints)
-    wanted = stability([line for c in checkpoints if (line := profile(c != base)) is not None])
-    assert one.row_stability == pytest.approx(tuple(wanted["rows"]), abs=1e-12)
-    assert one.column_stability == pytest.approx(tuple(wanted["columns"]), abs=1e-12)
+    rows, columns = stability([line for c in checkpoints if (line := profile(c != base)) is not None])
+    assert one.row_stability == pytest.approx(tuple(rows), abs=1e-12)
+    assert one.column_stability == pytest.approx(tuple(columns), abs=1e-12)
     assert follow(torch.zeros(5), [torch.ones(5)]).row_stability == ()
 
 
 def test_checkpoints_are_read_one_after_another() -> None:
-    """The last is read first, for the final subnetwork, and no more than two are alive at a time."""
-    import weakref
-
+    """The last is read first, for the final subnetwork, and no more than two besides it are alive at a time."""
+    comparison = opened({"w": torch.zeros(4, 4)}, *({"w": torch.ones(4, 4)} for _ in range(5)))
     alive: list[weakref.ref] = []
     order, most = [], 0
 
     def reader(place: int):
-        def read() -> torch.Tensor:
+        def read(name: str) -> torch.Tensor:
             nonlocal most
             tensor = torch.full((4, 4), float(place))
             alive.append(weakref.ref(tensor))
@@ -161,8 +171,23 @@ def test_checkpoints_are_read_one_after_another() -> None:
 
         return read
 
-    over_time(torch.zeros(4, 4), [reader(place) for place in (1, 2, 3, 4, 5)], differ, differ)
-    assert order == [5, 1, 2, 3, 4, 5] and most == 2
+    for place, checkpoint in enumerate(comparison.tuned, 1):
+        checkpoint.reader.tensor = reader(place)  # type: ignore[method-assign]
+    (found,) = taken_of([OverTimeMeasure], comparison, "series")
+    assert found.result.rows.total.sparsity == [0.0] * 5 and found.result.steps == [1, 2, 3, 4, 5]
+    assert order == [5, 1, 2, 3, 4] and most == 3
+
+
+def test_a_series_is_followed_through_the_protocol() -> None:
+    names = ["model.layers.0.mlp.up_proj.weight", "model.norm.weight"]
+    tensors = [{name: torch.full((2, 3), value) for name in names} for value in (1.0, 2.0, 1.0)]
+    (found,) = taken([OverTimeMeasure], *tensors, mode="series", changed_by="bf16")
+    assert found.result.rows.total.cancelled_of_ever == 1.0
+    assert found.findings.numbers["over_time"]["tensors"][1]["name"] == names[1]
+    assert found.findings.published == {"changed_per_checkpoint": 1.0, "outside_final": 1.0}
+    steps, by_kind, _ = found.findings.sections[0].tables
+    assert [row[0] for row in steps.rows] == [1, 2] and steps.rows[1][1] == 1.0
+    assert [row[0] for row in by_kind.rows] == ["up", "norm"] and by_kind.formatted()[0][1] == "6"
 
 
 def test_other_shapes_and_no_checkpoints_are_refused() -> None:
@@ -176,7 +201,7 @@ def test_other_shapes_and_no_checkpoints_are_refused() -> None:
 # the report
 
 
-def numbers_of(num_steps: int = 3, names: int = 3) -> dict:
+def numbers_of(num_steps: int = 3, names: int = 3) -> OverTimeResult:
     generator = np.random.default_rng(9)
     base = torch.zeros(8, 9)
     labels = ["model.layers.0.mlp.up_proj.weight", "model.layers.1.self_attn.q_proj.weight", "model.<b>norm.weight"]
@@ -184,16 +209,16 @@ def numbers_of(num_steps: int = 3, names: int = 3) -> dict:
         name: follow(base, [torch.from_numpy(generator.integers(0, 2, (8, 9))).float() for _ in range(num_steps)])
         for name in labels[:names]
     }
-    return over_time_numbers(found, [10 * (t + 1) for t in range(num_steps)], "any change")
+    return over_time_result(found, [10 * (t + 1) for t in range(num_steps)], "any change")
 
 
 def test_numbers_are_grouped_and_json_ready() -> None:
-    numbers = numbers_of()
+    numbers = numbers_of().numbers()
     assert numbers == json_safe(numbers)
     assert numbers["steps"] == [10, 20, 30] and numbers["total"]["numel"] == 3 * 72
     assert [row["layer"] for row in numbers["layers"]] == [0, 1, None]
     with pytest.raises(ValueError, match="2 steps"):
-        over_time_numbers({"w": follow(torch.zeros(2), [torch.ones(2)])}, [1, 2], "any")
+        over_time_result({"w": follow(torch.zeros(2), [torch.ones(2)])}, [1, 2], "any")
 
 
 @pytest.mark.parametrize("num_steps", [1, 100])
@@ -211,7 +236,7 @@ def test_the_section_is_drawn(num_steps: int) -> None:
 def test_headlines_say_what_came_back() -> None:
     base = torch.zeros(10)
     changed = torch.tensor([1.0] * 4 + [0.0] * 6)
-    numbers = over_time_numbers({"w": follow(base, [changed, changed * torch.arange(10)])}, [5, 10], "any")
+    numbers = over_time_result({"w": follow(base, [changed, changed * torch.arange(10)])}, [5, 10], "any")
     first, second, third = headlines(numbers)
     assert "from 60.00% at step 5 to 70.00% at step 10" in first
     assert second.startswith("25.00%") and "10.00% of all" in second and "25.00% are back" in second
@@ -219,8 +244,8 @@ def test_headlines_say_what_came_back() -> None:
 
 
 def test_reports_of_nothing_are_still_reports() -> None:
-    nothing = over_time_numbers({}, [], "any")
+    nothing = over_time_result({}, [], "any")
     assert headlines(nothing) == [] and over_time_section(nothing).figures == []
-    still = over_time_numbers({"w": follow(torch.ones(3), [torch.ones(3)])}, [1], "any")
+    still = over_time_result({"w": follow(torch.ones(3), [torch.ones(3)])}, [1], "any")
     assert headlines(still) == ["No weight changed at any checkpoint."]
     assert over_time_section(still).tables

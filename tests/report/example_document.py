@@ -203,8 +203,8 @@ def example_document(rows: int = 520) -> Document:
     """The same document every time."""
     rng = random.Random(0)
     measured = {"sparsity_1e-5": 0.971, "sparsity_bf16": 0.9312, "rank": 0.994}
-    beside = published_section(measured)  # type: ignore[arg-type]
-    beside.figures.append(
+    published_numbers = published_section(measured)  # type: ignore[arg-type]
+    published_numbers.figures.append(
         Ranges(
             title="Without a value or without a reference",
             labels=["not measured", "not published"],
@@ -231,7 +231,7 @@ def example_document(rows: int = 520) -> Document:
         ],
         notes=[
             "3 tensors are bfloat16 in BASE and float32 in TUNED; they were compared in float32.",
-            "Weights that are no numbers: 2 nan in tuned. They count as changed.",
+            "NaN or infinite weights: 2 nan in tuned. They count as changed.",
         ],
         sections=[
             Section(
@@ -241,7 +241,7 @@ def example_document(rows: int = 520) -> Document:
                 tables=[largest_changes()],
             ),
             Section(title="Where", text="By layer and kind of matrix.", figures=heatmaps(rng)),
-            beside,
+            published_numbers,
             Section(title="Over training", figures=curves(rng)),
             Section(title="All tensors", tables=[tensor_table(rows, rng)]),
             Section(title="Details", text="What few readers need.", tables=[largest_changes()], collapsed=True),

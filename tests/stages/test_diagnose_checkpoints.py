@@ -499,7 +499,7 @@ def test_a_hub_name_without_a_network(shell: Shell, base: Weights, tmp_path: Pat
     local = folder(tmp_path / "base", base)
     for pair in (("someone/some-model", local), (local, "someone/some-model")):
         said = shell.refused(*pair)
-        assert "someone/some-model is no path here" in said
+        assert "someone/some-model is not a path here" in said
     assert "checkpoint not found" in shell.refused(local, tmp_path / "nothing" / "here")
     shell.refused(local, "../nothing")
 

@@ -12,6 +12,7 @@ from ssrctl.checkpoints.names import KINDS, layer_index, matrix_kind
 T = TypeVar("T")
 Row = TypeVar("Row")
 TensorRow = TypeVar("TensorRow")
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,14 @@ class Grouped(Generic[Row, TensorRow]):
         """The rows of the layers proper, without the tensors outside of them."""
         return {layer: row for layer, row in self.layers.items() if layer is not None}
 
+    @property
+    def labelled_layers(self) -> dict[str, Row]:
+        """The rows of all layers, by the layer's name in figures and tables."""
+        return {layer_label(layer): row for layer, row in self.layers.items()}
+
 
 def group(found: Mapping[str, T], summary: Callable[[Sequence[T]], Row]) -> Grouped[Row, Row]:
-    """Summarise the measures of single tensors by group; a tensor's own row is the summary of it alone.
+    """Summarise the measures of single tensors by group; a tensor's own row is the summary of that tensor.
 
     Args:
         found: a measure of each tensor, by name.
@@ -75,9 +81,7 @@ def group_with_tensors(
     found: Mapping[str, T], summary: Callable[[Sequence[T]], Row], tensors: dict[str, TensorRow]
 ) -> Grouped[Row, TensorRow]:
     """Summarise as ``group`` does, with rows of another type for single tensors."""
-    cells: dict[tuple[int | None, str], list[T]] = {}
-    for name, one in found.items():
-        cells.setdefault((layer_index(name), matrix_kind(name)), []).append(one)
+    cells = _by_key(found, lambda name: (layer_index(name), matrix_kind(name)))
     order = sorted(cells, key=lambda cell: (cell[0] is None, cell[0] or 0, KINDS.index(cell[1])))
     return Grouped(
         total=summary(list(found.values())),
@@ -90,23 +94,22 @@ def group_with_tensors(
 
 def by_layer(found: Mapping[str, T]) -> dict[int | None, list[T]]:
     """Return the measures of each layer's tensors, layers in order; None (outside of the layers) comes last."""
-    layers: dict[int | None, list[T]] = {}
-    for name, one in found.items():
-        layers.setdefault(layer_index(name), []).append(one)
+    layers = _by_key(found, layer_index)
     return {layer: layers[layer] for layer in sorted(layers, key=lambda layer: (layer is None, layer or 0))}
 
 
 def by_kind(found: Mapping[str, T]) -> dict[str, list[T]]:
     """Return the measures of each kind of matrix, in the order of ``KINDS``."""
-    kinds: dict[str, list[T]] = {}
-    for name, one in found.items():
-        kinds.setdefault(matrix_kind(name), []).append(one)
+    kinds = _by_key(found, matrix_kind)
     return {kind: kinds[kind] for kind in KINDS if kind in kinds}
 
 
-def grouped(found: Mapping[str, T], summary: Callable[[Sequence[T]], dict[str, Any]]) -> dict[str, Any]:
-    """Return ``group`` in the form of report.json, for rows that are dicts."""
-    return group(found, summary).numbers(row=dict)
+def _by_key(found: Mapping[str, T], key: Callable[[str], Key]) -> dict[Key, list[T]]:
+    """Return the measures of the tensors whose names have the same key."""
+    groups: dict[Key, list[T]] = {}
+    for name, one in found.items():
+        groups.setdefault(key(name), []).append(one)
+    return groups
 
 
 def layer_label(layer: int | None) -> str:

@@ -1,6 +1,6 @@
 """The largest singular values and vectors of a weight matrix, exactly or by a randomised method that states its error.
 
-A matrix is read in pieces of rows and computed with in float64, whatever its dtype, so that beside the matrix itself
+A matrix is read in pieces of rows and computed with in float64, whatever its dtype, so that besides the matrix itself
 only a square of its smaller side is held. Sums, differences and perturbed copies of matrices are made piece by piece
 too (``Rows``).
 """
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 EXACT_SIDE = 4096
 # Elements converted to float64 at once: 16 MiB.
 _PIECE = 1 << 21
-# Elements up to which what is computed may be kept: 64 MiB in float64.
+# Elements up to which a computed matrix may be kept: 64 MiB in float64.
 _HELD = 1 << 23
 # Block Krylov: directions beyond k, blocks in a cycle, cycles, and the error relative to sigma_k that is good enough.
 _OVERSAMPLING = 0.25
@@ -29,8 +29,8 @@ _TARGET = 1e-7
 _NEARBY_EXTRA = 10
 _NEARBY_ITERATIONS = 5
 
-# Machine epsilon of float32. The weights' own is of no use: with bfloat16's 2^-7 numpy's tolerance passes sigma_1 from
-# 128 rows on, and every rank would be 0. Nor is it called for, since the difference of two 16-bit weights is exact.
+# Machine epsilon of float32. That of the weights is useless: with bfloat16's 2^-7 numpy's tolerance passes sigma_1 from
+# 128 rows on, and every rank would be 0. It is not needed either, since the difference of two 16-bit weights is exact.
 EPS = 2.0**-23
 
 
@@ -40,14 +40,14 @@ class Rows:
 
     Attributes:
         shape: (rows, columns), rows >= columns.
-        piece: gives rows start:stop as float64 ``[stop - start, columns]``; the same ones every time.
+        piece: returns rows start:stop as float64 ``[stop - start, columns]``, the same ones every time.
     """
 
     shape: tuple[int, int]
     piece: Callable[[int, int], Tensor]
 
     def pieces(self) -> Iterator[tuple[int, int, Tensor]]:
-        """(start, stop, float64 rows), in order."""
+        """Yield (start, stop, float64 rows), in order."""
         rows, columns = self.shape
         step = max(1, _PIECE // columns)
         for start in range(0, rows, step):
@@ -55,7 +55,7 @@ class Rows:
             yield start, stop, self.piece(start, stop)
 
     def held(self) -> Rows:
-        """The same, computed once and kept in float64 if that takes no more than 64 MiB."""
+        """Compute the matrix once and keep it in float64, if that takes no more than 64 MiB."""
         rows, columns = self.shape
         if rows * columns > _HELD:
             return self
@@ -64,7 +64,7 @@ class Rows:
         return plain(torch.cat([piece for _, _, piece in self.pieces()]))
 
     def gram(self) -> Tensor:
-        """``A^T A``, float64 ``[columns, columns]``."""
+        """Return ``A^T A``, float64 ``[columns, columns]``."""
         import torch
 
         total = torch.zeros(self.shape[1], self.shape[1], dtype=torch.float64)
@@ -73,7 +73,7 @@ class Rows:
         return total
 
     def times(self, block: Tensor) -> Tensor:
-        """``A X`` for float64 ``X [columns, b]``: ``[rows, b]``."""
+        """Return ``A X``, ``[rows, b]``, for float64 ``X [columns, b]``."""
         import torch
 
         product = torch.empty(self.shape[0], block.shape[1], dtype=torch.float64)
@@ -82,7 +82,7 @@ class Rows:
         return product
 
     def transposed_times(self, block: Tensor) -> Tensor:
-        """``A^T X`` for float64 ``X [rows, b]``: ``[columns, b]``."""
+        """Return ``A^T X``, ``[columns, b]``, for float64 ``X [rows, b]``."""
         import torch
 
         product = torch.zeros(self.shape[1], block.shape[1], dtype=torch.float64)
@@ -91,7 +91,7 @@ class Rows:
         return product
 
     def normal_times(self, block: Tensor) -> Tensor:
-        """``A^T A X`` for float64 ``X [columns, b]``, in one pass over the matrix."""
+        """Return ``A^T A X`` for float64 ``X [columns, b]``, in one pass over the matrix."""
         import torch
 
         product = torch.zeros(self.shape[1], block.shape[1], dtype=torch.float64)
@@ -112,7 +112,7 @@ class LowRank:
         error: of the randomised method, an upper bound, in units of the singular values, on the residual
             ``max(||A V - U S||_2, ||A^T U - V S||_2)``: each value is as close to a singular value of the matrix, and
             the subspaces are within asin(error / gap) of singular subspaces (Wedin 1972). None when exact, and from
-            ``nearby_top_k``, which is told how good to be.
+            ``nearby_top_k``, whose tolerance the caller sets.
         values: all min(m, n) singular values, float64, descending; None unless exact.
         basis: the vectors of the shorter side that go with ``values``, all of them, ``[min(m, n), min(m, n)]``; None
             unless exact.
@@ -127,12 +127,12 @@ class LowRank:
     basis: Tensor | None = None
 
     def transposed(self) -> LowRank:
-        """The same for the transposed matrix."""
+        """Return the decomposition of the transposed matrix."""
         return replace(self, U=self.V, V=self.U)
 
 
 def rank_k_svd(matrix: Tensor, k: int, *, seed: int) -> LowRank:
-    """The best rank-k approximation of a matrix.
+    """Return the best rank-k approximation of a matrix.
 
     Exact while the smaller side is at most ``EXACT_SIDE``, or k more than a tenth of it: eigenvectors of the Gram
     matrix in float64, then one Rayleigh-Ritz step on the matrix itself. Values are good to about 1e-16 of the largest,
@@ -156,14 +156,14 @@ def rank_k_svd(matrix: Tensor, k: int, *, seed: int) -> LowRank:
 
 
 def plain(matrix: Tensor) -> Rows:
-    """A stored matrix ``[m, n]``, m >= n."""
+    """Return the rows of a stored matrix ``[m, n]``, m >= n."""
     import torch
 
     return Rows((matrix.shape[0], matrix.shape[1]), lambda start, stop: matrix[start:stop].to(torch.float64))
 
 
 def difference(base: Tensor, tuned: Tensor) -> Rows:
-    """``tuned - base``, both ``[m, n]`` with m >= n and of any dtypes, subtracted in float64."""
+    """Return the rows of ``tuned - base``, both ``[m, n]`` with m >= n and of any dtypes, subtracted in float64."""
     import torch
 
     return Rows(
@@ -173,11 +173,11 @@ def difference(base: Tensor, tuned: Tensor) -> Rows:
 
 
 def top_k(rows: Rows, k: int, *, seed: int, start: Tensor | None = None, cycles: int = _CYCLES) -> LowRank:
-    """``rank_k_svd`` of a matrix given in pieces.
+    """Return the ``rank_k_svd`` of a matrix given in pieces.
 
     Args:
         start: right vectors ``[columns, b]`` of a matrix near this one, from which the randomised method starts.
-        cycles: after which the randomised method takes what it has.
+        cycles: maximum of the randomised method.
     """
     import torch
 
@@ -193,14 +193,15 @@ def top_k(rows: Rows, k: int, *, seed: int, start: Tensor | None = None, cycles:
 
 
 def singular_values(rows: Rows) -> Tensor:
-    """All singular values, float64, descending, by the Gram matrix: those below 1e-8 of the largest are noise."""
+    """Return all singular values, float64, descending, by the Gram matrix: those below 1e-8 of the largest are noise."""
     import torch
 
-    return torch.linalg.eigvalsh(rows.gram()).flip(0).clamp_(min=0).sqrt_()
+    squares: Tensor = torch.linalg.eigvalsh(rows.gram())
+    return squares.flip(0).clamp_(min=0).sqrt_()
 
 
 def spectral_norm(rows: Rows, *, seed: int) -> float:
-    """The largest singular value; of a large matrix an upper bound on it, by the randomised method."""
+    """Return the largest singular value; of a large matrix an upper bound on it, by the randomised method."""
     if rows.shape[1] <= EXACT_SIDE:
         return float(singular_values(rows)[0])
     found = _block_krylov(rows, 1, seed, None, _CYCLES)
@@ -208,7 +209,7 @@ def spectral_norm(rows: Rows, *, seed: int) -> float:
 
 
 def nearby_top_k(rows: Rows, base: LowRank, k: int, *, tolerance: float) -> LowRank | None:
-    """The same for a matrix near one that was decomposed exactly, several times as fast.
+    """Return ``top_k`` of a matrix near one that was decomposed exactly, several times as fast.
 
     Block Davidson iteration from the base's vectors: residuals are divided by the differences of the squared singular
     values, in the base's basis, where this is the first order of perturbation theory (Davidson 1975).
@@ -216,12 +217,12 @@ def nearby_top_k(rows: Rows, base: LowRank, k: int, *, tolerance: float) -> LowR
     Args:
         rows: the matrix.
         base: of a nearby matrix, exact.
-        k: how many, at most as many as ``base`` has.
-        tolerance: how good the angle between the subspaces of the two is to be, relative to that angle, by the size of
-            the next correction.
+        k: number of directions, at most those of ``base``.
+        tolerance: of the angle between the subspaces of the two, relative to that angle, by the size of the next
+            correction.
 
     Returns:
-        None when a few iterations did not get there: the matrix is not near.
+        None when a few iterations did not reach the tolerance: the matrix is not near.
     """
     import torch
 
@@ -252,7 +253,7 @@ def nearby_top_k(rows: Rows, base: LowRank, k: int, *, tolerance: float) -> LowR
 
 
 def _ritz(rows: Rows, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Singular triplets of the matrix within the span of orthonormal ``right [columns, k]``."""
+    """Return singular triplets of the matrix within the span of orthonormal ``right [columns, k]``."""
     import torch
 
     left, values, turn = torch.linalg.svd(rows.times(right), full_matrices=False)
@@ -260,7 +261,7 @@ def _ritz(rows: Rows, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _width(k: int) -> int:
-    """Columns of a block that is to find k directions."""
+    """Return the columns of a block that finds k directions."""
     return k + max(10, int(_OVERSAMPLING * k))
 
 
@@ -284,7 +285,7 @@ def _block_krylov(rows: Rows, k: int, seed: int, start: Tensor | None, cycles: i
 
 
 def _cycle(rows: Rows, block: Tensor) -> Tensor:
-    """One cycle from an orthonormal block ``[n, b]``: the best Ritz vectors of A^T A ``[n, b]``, orthonormal."""
+    """Run one cycle from an orthonormal block ``[n, b]``; return the best Ritz vectors of A^T A ``[n, b]``, orthonormal."""
     import torch
 
     columns, width = block.shape
@@ -293,11 +294,12 @@ def _cycle(rows: Rows, block: Tensor) -> Tensor:
         last = images[:, -width:]
         fresh = last - basis @ (basis.T @ last)
         if float(fresh.norm()) <= 1e-13 * float(last.norm()):
-            break  # the span holds all that the matrix does to it
+            break  # the span is invariant
         # Once more, since the round-off that the first projection left is blown up where the remainder is small.
         fresh = torch.linalg.qr(fresh).Q
         fresh = torch.linalg.qr(fresh - basis @ (basis.T @ fresh)).Q
         basis = torch.cat((basis, fresh), dim=1)
         images = torch.cat((images, rows.normal_times(fresh)), dim=1)
     inner = basis.T @ images
-    return basis @ torch.linalg.eigh((inner + inner.T) / 2).eigenvectors[:, -width:].flip(1)
+    vectors: Tensor = torch.linalg.eigh((inner + inner.T) / 2).eigenvectors
+    return basis @ vectors[:, -width:].flip(1)

@@ -1,8 +1,8 @@
-"""Counting sets of weights by the power of two that the weights' magnitudes lie in.
+"""Counts of sets of weights by the power of two of the weights' magnitudes.
 
 A weight of small magnitude has a small step to the next value that its dtype can store, so that the same update moves
 it more often (Zhu et al. 2025, arXiv:2511.08567, gate III and lemma E.2). Within a power of two all steps are equal:
-comparing weights there alone leaves nothing of this.
+a comparison within one is free of this effect.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _PART = 1 << 20  # weights counted at once
-_LOWEST, _HIGHEST = -148, 128  # of ``frexp`` in float32; what lies beyond counts with the last
+_LOWEST, _HIGHEST = -148, 128  # of ``frexp`` in float32; exponents beyond count with the last
 NUM_CLASSES = _HIGHEST - _LOWEST + 3  # before them 0, after them NaN and infinity
 
 
 def magnitude_classes(weights: Tensor) -> Tensor:
-    """The class of each weight: 0 for zero, then by power of two, NaN and infinite ones last; int64, the same shape.
+    """Return the class of each weight, int64 of the same shape: 0 for zero, then by power of two, non-finite ones last.
 
     Args:
         weights: any real dtype and shape.
@@ -33,7 +33,7 @@ def magnitude_classes(weights: Tensor) -> Tensor:
 
 
 def count_by_magnitude(base: Tensor, *sets: Tensor) -> Tensor:
-    """How many weights, and how many of each set, are in each class of ``magnitude_classes``.
+    """Count the weights, and those of each set, in each class of ``magnitude_classes``.
 
     Args:
         base: any real dtype and shape.

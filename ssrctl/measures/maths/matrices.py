@@ -1,4 +1,4 @@
-"""Which tensors are matrices, their single matrices, and the update of each, read once for all measures of a pair."""
+"""The weight matrices of a tensor, and the update of each, read once for all measures of a pair."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAX_EXPERTS = 8
 
 
 def skip_reason(shape: Sequence[int], dtype: torch.dtype) -> str | None:
-    """Return why a tensor has no rank and spectrum, None when it has; needs no weights, so that none are read in vain."""
+    """Return why a tensor has no rank and spectrum, None when it has; read no weights."""
     if not dtype.is_floating_point:
         return f"its dtype is {str(dtype).removeprefix('torch.')}: not real weights"
     if len(shape) < 2:
@@ -35,8 +35,8 @@ def skip_reason(shape: Sequence[int], dtype: torch.dtype) -> str | None:
 def stacked(name: str, *tensors: Tensor) -> Iterator[tuple[str, tuple[Tensor, ...]]]:
     """Yield (label, the same matrix of each tensor): a matrix as it is, of a stack ``[experts, m, n]`` some experts.
 
-    Expert i is called ``name.i``; of more than ``MAX_EXPERTS`` only that many are taken, evenly spread from the first
-    to the last.
+    The label of expert i is ``name.i``; of more than ``MAX_EXPERTS`` only that many are taken, evenly spread from the
+    first to the last.
     """
     if tensors[0].ndim == 2:
         yield name, tensors

@@ -1,4 +1,4 @@
-"""Which rows and columns of a matrix do changes hit, how unevenly, and do they stay the same ones?
+"""Changed weights by row and by column of a matrix: how unevenly they are spread, and whether that stays the same.
 
 Zhu et al. 2025 (arXiv:2511.08567), section 2.2 and figures 2 and 3: changes form stripes of rows and columns that
 persist over training and between runs. A *profile* is the number of changed weights in each row, or in each column.
@@ -7,18 +7,17 @@ persist over training and between runs. A *profile* is the number of changed wei
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from itertools import combinations, pairwise
+from typing import TYPE_CHECKING
 
-from ssrctl.report.document import Heatmap
+from ssrctl.measures.maths.averages import mean
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _PART = 1 << 20  # coordinates counted at once
-_SIDES = ("rows", "columns")
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,7 @@ class Profile:
 
     @property
     def num_changed(self) -> int:
+        """The number of changed weights."""
         return int(self.rows.sum())
 
 
@@ -45,7 +45,7 @@ def profile(changed: Tensor) -> Profile | None:
         changed: bool ``[m, n]``, True = changed.
 
     Returns:
-        None for a tensor that is no matrix.
+        None for a tensor that is not a matrix.
     """
     import torch
 
@@ -60,7 +60,7 @@ def profile(changed: Tensor) -> Profile | None:
 
 
 def stacked(parts: Sequence[Profile | None]) -> Profile | None:
-    """The profile of a matrix from those of its blocks of rows, in order; None without any."""
+    """Join the profiles of a matrix's blocks of rows, given in order; None without any."""
     import torch
 
     kept = [one for one in parts if one is not None]
@@ -74,7 +74,7 @@ def stacked(parts: Sequence[Profile | None]) -> Profile | None:
 
 
 def gini(counts: Sequence[int] | Tensor) -> float | None:
-    """How unevenly counts are spread: ``sum_ij |x_i - x_j| / (2 n^2 mean(x))``, from 0 (all equal) to 1 - 1/n.
+    """Return the Gini coefficient of counts: ``sum_ij |x_i - x_j| / (2 n^2 mean(x))``, 0 (all equal) to 1 - 1/n.
 
     None for counts that are all 0, or none.
     """
@@ -90,7 +90,7 @@ def gini(counts: Sequence[int] | Tensor) -> float | None:
 
 
 def expected_gini(num_lines: int, length: int, num_changed: int) -> float | None:
-    """``gini`` of the profile of a random set, on average.
+    """Return the mean ``gini`` of the profile of a random set.
 
     The count of a line is hypergeometric with distribution function F; of two independent ones the mean distance is
     ``2 sum F (1 - F)``. The counts of lines add up to a constant, which makes two of them differ a little more, by
@@ -114,25 +114,37 @@ def expected_gini(num_lines: int, length: int, num_changed: int) -> float | None
         return None
     below = hypergeom(numel, num_changed, length).cdf(np.arange(min(length, num_changed)))
     distance = 2 * float((below * (1 - below)).sum())
-    mean = num_changed / num_lines
-    return math.sqrt((num_lines - 1) / num_lines) * distance / (2 * mean)
+    return math.sqrt((num_lines - 1) / num_lines) * distance / (2 * num_changed / num_lines)
 
 
-def concentration(found: Profile) -> dict[str, float | None]:
-    """``row_gini`` and ``column_gini``, each beside what a random set of as many coordinates has."""
+@dataclass(frozen=True, kw_only=True)
+class Concentration:
+    """Gini coefficients of the changes per row and per column, and those of a random set of as many coordinates.
+
+    All are None when nothing changed.
+    """
+
+    row_gini: float | None
+    expected_row_gini: float | None
+    column_gini: float | None
+    expected_column_gini: float | None
+
+
+def concentration(found: Profile) -> Concentration:
+    """Measure how unevenly the changes of a matrix are spread."""
     rows, columns, changed = found.rows.numel(), found.columns.numel(), found.num_changed
-    return {
-        "row_gini": gini(found.rows),
-        "expected_row_gini": expected_gini(rows, columns, changed),
-        "column_gini": gini(found.columns),
-        "expected_column_gini": expected_gini(columns, rows, changed),
-    }
+    return Concentration(
+        row_gini=gini(found.rows),
+        expected_row_gini=expected_gini(rows, columns, changed),
+        column_gini=gini(found.columns),
+        expected_column_gini=expected_gini(columns, rows, changed),
+    )
 
 
-def mean_concentration(found: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
-    """``concentration`` of several matrices, each value the mean over those that have changes."""
-    keys = ("row_gini", "expected_row_gini", "column_gini", "expected_column_gini")
-    return {key: mean([one[key] for one in found]) for key in keys}
+def mean_concentration(found: Sequence[Concentration]) -> Concentration:
+    """Average over several matrices, each value over those that have changes."""
+    names = [field.name for field in fields(Concentration)]
+    return Concentration(**{name: mean(getattr(one, name) for one in found) for name in names})
 
 
 # --------------------------------------------------------------------------------------------------
@@ -140,7 +152,7 @@ def mean_concentration(found: Sequence[Mapping[str, float | None]]) -> dict[str,
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> float | None:
-    """Spearman's rank correlation of two profiles, in [-1, 1], equal counts sharing their mean rank; 0 on average by chance.
+    """Return Spearman's rank correlation of two profiles, in [-1, 1], 0 on average by chance; ties share their mean rank.
 
     None when one of them is constant, or has fewer than 3 lines.
 
@@ -156,72 +168,61 @@ def rank_correlation(a: Tensor, b: Tensor) -> float | None:
     return float(spearmanr(a.numpy(), b.numpy()).statistic)
 
 
-def stability(series: Sequence[Profile]) -> dict[str, list[float | None]]:
-    """Rank correlation of each profile of a series with the last one: ``rows`` and ``columns``.
+def stability(series: Sequence[Profile]) -> tuple[list[float | None], list[float | None]]:
+    """Return the rank correlation of each profile of a series with the last one, of (rows, columns).
 
     The last value is 1, or None where its profile is constant. An empty series gives empty lists.
     """
-    return {
-        side: [rank_correlation(getattr(one, side), getattr(series[-1], side)) for one in series] for side in _SIDES
-    }
+    return (
+        [rank_correlation(one.rows, series[-1].rows) for one in series],
+        [rank_correlation(one.columns, series[-1].columns) for one in series],
+    )
 
 
-def agreement(runs: Sequence[Profile]) -> dict[str, float | None]:
-    """Mean rank correlation over the pairs of runs, ``rows`` and ``columns``; pairs without one are left out."""
-    return {
-        side: mean([rank_correlation(getattr(a, side), getattr(b, side)) for a, b in combinations(runs, 2)])
-        for side in _SIDES
-    }
-
-
-def mean(values: Sequence[float | None]) -> float | None:
-    """Of the values that are not None; None when there are none."""
-    kept = [value for value in values if value is not None]
-    return math.fsum(kept) / len(kept) if kept else None
+def agreement(runs: Sequence[Profile]) -> tuple[float | None, float | None]:
+    """Return the mean rank correlation over the pairs of runs, of (rows, columns); pairs without one are left out."""
+    pairs = list(combinations(runs, 2))
+    return (
+        mean(rank_correlation(a.rows, b.rows) for a, b in pairs),
+        mean(rank_correlation(a.columns, b.columns) for a, b in pairs),
+    )
 
 
 # --------------------------------------------------------------------------------------------------
 # for figures
 
 
-def coarse_map(changed: Tensor, blocks: int = 48) -> dict[str, Any]:
-    """Changed shares of the blocks of a matrix, as a small picture of it.
+@dataclass(frozen=True)
+class CoarseMap:
+    """A small picture of a matrix.
+
+    Attributes:
+        rows, columns: where the blocks start.
+        shares: ``[rows][columns]``, the mean of each block.
+    """
+
+    rows: list[int]
+    columns: list[int]
+    shares: list[list[float]]
+
+
+def coarse_map(changed: Tensor, blocks: int = 48) -> CoarseMap:
+    """Average a matrix over blocks.
 
     Args:
         changed: ``[m, n]``, bool, or for each weight the share of several runs that changed it.
         blocks: along each side, at most; a side is cut as evenly as possible.
-
-    Returns:
-        ``rows`` and ``columns``, where the blocks start, and ``shares``, ``[rows][columns]``.
     """
     import torch
 
-    starts = [[int(part[0]) for part in torch.arange(size).tensor_split(min(blocks, size))] for size in changed.shape]
-    strips = [changed[first:last] for first, last in zip(starts[0], [*starts[0][1:], None], strict=True)]
-    shares = [
-        [
-            float(strip[:, first:last].double().mean())
-            for first, last in zip(starts[1], [*starts[1][1:], None], strict=True)
-        ]
-        for strip in strips
-    ]
-    return {"rows": starts[0], "columns": starts[1], "shares": shares}
-
-
-def map_figure(title: str, picture: Mapping[str, Any], caption: str) -> Heatmap:
-    """A ``coarse_map`` in colours around the mean over its blocks, so that bands of rows and columns stand out."""
-    values = [value for row in picture["shares"] for value in row]
-    centre = math.fsum(values) / len(values)
-    return Heatmap(
-        title=title,
-        values=picture["shares"],
-        row_labels=[str(start) for start in picture["rows"]],
-        column_labels=[str(start) for start in picture["columns"]],
-        row_axis="row",
-        column_axis="column",
-        centre=centre,
-        scale=min(centre, 1 - centre) or None,  # so that the scale's ends are shares, too
-        shares=True,
-        decimals=0,
-        caption=caption,
+    rows, columns = (
+        [int(part[0]) for part in torch.arange(size).tensor_split(min(blocks, size))] for size in changed.shape
     )
+    heights, widths = (
+        [end - start for start, end in pairwise([*starts, size])]
+        for starts, size in zip((rows, columns), changed.shape, strict=True)
+    )
+    shares = [
+        [float(block.double().mean()) for block in strip.split(widths, dim=1)] for strip in changed.split(heights)
+    ]
+    return CoarseMap(rows, columns, shares)

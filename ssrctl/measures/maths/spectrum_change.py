@@ -1,8 +1,8 @@
-"""How training turned and stretched the principal directions of a weight matrix.
+"""The rotation and stretching of the principal directions of a weight matrix by training.
 
 Principal angles between the top-k singular subspaces before and after, and the normalised shift of the singular values
-(Zhu et al. 2025, arXiv:2511.08567, sec. 4.1). Beside them what two random updates of the same size do to the same
-matrix, since one whose singular values lie close together turns easily, and what perturbation theory allows.
+(Zhu et al. 2025, arXiv:2511.08567, sec. 4.1), next to the effect of two random updates of the same size on the same
+matrix, since one whose singular values lie close together turns easily, and to the bounds of perturbation theory.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _RIGHT_ANGLE = 90.0
 
 @dataclass(frozen=True, kw_only=True)
 class RandomUpdate:
-    """What a random update did to the base; one draw.
+    """The effect of a random update on the base; one draw.
 
     Attributes:
         left_largest, left_mean, right_largest, right_mean: principal angles, degrees, good to about 1% where the
@@ -53,9 +53,9 @@ class SpectrumChange:
 
     Attributes:
         k: directions compared: as asked for, but less than min(m, n) and no more than the rank of W0.
-        exact: the decompositions were.
+        exact: True = the decompositions were exact.
         left, right: the k principal angles between the top-k left (right) subspaces, ascending, in [0, 90].
-        angle_error: bound on their error from round-off or from the randomised method; 90 when that resolves nothing.
+        angle_error: bound on their error from round-off or from the randomised method; 90 when no angle is resolved.
         relative_gap: s_k(W0) / s_{k+1}(W0) - 1; None when s_{k+1} is 0 to the tolerance of the rank.
         well_defined: s_k(W0) - s_{k+1}(W0) > ||D||_2. Otherwise the update could exchange directions across the cut,
             and large angles need not mean much.
@@ -67,7 +67,7 @@ class SpectrumChange:
         expected_shift: by ``gaussian``: shift_bound / sqrt(max(m, n)), the first order of perturbation theory, for
             updates of at most 2% of the norm of W0; beyond, that of the draw itself. None when that was not decomposed
             exactly, or nothing changed.
-        shift_top_k: the same over the first k values alone.
+        shift_top_k: the same over the first k values only.
         gaussian: a random update with independent normal entries and the Frobenius norm of D, in expectation.
         signs: D with random signs: the same coordinates and sizes. Both None when nothing changed.
         energy_left, energy_right, energy_both: share of ||D||_F^2 in the top-k left subspace of W0, in the right one,
@@ -130,7 +130,7 @@ class SpectrumChange:
         return max(self.left[-1], self.right[-1]) > self.angle_error
 
     def numbers(self) -> dict[str, Any]:
-        """For the report: angles as largest and mean, curves at no more than 32 points and six digits."""
+        """Return the form that report.json holds: angles as largest and mean, curves at up to 32 points and six digits."""
         angle_index = curve_places(self.k)
         own = asdict(self)
         for side in ("left", "right"):
@@ -145,7 +145,7 @@ class SpectrumChange:
 
 
 def default_k(m: int, n: int) -> int:
-    """Directions compared unless asked otherwise: a tenth of the smaller side, in [8, 128] and below that side."""
+    """Return the default number of directions: a tenth of the smaller side, in [8, 128] and below that side."""
     side = min(m, n)
     return max(1, min(side - 1, max(_MIN_K, min(_MAX_K, side // _K_SHARE))))
 
@@ -214,7 +214,7 @@ def spectrum_change(
 
 
 def principal_angles(first: Tensor, second: Tensor) -> list[float]:
-    """Principal angles in degrees, ascending, between the column spans of two orthonormal float64 ``[n, k]``.
+    """Return the principal angles (degrees, ascending) between the column spans of two orthonormal float64 ``[n, k]``.
 
     cos(t_i) = s_i(first^T second). Below 45 degrees from the sines instead, the singular values of
     second - first first^T second, because a cosine near 1 has lost half the digits (Bjorck and Golub 1973).
@@ -230,7 +230,7 @@ def principal_angles(first: Tensor, second: Tensor) -> list[float]:
 
 
 def curve_places(length: int) -> list[int]:
-    """At most 32 of the places 1..length, evenly spread on a log scale, with both ends."""
+    """Return at most 32 of the places 1..length, evenly spread on a log scale, with both ends."""
     if length <= _CURVE_POINTS:
         return list(range(1, length + 1))
     ratios = (math.exp(math.log(length) * step / (_CURVE_POINTS - 1)) for step in range(_CURVE_POINTS))
@@ -238,7 +238,7 @@ def curve_places(length: int) -> list[int]:
 
 
 def _subspace_error(found: LowRank, k: int, rows: int) -> float:
-    """Bound in degrees on the angle between the computed and the true top-k subspaces."""
+    """Return a bound (degrees) on the angle between the computed and the true top-k subspaces."""
     largest, last, following = (float(found.S[place]) for place in (0, k - 1, k))
     if found.error is None:
         # The Gram matrix is good to max(m, n) eps s_1^2, its eigenvectors to that over the gap of the squares.
@@ -254,7 +254,7 @@ def _wedin_angle(base: Tensor, tuned: Tensor, k: int, update_norm: float) -> flo
 
 
 def _degrees_of_sine(numerator: float, denominator: float) -> float:
-    """asin(numerator / denominator) in degrees; 90 where that is no sine."""
+    """Return asin(numerator / denominator) in degrees; 90 where that is not a sine."""
     if denominator <= numerator:
         return _RIGHT_ANGLE
     return math.degrees(math.asin(numerator / denominator))
@@ -263,7 +263,7 @@ def _degrees_of_sine(numerator: float, denominator: float) -> float:
 def _random_update(
     update: UpdateMatrix, kind: Literal["gaussian", "signs"], base: LowRank, k: int, seed: int
 ) -> tuple[RandomUpdate, Tensor | None]:
-    """What adding a random update to the base does, and all singular values then, if they were computed."""
+    """Return the effect of a random update on the base, and all singular values after it, if they were computed."""
     rows = _perturbed(update, kind, seed)
     found = None
     # Of a tall matrix the Gram matrix is the larger part of the work, and iterations save none of it.
@@ -271,7 +271,7 @@ def _random_update(
     if base.exact and not tall and update.norm <= _SMALL * update.base_norm:
         found = nearby_top_k(rows, base, k, tolerance=_RANDOM_TOLERANCE)
     if found is None:
-        # A baseline need not be as good as what it is compared with: one cycle from so near a start.
+        # A baseline can be less accurate than the measured angles: one cycle from a near start.
         found = top_k(rows, k, seed=derive_seed(seed, kind), start=base.V, cycles=1)
     left = principal_angles(base.U[:, :k], found.U[:, :k])
     right = principal_angles(base.V[:, :k], found.V[:, :k])
@@ -285,7 +285,7 @@ def _random_update(
 
 
 def _expected_shift(update: UpdateMatrix, base: Tensor | None, values: Tensor | None) -> float | None:
-    """Of the Gaussian update; ``values`` of the base after it, where they were computed."""
+    """Return the shift by the Gaussian update; ``values`` are the base's after it, where they were computed."""
     if update.norm <= _SMALL * update.base_norm:
         # Each value moves by u^T E v, normal with the variance of E's entries; there are min(m, n) of them.
         return update.norm / update.base_norm / math.sqrt(update.shape[0])
@@ -295,7 +295,7 @@ def _expected_shift(update: UpdateMatrix, base: Tensor | None, values: Tensor | 
 
 
 def _perturbed(update: UpdateMatrix, kind: Literal["gaussian", "signs"], seed: int) -> Rows:
-    """The base plus a random update; of a small matrix held, of a large one made anew in every pass."""
+    """Return the base plus a random update: a small matrix is kept, a large one is computed again in every pass."""
     import torch
 
     scale = update.norm / math.sqrt(update.base.numel())
@@ -338,7 +338,7 @@ def _expected_energies(rows: int, columns: int, k: int) -> dict[str, float]:
 
 
 def _unchanged(update: UpdateMatrix, k: int) -> SpectrumChange:
-    """Of an update that is zero: nothing is decomposed."""
+    """Return the change by an update of zero; decompose nothing."""
     rows, columns = update.shape
     return SpectrumChange(
         k=k,
@@ -367,7 +367,7 @@ def _unchanged(update: UpdateMatrix, k: int) -> SpectrumChange:
 
 
 def _turned(update: UpdateMatrix, change: SpectrumChange) -> SpectrumChange:
-    """The same with left and right as in the matrix that was given, when it was transposed."""
+    """Return the change with left and right as in the given matrix, where that was transposed."""
     if not update.wide:
         return change
     return replace(

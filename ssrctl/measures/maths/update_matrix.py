@@ -1,4 +1,4 @@
-"""The update of one weight matrix, read once: norms, what changed, and how much of it rounding could be."""
+"""The update of one weight matrix, read once: norms, counts of changes, and the share that rounding could explain."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SMALL = 1 << 22
 
 @dataclass(frozen=True)
 class Unmeasured:
-    """A tensor that has no such numbers, and why."""
+    """The reason why a tensor has no such numbers."""
 
     reason: str
 
@@ -29,13 +29,13 @@ class UpdateMatrix:
 
     Attributes:
         base, tuned: ``[rows, columns]``, rows >= columns; small ones as float64, large ones as they are stored.
-        wide: they were transposed to that end.
+        wide: True = they were transposed for that.
         base_norm, norm: Frobenius norms of the base and of the update D = tuned - base.
         largest_row, largest_column: largest L2 norm of a row and of a column of D.
-        changed_rows, changed_columns: how many are not all zero in D.
-        rounding_norm: expected Frobenius norm of what storing the tuned weights rounded off, if each was rounded
-            once to its dtype from a value spread evenly within its step: sqrt(sum of (step^2 / 12)). The coarser
-            dtype of base and tuned counts.
+        changed_rows, changed_columns: number of rows and of columns of D that are not all zero.
+        rounding_norm: expected Frobenius norm of the rounding errors of the tuned weights, if each was rounded once
+            to its dtype from a value spread evenly within its step: sqrt(sum of (step^2 / 12)). The coarser dtype of
+            base and tuned counts.
     """
 
     base: Tensor
@@ -71,7 +71,7 @@ class UpdateMatrix:
 
 
 def read_update(base: Tensor, tuned: Tensor) -> UpdateMatrix | Unmeasured:
-    """Survey a pair of matrices ``[m, n]`` of any real floating dtypes.
+    """Read the update of a pair of matrices ``[m, n]`` of any real floating dtypes.
 
     Returns:
         ``Unmeasured`` when weights are NaN or infinite, or so large or small that their squares are.
@@ -125,7 +125,7 @@ def read_update(base: Tensor, tuned: Tensor) -> UpdateMatrix | Unmeasured:
 
 
 def _steps(weights: Tensor, dtype: torch.dtype) -> Tensor:
-    """Distance from each weight (float64) to the next larger magnitude that ``dtype`` can store."""
+    """Return the distance from each weight (float64) to the next larger magnitude that ``dtype`` can store."""
     import torch
 
     limits = torch.finfo(dtype)

@@ -29,7 +29,7 @@ def run(config: DiagnoseConfig) -> dict[str, Any]:
 
 
 def _refuse_without_effect(config: DiagnoseConfig) -> None:
-    """An assertion that nothing looks at would pass whatever the weights are."""
+    """Refuse settings without effect; an assertion that nothing checks would pass whatever the weights are."""
     mode = "--jaccard" if config.jaccard else "--intervene" if config.intervene is not None else None
     if mode is None:
         return

@@ -90,7 +90,7 @@ def run_intervene(config: DiagnoseConfig) -> dict[str, Any]:
 
 
 def _model_config(path: Path) -> ModelConfig:
-    """A folder, or the bundled model, on the CPU in the dtype that its config asks for."""
+    """Return settings that load a folder, or the bundled model, on the CPU in the dtype that its config asks for."""
     if str(path) == TINY:
         return ModelConfig(dtype="auto", device="cpu")
     if not path.is_dir():
@@ -119,7 +119,7 @@ def _notes(chosen: Sequence[Attention], kind: str) -> list[str]:
 
 
 def _prompts(loaded: LoadedModel, config: DiagnoseConfig) -> list[Tensor]:
-    """A few texts as token ids, and as many ids of the whole vocabulary at random."""
+    """Return a few texts as token ids, and the same number of random ids of the whole vocabulary."""
     import torch
 
     from ssrctl.core.seeds import derive_seed
@@ -144,7 +144,7 @@ def _prompts(loaded: LoadedModel, config: DiagnoseConfig) -> list[Tensor]:
 def _check_function(
     loaded: LoadedModel, made: Mapping[str, Edit], prompts: Sequence[Tensor]
 ) -> tuple[list[Tensor], dict[str, LogitDifference]]:
-    """The model's logits in its own dtype, and what is known before anything is written; leaves the model changed.
+    """Return the logits in the model's own dtype, and how far the edits move them; leave the model changed.
 
     ``float32`` is how far the edits move the logits in float32; ``dtype_alone`` how far the unchanged model's logits in
     its own dtype are from those in float32, to compare the written model's difference with.

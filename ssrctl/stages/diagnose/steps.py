@@ -75,7 +75,7 @@ def diagnose_steps(config: DiagnoseConfig) -> dict[str, Any]:
 
 
 def _newest_run() -> Path:
-    """The run under ``runs/`` whose metrics or masks were written to last; says which on stderr."""
+    """Return the run under ``runs/`` whose metrics or masks were written to last, and name it on stderr."""
     runs = [one for one in _RUNS.glob("*") if (one / "config.yaml").exists() or (one / "masks").is_dir()]
     if not runs:
         raise UserError(
@@ -94,7 +94,7 @@ def _written(run_folder: Path) -> float:
 
 
 def _run_settings(folder: Path) -> dict[str, Any]:
-    """The run's own settings from its config.yaml; empty when it has none."""
+    """Return the run's own settings from its config.yaml; empty when it has none."""
     import yaml
 
     if not folder.is_dir():

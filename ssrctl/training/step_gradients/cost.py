@@ -58,17 +58,17 @@ CACHE_OVERHEAD = 0.5
 
 @dataclass(frozen=True)
 class PassCosts:
-    """The numbers of the module's formula for one direction.
+    """Coefficients of the module's formula for one direction, in forward passes of one token through the body.
 
     Attributes:
-        chunk: of having a chunk at all.
-        logits: of its having any logits.
-        head: of a position's logits and log-probability.
-        token: of a token through the body.
-        pair: of a query looking at a key.
-        cached: of a key and value that were there before, per chunk.
-        without_logits: share of the last three that remains where no logits count; a backward pass then starts
-            from keys and values, which skips most of the last layer.
+        chunk: fixed cost of a chunk.
+        logits: fixed cost of computing any logits in a chunk.
+        head: logits and log-probability of one position.
+        token: one token through the body.
+        pair: one query against one key.
+        cached: one cached key and value, in each chunk that reads it.
+        without_logits: share of ``token``, ``pair`` and ``cached`` that remains in a chunk without logits; a
+            backward pass then starts from keys and values, which skips most of the last layer.
     """
 
     chunk: float

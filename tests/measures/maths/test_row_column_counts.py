@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ssrctl.measures.group_tables import picture
+from ssrctl.measures.maths.averages import mean, ratio
 from ssrctl.measures.maths.row_column_counts import (
+    CoarseMap,
+    Concentration,
     Profile,
     agreement,
     coarse_map,
     concentration,
     expected_gini,
     gini,
-    map_figure,
-    mean,
     mean_concentration,
     profile,
     rank_correlation,
@@ -113,20 +117,21 @@ def test_planted_stripes_are_concentrated_along_one_side_only() -> None:
     changed = drawn((60, 80), 0.02, seed=2)
     changed[::6] |= drawn((10, 80), 0.8, seed=3)
     found = concentration(known(changed))
-    assert found["row_gini"] is not None and found["column_gini"] is not None
+    assert found.row_gini is not None and found.column_gini is not None
     # a sixth of the rows has nine tenths of the changes
-    assert found["row_gini"] > 0.7 and found["expected_row_gini"] == pytest.approx(0.145, abs=0.001)
+    assert found.row_gini > 0.7 and found.expected_row_gini == pytest.approx(0.145, abs=0.001)
     # few rows are left to differ in, so that columns are more even than by chance
-    assert 0 < found["column_gini"] < (found["expected_column_gini"] or 0)
+    assert 0 < found.column_gini < (found.expected_column_gini or 0)
 
 
 def test_means_leave_out_what_is_undefined() -> None:
     assert mean([None, 1.0, 3.0]) == 2.0 and mean([None]) is None and mean([]) is None
     unchanged = concentration(Profile(torch.zeros(3, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)))
-    assert set(unchanged.values()) == {None}
-    one = {"row_gini": 0.5, "expected_row_gini": 0.1, "column_gini": 0.2, "expected_column_gini": 0.1}
+    assert set(dataclasses.astuple(unchanged)) == {None}
+    one = Concentration(row_gini=0.5, expected_row_gini=0.1, column_gini=0.2, expected_column_gini=0.1)
     assert mean_concentration([unchanged, one]) == one
-    assert set(mean_concentration([]).values()) == {None}
+    assert mean_concentration([]) == unchanged
+    assert ratio(1, 4) == 0.25 and ratio(None, 4) is None and ratio(1, 0) is None and ratio(1, None) is None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -156,19 +161,19 @@ def test_planted_stripes_stay_while_density_grows() -> None:
     """Rows with their own rates, which grow together: the order of rows stays, that of columns is chance."""
     rates = torch.linspace(0.01, 0.2, 100).unsqueeze(1)
     series = [known(torch.rand(100, 400, generator=torch.Generator().manual_seed(t)) < t * rates) for t in (1, 2, 3)]
-    found = stability(series)
-    assert all(one is not None and one > 0.95 for one in found["rows"])
-    assert found["rows"][-1] == pytest.approx(1.0, abs=1e-12) and found["columns"][-1] == pytest.approx(1.0, abs=1e-12)
+    rows, columns = stability(series)
+    assert all(one is not None and one > 0.95 for one in rows)
+    assert rows[-1] == pytest.approx(1.0, abs=1e-12) and columns[-1] == pytest.approx(1.0, abs=1e-12)
     # 400 columns: a standard deviation of 0.05 by chance
-    assert all(one is not None and abs(one) < 0.2 for one in found["columns"][:-1])
-    assert stability([]) == {"rows": [], "columns": []}
+    assert all(one is not None and abs(one) < 0.2 for one in columns[:-1])
+    assert stability([]) == ([], [])
 
 
 def test_agreement_is_the_mean_over_pairs() -> None:
     runs = [known(drawn((30, 20), 0.3, seed)) for seed in range(3)]
     pairs = [rank_correlation(runs[i].rows, runs[j].rows) for i, j in ((0, 1), (0, 2), (1, 2))]
-    assert agreement(runs)["rows"] == pytest.approx(np.mean([one for one in pairs if one is not None]))
-    assert agreement(runs[:1]) == agreement([]) == {"rows": None, "columns": None}
+    assert agreement(runs)[0] == pytest.approx(np.mean([one for one in pairs if one is not None]))
+    assert agreement(runs[:1]) == agreement([]) == (None, None)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -177,11 +182,11 @@ def test_agreement_is_the_mean_over_pairs() -> None:
 def test_small_pictures_hold_the_shares_of_blocks() -> None:
     changed = torch.zeros(4, 6, dtype=torch.bool)
     changed[:2, 3:] = True
-    assert coarse_map(changed, 2) == {"rows": [0, 2], "columns": [0, 3], "shares": [[0.0, 1.0], [0.0, 0.0]]}
+    assert coarse_map(changed, 2) == CoarseMap([0, 2], [0, 3], [[0.0, 1.0], [0.0, 0.0]])
     whole = coarse_map(changed)
-    assert whole["shares"] == changed.double().tolist() and whole["columns"] == [0, 1, 2, 3, 4, 5]
-    assert coarse_map(changed.double() / 2, 1)["shares"] == [[0.125]]
+    assert whole.shares == changed.double().tolist() and whole.columns == [0, 1, 2, 3, 4, 5]
+    assert coarse_map(changed.double() / 2, 1).shares == [[0.125]]
     uneven = coarse_map(torch.eye(5, dtype=torch.bool), 2)
-    assert uneven["rows"] == [0, 3] and uneven["shares"] == [[3 / 9, 0.0], [0.0, 2 / 4]]
-    figure = map_figure("t", uneven, "")
+    assert uneven.rows == [0, 3] and uneven.shares == [[3 / 9, 0.0], [0.0, 2 / 4]]
+    figure = picture("t", uneven, "")
     assert figure.centre == pytest.approx((3 / 9 + 2 / 4) / 4) and figure.row_labels == ["0", "3"]

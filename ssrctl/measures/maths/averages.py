@@ -1,0 +1,17 @@
+"""Means and ratios that are None where they are undefined: a missing number is never 0."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """Return the mean of the values that are not None; None when there are none."""
+    kept = [value for value in values if value is not None]
+    return math.fsum(kept) / len(kept) if kept else None
+
+
+def ratio(part: float | None, whole: float | None) -> float | None:
+    """Return ``part / whole``; None where either is None, or the whole is 0."""
+    return None if part is None or not whole else part / whole
