@@ -82,12 +82,13 @@ def show_rates(results: Sequence[Any]) -> None:
     console().print(table)
 
 
-def progress(*, unit: str, lines: bool = True) -> Progress:
+def progress(*, unit: str, lines: bool = True, transient: bool = False) -> Progress:
     """Make a progress bar with count, elapsed time and time left; when stderr is not a terminal, a line now and then.
 
     Args:
         unit: of the counts.
         lines: False prints no lines, for a caller that prints its own.
+        transient: remove the bar at the end.
     """
     from rich.progress import (
         BarColumn,
@@ -112,6 +113,7 @@ def progress(*, unit: str, lines: bool = True) -> Progress:
         TimeRemainingColumn(),
         TextColumn("{task.fields[status]}"),
         console=console(),
+        transient=transient,
         disable=not console().is_terminal,
     )
 

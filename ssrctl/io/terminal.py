@@ -41,7 +41,7 @@ class PlainProgress(Progress):
         super().advance(task_id, advance)
         self._line(task_id)
 
-    def update(self, task_id: TaskID, **changes: Any) -> None:  # type: ignore[override]
+    def update(self, task_id: TaskID, **changes: Any) -> None:
         super().update(task_id, **changes)
         self._line(task_id)
 
