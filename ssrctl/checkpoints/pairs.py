@@ -190,9 +190,12 @@ def walk(
             progress(unit="pieces", transient=True) as bar,
         ):
             shown = bar.add_task(description, total=len(tasks), status="")
-            for (name, _), one in zip(tasks, pool.map(lambda task: work(*task), tasks), strict=True):
-                yield name, one
-                bar.advance(shown)
+            try:
+                for (name, _), one in zip(tasks, pool.map(lambda task: work(*task), tasks), strict=True):
+                    yield name, one
+                    bar.advance(shown)
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C nothing new is begun
     finally:
         torch.set_num_threads(threads)
 
