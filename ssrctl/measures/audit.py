@@ -215,6 +215,7 @@ class Audit(PairMeasure[tuple[TensorAudit, list[SpikeAudit]], AuditResult]):
     """The protected weights that moved, and the tensors that did."""
 
     name = "audit"
+    order = 80
     audits = True
 
     def __init__(self, comparison: Comparison, config: DiagnoseConfig, run: Path | None = None) -> None:

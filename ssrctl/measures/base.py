@@ -23,11 +23,13 @@ from __future__ import annotations
 
 import abc
 import importlib
+import pkgutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
+from ssrctl import measures
 from ssrctl.checkpoints.pairs import Comparison, TensorPair, walk
 from ssrctl.configs import DiagnoseConfig
 from ssrctl.measures.published import PublishedKey
@@ -38,9 +40,6 @@ if TYPE_CHECKING:
 
 Part = TypeVar("Part")
 Result = TypeVar("Result")
-
-# The modules of this package that register measures, in the order in which reports show them.
-FAMILIES = ("over_time", "gradients", "sparsity", "rank", "spectrum", "landing", "overlap", "audit")
 
 # The comparison: one checkpoint with its base, several of one base, checkpoints in the order of training, or all
 # checkpoints of a run directory.
@@ -85,6 +84,7 @@ class Measure(abc.ABC, Generic[Part, Result]):
 
     name: ClassVar[str]
     also: ClassVar[tuple[str, ...]] = ()
+    order: ClassVar[int] = 100
     default_in: ClassVar[frozenset[Mode]] = frozenset({"pair"})
     possible_in: ClassVar[frozenset[Mode]] = frozenset({"pair", "several", "series", "run"})
     needs: ClassVar[str] = ""
@@ -244,10 +244,10 @@ def register(measure: type[M]) -> type[M]:
 
 
 def registered() -> dict[str, type[Measure[Any, Any]]]:
-    """Return every measure by name, as reports order them: this package's families, then those from outside."""
-    families = [importlib.import_module(f"ssrctl.measures.{family}").__name__ for family in FAMILIES]
-    order = {family: place for place, family in enumerate(families)}
-    return dict(sorted(_REGISTRY.items(), key=lambda item: order.get(item[1].__module__, len(order))))
+    """Return every measure by name, in the order of reports: all modules of this package, and those from outside."""
+    for module in pkgutil.iter_modules(measures.__path__):
+        importlib.import_module(f"{measures.__name__}.{module.name}")
+    return dict(sorted(_REGISTRY.items(), key=lambda item: item[1].order))
 
 
 # --------------------------------------------------------------------------------------------------

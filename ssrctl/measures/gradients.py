@@ -269,6 +269,7 @@ class GradientsMeasure(RunMeasure[GradientsResult | None]):
     """The number of directions that the logged gradients of a run span."""
 
     name = "gradients"
+    order = 20
     needs = "a run that was trained with --log-gradients"
 
     def combine(self, parts: Mapping[str, list[Any]]) -> GradientsResult | None:

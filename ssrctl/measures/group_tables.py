@@ -9,16 +9,29 @@ from typing import Any, TypeVar
 from ssrctl.checkpoints.names import KINDS
 from ssrctl.measures.maths.grouping import Grouped
 from ssrctl.measures.maths.row_column_counts import CoarseMap
-from ssrctl.report.document import Bars, Column, Heatmap, Numbers, Table
+from ssrctl.report.document import Bars, Column, Heatmap, Lines, Numbers, Table
 
 Row = TypeVar("Row")
 
-# (heading, attribute of the row, how its value is written)
+# (heading, attribute of the row as in ``value_of``, how its value is written)
 RowColumn = tuple[str, str, Callable[[Any], str]]
 
 
+def value_of(row: Any, path: str) -> Any:
+    """Return an attribute of a row, for ``a.b`` that of its attribute; None where one on the way is None."""
+    for name in path.split("."):
+        row = None if row is None else getattr(row, name)
+    return row
+
+
 def row_table(
-    title: str, what: str, rows: Mapping[str, Any], columns: Sequence[RowColumn], note: str = "", detail: bool = False
+    title: str,
+    what: str,
+    rows: Mapping[Any, Any],
+    columns: Sequence[RowColumn],
+    note: str = "",
+    detail: bool = False,
+    **settings: Any,
 ) -> Table:
     """Return a table with a line for each row.
 
@@ -29,14 +42,14 @@ def row_table(
         columns: what is shown of them.
         note: below the table.
         detail: True = a long table that the page shows when asked to, and the terminal does not.
+        settings: further fields of ``Table``.
     """
     return Table(
         title=title,
         columns=[what, *(Column(heading, show) for heading, _, show in columns)],
-        rows=[[label, *(getattr(row, key) for _, key, _ in columns)] for label, row in rows.items()],
+        rows=[[label, *(value_of(row, path) for _, path, _ in columns)] for label, row in rows.items()],
         note=note,
-        terminal_rows=0 if detail else 48,
-        collapsed=detail,
+        **({"terminal_rows": 0 if detail else 48, "collapsed": detail} | settings),
     )
 
 
@@ -97,12 +110,11 @@ def cell_map(
     )
 
 
-def series_of(rows: Mapping[Any, Any], series: Mapping[str, str]) -> dict[str, Numbers]:
-    """Return for each name of a series the values of an attribute of the rows."""
-    return {name: [getattr(row, key) for row in rows.values()] for name, key in series.items()}
+def _series(rows: Mapping[Any, Any], series: Mapping[str, str]) -> dict[str, Numbers]:
+    return {name: [value_of(row, path) for row in rows.values()] for name, path in series.items()}
 
 
-def row_bars(title: str, rows: Mapping[str, Any], series: Mapping[str, str], axis: str, **settings: Any) -> Bars:
+def row_bars(title: str, rows: Mapping[Any, Any], series: Mapping[str, str], axis: str, **settings: Any) -> Bars:
     """Return bars for each row.
 
     Args:
@@ -112,7 +124,20 @@ def row_bars(title: str, rows: Mapping[str, Any], series: Mapping[str, str], axi
         axis: meaning of the bars' lengths.
         settings: further fields of ``Bars``.
     """
-    return Bars(title=title, labels=list(rows), series=series_of(rows, series), axis=axis, **settings)
+    return Bars(title=title, labels=list(map(str, rows)), series=_series(rows, series), axis=axis, **settings)
+
+
+def row_lines(title: str, rows: Mapping[Any, Any], series: Mapping[str, str], **settings: Any) -> Lines:
+    """Return lines over the rows' keys, which are numbers; arguments as of ``row_bars``."""
+    return Lines(title=title, x=list(rows), series=_series(rows, series), **settings)
+
+
+def layer_lines(
+    title: str, found: Grouped[Any, Any], series: Mapping[str, str], y_label: str, **settings: Any
+) -> list[Lines]:
+    """Return lines over the layers; none for fewer than two."""
+    layers = found.numbered_layers
+    return [row_lines(title, layers, series, x_label="layer", y_label=y_label, **settings)] if len(layers) > 1 else []
 
 
 def picture(title: str, blocks: CoarseMap, caption: str) -> Heatmap:

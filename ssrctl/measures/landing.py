@@ -205,6 +205,7 @@ class LandingMeasure(PairMeasure[LandingPart, LandingResult]):
     """The landings of the changed weights of each matrix."""
 
     name = "landing"
+    order = 60
 
     def tensor(self, pair: TensorPair) -> LandingPart | None:
         """Return the landings of a tensor's matrices; None for a tensor without principal weights."""

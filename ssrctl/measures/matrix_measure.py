@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from ssrctl.io.console import note
-from ssrctl.measures.base import PairMeasure
+from ssrctl.measures.base import Findings, PairMeasure
+from ssrctl.measures.maths.grouping import Grouped, group_with_tensors
 from ssrctl.measures.maths.matrices import skip_reason, updates
 from ssrctl.measures.maths.update_matrix import Unmeasured, UpdateMatrix
 
@@ -18,8 +19,16 @@ if TYPE_CHECKING:
     from ssrctl.checkpoints.pairs import Comparison, TensorPair
     from ssrctl.configs import DiagnoseConfig
 
-Value = TypeVar("Value")
-Result = TypeVar("Result")
+
+class HasNumbers(Protocol):
+    """A measure of one matrix as report.json holds it."""
+
+    def numbers(self) -> dict[str, Any]:
+        """Return the numbers by name."""
+
+
+Value = TypeVar("Value", bound=HasNumbers)
+Row = TypeVar("Row")
 
 # One core's time for rank, spectrum and landing of a matrix, over its size times its smaller side.
 SECONDS_PER_UNIT = 1e-9
@@ -39,7 +48,33 @@ class OfMatrix(Generic[Value]):
     value: Value | Unmeasured
 
 
-class MatrixMeasure(PairMeasure[dict[str, OfMatrix[Value]], Result]):
+@dataclass(frozen=True, kw_only=True)
+class MatrixResult(Generic[Row, Value]):
+    """A measure of all matrices.
+
+    Attributes:
+        name: of the measure.
+        rows: by group, and of each matrix.
+        shapes: (m, n) of each matrix, by label.
+        unmeasured: matrices without the measure, with the reason.
+        skipped: tensors that are not matrices, with the reason.
+    """
+
+    name: str
+    rows: Grouped[Row, Value]
+    shapes: dict[str, tuple[int, int]]
+    unmeasured: dict[str, str]
+    skipped: dict[str, str]
+
+    def numbers(self) -> dict[str, Any]:
+        """Return the form that report.json holds; without any matrix, what was skipped only."""
+        if not self.shapes:
+            return {"skipped": listed(self.skipped)}
+        rows = self.rows.numbers(tensor=lambda name, one: {"shape": list(self.shapes[name])} | one.numbers())
+        return {self.name: rows | {"unmeasured": listed(self.unmeasured)}, "skipped": listed(self.skipped)}
+
+
+class MatrixMeasure(PairMeasure[dict[str, OfMatrix[Value]], MatrixResult[Row, Value]], Generic[Value, Row]):
     """A measure of the update of each weight matrix, and of some matrices of each stack of experts.
 
     Attributes:
@@ -75,21 +110,35 @@ class MatrixMeasure(PairMeasure[dict[str, OfMatrix[Value]], Result]):
         }
 
     @staticmethod
-    def sorted_out(
-        parts: Mapping[str, list[dict[str, OfMatrix[Value]]]],
-    ) -> tuple[dict[str, Value], dict[str, tuple[int, int]], dict[str, str]]:
-        """Return (measures, shapes of all matrices, reasons of those without a measure), each by label."""
+    @abc.abstractmethod
+    def row(matrices: Sequence[tuple[str, Value]]) -> Row:
+        """Return the row of several matrices, given with their labels."""
+
+    @abc.abstractmethod
+    def describe(self, result: MatrixResult[Row, Value]) -> Findings:
+        """Return sentences, figures and tables of a result with matrices."""
+
+    def combine(self, parts: Mapping[str, list[dict[str, OfMatrix[Value]]]]) -> MatrixResult[Row, Value]:
+        """Return the measure by layer, kind and matrix."""
         found = {label: one for (of_tensor,) in parts.values() for label, one in of_tensor.items()}
         values = {label: one.value for label, one in found.items() if not isinstance(one.value, Unmeasured)}
-        reasons = {label: one.value.reason for label, one in found.items() if isinstance(one.value, Unmeasured)}
-        return values, {label: one.shape for label, one in found.items()}, reasons
+        return MatrixResult(
+            name=self.name,
+            rows=group_with_tensors({label: (label, one) for label, one in values.items()}, self.row, values),
+            shapes={label: one.shape for label, one in found.items()},
+            unmeasured={label: one.value.reason for label, one in found.items() if isinstance(one.value, Unmeasured)},
+            skipped=self.skipped,
+        )
+
+    def present(self, result: MatrixResult[Row, Value]) -> Findings:
+        """Return the numbers; where there are matrices with sentences, figures and tables."""
+        if not result.shapes:
+            return Findings(numbers=result.numbers())
+        found, lacking = self.describe(result), len(result.unmeasured)
+        notes = [f"Matrices without a {self.name}, with the reason in a table: {lacking:,}."] if lacking else []
+        return replace(found, numbers=result.numbers(), notes=[*found.notes, *notes])
 
 
 def listed(reasons: Mapping[str, str]) -> list[dict[str, str]]:
     """Return names and reasons as report.json holds them."""
     return [{"name": name, "reason": reason} for name, reason in reasons.items()]
-
-
-def unmeasured_notes(what: str, reasons: Mapping[str, str]) -> list[str]:
-    """Return a note on the matrices that lack a measure; none when there are none."""
-    return [f"Matrices without a {what}, with the reason in a table: {len(reasons):,}."] if reasons else []

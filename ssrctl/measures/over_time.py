@@ -284,6 +284,7 @@ class OverTimeMeasure(JointMeasure[OverTime, OverTimeResult]):
     """The weights that a series of checkpoints changed, kept and took back."""
 
     name = "time"
+    order = 10
     default_in = frozenset({"series", "run"})
     possible_in = frozenset({"series", "run"})
     needs = "--series, or a run"

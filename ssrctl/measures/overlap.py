@@ -306,6 +306,7 @@ class OverlapMeasure(JointMeasure[tuple[RunOverlap, Consensus | None], OverlapRe
     """The overlap of the changed sets of several checkpoints."""
 
     name = "overlap"
+    order = 70
     default_in = frozenset({"several"})
     possible_in = frozenset({"several"})
     needs = "two or more checkpoints of one base, not in a series"

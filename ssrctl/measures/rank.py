@@ -1,7 +1,7 @@
 """The rank of the update of a weight matrix by four definitions, each next to its value by chance.
 
 An update that is stored with rounding has full rank whatever training did, because rounding errors do. Next to the
-numerical rank (Mukherjee et al. 2025, arXiv:2505.11711, table 2) stand measures that weigh the singular values, and
+numerical rank (Mukherjee et al. 2025, arXiv:2505.11711, table 2) are measures that weigh the singular values, and
 the number of them that independent entries of the same sizes cannot explain.
 """
 
@@ -9,20 +9,19 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from ssrctl.measures.base import Findings, register
-from ssrctl.measures.group_tables import RowColumn, group_tables, row_bars, series_of
-from ssrctl.measures.maths.averages import mean
-from ssrctl.measures.maths.grouping import Grouped, group_with_tensors
+from ssrctl.measures.group_tables import RowColumn, group_tables, layer_lines, row_bars
+from ssrctl.measures.maths.averages import mean, means
 from ssrctl.measures.maths.low_rank import EPS, singular_values
 from ssrctl.measures.maths.update_matrix import UpdateMatrix
-from ssrctl.measures.matrix_measure import MatrixMeasure, OfMatrix, listed, unmeasured_notes
+from ssrctl.measures.matrix_measure import MatrixMeasure, MatrixResult
 from ssrctl.measures.published import references
-from ssrctl.report.document import Figure, Lines, Section
+from ssrctl.report.document import Figure, Section
 from ssrctl.report.formats import count, number, percent
 
 if TYPE_CHECKING:
@@ -54,7 +53,7 @@ class UpdateRank:
             large matrices (Marchenko and Pastur 1967).
         stable_rank: sum(s_i^2) / s_1^2, in [1, max_rank]; 0 when nothing changed.
         expected_stable_rank: m n / (sqrt(m) + sqrt(n))^2, as for ``expected_effective_rank``.
-        signal_rank: number of s_i above ``chance_norm``: directions that the sizes of the entries alone do not explain.
+        signal_rank: number of s_i above ``chance_norm``: directions that the sizes of the entries do not explain by themselves.
             A lower bound: an update of high rank with even singular values has none.
         chance_norm: largest row norm plus largest column norm of D, which bounds, to leading order, the expected
             largest singular value after the sign of every entry is drawn at random (Bandeira and van Handel 2016, thm. 3.1;
@@ -153,7 +152,19 @@ def random_effective_frac(aspect: float) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RankRow:
+class RankShares:
+    """Means of the shares of ``UpdateRank`` over several matrices that changed, None when none did."""
+
+    rank_frac: float | None
+    pattern_rank_frac: float | None
+    effective_rank_frac: float | None
+    expected_effective_rank_frac: float | None
+    stable_rank_frac: float | None
+    expected_stable_rank_frac: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankRow(RankShares):
     """Ranks of several matrices; means are over those that changed, None when none did.
 
     Attributes:
@@ -163,7 +174,6 @@ class RankRow:
         num_within_rounding: matrices whose update is no larger than what rounding them once would change.
         signal_rank: mean number of directions that stand out.
         rounding_ratio: median.
-        rank_frac, ...: means of the shares of ``UpdateRank``.
     """
 
     num_matrices: int
@@ -173,63 +183,17 @@ class RankRow:
     num_within_rounding: int
     signal_rank: float | None
     rounding_ratio: float | None
-    rank_frac: float | None
-    pattern_rank_frac: float | None
-    effective_rank_frac: float | None
-    expected_effective_rank_frac: float | None
-    stable_rank_frac: float | None
-    expected_stable_rank_frac: float | None
-
-
-_MEANS = [name for name in RankRow.__dataclass_fields__ if name.endswith("_frac")]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RankResult:
-    """Ranks of all matrices.
-
-    Attributes:
-        rows: by group, and of each matrix.
-        shapes: (m, n) of each matrix.
-        unmeasured: matrices without a rank, with the reason.
-        skipped: tensors that are not matrices, with the reason.
-    """
-
-    rows: Grouped[RankRow, UpdateRank]
-    shapes: dict[str, tuple[int, int]]
-    unmeasured: dict[str, str]
-    skipped: dict[str, str]
-
-    def numbers(self) -> dict[str, Any]:
-        """Return the form that report.json holds; without any matrix, what was skipped only."""
-        if not self.shapes:
-            return {"skipped": listed(self.skipped)}
-        rows = self.rows.numbers(tensor=lambda name, one: {"shape": list(self.shapes[name])} | one.numbers())
-        return {"rank": rows | {"unmeasured": listed(self.unmeasured)}, "skipped": listed(self.skipped)}
-
-
-def rank_row(ranks: Sequence[UpdateRank]) -> RankRow:
-    """Summarise the ranks of several matrices."""
-    changed = [one for one in ranks if one.rank > 0]
-    ratios = [one.rounding_ratio for one in changed if one.rounding_ratio is not None]
-    return RankRow(
-        num_matrices=len(ranks),
-        num_unchanged=len(ranks) - len(changed),
-        num_full_rank=sum(one.rank == one.max_rank for one in changed),
-        num_beyond_chance=sum(one.signal_rank > 0 for one in changed),
-        num_within_rounding=sum(ratio >= 1 for ratio in ratios),
-        signal_rank=mean(one.signal_rank for one in changed),
-        rounding_ratio=median(ratios) if ratios else None,
-        **{key: mean(getattr(one, key) for one in changed) for key in _MEANS},
-    )
 
 
 # --------------------------------------------------------------------------------------------------
 # the measure
 
 
+RankResult = MatrixResult[RankRow, UpdateRank]
+
+
 @register
-class RankMeasure(MatrixMeasure[UpdateRank, RankResult]):
+class RankMeasure(MatrixMeasure[UpdateRank, RankRow]):
     """The rank of each matrix's update."""
 
     name = "rank"
@@ -240,22 +204,27 @@ class RankMeasure(MatrixMeasure[UpdateRank, RankResult]):
         pair.memo["spectral_norm", label] = found.spectral_norm
         return found
 
-    def combine(self, parts: Mapping[str, list[dict[str, OfMatrix[UpdateRank]]]]) -> RankResult:
-        """Return the ranks by layer, kind and matrix."""
-        ranks, shapes, unmeasured = self.sorted_out(parts)
-        rows = group_with_tensors(ranks, rank_row, ranks)
-        return RankResult(rows=rows, shapes=shapes, unmeasured=unmeasured, skipped=self.skipped)
+    @staticmethod
+    def row(matrices: Sequence[tuple[str, UpdateRank]]) -> RankRow:
+        """Summarise the ranks of several matrices."""
+        changed = [one for _, one in matrices if one.rank > 0]
+        ratios = [one.rounding_ratio for one in changed if one.rounding_ratio is not None]
+        return RankRow(
+            num_matrices=len(matrices),
+            num_unchanged=len(matrices) - len(changed),
+            num_full_rank=sum(one.rank == one.max_rank for one in changed),
+            num_beyond_chance=sum(one.signal_rank > 0 for one in changed),
+            num_within_rounding=sum(ratio >= 1 for ratio in ratios),
+            signal_rank=mean(one.signal_rank for one in changed),
+            rounding_ratio=median(ratios) if ratios else None,
+            **means(RankShares, changed),
+        )
 
-    def present(self, result: RankResult) -> Findings:
+    def describe(self, result: RankResult) -> Findings:
         """Return sentences, figures and tables of ranks."""
-        if not result.shapes:
-            return Findings(numbers=result.numbers())
+        total = result.rows.total
         return Findings(
-            numbers=result.numbers(),
-            headlines=rank_headlines(result.rows.total),
-            notes=unmeasured_notes("rank", result.unmeasured),
-            sections=[rank_section(result)],
-            published={"rank": result.rows.total.rank_frac},
+            headlines=rank_headlines(total), sections=[rank_section(result)], published={"rank": total.rank_frac}
         )
 
 
@@ -325,29 +294,13 @@ _MATRIX_NOTE = (
 def rank_section(result: RankResult) -> Section:
     """Return figures and tables."""
     rows = result.rows
+    axis = "share of the largest possible rank"
     figures: list[Figure] = []
     if rows.kinds:
-        figures.append(
-            row_bars(
-                "Rank of the updates by kind of matrix",
-                rows.kinds,
-                _SERIES,
-                "share of the largest possible rank",
-                references=references("rank"),
-                caption="Published: mean rank of the update matrices, tolerance not stated.",
-            )
-        )
-    if len(layers := rows.numbered_layers) > 1:
-        figures.append(
-            Lines(
-                title="Rank of the updates over layers",
-                x=list(layers),
-                series=series_of(layers, _SERIES),
-                x_label="layer",
-                y_label="share of the largest possible rank",
-                shares=True,
-            )
-        )
+        caption = "Published: mean rank of the update matrices, tolerance not stated."
+        title = "Rank of the updates by kind of matrix"
+        figures.append(row_bars(title, rows.kinds, _SERIES, axis, references=references("rank"), caption=caption))
+    figures += layer_lines("Rank of the updates over layers", rows, _SERIES, axis, shares=True)
     return Section(
         title="Rank of the updates",
         text="Does training move each matrix in a few directions or in all of them? An update that is stored with "

@@ -80,6 +80,7 @@ class Sparsity(PairMeasure[tuple[list[Change], LargestChanges], SparsityResult])
     """Changed weights by every rule, and the size of the changes; always counted, shown where it is wanted."""
 
     name = "sparsity"
+    order = 30
     also = ("size",)
     default_in = frozenset({"pair", "several", "series", "run"})
     in_ranges = True

@@ -6,17 +6,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ssrctl.core.seeds import derive_seed
 from ssrctl.measures.base import Findings, register
-from ssrctl.measures.group_tables import RowColumn, cell_map, group_tables, row_bars, series_of
-from ssrctl.measures.maths.averages import mean
-from ssrctl.measures.maths.grouping import Grouped, group_with_tensors
+from ssrctl.measures.group_tables import RowColumn, cell_map, group_tables, layer_lines, row_bars
+from ssrctl.measures.maths.averages import mean, ratio
+from ssrctl.measures.maths.grouping import Grouped
 from ssrctl.measures.maths.spectrum_change import SpectrumChange, spectrum_change
 from ssrctl.measures.maths.update_matrix import Unmeasured, UpdateMatrix
-from ssrctl.measures.matrix_measure import MatrixMeasure, OfMatrix, listed, unmeasured_notes
+from ssrctl.measures.matrix_measure import MatrixMeasure, MatrixResult
 from ssrctl.report.document import Figure, Lines, Reference, Section
 from ssrctl.report.formats import count, number, percent
 
@@ -72,29 +72,22 @@ class SpectrumRow:
     energy_right_ratio: float | None
     energy_both_ratio: float | None
 
+    @property
+    def gaussian_largest(self) -> float | None:
+        """The largest angle after random updates, of the larger side."""
+        sides = (self.gaussian_left_largest, self.gaussian_right_largest)
+        return max((angle for angle in sides if angle is not None), default=None)
 
-@dataclass(frozen=True, kw_only=True)
-class SpectrumResult:
-    """Spectra of all matrices.
+    @property
+    def relative_angle(self) -> float | None:
+        """Mean angle over that of random updates; None where one is not known, or the latter is 0."""
+        if self.left_mean is None or self.right_mean is None:
+            return None
+        random = (self.gaussian_left_mean or 0.0) + (self.gaussian_right_mean or 0.0)
+        return ratio(self.left_mean + self.right_mean, random)
 
-    Attributes:
-        rows: by group, and of each matrix.
-        shapes: (m, n) of each matrix.
-        unmeasured: matrices without a spectrum, with the reason.
-        skipped: tensors that are not matrices, with the reason.
-    """
 
-    rows: Grouped[SpectrumRow, SpectrumChange]
-    shapes: dict[str, tuple[int, int]]
-    unmeasured: dict[str, str]
-    skipped: dict[str, str]
-
-    def numbers(self) -> dict[str, Any]:
-        """Return the form that report.json holds; without any matrix, what was skipped only."""
-        if not self.shapes:
-            return {"skipped": listed(self.skipped)}
-        rows = self.rows.numbers(tensor=lambda name, one: {"shape": list(self.shapes[name])} | one.numbers())
-        return {"spectrum": rows | {"unmeasured": listed(self.unmeasured)}, "skipped": listed(self.skipped)}
+SpectrumResult = MatrixResult[SpectrumRow, SpectrumChange]
 
 
 def spectrum_row(spectra: Sequence[tuple[str, SpectrumChange]]) -> SpectrumRow:
@@ -136,10 +129,11 @@ def _largest(spectra: Sequence[tuple[str, SpectrumChange]], key: str) -> tuple[f
 
 
 @register
-class SpectrumMeasure(MatrixMeasure[SpectrumChange, SpectrumResult]):
+class SpectrumMeasure(MatrixMeasure[SpectrumChange, SpectrumRow]):
     """The rotation and stretching of the leading directions of each matrix."""
 
     name = "spectrum"
+    order = 50
 
     def matrix(self, pair: TensorPair, label: str, update: UpdateMatrix) -> SpectrumChange | Unmeasured:
         """Return the change of one matrix's spectrum; the update's norm is the rank's, where that was measured."""
@@ -147,22 +141,16 @@ class SpectrumMeasure(MatrixMeasure[SpectrumChange, SpectrumResult]):
         norm = pair.memo.get(("spectral_norm", label))
         return spectrum_change(update, k=self.config.num_directions, seed=seed, update_norm=norm)
 
-    def combine(self, parts: Mapping[str, list[dict[str, OfMatrix[SpectrumChange]]]]) -> SpectrumResult:
-        """Return the spectra by layer, kind and matrix."""
-        spectra, shapes, unmeasured = self.sorted_out(parts)
-        named = {name: (name, one) for name, one in spectra.items()}
-        rows = group_with_tensors(named, spectrum_row, spectra)
-        return SpectrumResult(rows=rows, shapes=shapes, unmeasured=unmeasured, skipped=self.skipped)
+    @staticmethod
+    def row(matrices: Sequence[tuple[str, SpectrumChange]]) -> SpectrumRow:
+        """Summarise the spectra of several matrices."""
+        return spectrum_row(matrices)
 
-    def present(self, result: SpectrumResult) -> Findings:
+    def describe(self, result: SpectrumResult) -> Findings:
         """Return sentences, figures and tables of spectra."""
-        if not result.shapes:
-            return Findings(numbers=result.numbers())
+        total = result.rows.total
         return Findings(
-            numbers=result.numbers(),
-            headlines=spectrum_headlines(result.rows.total),
-            notes=spectrum_notes(result.rows.total) + unmeasured_notes("spectrum", result.unmeasured),
-            sections=[spectrum_section(result)],
+            headlines=spectrum_headlines(total), notes=spectrum_notes(total), sections=[spectrum_section(result)]
         )
 
 
@@ -250,9 +238,9 @@ def spectrum_section(result: SpectrumResult) -> Section:
     rows = result.rows
     changed = {name: one for name, one in rows.tensors.items() if one.gaussian is not None}
     figures: list[Figure] = []
-    if changed and len(rows.numbered_layers) > 1:
-        figures += [_angle_lines(rows.numbered_layers), _shift_lines(rows.numbered_layers), *_angle_map(rows)]
     if changed:
+        if len(rows.numbered_layers) > 1:
+            figures += [*_layer_figures(rows), *_angle_map(rows)]
         figures += [
             row_bars(
                 "Energy of the update in the base's leading directions",
@@ -276,43 +264,24 @@ def spectrum_section(result: SpectrumResult) -> Section:
     )
 
 
-def _angle_lines(layers: Mapping[int, SpectrumRow]) -> Lines:
-    rows = list(layers.values())
-    series = {
-        "left": [row.left_largest for row in rows],
-        "right": [row.right_largest for row in rows],
-        "expected, random update of the same norm": [
-            _larger(row.gaussian_left_largest, row.gaussian_right_largest) for row in rows
-        ],
-    }
-    return Lines(
-        title="Largest principal angle in each layer",
-        x=list(layers),
-        series=series,
-        x_label="layer",
-        y_label="degrees",
-        log_y=_wide(series),
+def _layer_figures(rows: Grouped[SpectrumRow, SpectrumChange]) -> list[Lines]:
+    random = "expected, random update of the same norm"
+    angles = layer_lines(
+        "Largest principal angle in each layer",
+        rows,
+        {"left": "left_largest", "right": "right_largest", random: "gaussian_largest"},
+        "degrees",
         caption="Over the matrices of a layer, between the leading singular directions before and after. Expected: one "
         "draw, the larger side.",
     )
-
-
-def _shift_lines(layers: Mapping[int, SpectrumRow]) -> Lines:
-    names = {"measured": "shift_largest", "expected, random update of the same norm": "expected_shift_largest"}
-    series = series_of(layers, names)
-    return Lines(
-        title="Largest normalised spectral shift in each layer",
-        x=list(layers),
-        series=series,
-        x_label="layer",
-        y_label="shift over norm",
-        log_y=_wide(series),
+    shifts = layer_lines(
+        "Largest normalised spectral shift in each layer",
+        rows,
+        {"measured": "shift_largest", random: "expected_shift_largest"},
+        "shift over norm",
         caption="Norm of the change of all singular values over the norm of the base's.",
     )
-
-
-def _larger(first: float | None, second: float | None) -> float | None:
-    return max((value for value in (first, second) if value is not None), default=None)
+    return [replace(one, log_y=_wide(one.series)) for one in (*angles, *shifts)]
 
 
 def _wide(series: Mapping[str, Sequence[float | None]]) -> bool:
@@ -324,7 +293,7 @@ def _angle_map(rows: Grouped[SpectrumRow, SpectrumChange]) -> list[Figure]:
     found = cell_map(
         "Mean principal angle over that of a random update",
         rows.cells,
-        _relative_angle,
+        lambda row: row.relative_angle,
         centre=1.0,
         scale=1.0,
         decimals=2,
@@ -332,13 +301,6 @@ def _angle_map(rows: Grouped[SpectrumRow, SpectrumChange]) -> list[Figure]:
         "the same norm would.",
     )
     return [] if found is None else [found]
-
-
-def _relative_angle(row: SpectrumRow) -> float | None:
-    if row.left_mean is None or row.right_mean is None:
-        return None
-    random = (row.gaussian_left_mean or 0.0) + (row.gaussian_right_mean or 0.0)
-    return (row.left_mean + row.right_mean) / random if random else None
 
 
 def _example(changed: Mapping[str, SpectrumChange]) -> list[Figure]:

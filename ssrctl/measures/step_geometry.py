@@ -4,22 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ssrctl.measures.base import Findings, StepMeasure
-from ssrctl.measures.group_tables import RowColumn, row_table
+from ssrctl.measures.group_tables import RowColumn, row_bars, row_table
+from ssrctl.measures.maths.averages import means
 from ssrctl.measures.maths.step_pairs import (
     EQUAL,
     OPPOSITE,
     PairGeometry,
+    PairGradients,
     QuestionGeometry,
     UnitGeometry,
+    UnitGradient,
     measure_step_geometry,
 )
-from ssrctl.measures.maths.step_sets import mean
-from ssrctl.report.document import Bars, Column, Figure, Heatmap, Lines, Section, Table
+from ssrctl.measures.step_figures import (
+    MOST_OPEN_ROWS,
+    MOST_TERMINAL_ROWS,
+    by_unit,
+    jaccard_maps,
+    pair_map,
+    pair_table,
+    training_lines,
+)
+from ssrctl.report.document import Section
 from ssrctl.report.formats import count, number, percent, signed, times
 
 if TYPE_CHECKING:
@@ -27,66 +38,45 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class UnitMeans:
-    """Means of ``UnitGeometry`` over ``num_units`` cases; ``position`` is None when they are of all positions."""
+class UnitMeans(UnitGradient):
+    """Means over ``num_units`` cases; ``position`` is None when they are of all positions."""
 
     position: int | None
     num_units: int
-    gradient_norm: float | None
-    captured: float | None
-    unconstrained_captured: float | None
-    claims_loss: float | None
-    displaced_frac: float | None
-    unconstrained_uniqueness: float | None
-
-
-_UNIT_MEANS = (
-    "gradient_norm", "captured", "unconstrained_captured", "claims_loss", "displaced_frac", "unconstrained_uniqueness",
-)  # fmt: skip
 
 
 def unit_means(units: Sequence[UnitGeometry], position: int | None = None) -> UnitMeans:
     """Return means over units, each with equal weight."""
-    means = {name: mean(getattr(unit, name) for unit in units) for name in _UNIT_MEANS}
-    return UnitMeans(position=position, num_units=len(units), **means)
+    return UnitMeans(position=position, num_units=len(units), **means(UnitGradient, units))
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairMeans:
-    """Means of ``PairGeometry``.
+class PairMeans(PairGradients):
+    """Means over several pairs.
 
     Attributes:
         num_pairs: cases.
         num_cosines: those of them whose gradients were compared.
         negative_frac: share of these with a negative cosine.
-        others: as in ``PairGeometry``.
     """
 
     num_pairs: int
     num_cosines: int
-    unconstrained_overlap: float | None
-    unconstrained_jaccard: float | None
-    expected_unconstrained_jaccard: float | None
-    cosine: float | None
     negative_frac: float | None
-    conflict: float | None
-    weighted_conflict: float | None
-    top_conflict: float | None
-    top_weighted_conflict: float | None
 
-
-_PAIR_MEANS = (
-    "unconstrained_overlap", "unconstrained_jaccard", "expected_unconstrained_jaccard", "cosine", "conflict",
-    "weighted_conflict", "top_conflict", "top_weighted_conflict",
-)  # fmt: skip
+    @property
+    def top_agreement(self) -> float | None:
+        """``1 - top_conflict``."""
+        return None if self.top_conflict is None else 1.0 - self.top_conflict
 
 
 def pair_means(pairs: Sequence[PairGeometry]) -> PairMeans:
     """Return means over pairs, each with equal weight."""
-    means = {name: mean(getattr(pair, name) for pair in pairs) for name in _PAIR_MEANS}
     cosines = [pair.cosine for pair in pairs if pair.cosine is not None]
     negative = sum(cosine < 0 for cosine in cosines) / len(cosines) if cosines else None
-    return PairMeans(num_pairs=len(pairs), num_cosines=len(cosines), negative_frac=negative, **means)
+    return PairMeans(
+        num_pairs=len(pairs), num_cosines=len(cosines), negative_frac=negative, **means(PairGradients, pairs)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,10 +89,14 @@ class PositionPair:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GeometryPoint:
-    """One logged training step."""
+class GeometryMeans:
+    """Means over some questions.
 
-    step: int
+    Attributes:
+        units, pairs: over all.
+        equal, opposite: over the pairs whose mean advantages have equal and opposite signs.
+    """
+
     units: UnitMeans
     pairs: PairMeans
     equal: PairMeans
@@ -110,22 +104,23 @@ class GeometryPoint:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunGeometry:
+class GeometryPoint(GeometryMeans):
+    """One logged training step."""
+
+    step: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunGeometry(GeometryMeans):
     """A run in all; every mean is over single cases.
 
     Attributes:
-        units, pairs: over everything.
-        equal, opposite: over the pairs whose mean advantages have equal and opposite signs.
-        num_without_signs: pairs in neither class: a mean advantage is 0 or unknown.
+        num_without_signs: pairs that are neither equal nor opposite: a mean advantage is 0 or unknown.
         by_position: one per position, from 0.
         by_pair: one per position pair, ordered by (i, j).
         over_training: one per logged step, in order.
     """
 
-    units: UnitMeans
-    pairs: PairMeans
-    equal: PairMeans
-    opposite: PairMeans
     num_without_signs: int
     by_position: list[UnitMeans]
     by_pair: list[PositionPair]
@@ -135,42 +130,33 @@ class RunGeometry:
 def summarise_geometry(questions: Iterable[QuestionGeometry]) -> RunGeometry:
     """Aggregate the questions of all logged training steps."""
     questions = list(questions)
-    units = [unit for question in questions for unit in question.units]
-    pairs = [pair for question in questions for pair in question.pairs]
     by_position: dict[int, list[UnitGeometry]] = defaultdict(list)
     by_pair: dict[tuple[int, int], list[PairGeometry]] = defaultdict(list)
     by_step: dict[int, list[QuestionGeometry]] = defaultdict(list)
-    for unit in units:
-        by_position[unit.position].append(unit)
-    for pair in pairs:
-        by_pair[pair.i, pair.j].append(pair)
     for question in questions:
         by_step[question.step].append(question)
+        for unit in question.units:
+            by_position[unit.position].append(unit)
+        for pair in question.pairs:
+            by_pair[pair.i, pair.j].append(pair)
     return RunGeometry(
-        units=unit_means(units),
-        pairs=pair_means(pairs),
-        equal=pair_means(_with_signs(pairs, EQUAL)),
-        opposite=pair_means(_with_signs(pairs, OPPOSITE)),
-        num_without_signs=len(_with_signs(pairs, None)),
+        num_without_signs=sum(pair.advantage_signs is None for question in questions for pair in question.pairs),
         by_position=[unit_means(by_position[key], key) for key in sorted(by_position)],
         by_pair=[PositionPair(i=i, j=j, means=pair_means(by_pair[i, j])) for i, j in sorted(by_pair)],
-        over_training=[_point(step, by_step[step]) for step in sorted(by_step)],
+        over_training=[GeometryPoint(step=step, **_means(by_step[step])) for step in sorted(by_step)],
+        **_means(questions),
     )
 
 
-def _with_signs(pairs: Sequence[PairGeometry], signs: str | None) -> list[PairGeometry]:
-    return [pair for pair in pairs if pair.advantage_signs == signs]
-
-
-def _point(step: int, questions: Sequence[QuestionGeometry]) -> GeometryPoint:
+def _means(questions: Sequence[QuestionGeometry]) -> dict[str, Any]:
+    """Return the fields of ``GeometryMeans``."""
     pairs = [pair for question in questions for pair in question.pairs]
-    return GeometryPoint(
-        step=step,
-        units=unit_means([unit for question in questions for unit in question.units]),
-        pairs=pair_means(pairs),
-        equal=pair_means(_with_signs(pairs, EQUAL)),
-        opposite=pair_means(_with_signs(pairs, OPPOSITE)),
-    )
+    return {
+        "units": unit_means([unit for question in questions for unit in question.units]),
+        "pairs": pair_means(pairs),
+        "equal": pair_means([pair for pair in pairs if pair.advantage_signs == EQUAL]),
+        "opposite": pair_means([pair for pair in pairs if pair.advantage_signs == OPPOSITE]),
+    }
 
 
 # --------------------------------------------------------------------------------------------------
@@ -223,11 +209,28 @@ _SIGN_COLUMNS: tuple[RowColumn, ...] = (
     ("in largest", "top_conflict", percent),
     ("Jaccard without claims", "unconstrained_jaccard", number),
 )
+_CONFLICT_COLUMNS: tuple[RowColumn, ...] = (
+    ("cases", "means.num_cosines", count),
+    ("conflict", "means.conflict", percent),
+    ("weighted", "means.weighted_conflict", percent),
+    ("in largest", "means.top_conflict", percent),
+    ("weighted in largest", "means.top_weighted_conflict", percent),
+)
+_TRAINING_COLUMNS: tuple[RowColumn, ...] = (
+    ("selected energy", "units.captured", percent),
+    ("without claims", "units.unconstrained_captured", percent),
+    ("displaced", "units.displaced_frac", percent),
+    ("Jaccard without claims", "pairs.unconstrained_jaccard", number),
+    ("cosine", "pairs.cosine", signed),
+    ("equal signs", "equal.cosine", signed),
+    ("opposite signs", "opposite.cosine", signed),
+    ("conflict", "pairs.conflict", percent),
+    ("in largest", "pairs.top_conflict", percent),
+)
 _MISSING_SETS = (
     "The mask logs hold neither unconstrained sets nor energies: they were written by an earlier version of ssrctl."
 )
 _MISSING_CONFLICT = "Gradients of steps were not compared before masking: train with --log-gradient-cosine for that."
-_TERMINAL_PAIRS = 6
 # Deviations from even odds smaller than this are not worth full colour.
 _LEAST_SCALE = 0.05
 
@@ -290,102 +293,60 @@ def geometry_sections(found: RunGeometry) -> list[Section]:
     return sections
 
 
-def _labels(found: RunGeometry) -> list[str]:
-    return [str((unit.position or 0) + 1) for unit in found.by_position]
-
-
-def _square(found: RunGeometry, value: Callable[[PairMeans], float | None]) -> list[list[float | None]]:
-    values = {(pair.i, pair.j): value(pair.means) for pair in found.by_pair}
-    size = len(found.by_position)
-    return [[values.get((min(i, j), max(i, j))) if i != j else None for j in range(size)] for i in range(size)]
-
-
 def _energy_section(found: RunGeometry) -> Section:
-    units = found.by_position
-    figure = Bars(
-        title="Energy held by each unit's set",
-        labels=_labels(found),
-        series={
-            "selected": [unit.captured for unit in units],
-            "without claims": [unit.unconstrained_captured for unit in units],
-        },
-        axis="share of the gradient's squared norm",
-    )
-    table = Table(
-        title="Energy by unit",
-        columns=["unit", *(Column(name, show) for name, _, show in _UNIT_COLUMNS)],
-        rows=[[(unit.position or 0) + 1, *(getattr(unit, key) for _, key, _ in _UNIT_COLUMNS)] for unit in units],
-        note="Selected and without claims: share of the squared norm of the unit's gradient in its set, and in the set "
+    units = by_unit(found.by_position)
+    series = {"selected": "captured", "without claims": "unconstrained_captured"}
+    table = row_table(
+        "Energy by unit",
+        "unit",
+        units,
+        _UNIT_COLUMNS,
+        "Selected and without claims: share of the squared norm of the unit's gradient in its set, and in the set "
         "that it would have taken if no step had claimed anything. Displaced: the share of the latter that it did not get. "
         "Unique: the share of it that no other unit of the question would have taken.",
-        terminal_rows=_TERMINAL_PAIRS,
-        collapsed=len(units) > 30,
+        terminal_rows=MOST_TERMINAL_ROWS,
+        collapsed=len(units) > MOST_OPEN_ROWS,
     )
-    return Section(title="How much of its gradient a step keeps", figures=[figure], tables=[table])
+    return Section(
+        title="How much of its gradient a step keeps",
+        figures=[row_bars("Energy held by each unit's set", units, series, "share of the gradient's squared norm")],
+        tables=[table],
+    )
 
 
 def _collision_section(found: RunGeometry) -> Section:
-    measured = _square(found, lambda means: means.unconstrained_jaccard)
-    chance = _square(found, lambda means: means.expected_unconstrained_jaccard)
-    scale = max((value or 0.0 for square in (measured, chance) for row in square for value in row), default=0.0)
-    maps: list[Figure] = [
-        Heatmap(
-            title=title,
-            labels=_labels(found),
-            values=values,
-            axis="update unit",
-            scale=scale or None,
-            decimals=3 if scale >= 0.01 else 4,
-            caption=f"Full colour is {number(scale)}, the same in both maps.",
-        )
-        for title, values in (
-            ("Jaccard index without claims, measured", measured),
-            ("Jaccard index without claims, chance", chance),
-        )
-    ]
+    maps = {
+        "Jaccard index without claims, measured": "means.unconstrained_jaccard",
+        "Jaccard index without claims, chance": "means.expected_unconstrained_jaccard",
+    }
     return Section(
         title="What would have collided without claims",
         text="Every unit's largest gradient entries among the unprotected weights, as many as it was granted, compared "
         "as if no unit had claimed any. This is the interference that disjoint sets avoid.",
-        figures=maps,
+        figures=jaccard_maps(found.by_pair, maps, len(found.by_position)),
     )
 
 
 def _conflict_section(found: RunGeometry) -> Section:
-    columns: list[tuple[str, str]] = [
-        ("conflict", "conflict"),
-        ("weighted", "weighted_conflict"),
-        ("in largest", "top_conflict"),
-        ("weighted in largest", "top_weighted_conflict"),
-    ]
-    agreement = _square(found, lambda means: None if means.top_conflict is None else 1.0 - means.top_conflict)
-    furthest = max((abs(value - 0.5) for row in agreement for value in row if value is not None), default=0.0)
-    figure = Heatmap(
-        title="Equal signs among the largest coordinates",
-        labels=_labels(found),
-        values=agreement,
-        axis="update unit",
+    pairs = [pair for pair in found.by_pair if pair.means.num_cosines]
+    conflicts = [pair.means.top_conflict for pair in found.by_pair if pair.means.top_conflict is not None]
+    figure = pair_map(
+        "Equal signs among the largest coordinates",
+        found.by_pair,
+        "means.top_agreement",
+        len(found.by_position),
         centre=0.5,
-        scale=max(furthest, _LEAST_SCALE),
+        scale=max([_LEAST_SCALE, *(abs(1.0 - conflict - 0.5) for conflict in conflicts)]),
         shares=True,
         decimals=0,
         caption="Of the coordinates that either unit ranks highest, the share where both gradients have the same sign. "
         "Random signs give 50%; blue is agreement, orange is conflict.",
     )
-    rows: list[list[Any]] = [
-        [f"{pair.i + 1}, {pair.j + 1}", pair.means.num_cosines, *(getattr(pair.means, key) for _, key in columns)]
-        for pair in found.by_pair
-        if pair.means.num_cosines
-    ]
-    table = Table(
-        title="Sign conflict by pair of units",
-        columns=["pair", Column("cases", count), *(Column(name, percent) for name, _ in columns)],
-        rows=rows,
-        note="Conflict: share of the coordinates where neither gradient is 0 in which their signs differ. Weighted: "
-        "share of the sum of |a b|. In largest: within the union of the two sets without claims. Random signs: 50%.",
-        terminal_rows=_TERMINAL_PAIRS if len(rows) <= _TERMINAL_PAIRS else 0,
-        collapsed=len(rows) > 30,
+    note = (
+        "Conflict: share of the coordinates where neither gradient is 0 in which their signs differ. Weighted: share of "
+        "the sum of |a b|. In largest: within the union of the two sets without claims. Random signs: 50%."
     )
+    table = pair_table("Sign conflict by pair of units", pairs, _CONFLICT_COLUMNS, note)
     return Section(title="Where the steps' gradients conflict", figures=[figure], tables=[table])
 
 
@@ -407,82 +368,28 @@ def _advantage_section(found: RunGeometry) -> Section:
     )
 
 
-def _training_section(points: Sequence[GeometryPoint]) -> Section:
-    rows = [
-        [
-            point.step, point.units.captured, point.units.unconstrained_captured, point.units.displaced_frac,
-            point.pairs.unconstrained_jaccard, point.pairs.cosine, point.equal.cosine, point.opposite.cosine,
-            point.pairs.conflict, point.pairs.top_conflict,
-        ]
-        for point in points
-    ]  # fmt: skip
-    columns = {
-        "selected energy": percent, "without claims": percent, "displaced": percent, "Jaccard without claims": number,
-        "cosine": signed, "equal signs": signed, "opposite signs": signed, "conflict": percent, "in largest": percent,
-    }  # fmt: skip
-    table = Table(
-        title="Before masking, by training step",
-        columns=["step", *(Column(name, show) for name, show in columns.items())],
-        rows=rows,
+def _training_section(found: Sequence[GeometryPoint]) -> Section:
+    points = {point.step: point for point in found}
+    table = row_table(
+        "Before masking, by training step",
+        "step",
+        points,
+        _TRAINING_COLUMNS,
         terminal_rows=0,
-        collapsed=len(points) > 30,
+        collapsed=len(points) > MOST_OPEN_ROWS,
     )
+    energy = {"selected": "units.captured", "without claims": "units.unconstrained_captured"}
+    overlap = {"measured": "pairs.unconstrained_jaccard", "expected by chance": "pairs.expected_unconstrained_jaccard"}
+    conflict = {"all coordinates": "pairs.conflict", "largest coordinates": "pairs.top_conflict"}
+    cosine = {"equal signs": "equal.cosine", "opposite signs": "opposite.cosine"}
+    figures = [
+        ("Energy held by a step's set", "share of the squared norm", energy, True),
+        ("Overlap of a question's steps without claims", "mean Jaccard index", overlap, False),
+        ("Sign conflict of a question's steps", "share of coordinates", conflict, True),
+        ("Gradient cosine by the signs of the advantages", "mean cosine", cosine, False),
+    ]
     return Section(
         title="Before masking, over training",
-        figures=_training_lines(points) if len(points) > 1 else [],
+        figures=training_lines(points, figures),
         tables=[table],
     )
-
-
-def _training_lines(points: Sequence[GeometryPoint]) -> list[Figure]:
-    """Return one figure per quantity that was logged at all."""
-    series: list[tuple[str, str, bool, dict[str, list[float | None]]]] = [
-        (
-            "Energy held by a step's set",
-            "share of the squared norm",
-            True,
-            {
-                "selected": [point.units.captured for point in points],
-                "without claims": [point.units.unconstrained_captured for point in points],
-            },
-        ),
-        (
-            "Overlap of a question's steps without claims",
-            "mean Jaccard index",
-            False,
-            {
-                "measured": [point.pairs.unconstrained_jaccard for point in points],
-                "expected by chance": [point.pairs.expected_unconstrained_jaccard for point in points],
-            },
-        ),
-        (
-            "Sign conflict of a question's steps",
-            "share of coordinates",
-            True,
-            {
-                "all coordinates": [point.pairs.conflict for point in points],
-                "largest coordinates": [point.pairs.top_conflict for point in points],
-            },
-        ),
-        (
-            "Gradient cosine by the signs of the advantages",
-            "mean cosine",
-            False,
-            {
-                "equal signs": [point.equal.cosine for point in points],
-                "opposite signs": [point.opposite.cosine for point in points],
-            },
-        ),
-    ]
-    return [
-        Lines(
-            title=title,
-            x=[point.step for point in points],
-            series=lines,
-            x_label="training step",
-            y_label=label,
-            shares=shares,
-        )
-        for title, label, shares, lines in series
-        if any(value is not None for values in lines.values() for value in values)
-    ]

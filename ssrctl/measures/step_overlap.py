@@ -10,12 +10,14 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ssrctl.measures.base import Findings, StepMeasure
-from ssrctl.measures.group_tables import RowColumn
-from ssrctl.measures.maths.step_sets import PairOverlap, StepOverlap, UnitOverlap, mean, measure_step
-from ssrctl.report.document import Bars, Cell, Column, Heatmap, Lines, Section, Table
+from ssrctl.measures.group_tables import RowColumn, row_bars, row_table
+from ssrctl.measures.maths.averages import mean, means
+from ssrctl.measures.maths.step_sets import PairOverlap, PairSets, StepOverlap, UnitOverlap, UnitSet, measure_step
+from ssrctl.measures.step_figures import MOST_OPEN_ROWS, by_unit, jaccard_maps, pair_map, pair_table, training_lines
+from ssrctl.report.document import Cell, Column, Section, Table
 from ssrctl.report.formats import count, number, percent, signed, times
 
 if TYPE_CHECKING:
@@ -37,7 +39,7 @@ class CosineSummary:
 
 
 def summarise_cosine(pairs: Iterable[PairOverlap]) -> CosineSummary | None:
-    """None when no pair has a cosine."""
+    """Return None when no pair has a cosine."""
     values = [pair.cosine for pair in pairs if pair.cosine is not None]
     if not values:
         return None
@@ -51,141 +53,113 @@ def summarise_cosine(pairs: Iterable[PairOverlap]) -> CosineSummary | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairSummary:
-    """Means of ``PairOverlap`` over the ``num_pairs`` cases; i and j are None when they are of all positions."""
+class PairSummary(PairSets):
+    """Means over the ``num_pairs`` cases; i and j are None when they are of all positions."""
 
     i: int | None
     j: int | None
     num_pairs: int
-    overlap: float | None
-    expected_overlap: float | None
-    jaccard: float | None
-    expected_jaccard: float | None
-    share_of_i: float | None
-    expected_share_of_i: float | None
-    share_of_j: float | None
-    expected_share_of_j: float | None
     cosine: CosineSummary | None
 
 
-_MEANS = (
-    "overlap",
-    "expected_overlap",
-    "jaccard",
-    "expected_jaccard",
-    "share_of_i",
-    "expected_share_of_i",
-    "share_of_j",
-    "expected_share_of_j",
-)
-
-
 def summarise_pairs(pairs: Sequence[PairOverlap], i: int | None = None, j: int | None = None) -> PairSummary:
-    """Means over pairs."""
-    means = {name: mean(getattr(pair, name) for pair in pairs) for name in _MEANS}
-    return PairSummary(i=i, j=j, num_pairs=len(pairs), cosine=summarise_cosine(pairs), **means)
+    """Return means over pairs."""
+    return PairSummary(i=i, j=j, num_pairs=len(pairs), cosine=summarise_cosine(pairs), **means(PairSets, pairs))
 
 
 @dataclass(frozen=True, kw_only=True)
-class UnitSummary:
-    """Means of ``UnitOverlap`` over ``num_units`` cases; ``position`` is None when they are of all positions."""
+class UnitSummary(UnitSet):
+    """Means over ``num_units`` cases; ``position`` is None when they are of all positions."""
 
     position: int | None
     num_units: int
-    size: float | None
-    uniqueness: float | None
-    expected_uniqueness: float | None
 
 
 def summarise_units(units: Sequence[UnitOverlap], position: int | None = None) -> UnitSummary:
-    """Means over units."""
-    return UnitSummary(
-        position=position,
-        num_units=len(units),
-        size=mean(unit.size for unit in units),
-        uniqueness=mean(unit.uniqueness for unit in units),
-        expected_uniqueness=mean(unit.expected_uniqueness for unit in units),
-    )
+    """Return means over units."""
+    return UnitSummary(position=position, num_units=len(units), **means(UnitSet, units))
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingPoint:
-    """One logged training step: its pairs and units within questions, pairs across, and what it touched."""
-
-    step: int
-    num_questions: int
-    pairs: PairSummary
-    units: UnitSummary
-    cross_question: PairSummary
-    touched_frac: float | None
-    expected_touched_frac: float | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunOverlap:
-    """A run's overlap in all.
+class OverlapMeans:
+    """Means over some logged training steps.
 
     Attributes:
-        num_questions: questions over all logged steps; one seen in two steps counts twice.
-        num_single: questions with fewer than two units, which have no pairs.
-        all_disjoint: no two units of any question share a coordinate; None when there are no pairs.
-        pairs, units, cross_question: means over everything.
-        by_pair: one per position pair, ordered by (i, j).
-        by_position: one per position, from 0 without gaps.
-        over_training: one per logged step, in order.
+        num_questions: questions over these steps; one seen in two steps counts twice.
+        pairs, units: within questions.
+        cross_question: pairs across questions.
         touched_frac: mean share of the unprotected coordinates that a batch touched.
         expected_touched_frac: its random expectation.
     """
 
     num_questions: int
-    num_single: int
-    all_disjoint: bool | None
     pairs: PairSummary
     units: UnitSummary
     cross_question: PairSummary
+    touched_frac: float | None
+    expected_touched_frac: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingPoint(OverlapMeans):
+    """One logged training step."""
+
+    step: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOverlap(OverlapMeans):
+    """A run's overlap in all.
+
+    Attributes:
+        num_single: questions with fewer than two units, which have no pairs.
+        all_disjoint: no two units of any question share a coordinate; None when there are no pairs.
+        by_pair: one per position pair, ordered by (i, j).
+        by_position: one per position, from 0 without gaps.
+        over_training: one per logged step, in order.
+    """
+
+    num_single: int
+    all_disjoint: bool | None
     by_pair: list[PairSummary]
     by_position: list[UnitSummary]
     over_training: list[TrainingPoint]
-    touched_frac: float | None
-    expected_touched_frac: float | None
 
 
 def summarise_run(steps: Sequence[StepOverlap]) -> RunOverlap:
     """Aggregate the logged training steps of a run."""
     questions = [question for step in steps for question in step.questions]
+    pairs = [pair for question in questions for pair in question.pairs]
     by_pair: dict[tuple[int, int], list[PairOverlap]] = defaultdict(list)
     by_position: dict[int, list[UnitOverlap]] = defaultdict(list)
+    for pair in pairs:
+        by_pair[pair.i, pair.j].append(pair)
     for question in questions:
-        for pair in question.pairs:
-            by_pair[pair.i, pair.j].append(pair)
         for unit in question.units:
             by_position[unit.position].append(unit)
-    pairs = [pair for question in questions for pair in question.pairs]
     return RunOverlap(
-        num_questions=len(questions),
         num_single=sum(len(question.units) < 2 for question in questions),
         all_disjoint=all(pair.overlap == 0 for pair in pairs) if pairs else None,
-        pairs=summarise_pairs(pairs),
-        units=summarise_units([unit for question in questions for unit in question.units]),
-        cross_question=summarise_pairs([pair for step in steps for pair in step.cross_question]),
         by_pair=[summarise_pairs(by_pair[key], *key) for key in sorted(by_pair)],
         by_position=[summarise_units(by_position[key], key) for key in sorted(by_position)],
-        over_training=[_training_point(step) for step in sorted(steps, key=lambda one: one.step)],
-        touched_frac=mean(step.touched_frac for step in steps),
-        expected_touched_frac=mean(step.expected_touched_frac for step in steps),
+        over_training=[
+            TrainingPoint(step=step.step, **_means([step])) for step in sorted(steps, key=lambda one: one.step)
+        ],
+        **_means(steps),
     )
 
 
-def _training_point(step: StepOverlap) -> TrainingPoint:
-    return TrainingPoint(
-        step=step.step,
-        num_questions=len(step.questions),
-        pairs=summarise_pairs([pair for question in step.questions for pair in question.pairs]),
-        units=summarise_units([unit for question in step.questions for unit in question.units]),
-        cross_question=summarise_pairs(step.cross_question),
-        touched_frac=step.touched_frac,
-        expected_touched_frac=step.expected_touched_frac,
-    )
+def _means(steps: Sequence[StepOverlap]) -> dict[str, Any]:
+    """Return the fields of ``OverlapMeans``."""
+    questions = [question for step in steps for question in step.questions]
+    return {
+        "num_questions": len(questions),
+        "pairs": summarise_pairs([pair for question in questions for pair in question.pairs]),
+        "units": summarise_units([unit for question in questions for unit in question.units]),
+        "cross_question": summarise_pairs([pair for step in steps for pair in step.cross_question]),
+        "touched_frac": mean(step.touched_frac for step in steps),
+        "expected_touched_frac": mean(step.expected_touched_frac for step in steps),
+    }
 
 
 # --------------------------------------------------------------------------------------------------
@@ -222,6 +196,7 @@ class StepOverlapMeasure(StepMeasure[StepOverlap, "tuple[list[StepOverlap], RunO
 
 
 _PAIR_COLUMNS: tuple[RowColumn, ...] = (
+    ("cases", "num_pairs", count),
     ("shared", "overlap", count),
     ("chance", "expected_overlap", count),
     ("Jaccard", "jaccard", number),
@@ -231,10 +206,31 @@ _PAIR_COLUMNS: tuple[RowColumn, ...] = (
     ("share of j", "share_of_j", percent),
     ("chance", "expected_share_of_j", percent),
 )
+_COSINE_COLUMNS: tuple[RowColumn, ...] = (
+    ("cases", "cosine.num_pairs", count),
+    ("mean", "cosine.mean", signed),
+    ("min", "cosine.min", signed),
+    ("max", "cosine.max", signed),
+    ("in conflict", "cosine.conflict_frac", percent),
+)
+_UNIT_COLUMNS: tuple[RowColumn, ...] = (
+    ("cases", "num_units", count),
+    ("mean size", "size", count),
+    ("uniqueness", "uniqueness", percent),
+    ("chance", "expected_uniqueness", percent),
+)
+_TRAINING_COLUMNS: tuple[RowColumn, ...] = (
+    ("Jaccard", "pairs.jaccard", number),
+    ("chance", "pairs.expected_jaccard", number),
+    ("uniqueness", "units.uniqueness", percent),
+    ("cosine", "pairs.cosine.mean", signed),
+    ("across questions", "cross_question.jaccard", number),
+    ("chance", "cross_question.expected_jaccard", number),
+    ("touched", "touched_frac", percent),
+)
+_EXPECTED = "expected by chance"
 # Allocations under which no coordinate can belong to two steps of a question.
 DISJOINT_ALLOCATIONS = ("disjoint", "shuffled")
-# More pairs than four units have fill a screen; the sentences already hold their means.
-_TERMINAL_PAIRS = 6
 _CHANCE = "Chance is the expectation for uniformly random sets of the same sizes among the unprotected coordinates."
 
 
@@ -312,221 +308,80 @@ def _against_chance(pairs: PairSummary) -> str:
     return f" (chance: {number(pairs.expected_jaccard)})"
 
 
-def _labels(summary: RunOverlap) -> list[str]:
-    return [str((unit.position or 0) + 1) for unit in summary.by_position]
-
-
-def _square(summary: RunOverlap, values: dict[tuple[int, int], float | None]) -> list[list[float | None]]:
-    size = len(summary.by_position)
-    return [[values.get((min(i, j), max(i, j))) if i != j else None for j in range(size)] for i in range(size)]
-
-
-def _key(pair: PairSummary) -> tuple[int, int]:
-    assert pair.i is not None and pair.j is not None
-    return pair.i, pair.j
-
-
-def _pair_name(pair: PairSummary) -> str:
-    i, j = _key(pair)
-    return f"{i + 1}, {j + 1}"
-
-
 def _pair_section(summary: RunOverlap) -> Section:
-    measured = {_key(pair): pair.jaccard for pair in summary.by_pair}
-    expected = {_key(pair): pair.expected_jaccard for pair in summary.by_pair}
-    scale = max([value or 0.0 for value in (*measured.values(), *expected.values())], default=0.0)
-    decimals = 3 if scale >= 0.01 else 4
-    maps = [
-        Heatmap(
-            title=title,
-            labels=_labels(summary),
-            values=_square(summary, values),
-            axis="update unit",
-            scale=scale,
-            decimals=decimals,
-            caption=f"Full colour is {number(scale)}, the same in both maps.",
-        )
-        for title, values in (("Jaccard index, measured", measured), ("Jaccard index, chance", expected))
-    ]
-    table = Table(
-        title="Overlap by pair of units (i, j)",
-        columns=["pair", Column("cases", count), *(Column(name, show) for name, _, show in _PAIR_COLUMNS)],
-        rows=[
-            [_pair_name(pair), pair.num_pairs, *(getattr(pair, key) for _, key, _ in _PAIR_COLUMNS)]
-            for pair in summary.by_pair
-        ],
-        note=f"Means over the cases: questions that have both units. {_CHANCE} Share of i: the part of unit i's "
-        "set that is also in unit j's.",
-        terminal_rows=_TERMINAL_PAIRS if len(summary.by_pair) <= _TERMINAL_PAIRS else 0,
-        collapsed=len(summary.by_pair) > 30,
+    maps = {"Jaccard index, measured": "jaccard", "Jaccard index, chance": "expected_jaccard"}
+    note = (
+        f"Means over the cases: questions that have both units. {_CHANCE} Share of i: the part of unit i's set that is "
+        "also in unit j's."
     )
     return Section(
         title="Which steps overlap",
         text="Units are the steps of a question in the order in which they claimed coordinates, numbered from 1; "
         "fused steps are one unit, and steps that claimed nothing are passed over.",
-        figures=list(maps) if measured else [],
-        tables=[table],
+        figures=jaccard_maps(summary.by_pair, maps, len(summary.by_position)),
+        tables=[pair_table("Overlap by pair of units (i, j)", summary.by_pair, _PAIR_COLUMNS, note)],
     )
 
 
 def _cosine_section(summary: RunOverlap) -> Section:
-    means: dict[tuple[int, int], float | None] = {}
-    for pair in summary.by_pair:
-        if pair.cosine is not None:
-            means[_key(pair)] = pair.cosine.mean
-    scale = max(abs(value or 0.0) for value in means.values())
-    figure = Heatmap(
-        title="Gradient cosine, mean",
-        labels=_labels(summary),
-        values=_square(summary, means),
-        axis="update unit",
+    pairs = [pair for pair in summary.by_pair if pair.cosine is not None]
+    scale = max(abs(pair.cosine.mean) for pair in pairs if pair.cosine is not None)
+    figure = pair_map(
+        "Gradient cosine, mean",
+        pairs,
+        "cosine.mean",
+        len(summary.by_position),
         scale=scale,
         decimals=2,
         caption=f"Full colour is ±{number(scale)}; blue is agreement, orange is conflict.",
     )
-    rows: list[list[Cell]] = [
-        [
-            _pair_name(pair),
-            pair.cosine.num_pairs,
-            pair.cosine.mean,
-            pair.cosine.min,
-            pair.cosine.max,
-            pair.cosine.conflict_frac,
-        ]
-        for pair in summary.by_pair
-        if pair.cosine is not None
-    ]
-    table = Table(
-        title="Gradient cosine by pair of units",
-        columns=[
-            "pair",
-            Column("cases", count),
-            *(Column(name, signed) for name in ("mean", "min", "max")),
-            Column("in conflict", percent),
-        ],
-        rows=rows,
-        note="Of the gradients before masking. In conflict: share of cases with a negative cosine.",
-        terminal_rows=_TERMINAL_PAIRS if len(rows) <= _TERMINAL_PAIRS else 0,
-        collapsed=len(rows) > 30,
-    )
+    note = "Of the gradients before masking. In conflict: share of cases with a negative cosine."
+    table = pair_table("Gradient cosine by pair of units", pairs, _COSINE_COLUMNS, note)
     return Section(title="Do the steps pull in the same direction", figures=[figure], tables=[table])
 
 
 def _position_section(summary: RunOverlap) -> Section:
-    units = summary.by_position
-    figures = []
-    if units:
-        figures = [
-            Bars(
-                title="Uniqueness by unit",
-                labels=_labels(summary),
-                series={
-                    "measured": [unit.uniqueness for unit in units],
-                    "expected by chance": [unit.expected_uniqueness for unit in units],
-                },
-                axis="share of the set that no other unit selected",
-            )
-        ]
-    table = Table(
-        title="Uniqueness by unit",
-        columns=[
-            "unit",
-            Column("cases", count),
-            Column("mean size", count),
-            Column("uniqueness", percent),
-            Column("chance", percent),
-        ],
-        rows=[
-            [(unit.position or 0) + 1, unit.num_units, unit.size, unit.uniqueness, unit.expected_uniqueness]
-            for unit in units
-        ],
-        note="Uniqueness: the share of a unit's set that no other unit of its question selected.",
+    title, units = "Uniqueness by unit", by_unit(summary.by_position)
+    series = {"measured": "uniqueness", _EXPECTED: "expected_uniqueness"}
+    bars = row_bars(title, units, series, "share of the set that no other unit selected")
+    table = row_table(
+        title,
+        "unit",
+        units,
+        _UNIT_COLUMNS,
+        "Uniqueness: the share of a unit's set that no other unit of its question selected.",
         terminal_rows=0,
-        collapsed=len(units) > 30,
+        collapsed=len(units) > MOST_OPEN_ROWS,
     )
-    return Section(title="How much of each set is its own", figures=list(figures), tables=[table])
+    return Section(title="How much of each set is its own", figures=[bars] if units else [], tables=[table])
 
 
 def _training_section(summary: RunOverlap) -> Section:
-    points = summary.over_training
-    table = Table(
-        title="By training step",
-        columns=[
-            "step",
-            Column("Jaccard", number),
-            Column("chance", number),
-            Column("uniqueness", percent),
-            Column("cosine", signed),
-            Column("across questions", number),
-            Column("chance", number),
-            Column("touched", percent),
-        ],
-        rows=[
-            [
-                point.step,
-                point.pairs.jaccard,
-                point.pairs.expected_jaccard,
-                point.units.uniqueness,
-                None if point.pairs.cosine is None else point.pairs.cosine.mean,
-                point.cross_question.jaccard,
-                point.cross_question.expected_jaccard,
-                point.touched_frac,
-            ]
-            for point in points
-        ],
-        note="Across questions: Jaccard index of the unions of two questions' sets, mean over the pairs of a batch.",
-        collapsed=len(points) > 30,
+    points = {point.step: point for point in summary.over_training}
+    table = row_table(
+        "By training step",
+        "step",
+        points,
+        _TRAINING_COLUMNS,
+        "Across questions: Jaccard index of the unions of two questions' sets, mean over the pairs of a batch.",
+        terminal_rows=16,
+        collapsed=len(points) > MOST_OPEN_ROWS,
     )
-    figures = _training_lines(summary) if len(points) > 1 else []
-    return Section(title="Over training", figures=list(figures), tables=[table])
+    pairs = {"measured": "pairs.jaccard", _EXPECTED: "pairs.expected_jaccard"}
+    unique = {"measured": "units.uniqueness", _EXPECTED: "units.expected_uniqueness"}
+    across = {"measured": "cross_question.jaccard", _EXPECTED: "cross_question.expected_jaccard"}
+    touched = {"measured": "touched_frac", _EXPECTED: "expected_touched_frac"}
+    figures = [
+        ("Overlap of a question's steps", "mean Jaccard index", pairs, False),
+        ("Uniqueness", "mean share", unique, False),
+        ("Gradient cosine of a question's steps", "mean cosine", {"measured": "pairs.cosine.mean"}, False),
+        ("Overlap of different questions", "mean Jaccard index", across, False),
+        ("Coordinates touched by a batch", "share of the unprotected", touched, False),
+    ]
+    return Section(title="Over training", figures=training_lines(points, figures), tables=[table])
 
 
-def _training_lines(summary: RunOverlap) -> list[Lines]:
-    """Return one figure per quantity that was measured at all."""
-    points = summary.over_training
-    figures = []
-
-    def add(title: str, y_label: str, measured: list[float | None], chance: list[float | None] | None) -> None:
-        if any(value is not None for value in measured):
-            series = {"measured": measured} | ({} if chance is None else {"expected by chance": chance})
-            steps = [point.step for point in points]
-            figures.append(Lines(title=title, x=steps, series=series, x_label="training step", y_label=y_label))
-
-    add(
-        "Overlap of a question's steps",
-        "mean Jaccard index",
-        [point.pairs.jaccard for point in points],
-        [point.pairs.expected_jaccard for point in points],
-    )
-    add(
-        "Uniqueness",
-        "mean share",
-        [point.units.uniqueness for point in points],
-        [point.units.expected_uniqueness for point in points],
-    )
-    cosines = [point.pairs.cosine for point in points]
-    add(
-        "Gradient cosine of a question's steps",
-        "mean cosine",
-        [None if cosine is None else cosine.mean for cosine in cosines],
-        None,
-    )
-    add(
-        "Overlap of different questions",
-        "mean Jaccard index",
-        [point.cross_question.jaccard for point in points],
-        [point.cross_question.expected_jaccard for point in points],
-    )
-    add(
-        "Coordinates touched by a batch",
-        "share of the unprotected",
-        [point.touched_frac for point in points],
-        [point.expected_touched_frac for point in points],
-    )
-    return figures
-
-
-# Beyond this many rows a page becomes slow and nobody reads them; report.json has all.
+# More rows make the page slow; report.json has all.
 _MOST_QUESTIONS = 200
 
 

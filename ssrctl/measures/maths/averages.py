@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from typing import Any
 
 
 def mean(values: Iterable[float | None]) -> float | None:
     """Return the mean of the values that are not None; None when there are none."""
     kept = [value for value in values if value is not None]
     return math.fsum(kept) / len(kept) if kept else None
+
+
+def means(of: type[Any], items: Sequence[Any]) -> dict[str, Any]:
+    """Return for each field of a dataclass the mean of the items' attributes of that name, each with equal weight."""
+    return {field.name: mean(getattr(one, field.name) for one in items) for field in fields(of)}
 
 
 def ratio(part: float | None, whole: float | None) -> float | None:

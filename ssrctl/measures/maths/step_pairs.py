@@ -7,42 +7,40 @@ it out.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ssrctl.measures.maths.step_sets import OverlapCounts, expected_jaccard, finite, mean, overlap_counts
+from ssrctl.measures.maths.averages import mean
+from ssrctl.measures.maths.step_sets import OverlapCounts, expected_jaccard, finite, overlap_counts
 
 if TYPE_CHECKING:
     from ssrctl.io.mask_log import QuestionLog, StepMaskLog
 
 EQUAL, OPPOSITE = "equal", "opposite"
-# A mean this small beside the advantages that it is of has the sign of a rounding error.
+# A mean this small relative to its advantages has the sign of a rounding error.
 SIGN_TOLERANCE = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True)
-class UnitGeometry:
-    """One unit's gradient and its two sets: S, what it selected, and U, the largest of its gradient without claims.
+class UnitGradient:
+    """A unit's gradient and its two sets, or means over several units.
+
+    S is what it selected, and U the largest entries of its gradient without claims.
 
     Attributes:
-        position: from 0, in the order of claiming.
-        mean_advantage: over the responses and steps of the unit; None without any.
         gradient_norm: L2 norm before masking.
         captured: share of the gradient's squared norm in S.
-        unconstrained_size: ``|U|``.
         unconstrained_captured: share of the squared norm in U; never less than ``captured`` when S is as large as U.
         claims_loss: ``unconstrained_captured - captured``.
         displaced_frac: ``|U \\ S| / |U|``, what it wanted and did not get; None for an empty U.
         unconstrained_uniqueness: share of U that is in no other unit's U.
     """
 
-    position: int
-    mean_advantage: float | None
     gradient_norm: float | None
     captured: float | None
-    unconstrained_size: int | None
     unconstrained_captured: float | None
     claims_loss: float | None
     displaced_frac: float | None
@@ -50,12 +48,25 @@ class UnitGeometry:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairGeometry:
-    """Two units of one question before masking, ``i < j``.
+class UnitGeometry(UnitGradient):
+    """One unit of a question.
 
     Attributes:
-        i, j: positions from 0.
-        advantage_signs: ``equal`` or ``opposite`` signs of the units' mean advantages; None when one is 0 or unknown.
+        position: from 0, in the order of claiming.
+        mean_advantage: over the responses and steps of the unit; None without any.
+        unconstrained_size: ``|U|``.
+    """
+
+    position: int
+    mean_advantage: float | None
+    unconstrained_size: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairGradients:
+    """The gradients of two units before masking, or means over several pairs.
+
+    Attributes:
         unconstrained_overlap: ``|U_i n U_j|``: what would have collided.
         unconstrained_jaccard: ``|U_i n U_j| / |U_i u U_j|``, 0 when both are empty.
         expected_unconstrained_jaccard: of random sets of these sizes.
@@ -67,10 +78,7 @@ class PairGeometry:
     For independent random signs every conflict is 1/2 on average.
     """
 
-    i: int
-    j: int
-    advantage_signs: str | None
-    unconstrained_overlap: int | None
+    unconstrained_overlap: float | None
     unconstrained_jaccard: float | None
     expected_unconstrained_jaccard: float | None
     cosine: float | None
@@ -78,6 +86,20 @@ class PairGeometry:
     weighted_conflict: float | None
     top_conflict: float | None
     top_weighted_conflict: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairGeometry(PairGradients):
+    """Two units of one question.
+
+    Attributes:
+        i, j: positions from 0, ``i < j``.
+        advantage_signs: ``equal`` or ``opposite`` signs of the units' mean advantages; None when one is 0 or unknown.
+    """
+
+    i: int
+    j: int
+    advantage_signs: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +113,7 @@ class QuestionGeometry:
 
 
 def measure_step_geometry(log: StepMaskLog) -> list[QuestionGeometry]:
-    """Every question of a logged training step.
+    """Measure every question of a logged training step.
 
     Raises:
         ValueError: a set larger than the unprotected coordinates, or sets over other tensors than their question's.
@@ -101,7 +123,7 @@ def measure_step_geometry(log: StepMaskLog) -> list[QuestionGeometry]:
 
 
 def measure_question_geometry(question: QuestionLog, step: int, eligible: int) -> QuestionGeometry:
-    """One question.
+    """Measure one question.
 
     Args:
         question: as logged.
@@ -116,11 +138,7 @@ def measure_question_geometry(question: QuestionLog, step: int, eligible: int) -
     counts = overlap_counts(sets)
     places = {i: place for place, i in enumerate(known)}
     units = [_unit(question, i, counts, places.get(i)) for i in range(len(question.units))]
-    pairs = [
-        _pair(question, i, j, units, counts, places, eligible)
-        for i in range(len(units))
-        for j in range(i + 1, len(units))
-    ]
+    pairs = [_pair(question, i, j, counts, places, eligible) for i, j in itertools.combinations(range(len(units)), 2)]
     return QuestionGeometry(step=step, id=question.id, units=units, pairs=pairs)
 
 
@@ -148,13 +166,7 @@ def _unit(question: QuestionLog, i: int, counts: OverlapCounts, place: int | Non
 
 
 def _pair(
-    question: QuestionLog,
-    i: int,
-    j: int,
-    units: Sequence[UnitGeometry],
-    counts: OverlapCounts,
-    places: dict[int, int],
-    eligible: int,
+    question: QuestionLog, i: int, j: int, counts: OverlapCounts, places: dict[int, int], eligible: int
 ) -> PairGeometry:
     shared = jaccard = expected = None
     if i in places and j in places:
@@ -163,10 +175,10 @@ def _pair(
         jaccard = shared / (a + b - shared) if a + b else 0.0
         expected = expected_jaccard(a, b, eligible)
     cosine = None if question.gradient_cosine is None else finite(question.gradient_cosine[i][j])
-
-    def conflict(name: str) -> float | None:
-        return None if question.conflict is None else finite(question.conflict[name][i][j])
-
+    conflicts = {
+        name: None if question.conflict is None else finite(question.conflict[name][i][j])
+        for name in ("conflict", "weighted_conflict", "top_conflict", "top_weighted_conflict")
+    }
     return PairGeometry(
         i=i,
         j=j,
@@ -175,15 +187,12 @@ def _pair(
         unconstrained_jaccard=jaccard,
         expected_unconstrained_jaccard=expected,
         cosine=cosine,
-        conflict=conflict("conflict"),
-        weighted_conflict=conflict("weighted_conflict"),
-        top_conflict=conflict("top_conflict"),
-        top_weighted_conflict=conflict("top_weighted_conflict"),
+        **conflicts,
     )
 
 
 def advantage_signs(one: Sequence[float], other: Sequence[float]) -> str | None:
-    """``equal`` or ``opposite`` signs of two units' mean advantages; None when one mean is 0 (to rounding)."""
+    """Return ``equal`` or ``opposite`` by the signs of two units' mean advantages; None when one is 0 (to rounding)."""
     signs = [_sign_of_mean(one), _sign_of_mean(other)]
     if 0 in signs:
         return None

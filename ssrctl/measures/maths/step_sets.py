@@ -11,11 +11,14 @@ independently of one another: ``E|A n B| = ab / N`` (the mean of a hypergeometri
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from ssrctl.measures.maths.averages import ratio
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class OverlapCounts:
-    """How several sets overlap.
+    """Counts of the intersections of several sets.
 
     Attributes:
         shared: int64 ``[num_sets, num_sets]``, ``|S_i n S_j|``; the diagonal holds the sizes.
@@ -75,13 +78,13 @@ def overlap_counts(sets: Sequence[BlockMask]) -> OverlapCounts:
 
 
 def expected_overlap(a: int, b: int, eligible: int) -> float:
-    """``ab / N``: expected size of the intersection of two random sets."""
+    """Return ``ab / N``, the expected size of the intersection of two random sets."""
     _check_sizes((a, b), eligible)
     return a * b / eligible if eligible else 0.0
 
 
 def expected_jaccard(a: int, b: int, eligible: int) -> float:
-    """``pq / (p + q - pq)`` with ``p = a/N``, ``q = b/N``: the Jaccard index at the expected overlap.
+    """Return the Jaccard index at the expected overlap, ``pq / (p + q - pq)`` with ``p = a/N``, ``q = b/N``.
 
     A ratio of expectations: it differs from the expectation of the ratio by terms of order 1/N. 0 when both
     sets are empty.
@@ -92,7 +95,7 @@ def expected_jaccard(a: int, b: int, eligible: int) -> float:
 
 
 def expected_uniqueness(others: Iterable[int], eligible: int) -> float:
-    """``prod (1 - b/N)`` over the other sets' sizes: the chance that a coordinate is in none of them."""
+    """Return the chance that a coordinate is in none of the other sets: ``prod (1 - b/N)`` over their sizes."""
     sizes = list(others)
     _check_sizes(sizes, eligible)
     return math.prod(1 - size / eligible for size in sizes) if eligible else 1.0
@@ -104,7 +107,29 @@ def _check_sizes(sizes: Iterable[int], eligible: int) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairOverlap:
+class PairSets:
+    """Two sets, or means over several pairs of sets.
+
+    Attributes:
+        overlap: ``|S_i n S_j|``.
+        jaccard: ``|S_i n S_j| / |S_i u S_j|``, 0 when both are empty.
+        share_of_i: one-sided overlap ``|S_i n S_j| / |S_i|``; None for an empty ``S_i``.
+        share_of_j: the same over ``|S_j|``.
+        expected_*: of random sets of these sizes.
+    """
+
+    overlap: float | None
+    expected_overlap: float | None
+    jaccard: float | None
+    expected_jaccard: float | None
+    share_of_i: float | None
+    expected_share_of_i: float | None
+    share_of_j: float | None
+    expected_share_of_j: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairOverlap(PairSets):
     """Two sets of one question, or the unions of two questions.
 
     ``{"i": 0, "j": 1, "overlap": 0, "expected_overlap": 9.6, "jaccard": 0.0, "expected_jaccard": 0.004,
@@ -113,30 +138,32 @@ class PairOverlap:
 
     Attributes:
         i, j: positions from 0, ``i < j``.
-        overlap: ``|S_i n S_j|``.
-        jaccard: ``|S_i n S_j| / |S_i u S_j|``, 0 when both are empty.
-        share_of_i: one-sided overlap ``|S_i n S_j| / |S_i|``; None for an empty ``S_i``.
-        share_of_j: the same over ``|S_j|``.
-        expected_*: of random sets of these sizes.
         cosine: between the units' gradients before masking; None when it was not logged or not finite.
     """
 
     i: int
     j: int
-    overlap: int
-    expected_overlap: float
-    jaccard: float
-    expected_jaccard: float
-    share_of_i: float | None
-    expected_share_of_i: float
-    share_of_j: float | None
-    expected_share_of_j: float
     cosine: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class UnitOverlap:
-    """One unit's set among those of its question.
+class UnitSet:
+    """One unit's set among those of its question, or means over several units.
+
+    Attributes:
+        size: selected coordinates.
+        uniqueness: share of them that no other unit of the question selected; None for an empty set.
+        expected_uniqueness: with random sets of these sizes.
+    """
+
+    size: float | None
+    uniqueness: float | None
+    expected_uniqueness: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitOverlap(UnitSet):
+    """One unit of a question.
 
     ``{"position": 0, "steps": [0], "budget": 0.002, "size": 840, "uniqueness": 1.0, "expected_uniqueness": 0.98}``
 
@@ -144,17 +171,12 @@ class UnitOverlap:
         position: from 0, in the order of claiming.
         steps: the reasoning steps fused in it, from 0.
         budget: the fraction it was granted.
-        size: selected coordinates.
-        uniqueness: share of them that no other unit of the question selected; None for an empty set.
-        expected_uniqueness: with random sets of these sizes.
     """
 
     position: int
     steps: list[int]
     budget: float
     size: int
-    uniqueness: float | None
-    expected_uniqueness: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +213,7 @@ class StepOverlap:
 
 
 def measure_question(question: QuestionLog, step: int, eligible: int) -> QuestionOverlap:
-    """Overlap of the units of one question.
+    """Measure the overlap of the units of one question.
 
     Args:
         question: as logged.
@@ -211,7 +233,7 @@ def measure_question(question: QuestionLog, step: int, eligible: int) -> Questio
             steps=list(unit.steps),
             budget=unit.budget,
             size=sizes[i],
-            uniqueness=unique[i] / sizes[i] if sizes[i] else None,
+            uniqueness=ratio(unique[i], sizes[i]),
             expected_uniqueness=expected_uniqueness(sizes[:i] + sizes[i + 1 :], eligible),
         )
         for i, unit in enumerate(question.units)
@@ -223,7 +245,7 @@ def measure_question(question: QuestionLog, step: int, eligible: int) -> Questio
 
 
 def measure_step(log: StepMaskLog) -> StepOverlap:
-    """Overlap within each question of a training step, and between its questions.
+    """Measure the overlap within each question of a training step, and between its questions.
 
     Raises:
         ValueError: a log that contradicts itself: sets that do not fit the unprotected coordinates, or more
@@ -233,21 +255,20 @@ def measure_step(log: StepMaskLog) -> StepOverlap:
     if eligible < 0:
         raise ValueError(f"{log.num_protected} of {log.num_coordinates} coordinates protected")
     questions = [measure_question(question, log.step, eligible) for question in log.questions]
-    unions = [
-        functools.reduce(operator.or_, [unit.mask for unit in question.units])
-        for question in log.questions
+    unions = {
+        place: functools.reduce(operator.or_, [unit.mask for unit in question.units])
+        for place, question in enumerate(log.questions)
         if question.units
-    ]
-    places = [position for position, question in enumerate(log.questions) if question.units]
-    counts = overlap_counts(unions)
+    }
+    counts = overlap_counts(list(unions.values()))
     sizes = counts.shared.diagonal().tolist()
     return StepOverlap(
         step=log.step,
         num_eligible=eligible,
         questions=questions,
-        cross_question=_pairs(counts, eligible, None, places),
+        cross_question=_pairs(counts, eligible, None, list(unions)),
         num_touched=counts.num_touched,
-        touched_frac=counts.num_touched / eligible if eligible else None,
+        touched_frac=ratio(counts.num_touched, eligible),
         expected_touched_frac=1 - expected_uniqueness(sizes, eligible) if eligible else None,
     )
 
@@ -258,39 +279,30 @@ def _pairs(
     cosine: list[list[float]] | None,
     places: Sequence[int] | None = None,
 ) -> list[PairOverlap]:
-    """Every pair ``i < j``; ``places`` renames the positions."""
+    """Return every pair ``i < j``; ``places`` renames the positions."""
     shared = counts.shared.tolist()
-    number = len(shared)
-    places = range(number) if places is None else places
+    places = range(len(shared)) if places is None else places
     pairs = []
-    for i in range(number):
-        for j in range(i + 1, number):
-            a, b, both = shared[i][i], shared[j][j], shared[i][j]
-            either = a + b - both
-            pairs.append(
-                PairOverlap(
-                    i=places[i],
-                    j=places[j],
-                    overlap=both,
-                    expected_overlap=expected_overlap(a, b, eligible),
-                    jaccard=both / either if either else 0.0,
-                    expected_jaccard=expected_jaccard(a, b, eligible),
-                    share_of_i=both / a if a else None,
-                    expected_share_of_i=b / eligible if eligible else 0.0,
-                    share_of_j=both / b if b else None,
-                    expected_share_of_j=a / eligible if eligible else 0.0,
-                    cosine=None if cosine is None else finite(cosine[i][j]),
-                )
+    for i, j in itertools.combinations(range(len(shared)), 2):
+        a, b, both = shared[i][i], shared[j][j], shared[i][j]
+        pairs.append(
+            PairOverlap(
+                i=places[i],
+                j=places[j],
+                overlap=both,
+                expected_overlap=expected_overlap(a, b, eligible),
+                jaccard=ratio(both, a + b - both) or 0.0,
+                expected_jaccard=expected_jaccard(a, b, eligible),
+                share_of_i=ratio(both, a),
+                expected_share_of_i=ratio(b, eligible) or 0.0,
+                share_of_j=ratio(both, b),
+                expected_share_of_j=ratio(a, eligible) or 0.0,
+                cosine=None if cosine is None else finite(cosine[i][j]),
             )
+        )
     return pairs
 
 
 def finite(value: float | None) -> float | None:
     """Return the value, None for NaN and infinity."""
     return value if value is not None and math.isfinite(value) else None
-
-
-def mean(values: Iterable[float | None]) -> float | None:
-    """Return the mean of the values that are not None; None when nothing is left."""
-    kept = [value for value in values if value is not None]
-    return sum(kept) / len(kept) if kept else None
