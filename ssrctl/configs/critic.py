@@ -75,6 +75,10 @@ class CriticOptions(Config):
     critic_cache_dir: Path | None = None
     """Folder of the replies; by default ssrctl under the user's cache folder."""
 
+    answer_extraction: Literal["strict", "lenient"] = "strict"
+    """strict: only a marked answer counts (boxed, ####, <answer>, "the answer is"); lenient: else the last number
+    outside of formulas."""
+
     critic_rollouts: AtLeastOne = 8
     """Continuations per step of the rollout critic (Math-Shepherd's K)."""
 

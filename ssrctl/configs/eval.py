@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from annotated_types import Interval
 
@@ -30,6 +30,10 @@ class EvalConfig(ModelConfig, DatasetConfig, SamplingConfig, CommonConfig):
     responses: str | None = None
     """Grade these responses (jsonl, or - for stdin) instead of sampling; no model is loaded. References are the
     records' own answers, else those of --dataset."""
+
+    answer_extraction: Literal["strict", "lenient"] = "lenient"
+    """strict: only a marked answer counts (boxed, ####, <answer>, "the answer is"); lenient: else the last number
+    outside of formulas."""
 
     num_samples: AtLeastOne = 8
     """Samples per problem."""

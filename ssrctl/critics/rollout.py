@@ -204,7 +204,7 @@ class RolloutCritic:
             end = steps[boundary - 1].end if boundary else 0
             count = tokens_before(token_ends, end)
             if end == len(rollout.response) or (fits and count == limit):
-                boundaries[boundary] = _whole_value(rollout)
+                boundaries[boundary] = self._whole_value(rollout)
             elif not fits:
                 boundaries[boundary] = _Value(error="too_long")
             else:
@@ -247,7 +247,7 @@ class RolloutCritic:
             prefix = prefixes[number // num]
             added = decode_continuation(self.loaded.tokenizer, prefix.ids[prefix.num_prompt :], made.ids)
             pairs.append((prefix.text + added, prefix.answer))
-        correct = [verdict.correct for verdict in check_answers(pairs)]
+        correct = [verdict.correct for verdict in check_answers(pairs, extraction=self.options.answer_extraction)]
         self.num_timeouts += correct.count(None)
         return [_Value.of(correct[start : start + num]) for start in range(0, len(correct), num)]
 
@@ -257,9 +257,22 @@ class RolloutCritic:
             return [missing("no_reference") for _ in steps]
         values = [known[value] if isinstance(value, _Prefix) else value for value in plan.boundaries]
         return [
-            _score_final(plan.rollout) if step.kind == "final" else self._score_step(values[index], values[index + 1])
+            self._score_final(plan.rollout)
+            if step.kind == "final"
+            else self._score_step(values[index], values[index + 1])
             for index, step in enumerate(steps)
         ]
+
+    def _whole_value(self, rollout: Rollout) -> _Value:
+        assert rollout.response is not None
+        verdict = check_answer(rollout.response, rollout.answer, extraction=self.options.answer_extraction)
+        return _Value.of([verdict.correct], whole=True)
+
+    def _score_final(self, rollout: Rollout) -> StepScore:
+        value = self._whole_value(rollout)
+        if value.error:
+            return missing(value.error)
+        return scored(100.0 * value.right, "final", "right answer" if value.right else "wrong answer")
 
     def _score_step(self, before: _Value | None, after: _Value | None) -> StepScore:
         assert after is not None
@@ -276,15 +289,3 @@ def prefix_seeds(seed: int, ids: Sequence[int], num: int) -> list[int]:
     """Return the seeds of ``num`` continuations of the tokens ``ids``; a larger ``num`` begins with the same ones."""
     digest = hashlib.sha256(array("q", ids).tobytes()).hexdigest()
     return [derive_seed(seed, "continuation", digest, number) for number in range(num)]
-
-
-def _whole_value(rollout: Rollout) -> _Value:
-    assert rollout.response is not None
-    return _Value.of([check_answer(rollout.response, rollout.answer).correct], whole=True)
-
-
-def _score_final(rollout: Rollout) -> StepScore:
-    value = _whole_value(rollout)
-    if value.error:
-        return missing(value.error)
-    return scored(100.0 * value.right, "final", "right answer" if value.right else "wrong answer")

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from ssrctl.critics.base import missing, scored
 from ssrctl.io.records import Rollout, StepScore
-from ssrctl.text.answers import check_answer
+from ssrctl.text.answers import Extraction, check_answer
 from ssrctl.text.equations import Equality, find_equalities
 from ssrctl.text.quantities import given_numbers, numbers_of_words
 
@@ -43,15 +43,18 @@ class RuleCritic:
 
     identity: str | None = None  # its scores cost nothing
 
+    def __init__(self, answer_extraction: Extraction = "strict") -> None:
+        self.answer_extraction = answer_extraction
+
     @classmethod
     def create(cls, options: CriticOptions, resources: CriticResources) -> RuleCritic:
-        """Return the critic; it has no options and needs no resources."""
-        return cls()
+        """Return the critic; it needs no resources."""
+        return cls(options.answer_extraction)
 
     def stream(self, rollouts: Iterable[Rollout]) -> Iterator[tuple[Rollout, list[StepScore]]]:
         """Yield each rollout with its scores, in order, one at a time."""
         for rollout in rollouts:
-            yield rollout, _score_one(rollout)
+            yield rollout, _score_one(rollout, self.answer_extraction)
 
     def summary(self) -> dict[str, Any]:
         """Return an empty dict: the scores cost nothing."""
@@ -61,7 +64,7 @@ class RuleCritic:
         """Do nothing: no resource is held."""
 
 
-def _score_one(rollout: Rollout) -> list[StepScore]:
+def _score_one(rollout: Rollout, answer_extraction: Extraction) -> list[StepScore]:
     question = rollout.question or ""
     modulus = rollout.extra.get("modulus")
     modulus = modulus if isinstance(modulus, int) and modulus > 1 else None
@@ -74,7 +77,7 @@ def _score_one(rollout: Rollout) -> list[StepScore]:
         # A number that was copied correctly proves nothing.
         equalities = [each for each in find_equalities(text) if each.operators or not each.holds(modulus)]
         if step.kind == "final":
-            scores.append(_score_final(rollout, text, last))
+            scores.append(_score_final(rollout, text, last, answer_extraction))
         elif not equalities:
             scores.append(missing("no_equation"))
         elif chain is not None:
@@ -116,13 +119,11 @@ def _score_text(equalities: list[Equality], known: set[Fraction], modulus: int |
     return scored(RIGHT, "step", "true and from known numbers")
 
 
-def _score_final(rollout: Rollout, text: str, last: Fraction | None) -> StepScore:
+def _score_final(rollout: Rollout, text: str, last: Fraction | None, answer_extraction: Extraction) -> StepScore:
     reference = rollout.answer if rollout.answer is not None or last is None else str(last)
-    verdict = check_answer(text, reference)
-    if verdict.extracted is None:
-        return missing("no_answer")
+    verdict = check_answer(text, reference, extraction=answer_extraction)
     if reference is None:
-        return missing("no_reference")
+        return missing("no_reference" if verdict.extracted is not None else "no_answer")
     if verdict.correct is None:
         return missing("answer_timeout")
     why = "right answer" if verdict.correct else "wrong answer"

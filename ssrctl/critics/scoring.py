@@ -6,15 +6,20 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ssrctl.critics.base import OUTAGE_ERRORS, Critic, score_all
+from ssrctl.critics.base import OUTAGE_ERRORS, Critic, score_all, scored
 from ssrctl.errors import Stopped
 
 if TYPE_CHECKING:
     from ssrctl.sampling.groups import Group
+    from ssrctl.text.answers import Extraction
 
 
-def score_groups(groups: Sequence[Group], critic: Critic) -> None:
+def score_groups(groups: Sequence[Group], critic: Critic, answer_extraction: Extraction = "strict") -> None:
     """Score every response with ``critic`` and check its final answer; fills the records in place.
+
+    Every response with a step has a final reward, the same under every ``--credit``: without a marked answer its last
+    step becomes the final one. Where the critic gave no score for a final answer, the checker's verdict is the score. A
+    comparison that timed out changes nothing.
 
     Raises:
         Stopped: every score is missing because of an outage, so that there is nothing to learn from.
@@ -22,12 +27,20 @@ def score_groups(groups: Sequence[Group], critic: Critic) -> None:
     from ssrctl.text.answers import check_answers
 
     rollouts = [rollout for group in groups for rollout in group.rollouts]
-    finals = check_answers([(rollout.response or "", rollout.answer) for rollout in rollouts])
+    pairs = [(rollout.response or "", rollout.answer) for rollout in rollouts]
+    finals = check_answers(pairs, extraction=answer_extraction)
+    errors: Counter[str | None] = Counter()
     for rollout, scores, final in zip(rollouts, score_all(critic, rollouts), finals, strict=True):
         assert len(scores) == len(rollout.steps or ()), (rollout.id, len(scores))
         assert rollout.response is not None and rollout.answer is not None
+        errors.update(score.error for score in scores)
         rollout.scores, rollout.final = scores, final
-    errors = Counter(score.error for rollout in rollouts for score in rollout.scores or ())
+        if final.correct is None or not rollout.steps:
+            continue
+        if (last := rollout.steps[-1]).kind != "final" or scores[-1].reward is None:
+            why = "the checker's verdict" if last.kind == "final" else "no marked answer"
+            last.kind = "final"
+            rollout.scores = [*scores[:-1], scored(100.0 * final.correct, "final", why)]
     if errors and set(errors) <= OUTAGE_ERRORS:
         classes = ", ".join(f"{kind} {count}" for kind, count in errors.items())
         raise Stopped(

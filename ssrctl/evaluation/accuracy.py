@@ -14,7 +14,7 @@ from typing import Any
 
 from ssrctl.errors import UserError
 from ssrctl.evaluation.intervals import accuracy_interval, paired_difference
-from ssrctl.io.records import Rollout
+from ssrctl.io.records import FinalAnswer, Rollout
 
 OUTCOMES = ("correct", "wrong", "unparsed", "timed_out")
 
@@ -47,11 +47,18 @@ def summarise(samples: Sequence[Rollout], confidence: float) -> dict[str, Any]:
         "without_reference": len(samples) - len(graded),
         "solved_at_least_once": sum(1 for share in by_problem.values() if share > 0) / len(by_problem),
         "outcomes": {name: outcomes[name] for name in OUTCOMES},
+        "way_fracs": {way: count / len(finals) for way, count in _ways(finals).items()},
         "ways": dict(Counter(final.way for final in finals if final.way is not None).most_common()),
         "answered_frac": sum(final.extracted is not None for final in finals) / len(finals),
         "finished_frac": sum(endings) / len(endings) if endings else None,
         "mean_response_tokens": statistics.fmean(lengths) if lengths else None,
     }
+
+
+def _ways(finals: Sequence[FinalAnswer]) -> dict[str, int]:
+    """Count answers by the way they were found, the most frequent first; ``none`` are responses without an answer."""
+    found = Counter(final.way or ("none" if final.extracted is None else "unknown") for final in finals)
+    return dict(found.most_common())
 
 
 def with_reference(samples: Sequence[Rollout]) -> list[Rollout]:

@@ -130,7 +130,7 @@ def _problem(where: str, row: dict[str, Any], config: DatasetConfig) -> Problem:
     question = _column(row, config.question_column, QUESTION_COLUMNS, where, "question")
     answer = _column(row, config.answer_column, ANSWER_COLUMNS, where, "answer")
     used = {"id", question, answer}
-    text = str(row[answer])
+    text = _answer_text(row[answer], f"{where}: field '{answer}'")
     identity = row.get("id")
     return Problem(
         id=where.rsplit(":", 1)[-1] if identity is None else str(identity),
@@ -138,6 +138,17 @@ def _problem(where: str, row: dict[str, Any], config: DatasetConfig) -> Problem:
         answer=text.rsplit("####", 1)[-1].strip() if "####" in text else text.strip(),
         extra={key: value for key, value in row.items() if key not in used and _is_json(value)},
     )
+
+
+def _answer_text(value: Any, where: str) -> str:
+    """Return an answer as text; a list of one is its element. Any other list or a dict is a UserError."""
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, list | dict):
+        raise UserError(
+            f"{where} must be text or a number, found {value!r}", "name another column with --answer-column"
+        )
+    return str(value)
 
 
 def _column(row: dict[str, Any], named: str | None, usual: tuple[str, ...], where: str, what: str) -> str:

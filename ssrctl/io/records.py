@@ -57,7 +57,7 @@ class FinalAnswer(_Part):
     Attributes:
         extracted: the answer as the response words it; None when it states none.
         correct: None when it cannot be told: no reference, or the comparison was given up.
-        way: how it was found: boxed, hashes, marker, phrase or last-number.
+        way: how it was found: boxed, hashes, marker, heading, phrase, answer-tag or last-number.
         outcome: ``correct``; ``wrong``; ``unparsed``, no answer was found (``correct`` is False); ``timed_out``,
             one was found and comparing it took too long (``correct`` is None); None without a reference. Records
             of earlier versions have none; it is then made of the other fields.

@@ -10,20 +10,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
 from ssrctl.checkpoints.pairs import Comparison, TensorPair, first_of
 from ssrctl.core.mask import BlockMask, TileSet, matrix_shape
 from ssrctl.errors import UserError
+from ssrctl.io.artifacts import load_mask
 from ssrctl.io.console import note
 from ssrctl.measures.base import Findings, Mode, PairMeasure, register
-from ssrctl.measures.group_tables import RowColumn, row_table
+from ssrctl.measures.group_tables import RowColumn, row_bars, row_table
+from ssrctl.measures.maths.averages import ratio
 from ssrctl.measures.maths.change_rule import change_rule
 from ssrctl.measures.maths.grouping import Grouped, group
 from ssrctl.report.document import Bars, Column, Section, Table
 from ssrctl.report.formats import count, number, percent, times
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ssrctl.configs import DiagnoseConfig
 
 _SHOWN_NAMES = 5
@@ -125,7 +128,7 @@ def audit_tensor(name: str, protected: TileSet | None, changed: Tensor) -> Tenso
     num_changed = int(changed.sum())
     if protected is None:
         return TensorAudit(changed.numel(), 0, num_changed, 0)
-    _check_shape(name, protected, changed)
+    _check_shape(name, protected.shape, changed.shape)
     flat = changed.reshape(-1)
     both = sum(int(flat[part.to(flat.device)].sum()) for part in protected.index_parts())
     return TensorAudit(flat.numel(), protected.count(), num_changed, both)
@@ -147,41 +150,36 @@ def spike_audit(spike: Mapping[str, Any], protected: TileSet | None, changed: Te
     index = _flat_index(spike, tuple(changed.shape))
     inside = False
     if protected is not None:
-        _check_shape(str(spike.get("parameter")), protected, changed)
+        _check_shape(str(spike.get("parameter")), protected.shape, changed.shape)
         inside = _contains(protected, index)
     return SpikeAudit(spike, index, inside, bool(changed.reshape(-1)[index]))
 
 
 def audit_row(audits: Sequence[TensorAudit]) -> AuditRow:
     """Return the counts and shares of several tensors together."""
-    numel = sum(audit.numel for audit in audits)
-    protected = sum(audit.num_protected for audit in audits)
-    changed = sum(audit.num_changed for audit in audits)
-    both = sum(audit.num_protected_changed for audit in audits)
+    numel, protected, changed, both = (
+        sum(getattr(audit, key) for audit in audits)
+        for key in ("numel", "num_protected", "num_changed", "num_protected_changed")
+    )
     by_chance = math.fsum(audit.num_changed * audit.num_protected / audit.numel for audit in audits if audit.numel)
     return AuditRow(
         numel=numel,
         num_protected=protected,
         num_changed=changed,
         num_protected_changed=both,
-        protected_frac=_share(protected, numel),
-        changed_frac=_share(changed, numel),
-        protected_changed_frac=_share(both, protected),
-        overlap=_share(both, changed),
-        expected_overlap=_share(by_chance, changed),
-        ratio=_share(both, by_chance),
+        protected_frac=ratio(protected, numel),
+        changed_frac=ratio(changed, numel),
+        protected_changed_frac=ratio(both, protected),
+        overlap=ratio(both, changed),
+        expected_overlap=ratio(by_chance, changed),
+        ratio=ratio(both, by_chance),
     )
 
 
-def _share(part: float, whole: float) -> float | None:
-    return part / whole if whole else None
-
-
-def _check_shape(name: str, protected: TileSet, changed: Tensor) -> None:
-    if protected.shape != tuple(changed.shape):
+def _check_shape(name: str, of_mask: Sequence[int], shape: Sequence[int], mask: str = "the mask") -> None:
+    if tuple(of_mask) != tuple(shape):
         raise UserError(
-            f"the mask has {name} with shape {list(protected.shape)}, the checkpoints have it with "
-            f"{list(changed.shape)}",
+            f"{mask} has {name} with shape {list(of_mask)}, the checkpoints have it with {list(shape)}",
             "give a mask that was made for this model",
         )
 
@@ -205,9 +203,9 @@ def _within(value: object, size: int) -> bool:
 
 
 def _contains(tiles: TileSet, index: int) -> bool:
-    from torch import tensor
-
-    return TileSet.from_indices(tiles.shape, tensor([index], device=tiles.device)).intersection(tiles).count() == 1
+    return (
+        TileSet.from_indices(tiles.shape, torch.tensor([index], device=tiles.device)).intersection(tiles).count() == 1
+    )
 
 
 @register
@@ -264,8 +262,6 @@ def _protected_weights(comparison: Comparison, config: DiagnoseConfig) -> BlockM
     Raises:
         UserError: both, a mask that cannot be read, or one of other tensors.
     """
-    from ssrctl.io.artifacts import load_mask
-
     if config.protect is not None and config.assert_frozen is not None:
         raise UserError(
             "--protect and --assert-frozen each name a mask", "give only --assert-frozen; it reports the same"
@@ -278,12 +274,7 @@ def _protected_weights(comparison: Comparison, config: DiagnoseConfig) -> BlockM
     if not shared:
         raise UserError(f"{path} is a mask of other tensors: none of them is compared", "name the checkpoints' mask")
     for name in shared:
-        if mask.shapes[name] != comparison.base.shapes[name]:
-            raise UserError(
-                f"{path} has {name} with shape {list(mask.shapes[name])}, the checkpoints have it with "
-                f"{list(comparison.base.shapes[name])}",
-                "give a mask that was made for this model",
-            )
+        _check_shape(name, mask.shapes[name], comparison.base.shapes[name], str(path))
     return mask
 
 
@@ -407,9 +398,8 @@ def audit_section(result: AuditResult) -> Section:
     """
     rows, spikes = result.rows, _spike_tables(result.spikes)
     if rows.total.num_protected == 0:
-        moved: list[RowColumn] = [
-            ("weights", "numel", count), ("changed", "num_changed", count), ("share", "changed_frac", percent),
-        ]  # fmt: skip
+        shares: RowColumn = ("share", "changed_frac", percent)
+        moved: list[RowColumn] = [("weights", "numel", count), ("changed", "num_changed", count), shares]
         table = row_table("Changed weights by tensor", "tensor", rows.tensors, moved, detail=True)
         return Section(
             title="Which tensors changed?",
@@ -454,19 +444,9 @@ def _protected(rows: Mapping[str, AuditRow]) -> dict[str, AuditRow]:
 
 def _figure(title: str, rows: Mapping[str, AuditRow]) -> list[Bars]:
     """Return bars of the changed shares; none where nothing moved, since all would be empty."""
-    if not any(row.num_protected_changed for row in rows.values()):
-        return []
-    return [
-        Bars(
-            title=title,
-            labels=list(rows),
-            series={
-                "protected": [row.protected_changed_frac for row in rows.values()],
-                "expected by chance: all weights": [row.changed_frac for row in rows.values()],
-            },
-            axis="share that changed",
-        )
-    ]
+    series = {"protected": "protected_changed_frac", "expected by chance: all weights": "changed_frac"}
+    moved = any(row.num_protected_changed for row in rows.values())
+    return [row_bars(title, rows, series, "share that changed")] if moved else []
 
 
 def _spike_tables(spikes: Sequence[SpikeAudit]) -> list[Table]:

@@ -68,6 +68,15 @@ class Findings:
     published: dict[PublishedKey, float | None] = field(default_factory=dict)
     failed: list[str] = field(default_factory=list)
 
+    def add(self, more: Findings) -> None:
+        """Add everything of other findings but their numbers."""
+        self.headlines.extend(more.headlines)
+        self.notes.extend(more.notes)
+        self.sections.extend(more.sections)
+        self.details.extend(more.details)
+        self.published.update(more.published)
+        self.failed.extend(more.failed)
+
 
 class Measure(abc.ABC, Generic[Part, Result]):
     """A family of numbers.

@@ -14,19 +14,21 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from ssrctl.core.seeds import derive_seed
 from ssrctl.errors import UserError
 from ssrctl.io.gradient_log import GradientHeader, gradient_log_paths, load_gradient_log, read_gradient_header
 from ssrctl.measures.base import Findings, RunMeasure, register
+from ssrctl.measures.group_tables import off_diagonal
 from ssrctl.report.document import Column, Figure, Heatmap, Lines, Section, Table
 from ssrctl.report.formats import count, number, percent, signed, times
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-# Bytes of stored gradients held at a time; the two blocks at hand take three times as much again in float64.
+# Bytes of stored gradients held at a time; the two blocks in use take three times as much again in float64.
 BLOCK_BYTES = 32 * 2**20
 ENERGY_SHARES = (0.9, 0.95, 0.99)
 # More steps than this cannot be told apart in a heat map, and the matrix would fill the report.
@@ -43,8 +45,6 @@ def gram_matrix(load: Callable[[int], Tensor], count: int, size: int) -> Tensor:
         count: number of vectors; 0 gives ``[0, 0]``.
         size: numbers in each.
     """
-    import torch
-
     rows = max(1, BLOCK_BYTES // (4 * max(size, 1)))
     starts = range(0, count, rows)
     gram = torch.zeros(count, count, dtype=torch.float64)
@@ -83,8 +83,6 @@ class Spectrum:
 
 def spectrum_of(gram: Tensor) -> Spectrum:
     """Return the spectrum of a symmetric positive semidefinite matrix, float64 ``[T, T]``; T may be 0."""
-    import torch
-
     # Rounding can leave zeros slightly negative.
     values = torch.linalg.eigvalsh(gram).flip(0).clamp(min=0.0) if len(gram) else gram.new_zeros(0)
     total = float(values.sum())
@@ -121,9 +119,6 @@ def random_gram(norms: Sequence[float], size: int, seed: int) -> Tensor:
         size: numbers in each; with fewer than vectors the vectors themselves are drawn.
         seed: of the draw.
     """
-    import numpy as np
-    import torch
-
     count = len(norms)
     draw = np.random.default_rng(derive_seed(seed, "random gradients"))
     if size < count:
@@ -319,7 +314,24 @@ def gradients_section(result: GradientsResult) -> Section:
     """Return figures and tables: eigenvalues, cumulative energy and cosines."""
     figures: list[Figure] = []
     if result.gradients.found.effective_rank is not None:
-        figures = [_eigenvalues(result.gradients), _energy(result.gradients)]
+        figures = [
+            _curve(
+                result.gradients,
+                _shares,
+                title="Eigenvalues of the gradients' Gram matrix",
+                x_label="eigenvalue, from the largest",
+                log_y=True,
+                caption="Where the measured curve lies above the grey one, a direction is shared by more gradients than "
+                "chance explains.",
+            ),
+            _curve(
+                result.gradients,
+                _cumulative,
+                title="Energy in the largest directions together",
+                x_label="directions, from the largest",
+                shares=True,
+            ),
+        ]
         if len(result.cosine_steps) > 1:
             figures += [_cosine_map(result), _neighbours(result)]
     return Section(
@@ -360,35 +372,20 @@ def _cumulative(values: Sequence[float]) -> list[float | None]:
     return [min(1.0, held / total) if total else None for held in itertools.accumulate(values)]
 
 
-def _eigenvalues(spectra: ComparedSpectrum) -> Lines:
+def _curve(
+    spectra: ComparedSpectrum, values: Callable[[Sequence[float]], list[float | None]], **settings: Any
+) -> Lines:
+    """Return lines over the eigenvalues of what a function makes of them."""
     return Lines(
-        title="Eigenvalues of the gradients' Gram matrix",
         x=list(range(1, len(spectra.found.eigenvalues) + 1)),
-        series={"measured": _shares(spectra.found.eigenvalues), _CHANCE: _shares(spectra.chance.eigenvalues)},
-        x_label="eigenvalue, from the largest",
+        series={"measured": values(spectra.found.eigenvalues), _CHANCE: values(spectra.chance.eigenvalues)},
         y_label="share of all energy",
-        log_y=True,
-        caption="Where the measured curve lies above the grey one, a direction is shared by more gradients than chance "
-        "explains.",
-    )
-
-
-def _energy(spectra: ComparedSpectrum) -> Lines:
-    return Lines(
-        title="Energy in the largest directions together",
-        x=list(range(1, len(spectra.found.eigenvalues) + 1)),
-        series={"measured": _cumulative(spectra.found.eigenvalues), _CHANCE: _cumulative(spectra.chance.eigenvalues)},
-        x_label="directions, from the largest",
-        y_label="share of all energy",
-        shares=True,
+        **settings,
     )
 
 
 def _cosine_map(result: GradientsResult) -> Heatmap:
-    matrix = [
-        [None if row == column else value for column, value in enumerate(values)]
-        for row, values in enumerate(result.cosines)
-    ]
+    matrix = off_diagonal(result.cosines)
     largest = max((abs(value) for values in matrix for value in values if value is not None), default=0.0)
     thinned = len(matrix) < result.num_gradients
     return Heatmap(
@@ -416,7 +413,7 @@ def _neighbours(result: GradientsResult) -> Lines:
 def _rank_table(result: GradientsResult) -> Table:
     rows = [
         [name, one.effective_rank, one.participation_ratio, *one.energy_ranks.values(), shared]
-        for label, spectra in (("gradients", result.gradients), ("directions alone", result.directions))
+        for label, spectra in (("gradients", result.gradients), ("directions only", result.directions))
         for name, one, shared in (
             (label, spectra.found, spectra.num_shared),
             (f"{label}, by chance", spectra.chance, None),
@@ -432,7 +429,7 @@ def _rank_table(result: GradientsResult) -> Table:
             Column("beyond chance", count),
         ],
         rows=rows,
-        note=f"Of at most {count(result.num_gradients)}. Directions alone: every gradient scaled to norm 1, so "
+        note=f"Of at most {count(result.num_gradients)}. Directions only: every gradient scaled to norm 1, so "
         "that a few large ones do not decide. By chance: independent random directions of the same norms. Beyond "
         "chance: eigenvalues above the largest of these.",
     )
@@ -448,7 +445,7 @@ def _eigenvalue_table(spectra: ComparedSpectrum) -> Table:
             Column("eigenvalue", number),
             Column("share", percent),
             Column("share by chance", percent),
-            Column("share of the first so many", percent),
+            Column("share of the first N", percent),
         ],
         rows=list(zip(places, values, _shares(values), _shares(expected), _cumulative(values), strict=True)),
         terminal_rows=0,

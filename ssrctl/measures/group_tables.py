@@ -26,7 +26,7 @@ def value_of(row: Any, path: str) -> Any:
 
 def row_table(
     title: str,
-    what: str,
+    what: str | Column,
     rows: Mapping[Any, Any],
     columns: Sequence[RowColumn],
     note: str = "",
@@ -37,7 +37,7 @@ def row_table(
 
     Args:
         title: of the table.
-        what: heading of the first column, which holds the rows' keys.
+        what: the first column or its heading; it holds the rows' keys.
         rows: objects that have the columns' attributes, by label.
         columns: what is shown of them.
         note: below the table.
@@ -138,6 +138,11 @@ def layer_lines(
     """Return lines over the layers; none for fewer than two."""
     layers = found.numbered_layers
     return [row_lines(title, layers, series, x_label="layer", y_label=y_label, **settings)] if len(layers) > 1 else []
+
+
+def off_diagonal(matrix: Sequence[Numbers]) -> list[Numbers]:
+    """Return the matrix with None on its diagonal."""
+    return [[None if i == j else value for j, value in enumerate(row)] for i, row in enumerate(matrix)]
 
 
 def picture(title: str, blocks: CoarseMap, caption: str) -> Heatmap:

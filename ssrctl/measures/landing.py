@@ -16,14 +16,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
 from ssrctl.checkpoints.names import layer_index, matrix_kind
 from ssrctl.core.seeds import derive_seed
+from ssrctl.core.static_masks import NonFiniteWeights, low_magnitude_mask, principal_mask, rank_of
 from ssrctl.measures.base import Findings, PairMeasure, register
 from ssrctl.measures.group_tables import RowColumn, cell_map, picture, row_bars
 from ssrctl.measures.maths import matrices
 from ssrctl.measures.maths.change_rule import change_rule
 from ssrctl.measures.maths.grouping import Grouped, group
 from ssrctl.measures.maths.landings import CONFIDENCE, Landings, SetLanding, land, land_by_magnitude, summary
+from ssrctl.measures.maths.low_rank import rank_k_svd
 from ssrctl.measures.maths.magnitude import widened
 from ssrctl.measures.maths.row_column_counts import (
     CoarseMap,
@@ -40,9 +45,6 @@ from ssrctl.report.document import Bars, Column, Figure, Lines, Section, Table
 from ssrctl.report.formats import count, number, percent
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
     from ssrctl.checkpoints.pairs import TensorPair
 
 # The last is the first again, with another idea of chance: random weights of the same magnitudes as those that changed.
@@ -81,10 +83,6 @@ def reference_sets(base: Tensor, *, rank_share: float, density: float, seed: int
     Returns:
         bool ``[m, n]`` by name, or the reason why there are none: weights that are NaN or infinite.
     """
-    import torch
-
-    from ssrctl.core.static_masks import NonFiniteWeights, low_magnitude_mask, principal_mask, rank_of
-    from ssrctl.measures.maths.low_rank import rank_k_svd
 
     def leading(weight: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         found = rank_k_svd(weight, k, seed=seed)

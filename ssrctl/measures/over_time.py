@@ -13,7 +13,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from ssrctl.measures.base import Findings, JointMeasure, TensorSeries, register
 from ssrctl.measures.group_tables import RowColumn, row_table
@@ -22,12 +25,8 @@ from ssrctl.measures.maths.change_rule import Differs, Rule, change_rule
 from ssrctl.measures.maths.grouping import Grouped, group
 from ssrctl.measures.maths.row_column_counts import Profile, profile, stability, stacked
 from ssrctl.measures.published import PublishedKey, references
-from ssrctl.report.document import Column, Figure, Heatmap, Lines, Section, Table
+from ssrctl.report.document import Column, Figure, Heatmap, Lines, Numbers, Section, Table
 from ssrctl.report.formats import count, number, percent
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
 
 _PART = 1 << 20  # elements compared at once
 _MOST_COLUMNS = 80  # of a heat map
@@ -80,8 +79,6 @@ def over_time(
     Raises:
         ValueError: no checkpoints, or another shape.
     """
-    import torch
-
     # Pieces of a checkpoint are handled in other functions: a loop variable left over here would keep it alive.
     final = _changed(base, last, differs)
     ever = torch.zeros_like(final)
@@ -111,8 +108,6 @@ def over_time(
 
 def _changed(base: Tensor, tuned: Tensor, differs: Differs) -> Tensor:
     """Return a bool tensor of the base's shape, True = changed."""
-    import torch
-
     changed = torch.empty(base.shape, dtype=torch.bool)
     for part, a, b in _pieces(changed, base, tuned):
         part.copy_(differs(a, b))
@@ -388,36 +383,33 @@ def over_time_section(result: OverTimeResult, published: PublishedKey | None = N
 
 
 def _lines(steps: Sequence[float], total: TimeRow, published: PublishedKey | None) -> list[Figure]:
+    def over_steps(title: str, y_label: str, series: Mapping[str, Numbers], **settings: Any) -> Lines:
+        return Lines(title=title, x=steps, series=series, x_label="training step", y_label=y_label, **settings)
+
     figures: list[Figure] = [
-        Lines(
-            title="Update sparsity over time",
-            x=steps,
-            series={"against the base": total.sparsity, "between neighbours": total.neighbour_sparsity},
-            x_label="training step",
-            y_label="share unchanged",
+        over_steps(
+            "Update sparsity over time",
+            "share unchanged",
+            {"against the base": total.sparsity, "between neighbours": total.neighbour_sparsity},
             shares=True,
             references=references(published, "RL") if published else [],
         ),
-        Lines(
-            title="Growth of the changed set",
-            x=steps,
-            series={
+        over_steps(
+            "Growth of the changed set",
+            "share of all weights",
+            {
                 "changed at some checkpoint so far": total.ever_frac,
                 "changed now": list(map(_rest, total.sparsity)),
                 "expected, ever changed": total.expected_ever_frac,
             },
-            x_label="training step",
-            y_label="share of all weights",
             shares=True,
             caption="Expected: if each interval moved as many weights of each tensor as it did, drawn at random. Below "
             "it, the same weights move again.",
         ),
-        Lines(
-            title="Changed, but not in the final subnetwork",
-            x=steps,
-            series={"of all weights": total.outside_final_frac},
-            x_label="training step",
-            y_label="share of all weights",
+        over_steps(
+            "Changed, but not in the final subnetwork",
+            "share of all weights",
+            {"of all weights": total.outside_final_frac},
             shares=True,
             caption="Weights that differ from the base at this step and no longer at the end (Mukherjee et al. 2025, "
             "figure 6).",
@@ -426,12 +418,10 @@ def _lines(steps: Sequence[float], total: TimeRow, published: PublishedKey | Non
     stable = {"rows": total.row_stability, "columns": total.column_stability}
     if len(steps) > 1 and any(one is not None for values in stable.values() for one in values):
         figures.append(
-            Lines(
-                title="Do the rows and columns that change stay the same?",
-                x=steps,
-                series=stable,
-                x_label="training step",
-                y_label="rank correlation with the last step",
+            over_steps(
+                "Do the rows and columns that change stay the same?",
+                "rank correlation with the last step",
+                stable,
                 caption="Changes per row, per column of each matrix; mean over matrices. 1 at the end by definition (Zhu "
                 "et al. 2025, section 2.2).",
             )

@@ -21,11 +21,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from ssrctl.checkpoints.names import layer_index
+from ssrctl.core.mask import TileSet
 from ssrctl.measures.base import Findings, JointMeasure, TensorSeries, register
-from ssrctl.measures.group_tables import RowColumn, picture, row_bars, row_table
+from ssrctl.measures.group_tables import RowColumn, off_diagonal, picture, row_bars, row_table
 from ssrctl.measures.maths.averages import mean, ratio
 from ssrctl.measures.maths.change_rule import change_rule
 from ssrctl.measures.maths.grouping import Grouped, group
@@ -42,9 +46,6 @@ from ssrctl.measures.maths.run_sets import (
 from ssrctl.measures.published import references
 from ssrctl.report.document import Bars, Column, Figure, Heatmap, Reference, Section, Table
 from ssrctl.report.formats import count, number, percent
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 Matrix = list[list[float | None]]
 _CHANCE = "expected by chance"
@@ -234,8 +235,6 @@ def consensus_example(name: str, changed: Sequence[Tensor]) -> Consensus:
         name: of the matrix.
         changed: bool ``[m, n]``, not empty, of each of up to 255 runs.
     """
-    import torch
-
     times = torch.zeros(changed[0].shape, dtype=torch.uint8)
     for one in changed:
         times += one
@@ -250,22 +249,18 @@ def overlap_row(tensors: Sequence[RunOverlap]) -> OverlapRow:
     pairs = list(combinations(range(len(steps)), 2))
     both_ways = pairs + [(j, i) for i, j in pairs]
 
-    def over(matrix: Matrix, places: Sequence[tuple[int, int]]) -> float | None:
-        return mean(matrix[i][j] for i, j in places)
-
+    means = {
+        name: mean(matrix[i][j] for i, j in (both_ways if "one_sided" in name else pairs))
+        for name, matrix in vars(found).items()
+    }
     return OverlapRow(
         numel=sum(one.numel for one in tensors),
         num_changed=[sum(one.sizes[i] for one in tensors) for i in range(len(steps))],
-        one_sided=over(found.one_sided, both_ways),
-        expected_one_sided=over(found.expected_one_sided, both_ways),
-        expected_one_sided_same_size=over(found.expected_one_sided_same_size, both_ways),
-        jaccard=over(found.jaccard, pairs),
-        expected_jaccard=over(found.expected_jaccard, pairs),
-        expected_jaccard_same_size=over(found.expected_jaccard_same_size, pairs),
         all_runs_of_ever=steps[-1].frac_of_ever if steps else None,
         expected_all_runs_of_ever=steps[-1].expected_frac_of_ever if steps else None,
         row_agreement=mean(one.row_agreement for one in tensors),
         column_agreement=mean(one.column_agreement for one in tensors),
+        **means,
     )
 
 
@@ -313,8 +308,6 @@ class OverlapMeasure(JointMeasure[tuple[RunOverlap, Consensus | None], OverlapRe
 
     def tensor(self, pairs: TensorSeries) -> tuple[RunOverlap, Consensus | None]:
         """Return the counts of one tensor, and a picture of the consensus where one is shown."""
-        from ssrctl.core.mask import TileSet
-
         differs, _ = change_rule(self.config)
         changed = [differs(pair.base, pair.tuned) for pair in pairs]
         base = pairs.last.base if not pairs.last.checkpoint.is_delta else self.comparison.base.tensor(pairs.name)
@@ -357,8 +350,9 @@ def headlines(result: OverlapResult) -> list[str]:
     if total.jaccard is None:
         return ["No run changed any weight, so that there is nothing to overlap."]
     chance, same_size = total.expected_jaccard, total.expected_jaccard_same_size
-    beside = f", {number(total.jaccard / chance)} times chance ({number(chance)})" if chance else ""
-    lines = [f"{num_runs} runs agree on which weights change with a Jaccard index of {number(total.jaccard)}{beside}."]
+    ratio_said = f", {number(total.jaccard / chance)} times chance ({number(chance)})" if chance else ""
+    index = number(total.jaccard)
+    lines = [f"{num_runs} runs agree on which weights change with a Jaccard index of {index}{ratio_said}."]
     if same_size:
         lines.append(
             f"Against random weights of the same magnitudes the index is {number(total.jaccard / same_size)} times "
@@ -388,6 +382,13 @@ _COLUMNS: tuple[RowColumn, ...] = (
     ("chance, all runs", "expected_all_runs_of_ever", percent),
     ("rows", "row_agreement", number),
     ("columns", "column_agreement", number),
+)
+_CONSENSUS_COLUMNS: tuple[RowColumn, ...] = (
+    ("weights", "count", count),
+    ("of all", "frac", percent),
+    ("chance", "expected_frac", percent),
+    ("of ever changed", "frac_of_ever", percent),
+    ("chance of ever changed", "expected_frac_of_ever", percent),
 )
 _NOTE = (
     "Means over pairs of runs. At equal magnitude: the Jaccard index by chance among weights of one power of two, "
@@ -419,7 +420,14 @@ def overlap_section(result: OverlapResult, published: Sequence[Reference] = ()) 
         ],
         tables=[
             _pair_table(result),
-            _consensus_table(result.consensus),
+            row_table(
+                "Consensus of runs",
+                Column("runs", _or_more),
+                {row.runs: row for row in result.consensus},
+                _CONSENSUS_COLUMNS,
+                "Weights that at least this number of runs changed (Zhu et al. 2025, section 2.2).",
+                terminal_rows=16,
+            ),
             row_table("Overlap by kind of matrix", "kind", rows.kinds, _COLUMNS, _NOTE),
             row_table("Overlap by layer", "layer", rows.labelled_layers, _COLUMNS, _NOTE),
             row_table("Overlap by tensor", "tensor", rows.tensors, _COLUMNS, _NOTE, detail=True),
@@ -436,7 +444,7 @@ def _maps(result: OverlapResult) -> list[Figure]:
     return [
         Heatmap(
             title=title,
-            values=[[None if i == j else value for j, value in enumerate(row)] for i, row in enumerate(matrix)],
+            values=off_diagonal(matrix),
             labels=result.runs,
             axis="run",
             scale=1.0,
@@ -459,7 +467,7 @@ def _consensus_figure(rows: Sequence[ConsensusRow]) -> Bars:
         {_or_more(row.runs): row for row in rows},
         {"measured": "frac_of_ever", _CHANCE: "expected_frac_of_ever"},
         "share of the weights that any run changed",
-        caption="Weights that so many of the runs changed.",
+        caption="Weights that this number of runs changed.",
     )
 
 
@@ -477,9 +485,7 @@ def _kind_figures(kinds: Mapping[str, OverlapRow], published: Sequence[Reference
             references=published,
         )
     ]
-    lined = {
-        kind: row for kind, row in kinds.items() if row.row_agreement is not None or row.column_agreement is not None
-    }
+    lined = {kind: row for kind, row in kinds.items() if (row.row_agreement, row.column_agreement) != (None, None)}
     if lined:
         figures.append(
             row_bars(
@@ -500,43 +506,17 @@ def _pair_table(result: OverlapResult) -> Table:
     jaccard = (found.jaccard, found.expected_jaccard, found.expected_jaccard_same_size)
     shares = ("o1", "o1 chance", "o1 chance, model", "o2", "o2 chance", "o2 chance, model")
     indices = ("Jaccard", "Jaccard chance", "at equal magnitude")
+    columns = [*(Column(name, percent) for name in shares), *(Column(name, number) for name in indices)]
+    rows = []
+    for i, j in combinations(range(len(runs)), 2):
+        sides = [one[i][j] for one in one_sided] + [one[j][i] for one in one_sided]
+        rows.append([runs[i], runs[j], *sides, *(one[i][j] for one in jaccard)])
     return Table(
         title="Pairs of runs",
-        columns=[
-            "run 1",
-            "run 2",
-            *(Column(name, percent) for name in shares),
-            *(Column(name, number) for name in indices),
-        ],
-        rows=[
-            [
-                runs[i],
-                runs[j],
-                *(matrix[i][j] for matrix in one_sided),
-                *(matrix[j][i] for matrix in one_sided),
-                *(matrix[i][j] for matrix in jaccard),
-            ]
-            for i, j in combinations(range(len(runs)), 2)
-        ],
+        columns=["run 1", "run 2", *columns],
+        rows=rows,
         note="o1, o2: shared weights over those that run 1, run 2 changed (Mukherjee et al. 2025, section 5). Chance: "
         "within each tensor; model: if changes could lie anywhere in the model; at equal magnitude: the Jaccard index by "
         "chance if each run changed as many weights of each power of two of each tensor as it did.",
         terminal_rows=24,
-    )
-
-
-def _consensus_table(rows: Sequence[ConsensusRow]) -> Table:
-    shares = ("of all", "chance", "of ever changed", "chance of ever changed")
-    return Table(
-        title="Consensus of runs",
-        columns=[
-            Column("runs", _or_more),
-            Column("weights", count),
-            *(Column(name, percent) for name in shares),
-        ],
-        rows=[
-            [row.runs, row.count, row.frac, row.expected_frac, row.frac_of_ever, row.expected_frac_of_ever]
-            for row in rows
-        ],
-        note="Weights that at least so many runs changed (Zhu et al. 2025, section 2.2).",
     )

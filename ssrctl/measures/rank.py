@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ssrctl.measures.base import Findings, register
 from ssrctl.measures.group_tables import RowColumn, group_tables, layer_lines, row_bars
 from ssrctl.measures.maths.averages import mean, means
@@ -134,8 +136,6 @@ def random_effective_frac(aspect: float) -> float:
     Args:
         aspect: c = min(m, n) / max(m, n), in (0, 1].
     """
-    import numpy as np
-
     root = math.sqrt(aspect)
     # With x = 1 - sqrt(c) cos(t) both square roots lose their kinks, and even steps of t converge fast.
     steps = 4096
@@ -197,6 +197,7 @@ class RankMeasure(MatrixMeasure[UpdateRank, RankRow]):
     """The rank of each matrix's update."""
 
     name = "rank"
+    order = 40
 
     def matrix(self, pair: TensorPair, label: str, update: UpdateMatrix) -> UpdateRank:
         """Return the ranks of one matrix's update; the spectral norm is left in the memo for the spectrum."""

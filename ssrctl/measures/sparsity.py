@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any
 from ssrctl.checkpoints.names import layer_index, matrix_kind
 from ssrctl.checkpoints.pairs import RANGE, TensorPair
 from ssrctl.measures.base import Findings, PairMeasure, register
-from ssrctl.measures.group_tables import RowColumn, cell_map, row_table
+from ssrctl.measures.group_tables import RowColumn, cell_map, row_bars, row_table
 from ssrctl.measures.maths.change import FIXED_TOLERANCES, Change, add_up
 from ssrctl.measures.maths.grouping import Grouped, group
 from ssrctl.measures.maths.largest_changes import LargestChanges, WeightChange
 from ssrctl.measures.maths.piece_pair import piece_pairs
 from ssrctl.measures.maths.ulp import bin_label
-from ssrctl.report.document import Bars, Column, Figure, Histogram, Section, Table
+from ssrctl.report.document import Column, Histogram, Section, Table
 from ssrctl.report.formats import count, number, percent
 
 if TYPE_CHECKING:
@@ -65,14 +65,8 @@ class SparsityResult:
         }
 
     def _weight(self, one: WeightChange) -> dict[str, Any]:
-        return {
-            "name": one.name,
-            "position": list(one.position(self.shapes[one.name])),
-            "before": one.before,
-            "after": one.after,
-            "change": one.change,
-            "relative_change": one.relative_change,
-        }
+        kept = {key: getattr(one, key) for key in ("name", "before", "after", "change", "relative_change")}
+        return kept | {"position": list(one.position(self.shapes[one.name]))}
 
 
 @register
@@ -232,16 +226,8 @@ def sparsity_sections(result: SparsityResult, atol: float) -> list[Section]:
         ("By kind of matrix", "kind", changes.kinds),
         ("By layer", "layer", changes.labelled_layers),
     ):
-        bars = Bars(
-            title=f"Unchanged weights {title.lower()}",
-            labels=list(rows),
-            series={
-                f"within {atol:g}": [change.sparsity for change in rows.values()],
-                "as bfloat16": [change.sparsity_bf16 for change in rows.values()],
-                "bit for bit": [change.bit_equal_frac for change in rows.values()],
-            },
-            axis="share unchanged",
-        )
+        series = {f"within {atol:g}": "sparsity", "as bfloat16": "sparsity_bf16", "bit for bit": "bit_equal_frac"}
+        bars = row_bars(f"Unchanged weights {title.lower()}", rows, series, "share unchanged")
         table = row_table(title, what, rows, columns, note)
         grouped.append(Section(title=title, figures=[bars], tables=[table]))
     tensors = row_table("All tensors", "tensor", changes.tensors, columns, note, detail=True)
@@ -299,47 +285,32 @@ def size_section(result: SparsityResult) -> Section:
         "A step leads from a number to the next one that its dtype can represent; where the two checkpoints are "
         "stored in two dtypes, the narrower one's. Below a step: not equal bit for bit, yet the same number there.",
     )
-    figures: list[Figure] = []
-    if ulps := result.changes.total.ulps:
-        figures.append(
-            Histogram(
-                title="How many representable steps the weights moved",
-                bins=list(map(bin_label, range(len(ulps)))),
-                series={"changed weights": ulps},
-                x_label="steps (units in the last place)",
-                y_label="weights",
-                log=True,
-            )
-        )
+    ulps = result.changes.total.ulps
+    figure = Histogram(
+        title="How many representable steps the weights moved",
+        bins=list(map(bin_label, range(len(ulps)))),
+        series={"changed weights": ulps},
+        x_label="steps (units in the last place)",
+        y_label="weights",
+        log=True,
+    )
     tables = [
         steps,
         _largest_table("Largest changes", result.largest.absolute, result.shapes),
         _largest_table("Largest relative changes", result.largest.relative, result.shapes),
     ]
-    return Section(title="Size of the change", figures=figures, tables=tables)
+    return Section(title="Size of the change", figures=[figure] if ulps else [], tables=tables)
 
 
 def _largest_table(title: str, changes: list[WeightChange], shapes: Mapping[str, tuple[int, ...]]) -> Table:
+    places = [", ".join(map(str, one.position(shapes[one.name]))) for one in changes]
+    formats = {"before": "{:.6g}".format, "after": "{:.6g}".format, "change": "{:+.3g}".format, "relative": number}
     return Table(
         title=title,
-        columns=[
-            "tensor",
-            "position",
-            Column("before", "{:.6g}".format),
-            Column("after", "{:.6g}".format),
-            Column("change", "{:+.3g}".format),
-            Column("relative", number),
-        ],
+        columns=["tensor", "position", *(Column(name, show) for name, show in formats.items())],
         rows=[
-            [
-                one.name,
-                ", ".join(map(str, one.position(shapes[one.name]))),
-                one.before,
-                one.after,
-                one.change,
-                one.relative_change,
-            ]
-            for one in changes
+            [one.name, place, one.before, one.after, one.change, one.relative_change]
+            for one, place in zip(changes, places, strict=True)
         ],
         note="Relative: the change over the weight's size before it; weights that were 0 have none.",
         terminal_rows=0,

@@ -90,35 +90,6 @@ class SpectrumRow:
 SpectrumResult = MatrixResult[SpectrumRow, SpectrumChange]
 
 
-def spectrum_row(spectra: Sequence[tuple[str, SpectrumChange]]) -> SpectrumRow:
-    """Summarise the spectra of several matrices, given with their names."""
-    changed = [(name, one) for name, one in spectra if one.gaussian is not None]
-    found: dict[str, Any] = {}
-    for side in _SIDES:
-        found[f"{side}_largest"], found[f"{side}_largest_name"] = _largest(changed, f"{side}_largest")
-        found[f"{side}_mean"] = mean(getattr(one, f"{side}_mean") for _, one in changed)
-        for random in _RANDOM:
-            draws = [getattr(one, random) for _, one in changed]
-            found[f"{random}_{side}_largest"] = max((getattr(one, f"{side}_largest") for one in draws), default=None)
-            found[f"{random}_{side}_mean"] = mean(getattr(one, f"{side}_mean") for one in draws)
-    found["shift_largest"], found["shift_name"] = _largest(changed, "shift")
-    expected = [one.expected_shift for _, one in changed if one.expected_shift is not None]
-    for part in _ENERGIES:
-        found[f"energy_{part}_ratio"] = mean(
-            getattr(one, f"energy_{part}") / getattr(one, f"expected_energy_{part}") for _, one in changed
-        )
-    return SpectrumRow(
-        num_matrices=len(spectra),
-        num_unchanged=len(spectra) - len(changed),
-        num_ill_defined=sum(not one.well_defined for _, one in changed),
-        num_unresolved=sum(not one.resolved for _, one in changed),
-        shift_mean=mean(one.shift for _, one in changed),
-        expected_shift_largest=max(expected, default=None),
-        expected_shift_mean=mean(expected),
-        **found,
-    )
-
-
 def _largest(spectra: Sequence[tuple[str, SpectrumChange]], key: str) -> tuple[float | None, str | None]:
     found = [(getattr(one, key), name) for name, one in spectra]
     return max(found, key=lambda item: item[0], default=(None, None))
@@ -144,7 +115,33 @@ class SpectrumMeasure(MatrixMeasure[SpectrumChange, SpectrumRow]):
     @staticmethod
     def row(matrices: Sequence[tuple[str, SpectrumChange]]) -> SpectrumRow:
         """Summarise the spectra of several matrices."""
-        return spectrum_row(matrices)
+        changed = [(name, one) for name, one in matrices if one.gaussian is not None]
+        found: dict[str, Any] = {}
+        for side in _SIDES:
+            found[f"{side}_largest"], found[f"{side}_largest_name"] = _largest(changed, f"{side}_largest")
+            found[f"{side}_mean"] = mean(getattr(one, f"{side}_mean") for _, one in changed)
+            for random in _RANDOM:
+                draws = [getattr(one, random) for _, one in changed]
+                found[f"{random}_{side}_largest"] = max(
+                    (getattr(one, f"{side}_largest") for one in draws), default=None
+                )
+                found[f"{random}_{side}_mean"] = mean(getattr(one, f"{side}_mean") for one in draws)
+        found["shift_largest"], found["shift_name"] = _largest(changed, "shift")
+        expected = [one.expected_shift for _, one in changed if one.expected_shift is not None]
+        for part in _ENERGIES:
+            found[f"energy_{part}_ratio"] = mean(
+                getattr(one, f"energy_{part}") / getattr(one, f"expected_energy_{part}") for _, one in changed
+            )
+        return SpectrumRow(
+            num_matrices=len(matrices),
+            num_unchanged=len(matrices) - len(changed),
+            num_ill_defined=sum(not one.well_defined for _, one in changed),
+            num_unresolved=sum(not one.resolved for _, one in changed),
+            shift_mean=mean(one.shift for _, one in changed),
+            expected_shift_largest=max(expected, default=None),
+            expected_shift_mean=mean(expected),
+            **found,
+        )
 
     def describe(self, result: SpectrumResult) -> Findings:
         """Return sentences, figures and tables of spectra."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ssrctl.measures.base import Findings, StepMeasure
 from ssrctl.measures.group_tables import RowColumn, row_bars, row_table
-from ssrctl.measures.maths.averages import means
+from ssrctl.measures.maths.averages import means, plain_mean
+from ssrctl.measures.maths.grouping import by_key
 from ssrctl.measures.maths.step_pairs import (
     EQUAL,
     OPPOSITE,
@@ -47,7 +47,7 @@ class UnitMeans(UnitGradient):
 
 def unit_means(units: Sequence[UnitGeometry], position: int | None = None) -> UnitMeans:
     """Return means over units, each with equal weight."""
-    return UnitMeans(position=position, num_units=len(units), **means(UnitGradient, units))
+    return UnitMeans(position=position, num_units=len(units), **means(UnitGradient, units, plain_mean))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,10 @@ def pair_means(pairs: Sequence[PairGeometry]) -> PairMeans:
     cosines = [pair.cosine for pair in pairs if pair.cosine is not None]
     negative = sum(cosine < 0 for cosine in cosines) / len(cosines) if cosines else None
     return PairMeans(
-        num_pairs=len(pairs), num_cosines=len(cosines), negative_frac=negative, **means(PairGradients, pairs)
+        num_pairs=len(pairs),
+        num_cosines=len(cosines),
+        negative_frac=negative,
+        **means(PairGradients, pairs, plain_mean),
     )
 
 
@@ -130,17 +133,12 @@ class RunGeometry(GeometryMeans):
 def summarise_geometry(questions: Iterable[QuestionGeometry]) -> RunGeometry:
     """Aggregate the questions of all logged training steps."""
     questions = list(questions)
-    by_position: dict[int, list[UnitGeometry]] = defaultdict(list)
-    by_pair: dict[tuple[int, int], list[PairGeometry]] = defaultdict(list)
-    by_step: dict[int, list[QuestionGeometry]] = defaultdict(list)
-    for question in questions:
-        by_step[question.step].append(question)
-        for unit in question.units:
-            by_position[unit.position].append(unit)
-        for pair in question.pairs:
-            by_pair[pair.i, pair.j].append(pair)
+    pairs = [pair for question in questions for pair in question.pairs]
+    by_position = by_key((unit for question in questions for unit in question.units), lambda unit: unit.position)
+    by_pair = by_key(pairs, lambda pair: (pair.i, pair.j))
+    by_step = by_key(questions, lambda question: question.step)
     return RunGeometry(
-        num_without_signs=sum(pair.advantage_signs is None for question in questions for pair in question.pairs),
+        num_without_signs=sum(pair.advantage_signs is None for pair in pairs),
         by_position=[unit_means(by_position[key], key) for key in sorted(by_position)],
         by_pair=[PositionPair(i=i, j=j, means=pair_means(by_pair[i, j])) for i, j in sorted(by_pair)],
         over_training=[GeometryPoint(step=step, **_means(by_step[step])) for step in sorted(by_step)],

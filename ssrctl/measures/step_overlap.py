@@ -7,14 +7,14 @@ training step, or one unit of one), not over averages of averages.
 from __future__ import annotations
 
 import dataclasses
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ssrctl.measures.base import Findings, StepMeasure
 from ssrctl.measures.group_tables import RowColumn, row_bars, row_table
-from ssrctl.measures.maths.averages import mean, means
+from ssrctl.measures.maths.averages import means, plain_mean
+from ssrctl.measures.maths.grouping import by_key
 from ssrctl.measures.maths.step_sets import PairOverlap, PairSets, StepOverlap, UnitOverlap, UnitSet, measure_step
 from ssrctl.measures.step_figures import MOST_OPEN_ROWS, by_unit, jaccard_maps, pair_map, pair_table, training_lines
 from ssrctl.report.document import Cell, Column, Section, Table
@@ -64,7 +64,9 @@ class PairSummary(PairSets):
 
 def summarise_pairs(pairs: Sequence[PairOverlap], i: int | None = None, j: int | None = None) -> PairSummary:
     """Return means over pairs."""
-    return PairSummary(i=i, j=j, num_pairs=len(pairs), cosine=summarise_cosine(pairs), **means(PairSets, pairs))
+    return PairSummary(
+        i=i, j=j, num_pairs=len(pairs), cosine=summarise_cosine(pairs), **means(PairSets, pairs, plain_mean)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +79,7 @@ class UnitSummary(UnitSet):
 
 def summarise_units(units: Sequence[UnitOverlap], position: int | None = None) -> UnitSummary:
     """Return means over units."""
-    return UnitSummary(position=position, num_units=len(units), **means(UnitSet, units))
+    return UnitSummary(position=position, num_units=len(units), **means(UnitSet, units, plain_mean))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,17 +132,12 @@ def summarise_run(steps: Sequence[StepOverlap]) -> RunOverlap:
     """Aggregate the logged training steps of a run."""
     questions = [question for step in steps for question in step.questions]
     pairs = [pair for question in questions for pair in question.pairs]
-    by_pair: dict[tuple[int, int], list[PairOverlap]] = defaultdict(list)
-    by_position: dict[int, list[UnitOverlap]] = defaultdict(list)
-    for pair in pairs:
-        by_pair[pair.i, pair.j].append(pair)
-    for question in questions:
-        for unit in question.units:
-            by_position[unit.position].append(unit)
+    by_pair = by_key(pairs, lambda pair: (pair.i, pair.j))
+    by_position = by_key((unit for question in questions for unit in question.units), lambda unit: unit.position)
     return RunOverlap(
         num_single=sum(len(question.units) < 2 for question in questions),
         all_disjoint=all(pair.overlap == 0 for pair in pairs) if pairs else None,
-        by_pair=[summarise_pairs(by_pair[key], *key) for key in sorted(by_pair)],
+        by_pair=[summarise_pairs(by_pair[i, j], i, j) for i, j in sorted(by_pair)],
         by_position=[summarise_units(by_position[key], key) for key in sorted(by_position)],
         over_training=[
             TrainingPoint(step=step.step, **_means([step])) for step in sorted(steps, key=lambda one: one.step)
@@ -157,8 +154,8 @@ def _means(steps: Sequence[StepOverlap]) -> dict[str, Any]:
         "pairs": summarise_pairs([pair for question in questions for pair in question.pairs]),
         "units": summarise_units([unit for question in questions for unit in question.units]),
         "cross_question": summarise_pairs([pair for step in steps for pair in step.cross_question]),
-        "touched_frac": mean(step.touched_frac for step in steps),
-        "expected_touched_frac": mean(step.expected_touched_frac for step in steps),
+        "touched_frac": plain_mean(step.touched_frac for step in steps),
+        "expected_touched_frac": plain_mean(step.expected_touched_frac for step in steps),
     }
 
 
@@ -393,9 +390,9 @@ def _question_section(steps: Sequence[StepOverlap]) -> Section:
             question.step,
             len(question.units),
             sum(unit.size for unit in question.units),
-            mean(pair.jaccard for pair in question.pairs),
-            mean(pair.expected_jaccard for pair in question.pairs),
-            mean(unit.uniqueness for unit in question.units),
+            plain_mean(pair.jaccard for pair in question.pairs),
+            plain_mean(pair.expected_jaccard for pair in question.pairs),
+            plain_mean(unit.uniqueness for unit in question.units),
         ]
         for question in questions[:_MOST_QUESTIONS]
     ]

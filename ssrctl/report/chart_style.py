@@ -5,6 +5,7 @@ Colours are drawn as placeholders and then replaced by css variables, so that on
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import textwrap
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any, Literal
 
-from ssrctl.report.document import Bars, Figure, Heatmap, Histogram, Lines, Ranges, Reference
+from ssrctl.report.document import Figure, Heatmap, Lines, Ranges, Reference, SeriesFigure
 from ssrctl.report.formats import percent, text_safe
 
 # Placeholders that stand for css variables; values without meaning, chosen to be unlike any other colour.
@@ -72,15 +73,12 @@ class Key:
 
 def series_styles(names: Sequence[str]) -> dict[str, Style]:
     """Return a colour and a marker for each series; the seventh measured one has the first's again."""
-    styles, order = {}, 0
+    looks = itertools.cycle(zip(SERIES, MARKERS, strict=True))
+    styles = {}
     for name in names:
-        if is_expected(name):
-            styles[name] = Style(colour=MUTED, marker="o", yardstick=True)
-        else:
-            styles[name] = Style(
-                colour=SERIES[order % len(SERIES)], marker=MARKERS[order % len(MARKERS)], yardstick=False
-            )
-            order += 1
+        yardstick = is_expected(name)
+        colour, marker = (MUTED, "o") if yardstick else next(looks)
+        styles[name] = Style(colour=colour, marker=marker, yardstick=yardstick)
     return styles
 
 
@@ -108,7 +106,7 @@ def label_lines(text: str, width: int = 22) -> str:
     return textwrap.fill(label_text(text, 3 * width), width, max_lines=3, placeholder="…")
 
 
-def reference_letters(figure: Bars | Lines | Ranges) -> dict[Reference, str]:
+def reference_letters(figure: SeriesFigure | Ranges) -> dict[Reference, str]:
     """Return the letters A, B, C, ... that name the references of a figure in its legend and its drawing."""
     if isinstance(figure, Ranges):
         found = [one for row in figure.references for one in row]
@@ -130,9 +128,9 @@ def keys(figure: Figure) -> list[Key]:
     if isinstance(figure, Heatmap):
         return _heat_keys(figure)
     if isinstance(figure, Ranges):
-        return [Key(swatch=_mark(SERIES[0], "o"), label="measured"), *_reference_keys(figure)]
+        return [Key(swatch=_svg(_mark(SERIES[0], "o")), label="measured"), *_reference_keys(figure)]
     styles = series_styles(list(figure.series))
-    references = [] if isinstance(figure, Histogram) else _reference_keys(figure)
+    references = _reference_keys(figure)
     if len(styles) < 2 and not references:
         return []
     draw = _line if isinstance(figure, Lines) else _block
@@ -181,7 +179,7 @@ def _limit(figure: Heatmap, value: float) -> str:
     return "0" if value == 0 else f"{value:#.3g}".removesuffix(".")
 
 
-def _reference_keys(figure: Bars | Lines | Ranges) -> list[Key]:
+def _reference_keys(figure: SeriesFigure | Ranges) -> list[Key]:
     return [
         Key(swatch=_reference(letter, one.high is not None), label=one.label)
         for one, letter in reference_letters(figure).items()
@@ -197,16 +195,13 @@ def _block(style: Style) -> str:
 
 
 def _mark(colour: str, marker: str) -> str:
-    return _svg(f'<path d="{_MARKER_PATHS[marker]}" transform="translate(11 6)" fill="{_VARIABLES[colour]}"/>')
+    return f'<path d="{_MARKER_PATHS[marker]}" transform="translate(11 6)" fill="{_VARIABLES[colour]}"/>'
 
 
 def _line(style: Style) -> str:
-    colour = _VARIABLES[style.colour]
     dashes = ' stroke-dasharray="4 3"' if style.yardstick else ""
-    return _svg(
-        f'<path d="M0 6H22" stroke="{colour}" stroke-width="2"{dashes}/>'
-        f'<path d="{_MARKER_PATHS[style.marker]}" transform="translate(11 6)" fill="{colour}"/>'
-    )
+    line = f'<path d="M0 6H22" stroke="{_VARIABLES[style.colour]}" stroke-width="2"{dashes}/>'
+    return _svg(line + _mark(style.colour, style.marker))
 
 
 def _reference(letter: str, is_range: bool) -> str:
@@ -288,9 +283,9 @@ def draw_references(axes: Any, references: dict[Reference, str], along: Literal[
 
     Call it when the axis has its final limits and scale, within which the references lie.
     """
-    span, line = (axes.axvspan, axes.axvline) if along == "x" else (axes.axhspan, axes.axhline)
+    is_x = along == "x"
+    span, line = (axes.axvspan, axes.axvline) if is_x else (axes.axhspan, axes.axhline)
     to_axes = axes.transData + axes.transAxes.inverted()
-    side = 0 if along == "x" else 1
     middles = []
     for one in references:
         ends = (one.low,) if one.high is None else (one.low, one.high)
@@ -299,15 +294,15 @@ def draw_references(axes: Any, references: dict[Reference, str], along: Literal[
         for end in ends:
             line(end, color=MUTED, linewidth=1, linestyle=(0, (1.5, 2)), zorder=2.5)
         # In axes units, where the middle of a range is in the middle on a logarithmic axis too.
-        places = [float(to_axes.transform((end, end))[side]) for end in ends]
+        places = [float(to_axes.transform((end, end))[0 if is_x else 1]) for end in ends]
         middles.append(min(max(sum(places) / len(places), 0.0), 1.0))
     for letter, place in zip(references.values(), spread(middles, 0.07), strict=True):
         axes.text(
-            *((place, 1.02) if along == "x" else (1.02, place)),
+            *((place, 1.02) if is_x else (1.02, place)),
             letter,
             transform=axes.transAxes,
-            ha="center" if along == "x" else "left",
-            va="bottom" if along == "x" else "center",
+            ha="center" if is_x else "left",
+            va="bottom" if is_x else "center",
             fontsize=8,
             clip_on=False,
         )

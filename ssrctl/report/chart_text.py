@@ -19,19 +19,21 @@ def describe(figure: Figure) -> str:
         return _ranges(figure)
     write = percent if figure.shares else _plain
     if isinstance(figure, Bars):
-        kind, places, references = f"Bars of {figure.axis}", list(figure.labels), figure.references
+        kind = f"Bars of {figure.axis}"
     elif isinstance(figure, Histogram):
-        kind, places, references = f"Histogram of {figure.y_label} by {figure.x_label}", list(figure.bins), ()
+        kind = f"Histogram of {figure.y_label} by {figure.x_label}"
     else:
         kind = f"Lines of {figure.y_label} over {figure.x_label}"
-        places, references = [f"{x:g}" for x in figure.x], figure.references
+    places = [one if isinstance(one, str) else f"{one:g}" for one in figure.places]
     sentences = [f"{kind}."]
     for order, (name, values) in enumerate(figure.series.items()):
         if order == _MOST_SERIES:
             sentences.append(f"And {len(figure.series) - order} more series.")
             break
         sentences.append(f"{label_text(name)}: {_extremes(values, places, write)}.")
-    return " ".join(sentences + _reference_words(references))
+    if figure.references:
+        sentences.append(f"For comparison: {_reference_words(figure.references)}.")
+    return " ".join(sentences)
 
 
 def _plain(value: float) -> str:
@@ -62,12 +64,10 @@ def _heatmap(figure: Heatmap) -> str:
 def _ranges(figure: Ranges) -> str:
     sentences = [f"Measured values next to published ones, {figure.axis}."]
     for label, value, references in zip(figure.labels, figure.values, figure.references, strict=True):
-        published = "; ".join(label_text(one.label, 120) for one in references)
-        sentences.append(
-            f"{label_text(label)}: {percent(finite(value))}" + (f", published: {published}." if published else ".")
-        )
+        published = f", published: {_reference_words(references)}" if references else ""
+        sentences.append(f"{label_text(label)}: {percent(finite(value))}{published}.")
     return " ".join(sentences)
 
 
-def _reference_words(references: Sequence[Reference]) -> list[str]:
-    return [f"For comparison: {'; '.join(label_text(one.label, 120) for one in references)}."] if references else []
+def _reference_words(references: Sequence[Reference]) -> str:
+    return "; ".join(label_text(one.label, 120) for one in references)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 from ssrctl.report.chart_style import (
     GRID,
@@ -26,7 +26,18 @@ from ssrctl.report.chart_style import (
     reference_letters,
     series_styles,
 )
-from ssrctl.report.document import Bars, Figure, Heatmap, Histogram, Interval, Lines, Ranges, Reference
+from ssrctl.report.document import (
+    Bars,
+    Figure,
+    Heatmap,
+    Histogram,
+    Interval,
+    Lines,
+    Numbers,
+    Ranges,
+    Reference,
+    SeriesFigure,
+)
 from ssrctl.report.heatmap import draw_heatmap, heatmap_cells, heatmap_height, heatmap_is_wide
 
 # Inches. A phone shows the narrow width at more than 72 pixels to the inch, so that 9-point text stays readable
@@ -112,7 +123,7 @@ def _draw_on(axes: Any, figure: Figure) -> None:
 
 def _bars(axes: Any, figure: Bars) -> None:
     thickness = 0.8 / max(1, len(figure.series))
-    for order, (style, values, intervals) in enumerate(_series(figure.series, figure.intervals)):
+    for order, (style, values, intervals) in enumerate(_series(figure)):
         places = [position + (order + 0.5) * thickness - 0.4 for position in range(len(figure.labels))]
         kept = [(place, value) for place, value in zip(places, values, strict=True) if _shown(value, figure.log)]
         axes.barh([place for place, _ in kept], [value for _, value in kept], thickness * 0.9, color=style.colour)
@@ -124,17 +135,14 @@ def _bars(axes: Any, figure: Bars) -> None:
     if figure.shares and not figure.log:
         axes.set_xlim(0, 1)
     else:
-        _fit(axes, "x", _numbers(figure.series, figure.intervals, figure.references), figure.log)
-    if figure.shares:
-        _in_per_cent(axes.xaxis)
+        _fit(axes, "x", _numbers(figure), figure.log)
     axes.set_xlabel(label_lines(figure.axis, _AXIS_CHARACTERS))
     axes.tick_params(axis="y", length=0)
-    axes.grid(axis="x")
-    draw_references(axes, reference_letters(figure), "x")
+    _finish(axes, figure, "x")
 
 
 def _lines(axes: Any, figure: Lines) -> None:
-    for order, (style, values, intervals) in enumerate(_series(figure.series, figure.intervals)):
+    for order, (style, values, intervals) in enumerate(_series(figure)):
         kept = [
             (x, value)
             for x, value in zip(figure.x, values, strict=True)
@@ -159,17 +167,14 @@ def _lines(axes: Any, figure: Lines) -> None:
         _log_scale(axes, "x", max(positive) / min(positive))
     else:
         _whole_ticks(axes, figure.x)
-    _fit(axes, "y", _numbers(figure.series, figure.intervals, figure.references), figure.log_y, figure.shares)
-    if figure.shares:
-        _in_per_cent(axes.yaxis)
+    _fit(axes, "y", _numbers(figure), figure.log_y, figure.shares)
     axes.set(xlabel=label_lines(figure.x_label, _AXIS_CHARACTERS), ylabel=label_lines(figure.y_label, 26))
-    axes.grid(axis="y")
-    draw_references(axes, reference_letters(figure), "y")
+    _finish(axes, figure, "y")
 
 
 def _histogram(axes: Any, figure: Histogram) -> None:
     thickness = 0.86 / max(1, len(figure.series))
-    for order, (style, values, _) in enumerate(_series(figure.series, {})):
+    for order, (style, values, _) in enumerate(_series(figure)):
         places = [position + (order + 0.5) * thickness - 0.43 for position in range(len(figure.bins))]
         kept = [(place, value) for place, value in zip(places, values, strict=True) if _shown(value, figure.log)]
         axes.bar([place for place, _ in kept], [value for _, value in kept], thickness * 0.94, color=style.colour)
@@ -178,12 +183,10 @@ def _histogram(axes: Any, figure: Histogram) -> None:
     room = (_WIDE if is_wide(figure) else _NARROW) * 0.72 / max(1, len(labels))
     axes.set_xticks(range(len(labels)), labels, rotation=0 if 0.075 * longest < room else 90)
     axes.set_xlim(-0.6, len(labels) - 0.4)
-    _fit(axes, "y", _numbers(figure.series, {}, ()), figure.log)
-    if figure.shares:
-        _in_per_cent(axes.yaxis)
+    _fit(axes, "y", _numbers(figure), figure.log)
     axes.set(xlabel=label_lines(figure.x_label, _AXIS_CHARACTERS), ylabel=label_lines(figure.y_label, 26))
     axes.tick_params(axis="x", length=0)
-    axes.grid(axis="y")
+    _finish(axes, figure, "y")
 
 
 def _ranges(axes: Any, figure: Ranges) -> None:
@@ -222,29 +225,32 @@ def _range_row(label: str, references: Sequence[Reference]) -> float:
 # shared by several kinds
 
 
-def _series(
-    series: Mapping[str, Sequence[float | None]], intervals: Mapping[str, Sequence[Interval | None]]
-) -> Iterable[tuple[Style, Sequence[float | None], Sequence[Interval | None]]]:
-    for name, style in series_styles(list(series)).items():
-        found = intervals.get(name, [None] * len(series[name]))
+def _series(figure: SeriesFigure) -> Iterator[tuple[Style, Numbers, list[Interval | None]]]:
+    """Yield each series' look, values and intervals; an interval without a finite end is left out."""
+    for name, style in series_styles(list(figure.series)).items():
+        found = figure.intervals.get(name, [None] * len(figure.series[name]))
         kept = [one if one is not None and None not in map(finite, one) else None for one in found]
-        yield style, series[name], kept
+        yield style, figure.series[name], kept
 
 
 def _shown(value: float | None, log: bool) -> bool:
     return finite(value) is not None and (not log or value > 0)  # type: ignore[operator]
 
 
-def _numbers(
-    series: Mapping[str, Sequence[float | None]],
-    intervals: Mapping[str, Sequence[Interval | None]],
-    references: Sequence[Reference],
-) -> list[float]:
+def _numbers(figure: SeriesFigure) -> list[float]:
     """Return all numbers that an axis of values has to hold."""
-    found: list[float | None] = [value for values in series.values() for value in values]
-    found += [end for ends in intervals.values() for interval in ends if interval is not None for end in interval]
-    found += [end for one in references for end in (one.low, one.high)]
+    found: list[float | None] = [value for values in figure.series.values() for value in values]
+    found += [end for ends in figure.intervals.values() for interval in ends if interval for end in interval]
+    found += [end for one in figure.references for end in (one.low, one.high)]
     return [value for value in map(finite, found) if value is not None]
+
+
+def _finish(axes: Any, figure: Bars | Lines | Histogram, values: Literal["x", "y"]) -> None:
+    """Draw the grid and the references of the axis of values, in per cent for shares."""
+    if figure.shares:
+        _in_per_cent(axes.xaxis if values == "x" else axes.yaxis)
+    axes.grid(axis=values)
+    draw_references(axes, reference_letters(figure), values)
 
 
 def _fit(axes: Any, which: str, numbers: list[float], log: bool, shares: bool = False) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from ssrctl.report.formats import text
 
@@ -140,61 +140,71 @@ class Heatmap:
 
 
 @dataclass(kw_only=True)
-class Bars:
-    """Horizontal bars, one group per label; a series named ``expected ...`` is drawn grey.
+class SeriesFigure:
+    """Series of values by name, over common places; a series named ``expected ...`` is drawn grey.
+
+    Attributes:
+        along: name of the field that holds the places.
+        intervals: per series, (low, high) around each value.
+        references: published values, drawn across the whole figure.
+    """
+
+    along: ClassVar[str]
+    title: str
+    series: Mapping[str, Numbers]
+    intervals: Mapping[str, Sequence[Interval | None]] = field(default_factory=dict)
+    references: Sequence[Reference] = ()
+    caption: str = ""
+
+    @property
+    def places(self) -> Sequence[Any]:
+        """The places that every series has a value for."""
+        places: Sequence[Any] = getattr(self, self.along)
+        return places
+
+    def __post_init__(self) -> None:
+        intervals = {f"interval of {name}": values for name, values in self.intervals.items()}
+        _check_lengths(self.title, self.places, {**self.series, **intervals})
+
+
+@dataclass(kw_only=True)
+class Bars(SeriesFigure):
+    """Horizontal bars, one group per label.
 
     Attributes:
         axis: meaning of the bars' lengths.
         shares: lengths are in [0, 1] and the axis shows all of it in per cent; otherwise it fits the numbers.
         log: a logarithmic axis; numbers of 0 or less are left out.
-        intervals: per series, (low, high) around each bar's end.
-        references: published values, drawn across all bars.
     """
 
-    title: str
+    along = "labels"
     labels: Sequence[str]
-    series: Mapping[str, Numbers]
     axis: str
     shares: bool = True
     log: bool = False
-    intervals: Mapping[str, Sequence[Interval | None]] = field(default_factory=dict)
-    references: Sequence[Reference] = ()
-    caption: str = ""
-
-    def __post_init__(self) -> None:
-        _check_lengths(self.title, self.labels, {**self.series, **_prefixed(self.intervals)})
 
 
 @dataclass(kw_only=True)
-class Lines:
-    """Series over a common x; a series named ``expected ...`` is drawn grey and dashed.
+class Lines(SeriesFigure):
+    """Series over a common x; an expected one is dashed, too, and intervals are drawn as a ribbon.
 
     Attributes:
         log_x, log_y: logarithmic axes; numbers of 0 or less are left out.
         shares: y is shown in per cent.
-        intervals: per series, (low, high) at each x, drawn as a ribbon.
-        references: published values of y.
     """
 
-    title: str
+    along = "x"
     x: Sequence[float]
-    series: Mapping[str, Numbers]
     x_label: str
     y_label: str
     log_x: bool = False
     log_y: bool = False
     shares: bool = False
-    intervals: Mapping[str, Sequence[Interval | None]] = field(default_factory=dict)
-    references: Sequence[Reference] = ()
-    caption: str = ""
-
-    def __post_init__(self) -> None:
-        _check_lengths(self.title, self.x, {**self.series, **_prefixed(self.intervals)})
 
 
 @dataclass(kw_only=True)
-class Histogram:
-    """Counts or shares in bins, as upright columns; the first series stands in front.
+class Histogram(SeriesFigure):
+    """Counts or shares in bins, as upright columns; the first series is drawn in front.
 
     Attributes:
         bins: names of the bins from left to right: ``1``, ``2``, ``3-4``, ...
@@ -202,17 +212,12 @@ class Histogram:
         shares: y is shown in per cent.
     """
 
-    title: str
+    along = "bins"
     bins: Sequence[str]
-    series: Mapping[str, Numbers]
     x_label: str
     y_label: str
     log: bool = False
     shares: bool = False
-    caption: str = ""
-
-    def __post_init__(self) -> None:
-        _check_lengths(self.title, self.bins, self.series)
 
 
 @dataclass(kw_only=True)
@@ -243,10 +248,6 @@ def _check_lengths(title: str, along: Sequence[Any], series: Mapping[str, Sequen
     for name, values in series.items():
         if len(values) != len(along):
             raise ValueError(f"figure {title!r}: {name!r} has {len(values)} values for {len(along)} places")
-
-
-def _prefixed(intervals: Mapping[str, Sequence[Any]]) -> dict[str, Sequence[Any]]:
-    return {f"interval of {name}": values for name, values in intervals.items()}
 
 
 @dataclass(kw_only=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,19 @@ def report_files(output: Path) -> list[Path]:
     """Return the files and the folder that ``write_report`` writes."""
     page = [] if missing_libraries() else [output / "report.html"]
     return [output / "report.json", *page, output / FOLDER]
+
+
+def show_plan(reads: Sequence[Path], output: Path, *, show: bool) -> dict[str, Any]:
+    """Return the files that would be read, and written into ``output``; ``show`` prints them on stdout."""
+    writes = report_files(output)
+    if show:
+        lines = [f"would read {path} ({path.stat().st_size:,} bytes)" for path in reads]
+        lines += [f"would write {path}" + (" (replacing it)" if path.exists() else "") for path in writes]
+        sys.stdout.write("".join(f"{line}\n" for line in lines))
+    return {
+        "reads": [{"path": str(path), "bytes": path.stat().st_size} for path in reads],
+        "writes": [str(path) for path in writes],
+    }
 
 
 def write_report(numbers: Mapping[str, Any], document: Document, output: Path, *, show: bool) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from ssrctl.io.labelled import read_labelled
 from ssrctl.io.locks import locked_file
 from ssrctl.io.records import Rollout, StepScore, read_rollouts
 from ssrctl.io.resumable import ResumableOutput
-from ssrctl.text.answers import check_answer
+from ssrctl.text.answers import Extraction, check_answer
 
 IDENTITY_FIELD = "critic"
 MADE_FIELDS = ("scores", "final", "advantages")
@@ -53,7 +53,7 @@ def run(config: CriticConfig) -> dict[str, Any]:
 def _score(config: CriticConfig) -> dict[str, Any]:
     torn: list[str] = []
     with contextlib.closing(_make(config)) as critic, _progress(config, critic) as advance:
-        rows = _ScoredRows(ScoreSummary(), advance)
+        rows = _ScoredRows(ScoreSummary(), advance, config.answer_extraction)
         if critic.identity is None or config.output == STDIO:
             write_jsonl(config.output, itertools.starmap(rows.make, _in_order(critic, _read(config, torn))))
         else:
@@ -99,13 +99,14 @@ class _ScoredRows:
 
     summary: ScoreSummary
     advance: Callable[[], None]
+    answer_extraction: Extraction
 
     def make(self, rollout: Rollout, scores: list[StepScore]) -> dict[str, Any]:
         """Return the row to write: the rollout with its scores and its checked final answer."""
         rollout.scores = scores
         rollout.advantages = None  # old advantages belong to other scores
         assert rollout.response is not None
-        rollout.final = check_answer(rollout.response, rollout.answer)
+        rollout.final = check_answer(rollout.response, rollout.answer, extraction=self.answer_extraction)
         self.summary.add(rollout)
         self.advance()
         return rollout.to_dict()

@@ -33,7 +33,7 @@ GRADING_BATCH = 256  # responses read, compared in parallel and written at once
 # Settings that determine the samples; an evaluation continues only under the same ones.
 DECISIVE = (
     "dataset", "dataset_config", "dataset_split", "question_column", "answer_column", "prompt_template", "limit",
-    "temperature", "top_p", "top_k", "max_new_tokens", "sampling_batch_size", "num_samples", "seed", "dtype",
+    "temperature", "top_p", "top_k", "max_new_tokens", "sampling_batch_size", "num_samples", "seed", "dtype", "answer_extraction",
 )  # fmt: skip
 
 
@@ -100,7 +100,11 @@ def _grade(config: EvalConfig, source: str) -> _Found:
         def graded() -> Iterator[dict[str, Any]]:
             while batch := list(islice(records, GRADING_BATCH)):
                 pairs = [(record.response or "", references.of(record)) for record in batch]
-                finals = check_answers(pairs, on_done=lambda count: bar.update(task, advance=count))
+                finals = check_answers(
+                    pairs,
+                    extraction=config.answer_extraction,
+                    on_done=lambda count: bar.update(task, advance=count),
+                )
                 for record, (_, reference), final in zip(batch, pairs, finals, strict=True):
                     record.answer, record.final = reference, final
                     # The summary needs no texts, which may not fit into memory.
@@ -112,7 +116,12 @@ def _grade(config: EvalConfig, source: str) -> _Found:
         write_jsonl(config.output_dir / SAMPLES, graded())
     # A pipe cannot be read a second time.
     digest = manifest.file_hash(source) if source != STDIO and Path(source).is_file() else None
-    made_by = {"sha256": digest, "dataset": config.dataset, "versions": manifest.versions()}
+    made_by = {
+        "sha256": digest,
+        "dataset": config.dataset,
+        "answer_extraction": config.answer_extraction,
+        "versions": manifest.versions(),
+    }
     write_text(config.output_dir / SETTINGS, json.dumps(about | made_by, indent=2) + "\n")
     return _Found(about, slim)
 
@@ -202,7 +211,8 @@ def _draw(config: EvalConfig, loaded: LoadedModel, prompts: Sequence[Prompted]) 
             if missing:
                 seed = derive_seed(config.seed, "eval", start)
                 drawn = sample_responses(loaded, [p.prompt_ids for p, _ in batch], config, seed)
-                finals = check_answers([(drawn[place].text, batch[place][0].problem.answer) for place in missing])
+                pairs = [(drawn[place].text, batch[place][0].problem.answer) for place in missing]
+                finals = check_answers(pairs, extraction=config.answer_extraction)
                 for place, final in zip(missing, finals, strict=True):
                     log.append(_record(*batch[place], drawn[place], final).to_dict())
             bar.update(task, advance=len(batch))
@@ -270,7 +280,8 @@ def _claim_folder(config: EvalConfig, loaded: LoadedModel) -> None:
     decisive["fingerprint"] = loaded.identity.fingerprint
     decisive["checkpoint"] = None if config.checkpoint is None else manifest.file_hash(find_delta(config.checkpoint))
     if (config.output_dir / SETTINGS).exists():
-        before = _read_settings(config.output_dir)
+        # Evaluations of earlier versions were lenient and do not say so.
+        before = {"answer_extraction": "lenient"} | _read_settings(config.output_dir)
         odd = [key for key in decisive if before.get(key) != decisive[key]]
         if odd:
             listed = ", ".join(f"{key} was {before.get(key)!r}, is {decisive[key]!r}" for key in odd)
@@ -293,7 +304,9 @@ def _show(summary: dict[str, Any], config: EvalConfig) -> None:
     source = summary["responses"] if config.responses else config.dataset
     counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in summary["outcomes"].items())
     title = Text(f"{source}, {summary['num_problems']} problems")
-    table = Table(title=title, title_justify="left", caption=counts, caption_justify="left")
+    ways = ", ".join(f"{name} {share:.0%}" for name, share in summary["way_fracs"].items())
+    caption = f"{counts}\nanswers found by: {ways}"
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     for column in ("", "accuracy", level):
         table.add_column(column, justify="left" if not column else "right")
     if paired := summary.get("paired"):

@@ -14,10 +14,15 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
+
+from ssrctl.text.answer_equality import decide
+from ssrctl.text.answer_numbers import Number, read_number
 
 # Address space. All imports take 0.06 GiB; a power tower asks for all memory.
 MEMORY_LIMIT_BYTES = 2 * 2**30
+PRECISION = 60  # digits to which constants are compared; half of them must agree
 
 
 def main() -> None:
@@ -70,8 +75,9 @@ def _limit_memory() -> None:
 
 
 def _comparison() -> Callable[[str, str], bool]:
-    """Return a function (extracted, reference) -> True if math-verify finds them equal."""
+    """Return a function (extracted, reference) -> True if the answers are equal, by math-verify where needed."""
     import math_verify
+    import sympy
 
     # It warns that its own timeouts are off, and reports what it cannot parse.
     logging.disable(logging.CRITICAL)
@@ -86,11 +92,37 @@ def _comparison() -> Callable[[str, str], bool]:
         expressions: list[Any] = math_verify.parse(f"${bare}$", extraction_config=configs, parsing_timeout=None)
         return expressions
 
-    def same(extracted: str, reference: str) -> bool:
+    def constant(expressions: list[Any]) -> Any | None:
+        """Return the value of a parsed constant to ``PRECISION`` digits, or None."""
+        first = expressions[0] if expressions else None
+        if not isinstance(first, sympy.Expr) or first.free_symbols or not first.is_number or first.has(sympy.Float):
+            return None
+        value = sympy.N(first.doit(), PRECISION)
+        return value if value.is_number and value.is_finite else None
+
+    def algebra(extracted: str, reference: str) -> bool:
         gold, answer = parsed(reference), parsed(extracted)
+        values = []
+        for text, expressions in ((extracted, answer), (reference, gold)):
+            number = read_number(text)
+            value = constant(expressions)
+            values.append(number if number is not None and number.unit is not None else value)
+        mine, theirs = values
+        if mine is not None and theirs is not None:
+            return _same_constants(mine, theirs)
         return bool(math_verify.verify(gold, answer, allow_set_relation_comp=True, timeout_seconds=None))
 
-    return same
+    return lambda extracted, reference: decide(extracted, reference, algebra) is True
+
+
+def _same_constants(mine: Any, theirs: Any) -> bool:
+    """Compare two values of ``PRECISION`` digits; one may be a decimal, which the other must round to."""
+    if isinstance(mine, Number) and isinstance(theirs, Number):
+        return mine.equals(theirs)
+    if isinstance(mine, Number) or isinstance(theirs, Number):
+        decimal, value = (mine, theirs) if isinstance(mine, Number) else (theirs, mine)
+        return bool(value.is_real) and decimal.rounds(Fraction(str(value)))
+    return bool(abs(mine - theirs) <= abs(theirs) * 10 ** -(PRECISION // 2))
 
 
 if __name__ == "__main__":

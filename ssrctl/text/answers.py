@@ -6,13 +6,19 @@ import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Literal
 
 from ssrctl.io.records import FinalAnswer
-from ssrctl.text.answer_equality import NUMBER, compare_answers, decide
+from ssrctl.text.answer_equality import compare_answers, decide
+from ssrctl.text.answer_numbers import NUMBER
 from ssrctl.text.answer_pool import ANSWER_TIMEOUT, MAX_WORKERS
+from ssrctl.text.segment_shield import Shield
 
 # Longest formula that is searched for in running text.
 MAX_PHRASE_CHARS = 300
+Extraction = Literal["strict", "lenient"]
+
+MAX_BOXES = 32  # that are joined to one answer
 
 _SIGNED = rf"[-+−]?\s{{0,2}}\\?\$?\s{{0,2}}[-−]?(?:{NUMBER})"
 _WORD = r"(?:yes|no|true|false|\(?[A-J]\)?)"
@@ -32,24 +38,51 @@ _MARKER = re.compile(
     re.MULTILINE | re.IGNORECASE,
 )
 _STATED = (
-    rf"[*_]{{0,2}}(?:\$(?:\\.|[^$\\\n]){{1,{MAX_PHRASE_CHARS}}}\$|\\[(\[][^\n]{{1,{MAX_PHRASE_CHARS}}}?\\[)\]]"
-    rf"|(?:[a-zA-Z][ \t]?=[ \t]?)?{_SIGNED}[^\s*,;<。，；]*|\\boxed|{_WORD}(?=[*_]{{0,2}}(?:[.,;。，；\n]|$)))"
+    rf"[*_]{{0,2}}(?:\$\$[^$]{{1,{MAX_PHRASE_CHARS}}}\$\$|\$(?:\\.|[^$\\\n]){{1,{MAX_PHRASE_CHARS}}}\$"
+    rf"|\\[(\[](?:[^\\]|\\[^)\]]){{1,{MAX_PHRASE_CHARS}}}\\[)\]]"
+    rf"|(?:[a-zA-Z][ \t]?=[ \t]?)?{_SIGNED}[^\s*,;<。，；]*|\\boxed|\([A-J]\)|{_WORD}(?=[*_]{{0,2}}(?:[.,;。，；\n]|$)))"
 )
 # "The answer is" counts only with a value next to it: "the answer is found by adding" does not.
 _PHRASE = re.compile(
     r"(?:\banswer\b(?:[ \t]+(?:to|for|of)\b[^.\n=]{0,80}?)?[ \t]++(?:is|are|must be|will be|should be|equals)\b"
-    rf"|答案(?:应该?)?[是为為])[ \t]*+[:：]?\s{{0,3}}(?P<value>{_STATED})",
+    rf"|答案(?:应该?)?[是为為])[ \t]*+[:：]?\s{{0,4}}(?P<value>{_STATED})",
     re.IGNORECASE,
 )
+_OPTION = re.compile(
+    r"\b(?i:option|choice|alternative)\b(?:[^.\n]{0,40}?\b(?i:is|be)[ \t]*:?[ \t]*[*_]{0,2}(?P<value>\([A-J]\)|[A-J])"
+    r"(?=[*_]{0,2}(?:[.,;:\n]|$))|[ \t]+(?P<named>\([A-J]\)|[A-J])[ \t]+is[ \t]+(?:the[ \t]+)?(?:correct|right|answer)\b)"
+)
+# A line with only a heading: "## Final Answer", "**Final Answer:**", "Final answer".
+_HEADING = re.compile(
+    r"^[ \t>]*+(?:#{1,6}[ \t]*+(?:\d{1,2}[.)][ \t]*+)?[*_]{0,2}(?:the[ \t]+)?(?:final[ \t]+)?answer"
+    r"|[*_]{1,3}(?:the[ \t]+)?(?:final[ \t]+)?answer|(?:the[ \t]+)?final[ \t]+answer)"
+    r"[ \t]*+[:：]?[*_]*+[ \t]*+[:：]?[ \t]*+$",
+    re.MULTILINE | re.IGNORECASE,
+)
+_ANSWER_TAG = re.compile(r"<(/?)(?:final_)?answer>", re.IGNORECASE)
 _BRACES = re.compile(r"\\[{}]|\\f?boxed[ \t]*\{|[{}]")
+# Between boxes that are one answer: "\boxed{2} and \boxed{3}", "$x = \boxed{2}$, $y = \boxed{3}$".
+_BETWEEN_BOXES = re.compile(
+    r"[\s$]*(?:,|;|,?\s*(?:and|or)\b|,?\s*\\text\{\s*(?:and|or)\s*\}|\\quad)[\s$]*(?:[a-zA-Z](?:_\d)?\s*=\s*)?"
+)
 # A minus after a digit, letter or bracket subtracts; elsewhere it is the number's sign.
 _ANY_NUMBER = re.compile(rf"(?:(?<![\w)\]}}])[-−])?\$?(?:{NUMBER})")
-_END_OF_THINKING = "</think>"
+# Tags and LaTeX commands with their arguments, whose numbers are parts of something else.
+_MARKUP = re.compile(r"</?[a-zA-Z][^<>\n]{0,80}>|\\[a-zA-Z]+(?:\{[^{}\n]{0,200}\}){0,3}|[_^]\{?-?\w+\}?")
+_ONLY_NUMBER = re.compile(rf"[-−]?\\?\$?(?:{NUMBER})")
+_THINKING = re.compile(
+    r"<(?P<close>/?)(?P<name>think|thinking|thought|thoughts|reasoning|reflection|scratchpad)>|\[(?P<slash>/?)THINK\]",
+    re.IGNORECASE,
+)
+_CHANNEL = re.compile(
+    r"<\|channel\|>\s*(?P<name>\w+)[^<]{0,80}<\|message\|>|^analysis(?=[A-Z\s])|assistantfinal(?=\W|[A-Z\d])"
+)
+_SPECIAL_TOKEN = re.compile(r"<\|(?:end|return|start|call|im_end|eot_id)\|>")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Extracted:
-    """A final answer and the way it was found: boxed, hashes, marker, phrase or last-number."""
+    """A final answer and the way it was found, a key of ``_WAYS``, ``answer-tag`` or ``last-number``."""
 
     value: str
     way: str
@@ -58,8 +91,8 @@ class Extracted:
 def find_marker(text: str) -> tuple[int, bool] | None:
     """Return ``(offset, decisive)`` of the last final-answer marker of ``text``, or None.
 
-    Decisive: ``\\boxed{``, ``####``, a line that starts with ``A:`` or ``Answer:``. "The answer is 42" is not:
-    later reasoning may withdraw it.
+    Decisive: ``\\boxed{``, ``####``, ``<answer>``, a line that starts with ``A:`` or ``Answer:``, a heading "Final
+    Answer". "The answer is 42" is not: later reasoning may withdraw it.
     """
     starts = [match.start() for match in _MARKER.finditer(text)]
     # Searching for a fixed word first takes a tenth of the time of a pattern that does not occur.
@@ -67,37 +100,108 @@ def find_marker(text: str) -> tuple[int, bool] | None:
         starts += [match.start() for match in _HASHES.finditer(text)]
     if "boxed" in text:
         starts += [match.start() for match in _BRACES.finditer(text) if "boxed" in match.group()]
+    folded = text.lower()
+    if "answer" in folded:
+        starts += [match.start() for match in _HEADING.finditer(text)]
+        starts += [match.start() for match in _ANSWER_TAG.finditer(text) if not match[1]]
     if starts:
         return max(starts), True
-    if "答案" not in text and "answer" not in text.lower():
-        return None
-    phrases = [match.start() for match in _PHRASE.finditer(text)]
-    return (phrases[-1], False) if phrases else None
+    phrases: list[int] = []
+    if "答案" in text or "answer" in folded:
+        phrases += [match.start() for match in _PHRASE.finditer(text)]
+    if "option" in folded or "choice" in folded or "alternative" in folded:
+        phrases += [match.start() for match in _OPTION.finditer(text)]
+    return (max(phrases), False) if phrases else None
 
 
-def extract_answer(text: str, *, allow_last_number: bool = True) -> Extracted | None:
+def extract_answer(text: str, *, extraction: Extraction = "lenient") -> Extracted | None:
     """Return the final answer that ``text`` states, or None.
 
-    The ways are tried from the most to the least explicit, and within a way the last occurrence counts:
-    ``boxed`` (balanced braces), ``hashes`` (``#### 42``), ``marker`` (``A: 42``, ``Answer: 42``), ``phrase``
-    ("the answer is 42"), and, if allowed, ``last-number``. A marker with nothing after it gives nothing.
-    The text after the last ``</think>`` is searched first, and the whole text only if it states nothing. Takes time
-    linear in the length of ``text``.
+    Only the text outside of ``<think>``, ``[THINK]`` and analysis channels counts, unless nothing follows them.
+    An ``<answer>`` section, the last one with content, replaces the text around it. Then the ways are tried from the
+    most to the least explicit, and within a way the last occurrence counts: ``boxed`` (balanced braces), ``hashes``
+    (``#### 42``), ``marker`` (``A: 42``, ``Answer: 42``), ``heading`` (the line after ``## Final Answer``), ``phrase``
+    ("the answer is 42", "option (B) is correct"). An ``<answer>`` section without any of these is the answer itself
+    (``answer-tag``) if it is a single line. The last resort, only if ``extraction`` is ``lenient``, is ``last-number``,
+    which is never taken from inside a formula or tag. A marker with nothing after it gives nothing.
+
+    Several boxes that are joined by commas, "and" or "or" are one list: ``\\boxed{2}`` and ``\\boxed{3}`` give ``2, 3``.
+    Takes time linear in the length of ``text``.
     """
-    _, thinking, conclusion = text.rpartition(_END_OF_THINKING)
-    for part in (conclusion, text) if thinking else (text,):
-        for way, find in _WAYS.items():
-            if value := find(part):
-                return Extracted(value=value, way=way)
-    if allow_last_number:
-        numbers = [match.group().strip() for match in _ANY_NUMBER.finditer(text)]
-        if numbers:
-            return Extracted(value=numbers[-1], way="last-number")
+    text = _without_thoughts(text)
+    section = _answer_section(text) if "<" in text else ""
+    text = section or text
+    for way, find in _WAYS.items():
+        if value := find(text):
+            return Extracted(value=value, way=way)
+    if section and "\n" not in section and len(section) <= MAX_PHRASE_CHARS:
+        return Extracted(value=_bare(section), way="answer-tag")
+    if extraction == "lenient" and (number := _last_number(text)):
+        return Extracted(value=number, way="last-number")
     return None
 
 
+def _without_thoughts(text: str) -> str:
+    """Return the text outside of thinking sections and analysis channels, or all of it if that is empty."""
+    channels = list(_CHANNEL.finditer(text)) if "<|channel|>" in text or text.startswith("analysis") else []
+    if channels:
+        last = channels[-1]
+        if last["name"] == "final" or last.group().startswith("assistantfinal"):
+            conclusion = _SPECIAL_TOKEN.split(text[last.end() :], maxsplit=1)[0]
+            if conclusion.strip():
+                text = conclusion
+    kept: list[str] = []
+    position = depth = 0
+    for tag in _THINKING.finditer(text):
+        if tag["close"] or tag["slash"]:
+            if depth == 0:  # the chat template opened the section
+                kept.clear()
+            depth = 0
+            position = tag.end()
+        else:
+            if depth == 0:
+                kept.append(text[position : tag.start()])
+            depth = 1
+    if depth == 0:
+        kept.append(text[position:])
+    conclusion = " ".join(kept)
+    return conclusion if conclusion.strip() else text
+
+
+def _answer_section(text: str) -> str:
+    """Return the content of the last ``<answer>`` section that has any; the end of the text closes it too."""
+    tags = list(_ANSWER_TAG.finditer(text))
+    if not tags:
+        return ""
+    ends = [*(tag.start() for tag in tags[1:]), len(text)]
+    sections = [text[tag.end() : end].strip() for tag, end in zip(tags, ends, strict=True) if not tag[1]]
+    return next((section for section in reversed(sections) if section), "")
+
+
+def _last_number(text: str) -> str:
+    """Return the last number that is not part of a formula, a tag or a LaTeX command; a formula may be one number."""
+    hidden: list[tuple[int, int]] = []
+    for stretch in Shield(text).stretches:
+        if stretch.kind in ("inline", "display") and not _ONLY_NUMBER.fullmatch(
+            text[stretch.start : stretch.end].strip("$\\()[] \n.")
+        ):
+            hidden.append((stretch.start, stretch.end))
+    hidden += [match.span() for match in _MARKUP.finditer(text)]
+    hidden.sort()
+    last, place = "", 0
+    furthest = 0
+    for match in _ANY_NUMBER.finditer(text):
+        while place < len(hidden) and hidden[place][0] < match.end():
+            furthest = max(furthest, hidden[place][1])
+            place += 1
+        if match.start() >= furthest:
+            in_formula = text.startswith("$", match.end()) or text.startswith("\\", match.end())
+            last = match.group().lstrip("$") if in_formula else match.group()
+    return last
+
+
 def check_answer(
-    response: str, reference: str | None, *, allow_last_number: bool = True, timeout: float = ANSWER_TIMEOUT
+    response: str, reference: str | None, *, extraction: Extraction = "lenient", timeout: float = ANSWER_TIMEOUT
 ) -> FinalAnswer:
     """Extract the final answer of ``response`` and compare it with ``reference``. Safe to call from any thread.
 
@@ -105,7 +209,7 @@ def check_answer(
         response: the model's text.
         reference: the right answer, or a worked solution that ends in ``#### answer`` or ``\\boxed{answer}``;
             None when unknown.
-        allow_last_number: accept the last number of the response when it marks no answer.
+        extraction: ``lenient`` accepts the last number of a response that marks no answer, ``strict`` does not.
         timeout: seconds for the comparison, where it needs algebra.
 
     Returns:
@@ -114,7 +218,7 @@ def check_answer(
     Raises:
         UserError: math-verify is needed and not installed.
     """
-    found = extract_answer(response, allow_last_number=allow_last_number)
+    found = extract_answer(response, extraction=extraction)
     if reference is None or found is None:
         return _final(found, reference, None)
     return _final(found, reference, compare_answers(found.value, _reference_value(reference), timeout=timeout))
@@ -123,7 +227,7 @@ def check_answer(
 def check_answers(
     pairs: Sequence[tuple[str, str | None]],
     *,
-    allow_last_number: bool = True,
+    extraction: Extraction = "lenient",
     timeout: float = ANSWER_TIMEOUT,
     on_done: Callable[[int], None] | None = None,
 ) -> list[FinalAnswer]:
@@ -131,7 +235,7 @@ def check_answers(
 
     Args:
         pairs: (response, reference); results keep this order.
-        allow_last_number, timeout: as of ``check_answer``; the time is for each comparison.
+        extraction, timeout: as of ``check_answer``; the time is for each comparison.
         on_done: called in the calling thread with 1 after each pair.
 
     Raises:
@@ -143,7 +247,7 @@ def check_answers(
     with ThreadPoolExecutor(MAX_WORKERS, thread_name_prefix="answers") as threads:
         try:
             for place, (response, reference) in enumerate(pairs):
-                found = extract_answer(response, allow_last_number=allow_last_number)
+                found = extract_answer(response, extraction=extraction)
                 finals.append(None)
                 if found is not None and reference is not None:
                     right = _reference_value(reference)
@@ -182,20 +286,27 @@ def _final(found: Extracted | None, reference: str | None, verdict: bool | None)
 
 
 def _boxed(text: str) -> str:
-    """Return the content of the last closed ``\\boxed{...}`` (the inner one of nested boxes)."""
-    last: tuple[int, int] | None = None
-    open_braces: list[int | None] = []
+    """Return the content of the last closed ``\\boxed{...}`` (the inner one of nested boxes), with those joined to it."""
+    boxes: list[tuple[int, int, int]] = []  # starts of the command and the content, end of the content
+    open_braces: list[tuple[int, int] | None] = []
     for match in _BRACES.finditer(text):
         token = match.group()
         if token.startswith("\\") and "boxed" not in token:
             continue
         if token == "}":
-            start = open_braces.pop() if open_braces else None
-            if start is not None and (last is None or start > last[0]):
-                last = (start, match.start())
+            opened = open_braces.pop() if open_braces else None
+            if opened is not None and not (boxes and boxes[-1][0] > opened[0]):  # not one around another box
+                boxes.append((*opened, match.start()))
         else:
-            open_braces.append(match.end() if "boxed" in token else None)
-    return text[last[0] : last[1]].strip() if last else ""
+            open_braces.append((match.start(), match.end()) if "boxed" in token else None)
+    if not boxes:
+        return ""
+    values = [text[boxes[-1][1] : boxes[-1][2]].strip()]
+    for before, after in zip(boxes[-2::-1], boxes[:0:-1], strict=True):
+        if len(values) == MAX_BOXES or not _BETWEEN_BOXES.fullmatch(text, before[2] + 1, after[0]):
+            break
+        values.append(text[before[1] : before[2]].strip())
+    return ", ".join(dict.fromkeys(filter(None, reversed(values)))) if values[0] else ""
 
 
 def _hashes(text: str) -> str:
@@ -223,12 +334,27 @@ def _first_of(text: str) -> str:
     return text.split("\n", 1)[0]
 
 
+def _heading(text: str) -> str:
+    matches = list(_HEADING.finditer(text))
+    if not matches:
+        return ""
+    value = _bare(_first_of(text[matches[-1].end() :].strip()))
+    return _phrase(value) or value
+
+
 def _phrase(text: str) -> str:
-    values = [match.group("value") for match in _PHRASE.finditer(text)]
-    return _bare(values[-1]) if values else ""
+    found = [(match.start(), match["value"]) for match in _PHRASE.finditer(text)]
+    found += [(match.start(), match["value"] or match["named"]) for match in _OPTION.finditer(text)]
+    return _bare(max(found)[1]) if found else ""
 
 
-_WAYS: dict[str, Callable[[str], str]] = {"boxed": _boxed, "hashes": _hashes, "marker": _marker, "phrase": _phrase}
+_WAYS: dict[str, Callable[[str], str]] = {
+    "boxed": _boxed,
+    "hashes": _hashes,
+    "marker": _marker,
+    "heading": _heading,
+    "phrase": _phrase,
+}
 
 
 def _bare(value: str) -> str:

@@ -7,24 +7,24 @@ from fractions import Fraction
 
 from ssrctl.text.expressions import numbers_in
 
-_ONES = {
+ONES = {
     "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9,
 }  # fmt: skip
-_TEENS = {
+TEENS = {
     "ten": 10, "eleven": 11, "twelve": 12, "thirteen": 13, "fourteen": 14, "fifteen": 15, "sixteen": 16,
     "seventeen": 17, "eighteen": 18, "nineteen": 19,
 }  # fmt: skip
-_TENS = {
+TENS = {
     "twenty": 20, "thirty": 30, "forty": 40, "fifty": 50, "sixty": 60, "seventy": 70, "eighty": 80, "ninety": 90,
 }  # fmt: skip
-_PARTS = {
+PARTS = {
     "half": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6, "seventh": 7, "eighth": 8, "ninth": 9,
     "tenth": 10,
 }  # fmt: skip
 # Numbers that a word may bring into a calculation; words in the singular.
 _KNOWLEDGE: dict[str, tuple[int | Fraction, ...]] = {
-    **{word: (value,) for word, value in (_ONES | _TEENS | _TENS).items()},
-    **{word: (value, Fraction(1, value)) for word, value in _PARTS.items()},
+    **{word: (value,) for word, value in (ONES | TEENS | TENS).items()},
+    **{word: (value, Fraction(1, value)) for word, value in PARTS.items()},
     "halve": (Fraction(1, 2),), "quarter": (4, Fraction(1, 4), 25), "triple": (3,), "thrice": (3,),
     "quadruple": (4,), "dozen": (12,), "hundred": (100,), "thousand": (1000,), "million": (10**6,),
     "billion": (10**9,),
@@ -39,9 +39,9 @@ _KNOWLEDGE: dict[str, tuple[int | Fraction, ...]] = {
     "kg": (1000,), "liter": (1000,),
 }  # fmt: skip
 _WORD = re.compile(r"[a-z]+")
-_COMPOUND = re.compile(rf"\b({'|'.join(_TENS)})[- ]({'|'.join(_ONES)})\b")
-_SHARE = re.compile(rf"\b({'|'.join(_ONES)})[- ]({'|'.join(_PARTS)})s?\b")
-_AND_A_HALF = re.compile(rf"\b(\d{{1,6}}|{'|'.join(_ONES)})(?: [a-z]+)? and (?:a |one[- ])?half\b")
+_COMPOUND = re.compile(rf"\b({'|'.join(TENS)})[- ]({'|'.join(ONES)})\b")
+_SHARE = re.compile(rf"\b({'|'.join(ONES)})[- ]({'|'.join(PARTS)})s?\b")
+_AND_A_HALF = re.compile(rf"\b(\d{{1,6}}|{'|'.join(ONES)})(?: [a-z]+)? and (?:a |one[- ])?half\b")
 _HUNDREDTHS = re.compile(r"(?<![\d.])(\d{1,3}(?:\.\d{1,4})?)\s?(?:%|¢|percent\b|cents?\b)")
 
 
@@ -62,9 +62,9 @@ def given_numbers(text: str) -> set[Fraction]:
 def numbers_of_words(text: str) -> set[Fraction]:
     """Return the numbers that words of ``text`` name or imply."""
     text = text.lower()
-    found = {Fraction(_TENS[tens] + _ONES[ones]) for tens, ones in _COMPOUND.findall(text)}
-    found |= {Fraction(_ONES[count], _PARTS[part]) for count, part in _SHARE.findall(text)}
-    found |= {Fraction(_ONES.get(whole) or int(whole)) + Fraction(1, 2) for whole in _AND_A_HALF.findall(text)}
+    found = {Fraction(TENS[tens] + ONES[ones]) for tens, ones in _COMPOUND.findall(text)}
+    found |= {Fraction(ONES[count], PARTS[part]) for count, part in _SHARE.findall(text)}
+    found |= {Fraction(ONES.get(whole) or int(whole)) + Fraction(1, 2) for whole in _AND_A_HALF.findall(text)}
     if "%" in text:
         found.add(Fraction(1, 100))
     for word in set(_WORD.findall(text)):

@@ -56,8 +56,9 @@ def segment(
     Args:
         text: the response. An empty one gives no span, one of white space a single span.
         style: where to cut.
-        max_steps: largest number of spans; the shortest neighbouring pairs are merged, the earliest of
-            equals first, and never into the final span unless ``max_steps`` is 1.
+        max_steps: largest number of spans; the shortest neighbouring pairs are merged, rather within a paragraph
+            and the earliest of equals first, never across ``</think>`` while other pairs remain, and never into the
+            final span unless ``max_steps`` is 1.
         min_chars: smallest length of a step without its surrounding white space.
         max_chars: a step longer than this is cut at line ends, else at sentence ends, where it has any; 0 is
             off. ``max_steps`` is applied after it and wins.
@@ -69,7 +70,7 @@ def segment(
     if not text:
         return []
     shield = Shield(text)
-    tags = list(TAG.finditer(text)) if "<" in text else []
+    tags = list(TAG.finditer(text)) if "<" in text or "[" in text else []
     marker = _Marker(text, tags)
     cuts = _explicit_cuts(text, shield, tags, style)
     join = functools.partial(
@@ -84,10 +85,12 @@ def segment(
     if max_chars and len(text) > max_chars:
         last_cut = len(text) if final is None or marker.offset is None else marker.offset
         starts = split_long(text, starts, shield, max_chars=max_chars, min_chars=min_chars, last_cut=last_cut)
-    if final is not None:
-        starts = [*merge_shortest(starts[:-1], starts[-1], max_steps - 1), starts[-1]] if max_steps > 1 else [0]
+    sections = {_next_word(text, tag.end()) for tag in tags if _is_closing(tag) and _is_thinking(tag)}
+    merge = functools.partial(merge_shortest, text, sections=sections)
+    if final is not None and max_steps > 1:
+        starts = [*merge(starts[:-1], starts[-1], max_steps - 1), starts[-1]]
     else:
-        starts = merge_shortest(starts, len(text), max_steps)
+        starts = merge(starts, len(text), max_steps)
     spans = [StepSpan(start=start, end=end) for start, end in pairwise([*starts, len(text)])]
     if final is not None:
         spans[-1].kind = "final"
@@ -144,7 +147,7 @@ def _is_closing(tag: re.Match[str]) -> bool:
 
 
 def _is_thinking(tag: re.Match[str]) -> bool:
-    return tag.group().strip("</>").lower() not in ("answer", "solution")
+    return tag.group().strip("</>[]").lower() not in ("answer", "solution")
 
 
 def _continues(text: str, offset: int) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import heapq
 import re
 from bisect import bisect_left, bisect_right
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -15,7 +16,8 @@ from ssrctl.text.segment_sentences import sentence_starts
 from ssrctl.text.segment_shield import Shield
 
 TAG = re.compile(
-    r"<(?=[/trsa])/?(?:think|thinking|thought|thoughts|reasoning|reflection|scratchpad|answer|solution)>", re.I
+    r"<(?=[/trsa])/?(?:think|thinking|thought|thoughts|reasoning|reflection|scratchpad|answer|solution)>|\[/?THINK\]",
+    re.I,
 )
 LINE_BREAK = re.compile(r"\n\s*")
 
@@ -28,6 +30,8 @@ _LABEL = re.compile(
 # Neither a label nor a formula.
 _PROSE = re.compile(r"(?!Step\b)[^\W\d_]{2,}[,']?[ ]\S")
 _LONGEST_LABEL = 96
+_LONGEST_GAP = 64  # white space between two steps that is searched for a blank line
+ACROSS_PARAGRAPHS, ACROSS_SECTIONS = 4, 10**12  # cost of merging across a blank line or ``</think>``, per character
 _STOPS = ".!?。！？"
 _ITEM = re.compile(r"[-*+•]\s|\(?(?:\d{1,3}|[a-z])[.)]\s")
 _WORD = re.compile(r"[^\W\d_]{2,}")
@@ -108,11 +112,11 @@ class _Joiner:
             return False
         if self.tagged and (tag := TAG.match(piece)) is not None:
             rest = TAG.sub("", piece).strip()
-            return not rest and not tag.group().startswith("</")
+            return not rest and tag.group()[1] != "/"
         return _LABEL.fullmatch(piece) is not None
 
     def _is_small(self, piece: str) -> bool:
-        content = TAG.sub("", piece) if self.tagged and "<" in piece else piece
+        content = TAG.sub("", piece) if self.tagged else piece
         return len(piece) < self.min_chars or not any(map(str.isalnum, content))
 
     def _belongs(self, start: int, piece: str, waits: bool) -> bool:
@@ -211,31 +215,54 @@ def _best_cut(tiers: list[list[int]], position: int, max_chars: int) -> int | No
 
 @dataclass(slots=True)
 class _Piece:
-    start: int
     length: int
     before: int
     after: int
+    weight: int  # of the boundary at its start
     alive: bool = True
 
 
-def merge_shortest(starts: list[int], end: int, limit: int) -> list[int]:
-    """Merge the neighbouring pair of least total length until ``limit`` pieces remain; earliest first on ties."""
+def merge_shortest(text: str, starts: list[int], end: int, limit: int, sections: Collection[int] = ()) -> list[int]:
+    """Merge the cheapest neighbouring pair until ``limit`` pieces remain; earliest first on ties.
+
+    A pair costs its length, ``ACROSS_PARAGRAPHS`` times as much if a blank line separates it. Pieces of different
+    sections are merged only when there are more sections than ``limit``.
+
+    Args:
+        text: the response.
+        starts: starts of the pieces.
+        end: end of the last piece.
+        limit: largest number of pieces.
+        sections: starts of sections, such as the text after ``</think>``.
+    """
     if len(starts) <= limit:
         return starts
-    pieces = [_Piece(a, b - a, i - 1, i + 1) for i, (a, b) in enumerate(pairwise([*starts, end]))]
-    pairs = [(pieces[i].length + pieces[i + 1].length, i, i + 1) for i in range(len(pieces) - 1)]
+
+    def weight(start: int) -> int:
+        if start in sections:
+            return ACROSS_SECTIONS
+        gap = text[max(0, start - _LONGEST_GAP) : start]
+        return ACROSS_PARAGRAPHS if gap[len(gap.rstrip()) :].count("\n") > 1 else 1
+
+    pieces = [_Piece(b - a, i - 1, i + 1, weight(a)) for i, (a, b) in enumerate(pairwise([*starts, end]))]
+
+    def cost(left: int, right: int) -> tuple[int, int, int]:
+        return (pieces[left].length + pieces[right].length) * pieces[right].weight, left, right
+
+    pairs = [cost(i, i + 1) for i in range(len(pieces) - 1)]
     heapq.heapify(pairs)
     remaining = len(pieces)
     while remaining > limit:
-        length, left, right = heapq.heappop(pairs)
+        popped = heapq.heappop(pairs)
+        _, left, right = popped
         first, second = pieces[left], pieces[right]
-        if not (first.alive and second.alive) or first.length + second.length != length or first.after != right:
+        if not (first.alive and second.alive) or first.after != right or popped != cost(left, right):
             continue  # one of the two has been merged since
-        first.length, first.after, second.alive = length, second.after, False
+        first.length, first.after, second.alive = first.length + second.length, second.after, False
         remaining -= 1
         if second.after < len(pieces):
             pieces[second.after].before = left
-            heapq.heappush(pairs, (length + pieces[second.after].length, left, second.after))
+            heapq.heappush(pairs, cost(left, second.after))
         if first.before >= 0:
-            heapq.heappush(pairs, (pieces[first.before].length + length, first.before, left))
-    return [piece.start for piece in pieces if piece.alive]
+            heapq.heappush(pairs, cost(first.before, left))
+    return [start for start, piece in zip(starts, pieces, strict=True) if piece.alive]

@@ -145,7 +145,7 @@ class TrainingStep:
             segmentation=config,
         )
         sampled = time.perf_counter()
-        score_groups(groups, self.critic)
+        score_groups(groups, self.critic, config.answer_extraction)
         scored = time.perf_counter()
         plans = [self._credit(group, totals) for group in groups]
         mask_log: list[QuestionLog] = []
@@ -273,6 +273,7 @@ class TrainingStep:
             "reward": statistics.fmean(known) if known else None,
             "accuracy": _share(rollout.final is not None and rollout.final.correct is True for rollout in rollouts),
             "answered_frac": _share(r.final is not None and r.final.extracted is not None for r in rollouts),
+            "unmarked_frac": _share(r.final is None or r.final.way in (None, "last-number") for r in rollouts),
             "finished_frac": _share(sample.finished for sample in samples),
             "steps_per_response": statistics.fmean(len(rollout.steps or ()) for rollout in rollouts),
             "no_step_responses": sum(1 for rollout in rollouts if not rollout.steps),

@@ -72,6 +72,13 @@ def test_a_missing_column_is_answered_with_those_there_are(tmp_path: Path) -> No
     assert caught.value.remedy == "the row has q, answer; name the right one with --question-column"
 
 
+def test_an_answer_in_a_list_of_one(tmp_path: Path) -> None:
+    assert [p.answer for p in load(jsonl(tmp_path / "a.jsonl", {"question": "?", "answer": ["8"]}))] == ["8"]
+    for answer in (["8", "9"], {"value": "8"}, [["8"]], []):
+        with pytest.raises(UserError, match=r"a\.jsonl:1"):
+            load(jsonl(tmp_path / "a.jsonl", {"question": "?", "answer": answer}))
+
+
 def test_rows_beyond_the_limit_are_not_read(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"question": "q", "answer": "a"}\nnonsense\n')

@@ -37,13 +37,14 @@ def test_rule_critic_end_to_end(steps, tmp_path):
     right, wrong, unclear, empty = read(target)
     assert [score["reward"] for score in right["scores"]] == [1, 1, 1]
     assert [score["reward"] for score in wrong["scores"]] == [1, -1, -1]
-    assert [score["error"] for score in unclear["scores"]] == [None, "no_equation", "no_answer"]
+    assert [score["error"] for score in unclear["scores"]] == [None, "no_equation", None]
+    assert unclear["scores"][2]["reward"] == -1, "an answer marker without an answer is a wrong answer"
     assert unclear["scores"][1]["score"] is None and unclear["scores"][1]["reward"] is None
     assert empty["scores"] == [] and empty["tag"] == "kept" and right["modulus"] == 100
     assert right["final"] == {"extracted": "86", "correct": True, "way": "hashes", "outcome": "correct"}
     assert wrong["final"]["correct"] is False and empty["final"]["correct"] is None
-    assert summary["missing"] == 2 and summary["missing_by_class"] == {"no_equation": 1, "no_answer": 1}
-    assert summary["mean_reward"] == pytest.approx((1 + 1 + 1 + 1 - 1 - 1 + 1) / 7)  # missing ones are left out
+    assert summary["missing"] == 1 and summary["missing_by_class"] == {"no_equation": 1}
+    assert summary["mean_reward"] == pytest.approx((1 + 1 + 1 + 1 - 1 - 1 + 1 - 1) / 8)  # missing ones are left out
     assert (summary["responses"], summary["steps"], summary["without_steps"]) == (4, 9, 1)
     assert summary["accuracy"] == pytest.approx(1 / 3)  # of those with a reference answer
 

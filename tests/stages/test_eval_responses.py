@@ -58,6 +58,16 @@ def test_records_come_back_with_their_grade(tmp_path: Path) -> None:
     assert summary["responses"] == "responses.jsonl"
 
 
+def test_the_shares_of_the_ways_and_strict_extraction(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    lenient = grade(tmp_path, ROWS)
+    assert lenient["way_fracs"] == {"hashes": 0.25, "last-number": 0.25, "boxed": 0.25, "none": 0.25}
+    strict = grade(tmp_path, ROWS, answer_extraction="strict", json=False)
+    assert strict["way_fracs"] == {"none": 0.5, "hashes": 0.25, "boxed": 0.25}
+    assert strict["outcomes"] == {"correct": 2, "wrong": 0, "unparsed": 2, "timed_out": 0}
+    assert "none 50%, hashes 25%" in " ".join(capfd.readouterr().out.split())
+    assert json.loads((tmp_path / "out" / "settings.json").read_text())["answer_extraction"] == "strict"
+
+
 def test_an_earlier_grade_is_replaced(tmp_path: Path) -> None:
     stale = {"extracted": "0", "correct": False, "way": "boxed"}
     grade(tmp_path, [ROWS[0] | {"final": stale}])
@@ -112,7 +122,7 @@ def test_no_reference_at_all_is_an_error_and_writes_nothing(tmp_path: Path) -> N
     ("content", "message"),
     [
         (b'{"id": "a", "answer": "1"}\n', "r.jsonl:1: field 'response' is missing"),
-        (b'{"response": "x", "answer": "1"}\n{"response": 5}\n', "r.jsonl:2: field 'response' must be text"),
+        (b'{"response": "x", "answer": "1"}\n{"response": 5}\n', "r.jsonl:2: field 'response' must be a valid string"),
         ('{"response": "ü", "answer": "1"}\n'.encode("latin-1"), "r.jsonl:1: not UTF-8"),
         (b"", "no records"),
         (b"[1]\n", "expected a json object"),

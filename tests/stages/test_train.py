@@ -176,6 +176,9 @@ def test_response_credit_gives_one_advantage_per_response(tmp_path: Path, credit
     train.run(config(run, credit=credit, max_steps=1, optimizer="adamw", importance_level="sequence"))
     rollouts = list(read_rollouts(run / "rollouts" / "000001.jsonl"))
     assert all(r.advantages is not None and len(r.advantages) == 1 for r in rollouts)
+    (row,) = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    unmarked = [r for r in rollouts if r.final is not None and r.final.way is None]
+    assert row["unmarked_frac"] == len(unmarked) / len(rollouts)
     by_outcome: dict[tuple[str, bool], set[float]] = {}
     for r in rollouts:
         assert r.final is not None and r.advantages is not None and r.advantages[0] is not None

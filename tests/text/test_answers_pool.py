@@ -177,7 +177,7 @@ import sys
 sys.path.remove(sys.path[0])
 sys.stdout.write("run\\n"); sys.stdout.flush()
 from ssrctl.text.answers import check_answer
-sys.stdout.write(f"{check_answer(chr(92) + 'boxed{2^{10}}', '1024').outcome}\\n")
+sys.stdout.write(f"{check_answer(chr(92) + 'boxed{' + chr(92) + 'sqrt{12}}', '2' + chr(92) + 'sqrt{3}').outcome}\\n")
 heavy = [name for name in ("torch", "math_verify", "sympy", "multiprocessing") if name in sys.modules]
 sys.stdout.write(f"{heavy}\\n")
 """
@@ -239,14 +239,14 @@ def test_a_fork_has_processes_of_its_own(tmp_path):
 import os, sys
 from ssrctl.text.answer_equality import compare_answers
 from ssrctl.text import answer_pool
-assert compare_answers("2^{10}", "1024")
+assert compare_answers("\\\\sqrt{12}", "2\\\\sqrt{3}")
 mine = answer_pool._pool._idle[0].process.pid
 child = os.fork()
 if child == 0:
-    ok = compare_answers("2^{11}", "2048") and answer_pool._pool._idle[0].process.pid != mine
+    ok = compare_answers("\\\\sqrt{27}", "3\\\\sqrt{3}") and answer_pool._pool._idle[0].process.pid != mine
     os._exit(0 if ok else 1)
 _, status = os.waitpid(child, 0)
-assert status == 0 and compare_answers("2^{12}", "4096") and answer_pool._pool._idle[0].process.pid == mine
+assert status == 0 and compare_answers("\\\\sqrt{48}", "4\\\\sqrt{3}") and answer_pool._pool._idle[0].process.pid == mine
 sys.stdout.write("fine")
 """
     out, _ = script(code, tmp_path).communicate(timeout=PATIENCE)

@@ -148,6 +148,16 @@ def test_max_steps_merges_the_shortest_neighbours_and_never_the_answer():
     assert parts("aa\nbb\ncc\ndd\n", max_steps=3) == ["aa\nbb\n", "cc\n", "dd\n"]  # the earliest of equals
 
 
+def test_merging_prefers_a_paragraph_and_keeps_thinking_apart():
+    text = "aaaaaaa\nbbbbbbb\n\ncc\n\ndddd"
+    assert parts(text, max_steps=3) == ["aaaaaaa\nbbbbbbb\n\n", "cc\n\n", "dddd"]
+    assert parts(text, max_steps=2) == ["aaaaaaa\nbbbbbbb\n\n", "cc\n\ndddd"]
+    thinking = "<think>\n" + "aaaa bbbb cccc\n" * 3 + "d\n</think>\n\nee\nff\n"
+    kept = parts(thinking, max_steps=2)
+    assert kept == [thinking[: thinking.index("ee")], "ee\nff\n"]
+    assert parts(thinking, max_steps=1) == [thinking]
+
+
 @given(st.lists(st.integers(2, 9), min_size=2, max_size=9), st.integers(1, 8))
 def test_merging_agrees_with_the_slow_way(lengths, max_steps):
     lines = ["a" * length + "\n" for length in lengths]
@@ -219,7 +229,8 @@ def test_formulas_and_labels(text, expected):
             "<think>a b\n\\boxed{3}</think>\nc d\nThe answer is 5",
             ["<think>a b\n", "\\boxed{3}</think>\n", "c d\n", "*The answer is 5"],
         ),
-        ("<THINK>foo</THINK><answer>7</answer>", ["<THINK>foo</THINK>", "<answer>7</answer>"]),
+        ("<THINK>foo</THINK><answer>7</answer>", ["<THINK>foo</THINK>", "*<answer>7</answer>"]),
+        ("[THINK]foo\nbar[/THINK]\nthe end", ["[THINK]foo\n", "bar[/THINK]\n", "the end"]),
     ],
 )  # fmt: skip
 def test_thinking(text, expected):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from typing import Any
+
+Average = Callable[[Iterable[float | None]], float | None]
 
 
 def mean(values: Iterable[float | None]) -> float | None:
@@ -14,9 +16,15 @@ def mean(values: Iterable[float | None]) -> float | None:
     return math.fsum(kept) / len(kept) if kept else None
 
 
-def means(of: type[Any], items: Sequence[Any]) -> dict[str, Any]:
+def plain_mean(values: Iterable[float | None]) -> float | None:
+    """Return ``mean``, of the sum that is rounded after each addition."""
+    kept = [value for value in values if value is not None]
+    return sum(kept) / len(kept) if kept else None
+
+
+def means(of: type[Any], items: Sequence[Any], average: Average = mean) -> dict[str, Any]:
     """Return for each field of a dataclass the mean of the items' attributes of that name, each with equal weight."""
-    return {field.name: mean(getattr(one, field.name) for one in items) for field in fields(of)}
+    return {field.name: average(getattr(one, field.name) for one in items) for field in fields(of)}
 
 
 def ratio(part: float | None, whole: float | None) -> float | None:

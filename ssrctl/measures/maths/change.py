@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
+from ssrctl.measures.maths.averages import ratio
 from ssrctl.measures.maths.ulp import bin_label
 
 # Mukherjee et al. 2025, table 6.
@@ -60,22 +61,22 @@ class Change:
     @property
     def sparsity(self) -> float | None:
         """Share unchanged within the tolerance, in [0, 1]; None when nothing was compared."""
-        return self._share(self.num_within)
+        return ratio(self.num_within, self.numel)
 
     @property
     def sparsity_bf16(self) -> float | None:
         """Share unchanged by the bf16-aware rule, in [0, 1]; None when nothing was compared."""
-        return self._share(self.num_same_bf16)
+        return ratio(self.num_same_bf16, self.numel)
 
     @property
     def bit_equal_frac(self) -> float | None:
         """Share equal bit for bit, in [0, 1]; None when nothing was compared."""
-        return self._share(self.num_equal)
+        return ratio(self.num_equal, self.numel)
 
     @property
     def fixed_sparsity(self) -> dict[float, float | None]:
         """Share unchanged within each of ``FIXED_TOLERANCES``; None when nothing was compared."""
-        return dict(zip(FIXED_TOLERANCES, map(self._share, self.nums_within), strict=True))
+        return {atol: ratio(num, self.numel) for atol, num in zip(FIXED_TOLERANCES, self.nums_within, strict=True)}
 
     @property
     def num_changed(self) -> int:
@@ -105,12 +106,12 @@ class Change:
     @property
     def one_step_frac(self) -> float | None:
         """Share of exactly one step among the weights that moved by at least one; None when none did."""
-        return self.num_one_step / self.num_stepped if self.num_stepped else None
+        return ratio(self.num_one_step, self.num_stepped)
 
     @property
     def mean_abs_difference(self) -> float | None:
         """Mean ``|difference|`` over the finite differences, changed or not."""
-        return self.sum_abs / self.num_finite if self.num_finite else None
+        return ratio(self.sum_abs, self.num_finite)
 
     @property
     def max_abs_difference(self) -> float | None:
@@ -123,9 +124,6 @@ class Change:
         if self.sum_sq == 0:
             return 0.0
         return math.sqrt(self.sum_sq / self.base_sum_sq) if self.base_sum_sq else None
-
-    def _share(self, count: int) -> float | None:
-        return count / self.numel if self.numel else None
 
     def numbers(self) -> dict[str, Any]:
         """Return the numbers of report.json: counts as stored, shares and norms derived."""
@@ -147,11 +145,9 @@ def add_up(changes: Iterable[Change]) -> Change:
     return Change(**total) if parts else Change()
 
 
-# fmt: off
 _REPORTED = (
-    "numel", "sparsity", "sparsity_bf16", "bit_equal_frac", "num_changed", "num_bf16_changed",
-    "num_bit_changed", "relative_l2", "mean_abs_difference", "max_abs_difference", "num_stepped", "one_step_frac", "num_below_step",
+    "numel", "sparsity", "sparsity_bf16", "bit_equal_frac", "num_changed", "num_bf16_changed", "num_bit_changed",
+    "relative_l2", "mean_abs_difference", "max_abs_difference", "num_stepped", "one_step_frac", "num_below_step",
     "num_nan_base", "num_inf_base", "num_nan_tuned", "num_inf_tuned",
-)
-# fmt: on
+)  # fmt: skip
 _SUMMED = [field.name for field in fields(Change) if field.name not in ("nums_within", "ulps", "max_abs")]

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
+import torch
+from torch import Tensor
+
 from ssrctl.measures.maths.change import DEFAULT_ATOL, DEFAULT_ETA
 from ssrctl.measures.maths.piece_pair import piece_pairs
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ssrctl.configs import DiagnoseConfig
 
 Rule = Literal["bits", "atol", "bf16"]
@@ -51,8 +52,6 @@ def changed(base: Tensor, tuned: Tensor, rule: Rule, *, atol: float = DEFAULT_AT
     Raises:
         ValueError: different shapes, complex tensors, or another rule.
     """
-    import torch
-
     if rule not in ("bits", "atol", "bf16"):
         raise ValueError(f"no rule {rule!r}: bits, atol or bf16")
     marks = []

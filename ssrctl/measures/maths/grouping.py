@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -106,9 +106,15 @@ def by_kind(found: Mapping[str, T]) -> dict[str, list[T]]:
 
 def _by_key(found: Mapping[str, T], key: Callable[[str], Key]) -> dict[Key, list[T]]:
     """Return the measures of the tensors whose names have the same key."""
+    names = by_key(found, key)
+    return {each: [found[name] for name in names[each]] for each in names}
+
+
+def by_key(items: Iterable[T], key: Callable[[T], Key]) -> dict[Key, list[T]]:
+    """Return the items by key, keys in the order of their first items."""
     groups: dict[Key, list[T]] = {}
-    for name, one in found.items():
-        groups.setdefault(key(name), []).append(one)
+    for one in items:
+        groups.setdefault(key(one), []).append(one)
     return groups
 
 

@@ -8,13 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from ssrctl.measures.maths.averages import ratio
 from ssrctl.measures.maths.magnitude import count_by_magnitude
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 CONFIDENCE = 0.95
 Landings = tuple["Landing", ...]

@@ -5,10 +5,8 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import numpy as np
+import numpy as np
 
 DEFAULT_COUNT = 20
 _TINY = 5e-324
@@ -76,8 +74,6 @@ class LargestChanges:
             indices: int64 ``[n]``, ascending.
             start: flat index in the tensor of index 0.
         """
-        import numpy as np
-
         if not len(before):
             return
         with np.errstate(all="ignore"):
@@ -98,8 +94,6 @@ class LargestChanges:
 
     def _candidates(self, size: np.ndarray, floor: float, allowed: np.ndarray | None) -> np.ndarray:
         """Return the ascending places of the ``count`` largest finite sizes above 0 from ``floor`` on; ties: the first."""
-        import numpy as np
-
         good = (size >= floor) & (size > 0) & (size < np.inf)
         places: np.ndarray = np.flatnonzero(good if allowed is None else good & allowed)
         if len(places) <= self.count:

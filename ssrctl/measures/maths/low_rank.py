@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from torch import Tensor
+import torch
+from torch import Tensor
 
 # Up to this smaller side everything is exact; beyond, a decomposition takes minutes and gigabytes.
 EXACT_SIDE = 4096
@@ -59,14 +58,10 @@ class Rows:
         rows, columns = self.shape
         if rows * columns > _HELD:
             return self
-        import torch
-
         return plain(torch.cat([piece for _, _, piece in self.pieces()]))
 
     def gram(self) -> Tensor:
         """Return ``A^T A``, float64 ``[columns, columns]``."""
-        import torch
-
         total = torch.zeros(self.shape[1], self.shape[1], dtype=torch.float64)
         for _, _, piece in self.pieces():
             total.addmm_(piece.T, piece)
@@ -74,8 +69,6 @@ class Rows:
 
     def times(self, block: Tensor) -> Tensor:
         """Return ``A X``, ``[rows, b]``, for float64 ``X [columns, b]``."""
-        import torch
-
         product = torch.empty(self.shape[0], block.shape[1], dtype=torch.float64)
         for start, stop, piece in self.pieces():
             torch.mm(piece, block, out=product[start:stop])
@@ -83,8 +76,6 @@ class Rows:
 
     def transposed_times(self, block: Tensor) -> Tensor:
         """Return ``A^T X``, ``[columns, b]``, for float64 ``X [rows, b]``."""
-        import torch
-
         product = torch.zeros(self.shape[1], block.shape[1], dtype=torch.float64)
         for start, stop, piece in self.pieces():
             product.addmm_(piece.T, block[start:stop])
@@ -92,8 +83,6 @@ class Rows:
 
     def normal_times(self, block: Tensor) -> Tensor:
         """Return ``A^T A X`` for float64 ``X [columns, b]``, in one pass over the matrix."""
-        import torch
-
         product = torch.zeros(self.shape[1], block.shape[1], dtype=torch.float64)
         for _, _, piece in self.pieces():
             product.addmm_(piece.T, piece @ block)
@@ -157,15 +146,11 @@ def rank_k_svd(matrix: Tensor, k: int, *, seed: int) -> LowRank:
 
 def plain(matrix: Tensor) -> Rows:
     """Return the rows of a stored matrix ``[m, n]``, m >= n."""
-    import torch
-
     return Rows((matrix.shape[0], matrix.shape[1]), lambda start, stop: matrix[start:stop].to(torch.float64))
 
 
 def difference(base: Tensor, tuned: Tensor) -> Rows:
     """Return the rows of ``tuned - base``, both ``[m, n]`` with m >= n and of any dtypes, subtracted in float64."""
-    import torch
-
     return Rows(
         (base.shape[0], base.shape[1]),
         lambda start, stop: tuned[start:stop].to(torch.float64) - base[start:stop].to(torch.float64),
@@ -179,8 +164,6 @@ def top_k(rows: Rows, k: int, *, seed: int, start: Tensor | None = None, cycles:
         start: right vectors ``[columns, b]`` of a matrix near this one, from which the randomised method starts.
         cycles: maximum of the randomised method.
     """
-    import torch
-
     columns = rows.shape[1]
     if columns <= EXACT_SIDE or _DEPTH * _width(k) > columns:
         squares, vectors = torch.linalg.eigh(rows.gram())
@@ -194,8 +177,6 @@ def top_k(rows: Rows, k: int, *, seed: int, start: Tensor | None = None, cycles:
 
 def singular_values(rows: Rows) -> Tensor:
     """Return all singular values, float64, descending, by the Gram matrix: those below 1e-8 of the largest are noise."""
-    import torch
-
     squares: Tensor = torch.linalg.eigvalsh(rows.gram())
     return squares.flip(0).clamp_(min=0).sqrt_()
 
@@ -224,8 +205,6 @@ def nearby_top_k(rows: Rows, base: LowRank, k: int, *, tolerance: float) -> LowR
     Returns:
         None when a few iterations did not reach the tolerance: the matrix is not near.
     """
-    import torch
-
     assert base.values is not None and base.basis is not None
     columns = rows.shape[1]
     width = min(columns, k + _NEARBY_EXTRA)
@@ -254,8 +233,6 @@ def nearby_top_k(rows: Rows, base: LowRank, k: int, *, tolerance: float) -> LowR
 
 def _ritz(rows: Rows, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return singular triplets of the matrix within the span of orthonormal ``right [columns, k]``."""
-    import torch
-
     left, values, turn = torch.linalg.svd(rows.times(right), full_matrices=False)
     return left, values, right @ turn.T
 
@@ -266,8 +243,6 @@ def _width(k: int) -> int:
 
 
 def _block_krylov(rows: Rows, k: int, seed: int, start: Tensor | None, cycles: int) -> LowRank:
-    import torch
-
     columns = rows.shape[1]
     width = min(columns, _width(k))
     generator = torch.Generator().manual_seed(seed)
@@ -286,8 +261,6 @@ def _block_krylov(rows: Rows, k: int, seed: int, start: Tensor | None, cycles: i
 
 def _cycle(rows: Rows, block: Tensor) -> Tensor:
     """Run one cycle from an orthonormal block ``[n, b]``; return the best Ritz vectors of A^T A ``[n, b]``, orthonormal."""
-    import torch
-
     columns, width = block.shape
     basis, images = block, rows.normal_times(block)
     for _ in range(min(_DEPTH, columns // width) - 1):

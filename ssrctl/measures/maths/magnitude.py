@@ -7,10 +7,8 @@ a comparison within one is free of this effect.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from torch import Tensor
+import torch
+from torch import Tensor
 
 _PART = 1 << 20  # weights counted at once
 _LOWEST, _HIGHEST = -148, 128  # of ``frexp`` in float32; exponents beyond count with the last
@@ -23,8 +21,6 @@ def magnitude_classes(weights: Tensor) -> Tensor:
     Args:
         weights: any real dtype and shape.
     """
-    import torch
-
     wide = weights if weights.dtype == torch.float64 else weights.to(torch.float32)
     exponent = torch.frexp(wide).exponent.to(torch.int64).clamp_(_LOWEST, _HIGHEST) - _LOWEST + 1
     exponent[wide == 0] = 0
@@ -45,8 +41,6 @@ def count_by_magnitude(base: Tensor, *sets: Tensor) -> Tensor:
     Raises:
         ValueError: different shapes.
     """
-    import torch
-
     if any(one.shape != base.shape for one in sets):
         raise ValueError(f"shapes differ: {list(base.shape)} and {[list(one.shape) for one in sets]}")
     counts = torch.zeros(1 + len(sets), NUM_CLASSES, dtype=torch.int64)
@@ -60,6 +54,4 @@ def count_by_magnitude(base: Tensor, *sets: Tensor) -> Tensor:
 
 def widened(weights: Tensor) -> Tensor:
     """Return 8-bit floating-point weights as bfloat16, which holds them exactly; torch hardly computes with 8 bits."""
-    import torch
-
     return weights.to(torch.bfloat16) if weights.dtype.is_floating_point and weights.itemsize == 1 else weights

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from ssrctl.checkpoints.pairs import common_dtype
 from ssrctl.measures.maths.change import FIXED_TOLERANCES, Change
 from ssrctl.measures.maths.ulp import count_by_powers, step_dtype, ulp_distance
-
-if TYPE_CHECKING:
-    import numpy as np
-    from torch import Tensor
 
 # Below this, distinct bfloat16 numbers are further apart than eta times the larger one, subnormal ones included: the
 # closest are a power of two and the number under it, 2^-8 of it away.
@@ -54,9 +53,6 @@ class PiecePair:
     """
 
     def __init__(self, base: Tensor, tuned: Tensor) -> None:
-        import numpy as np
-        import torch
-
         dtype = common_dtype(base.dtype, tuned.dtype)
         self._base = base.to(dtype)
         theirs = tuned.to(dtype)
@@ -76,9 +72,6 @@ class PiecePair:
 
     def same_bf16(self, eta: float) -> np.ndarray:
         """Return bool ``[m]``, True = the differing weight is unchanged by the bf16-aware rule (Zhu et al. 2025, def. 2.1)."""
-        import numpy as np
-        import torch
-
         if not self._base.dtype.is_floating_point:
             return np.zeros(len(self.where), dtype=bool)
         a, b, difference = self.before, self.after, self.difference
@@ -98,8 +91,6 @@ class PiecePair:
             atol: fixed tolerance of ``num_within``, 0 or more.
             eta: relative tolerance of ``num_same_bf16``, 0 or more.
         """
-        import torch
-
         numel, equal = self.numel, self.numel - len(self.where)
         base_sum_sq, odd = self._base_sum_sq(), {"nan": 0, "inf": 0}
         if not math.isfinite(base_sum_sq):
@@ -123,8 +114,6 @@ class PiecePair:
 
     def _base_sum_sq(self) -> float:
         """Return the sum in float64; of 16-bit weights of usual size blocks are summed in float32, to six digits."""
-        import torch
-
         if self._base.element_size() == 2 and self._base.is_floating_point() and self.numel % _BLOCK == 0:
             rows = self._base.to(torch.float32).view(-1, _BLOCK)
             total = float(torch.linalg.vector_norm(rows, dim=1).to(torch.float64).square().sum())
@@ -135,8 +124,6 @@ class PiecePair:
 
     def _moved(self, atol: float, eta: float) -> Change:
         """Return the sums over the differing weights, without their number."""
-        import numpy as np
-
         kept, odd = self.difference, {}
         sum_sq = _sum_of_squares(kept)
         finite = math.isfinite(sum_sq)
@@ -170,8 +157,6 @@ class PiecePair:
 
     def _bf16_rule_is_equality(self, eta: float) -> bool:
         """Return True if finite weights are unchanged exactly where no step lies between them (cor. E.4)."""
-        import torch
-
         return all(one.dtype == torch.bfloat16 for one in self._stored) and eta < _BF16_GAP
 
     def _steps(self, finite: bool) -> tuple[int, tuple[int, ...]]:
@@ -179,8 +164,6 @@ class PiecePair:
 
         Weights that are NaN or infinite in it are left out; ``finite`` promises that none are in the wider one.
         """
-        import torch
-
         dtype = step_dtype(self._stored[0].dtype, self._stored[1].dtype)
         if dtype is None:  # the codes of quantised weights have no neighbours
             return 0, ()
@@ -193,27 +176,19 @@ class PiecePair:
 
 
 def _sum_of_squares(values: np.ndarray) -> float:
-    import torch
-
     vector = torch.from_numpy(values)  # whose product keeps to the threads that torch was given
     return float(vector.dot(vector))
 
 
 def _bits(tensor: Tensor) -> np.ndarray:
-    import torch
-
     integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     return tensor.contiguous().view(integer).numpy()
 
 
 def _taken(tensor: Tensor, where: np.ndarray) -> Tensor:
     """Return ``tensor[where]``; torch indexes fewer dtypes than it stores."""
-    import torch
-
     return torch.from_numpy(_bits(tensor)[where]).view(tensor.dtype)
 
 
 def _count(flags: np.ndarray) -> int:
-    import numpy as np
-
     return int(np.count_nonzero(flags))

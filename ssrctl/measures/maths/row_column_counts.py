@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import combinations, pairwise
-from typing import TYPE_CHECKING
 
-from ssrctl.measures.maths.averages import mean
+import numpy as np
+import torch
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from ssrctl.measures.maths.averages import mean, means
 
 _PART = 1 << 20  # coordinates counted at once
 
@@ -47,8 +47,6 @@ def profile(changed: Tensor) -> Profile | None:
     Returns:
         None for a tensor that is not a matrix.
     """
-    import torch
-
     if changed.dim() != 2:
         return None
     rows, columns = (torch.zeros(size, dtype=torch.int64) for size in changed.shape)
@@ -61,8 +59,6 @@ def profile(changed: Tensor) -> Profile | None:
 
 def stacked(parts: Sequence[Profile | None]) -> Profile | None:
     """Join the profiles of a matrix's blocks of rows, given in order; None without any."""
-    import torch
-
     kept = [one for one in parts if one is not None]
     if not kept:
         return None
@@ -78,8 +74,6 @@ def gini(counts: Sequence[int] | Tensor) -> float | None:
 
     None for counts that are all 0, or none.
     """
-    import numpy as np
-
     ordered = np.sort(np.asarray(counts, dtype=np.float64))
     total = float(ordered.sum())
     if total == 0:
@@ -104,7 +98,6 @@ def expected_gini(num_lines: int, length: int, num_changed: int) -> float | None
     Returns:
         None when nothing changed.
     """
-    import numpy as np
     from scipy.stats import hypergeom
 
     numel = num_lines * length
@@ -143,8 +136,7 @@ def concentration(found: Profile) -> Concentration:
 
 def mean_concentration(found: Sequence[Concentration]) -> Concentration:
     """Average over several matrices, each value over those that have changes."""
-    names = [field.name for field in fields(Concentration)]
-    return Concentration(**{name: mean(getattr(one, name) for one in found) for name in names})
+    return Concentration(**means(Concentration, found))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -213,8 +205,6 @@ def coarse_map(changed: Tensor, blocks: int = 48) -> CoarseMap:
         changed: ``[m, n]``, bool, or for each weight the share of several runs that changed it.
         blocks: along each side, at most; a side is cut as evenly as possible.
     """
-    import torch
-
     rows, columns = (
         [int(part[0]) for part in torch.arange(size).tensor_split(min(blocks, size))] for size in changed.shape
     )

@@ -10,12 +10,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
+
+from ssrctl.core.popcount import popcount
 from ssrctl.measures.maths.averages import ratio
 from ssrctl.measures.maths.row_column_counts import Profile, agreement
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ssrctl.core.mask import TileSet
 
 # Tiles compared at once: 1 MiB for each run.
@@ -72,10 +74,6 @@ def run_overlap(
     Raises:
         ValueError: no sets, or sets over different shapes.
     """
-    import torch
-
-    from ssrctl.core.popcount import popcount
-
     if not sets or any(one.shape != sets[0].shape for one in sets):
         raise ValueError(f"one tensor's sets are needed, got shapes {[list(one.shape) for one in sets]}")
     num_runs = len(sets)
@@ -102,8 +100,6 @@ def run_overlap(
 
 def _aligned_words(sets: Sequence[TileSet]) -> Iterator[Tensor]:
     """Yield the same tiles of every run, int64 ``[runs, words]``, strip by strip; leave out tiles that no run has."""
-    import torch
-
     rows, columns = sets[0].grid
     for start in range(0, rows * columns, _TILES):
         edges = torch.tensor([start, start + _TILES])
@@ -122,8 +118,6 @@ def _exactly(words: Tensor) -> list[Tensor]:
 
     Rows are taken in one after another: what was in exactly r of those before is in r + 1 or stays in r.
     """
-    import torch
-
     found = [torch.full_like(words[0], -1)]
     for row in words:
         taken = [one & row for one in found]

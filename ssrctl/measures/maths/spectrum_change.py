@@ -10,14 +10,14 @@ from __future__ import annotations
 import math
 import statistics
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
 
 from ssrctl.core.seeds import derive_seed
 from ssrctl.measures.maths.low_rank import EPS, LowRank, Rows, nearby_top_k, singular_values, spectral_norm, top_k
 from ssrctl.measures.maths.update_matrix import Unmeasured, UpdateMatrix
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 # By default a tenth of the smaller side, within these.
 _MIN_K, _MAX_K, _K_SHARE = 8, 128, 10
@@ -60,7 +60,7 @@ class SpectrumChange:
         well_defined: s_k(W0) - s_{k+1}(W0) > ||D||_2. Otherwise the update could exchange directions across the cut,
             and large angles need not mean much.
         wedin_angle: no angle can be larger: asin(||D||_2 / gap) with the larger of s_k(W0) - s_{k+1}(W1) and
-            s_k(W1) - s_{k+1}(W0) as gap (Wedin 1972; Zhu et al., thm. 3.3, writes the gap of W0 alone, which holds to
+            s_k(W1) - s_{k+1}(W0) as gap (Wedin 1972; Zhu et al., thm. 3.3, writes the gap of W0 only, which holds to
             first order). None when it excludes nothing.
         shift: normalised spectral shift ||s(W1) - s(W0)||_2 / ||s(W0)||_2, over all singular values.
         shift_bound: ||D||_F / ||W0||_F: no shift can be larger (Mirsky 1960; Zhu et al., cor. 3.4).
@@ -135,10 +135,7 @@ class SpectrumChange:
         own = asdict(self)
         for side in ("left", "right"):
             degrees = own.pop(side)
-            own[f"{side}_largest"], own[f"{side}_mean"] = (
-                getattr(self, f"{side}_largest"),
-                getattr(self, f"{side}_mean"),
-            )
+            own |= {key: getattr(self, key) for key in (f"{side}_largest", f"{side}_mean")}
             own[f"curve_{side}"] = [degrees[place - 1] for place in angle_index]
         curves = {name: [float(f"{x:.6g}") for x in own[name]] for name in own if name.startswith("curve_")}
         return own | curves | {"curve_index": self.curve_index, "angle_index": angle_index, "resolved": self.resolved}
@@ -219,8 +216,6 @@ def principal_angles(first: Tensor, second: Tensor) -> list[float]:
     cos(t_i) = s_i(first^T second). Below 45 degrees from the sines instead, the singular values of
     second - first first^T second, because a cosine near 1 has lost half the digits (Bjorck and Golub 1973).
     """
-    import torch
-
     # Not scipy.linalg.subspace_angles, which makes both orthonormal once more, by SVDs that take 10 to 40 times as long.
     inner = first.T @ second
     cosines = torch.linalg.svdvals(inner).clamp_(max=1.0)
@@ -275,13 +270,8 @@ def _random_update(
         found = top_k(rows, k, seed=derive_seed(seed, kind), start=base.V, cycles=1)
     left = principal_angles(base.U[:, :k], found.U[:, :k])
     right = principal_angles(base.V[:, :k], found.V[:, :k])
-    angles = RandomUpdate(
-        left_largest=left[-1],
-        left_mean=statistics.fmean(left),
-        right_largest=right[-1],
-        right_mean=statistics.fmean(right),
-    )
-    return angles, found.values
+    means = {"left_mean": statistics.fmean(left), "right_mean": statistics.fmean(right)}
+    return RandomUpdate(left_largest=left[-1], right_largest=right[-1], **means), found.values
 
 
 def _expected_shift(update: UpdateMatrix, base: Tensor | None, values: Tensor | None) -> float | None:
@@ -296,8 +286,6 @@ def _expected_shift(update: UpdateMatrix, base: Tensor | None, values: Tensor | 
 
 def _perturbed(update: UpdateMatrix, kind: Literal["gaussian", "signs"], seed: int) -> Rows:
     """Return the base plus a random update: a small matrix is kept, a large one is computed again in every pass."""
-    import torch
-
     scale = update.norm / math.sqrt(update.base.numel())
     base_rows, update_rows = update.base_rows, update.update_rows
 
@@ -316,8 +304,6 @@ def _perturbed(update: UpdateMatrix, kind: Literal["gaussian", "signs"], seed: i
 
 
 def _energies(update: UpdateMatrix, left: Tensor, right: Tensor) -> dict[str, float]:
-    import torch
-
     projected = torch.zeros(left.shape[1], right.shape[0], dtype=torch.float64)
     right_square = 0.0
     for start, stop, piece in update.update_rows.pieces():
@@ -386,9 +372,5 @@ def _turned(update: UpdateMatrix, change: SpectrumChange) -> SpectrumChange:
 def _swapped(random: RandomUpdate | None) -> RandomUpdate | None:
     if random is None:
         return None
-    return RandomUpdate(
-        left_largest=random.right_largest,
-        left_mean=random.right_mean,
-        right_largest=random.left_largest,
-        right_mean=random.left_mean,
-    )
+    left, right = (random.left_largest, random.left_mean), (random.right_largest, random.right_mean)
+    return RandomUpdate(left_largest=right[0], left_mean=right[1], right_largest=left[0], right_mean=left[1])

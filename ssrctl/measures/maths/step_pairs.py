@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ssrctl.measures.maths.averages import mean
+from ssrctl.measures.maths.averages import plain_mean
 from ssrctl.measures.maths.step_sets import OverlapCounts, expected_jaccard, finite, overlap_counts
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def _unit(question: QuestionLog, i: int, counts: OverlapCounts, place: int | Non
     captured, free = finite(unit.captured), finite(unit.unconstrained_captured)
     return UnitGeometry(
         position=i,
-        mean_advantage=mean(unit.advantages),
+        mean_advantage=plain_mean(unit.advantages),
         gradient_norm=finite(unit.gradient_norm),
         captured=captured,
         unconstrained_size=size,

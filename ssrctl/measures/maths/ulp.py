@@ -7,12 +7,9 @@ number moves a weight by 0, 1, 2, ... steps. Zero and minus zero are one point.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
-    from torch import Tensor
+import numpy as np
+import torch
+from torch import Tensor
 
 _MAX = 2**63 - 1
 _EXACT_BITS = 53  # of float64, by whose exponent the bins are found
@@ -24,8 +21,6 @@ def step_dtype(a: torch.dtype, b: torch.dtype) -> torch.dtype | None:
     A weight that is stored wide on one side only is rounded to the narrow dtype first: its steps are those that the
     narrow side can show. (bfloat16 is narrower than float16.) None when one of them is not a floating dtype.
     """
-    import torch
-
     if not (a.is_floating_point and b.is_floating_point):
         return None
     return max((a, b), key=lambda dtype: torch.finfo(dtype).eps)
@@ -45,8 +40,6 @@ def ulp_distance(a: Tensor, b: Tensor) -> np.ndarray:
     Raises:
         ValueError: two dtypes, or none of floating point.
     """
-    import numpy as np
-
     if a.dtype != b.dtype or not a.is_floating_point():
         raise ValueError(f"distances are between floats of one dtype, not {a.dtype} and {b.dtype}")
     ours, theirs = _ordered(a), _ordered(b)
@@ -60,8 +53,6 @@ def ulp_distance(a: Tensor, b: Tensor) -> np.ndarray:
 
 def _ordered(values: Tensor) -> np.ndarray:
     """Return integers in the order of the floats: neighbours are 1 apart, 0 and -0 are both 0."""
-    import torch
-
     size = values.element_size()
     integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
     bits: np.ndarray = values.contiguous().view(integer).numpy()
@@ -77,8 +68,6 @@ def count_by_powers(distances: np.ndarray) -> tuple[int, ...]:
     Args:
         distances: integers of 0 or more, any shape; zeros are not counted.
     """
-    import numpy as np
-
     # Most updates are of one step or two, and the rest is found only once.
     ones, twos = (int(np.count_nonzero(distances == one)) for one in (1, 2))
     before = distances[distances > 2].astype(np.int64) - 1

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from ssrctl.measures.maths.low_rank import Rows, difference, plain
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
 
 # Elements up to which a pair is converted once and for all: 32 MiB each.
 _SMALL = 1 << 22
@@ -79,8 +77,6 @@ def read_update(base: Tensor, tuned: Tensor) -> UpdateMatrix | Unmeasured:
     Raises:
         ValueError: not two matrices of one shape.
     """
-    import torch
-
     if base.ndim != 2 or base.shape != tuned.shape:
         raise ValueError(f"two matrices of one shape are needed, got {list(base.shape)} and {list(tuned.shape)}")
     wide = base.shape[0] < base.shape[1]
@@ -126,8 +122,6 @@ def read_update(base: Tensor, tuned: Tensor) -> UpdateMatrix | Unmeasured:
 
 def _steps(weights: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the distance from each weight (float64) to the next larger magnitude that ``dtype`` can store."""
-    import torch
-
     limits = torch.finfo(dtype)
     # |w| = f 2^e with f in [1/2, 1): its binade starts at 2^(e - 1). Below the smallest normal all steps are equal.
     exponent = torch.frexp(weights.abs().clamp_(min=limits.smallest_normal)).exponent

@@ -14,8 +14,7 @@ from ssrctl.measures.base import Findings, Measure, Mode, PairMeasure, Taken, re
 from ssrctl.measures.published import published_section, unusual
 from ssrctl.report.document import Document, Section
 from ssrctl.report.formats import text_safe
-from ssrctl.report.write import write_report
-from ssrctl.stages.diagnose.plan import show_plan
+from ssrctl.report.write import show_plan, write_report
 from ssrctl.version import __version__
 
 _DEFAULT_FOLDER = Path("diagnose")
@@ -46,10 +45,18 @@ def diagnose_checkpoints(config: DiagnoseConfig) -> dict[str, Any]:
         comparison = open_comparison(stack, base, paths, config.layers)
         measures = [measure(comparison, config, run) for measure in chosen]
         if config.dry_run:
-            return show_plan(config, _files(comparison, paths), output)
+            return show_plan(_files(comparison, paths), output, show=not config.json)
         taken = take(comparison, measures, mode, config.num_workers)
         report = _arranged(taken, comparison, mode)
-        numbers = _header(comparison, config, mode) | {
+        labels = [tuned.label for tuned in comparison.tuned]
+        numbers = {
+            "kind": _KINDS[mode],
+            "ssrctl_version": __version__,
+            "base": text_safe(comparison.base.label),
+            "tuned": labels[0] if len(labels) == 1 else labels,
+            "atol": config.atol,
+            "eta": config.bf16_rtol,
+            "rule": config.changed_by,
             "failed": report.failed,
             "headlines": report.headlines,
             "notes": report.notes,
@@ -123,14 +130,14 @@ def _arranged(taken: list[Taken[Any]], comparison: Comparison, mode: Mode) -> Fi
         report.sections.extend(_side_by_side(pairs, labels))
     for one in taken:
         if one.place is None:
-            _add(report, one.findings)
+            report.add(one.findings)
             report.numbers.update(one.findings.numbers)
     for place in dict.fromkeys(one.place for one in pairs):
         assert place is not None
         of_place = [one.findings for one in pairs if one.place == place]
         numbers: dict[str, Any] = {key: value for found in of_place for key, value in found.numbers.items()}
         for found in of_place:
-            _add(report, _detail(found, labels[place]) if mode == "several" else found)
+            report.add(_detail(found, labels[place]) if mode == "several" else found)
         if mode == "pair":
             report.numbers.update(numbers)
         elif mode in ("series", "run"):
@@ -142,7 +149,7 @@ def _arranged(taken: list[Taken[Any]], comparison: Comparison, mode: Mode) -> Fi
             assert one.place is not None
             label = labels[one.place]
             report.numbers.setdefault(one.measure.name, []).append({"label": label} | one.findings.numbers)
-            _add(report, _labelled(one.findings, label) if len(labels) > 1 else one.findings)
+            report.add(_labelled(one.findings, label) if len(labels) > 1 else one.findings)
     return report
 
 
@@ -172,15 +179,6 @@ def _labelled(findings: Findings, label: str) -> Findings:
     )
 
 
-def _add(report: Findings, more: Findings) -> None:
-    """Add everything but the numbers to the report."""
-    report.headlines.extend(more.headlines)
-    report.notes.extend(more.notes)
-    report.sections.extend(more.sections)
-    report.published.update(more.published)
-    report.failed.extend(more.failed)
-
-
 def _document(report: Findings, comparison: Comparison, config: DiagnoseConfig) -> Document:
     published = [published_section(report.published)] if report.published else []
     numel = sum(map(comparison.numel, comparison.names))
@@ -202,19 +200,6 @@ def _document(report: Findings, comparison: Comparison, config: DiagnoseConfig) 
         unusual=unusual(report.published),
         sections=[*report.sections, *published],
     )
-
-
-def _header(comparison: Comparison, config: DiagnoseConfig, mode: Mode) -> dict[str, Any]:
-    labels = [tuned.label for tuned in comparison.tuned]
-    return {
-        "kind": _KINDS[mode],
-        "ssrctl_version": __version__,
-        "base": text_safe(comparison.base.label),
-        "tuned": labels[0] if len(labels) == 1 else labels,
-        "atol": config.atol,
-        "eta": config.bf16_rtol,
-        "rule": config.changed_by,
-    }
 
 
 def _described(tuned: Checkpoint) -> str:

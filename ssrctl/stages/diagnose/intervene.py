@@ -6,20 +6,37 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from ssrctl.checkpoints.files import INDEX, SINGLE
+from ssrctl.checkpoints.model_folder import check_free, copy_companions, whole_folder
+from ssrctl.checkpoints.reader import TensorReader
 from ssrctl.configs import TINY, DiagnoseConfig
 from ssrctl.configs.common import ModelConfig
 from ssrctl.configs.layers import layer_ranges
+from ssrctl.core.seeds import derive_seed
 from ssrctl.errors import UserError
 from ssrctl.io.console import note, show_plan
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ssrctl.checkpoints.reader import TensorReader
-    from ssrctl.models.interventions import Attention, Edit, LogitDifference
-    from ssrctl.models.loading import LoadedModel
+from ssrctl.io.files import write_text
+from ssrctl.io.manifest import versions
+from ssrctl.io.package_data import profile_path
+from ssrctl.io.tensor_writing import NewTensor, aligned_order, stored_bytes, write_header
+from ssrctl.models.interventions import (
+    Attention,
+    Edit,
+    LogitDifference,
+    apply_edits,
+    attention_layers,
+    chosen_layers,
+    edits,
+    logit_difference,
+    logits_on,
+)
+from ssrctl.models.loading import LoadedModel, load_model
+from ssrctl.report.formats import json_safe
 
 REPORT = "intervention.json"
 # In float32 a model of 30 layers loses about 3e-6 of its largest logit; outliers and large biases cost more. A wrong
@@ -27,7 +44,7 @@ REPORT = "intervention.json"
 TOLERANCE = 1e-3
 _NUM_PROMPTS = 4
 _PROMPT_TOKENS = 48
-_STORED_AND_FLOAT32 = 4.0  # bytes per parameter beside the stored weights, while both are held
+_STORED_AND_FLOAT32 = 4.0  # bytes per parameter in addition to the stored weights, while both are held
 
 
 def run_intervene(config: DiagnoseConfig) -> dict[str, Any]:
@@ -43,12 +60,6 @@ def run_intervene(config: DiagnoseConfig) -> dict[str, Any]:
         UserError: an architecture that is not supported, layers that the model does not have, an output that exists,
             or logits that differ in float32 (nothing is written then).
     """
-    from ssrctl.checkpoints.model_folder import check_free, copy_companions, whole_folder
-    from ssrctl.checkpoints.reader import TensorReader
-    from ssrctl.io.manifest import versions
-    from ssrctl.models.interventions import attention_layers, chosen_layers, edits
-    from ssrctl.models.loading import load_model
-
     assert config.intervene is not None
     assert config.output_dir is not None
     output = config.output_dir
@@ -95,7 +106,7 @@ def _model_config(path: Path) -> ModelConfig:
         return ModelConfig(dtype="auto", device="cpu")
     if not path.is_dir():
         raise UserError(
-            f"{path} is no model folder", "name a folder with config.json and safetensors; `hf download` fetches one"
+            f"{path} is not a model folder", "name a folder with config.json and safetensors; `hf download` fetches one"
         )
     return ModelConfig(model=str(path.absolute()), dtype="auto", device="cpu")
 
@@ -120,10 +131,6 @@ def _notes(chosen: Sequence[Attention], kind: str) -> list[str]:
 
 def _prompts(loaded: LoadedModel, config: DiagnoseConfig) -> list[Tensor]:
     """Return a few texts as token ids, and the same number of random ids of the whole vocabulary."""
-    import torch
-
-    from ssrctl.core.seeds import derive_seed
-    from ssrctl.io.package_data import profile_path
     from ssrctl.io.prompt_sets import load_prompt_set
 
     name = TINY if str(config.paths[0]) == TINY else "general"
@@ -152,8 +159,6 @@ def _check_function(
     Raises:
         UserError: further than ``TOLERANCE``.
     """
-    from ssrctl.models.interventions import apply_edits, logit_difference, logits_on
-
     stored = logits_on(loaded.model, prompts)
     loaded.model.float()
     before = logits_on(loaded.model, prompts)
@@ -169,11 +174,7 @@ def _check_function(
 
 
 def _write_weights(reader: TensorReader, made: Mapping[str, Edit], folder: Path) -> None:
-    """Every tensor in the layout and dtype of the base; those without an edit bit for bit."""
-    from ssrctl.checkpoints.files import INDEX, SINGLE
-    from ssrctl.io.files import write_text
-    from ssrctl.io.tensor_writing import NewTensor, aligned_order, stored_bytes, write_header
-
+    """Write every tensor in the layout and dtype of the base; those without an edit bit for bit."""
     weight_map, total = {}, 0
     for file in reader.files:
         target = file.relative_to(reader.folder) if reader.sharded else Path(SINGLE)
@@ -198,17 +199,11 @@ def _write_weights(reader: TensorReader, made: Mapping[str, Edit], folder: Path)
 
 
 def _written_difference(folder: Path, prompts: Sequence[Tensor], before: Sequence[Tensor]) -> LogitDifference:
-    """How far the written model's logits are from the base's, both in the dtype that they are loaded in."""
-    from ssrctl.models.interventions import logit_difference, logits_on
-    from ssrctl.models.loading import load_model
-
+    """Return the distance of the written model's logits from the base's, both in the dtype that they are loaded in."""
     return logit_difference(before, logits_on(load_model(_model_config(folder)).model, prompts))
 
 
 def _write_report(path: Path, report: Mapping[str, Any]) -> None:
-    from ssrctl.io.files import write_text
-    from ssrctl.report.formats import json_safe
-
     write_text(path, json.dumps(json_safe(dict(report)), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 

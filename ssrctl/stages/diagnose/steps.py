@@ -15,8 +15,7 @@ from ssrctl.measures.step_geometry import StepGeometryMeasure
 from ssrctl.measures.step_overlap import StepOverlapMeasure
 from ssrctl.report.document import Document
 from ssrctl.report.formats import percent, text_safe, times
-from ssrctl.report.write import write_report
-from ssrctl.stages.diagnose.plan import show_plan
+from ssrctl.report.write import show_plan, write_report
 from ssrctl.version import __version__
 
 _RUNS = Path("runs")
@@ -34,13 +33,15 @@ def diagnose_steps(config: DiagnoseConfig) -> dict[str, Any]:
     logs = _mask_logs(folder, settings)
     output = config.output_dir or folder
     if config.dry_run:
-        return show_plan(config, logs, output)
+        return show_plan(logs, output, show=not config.json)
     settings = {"allocation": "disjoint"} | settings if settings else settings
     findings, sizes = _take([measure(settings) for measure in STEP_MEASURES], logs)
+    report = Findings()
+    for one in findings:
+        report.add(one)
+    report.notes.extend(_run_notes(len(set(sizes)) > 1, settings))
     coordinates, protected = sizes[-1]
     label = text_safe(folder.resolve().name)
-    headlines = [line for one in findings for line in one.headlines]
-    notes = [line for one in findings for line in one.notes] + _run_notes(len(set(sizes)) > 1, settings)
     allocation = settings.get("allocation")
     numbers: dict[str, Any] = {
         "kind": "step-overlap",
@@ -50,8 +51,8 @@ def diagnose_steps(config: DiagnoseConfig) -> dict[str, Any]:
         "num_coordinates": coordinates,
         "num_protected": protected,
         "num_eligible": coordinates - protected,
-        "headlines": headlines,
-        "notes": notes,
+        "headlines": report.headlines,
+        "notes": report.notes,
     }
     for one in findings:
         numbers |= one.numbers
@@ -66,10 +67,9 @@ def diagnose_steps(config: DiagnoseConfig) -> dict[str, Any]:
             ("allocation", numbers["allocation"] or "not recorded"),
             ("coordinates", f"{coordinates:,}, {protected:,} protected ({share})"),
         ],
-        headlines=headlines,
-        notes=notes,
-        sections=[section for one in findings for section in one.sections]
-        + [section for one in findings for section in one.details],
+        headlines=report.headlines,
+        notes=report.notes,
+        sections=[*report.sections, *report.details],
     )
     return write_report(numbers, document, output, show=not config.json)
 
@@ -105,9 +105,9 @@ def _run_settings(folder: Path) -> dict[str, Any]:
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}", "mend the file") from error
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}", "fix the file") from error
     if not isinstance(loaded, dict | None):
-        raise UserError(f"{path}: expected a mapping of settings, found {type(loaded).__name__}", "mend the file")
+        raise UserError(f"{path}: expected a mapping of settings, found {type(loaded).__name__}", "fix the file")
     return {str(key).replace("-", "_"): value for key, value in (loaded or {}).items()}
 
 
@@ -127,7 +127,7 @@ def _mask_logs(folder: Path, settings: Mapping[str, Any]) -> list[Path]:
         )
     if not settings and not (folder / "masks").is_dir():
         raise UserError(
-            f"{folder} is no run directory: it has neither config.yaml nor masks/",
+            f"{folder} is not a run directory: it has neither config.yaml nor masks/",
             "give the folder that `ssrctl train` wrote",
         )
     every = settings.get("log_masks_every")

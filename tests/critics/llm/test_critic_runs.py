@@ -194,7 +194,7 @@ def test_ctrl_c_keeps_what_is_done(tmp_path):
             time.sleep(0.01)
         time.sleep(0.2)
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=30)
+        _, err = process.communicate(timeout=120)
     assert process.returncode == 1
     text = err.decode()
     assert "Traceback" not in text and "Unclosed" not in text and "interrupted" in text
