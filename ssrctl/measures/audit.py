@@ -8,12 +8,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ssrctl.checkpoints.pairs import Comparison, TensorPair, first_of
+from ssrctl.configs import DiagnoseConfig
 from ssrctl.core.mask import BlockMask, TileSet, matrix_shape
 from ssrctl.errors import UserError
 from ssrctl.io.artifacts import load_mask
@@ -26,22 +27,12 @@ from ssrctl.measures.maths.grouping import Grouped, group
 from ssrctl.report.document import Bars, Column, Section, Table
 from ssrctl.report.formats import count, number, percent, times
 
-if TYPE_CHECKING:
-    from ssrctl.configs import DiagnoseConfig
-
 _SHOWN_NAMES = 5
 
 
 @dataclass(frozen=True)
 class TensorAudit:
-    """Counts of one tensor.
-
-    Attributes:
-        numel: weights.
-        num_protected: protected weights.
-        num_changed: changed weights.
-        num_protected_changed: weights that are both.
-    """
+    """Counts of one tensor: its weights, the protected ones, the changed ones, and those that are both."""
 
     numel: int
     num_protected: int
@@ -54,8 +45,7 @@ class AuditRow(TensorAudit):
     """Counts of one or more tensors and their shares; a share of nothing is None.
 
     Attributes:
-        protected_frac: protected over all weights.
-        changed_frac: changed over all weights.
+        protected_frac, changed_frac: over all weights.
         protected_changed_frac: changed over protected.
         overlap: the protected share of the changed weights.
         expected_overlap: the same if as many weights of each tensor had changed at random (for one tensor the
@@ -78,8 +68,6 @@ class SpikeAudit:
     Attributes:
         spike: the outlier's entry in the report of ``ssrctl superweights``.
         index: flat index of the weight in its tensor.
-        protected: True = the mask protects it.
-        moved: True = it changed.
     """
 
     spike: Mapping[str, Any]
@@ -97,8 +85,6 @@ class AuditResult:
     """The audit of a checkpoint.
 
     Attributes:
-        rows: counts and shares by group and by tensor.
-        spikes: the weights behind activation outliers.
         not_compared: protected weights in tensors of the mask that the checkpoints do not have, by name.
     """
 
@@ -118,7 +104,6 @@ def audit_tensor(name: str, protected: TileSet | None, changed: Tensor) -> Tenso
     """Count one tensor's protected weights, its changed weights, and those that are both.
 
     Args:
-        name: of the tensor, for the error.
         protected: the mask's set; None where the mask lacks the tensor, and so protects nothing of it.
         changed: bool in the tensor's shape, True = changed.
 
@@ -303,7 +288,6 @@ def failures(result: AuditResult, *, frozen: bool, moved_pattern: str | None) ->
     An assertion that holds because there was nothing to check is a failure.
 
     Args:
-        result: of the audit.
         frozen: no protected weight may have changed.
         moved_pattern: a glob pattern (``*`` also matches dots; upper and lower case differ): in every tensor whose
             name matches, at least one weight must have changed. None asserts nothing.

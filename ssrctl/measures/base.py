@@ -27,16 +27,14 @@ import pkgutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from ssrctl import measures
 from ssrctl.checkpoints.pairs import Comparison, TensorPair, walk
 from ssrctl.configs import DiagnoseConfig
+from ssrctl.io.mask_log import StepMaskLog
 from ssrctl.measures.published import PublishedKey
 from ssrctl.report.document import Section
-
-if TYPE_CHECKING:
-    from ssrctl.io.mask_log import StepMaskLog
 
 Part = TypeVar("Part")
 Result = TypeVar("Result")
@@ -268,10 +266,7 @@ class Taken(Generic[Result]):
     """A measure that was taken.
 
     Attributes:
-        measure: the measure.
         place: the number of the checkpoint, from 0; None for a measure of all of them.
-        result: from ``combine``.
-        findings: from ``present``.
     """
 
     measure: Measure[Any, Result]

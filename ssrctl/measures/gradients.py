@@ -115,9 +115,7 @@ def random_gram(norms: Sequence[float], size: int, seed: int) -> Tensor:
     factor (Bartlett 1933), so the cost does not depend on ``size``.
 
     Args:
-        norms: of the vectors.
         size: numbers in each; with fewer than vectors the vectors themselves are drawn.
-        seed: of the draw.
     """
     count = len(norms)
     draw = np.random.default_rng(derive_seed(seed, "random gradients"))
@@ -168,8 +166,6 @@ class GradientsResult:
         num_zero: gradients of norm 0.
         inner_product_error: of the sketch, relative to the product of the norms (standard deviation).
         eigenvalue_error: of the sketch, relative.
-        steps: the training step of each gradient.
-        norms: of each gradient.
         gradients: spectrum of the Gram matrix.
         directions: the same of the gradients scaled to norm 1, without those of norm 0.
         mean_cosine: over all pairs of these; None for fewer than two.
@@ -437,16 +433,10 @@ def _rank_table(result: GradientsResult) -> Table:
 
 def _eigenvalue_table(spectra: ComparedSpectrum) -> Table:
     values, expected = spectra.found.eigenvalues, spectra.chance.eigenvalues
-    places = range(1, len(values) + 1)
+    places, shares = range(1, len(values) + 1), ("share", "share by chance", "share of the first N")
     return Table(
         title="Eigenvalues",
-        columns=[
-            "number",
-            Column("eigenvalue", number),
-            Column("share", percent),
-            Column("share by chance", percent),
-            Column("share of the first N", percent),
-        ],
+        columns=["number", Column("eigenvalue", number), *(Column(name, percent) for name in shares)],
         rows=list(zip(places, values, _shares(values), _shares(expected), _cumulative(values), strict=True)),
         terminal_rows=0,
         collapsed=len(values) > _TOP_ROWS,

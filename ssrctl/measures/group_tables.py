@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ssrctl.checkpoints.names import KINDS
 from ssrctl.measures.maths.grouping import Grouped
-from ssrctl.measures.maths.row_column_counts import CoarseMap
 from ssrctl.report.document import Bars, Column, Heatmap, Lines, Numbers, Table
+
+if TYPE_CHECKING:  # it loads torch, which is not needed to refuse a folder
+    from ssrctl.measures.maths.row_column_counts import CoarseMap
 
 Row = TypeVar("Row")
 
@@ -36,11 +38,8 @@ def row_table(
     """Return a table with a line for each row.
 
     Args:
-        title: of the table.
         what: the first column or its heading; it holds the rows' keys.
         rows: objects that have the columns' attributes, by label.
-        columns: what is shown of them.
-        note: below the table.
         detail: True = a long table that the page shows when asked to, and the terminal does not.
         settings: further fields of ``Table``.
     """
@@ -64,7 +63,6 @@ def group_tables(
 
     Args:
         what: the measure, as titles begin.
-        found: the rows.
         groups: columns and note of the tables of groups.
         tensors: columns and note of the table of matrices.
         unmeasured: reason by name. Empty tables are left out.
@@ -89,7 +87,6 @@ def cell_map(
     """Return a heat map of kinds (rows) by layers (columns); None without layers.
 
     Args:
-        title: of the figure.
         cells: from ``Grouped.cells``; what lies outside of the layers is left out.
         value: of a cell; None leaves it blank.
         settings: further fields of ``Heatmap``.
@@ -118,8 +115,6 @@ def row_bars(title: str, rows: Mapping[Any, Any], series: Mapping[str, str], axi
     """Return bars for each row.
 
     Args:
-        title: of the figure.
-        rows: objects by label.
         series: the attribute shown, by the name of the series.
         axis: meaning of the bars' lengths.
         settings: further fields of ``Bars``.

@@ -14,19 +14,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ssrctl.checkpoints.names import layer_index, matrix_kind
+from ssrctl.checkpoints.pairs import TensorPair
 from ssrctl.core.seeds import derive_seed
 from ssrctl.core.static_masks import NonFiniteWeights, low_magnitude_mask, principal_mask, rank_of
 from ssrctl.measures.base import Findings, PairMeasure, register
 from ssrctl.measures.group_tables import RowColumn, cell_map, picture, row_bars
 from ssrctl.measures.maths import matrices
 from ssrctl.measures.maths.change_rule import change_rule
-from ssrctl.measures.maths.grouping import Grouped, group
+from ssrctl.measures.maths.grouping import Grouped, group, middle_layer
 from ssrctl.measures.maths.landings import CONFIDENCE, Landings, SetLanding, land, land_by_magnitude, summary
 from ssrctl.measures.maths.low_rank import rank_k_svd
 from ssrctl.measures.maths.magnitude import widened
@@ -43,9 +44,6 @@ from ssrctl.measures.maths.update_matrix import Unmeasured
 from ssrctl.measures.matrix_measure import listed
 from ssrctl.report.document import Bars, Column, Figure, Lines, Section, Table
 from ssrctl.report.formats import count, number, percent
-
-if TYPE_CHECKING:
-    from ssrctl.checkpoints.pairs import TensorPair
 
 # The last is the first again, with another idea of chance: random weights of the same magnitudes as those that changed.
 SETS = {
@@ -151,10 +149,8 @@ class LandingResult:
     Attributes:
         rank_share, density: of the sets.
         rule: the criterion of a changed weight, in words.
-        rows: by group, and of each matrix.
         concentration: how unevenly changes spread over rows and columns, by the same groups; means over matrices.
         unmeasured: matrices without principal weights, with the reason.
-        examples: pictures of some matrices.
     """
 
     rank_share: float
@@ -254,10 +250,8 @@ class LandingMeasure(PairMeasure[LandingPart, LandingResult]):
 
 def _middle_pictures(pictures: Mapping[str, Picture | None]) -> list[Picture]:
     """Return the pictures of a query and a gate matrix of the middle layer of those where something changed."""
-    layers = sorted({layer for name in pictures if (layer := layer_index(name)) is not None})
-    if not layers:
+    if (middle := middle_layer(pictures)) is None:
         return []
-    middle = layers[len(layers) // 2]
     kinds = {matrix_kind(name): name for name in pictures if layer_index(name) == middle}
     chosen = [kinds[kind] for kind in PICTURED if kind in kinds][:2]
     return [one for name in sorted(chosen, key=list(pictures).index) if (one := pictures[name]) is not None]

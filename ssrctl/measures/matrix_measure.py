@@ -7,17 +7,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
+from ssrctl.checkpoints.pairs import Comparison, TensorPair
+from ssrctl.configs import DiagnoseConfig
 from ssrctl.io.console import note
 from ssrctl.measures.base import Findings, PairMeasure
 from ssrctl.measures.maths.grouping import Grouped, group_with_tensors
 from ssrctl.measures.maths.matrices import skip_reason, updates
 from ssrctl.measures.maths.update_matrix import Unmeasured, UpdateMatrix
-
-if TYPE_CHECKING:
-    from ssrctl.checkpoints.pairs import Comparison, TensorPair
-    from ssrctl.configs import DiagnoseConfig
 
 
 class HasNumbers(Protocol):
@@ -40,7 +38,6 @@ class OfMatrix(Generic[Value]):
     """A measure of one matrix.
 
     Attributes:
-        shape: (m, n).
         value: the measure, or the reason why there is none.
     """
 
@@ -53,8 +50,6 @@ class MatrixResult(Generic[Row, Value]):
     """A measure of all matrices.
 
     Attributes:
-        name: of the measure.
-        rows: by group, and of each matrix.
         shapes: (m, n) of each matrix, by label.
         unmeasured: matrices without the measure, with the reason.
         skipped: tensors that are not matrices, with the reason.

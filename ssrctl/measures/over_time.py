@@ -200,7 +200,6 @@ class OverTimeResult:
     Attributes:
         steps: the training step of each checkpoint, or its number from 1; ascending.
         rule: the criterion of a changed weight, in words.
-        rows: by group, and of each tensor.
     """
 
     steps: list[float]
@@ -258,8 +257,6 @@ def over_time_result(found: Mapping[str, OverTime], steps: Sequence[float], rule
     """Group tensors by layer and kind.
 
     Args:
-        found: of each tensor, by name.
-        steps: of the checkpoints.
         rule: the criterion of a changed weight, in words.
 
     Raises:
@@ -363,7 +360,6 @@ def over_time_section(result: OverTimeResult, published: PublishedKey | None = N
     """Return figures and tables: sparsity, union and subnetwork over the checkpoints, by layer and by kind of matrix.
 
     Args:
-        result: the run.
         published: the published sparsity that was measured by the same rule, if any.
     """
     title, rows = "The run over time", result.rows

@@ -32,7 +32,7 @@ from ssrctl.measures.base import Findings, JointMeasure, TensorSeries, register
 from ssrctl.measures.group_tables import RowColumn, off_diagonal, picture, row_bars, row_table
 from ssrctl.measures.maths.averages import mean, ratio
 from ssrctl.measures.maths.change_rule import change_rule
-from ssrctl.measures.maths.grouping import Grouped, group
+from ssrctl.measures.maths.grouping import Grouped, group, middle_layer
 from ssrctl.measures.maths.magnitude import count_by_magnitude, widened
 from ssrctl.measures.maths.row_column_counts import CoarseMap, coarse_map, profile
 from ssrctl.measures.maths.run_sets import (
@@ -143,11 +143,9 @@ class OverlapResult:
     """Overlaps of two or more runs.
 
     Attributes:
-        runs: their names.
         rule: the criterion of a changed weight, in words.
         matrices, whole_model, consensus: of the whole model.
         rows: by group, and of each tensor.
-        examples: pictures of some matrices.
     """
 
     runs: list[str]
@@ -232,7 +230,6 @@ def consensus_example(name: str, changed: Sequence[Tensor]) -> Consensus:
     """Draw the consensus of one matrix.
 
     Args:
-        name: of the matrix.
         changed: bool ``[m, n]``, not empty, of each of up to 255 runs.
     """
     times = torch.zeros(changed[0].shape, dtype=torch.uint8)
@@ -270,7 +267,6 @@ def overlap_result(
     """Return the overlaps of the whole model, and by group.
 
     Args:
-        found: of each tensor, by name.
         runs: names of the runs, two or more, in the order of the sets.
         rule: the criterion of a changed weight, in words.
         examples: from ``consensus_example``.
@@ -322,9 +318,9 @@ class OverlapMeasure(JointMeasure[tuple[RunOverlap, Consensus | None], OverlapRe
     def _pictured(self) -> str | None:
         """The first matrix of the middle layer."""
         shapes = self.comparison.base.shapes
-        layers = {name: layer_index(name) for name in self.comparison.names if len(shapes[name]) == 2}
-        numbers = sorted({layer for layer in layers.values() if layer is not None})
-        return next((name for name, layer in layers.items() if numbers and layer == numbers[len(numbers) // 2]), None)
+        names = [name for name in self.comparison.names if len(shapes[name]) == 2]
+        middle = middle_layer(names)
+        return None if middle is None else next(name for name in names if layer_index(name) == middle)
 
     def combine(self, parts: Mapping[str, list[tuple[RunOverlap, Consensus | None]]]) -> OverlapResult:
         """Return the overlaps by pair of runs, layer, kind and tensor."""
@@ -401,7 +397,6 @@ def overlap_section(result: OverlapResult, published: Sequence[Reference] = ()) 
     """Return figures and tables: every pair of runs, consensus, and groups.
 
     Args:
-        result: the overlaps.
         published: Jaccard indices to show next to the measured ones.
     """
     title, rows = "Overlap between runs", result.rows

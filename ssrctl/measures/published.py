@@ -44,7 +44,6 @@ class Published:
         table: its place in the paper: ``table 1``.
         measure: the quantity, a key of ``NAMES``.
         model: the checkpoint, or the matrix or setting where the table has one model only.
-        algorithm: the training algorithm.
         training: RL (preference optimisation included) or SFT.
         value: a share in [0, 1].
         baseline: the paper's value for chance; None where it gives none.

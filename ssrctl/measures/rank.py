@@ -12,10 +12,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from ssrctl.checkpoints.pairs import TensorPair
 from ssrctl.measures.base import Findings, register
 from ssrctl.measures.group_tables import RowColumn, group_tables, layer_lines, row_bars
 from ssrctl.measures.maths.averages import mean, means
@@ -25,9 +26,6 @@ from ssrctl.measures.matrix_measure import MatrixMeasure, MatrixResult
 from ssrctl.measures.published import references
 from ssrctl.report.document import Figure, Section
 from ssrctl.report.formats import count, number, percent
-
-if TYPE_CHECKING:
-    from ssrctl.checkpoints.pairs import TensorPair
 
 _RANKS = (
     "rank",

@@ -15,24 +15,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ssrctl.checkpoints.names import layer_index, matrix_kind
 from ssrctl.checkpoints.pairs import RANGE, TensorPair
-from ssrctl.measures.base import Findings, PairMeasure, register
+from ssrctl.configs import DiagnoseConfig
+from ssrctl.measures.base import Findings, Mode, PairMeasure, register
 from ssrctl.measures.group_tables import RowColumn, cell_map, row_bars, row_table
 from ssrctl.measures.maths.change import FIXED_TOLERANCES, Change, add_up
 from ssrctl.measures.maths.grouping import Grouped, group
 from ssrctl.measures.maths.largest_changes import LargestChanges, WeightChange
 from ssrctl.measures.maths.piece_pair import piece_pairs
 from ssrctl.measures.maths.ulp import bin_label
+from ssrctl.measures.published import PublishedKey
 from ssrctl.report.document import Column, Histogram, Section, Table
 from ssrctl.report.formats import count, number, percent
-
-if TYPE_CHECKING:
-    from ssrctl.configs import DiagnoseConfig
-    from ssrctl.measures.base import Mode
-    from ssrctl.measures.published import PublishedKey
 
 _PUBLISHED: tuple[PublishedKey, ...] = ("sparsity_1e-8", "sparsity_1e-7", "sparsity_1e-6", "sparsity_1e-5")
 
@@ -43,7 +40,6 @@ class SparsityResult:
 
     Attributes:
         changes: counts and sums of all weights, by group and by tensor.
-        largest: the weights that changed most.
         shapes: of the tensors that these are in.
     """
 
@@ -143,12 +139,7 @@ class Sparsity(PairMeasure[tuple[list[Change], LargestChanges], SparsityResult])
 
 
 def headlines(changes: Grouped[Change, Change], atol: float) -> list[str]:
-    """Return the answer in sentences.
-
-    Args:
-        changes: by group.
-        atol: the tolerance of ``Change.sparsity``.
-    """
+    """Return the answer in sentences."""
     total = changes.total
     if total.num_bit_changed == 0:
         return [f"The two checkpoints are identical bit for bit: {count(total.numel)} weights, sparsity 1."]

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ssrctl.checkpoints.pairs import TensorPair
 from ssrctl.core.seeds import derive_seed
 from ssrctl.measures.base import Findings, register
 from ssrctl.measures.group_tables import RowColumn, cell_map, group_tables, layer_lines, row_bars
@@ -19,9 +20,6 @@ from ssrctl.measures.maths.update_matrix import Unmeasured, UpdateMatrix
 from ssrctl.measures.matrix_measure import MatrixMeasure, MatrixResult
 from ssrctl.report.document import Figure, Lines, Reference, Section
 from ssrctl.report.formats import count, number, percent
-
-if TYPE_CHECKING:
-    from ssrctl.checkpoints.pairs import TensorPair
 
 _SIDES = ("left", "right")
 _RANDOM = ("gaussian", "signs")

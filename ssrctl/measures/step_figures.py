@@ -24,10 +24,8 @@ def pair_map(title: str, pairs: Iterable[Any], value: str, num_units: int, **set
     """Return a square map of the pairs of units, blank on the diagonal.
 
     Args:
-        title: of the figure.
         pairs: rows with the positions ``i`` and ``j`` of two units, i < j, from 0.
         value: the attribute that is shown, as in ``value_of``.
-        num_units: rows and columns.
         settings: further fields of ``Heatmap``.
     """
     values = {(pair.i, pair.j): value_of(pair, value) for pair in pairs}
@@ -47,7 +45,6 @@ def jaccard_maps(pairs: Sequence[Any], maps: Mapping[str, str], num_units: int) 
     Args:
         pairs: as in ``pair_map``.
         maps: the attribute that is shown, by the figure's title.
-        num_units: rows and columns of each.
     """
     scale = max((value_of(pair, value) or 0.0 for pair in pairs for value in maps.values()), default=0.0)
     decimals = 3 if scale >= 0.01 else 4

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ssrctl.io.mask_log import StepMaskLog
 from ssrctl.measures.base import Findings, StepMeasure
 from ssrctl.measures.group_tables import RowColumn, row_bars, row_table
 from ssrctl.measures.maths.averages import means, plain_mean
@@ -33,9 +34,6 @@ from ssrctl.measures.step_figures import (
 from ssrctl.report.document import Section
 from ssrctl.report.formats import count, number, percent, signed, times
 
-if TYPE_CHECKING:
-    from ssrctl.io.mask_log import StepMaskLog
-
 
 @dataclass(frozen=True, kw_only=True)
 class UnitMeans(UnitGradient):
@@ -55,7 +53,6 @@ class PairMeans(PairGradients):
     """Means over several pairs.
 
     Attributes:
-        num_pairs: cases.
         num_cosines: those of them whose gradients were compared.
         negative_frac: share of these with a negative cosine.
     """

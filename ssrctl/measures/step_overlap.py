@@ -9,19 +9,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ssrctl.io.mask_log import StepMaskLog
 from ssrctl.measures.base import Findings, StepMeasure
 from ssrctl.measures.group_tables import RowColumn, row_bars, row_table
 from ssrctl.measures.maths.averages import means, plain_mean
 from ssrctl.measures.maths.grouping import by_key
 from ssrctl.measures.maths.step_sets import PairOverlap, PairSets, StepOverlap, UnitOverlap, UnitSet, measure_step
 from ssrctl.measures.step_figures import MOST_OPEN_ROWS, by_unit, jaccard_maps, pair_map, pair_table, training_lines
-from ssrctl.report.document import Cell, Column, Section, Table
+from ssrctl.report.document import Cell, Column, Format, Section, Table
 from ssrctl.report.formats import count, number, percent, signed, times
-
-if TYPE_CHECKING:
-    from ssrctl.io.mask_log import StepMaskLog
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,7 +240,6 @@ def overlap_headlines(summary: RunOverlap, disjoint: bool | None) -> list[str]:
     """Return the answer in sentences.
 
     Args:
-        summary: of the run.
         disjoint: from ``disjoint_by_construction``.
     """
     lines = [_overlap_line(summary, disjoint)]
@@ -397,17 +394,16 @@ def _question_section(steps: Sequence[StepOverlap]) -> Section:
         for question in questions[:_MOST_QUESTIONS]
     ]
     shown = "" if len(questions) == len(rows) else f" The first {len(rows)} of {len(questions)} are shown."
+    formats: dict[str, Format] = {
+        "training step": str,
+        "units": count,
+        "selected": count,
+        "Jaccard": number,
+        "chance": number,
+    }
     table = Table(
         title="All questions",
-        columns=[
-            "question",
-            Column("training step", str),
-            Column("units", count),
-            Column("selected", count),
-            Column("Jaccard", number),
-            Column("chance", number),
-            Column("uniqueness", percent),
-        ],
+        columns=["question", *(Column(name, show) for name, show in formats.items()), Column("uniqueness", percent)],
         rows=rows,
         note=f"Means over the question's pairs and units; the pairs themselves are in report.json.{shown}",
         terminal_rows=0,

@@ -15,7 +15,7 @@ from html import escape
 from typing import Any, Literal
 
 from ssrctl.report.document import Figure, Heatmap, Lines, Ranges, Reference, SeriesFigure
-from ssrctl.report.formats import percent, text_safe
+from ssrctl.report.formats import number, percent, text_safe
 
 # Placeholders that stand for css variables; values without meaning, chosen to be unlike any other colour.
 TEXT, GRID, MUTED = "#010203", "#020304", "#050607"
@@ -176,7 +176,7 @@ def _heat_keys(figure: Heatmap) -> list[Key]:
 def _limit(figure: Heatmap, value: float) -> str:
     if figure.shares:
         return percent(value) if 0 <= value <= 1 else f"{value:.2%}"
-    return "0" if value == 0 else f"{value:#.3g}".removesuffix(".")
+    return number(value)
 
 
 def _reference_keys(figure: SeriesFigure | Ranges) -> list[Key]:

@@ -63,7 +63,6 @@ def draw(figure: Figure, name: str = "figure") -> str:
     """Draw a figure as an ``<svg>`` element for a page that defines the css variables.
 
     Args:
-        figure: what to draw.
         name: prefix of the ids in it, unique in a page.
 
     Raises:

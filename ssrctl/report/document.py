@@ -38,7 +38,6 @@ class Column:
     """A column of a table: its heading, and how a cell's value is written for people.
 
     Attributes:
-        name: the heading.
         format: writes one value; the terminal and the page show its text, csv and json hold the value itself.
             ``formats.text`` marks a column of words, aligned left; all others are numbers, aligned right. A list
             has a format for each row, where rows have different units.
@@ -144,12 +143,11 @@ class SeriesFigure:
     """Series of values by name, over common places; a series named ``expected ...`` is drawn grey.
 
     Attributes:
-        along: name of the field that holds the places.
         intervals: per series, (low, high) around each value.
         references: published values, drawn across the whole figure.
     """
 
-    along: ClassVar[str]
+    along: ClassVar[str]  # name of the field that holds the places
     title: str
     series: Mapping[str, Numbers]
     intervals: Mapping[str, Sequence[Interval | None]] = field(default_factory=dict)
@@ -270,7 +268,6 @@ class Document:
     """A report that reads from top to bottom as an answer.
 
     Attributes:
-        title: the question.
         facts: the inputs, as (name, value).
         headlines: the answer, in sentences with numbers.
         unusual: unexpected values, in sentences; shown right under the headlines.

@@ -82,7 +82,6 @@ def heatmap_cells(figure: Heatmap, left: float, top: float, width: float, height
     """Return the cells as SVG, with their values as tips, and their numbers where these are few and fit.
 
     Args:
-        figure: the heat map.
         left, top, width, height: of its axes in the SVG's own units (points).
     """
     low, centre, high = heat_limits(figure)

@@ -45,7 +45,6 @@ def html_page(document: Document, version: str, *, table_files: bool = False) ->
     """Return the page: styles, figures (inline SVG) and text in one file; everything from files is escaped.
 
     Args:
-        document: what to show.
         version: of ssrctl, for the footer.
         table_files: True = link to the files of ``tables.write_tables``, which lie next to the page.
 
@@ -143,8 +142,6 @@ def print_document(document: Document, console: Console, where: str) -> None:
     """Print facts, headlines, unusual values, notes and short tables; nothing in them is taken as markup.
 
     Args:
-        document: what to show.
-        console: where to print.
         where: the file that holds the longer tables; named at the end.
     """
     from rich import box

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -33,16 +34,16 @@ def slug(text: str) -> str:
 
 def unique_slugs(titles: Sequence[str], taken: Sequence[str] = ()) -> list[str]:
     """Return a slug for each title; those that are taken get a number: ``by-layer``, ``by-layer-2``."""
-    used, found = set(taken), []
+    found: list[str] = []
     for title in titles:
-        name = first = slug(title)
-        number = 1
-        while name in used:
-            number += 1
-            name = f"{first}-{number}"
-        used.add(name)
-        found.append(name)
+        found.append(_unused(slug(title), "{}-{}", [*taken, *found]))
     return found
+
+
+def _unused(name: str, numbered: str, used: Sequence[str]) -> str:
+    """Return the name, with the first number from 2 on that makes it unlike those in use."""
+    names = (numbered.format(name, number) for number in itertools.count(2))
+    return name if name not in used else next(one for one in names if one not in used)
 
 
 def table_names(document: Document) -> list[tuple[str, Section, Table]]:
@@ -60,11 +61,7 @@ def distinct_columns(table: Table) -> list[str]:
         if names.count(name) > 1 and position:
             before = next((one for one in reversed(names[:position]) if one != name), name)
             name = f"{before}: {name}"
-        number, first = 1, name
-        while name in found:
-            number += 1
-            name = f"{first} ({number})"
-        found.append(name)
+        found.append(_unused(name, "{} ({})", found))
     return found
 
 

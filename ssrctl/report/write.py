@@ -40,8 +40,6 @@ def write_report(numbers: Mapping[str, Any], document: Document, output: Path, *
     """Write the report into a folder, and say where it is.
 
     Args:
-        numbers: for report.json.
-        document: for the page and the tables.
         output: the folder, made where it is missing.
         show: print headlines and short tables on stdout.
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from ssrctl.configs import DiagnoseConfig
 from ssrctl.measures.maths.change import DEFAULT_ATOL, DEFAULT_ETA
 from ssrctl.measures.maths.piece_pair import piece_pairs
-
-if TYPE_CHECKING:
-    from ssrctl.configs import DiagnoseConfig
 
 Rule = Literal["bits", "atol", "bf16"]
 Differs = Callable[["Tensor", "Tensor"], "Tensor"]

@@ -20,7 +20,6 @@ class Grouped(Generic[Row, TensorRow]):
     """A measure of all tensors together, and of each group of them.
 
     Attributes:
-        total: of all tensors.
         layers: by layer in order; None holds the tensors outside of the layers and comes last.
         kinds: by kind of matrix, in the order of ``names.KINDS``.
         cells: by (layer, kind), in these orders.
@@ -71,7 +70,6 @@ def group(found: Mapping[str, T], summary: Callable[[Sequence[T]], Row]) -> Grou
     """Summarise the measures of single tensors by group; a tensor's own row is the summary of that tensor.
 
     Args:
-        found: a measure of each tensor, by name.
         summary: the row of several tensors together; called with an empty list when there is no tensor.
     """
     return group_with_tensors(found, summary, {name: summary([one]) for name, one in found.items()})
@@ -116,6 +114,12 @@ def by_key(items: Iterable[T], key: Callable[[T], Key]) -> dict[Key, list[T]]:
     for one in items:
         groups.setdefault(key(one), []).append(one)
     return groups
+
+
+def middle_layer(names: Iterable[str]) -> int | None:
+    """Return the middle one of the layers that the tensors lie in; None without layers."""
+    layers = sorted({layer for name in names if (layer := layer_index(name)) is not None})
+    return layers[len(layers) // 2] if layers else None
 
 
 def layer_label(layer: int | None) -> str:

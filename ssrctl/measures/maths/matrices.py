@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ssrctl.checkpoints.pairs import TensorPair
 from ssrctl.measures.maths.update_matrix import Unmeasured, UpdateMatrix, read_update
-
-if TYPE_CHECKING:
-    from ssrctl.checkpoints.pairs import TensorPair
 
 # Of a stack of experts at most this many are measured, evenly spread.
 MAX_EXPERTS = 8

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -97,19 +98,10 @@ class PiecePair:
             base = self._base.to(torch.float64)
             odd = {"nan": _count(base.isnan().numpy()), "inf": _count(base.isinf().numpy())}
             base_sum_sq = float(base[base.isfinite()].square().sum())
-        whole = Change(
-            numel=numel,
-            num_within=equal,
-            nums_within=(equal,) * len(FIXED_TOLERANCES),
-            num_same_bf16=equal,
-            num_equal=equal,
-            num_finite=equal,
-            base_sum_sq=base_sum_sq,
-            num_nan_base=odd["nan"],
-            num_inf_base=odd["inf"],
-            num_nan_tuned=odd["nan"],
-            num_inf_tuned=odd["inf"],
-        )
+        counts: dict[str, Any] = dict.fromkeys(("num_within", "num_same_bf16", "num_equal", "num_finite"), equal)
+        counts |= {f"num_{kind}_{side}": number for kind, number in odd.items() for side in ("base", "tuned")}
+        within = (equal,) * len(FIXED_TOLERANCES)
+        whole = Change(numel=numel, nums_within=within, base_sum_sq=base_sum_sq, **counts)
         return [whole, self._moved(atol, eta)] if equal < numel else [whole]
 
     def _base_sum_sq(self) -> float:

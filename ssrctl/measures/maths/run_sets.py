@@ -8,17 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ssrctl.core.mask import TileSet
 from ssrctl.core.popcount import popcount
 from ssrctl.measures.maths.averages import ratio
 from ssrctl.measures.maths.row_column_counts import Profile, agreement
-
-if TYPE_CHECKING:
-    from ssrctl.core.mask import TileSet
 
 # Tiles compared at once: 1 MiB for each run.
 _TILES = 1 << 15

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -80,29 +80,30 @@ class SpectrumChange:
     """
 
     k: int
-    exact: bool
     left: list[float]
     right: list[float]
-    angle_error: float
-    relative_gap: float | None
-    well_defined: bool
-    wedin_angle: float | None
-    shift: float
-    shift_bound: float
-    expected_shift: float | None
-    shift_top_k: float
-    gaussian: RandomUpdate | None
-    signs: RandomUpdate | None
-    energy_left: float | None
-    energy_right: float | None
-    energy_both: float | None
     expected_energy_left: float
     expected_energy_right: float
     expected_energy_both: float
-    curve_index: list[int]
-    curve_base: list[float]
-    curve_tuned: list[float]
-    spectral_norm: float
+    # Defaults are the values of an update of zero.
+    exact: bool = True
+    angle_error: float = 0.0
+    relative_gap: float | None = None
+    well_defined: bool = True
+    wedin_angle: float | None = 0.0
+    shift: float = 0.0
+    shift_bound: float = 0.0
+    expected_shift: float | None = None
+    shift_top_k: float = 0.0
+    gaussian: RandomUpdate | None = None
+    signs: RandomUpdate | None = None
+    energy_left: float | None = None
+    energy_right: float | None = None
+    energy_both: float | None = None
+    curve_index: list[int] = field(default_factory=list)
+    curve_base: list[float] = field(default_factory=list)
+    curve_tuned: list[float] = field(default_factory=list)
+    spectral_norm: float = 0.0
 
     @property
     def left_largest(self) -> float:
@@ -171,7 +172,8 @@ def spectrum_change(
         return Unmeasured("the base is zero and has no principal directions")
     k = min(k or default_k(rows, columns), columns - 1)
     if update.norm == 0:
-        return _turned(update, _unchanged(update, k))
+        zeros = [0.0] * k
+        return _turned(update, SpectrumChange(k=k, left=zeros, right=zeros, **_expected_energies(rows, columns, k)))
     # One direction more than is compared, for the gap after the last.
     base = top_k(update.base_rows, k + 1, seed=derive_seed(seed, "base"))
     floor = rows * EPS * float(base.S[0])
@@ -315,41 +317,12 @@ def _energies(update: UpdateMatrix, left: Tensor, right: Tensor) -> dict[str, fl
     return dict(zip(("energy_left", "energy_right", "energy_both"), shares, strict=True))
 
 
-def _expected_energies(rows: int, columns: int, k: int) -> dict[str, float]:
+def _expected_energies(rows: int, columns: int, k: int) -> dict[str, Any]:
     return {
         "expected_energy_left": k / rows,
         "expected_energy_right": k / columns,
         "expected_energy_both": k * k / (rows * columns),
     }
-
-
-def _unchanged(update: UpdateMatrix, k: int) -> SpectrumChange:
-    """Return the change by an update of zero; decompose nothing."""
-    rows, columns = update.shape
-    return SpectrumChange(
-        k=k,
-        exact=True,
-        left=[0.0] * k,
-        right=[0.0] * k,
-        angle_error=0.0,
-        relative_gap=None,
-        well_defined=True,
-        wedin_angle=0.0,
-        shift=0.0,
-        shift_bound=0.0,
-        expected_shift=None,
-        shift_top_k=0.0,
-        gaussian=None,
-        signs=None,
-        energy_left=None,
-        energy_right=None,
-        energy_both=None,
-        **_expected_energies(rows, columns, k),
-        curve_index=[],
-        curve_base=[],
-        curve_tuned=[],
-        spectral_norm=0.0,
-    )
 
 
 def _turned(update: UpdateMatrix, change: SpectrumChange) -> SpectrumChange:

@@ -11,13 +11,10 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from ssrctl.io.mask_log import QuestionLog, StepMaskLog
 from ssrctl.measures.maths.averages import plain_mean
 from ssrctl.measures.maths.step_sets import OverlapCounts, expected_jaccard, finite, overlap_counts
-
-if TYPE_CHECKING:
-    from ssrctl.io.mask_log import QuestionLog, StepMaskLog
 
 EQUAL, OPPOSITE = "equal", "opposite"
 # A mean this small relative to its advantages has the sign of a rounding error.
@@ -126,8 +123,6 @@ def measure_question_geometry(question: QuestionLog, step: int, eligible: int) -
     """Measure one question.
 
     Args:
-        question: as logged.
-        step: the training step it belongs to.
         eligible: N, the unprotected coordinates.
 
     Raises:

@@ -216,8 +216,6 @@ def measure_question(question: QuestionLog, step: int, eligible: int) -> Questio
     """Measure the overlap of the units of one question.
 
     Args:
-        question: as logged.
-        step: the training step it belongs to.
         eligible: N, the unprotected coordinates.
 
     Raises:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ssrctl.checkpoints.pairs import Checkpoint, Comparison, checkpoints_of, is_run, open_comparison
+from ssrctl.checkpoints.reader import TensorReader, delta_meant_by
 from ssrctl.configs import DiagnoseConfig
 from ssrctl.errors import CheckFailed, UserError
 from ssrctl.measures.base import Findings, Measure, Mode, PairMeasure, Taken, registered, take
@@ -101,8 +102,6 @@ def _chosen(config: DiagnoseConfig, mode: Mode) -> list[type[Measure[Any, Any]]]
 
 
 def _files(comparison: Comparison, paths: list[Path]) -> list[Path]:
-    from ssrctl.checkpoints.reader import TensorReader, delta_meant_by
-
     files = list(comparison.base.files)
     for path, tuned in zip(paths, comparison.tuned, strict=True):
         delta = delta_meant_by(path)

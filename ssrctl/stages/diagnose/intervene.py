@@ -95,7 +95,8 @@ def run_intervene(config: DiagnoseConfig) -> dict[str, Any]:
             differences["stored"] = _written_difference(folder, prompts, stored_logits)
             report |= {"tolerance": TOLERANCE, "versions": versions()}
             report |= {name: asdict(one) | {"relative": one.relative} for name, one in differences.items()}
-            _write_report(folder / REPORT, report)
+            text = json.dumps(json_safe(report), indent=1, ensure_ascii=False, allow_nan=False)
+            write_text(folder / REPORT, text + "\n")
     _show(report, output)
     return report
 
@@ -201,10 +202,6 @@ def _write_weights(reader: TensorReader, made: Mapping[str, Edit], folder: Path)
 def _written_difference(folder: Path, prompts: Sequence[Tensor], before: Sequence[Tensor]) -> LogitDifference:
     """Return the distance of the written model's logits from the base's, both in the dtype that they are loaded in."""
     return logit_difference(before, logits_on(load_model(_model_config(folder)).model, prompts))
-
-
-def _write_report(path: Path, report: Mapping[str, Any]) -> None:
-    write_text(path, json.dumps(json_safe(dict(report)), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def _show_plan(plan: Mapping[str, Any]) -> None:
