@@ -154,8 +154,7 @@ class OptimizerOptions(Config):
     """Added to the denominator of adam, adamw and rms."""
 
     master_weights: bool = True
-    """Keep, with bfloat16 or float16 weights, the exact float32 value of those that kronos (or adamw with --mask)
-    updates."""
+    """Keep, with bfloat16 or float16 weights, the exact float32 value of those that are updated."""
 
 
 @dataclass(kw_only=True)
@@ -172,6 +171,9 @@ class CheckpointOptions(Config):
 
     resume_from_checkpoint: str | None = None
     """A checkpoint folder, or latest to continue the run in --output-dir."""
+
+    force: bool = False
+    """Resume from an older checkpoint than the newest, and drop what the run did after it."""
 
 
 @dataclass(kw_only=True)
@@ -228,6 +230,8 @@ class TrainConfig(
             self.optimizer = "kronos" if self.mask is None else "adamw"
         if self.find_lr and self.resume_from_checkpoint is not None:
             raise UserError("--find-lr starts from the model's weights", "leave out --resume-from-checkpoint")
+        if self.force and self.resume_from_checkpoint is None:
+            raise UserError("--force is for --resume-from-checkpoint", "leave it out, or name a checkpoint")
         self._check_optimizer()
 
     def _check_optimizer(self) -> None:

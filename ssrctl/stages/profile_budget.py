@@ -21,8 +21,9 @@ from ssrctl.critics.scoring import score_groups
 from ssrctl.errors import UserError
 from ssrctl.io.artifacts import load_mask_for
 from ssrctl.io.budget_file import BudgetProfile, save_budget_profile
-from ssrctl.io.console import console, deferred_interrupt, note, progress, show_plan, warn
+from ssrctl.io.console import console, note, progress, show_plan, warn
 from ssrctl.io.files import whole_file
+from ssrctl.io.interrupts import deferred_interrupt
 from ssrctl.io.manifest import file_hash, published_settings, versions
 from ssrctl.io.problems import load_problems
 from ssrctl.io.records import Rollout, read_rollouts

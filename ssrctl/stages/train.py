@@ -20,6 +20,7 @@ from ssrctl.errors import UserError
 from ssrctl.io import console
 from ssrctl.io.artifacts import load_mask_for
 from ssrctl.io.budget_file import load_budget_profile
+from ssrctl.io.locks import locked_folder
 from ssrctl.io.package_data import profile_path, shipped_names
 from ssrctl.io.problems import load_problems
 from ssrctl.models.loading import LoadedModel, describe_model, folder_of, load_model
@@ -27,7 +28,7 @@ from ssrctl.models.stored_parameters import check_exportable
 from ssrctl.sampling.groups import Prompted, prepare_prompts
 from ssrctl.text.prompts import load_template
 from ssrctl.training.lr_sweep import find_lr
-from ssrctl.training.resuming import open_run
+from ssrctl.training.resuming import open_run, run_folder
 from ssrctl.training.tracking import check_tracker
 from ssrctl.training.trainer import Trainer, questions_of_step
 from ssrctl.training.training_step import TrainingStep
@@ -44,11 +45,19 @@ def run(config: TrainConfig) -> dict[str, Any] | None:
 
     Raises:
         UserError: settings or inputs that cannot be used.
-        KeyboardInterrupt: after Ctrl-C, with a checkpoint of the last whole step written.
+        Interrupted: after Ctrl-C or SIGTERM, with a checkpoint of the last whole step written.
     """
     console.note(describe_model(config))
     check_tracker(config.report_to)
-    run_dir, checkpoint = open_run(config)
+    run_dir = run_folder(config)
+    if config.dry_run or config.find_lr:
+        return _run(config, run_dir)
+    with locked_folder(run_dir.path):
+        return _run(config, run_dir)
+
+
+def _run(config: TrainConfig, run_dir: RunDir) -> dict[str, Any] | None:
+    checkpoint = open_run(config, run_dir)
     template = load_template(config.prompt_template, config.dataset)
     problems = load_problems(config, "train", derive_seed(config.seed, "problems"))
     itemsize = 4 if config.dtype in ("auto", "float32") else 2

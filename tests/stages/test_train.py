@@ -357,7 +357,8 @@ def test_several_iterations_move_the_ratio(tmp_path: Path) -> None:
     run = tmp_path / "run"
     train.run(config(run, max_steps=1, num_iterations=2, learning_rate=0.3, importance_level="token"))
     (row,) = metrics(run)
-    assert row["logprob_gap_max"] > 1e-3
+    assert row["clip_frac"] > 0
+    assert row["logprob_gap_max"] < 1e-4, "the gap is that of the first pass, before an update"
 
 
 def test_a_prompt_beyond_the_context_is_an_error_with_the_numbers(tmp_path: Path) -> None:
