@@ -74,8 +74,8 @@ def test_planned_budgets_by_hand():
     assert claims_of(optimizer, named, 2) == [32, 32]
     assert claims_of(optimizer, named, 3) == [26, 26, 26]  # 26.67, rounded down
     assert claims_of(optimizer, named, 5) == [16] * 5
-    assert claims_of(optimizer, named, [1.0, 1.0, 2.0]) == [24, 24, 32]  # 20, 20, 40: the 8 above the cap go to the others
-    assert claims_of(optimizer, named, [0.25, 0.75, 7.0]) == [16, 32, 32]  # weights need not sum to 1; twice over the cap
+    assert claims_of(optimizer, named, [1.0, 1.0, 2.0]) == [24, 24, 32]  # 8 above the cap
+    assert claims_of(optimizer, named, [0.25, 0.75, 7.0]) == [16, 32, 32]  # twice over
     assert claims_of(optimizer, named, (0.0, 1.0)) == [0, 32]
     assert claims_of(optimizer, named, []) == []
     assert claims_of(optimizer, named, 0) == []

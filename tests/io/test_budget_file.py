@@ -50,7 +50,9 @@ def test_a_file_of_version_1_has_the_curve_of_the_paper_only(tmp_path: Path) -> 
     assert profile == dataclasses.replace(PROFILE, share=None)
     assert profile.curve("paper") == [1.0, 0.5, 0.25]
     assert list(profile.table()) == ["paper"]
-    with pytest.raises(UserError, match=r"org/model has format version 1.*profile-budget`, or pass --budget-rule paper"):
+    with pytest.raises(
+        UserError, match=r"org/model has format version 1.*profile-budget`, or pass --budget-rule paper"
+    ):
         profile.curve("share")
 
 

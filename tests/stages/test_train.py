@@ -531,7 +531,7 @@ def test_a_profile_that_starves_steps_or_is_of_other_weights_is_said(
 
 def test_a_profile_of_version_1_serves_the_rule_of_the_paper_only(tmp_path: Path) -> None:
     profile = str(written_profile(tmp_path / "old.json", load_model(TrainConfig()).identity.fingerprint))
-    with pytest.raises(UserError, match="format version 1, which lacks the curve of rule share.*--budget-rule paper"):
+    with pytest.raises(UserError, match=r"format version 1, which lacks the curve of rule share.*--budget-rule paper"):
         train.run(config(tmp_path / "run", budget_profile=profile, dry_run=True))
     assert train.run(config(tmp_path / "run", budget_profile=profile, budget_rule="paper", dry_run=True))
 
