@@ -81,7 +81,7 @@ class MethodOptions(Config):
 
     budget_profile: str = "auto"
     """Budget profile: a file from `ssrctl profile-budget`, a name in profiles/budgets, flat for equal budgets, or auto:
-    the profile that ships for these very weights, flat if there is none."""
+    the profile that ships for weights with this fingerprint, flat if there is none."""
 
     allocation: Literal["disjoint", "overlap", "pooled", "shuffled"] = "disjoint"
     """disjoint: no two steps of a question update the same weight. Controls: overlap, every step its own largest;

@@ -174,9 +174,9 @@ def mean_curves(problems: Sequence[Sequence[StepMass]]) -> MeanCurves:
     length = next(index for index in range(len(by_step) + 1) if index not in by_step)
     rows = [by_step[index] for index in range(length)]
     start = statistics.fmean(found.mass for found in rows[0]) if rows else 0.0
-    if start <= 0:
-        raise ValueError(f"none of {len(problems)} problems has a first step with a gradient")
     known = [[found.share for found in row if found.share is not None] for row in rows]
+    if start <= 0 or not known[0]:
+        raise ValueError(f"none of {len(problems)} problems has a first step with a gradient")
     shares = list(itertools.takewhile(bool, known))
     return MeanCurves(
         share=ShareCurve(

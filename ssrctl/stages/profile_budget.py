@@ -262,7 +262,7 @@ def _show(profile: BudgetProfile) -> None:
 
 
 def _show_grants(profile: BudgetProfile, num_unprotected: int) -> None:
-    """Show, by rule, the budgets with B = 5% and k_max = 1%; warn where one starves a step."""
+    """Show, by rule, the budgets with B = 5% and k_max = 1%; warn where the default rule starves a step."""
     from rich.table import Table
 
     table = Table(title="budgets with B = 5%, k_max = 1%", title_justify="left")
@@ -273,9 +273,9 @@ def _show_grants(profile: BudgetProfile, num_unprotected: int) -> None:
             table.add_row(
                 rule, str(found.num_steps), f"{found.granted_frac:.0%}", str(found.smallest), str(found.equal)
             )
-            if found.starves:
+            if found.starves and rule == "share":
                 warn(
-                    f"rule {rule}: of {found.num_steps} steps one gets {found.smallest} coordinates, less than a tenth "
+                    f"of {found.num_steps} steps one gets {found.smallest} coordinates, less than a tenth "
                     f"of an equal share ({found.equal})"
                 )
     console().print(table)
