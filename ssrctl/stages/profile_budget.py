@@ -204,7 +204,7 @@ def _write(
         raise UserError(
             f"{error}: all advantages of the first steps are 0", "profile more problems, or score with another critic"
         ) from error
-    settings = published_settings(config) | {"versions": versions()}
+    settings = published_settings(config) | {"measured_problems": len(measured), "versions": versions()}
     if config.traces is not None:
         settings["traces_hash"] = file_hash(config.traces)
     profile = BudgetProfile(

@@ -144,7 +144,9 @@ def test_an_interrupt_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytes
     made = config(tmp_path, num_problems=3)
     with pytest.raises(KeyboardInterrupt):
         profile_budget.run(made)
-    assert load_budget_profile(made.output).mass.num_problems[0] == 1
+    profile = load_budget_profile(made.output)
+    assert profile.mass.num_problems[0] == 1
+    assert profile.settings["num_problems"] == 3 and profile.settings["measured_problems"] == 1
 
 
 def test_dry_run_writes_nothing(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
