@@ -230,8 +230,8 @@ def _write(
     used, found = len(profile.curve("share")), len(profile.mass.mean)
     if used < found:
         warn(
-            f"steps {used + 1} to {found} were measured on fewer than {MIN_PROBLEMS} problems: rule share holds v_{used} "
-            "from there on (raise --num-problems)"
+            f"step {used + 1} was measured on fewer than {MIN_PROBLEMS} problems: rule share holds v_{used} from there "
+            "on (raise --num-problems)"
         )
     note(f"wrote {' and '.join(written)}: {found} steps over {profile.mass.num_problems[0]} problems")
     return profile.to_dict()

@@ -131,7 +131,7 @@ def test_problems_without_signal_are_counted_aloud(tmp_path: Path, capfd: pytest
     assert profile_budget.run(config(tmp_path / "traces", traces=traces))["mass"]["num_problems"][0] == 1
     said = " ".join(capfd.readouterr().err.split())
     assert "1 of 2 problems gave no gradient" in said
-    assert "measured on fewer than 8 problems: rule share holds v_1 from there on" in said
+    assert "step 2 was measured on fewer than 8 problems: rule share holds v_1 from there on" in said
     assert "budgets with B = 5%, k_max = 1%" in said
 
 
