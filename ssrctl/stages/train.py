@@ -19,7 +19,7 @@ from ssrctl.critics.registry import CriticResources, make_critic
 from ssrctl.errors import UserError
 from ssrctl.io import console
 from ssrctl.io.artifacts import ModelIdentity, load_mask_for
-from ssrctl.io.budget_file import load_budget_profile, shipped_budget_profile
+from ssrctl.io.budget_file import MIN_PROBLEMS, load_budget_profile, shipped_budget_profile
 from ssrctl.io.package_data import profile_path
 from ssrctl.io.problems import load_problems
 from ssrctl.models.loading import LoadedModel, describe_model, load_model
@@ -97,24 +97,31 @@ def _budget_curve(config: TrainConfig, model: ModelIdentity) -> tuple[Sequence[f
     if config.credit != "step" or config.optimizer == "adamw":
         return [1.0], "none (one update unit)"
     name = config.budget_profile
-    if name == "auto":
-        if (shipped := shipped_budget_profile(model.fingerprint)) is not None:
-            own, profile = shipped
-            return profile.curve(config.budget_rule), own
+    shipped = shipped_budget_profile(model.fingerprint) if name == "auto" else None
+    if name == "flat":
+        return [1.0], "flat"
+    if name == "auto" and shipped is None:
         console.warn(
             f"no budget profile ships for the weights of {model.name}: every step gets the same budget; "
             f"`ssrctl profile-budget --model {config.model} -o budget.json` measures one for --budget-profile"
         )
-        name = "flat"
-    if name == "flat":
         return [1.0], "flat"
-    profile = load_budget_profile(profile_path("budgets", name, ".json"))
+    if shipped is not None:
+        name, profile = shipped
+    else:
+        profile = load_budget_profile(profile_path("budgets", name, ".json"))
     if profile.model.fingerprint != model.fingerprint:
         console.warn(
             f"the budget profile {name} was measured on other weights ({profile.model.name}); `ssrctl profile-budget` "
             "measures one for these"
         )
-    return profile.curve(config.budget_rule), Path(name).name
+    curve = profile.curve(config.budget_rule)
+    if len(curve) == 1 < len(profile.mass.mean):
+        console.warn(
+            f"the budget profile {name} has fewer than {MIN_PROBLEMS} problems for every step after the first: every "
+            "step gets the same budget (measure again with a larger --num-problems)"
+        )
+    return curve, Path(name).name
 
 
 def _grants(config: TrainConfig, curve: Sequence[float], loaded: LoadedModel, frozen: BlockMask | None) -> list[Grant]:

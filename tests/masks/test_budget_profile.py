@@ -174,6 +174,8 @@ def test_mean_curves_end_before_a_gap() -> None:
 def test_mean_curves_of_nothing() -> None:
     with pytest.raises(ValueError, match="none of 1 problems"):
         mean_curves([[mass(1, 1.0)]])
+    with pytest.raises(ValueError, match="none of 1 problems"):
+        mean_curves([[mass(0, 1.0, None)]])
 
 
 @pytest.fixture(scope="module")

@@ -474,10 +474,10 @@ def test_find_lr_prints_a_curve(tmp_path: Path, capfd: pytest.CaptureFixture[str
     assert "1.0e-03" in shown and "3.0e-01" in shown and "highest late reward at" in shown
 
 
-def written_profile(path: Path, fingerprint: str, *, share: list[float] | None = None) -> Path:
+def written_profile(path: Path, fingerprint: str, *, share: list[float] | None = None, num_problems: int = 9) -> Path:
     """A budget profile of other or of the same weights; without ``share`` as version 1 had it."""
     mass = MassCurve(mean=[1.0, 0.001], std=[0.0, 0.0], num_problems=[9, 9])
-    curve = None if share is None else ShareCurve(mean=share, standard_error=[0.0] * 2, num_problems=[9, 9])
+    curve = None if share is None else ShareCurve(mean=share, standard_error=[0.0] * 2, num_problems=[num_problems] * 2)
     profile = BudgetProfile(
         model=ModelIdentity(name="org/other", revision=None, fingerprint=fingerprint),
         share=curve,
@@ -527,6 +527,19 @@ def test_a_profile_that_starves_steps_or_is_of_other_weights_is_said(
     smallest = int(0.05 / 4001 * plan["parameters"]) if plan else 0
     assert f"of 5 steps one gets {smallest} coordinates, less than a tenth of an equal share" in said
     assert plan is not None and plan["budgets_at_5_steps"].startswith("80% of B granted")
+
+
+def test_a_profile_of_too_few_problems_is_said_to_be_flat(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    own = load_model(TrainConfig()).identity.fingerprint
+    profile = str(written_profile(tmp_path / "p.json", own, share=[1.0, 0.5], num_problems=7))
+    plan = train.run(config(tmp_path / "run", budget_profile=profile, dry_run=True))
+    said = " ".join(capfd.readouterr().err.split())
+    assert "fewer than 8 problems for every step after the first: every step gets the same budget" in said
+    equal = int(0.05 / 8 * plan["parameters"]) if plan else 0
+    assert plan is not None and f"smallest step {equal} coordinates ({equal} in" in plan["budgets_at_8_steps"]
+    written_profile(tmp_path / "p.json", own, share=[1.0, 0.5], num_problems=8)
+    train.run(config(tmp_path / "run", budget_profile=profile, dry_run=True))
+    assert "fewer than 8" not in " ".join(capfd.readouterr().err.split())
 
 
 def test_a_profile_of_version_1_serves_the_rule_of_the_paper_only(tmp_path: Path) -> None:
