@@ -74,9 +74,14 @@ class MethodOptions(Config):
     max_step_budget: Share = 0.01
     """Largest share that one step may claim, k_max."""
 
+    budget_rule: Literal["share", "paper"] = "share"
+    """Rule that divides B among a question's steps. share: by the share of each step's gradient energy that is still
+    unclaimed; what the cap k_max cuts off goes to the other steps. paper: by magnitude mass relative to the first step
+    (SSR section 2.3.3); what the cap cuts off is lost."""
+
     budget_profile: str = "auto"
-    """Budget profile: a file from `ssrctl profile-budget`, a name in profiles/budgets, flat for equal
-    budgets, or auto."""
+    """Budget profile: a file from `ssrctl profile-budget`, a name in profiles/budgets, flat for equal budgets, or auto:
+    the profile that ships for weights with this fingerprint, flat if there is none."""
 
     allocation: Literal["disjoint", "overlap", "pooled", "shuffled"] = "disjoint"
     """disjoint: no two steps of a question update the same weight. Controls: overlap, every step its own largest;

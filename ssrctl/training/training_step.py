@@ -79,6 +79,7 @@ class _StepTotals:
     gap_max: float = 0.0
     num_units: int = 0
     granted_frac: list[float] = field(default_factory=list)
+    granted_budget_frac: list[float] = field(default_factory=list)
     non_finite: int = 0
     without_signal: int = 0
 
@@ -191,7 +192,13 @@ class TrainingStep:
         for rollout, row in zip(group.rollouts, values, strict=True):
             rollout.advantages = list(row)
         longest = max((len(row) for row in values), default=0)
-        budgets = step_budgets(self.curve, longest, budget=config.budget, max_step_budget=config.max_step_budget)
+        budgets = step_budgets(
+            self.curve,
+            longest,
+            budget=config.budget,
+            max_step_budget=config.max_step_budget,
+            rule=config.budget_rule,
+        )
         return self.updater.plan(plan_units(values, budgets, fuse_tol=config.fuse_tol, max_units=config.max_units))
 
     def _learn(
@@ -238,7 +245,14 @@ class TrainingStep:
                 totals.non_finite += 1
                 return None
         totals.add_update(update, self.num_unprotected)
+        if update.granted and self._fills_budget(group):
+            totals.granted_budget_frac.append(sum(update.granted) / (self.config.budget * self.num_unprotected))
         return update
+
+    def _fills_budget(self, group: Group) -> bool:
+        """Return True if T k_max >= B (to float rounding), where T is the number of steps that share the budget."""
+        longest = max(len(rollout.advantages or ()) for rollout in group.rollouts)
+        return longest * self.config.max_step_budget >= self.config.budget * (1 - 1e-9)
 
     def _question_log(self, group: Group, update: QuestionUpdate, view: QuestionView | None) -> QuestionLog:
         shapes = self.loaded.shapes()
@@ -286,6 +300,9 @@ class TrainingStep:
             "logprob_gap_max": totals.gap_max,
             "num_units": totals.num_units,
             "granted_frac": statistics.fmean(totals.granted_frac) if totals.granted_frac else 0.0,
+            "granted_budget_frac": (
+                statistics.fmean(totals.granted_budget_frac) if totals.granted_budget_frac else None
+            ),
             "response_tokens": num_tokens,
             "tokens_per_second": num_tokens / max(sum(seconds.values()), 1e-9),
             "sample_seconds": seconds["sample"],
