@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ssrctl.errors import UserError
-from ssrctl.io.files import existing_file, whole_file
+from ssrctl.io.files import CannotWrite, existing_file, whole_file
 
 STDIO = "-"
 
@@ -88,27 +88,57 @@ class JsonlLog:
     A kill can leave at most one truncated last line. Opening the log again cuts such a line off, so that the
     next row starts on a line of its own; a last line that lacks only its newline, which readers take for complete,
     gets it.
+
+    Args:
+        path: the file, made with its folder.
+        remedy: of the error when it cannot be written.
+
+    Raises:
+        CannotWrite: it cannot be opened.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._stream = self.path.open("ab+")
-        _cut_torn_tail(self._stream)
+    def __init__(
+        self, path: str | Path, *, remedy: str = "make room, and run the same command again: it continues from here"
+    ) -> None:
+        self.path, self._remedy = Path(path), remedy
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._stream = self.path.open("ab+", buffering=0)
+            _cut_torn_tail(self._stream)
+        except OSError as error:
+            raise self._cannot_write(error) from error
 
     def append(self, row: dict[str, Any]) -> None:
-        """Add one row."""
-        self._stream.write(dump_line(row).encode("utf-8"))
-        self._stream.flush()
+        """Add one row, whole or not at all.
+
+        Raises:
+            CannotWrite: on a full disk, above all.
+        """
+        before = self._stream.seek(0, os.SEEK_END)
+        left = memoryview(dump_line(row).encode("utf-8"))
+        try:
+            while left:
+                left = left[self._stream.write(left) :]
+        except OSError as error:
+            with contextlib.suppress(OSError):  # a device; of a file, the next opening would cut the torn line off
+                self._stream.truncate(before)
+            raise self._cannot_write(error) from error
 
     def sync(self) -> None:
         """Force what was appended onto the disk."""
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
+        try:
+            os.fsync(self._stream.fileno())
+        except OSError as error:
+            raise self._cannot_write(error) from error
 
     def close(self) -> None:
-        self.sync()
-        self._stream.close()
+        try:
+            self.sync()
+        finally:
+            self._stream.close()
+
+    def _cannot_write(self, error: OSError) -> CannotWrite:
+        return CannotWrite(f"cannot write {self.path}: {error.strerror}", self._remedy)
 
     def __enter__(self) -> JsonlLog:
         return self
@@ -133,7 +163,6 @@ def _cut_torn_tail(stream: Any) -> None:
         stream.seek(position)
         if _is_row(stream.read()):
             stream.write(b"\n")
-            stream.flush()
         else:
             stream.truncate(position)
     stream.seek(0, os.SEEK_END)

@@ -309,7 +309,7 @@ def test_continuations_that_could_not_be_compared_count_neither_way(bundled, mon
         return [given_up if o is None else FinalAnswer(extracted="1", correct=o) for _, o in zip(pairs, outcomes)]  # noqa: B905
 
     monkeypatch.setattr(rollout_module, "check_answers", check_answers)
-    monkeypatch.setattr(rollout_module, "check_answer", lambda *_: given_up)
+    monkeypatch.setattr(rollout_module, "check_answer", lambda *_, **__: given_up)
     judge = critic(bundled, k=6)
     assert verdicts(score_all(judge, [record()])[0]) == [pytest.approx(100 / 3)] * 4 + ["answer_timeout"]
     assert judge.summary()["answer_timeouts"] == 12
