@@ -26,7 +26,7 @@ import torch
 from common import goal, machine, table
 
 from ssrctl.checkpoints.reader import TensorReader
-from ssrctl.checkpoints.tensor_files import NewTensor, stored_bytes, write_header
+from ssrctl.io.tensor_writing import NewTensor, stored_bytes, write_header
 
 GOAL_RSS_GIB = 2.0
 CHANGED_FRAC = 0.01

@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from common import goal, machine, table
 
-from ssrctl.checkpoints.tensor_files import NewTensor, stored_bytes, write_header
+from ssrctl.io.tensor_writing import NewTensor, stored_bytes, write_header
 
 GOAL_SPEED = 0.5
 GIB = 2**30

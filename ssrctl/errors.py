@@ -28,3 +28,16 @@ class Stopped(_Reported):
 
 class CheckFailed(_Reported):
     """A check that the user asked for failed; its report is written. The exit code is 4, for continuous integration."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, SIGTERM or SIGHUP in a command that kept what was done.
+
+    Args:
+        message: what is kept.
+        remedy: how to continue.
+    """
+
+    def __init__(self, message: str, remedy: str) -> None:
+        super().__init__(message)
+        self.message, self.remedy = message, remedy

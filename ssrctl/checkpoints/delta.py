@@ -14,9 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ssrctl.checkpoints.tensor_files import DTYPES, StoredTensor, read_pieces, stored_tensors
+from ssrctl.checkpoints.tensor_files import StoredTensor, read_pieces, stored_tensors
 from ssrctl.errors import UserError
 from ssrctl.io.artifacts import ModelIdentity, identity_field, json_field, read_metadata, save_tensors, shapes_field
+from ssrctl.io.tensor_writing import DTYPES
 
 if TYPE_CHECKING:
     import torch

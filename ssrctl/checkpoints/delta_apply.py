@@ -12,9 +12,9 @@ from ssrctl.checkpoints.files import INDEX, SINGLE
 from ssrctl.checkpoints.fingerprint import RunningFingerprint
 from ssrctl.checkpoints.parameter_names import tied_copies
 from ssrctl.checkpoints.reader import TensorReader
-from ssrctl.checkpoints.tensor_files import NewTensor, aligned_order, stored_bytes, write_header
 from ssrctl.errors import UserError
 from ssrctl.io.files import whole_file, write_text
+from ssrctl.io.tensor_writing import NewTensor, aligned_order, stored_bytes, write_header
 
 if TYPE_CHECKING:
     import torch

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from ssrctl.checkpoints.reader import TensorReader
 from ssrctl.checkpoints.tensor_files import TensorSpool
 from ssrctl.errors import UserError
 from ssrctl.io.artifacts import ModelIdentity, header_metadata
-from ssrctl.io.files import whole_file
+from ssrctl.io.files import part_folder, whole_file
 
 if TYPE_CHECKING:
     import torch
@@ -76,11 +75,8 @@ def write_difference(
     Raises:
         UserError: a tensor whose dtype changed and whose base values would have to be rounded.
     """
-    with (
-        whole_file(path) as temporary,
-        tempfile.TemporaryDirectory(dir=temporary.parent, prefix=".delta.", suffix=".part") as folder,
-    ):
-        spool = TensorSpool(Path(folder))
+    with whole_file(path) as temporary, part_folder(temporary.with_name(Path(path).name)) as folder:
+        spool = TensorSpool(folder)
         try:
             comparison = _Comparison(base, tuned, spool)
             tensors = sorted((comparison.compare(name) for name in names), key=lambda one: one.name)

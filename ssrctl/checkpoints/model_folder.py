@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ssrctl.checkpoints.files import check_link
 from ssrctl.errors import UserError
-from ssrctl.io.files import write_text
+from ssrctl.io.files import part_folder, remove_parts_of_dead_processes, write_text
 
 if TYPE_CHECKING:
     import torch
@@ -30,22 +29,22 @@ _DTYPE_KEYS = ("dtype", "torch_dtype")  # the second is the name before transfor
 def whole_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder next to ``path``; on success it takes ``path``'s place, on any exception it is removed.
 
+    Temporary folders of processes that were killed while they wrote ``path`` are removed first.
+
     Raises:
         UserError: ``path`` exists and is not an empty folder, or its parent cannot be written to.
     """
     check_free(path)
     target = path.resolve()
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.parent / f".{target.name[:40]}.{secrets.token_hex(4)}.part"
-        temporary.mkdir()
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}", "choose a folder you can write to") from error
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            remove_parts_of_dead_processes(target.parent, target.name)
+            temporary = stack.enter_context(part_folder(target))
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}", "choose a folder you can write to") from error
         yield temporary
         temporary.replace(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def check_free(path: Path) -> None:

@@ -165,16 +165,15 @@ def walk(
         comparison: the open checkpoints.
         work: called in a worker thread with a name and, of a range, its first flat index (None: the whole tensor).
         num_workers: threads, at least 1.
-        description: of the progress bar, which is shown on a terminal only.
+        description: of the progress bar.
         in_ranges: call ``work`` for each range of ``RANGE`` elements, in the order in which tensors lie in the file,
             on one torch thread each; otherwise once for each tensor, in the order of ``comparison.names``.
 
     Results do not depend on the number of workers.
     """
     import torch
-    from rich.progress import track
 
-    from ssrctl.io.console import console as stderr_console
+    from ssrctl.io.console import progress
 
     if in_ranges:
         names = comparison.base.in_file_order(comparison.names)
@@ -184,17 +183,20 @@ def walk(
     else:
         tasks = [(name, None) for name in comparison.names]
     threads = torch.get_num_threads()
-    console = stderr_console()
     # As many threads of torch as cores are left, so that two decompositions do not compete for the same ones.
     each = 1 if in_ranges else max(1, threads // num_workers)
     try:
-        with ThreadPoolExecutor(num_workers, initializer=torch.set_num_threads, initargs=(each,)) as pool:
-            made = pool.map(lambda task: work(*task), tasks)
-            shown = track(
-                made, description, total=len(tasks), console=console, transient=True, disable=not console.is_terminal
-            )
-            for (name, _), one in zip(tasks, shown, strict=True):
-                yield name, one
+        with (
+            ThreadPoolExecutor(num_workers, initializer=torch.set_num_threads, initargs=(each,)) as pool,
+            progress(unit="pieces", transient=True) as bar,
+        ):
+            shown = bar.add_task(description, total=len(tasks), status="")
+            try:
+                for (name, _), one in zip(tasks, pool.map(lambda task: work(*task), tasks), strict=True):
+                    yield name, one
+                    bar.advance(shown)
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C nothing new is begun
     finally:
         torch.set_num_threads(threads)
 

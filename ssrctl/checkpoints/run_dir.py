@@ -20,8 +20,8 @@ from ssrctl.checkpoints.delta import Delta, load_delta, save_delta
 from ssrctl.configs import TrainConfig, current_names
 from ssrctl.errors import UserError
 from ssrctl.io.artifacts import load_tensors, save_tensors
-from ssrctl.io.files import write_text
-from ssrctl.io.jsonl import JsonlLog, read_jsonl, write_jsonl
+from ssrctl.io.files import remove_parts_of_dead_processes, write_text
+from ssrctl.io.jsonl import read_jsonl, write_jsonl
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 OPTIMIZER_KIND = "optimizer"
 COMPLETE = "COMPLETE"
 DELTA_FILE = "delta.safetensors"
+_LOGS = (("rollouts", ".jsonl"), ("masks", ".safetensors"), ("gradients", ".safetensors"))
 
 
 @dataclass(frozen=True)
@@ -88,19 +89,37 @@ class RunDir:
     def write_manifest(self, manifest: Mapping[str, Any]) -> None:
         write_text(self.manifest, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
 
+    def logged_after(self, step: int) -> str:
+        """Describe what the run holds of the steps after ``step``; an empty text when there is nothing."""
+        rows = sum(row["step"] > step for row in self._rows())
+        rollouts = sum(number > step for number, _ in self._numbered("rollouts", ".jsonl"))
+        checkpoints = [path.name for path in self.checkpoints() if int(path.name) > step]
+        found = [f"{rows} rows of metrics"] * bool(rows) + [f"rollouts of {rollouts} steps"] * bool(rollouts)
+        return ", ".join(found + [f"checkpoints {' '.join(checkpoints)}"] * bool(checkpoints))
+
     def rewind(self, step: int) -> None:
-        """Drop what a run logged after ``step``: continuing from there writes it again."""
-        if self.metrics.is_file():
-            JsonlLog(self.metrics).close()  # opening it cuts a truncated last line off
-            if self.metrics.stat().st_size:
-                write_jsonl(self.metrics, [row for _, row in read_jsonl(self.metrics) if row["step"] <= step])
-        for folder, suffix in (("rollouts", ".jsonl"), ("masks", ".safetensors"), ("gradients", ".safetensors")):
+        """Drop what a run logged after ``step``, and what killed processes left: continuing from there writes it again."""
+        rows = self._rows()
+        if any(row["step"] > step for row in rows) or not self._ends_whole():
+            write_jsonl(self.metrics, [row for row in rows if row["step"] <= step])
+        for folder, suffix in _LOGS:
             for number, file in self._numbered(folder, suffix):
                 if number > step:
                     file.unlink()
-        for number, later in self._numbered("checkpoints", ""):
-            if number > step:
-                _remove_checkpoint(later)
+        for number, folder_of_step in self._numbered("checkpoints", ""):
+            if number > step or not (folder_of_step / COMPLETE).is_file():
+                _remove_checkpoint(folder_of_step)
+        for place in (self.path, *(self.path / folder for folder, _ in _LOGS), *self.checkpoints()):
+            remove_parts_of_dead_processes(place)
+
+    def _rows(self) -> list[dict[str, Any]]:
+        """Return the rows of metrics.jsonl, without one that a kill truncated."""
+        if not self.metrics.is_file() or not self.metrics.stat().st_size:
+            return []
+        return [row for _, row in read_jsonl(self.metrics, on_torn=lambda message: None, may_be_empty=True)]
+
+    def _ends_whole(self) -> bool:
+        return not self.metrics.is_file() or self.metrics.read_bytes()[-1:] in (b"", b"\n")
 
 
 @dataclass(frozen=True)
@@ -126,10 +145,14 @@ def save_checkpoint(
     """Write a checkpoint; the file COMPLETE comes last, so that a truncated one is known as such."""
     if folder.exists():
         _remove_checkpoint(folder)
-    save_delta(folder / DELTA_FILE, delta, settings)
-    save_tensors(folder / "optimizer.safetensors", optimizer, OPTIMIZER_KIND, {})
-    write_text(folder / "state.json", json.dumps(dict(state), indent=2) + "\n")
-    write_text(folder / COMPLETE, "")
+    try:
+        save_delta(folder / DELTA_FILE, delta, settings)
+        save_tensors(folder / "optimizer.safetensors", optimizer, OPTIMIZER_KIND, {})
+        write_text(folder / "state.json", json.dumps(dict(state), indent=2) + "\n")
+        write_text(folder / COMPLETE, "")
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)  # a full disk needs the room
+        raise
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:

@@ -9,16 +9,16 @@ tensors' bytes in the header's order without gaps.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ssrctl.checkpoints.header import read_header
 from ssrctl.errors import UserError
+from ssrctl.io.tensor_writing import DTYPES, NewTensor, stored_bytes, write_header
 
 if TYPE_CHECKING:
     import torch
@@ -28,26 +28,6 @@ if TYPE_CHECKING:
 # each call shows. 2^22 took 1.6 times as long, 2^18 1.1 times.
 PIECE_ELEMENTS = 2**20
 _COPY_BYTES = 16 * 2**20
-_ALIGNMENT = 8
-
-DTYPES = {
-    "BOOL": "bool",
-    "U8": "uint8",
-    "I8": "int8",
-    "I16": "int16",
-    "U16": "uint16",
-    "I32": "int32",
-    "U32": "uint32",
-    "I64": "int64",
-    "U64": "uint64",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F32": "float32",
-    "F64": "float64",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-}
-_STORED = {ours: stored for stored, ours in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -133,44 +113,6 @@ def _fill(file: Any, buffer: memoryview) -> int:
     while done < len(buffer) and (count := file.readinto(buffer[done:])):
         done += count
     return done
-
-
-def stored_bytes(tensor: Tensor) -> memoryview:
-    """Return a CPU tensor's bytes as safetensors stores them."""
-    import torch
-
-    return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data
-
-
-@dataclass(frozen=True)
-class NewTensor:
-    """A tensor to be written."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-def aligned_order(tensors: Iterable[NewTensor]) -> list[NewTensor]:
-    """Sort wide types first, then by name, as the library does: so every tensor starts at a multiple of its item size."""
-    return sorted(tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))
-
-
-def write_header(file: BinaryIO, tensors: Sequence[NewTensor], metadata: Mapping[str, str]) -> None:
-    """Write the header of a file that holds ``tensors`` in this order; their bytes must follow."""
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    end = 0
-    for tensor in tensors:
-        start, end = end, end + tensor.nbytes
-        stored = _STORED[str(tensor.dtype).removeprefix("torch.")]
-        header[tensor.name] = {"dtype": stored, "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % _ALIGNMENT)
-    file.write(len(text).to_bytes(8, "little") + text)
 
 
 class TensorSpool:

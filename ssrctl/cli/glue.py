@@ -23,7 +23,9 @@ from typer.core import TyperCommand
 from ssrctl.configs import Config, build_config
 from ssrctl.configs.building import field_types, ranges
 from ssrctl.configs.names import accepted_names, flag, old_names
-from ssrctl.errors import CheckFailed, Stopped, UserError
+from ssrctl.errors import CheckFailed, Interrupted, Stopped, UserError
+from ssrctl.io.interrupts import termination_as_interrupt
+from ssrctl.io.visible import visible
 
 _DEFAULTS_GIVEN = "ssrctl.defaults_given"
 _LONGEST_MESSAGE = 1200
@@ -224,16 +226,23 @@ def current_words(config: type[Config], argv: list[str], *, quiet: bool = False)
 
 def warn(text: str) -> None:
     """Print a warning to stderr."""
-    sys.stderr.write(f"warning: {text}\n")
+    sys.stderr.write(f"warning: {visible(text)}\n")
 
 
 def run_guarded(call: Callable[[], int]) -> int:
     """Run ``call``; print a ``UserError`` as one or two lines; return the exit code of the outcome.
 
+    SIGTERM and SIGHUP end the call as Ctrl-C does.
+
     Returns:
-        0 success, 2 user error, 3 stopped early with the finished work kept, 4 a check that was
-        asked for failed, 1 anything else (Ctrl-C included).
+        0 success, 2 user error, 3 stopped early with the finished work kept (SIGTERM and SIGHUP included), 4 a check
+        that was asked for failed, 1 anything else (Ctrl-C included).
     """
+    with termination_as_interrupt() as terminated_by:
+        return _guarded(call, terminated_by)
+
+
+def _guarded(call: Callable[[], int], terminated_by: Callable[[], str | None]) -> int:
     try:
         return call()
     except UserError as error:
@@ -245,8 +254,15 @@ def run_guarded(call: Callable[[], int]) -> int:
     except CheckFailed as check:
         say_error(check.message, check.remedy, title="check failed: ")
         return 4
-    except KeyboardInterrupt:
-        say_error("interrupted", None)
+    except KeyboardInterrupt as interrupt:
+        kept, remedy = (interrupt.message, interrupt.remedy) if isinstance(interrupt, Interrupted) else (None, None)
+        signal = terminated_by()
+        if signal is not None:
+            say_error(
+                f"{signal}: {kept}" if kept else signal, remedy or "run the same command again", title="stopped: "
+            )
+            return 3
+        say_error(f"interrupted: {kept}" if kept else "interrupted", remedy)
         return 1
     except MemoryError:
         say_error("out of memory", "use a smaller model, --dtype bfloat16, or smaller batches")
@@ -266,12 +282,13 @@ def _is_unicode(text: str) -> bool:
 
 def say_error(message: str, remedy: str | None, *, title: str = "error: ") -> None:
     """Print an error to stderr, without reading it as markup; values of a file in it may be long, and are cut."""
-    from rich.console import Console
     from rich.text import Text
+
+    from ssrctl.io.terminal import SafeConsole
 
     if len(message) > _LONGEST_MESSAGE:
         message = f"{message[:_LONGEST_MESSAGE]}..."
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console = SafeConsole(stderr=True, soft_wrap=True, highlight=False)
     console.print(Text.assemble((title, "bold red"), message))
     if remedy:
         console.print(Text.assemble(("  fix: ", "bold"), remedy))

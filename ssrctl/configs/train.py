@@ -74,9 +74,14 @@ class MethodOptions(Config):
     max_step_budget: Share = 0.01
     """Largest share that one step may claim, k_max."""
 
+    budget_rule: Literal["share", "paper"] = "share"
+    """Rule that divides B among a question's steps. share: by the share of each step's gradient energy that is still
+    unclaimed; what the cap k_max cuts off goes to the other steps. paper: by magnitude mass relative to the first step
+    (SSR section 2.3.3); what the cap cuts off is lost."""
+
     budget_profile: str = "auto"
-    """Budget profile: a file from `ssrctl profile-budget`, a name in profiles/budgets, flat for equal
-    budgets, or auto."""
+    """Budget profile: a file from `ssrctl profile-budget`, a name in profiles/budgets, flat for equal budgets, or auto:
+    the profile that ships for weights with this fingerprint, flat if there is none."""
 
     allocation: Literal["disjoint", "overlap", "pooled", "shuffled"] = "disjoint"
     """disjoint: no two steps of a question update the same weight. Controls: overlap, every step its own largest;
@@ -154,8 +159,7 @@ class OptimizerOptions(Config):
     """Added to the denominator of adam, adamw and rms."""
 
     master_weights: bool = True
-    """Keep, with bfloat16 or float16 weights, the exact float32 value of those that kronos (or adamw with --mask)
-    updates."""
+    """Keep, with bfloat16 or float16 weights, the exact float32 value of those that are updated."""
 
 
 @dataclass(kw_only=True)
@@ -172,6 +176,9 @@ class CheckpointOptions(Config):
 
     resume_from_checkpoint: str | None = None
     """A checkpoint folder, or latest to continue the run in --output-dir."""
+
+    force: bool = False
+    """Resume from an older checkpoint than the newest, and drop what the run did after it."""
 
 
 @dataclass(kw_only=True)
@@ -228,6 +235,8 @@ class TrainConfig(
             self.optimizer = "kronos" if self.mask is None else "adamw"
         if self.find_lr and self.resume_from_checkpoint is not None:
             raise UserError("--find-lr starts from the model's weights", "leave out --resume-from-checkpoint")
+        if self.force and self.resume_from_checkpoint is None:
+            raise UserError("--force is for --resume-from-checkpoint", "leave it out, or name a checkpoint")
         self._check_optimizer()
 
     def _check_optimizer(self) -> None:

@@ -175,8 +175,9 @@ class KronosOpt(torch.optim.Optimizer):
         """Forget the claims of the question before; what it kept stays for ``step``.
 
         Args:
-            units: number of units to come, which share ``budget`` equally; or their weights w_i; each gets
-                ``min(k_max, B w_i / sum(w))`` of the unprotected coordinates. With None, k is given to ``claim``.
+            units: number of units to come, which share ``budget`` equally; or their weights w_i, by which it is
+                dealt out: at most k_max each, and what the cap cuts off goes to the others
+                (``core.budget.shared_budget``). With None, k is given to ``claim``.
 
         Raises:
             RuntimeError: a gradient is there already, which the first unit's would be added to.

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ssrctl.errors import UserError
 from ssrctl.io.files import existing_file, whole_file
+from ssrctl.io.tensor_writing import write_tensors
 from ssrctl.version import __version__
 
 if TYPE_CHECKING:
@@ -43,11 +44,8 @@ class ModelIdentity:
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], kind: str, metadata: Mapping[str, Any]) -> None:
     """Write a safetensors file, whole or not at all; metadata values that are not text are stored as json."""
-    from safetensors.torch import save_file
-
-    header = header_metadata(kind, metadata)
     with whole_file(path) as temporary:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, metadata=header)
+        write_tensors(temporary, tensors, header_metadata(kind, metadata))
 
 
 def header_metadata(kind: str, metadata: Mapping[str, Any]) -> dict[str, str]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import signal
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ssrctl.io.visible import visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 @functools.cache
 def console() -> Console:
     """Return the console of stderr."""
-    from rich.console import Console
+    from ssrctl.io.terminal import SafeConsole
 
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    return SafeConsole(stderr=True, highlight=False, soft_wrap=True)
 
 
 def note(text: str) -> None:
@@ -41,7 +41,7 @@ def show_plan(title: str, plan: dict[str, Any]) -> None:
 
     table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
     for key, value in plan.items():
-        table.add_row(key.replace("_", " "), Text(_shown(value)))
+        table.add_row(key.replace("_", " "), Text(visible(_shown(value))))  # before the width is measured
     console().print(table)
 
 
@@ -82,8 +82,14 @@ def show_rates(results: Sequence[Any]) -> None:
     console().print(table)
 
 
-def progress(*, unit: str) -> Progress:
-    """Make a progress bar with count, elapsed time and time left; silent when stderr is not a terminal."""
+def progress(*, unit: str, lines: bool = True, transient: bool = False) -> Progress:
+    """Make a progress bar with count, elapsed time and time left; when stderr is not a terminal, a line now and then.
+
+    Args:
+        unit: of the counts.
+        lines: False prints no lines, for a caller that prints its own.
+        transient: remove the bar at the end.
+    """
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -93,6 +99,10 @@ def progress(*, unit: str) -> Progress:
         TimeRemainingColumn,
     )
 
+    if lines and not console().is_terminal:
+        from ssrctl.io.terminal import PlainProgress
+
+        return PlainProgress(unit, console())
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -103,6 +113,7 @@ def progress(*, unit: str) -> Progress:
         TimeRemainingColumn(),
         TextColumn("{task.fields[status]}"),
         console=console(),
+        transient=transient,
         disable=not console().is_terminal,
     )
 
@@ -114,30 +125,3 @@ def tracked(names: Sequence[str], what: str) -> Iterator[str]:
         for name in names:
             yield name
             bar.update(task, advance=1)
-
-
-@contextlib.contextmanager
-def deferred_interrupt() -> Iterator[Any]:
-    """Let the current step finish on Ctrl-C.
-
-    Yields a function that tells whether Ctrl-C was pressed. A second Ctrl-C interrupts at once. Outside the
-    main thread, where signals cannot be caught, nothing is changed.
-    """
-    pressed = False
-
-    def handler(number: int, frame: object) -> None:
-        nonlocal pressed
-        if pressed:
-            raise KeyboardInterrupt
-        pressed = True
-        note("Ctrl-C: finishing this step; press again to stop at once")
-
-    try:
-        before = signal.signal(signal.SIGINT, handler)
-    except ValueError:
-        yield lambda: False
-        return
-    try:
-        yield lambda: pressed
-    finally:
-        signal.signal(signal.SIGINT, before)

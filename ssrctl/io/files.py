@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import errno
+import fcntl
+import glob
 import gzip
 import os
+import secrets
 import shutil
 import sys
 import tempfile
@@ -19,17 +23,24 @@ from ssrctl.errors import UserError
 STDIO = "-"
 _GZIP = b"\x1f\x8b"
 _OTHER_COMPRESSION = {b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+PART = ".part"  # ending of temporary files and folders
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota or a limit on the size of files is reached
+
+
+class CannotWrite(UserError):
+    """An output that cannot be written, above all because the disk is full; what was there before is unchanged."""
 
 
 @contextlib.contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path next to ``path``; on success fsync it and rename it into place.
 
-    On any exception the temporary file is removed and ``path`` keeps what it held before. A link is followed:
-    what it points to is replaced. A device or named pipe (``/dev/null``) is written to, not replaced.
+    On any exception the temporary file is removed and ``path`` keeps what it held before; temporary files of processes
+    that were killed while they wrote ``path`` are removed first. A link is followed: what it points to is replaced. A
+    device or named pipe (``/dev/null``) is written to, not replaced.
 
     Raises:
-        UserError: ``path`` is a folder, or its folder cannot be made or written to.
+        UserError: ``path`` is a folder, or (CannotWrite) it cannot be made or written to.
     """
     target = Path(path)
     if os.path.isdir(target):  # noqa: PTH112 (Path.is_dir raises for names that are too long)
@@ -45,28 +56,73 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         # is too long is to be known now, not when all is computed and the rename fails.
         with contextlib.suppress(FileNotFoundError):
             target.lstat()
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:40]}.", suffix=".part")
+        remove_parts_of_dead_processes(target.parent, target.name)
+        handle, temporary = _new_part(target)
     except (OSError, ValueError) as error:  # a name with a NUL or a lone surrogate is a ValueError
         reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"cannot write {target}: {reason}", "choose a folder you can write to") from error
-    os.close(handle)
-    temporary = Path(name)
+        raise CannotWrite(f"cannot write {target}: {reason}", "choose a folder you can write to") from error
     try:
         try:
             yield temporary
+            with temporary.open("rb") as written:
+                os.fsync(written.fileno())
         except OSError as error:
-            if error.filename is not None:
+            if error.filename is not None and error.errno not in FULL:
                 raise
             # A full disk, above all, which the system reports without a name.
-            raise UserError(f"cannot write {target}: {error.strerror}", "make room or name another place") from error
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        # mkstemp and safetensors both make files that only the owner reads; outputs get the usual mode.
+            raise CannotWrite(f"cannot write {target}: {error.strerror}", "make room or name another place") from error
+        # mkstemp makes files that only the owner reads; outputs get the usual mode.
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(target)
         _sync_folder(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _new_part(target: Path) -> tuple[int, Path]:
+    """Make the temporary file of ``target``, locked as long as the returned descriptor is open."""
+    while True:
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:40]}.", suffix=PART)
+        _hold(handle)
+        if os.fstat(handle).st_nlink:
+            return handle, Path(name)
+        os.close(handle)  # another process took it for a leftover before it was locked
+
+
+@contextlib.contextmanager
+def part_folder(target: Path) -> Iterator[Path]:
+    """Yield a new temporary folder next to ``target``; it is removed at the end, if it still has its name."""
+    folder = target.parent / f".{target.name[:40]}.{secrets.token_hex(4)}{PART}"
+    folder.mkdir()
+    descriptor = os.open(folder, os.O_RDONLY)
+    _hold(descriptor)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(descriptor)
+
+
+def _hold(descriptor: int) -> None:
+    """Lock an open temporary file or folder, so that no other process takes it for a leftover."""
+    with contextlib.suppress(OSError):  # a file system without locks, where leftovers are not removed
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def remove_parts_of_dead_processes(folder: Path, name: str | None = None) -> None:
+    """Remove the temporary files and folders in ``folder``, of output ``name`` or of all, that no process holds."""
+    for part in folder.glob(f".{'*' if name is None else glob.escape(name[:40])}.*{PART}"):
+        with contextlib.suppress(OSError):  # gone, held by a process, or on a file system without locks
+            descriptor = os.open(part, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if part.is_dir():
+                    shutil.rmtree(part)
+                else:
+                    part.unlink()
+            finally:
+                os.close(descriptor)
 
 
 @contextlib.contextmanager

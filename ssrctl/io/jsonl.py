@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -12,11 +13,11 @@ from typing import Any
 
 from ssrctl.errors import UserError
 from ssrctl.io.files import STDIO as STDIO
-from ssrctl.io.files import text_bytes, whole_file
+from ssrctl.io.files import CannotWrite, text_bytes, whole_file
 
 
 def read_jsonl(
-    path: str | Path, *, on_torn: Callable[[str], None] | None = None
+    path: str | Path, *, on_torn: Callable[[str], None] | None = None, may_be_empty: bool = False
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield ``(where, row)`` for every line, ``where`` being ``file:line`` for error messages.
 
@@ -25,6 +26,7 @@ def read_jsonl(
         on_torn: called with a message when the last line is truncated (no newline at its end and no valid
             json, as after a kill); that line is then left out. When None, a truncated line is an error like any
             other bad line.
+        may_be_empty: yield nothing, instead of raising, if there is no whole line, as in a log after an early kill.
 
     Raises:
         UserError: missing file, text that is not UTF-8, a line that is not a json object or has a key twice, or no
@@ -51,7 +53,7 @@ def read_jsonl(
                 raise UserError(f"{where}: expected a json object, found {type(row).__name__}")
             seen = True
             yield where, row
-    if not seen:
+    if not seen and not may_be_empty:
         reason = "no records in it" + (": its only line is truncated" if torn else "")
         raise UserError(f"{name}: {reason}", "check that the stage before wrote its output")
 
@@ -99,27 +101,57 @@ class JsonlLog:
     A kill can leave at most one truncated last line. Opening the log again cuts such a line off, so that the
     next row starts on a line of its own; a last line that lacks only its newline, which readers take for complete,
     gets it.
+
+    Args:
+        path: the file, made with its folder.
+        remedy: of the error when it cannot be written.
+
+    Raises:
+        CannotWrite: it cannot be opened.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._stream = self.path.open("ab+")
-        _cut_torn_tail(self._stream)
+    def __init__(
+        self, path: str | Path, *, remedy: str = "make room, and run the same command again: it continues from here"
+    ) -> None:
+        self.path, self._remedy = Path(path), remedy
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._stream = self.path.open("ab+", buffering=0)
+            _cut_torn_tail(self._stream)
+        except OSError as error:
+            raise self._cannot_write(error) from error
 
     def append(self, row: dict[str, Any]) -> None:
-        """Add one row."""
-        self._stream.write(dump_line(row).encode("utf-8"))
-        self._stream.flush()
+        """Add one row, whole or not at all.
+
+        Raises:
+            CannotWrite: on a full disk, above all.
+        """
+        before = self._stream.seek(0, os.SEEK_END)
+        left = memoryview(dump_line(row).encode("utf-8"))
+        try:
+            while left:
+                left = left[self._stream.write(left) :]
+        except OSError as error:
+            with contextlib.suppress(OSError):  # a device; of a file, the next opening would cut the torn line off
+                self._stream.truncate(before)
+            raise self._cannot_write(error) from error
 
     def sync(self) -> None:
         """Force what was appended onto the disk."""
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
+        try:
+            os.fsync(self._stream.fileno())
+        except OSError as error:
+            raise self._cannot_write(error) from error
 
     def close(self) -> None:
-        self.sync()
-        self._stream.close()
+        try:
+            self.sync()
+        finally:
+            self._stream.close()
+
+    def _cannot_write(self, error: OSError) -> CannotWrite:
+        return CannotWrite(f"cannot write {self.path}: {error.strerror}", self._remedy)
 
     def __enter__(self) -> JsonlLog:
         return self
@@ -144,7 +176,6 @@ def _cut_torn_tail(stream: Any) -> None:
         stream.seek(position)
         if _is_row(stream.read()):
             stream.write(b"\n")
-            stream.flush()
         else:
             stream.truncate(position)
     stream.seek(0, os.SEEK_END)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -11,6 +13,7 @@ from typing import Any, Literal
 
 from ssrctl.configs import TINY_DATASET, DatasetConfig
 from ssrctl.errors import UserError
+from ssrctl.io.files import FULL, CannotWrite
 from ssrctl.io.row_fields import (
     Message,
     Reference,
@@ -130,12 +133,28 @@ def _from_datasets(config: DatasetConfig, purpose: Purpose) -> Iterator[tuple[st
         else:
             loaded = datasets.load_dataset(str(config.dataset), config.dataset_config, split=split)
     except Exception as error:  # datasets raises whatever its readers and its http client raise
+        if _is_full(error):
+            raise CannotWrite(
+                f"dataset '{config.dataset}' cannot be stored in the cache of datasets, {datasets.config.HF_DATASETS_CACHE}: "
+                "no space left",
+                "make room, or set HF_DATASETS_CACHE to a folder on another disk, and run the same command again",
+            ) from error
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
             f"dataset '{config.dataset}' (split {split}) cannot be loaded: {reason[0]}",
             "give a local jsonl, json, csv, tsv or parquet file, or check the name, --dataset-split and the network",
         ) from error
     return ((f"{config.dataset}:{number}", row) for number, row in enumerate(loaded, start=1))
+
+
+def _is_full(error: BaseException) -> bool:
+    """Return True if a full disk caused an error, which datasets and pyarrow wrap in classes of their own."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if (isinstance(cause, OSError) and cause.errno in FULL) or os.strerror(errno.ENOSPC) in str(cause):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False
 
 
 def _problem(where: str, row: dict[str, Any], config: DatasetConfig) -> Problem:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from ssrctl.core.bits import set_bits, unpack_bits
 from ssrctl.core.topk import CHUNK, NonFiniteGradient, select_topk
 from ssrctl.core.units import Unit, plan_units
 from ssrctl.errors import UserError
+from ssrctl.io.budget_file import MassCurve, ShareCurve
 from ssrctl.io.records import Rollout
 from ssrctl.models.loading import LoadedModel
 from ssrctl.sampling.alignment import step_of_tokens, token_starts
@@ -32,12 +35,15 @@ class StepMass:
             claimed by an earlier step of the problem.
         energy_available: sum of g^2 over all such coordinates, over the sum of g^2 over all coordinates.
         energy_claimed: sum of g^2 over the coordinates it claimed, over the same.
+        share: sum of g^2 over the coordinates that were neither protected nor claimed, over the sum of g^2 over
+            all unprotected ones; None where that sum is 0.
     """
 
     step: int
     mass: float
     energy_available: float
     energy_claimed: float
+    share: float | None
 
 
 def signal_units(advantages: Sequence[Sequence[float | None]], max_steps: int) -> list[Unit]:
@@ -68,15 +74,16 @@ def claim_masses(
     """
     taken = {name: bits.clone() for name, bits in protected.items()}
     for step, gradient in gradients:
-        whole = available = 0.0
+        whole = unprotected = available = 0.0
         for name, values in gradient.items():
             flat = values.reshape(-1)
             for start in range(0, flat.numel(), CHUNK):
                 square = flat[start : start + CHUNK].float().square()
-                free = ~unpack_bits(taken[name], start, start + square.numel())
+                end = start + square.numel()
                 # float64: over 1e8 coordinates a float32 sum is off by whole percents.
                 whole += float(square.double().sum())
-                available += float((square * free).double().sum())
+                unprotected += float((square * ~unpack_bits(protected[name], start, end)).double().sum())
+                available += float((square * ~unpack_bits(taken[name], start, end)).double().sum())
         mass = claimed = 0.0
         for name, indices in select_topk(gradient, claim, taken).items():
             chosen = gradient[name].reshape(-1)[indices].double()
@@ -84,7 +91,8 @@ def claim_masses(
             claimed += float(chosen.float().square().double().sum())
             set_bits(taken[name], indices)
         if whole > 0:
-            yield StepMass(step, mass, available / whole, claimed / whole)
+            share = available / unprotected if unprotected > 0 else None
+            yield StepMass(step, mass, available / whole, claimed / whole, share)
 
 
 def problem_masses(
@@ -132,29 +140,27 @@ def problem_masses(
 
 
 @dataclass(frozen=True)
-class MeanCurve:
-    """The profile by step index.
+class MeanCurves:
+    """Both profiles by step index, and the mean shares of the gradient's energy.
 
     Attributes:
-        curve: mean mass over the problems that have the step, divided by that of step 1.
-        std: population standard deviation over these problems, in the same unit.
-        num_problems: their number.
-        energy_available, energy_claimed: their mean shares of the gradient's energy.
+        share: of rule ``share``.
+        mass: of rule ``paper``.
+        energy_available, energy_claimed: means of the attributes of ``StepMass``, one value per value of ``mass``.
     """
 
-    curve: list[float]
-    std: list[float]
-    num_problems: list[int]
+    share: ShareCurve
+    mass: MassCurve
     energy_available: list[float]
     energy_claimed: list[float]
 
 
-def mean_curve(problems: Sequence[Sequence[StepMass]]) -> MeanCurve:
-    """Average the masses over problems, then normalise to v_1 = 1 (SSR section 2.3.3).
+def mean_curves(problems: Sequence[Sequence[StepMass]]) -> MeanCurves:
+    """Average over problems (SSR section 2.3.3).
 
-    A step that a problem lacks, or that had no signal there, does not count as 0. The average comes first: a
-    ratio per problem would be ruled by problems whose first step is nearly silent. The curve ends before the
-    first index that no problem has.
+    A step that a problem lacks, or that had no signal there, does not count as 0. Shares are averaged as they are:
+    each lies in [0, 1]. Masses are averaged first and then divided by that of step 1: a ratio per problem would be
+    ruled by problems whose first step is nearly silent. A curve ends before the first index that no problem has.
 
     Args:
         problems: each problem's masses, in step order.
@@ -168,12 +174,21 @@ def mean_curve(problems: Sequence[Sequence[StepMass]]) -> MeanCurve:
     length = next(index for index in range(len(by_step) + 1) if index not in by_step)
     rows = [by_step[index] for index in range(length)]
     start = statistics.fmean(found.mass for found in rows[0]) if rows else 0.0
-    if start <= 0:
+    known = [[found.share for found in row if found.share is not None] for row in rows]
+    if start <= 0 or not known[0]:
         raise ValueError(f"none of {len(problems)} problems has a first step with a gradient")
-    return MeanCurve(
-        curve=[statistics.fmean(found.mass for found in row) / start for row in rows],
-        std=[statistics.pstdev(found.mass for found in row) / start for row in rows],
-        num_problems=[len(row) for row in rows],
+    shares = list(itertools.takewhile(bool, known))
+    return MeanCurves(
+        share=ShareCurve(
+            mean=[statistics.fmean(row) for row in shares],
+            standard_error=[statistics.stdev(row) / math.sqrt(len(row)) if len(row) > 1 else None for row in shares],
+            num_problems=[len(row) for row in shares],
+        ),
+        mass=MassCurve(
+            mean=[statistics.fmean(found.mass for found in row) / start for row in rows],
+            std=[statistics.pstdev(found.mass for found in row) / start for row in rows],
+            num_problems=[len(row) for row in rows],
+        ),
         energy_available=[statistics.fmean(found.energy_available for found in row) for row in rows],
         energy_claimed=[statistics.fmean(found.energy_claimed for found in row) for row in rows],
     )

@@ -7,6 +7,7 @@ import re
 import sys
 from typing import TYPE_CHECKING, Any
 
+from ssrctl.io.visible import visible
 from ssrctl.report.document import Document, Figure, Section, Table
 from ssrctl.report.formats import text_safe, times
 from ssrctl.report.tables import FOLDER, table_names, unique_slugs
@@ -72,7 +73,7 @@ def html_page(document: Document, version: str, *, table_files: bool = False) ->
         tables_folder=FOLDER if table_files else None,
         version=version,
     )
-    return text_safe(page)
+    return visible(text_safe(page))
 
 
 def _section_view(section: Section, anchor: str, files: dict[int, str]) -> dict[str, Any]:
@@ -132,9 +133,9 @@ def _breakable(text: str) -> Markup:
 
 def show_document(document: Document, where: str) -> None:
     """Print the document on stdout; without a terminal, at a fixed width in which few cells are folded."""
-    from rich.console import Console
+    from ssrctl.io.terminal import SafeConsole
 
-    print_document(document, Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False), where)
+    print_document(document, SafeConsole(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False), where)
 
 
 def print_document(document: Document, console: Console, where: str) -> None:
@@ -169,7 +170,7 @@ def print_document(document: Document, console: Console, where: str) -> None:
             for column, words in zip(table.headings, table.words, strict=True):
                 shown.add_column(Text(column), justify="left" if words else "right", overflow="fold")
             for row in table.formatted(table.terminal_rows):
-                shown.add_row(*(Text(cell) for cell in row))
+                shown.add_row(*(Text(visible(cell)) for cell in row))  # before widths are measured
             console.print()
             console.print(shown)
             if (more := len(table.rows) - table.terminal_rows) > 0:

@@ -20,6 +20,7 @@ from ssrctl.errors import Stopped, UserError
 from ssrctl.io import console
 from ssrctl.io.jsonl import STDIO, write_jsonl
 from ssrctl.io.labelled import read_labelled
+from ssrctl.io.locks import locked_file
 from ssrctl.io.records import Rollout, StepScore, read_rollouts
 from ssrctl.io.resumable import ResumableOutput
 from ssrctl.text.answers import Extraction, check_answer
@@ -43,6 +44,13 @@ def run(config: CriticConfig) -> dict[str, Any]:
         raise UserError("--json and the records cannot both go to stdout", "give -o FILE")
     if config.dry_run:
         return _plan(config)
+    if config.output == STDIO:
+        return _score(config)
+    with locked_file(Path(config.output)):
+        return _score(config)
+
+
+def _score(config: CriticConfig) -> dict[str, Any]:
     torn: list[str] = []
     with contextlib.closing(_make(config)) as critic, _progress(config, critic) as advance:
         rows = _ScoredRows(ScoreSummary(), advance, config.answer_extraction)

@@ -57,12 +57,13 @@ def run(config: EnvConfig) -> dict[str, Any]:
 
 
 def _show(found: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
+
+    from ssrctl.io.terminal import SafeConsole
 
     table = Table(show_header=False, box=None, pad_edge=False)
     for key, value in found.items():
         text = ", ".join(value) if isinstance(value, list) else "-" if value is None else str(value)
         table.add_row(key.replace("_", " "), Text(text or "none"))
-    Console(highlight=False, soft_wrap=True).print(table)
+    SafeConsole(highlight=False, soft_wrap=True).print(table)

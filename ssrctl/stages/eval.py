@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 from collections.abc import Iterator, Sequence
@@ -14,11 +13,12 @@ from ssrctl.checkpoints.delta import apply_delta, load_delta
 from ssrctl.checkpoints.run_dir import RunDir, find_delta
 from ssrctl.configs import TINY, TINY_DATASET, EvalConfig, current_names
 from ssrctl.core.seeds import derive_seed
-from ssrctl.errors import UserError
+from ssrctl.errors import Interrupted, UserError
 from ssrctl.evaluation.accuracy import compare, summarise, with_reference
 from ssrctl.io import console, manifest
 from ssrctl.io.files import existing_file, write_text
 from ssrctl.io.jsonl import STDIO, JsonlLog, write_jsonl
+from ssrctl.io.locks import locked_folder
 from ssrctl.io.problems import load_problems
 from ssrctl.io.records import FinalAnswer, Rollout, read_rollouts
 from ssrctl.io.row_fields import Reference
@@ -48,8 +48,15 @@ def run(config: EvalConfig) -> dict[str, Any]:
 
     Raises:
         UserError: unusable settings or inputs, or a folder that holds another evaluation.
-        KeyboardInterrupt: Ctrl-C; the samples drawn so far are kept and the next run continues from them.
+        Interrupted: Ctrl-C or SIGTERM; the samples drawn so far are kept and the next run continues from them.
     """
+    if config.dry_run:
+        return _run(config)
+    with locked_folder(config.output_dir):
+        return _run(config)
+
+
+def _run(config: EvalConfig) -> dict[str, Any]:
     baseline = None if config.baseline is None else _read_samples(config.baseline)
     found = _sample(config) if config.responses is None else _grade(config, config.responses)
     if config.dry_run:
@@ -112,8 +119,7 @@ def _grade(config: EvalConfig, source: str) -> _Found:
                     yield record.to_dict()
             with_reference(slim)  # raises before the file is put into place
 
-        with _no_new_folder_on_error(config.output_dir):
-            write_jsonl(config.output_dir / SAMPLES, graded())
+        write_jsonl(config.output_dir / SAMPLES, graded())
     # A pipe cannot be read a second time.
     digest = manifest.file_hash(source) if source != STDIO and Path(source).is_file() else None
     made_by = {
@@ -152,19 +158,6 @@ def _claim_for_grading(folder: Path) -> None:
         raise UserError(f"{folder} holds samples that were not graded from a file", "name another --output-dir")
 
 
-@contextlib.contextmanager
-def _no_new_folder_on_error(folder: Path) -> Iterator[None]:
-    """Remove ``folder`` and its parents after an error, as far as they are new and empty."""
-    new = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        yield
-    except BaseException:
-        for path in new:
-            with contextlib.suppress(OSError):  # not made, or not empty
-                path.rmdir()
-        raise
-
-
 # --------------------------------------------------------------------------------------------------
 # sampled responses
 
@@ -195,7 +188,13 @@ def _sample(config: EvalConfig) -> _Found:
         }
         return _Found(plan)
     _claim_folder(config, loaded)
-    _draw(config, loaded, prompts)
+    try:
+        _draw(config, loaded, prompts)
+    except KeyboardInterrupt as interrupt:
+        raise Interrupted(
+            f"the samples drawn so far are kept in {config.output_dir / SAMPLES}",
+            "run the same command again: it continues from there",
+        ) from interrupt
     wanted = {f"{p.problem.id}/{i}" for p in prompts for i in range(config.num_samples)}
     about = {"model": dataclasses.asdict(loaded.identity), "checkpoint": config.checkpoint and config.checkpoint.name}
     return _Found(about, [s for s in _read_samples(config.output_dir) if s.id in wanted])
@@ -304,9 +303,10 @@ def _claim_folder(config: EvalConfig, loaded: LoadedModel) -> None:
 
 def _show(summary: dict[str, Any], config: EvalConfig) -> None:
     """Print the result as a small table on stdout."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
+
+    from ssrctl.io.terminal import SafeConsole
 
     level = f"{config.confidence:.0%} interval"
     source = summary["responses"] if config.responses else config.dataset
@@ -323,7 +323,7 @@ def _show(summary: dict[str, Any], config: EvalConfig) -> None:
         table.add_row("difference (paired)", *_cells(paired["difference"], signed=True))
     else:
         table.add_row("given" if config.responses else "sampled", *_cells(summary["accuracy"]))
-    Console().print(table)
+    SafeConsole().print(table)
 
 
 def _cells(estimate: dict[str, float], signed: bool = False) -> tuple[str, str]:

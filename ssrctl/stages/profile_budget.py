@@ -13,20 +13,21 @@ from torch import Tensor
 from ssrctl.configs import CriticOptions, ProfileBudgetConfig
 from ssrctl.core.advantages import two_level_advantages
 from ssrctl.core.bits import bits_from_mask
-from ssrctl.core.budget import coordinates
+from ssrctl.core.budget import RULES, SHOWN_STEPS, coordinates, grant
 from ssrctl.core.mask import BlockMask
 from ssrctl.core.seeds import derive_seed
 from ssrctl.critics.registry import make_critic
 from ssrctl.critics.scoring import score_groups
 from ssrctl.errors import UserError
 from ssrctl.io.artifacts import load_mask_for
-from ssrctl.io.budget_file import BudgetProfile, save_budget_profile
-from ssrctl.io.console import console, deferred_interrupt, note, progress, show_plan, warn
+from ssrctl.io.budget_file import MIN_PROBLEMS, BudgetProfile, save_budget_profile
+from ssrctl.io.console import console, note, progress, show_plan, warn
 from ssrctl.io.files import whole_file
+from ssrctl.io.interrupts import deferred_interrupt
 from ssrctl.io.manifest import file_hash, published_settings, versions
 from ssrctl.io.problems import load_problems
 from ssrctl.io.records import Rollout, read_rollouts
-from ssrctl.masks.budget_profile import MeanCurve, StepMass, mean_curve, problem_masses, traces_batch
+from ssrctl.masks.budget_profile import StepMass, mean_curves, problem_masses, traces_batch
 from ssrctl.models.loading import LoadedModel, describe_model, load_model
 from ssrctl.sampling.groups import Group, describe_prompt, prepare_prompts, sample_groups
 from ssrctl.text.prompts import build_prompt, load_prompt_format, use_chat_template
@@ -83,7 +84,7 @@ def run(config: ProfileBudgetConfig) -> dict[str, Any]:
         return plan
     bits = {name: packed.to(loaded.device) for name, packed in bits_from_mask(mask).items()}
     measured, interrupted = _measure(config, loaded, source, claim, bits)
-    result = _write(config, loaded, measured)
+    result = _write(config, loaded, measured, mask.numel - mask.count())
     if interrupted:
         warn(f"interrupted: the profile is of {len(measured)} of {source.num_groups} problems")
         raise KeyboardInterrupt
@@ -197,23 +198,24 @@ def _measure(
     return measured, False
 
 
-def _write(config: ProfileBudgetConfig, loaded: LoadedModel, measured: list[list[StepMass]]) -> dict[str, Any]:
+def _write(
+    config: ProfileBudgetConfig, loaded: LoadedModel, measured: list[list[StepMass]], num_unprotected: int
+) -> dict[str, Any]:
     try:
-        curve = mean_curve(measured)
+        curves = mean_curves(measured)
     except ValueError as error:
         raise UserError(
             f"{error}: all advantages of the first steps are 0", "profile more problems, or score with another critic"
         ) from error
-    settings = published_settings(config) | {"versions": versions()}
+    settings = published_settings(config) | {"measured_problems": len(measured), "versions": versions()}
     if config.traces is not None:
         settings["traces_hash"] = file_hash(config.traces)
     profile = BudgetProfile(
         model=loaded.identity,
-        curve=curve.curve,
-        std=curve.std,
-        num_problems=curve.num_problems,
-        energy_available=curve.energy_available,
-        energy_claimed=curve.energy_claimed,
+        share=curves.share,
+        mass=curves.mass,
+        energy_available=curves.energy_available,
+        energy_claimed=curves.energy_claimed,
         claim_fraction=config.claim_fraction,
         settings=settings,
     )
@@ -221,27 +223,64 @@ def _write(config: ProfileBudgetConfig, loaded: LoadedModel, measured: list[list
     written = [str(config.output)]
     if plot := _plot(config.output.with_suffix(".svg"), profile):
         written.append(plot)
-    _show(curve)
+    _show(profile)
+    _show_grants(profile, num_unprotected)
     if silent := sum(1 for steps in measured if not steps):
         warn(
             f"{silent} of {len(measured)} problems gave no gradient: their responses all scored the same, or not at "
             "all (raise --num-problems for a steadier curve)"
         )
-    note(f"wrote {' and '.join(written)}: {len(curve.curve)} steps over {curve.num_problems[0]} problems")
+    used, found = len(profile.curve("share")), len(profile.mass.mean)
+    if used < found:
+        warn(
+            f"step {used + 1} was measured on fewer than {MIN_PROBLEMS} problems: rule share holds v_{used} from there "
+            "on (raise --num-problems)"
+        )
+    note(f"wrote {' and '.join(written)}: {found} steps over {profile.mass.num_problems[0]} problems")
     return profile.to_dict()
 
 
-def _show(curve: MeanCurve) -> None:
+def _show(profile: BudgetProfile) -> None:
     from rich.table import Table
 
-    table = Table(title="available to each step, relative to the first", title_justify="left")
-    for heading in ("step", "v", "std", "problems", "energy available", "energy claimed"):
+    table = Table(title="available to each step: share of its energy; mass relative to the first", title_justify="left")
+    for heading in ("step", "share", "std error", "mass", "std", "problems", "energy available", "energy claimed"):
         table.add_column(heading, justify="right")
-    for number, row in enumerate(
-        zip(curve.curve, curve.std, curve.num_problems, curve.energy_available, curve.energy_claimed, strict=True), 1
-    ):
-        v, std, problems, available, claimed = row
-        table.add_row(str(number), f"{v:.3f}", f"{std:.3f}", str(problems), f"{available:.1%}", f"{claimed:.1%}")
+    share, mass = profile.share, profile.mass
+    assert share is not None
+    for index, problems in enumerate(mass.num_problems):
+        known = index < len(share.mean)
+        error = share.standard_error[index] if known else None
+        table.add_row(
+            str(index + 1),
+            f"{share.mean[index]:.3f}" if known else "-",
+            "-" if error is None else f"{error:.3f}",
+            f"{mass.mean[index]:.3f}",
+            f"{mass.std[index]:.3f}",
+            str(problems),
+            f"{profile.energy_available[index]:.1%}",
+            f"{profile.energy_claimed[index]:.1%}",
+        )
+    console().print(table)
+
+
+def _show_grants(profile: BudgetProfile, num_unprotected: int) -> None:
+    """Show, by rule, the budgets with B = 5% and k_max = 1%; warn where the default rule starves a step."""
+    from rich.table import Table
+
+    table = Table(title="budgets with B = 5%, k_max = 1%", title_justify="left")
+    for heading in ("rule", "steps", "of B granted", "smallest step (coordinates)", "equal share"):
+        table.add_column(heading, justify="right")
+    for rule in RULES:
+        for found in (grant(profile.curve(rule), steps, num_unprotected, rule=rule) for steps in SHOWN_STEPS):
+            table.add_row(
+                rule, str(found.num_steps), f"{found.granted_frac:.0%}", str(found.smallest), str(found.equal)
+            )
+            if found.starves and rule == "share":
+                warn(
+                    f"of {found.num_steps} steps one gets {found.smallest} coordinates, less than a tenth "
+                    f"of an equal share ({found.equal})"
+                )
     console().print(table)
 
 
@@ -255,18 +294,27 @@ def _plot(path: Path, profile: BudgetProfile) -> str | None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    steps = list(range(1, len(profile.curve) + 1))
+    share, mass = profile.share, profile.mass
+    assert share is not None
+    errors = [error or 0.0 for error in share.standard_error]
     # Fixed ids and no date, so that equal profiles give equal files.
     with matplotlib.rc_context({"svg.hashsalt": "ssrctl"}):
         figure, axes = pyplot.subplots(figsize=(6, 3.5), layout="constrained")
-        axes.errorbar(steps, profile.curve, yerr=profile.std, marker="o", capsize=3, label="magnitude mass v")
-        axes.plot(steps, profile.energy_available, marker="s", linestyle="--", label="gradient energy available")
-        for step, value, count in zip(steps, profile.curve, profile.num_problems, strict=True):
+        axes.errorbar(
+            _numbers(share.mean), share.mean, yerr=errors, marker="o", capsize=3, label="share of energy left"
+        )
+        axes.plot(_numbers(mass.mean), mass.mean, marker="s", linestyle="--", label="magnitude mass")
+        for step, value, count in zip(_numbers(share.mean), share.mean, share.num_problems, strict=True):
             axes.annotate(f"n={count}", (step, value), textcoords="offset points", xytext=(4, 6), fontsize=7)
-        axes.set(xlabel="step", ylabel="relative to step 1; share", title=f"{profile.model.name}: left for later steps")
+        axes.set(xlabel="step", ylabel="share; relative to step 1", title=f"{profile.model.name}: left for later steps")
         axes.set_ylim(bottom=0)
         axes.legend()
         with whole_file(path) as temporary:
             figure.savefig(temporary, format="svg", metadata={"Date": None})
         pyplot.close(figure)
     return str(path)
+
+
+def _numbers(values: list[float]) -> list[int]:
+    """Return the step numbers of a curve, from 1."""
+    return list(range(1, len(values) + 1))

@@ -11,23 +11,24 @@ from typing import Any
 
 from ssrctl.checkpoints.run_dir import RunDir
 from ssrctl.configs import TrainConfig
-from ssrctl.core.budget import step_budgets
+from ssrctl.core.budget import SHOWN_STEPS, Grant, grant
 from ssrctl.core.mask import BlockMask
 from ssrctl.core.seeds import derive_seed
 from ssrctl.critics.base import Critic
 from ssrctl.critics.registry import CriticResources, make_critic
 from ssrctl.errors import UserError
 from ssrctl.io import console
-from ssrctl.io.artifacts import load_mask_for
-from ssrctl.io.budget_file import load_budget_profile
-from ssrctl.io.package_data import profile_path, shipped_names
+from ssrctl.io.artifacts import ModelIdentity, load_mask_for
+from ssrctl.io.budget_file import MIN_PROBLEMS, load_budget_profile, shipped_budget_profile
+from ssrctl.io.locks import locked_folder
+from ssrctl.io.package_data import profile_path
 from ssrctl.io.problems import load_problems
 from ssrctl.models.loading import LoadedModel, describe_model, folder_of, load_model
 from ssrctl.models.stored_parameters import check_exportable
 from ssrctl.sampling.groups import Prompted, describe_prompt, prepare_prompts
 from ssrctl.text.prompts import load_prompt_format
 from ssrctl.training.lr_sweep import find_lr
-from ssrctl.training.resuming import open_run
+from ssrctl.training.resuming import open_run, run_folder
 from ssrctl.training.tracking import check_tracker
 from ssrctl.training.trainer import Trainer, questions_of_step
 from ssrctl.training.training_step import TrainingStep
@@ -44,11 +45,19 @@ def run(config: TrainConfig) -> dict[str, Any] | None:
 
     Raises:
         UserError: settings or inputs that cannot be used.
-        KeyboardInterrupt: after Ctrl-C, with a checkpoint of the last whole step written.
+        Interrupted: after Ctrl-C or SIGTERM, with a checkpoint of the last whole step written.
     """
     console.note(describe_model(config))
     check_tracker(config.report_to)
-    run_dir, checkpoint = open_run(config)
+    run_dir = run_folder(config)
+    if config.dry_run or config.find_lr:
+        return _run(config, run_dir)
+    with locked_folder(run_dir.path):
+        return _run(config, run_dir)
+
+
+def _run(config: TrainConfig, run_dir: RunDir) -> dict[str, Any] | None:
+    checkpoint = open_run(config, run_dir)
     prompt_format = load_prompt_format(config)
     problems = load_problems(config, "train", derive_seed(config.seed, "problems"))
     itemsize = 4 if config.dtype in ("auto", "float32") else 2
@@ -58,14 +67,15 @@ def run(config: TrainConfig) -> dict[str, Any] | None:
     protected = _mask_at(config.protect, config, loaded)
     mask = _mask_at(config.mask, config, loaded)
     _check_trainable(config, loaded, protected, mask)
-    curve, profile_name = _budget_curve(config)
+    curve, profile_name = _budget_curve(config, loaded.identity)
+    grants = _grants(config, curve, loaded, frozen_coordinates(protected, mask))
     prompts, num_left_out = prepare_prompts(loaded, problems, prompt_format, config.max_new_tokens)
     if num_left_out:
         console.warn(f"{num_left_out} of {len(problems)} questions do not fit the context and are left out")
     console.note(f"first prompt: {describe_prompt(loaded, prompts[0])}")
     _warn_about_sampling(config)
     if config.dry_run:
-        plan = _plan(config, loaded, protected, mask, curve, profile_name, prompts, run_dir)
+        plan = _plan(config, loaded, protected, mask, profile_name, grants, prompts, run_dir)
         console.show_plan("plan", plan)
         return plan
     if config.find_lr:
@@ -91,23 +101,54 @@ def _critic(config: TrainConfig, loaded: LoadedModel, ledger: Path | None = None
     return make_critic(config, CriticResources(policy=lambda: loaded, sampling=config, seed=seed, ledger=ledger))
 
 
-def _budget_curve(config: TrainConfig) -> tuple[Sequence[float], str]:
-    """Return the budget profile v_1.. and its name: the given one, the model's own if one ships, or a flat one."""
+def _budget_curve(config: TrainConfig, model: ModelIdentity) -> tuple[Sequence[float], str]:
+    """Return the curve v_1.. of the budget rule, and the profile's name.
+
+    The profile is the given one; with ``auto`` the one that ships for the weights with this fingerprint, or a flat one.
+    """
     if config.credit != "step" or config.optimizer == "adamw":
         return [1.0], "none (one update unit)"
     name = config.budget_profile
-    if name == "auto":
-        own = Path(config.model).name.lower()
-        if own in shipped_names("budgets", ".json"):
-            return load_budget_profile(profile_path("budgets", own, ".json")).curve, own
-        console.warn(
-            f"no budget profile ships for {own}: every step gets the same budget; `ssrctl profile-budget --model "
-            f"{config.model} -o budget.json` measures one for --budget-profile"
-        )
-        name = "flat"
+    shipped = shipped_budget_profile(model.fingerprint) if name == "auto" else None
     if name == "flat":
         return [1.0], "flat"
-    return load_budget_profile(profile_path("budgets", name, ".json")).curve, Path(name).name
+    if name == "auto" and shipped is None:
+        console.warn(
+            f"no budget profile ships for the weights of {model.name}: every step gets the same budget; "
+            f"`ssrctl profile-budget --model {config.model} -o budget.json` measures one for --budget-profile"
+        )
+        return [1.0], "flat"
+    if shipped is not None:
+        name, profile = shipped
+    else:
+        profile = load_budget_profile(profile_path("budgets", name, ".json"))
+    if profile.model.fingerprint != model.fingerprint:
+        console.warn(
+            f"the budget profile {name} was measured on other weights ({profile.model.name}); `ssrctl profile-budget` "
+            "measures one for these"
+        )
+    curve = profile.curve(config.budget_rule)
+    if len(curve) == 1 < len(profile.mass.mean):
+        console.warn(
+            f"the budget profile {name} has fewer than {MIN_PROBLEMS} problems for every step after the first: every "
+            "step gets the same budget (measure again with a larger --num-problems)"
+        )
+    return curve, Path(name).name
+
+
+def _grants(config: TrainConfig, curve: Sequence[float], loaded: LoadedModel, frozen: BlockMask | None) -> list[Grant]:
+    """Return the budgets of questions of some numbers of steps in short; warn where they starve a step."""
+    if config.credit != "step" or config.optimizer == "adamw":
+        return []
+    num_unprotected = loaded.num_parameters - (0 if frozen is None else frozen.count())
+    limits = {"budget": config.budget, "max_step_budget": config.max_step_budget}
+    grants = [grant(curve, steps, num_unprotected, **limits, rule=config.budget_rule) for steps in SHOWN_STEPS]
+    if starving := next((found for found in grants if found.starves), None):
+        console.warn(
+            f"of {starving.num_steps} steps one gets {starving.smallest} coordinates, less than a tenth of an equal share "
+            f"({starving.equal}): see --budget-rule and --budget-profile"
+        )
+    return grants
 
 
 def _mask_at(path: Path | None, config: TrainConfig, loaded: LoadedModel) -> BlockMask | None:
@@ -149,14 +190,13 @@ def _plan(
     loaded: LoadedModel,
     protected: BlockMask | None,
     mask: BlockMask | None,
-    curve: Sequence[float],
     profile_name: str,
+    grants: Sequence[Grant],
     prompts: Sequence[Prompted],
     run_dir: RunDir,
 ) -> dict[str, Any]:
     """Return the plan that ``--dry-run`` prints."""
     responses = config.max_steps * config.questions_per_step * config.num_generations
-    budgets = step_budgets(curve, 8, budget=config.budget, max_step_budget=config.max_step_budget)
     stored = next(loaded.model.parameters()).element_size()
     per_parameter = updater_kind(config).bytes_per_parameter(config, stored)
     return {
@@ -172,7 +212,12 @@ def _plan(
         "critic_calls": responses if config.critic == "llm" else 0,
         "learning_rate": config.resolved_learning_rate,
         "budget_profile": profile_name,
-        "step_budgets_at_8_steps": ", ".join(f"{k:.4f}" for k in budgets),
+        "budget_rule": config.budget_rule,
+        **{
+            f"budgets_at_{found.num_steps}_steps": f"{found.granted_frac:.0%} of B granted, smallest step "
+            f"{found.smallest} coordinates ({found.equal} in an equal share)"
+            for found in grants
+        },
         "gib_for_weights_and_updates": round(loaded.num_parameters * (stored + per_parameter) / 2**30, 3),
         "checkpoints": math.ceil(config.max_steps / config.save_steps),
         "output_dir": str(run_dir.path),

@@ -27,7 +27,8 @@ PRECISION = 60  # digits to which constants are compared; half of them must agre
 
 def main() -> None:
     """Serve comparisons until the input ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # Ctrl-C and `timeout` reach the whole group; the parent decides
     _prepare_alarm()
     _limit_memory()
     # Output of libraries must not get between the replies.

@@ -14,62 +14,110 @@ from ssrctl.io import manifest
 
 # Settings that may differ when a run is resumed: they do not change its numbers.
 FREE_ON_RESUME = {
-    "json", "dry_run", "output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "logging_steps",
+    "json", "dry_run", "output_dir", "resume_from_checkpoint", "force", "save_steps", "save_total_limit", "logging_steps",
     "report_to", "critic_max_concurrency", "critic_timeout", "critic_retries", "critic_requests_per_minute",
     "critic_input_price", "critic_output_price", "critic_budget_usd", "critic_cache", "critic_cache_dir",
 }  # fmt: skip
 
 
-def open_run(config: TrainConfig) -> tuple[RunDir, Checkpoint | None]:
-    """Return the run directory to write to, and the checkpoint to resume from (None for a new run).
+def run_folder(config: TrainConfig) -> RunDir:
+    """Return the run directory to write to: that of the checkpoint to resume from, or ``--output-dir``, or a new one."""
+    if config.resume_from_checkpoint not in (None, "latest"):
+        run_path = Path(config.resume_from_checkpoint).resolve().parent.parent
+        if config.output_dir is not None and config.output_dir.resolve() != run_path:
+            raise UserError(
+                f"checkpoint {config.resume_from_checkpoint} belongs to the run {run_path}, not to {config.output_dir}",
+                "leave out --output-dir, or name that run",
+            )
+        return RunDir(config.output_dir or run_path)
+    if config.output_dir is not None:
+        if config.output_dir.exists() and not config.output_dir.is_dir():
+            raise UserError(f"--output-dir {config.output_dir} is a file", "name a folder")
+        return RunDir(config.output_dir)
+    if config.resume_from_checkpoint is not None:
+        raise UserError("--resume-from-checkpoint latest needs the run", "give --output-dir RUN")
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    return RunDir(Path("runs") / f"{stamp}-{Path(config.model).name}")
+
+
+def open_run(config: TrainConfig, run_dir: RunDir) -> Checkpoint | None:
+    """Return the checkpoint to resume from; None for a new run, or for one that stopped before its first checkpoint.
 
     Raises:
         UserError: the folder already holds a run, or the checkpoint cannot be resumed with these settings.
     """
     if config.resume_from_checkpoint is None:
-        return _new_run(config), None
+        _check_new(config, run_dir)
+        return None
     if config.resume_from_checkpoint == "latest":
-        if config.output_dir is None:
-            raise UserError("--resume-from-checkpoint latest needs the run", "give --output-dir RUN")
-        folder = newest_checkpoint(config.output_dir)
+        folder = newest_checkpoint(run_dir.path)
     else:
         folder = Path(config.resume_from_checkpoint)
-    checkpoint = load_checkpoint(folder)
-    run_path = folder.resolve().parent.parent
-    if config.output_dir is not None and config.output_dir.resolve() != run_path:
-        raise UserError(
-            f"checkpoint {folder} belongs to the run {run_path}, not to {config.output_dir}",
-            "leave out --output-dir, or name that run",
-        )
-    run_dir = RunDir(config.output_dir or run_path)
+    checkpoint = _load(folder, run_dir)
     _check_same_settings(config, run_dir)
-    return run_dir, checkpoint
+    step = checkpoint.state["step"]
+    later = [path for path in run_dir.checkpoints() if int(path.name) > step]
+    if later and not config.force:
+        raise UserError(
+            f"resuming from {folder} drops what the run did after step {step}: {run_dir.logged_after(step)}",
+            f"give --force to drop it, or continue after step {int(later[-1].name)} with --resume-from-checkpoint latest",
+        )
+    return checkpoint
 
 
-def _new_run(config: TrainConfig) -> RunDir:
-    if config.output_dir is None:
-        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-        return RunDir(Path("runs") / f"{stamp}-{Path(config.model).name}")
-    run_dir = RunDir(config.output_dir)
-    if run_dir.path.exists() and not run_dir.path.is_dir():
-        raise UserError(f"--output-dir {run_dir.path} is a file", "name a folder")
-    if run_dir.config.exists():
+def _check_new(config: TrainConfig, run_dir: RunDir) -> None:
+    """Refuse a folder with a run, unless it stopped before its first checkpoint and had the same settings."""
+    if not run_dir.config.exists():
+        return
+    if run_dir.checkpoints():
         raise UserError(
             f"{run_dir.path} already holds a run",
             "continue it with --resume-from-checkpoint latest, or name another folder",
         )
-    return run_dir
+    if odd := _other_settings(config, run_dir):
+        raise UserError(
+            f"{run_dir.path} holds a run that stopped before its first checkpoint, and had other settings: {odd}",
+            "name another folder, or remove that one",
+        )
+
+
+def _load(folder: Path, run_dir: RunDir) -> Checkpoint:
+    """Read a checkpoint; when it is damaged, the error names the newest whole one."""
+    try:
+        return load_checkpoint(folder)
+    except UserError as error:
+        complete = run_dir.checkpoints()
+        whole = next((other for other in reversed(complete) if _loads(other)), None)
+        if whole is None:
+            raise
+        force = "" if whole == complete[-1] else " --force"
+        raise UserError(
+            f"{error.message}; the newest whole checkpoint is {whole}",
+            f"resume with --resume-from-checkpoint {whole}{force}",
+        ) from error
+
+
+def _loads(folder: Path) -> bool:
+    try:
+        load_checkpoint(folder)
+    except UserError:
+        return False
+    return True
 
 
 def _check_same_settings(config: TrainConfig, run_dir: RunDir) -> None:
     """Raise a UserError if resuming would not compute the same as the uninterrupted run."""
+    if odd := _other_settings(config, run_dir):
+        raise UserError(f"the run was started with other settings: {odd}", f"continue with --config {run_dir.config}")
+
+
+def _other_settings(config: TrainConfig, run_dir: RunDir) -> str:
+    """List the settings that differ from the run's and change its numbers."""
     # a run of an earlier version had the default of a setting that its config does not name
     defaults = {spec.name: default_of(spec) for spec in dataclasses.fields(config)}
+    if config.optimizer == "kronos" and config.credit == "step":
+        defaults["budget_rule"] = "paper"  # the only rule before there was a choice
     before, now = defaults | run_dir.read_config(), manifest.settings_of(config)
     free = FREE_ON_RESUME | ({"max_steps"} if config.lr_scheduler_type.startswith("constant") else set())
     odd = [key for key in now if key not in free and before.get(key) != now[key]]
-    if odd:
-        listed = ", ".join(f"{key} was {before.get(key)!r}, is {now[key]!r}" for key in odd)
-        raise UserError(
-            f"the run was started with other settings: {listed}", f"continue with --config {run_dir.config}"
-        )
+    return ", ".join(f"{key} was {before.get(key)!r}, is {now[key]!r}" for key in odd)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shlex
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,15 +16,18 @@ from ssrctl.checkpoints.delta import Delta, apply_delta
 from ssrctl.checkpoints.run_dir import Checkpoint, RunDir, prune_checkpoints, save_checkpoint
 from ssrctl.configs import TrainConfig
 from ssrctl.core.seeds import derive_seed
-from ssrctl.errors import Stopped, UserError
+from ssrctl.errors import Interrupted, Stopped, UserError
 from ssrctl.io import console, manifest
+from ssrctl.io.files import CannotWrite
 from ssrctl.io.gradient_log import GradientHeader, gradient_log_path, save_gradient_log
+from ssrctl.io.interrupts import deferred_interrupt
 from ssrctl.io.jsonl import JsonlLog, write_jsonl
 from ssrctl.io.mask_log import StepMaskLog, save_mask_log
 from ssrctl.models.loading import LoadedModel
 from ssrctl.sampling.generate import NonFiniteLogits
 from ssrctl.sampling.groups import Prompted
 from ssrctl.training.exact_changes import exact_changes
+from ssrctl.training.obstacles import Obstacles
 from ssrctl.training.tracking import tracking
 from ssrctl.training.training_step import NonFiniteBatch, StepResult, TrainingStep
 
@@ -56,10 +60,18 @@ class Trainer:
         )
         self.step = self.last_saved = self.num_changed = 0
         self.recent: list[dict[str, Any]] = []
+        self.obstacles = Obstacles(config)
 
     def start(self, profile_name: str) -> None:
-        """Write the config and the manifest of a new run."""
+        """Write the config and the manifest of a new run; one that stopped before its first checkpoint is dropped."""
         self.run_dir.path.mkdir(parents=True, exist_ok=True)
+        if self.run_dir.config.exists():
+            dropped = self.run_dir.logged_after(0)
+            console.note(
+                f"{self.run_dir.path} stopped before its first checkpoint: starting from the model's weights"
+                + (f"; dropped: {dropped}" if dropped else "")
+            )
+        self.run_dir.rewind(0)
         self.run_dir.write_config(manifest.settings_of(self.config))
         inputs = {key: manifest.file_hash(path) for key in ("protect", "mask") if (path := getattr(self.config, key))}
         for key in ("dataset", "budget_profile"):
@@ -86,29 +98,47 @@ class Trainer:
         self.scheduler.load_state_dict(checkpoint.state["scheduler"])
         for group, rate in zip(self.updater.optimizer.param_groups, checkpoint.state["learning_rates"], strict=True):
             group["lr"] = rate
+        dropped = self.run_dir.logged_after(self.step)
         self.run_dir.rewind(self.step)
         self.run_dir.write_config(manifest.settings_of(self.config))
-        console.note(f"continuing {self.run_dir.path} after step {self.step}")
+        console.note(
+            f"continuing {self.run_dir.path} after step {self.step}" + (f"; dropped: {dropped}" if dropped else "")
+        )
 
     def train(self) -> dict[str, Any]:
         """Train up to ``max_steps`` and return a summary.
 
         Raises:
-            KeyboardInterrupt: after Ctrl-C, once the step in progress is done and a checkpoint is written.
+            Interrupted: after Ctrl-C or SIGTERM, once the step in progress is done and a checkpoint is written.
             NonFiniteBatch, Stopped: after a checkpoint of the last whole step is written.
             NonFiniteLogits: the weights diverged; no checkpoint of them is written.
+            CannotWrite: a full disk; the last checkpoint is whole.
         """
+        try:
+            self._loop()
+        except CannotWrite as full:
+            raise CannotWrite(full.message, f"make room; to continue: {self._how_to_continue()}") from full
+        if self.step < self.config.max_steps:
+            raise Interrupted(
+                f"after step {self.step} of {self.config.max_steps}", f"to continue: {self._how_to_continue()}"
+            )
+        return self._summary()
+
+    def _loop(self) -> None:
         config = self.config
-        bar = console.progress(unit="steps")
+        bar = console.progress(unit="steps", lines=False)  # it prints its own
         with JsonlLog(self.run_dir.metrics) as log, tracking(config, self.run_dir) as track, bar:
             task = bar.add_task("train", total=config.max_steps, completed=self.step, status="")
-            with console.deferred_interrupt() as interrupted:
+            with deferred_interrupt() as interrupted:
                 while self.step < config.max_steps and not interrupted():
                     try:
                         row = self._train_step()
-                    except NonFiniteBatch as error:
+                    except NonFiniteBatch as broken:
+                        if broken.weights_changed:
+                            part = f"{broken.message}; step {self.step + 1} is applied in part and not stored"
+                            raise NonFiniteBatch(part, self._last_good(broken)) from broken
                         self._save_checkpoint()
-                        raise NonFiniteBatch(error.message, self._last_good(error)) from error
+                        raise NonFiniteBatch(broken.message, self._last_good(broken)) from broken
                     except NonFiniteLogits as error:  # the weights of the last step are not worth keeping
                         raise NonFiniteLogits(error.message, self._last_good(error, self.step)) from error
                     except Stopped as stop:
@@ -117,6 +147,7 @@ class Trainer:
                         raise Stopped(stop.message, fix) from None
                     log.append(row)
                     track(row)
+                    self.obstacles.add(row)
                     bar.update(task, completed=self.step, status=_status(row))
                     if not console.console().is_terminal and self.step % config.logging_steps == 0:
                         console.note(f"step {self.step}/{config.max_steps}  {_status(row)}")
@@ -125,12 +156,6 @@ class Trainer:
                         self._save_checkpoint()
                 log.sync()
                 self._save_checkpoint()
-        if self.step < config.max_steps:
-            console.note(
-                f"stopped after step {self.step} of {config.max_steps}; to continue: {self._how_to_continue()}"
-            )
-            raise KeyboardInterrupt
-        return self._summary()
 
     def _train_step(self) -> dict[str, Any]:
         """Train on the next batch, write its logs, and return its row of metrics."""
@@ -192,7 +217,10 @@ class Trainer:
             "scheduler": self.scheduler.state_dict(),
             "learning_rates": [group["lr"] for group in self.updater.optimizer.param_groups],
         }
-        settings = manifest.published_settings(self.config)
+        # A resumed run writes the same bytes as an uninterrupted one.
+        settings = manifest.published_settings(
+            dataclasses.replace(self.config, resume_from_checkpoint=None, force=False)
+        )
         save_checkpoint(self.run_dir.checkpoint(self.step), delta, self.updater.state(), state, settings)
         prune_checkpoints(self.run_dir, self.config.save_total_limit)
         self.last_saved, self.num_changed = self.step, delta.count
@@ -205,12 +233,15 @@ class Trainer:
         return f"{error.remedy}; the last good checkpoint is {good[-1]}"
 
     def _how_to_continue(self) -> str:
-        if not self.step:
-            return "start the run again"
-        return f"--output-dir {self.run_dir.path} --resume-from-checkpoint latest"
+        if not self.last_saved:
+            return "run the same command again, it starts from the model's weights"
+        run = shlex.quote(str(self.run_dir.path))
+        config = shlex.quote(str(self.run_dir.config))
+        return f"ssrctl train --config {config} --output-dir {run} --resume-from-checkpoint latest"
 
     def _summary(self) -> dict[str, Any]:
         changed_frac = self.num_changed / self.training_step.num_coordinates
+        self.obstacles.warn()
         console.note(
             f"done: {self.step} steps, {changed_frac:.1%} of the weights changed; run directory: {self.run_dir.path}"
         )

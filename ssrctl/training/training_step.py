@@ -37,7 +37,16 @@ LOWER_RATE = "start from an earlier checkpoint with a lower --learning-rate, or 
 
 
 class NonFiniteBatch(UserError):
-    """A batch without any finite gradient; the weights were not changed."""
+    """A batch without any finite gradient.
+
+    Attributes:
+        weights_changed: True if an earlier pass over the batch (``--num-iterations``) was applied, so that the weights
+            are those of half a step.
+    """
+
+    def __init__(self, message: str, remedy: str | None = None, *, weights_changed: bool = False) -> None:
+        super().__init__(message, remedy)
+        self.weights_changed = weights_changed
 
 
 @dataclass
@@ -70,6 +79,7 @@ class _StepTotals:
     gap_max: float = 0.0
     num_units: int = 0
     granted_frac: list[float] = field(default_factory=list)
+    granted_budget_frac: list[float] = field(default_factory=list)
     non_finite: int = 0
     without_signal: int = 0
 
@@ -123,7 +133,7 @@ class TrainingStep:
             log_gradient: return the sketch of the batch's gradient.
 
         Raises:
-            NonFiniteBatch: every question of the batch gave a NaN or infinite loss or gradient.
+            NonFiniteBatch: every question of the batch gave a NaN or infinite loss or gradient in a pass over it.
         """
         config, totals = self.config, _StepTotals()
         started = time.perf_counter()
@@ -144,24 +154,28 @@ class TrainingStep:
         update_metrics: dict[str, float | None] = {}
         for iteration in range(config.num_iterations):
             wanted = self._wanted(log_masks, log_gradient) if iteration == 0 else Wanted()
+            dropped_before = totals.non_finite
             for group, units in zip(groups, plans, strict=True):
                 view = self.observer.question(wanted) if self.observer is not None and wanted else None
-                update = self._learn(group, units, len(groups), totals, view)
+                update = self._learn(group, units, len(groups), totals, view, is_first=iteration == 0)
                 if update is None:
                     continue
                 if log_masks and iteration == 0 and update.kept:
                     mask_log.append(self._question_log(group, update, view))
                 if view is not None and view.sketched is not None:
                     gradient = view.sketched if gradient is None else gradient + view.sketched
-            if iteration == 0 and totals.non_finite == len(groups):
+            if totals.non_finite - dropped_before == len(groups):
                 raise NonFiniteBatch(
                     f"the loss or gradient of all {len(groups)} questions is NaN or infinite",
                     LOWER_RATE,
+                    weights_changed=iteration > 0,
                 )
             try:
                 update_metrics = self.updater.step()
             except NonFiniteGradient as error:
-                raise NonFiniteBatch(f"summed over the batch, {error}", LOWER_RATE) from error
+                raise NonFiniteBatch(
+                    f"summed over the batch, {error}", LOWER_RATE, weights_changed=iteration > 0
+                ) from error
         done = time.perf_counter()
         seconds = {"sample": sampled - started, "score": scored - sampled, "update": done - scored}
         return StepResult(self._metrics(groups, totals, seconds) | update_metrics, groups, mask_log, gradient)
@@ -178,13 +192,29 @@ class TrainingStep:
         for rollout, row in zip(group.rollouts, values, strict=True):
             rollout.advantages = list(row)
         longest = max((len(row) for row in values), default=0)
-        budgets = step_budgets(self.curve, longest, budget=config.budget, max_step_budget=config.max_step_budget)
+        budgets = step_budgets(
+            self.curve,
+            longest,
+            budget=config.budget,
+            max_step_budget=config.max_step_budget,
+            rule=config.budget_rule,
+        )
         return self.updater.plan(plan_units(values, budgets, fuse_tol=config.fuse_tol, max_units=config.max_units))
 
     def _learn(
-        self, group: Group, units: list[Unit], num_questions: int, totals: _StepTotals, view: QuestionView | None
+        self,
+        group: Group,
+        units: list[Unit],
+        num_questions: int,
+        totals: _StepTotals,
+        view: QuestionView | None,
+        *,
+        is_first: bool,
     ) -> QuestionUpdate | None:
-        """Backpropagate one question; drop and count it if a loss or gradient is NaN or infinite."""
+        """Backpropagate one question; drop and count it if a loss or gradient is NaN or infinite.
+
+        Only the first pass over a batch measures the gap of the log-probabilities: later ones see updated weights.
+        """
 
         def before_unit(unit: Unit) -> None:
             if view is not None:
@@ -203,7 +233,7 @@ class TrainingStep:
             level=self.config.importance_level,
             loss_scale=1.0 / num_questions,
             method=self.config.step_gradient_method,
-            on_logprobs=lambda logprobs: totals.add_gap(logprobs, batch),
+            on_logprobs=lambda logprobs: totals.add_gap(logprobs, batch) if is_first else None,
             on_unit=before_unit,
         )
         with contextlib.ExitStack() as stack:
@@ -215,7 +245,14 @@ class TrainingStep:
                 totals.non_finite += 1
                 return None
         totals.add_update(update, self.num_unprotected)
+        if update.granted and self._fills_budget(group):
+            totals.granted_budget_frac.append(sum(update.granted) / (self.config.budget * self.num_unprotected))
         return update
+
+    def _fills_budget(self, group: Group) -> bool:
+        """Return True if T k_max >= B (to float rounding), where T is the number of steps that share the budget."""
+        longest = max(len(rollout.advantages or ()) for rollout in group.rollouts)
+        return longest * self.config.max_step_budget >= self.config.budget * (1 - 1e-9)
 
     def _question_log(self, group: Group, update: QuestionUpdate, view: QuestionView | None) -> QuestionLog:
         shapes = self.loaded.shapes()
@@ -263,6 +300,9 @@ class TrainingStep:
             "logprob_gap_max": totals.gap_max,
             "num_units": totals.num_units,
             "granted_frac": statistics.fmean(totals.granted_frac) if totals.granted_frac else 0.0,
+            "granted_budget_frac": (
+                statistics.fmean(totals.granted_budget_frac) if totals.granted_budget_frac else None
+            ),
             "response_tokens": num_tokens,
             "tokens_per_second": num_tokens / max(sum(seconds.values()), 1e-9),
             "sample_seconds": seconds["sample"],

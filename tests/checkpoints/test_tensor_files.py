@@ -12,17 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ssrctl.checkpoints.tensor_files import (
-    DTYPES,
-    NewTensor,
-    TensorSpool,
-    aligned_order,
-    read_pieces,
-    stored_bytes,
-    stored_tensors,
-    write_header,
-)
+from ssrctl.checkpoints.tensor_files import TensorSpool, read_pieces, stored_tensors
 from ssrctl.errors import UserError
+from ssrctl.io.tensor_writing import DTYPES, NewTensor, aligned_order, stored_bytes, write_header
 
 ALL_DTYPES = [getattr(torch, name) for name in DTYPES.values()]
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from two_tensors import fill, make
 
-from ssrctl.core.budget import step_weights
+from ssrctl.core.budget import coordinates, step_budgets, step_weights
 from ssrctl.core.kronos import KronosOpt
 from ssrctl.core.mask import BlockMask
 from ssrctl.core.topk import NonFiniteGradient
@@ -74,8 +74,8 @@ def test_planned_budgets_by_hand():
     assert claims_of(optimizer, named, 2) == [32, 32]
     assert claims_of(optimizer, named, 3) == [26, 26, 26]  # 26.67, rounded down
     assert claims_of(optimizer, named, 5) == [16] * 5
-    assert claims_of(optimizer, named, [1.0, 1.0, 2.0]) == [20, 20, 32]  # 20, 20, 40
-    assert claims_of(optimizer, named, [0.25, 0.75, 3.0]) == [5, 15, 32]  # weights need not sum to 1
+    assert claims_of(optimizer, named, [1.0, 1.0, 2.0]) == [24, 24, 32]  # 8 above the cap
+    assert claims_of(optimizer, named, [0.25, 0.75, 7.0]) == [16, 32, 32]  # twice over
     assert claims_of(optimizer, named, (0.0, 1.0)) == [0, 32]
     assert claims_of(optimizer, named, []) == []
     assert claims_of(optimizer, named, 0) == []
@@ -83,16 +83,17 @@ def test_planned_budgets_by_hand():
 
 def test_budgets_of_the_paper_by_hand():
     # v = 1, 1/2, 1/4, 1/4: w = 1/11, 2/11, 4/11, 4/11 of B = 5% of 110,000 = 5,500; k_max = 1% is 1,100
-    weights = step_weights([1.0, 0.5, 0.25], 4)
     named = {"w": torch.nn.Parameter(torch.zeros(110_000))}
     optimizer = KronosOpt(named.items(), lr=0.1)
-    counts = claims_of(optimizer, named, weights)
+    optimizer.begin_question()
+    counts = []
+    for k in step_budgets([1.0, 0.5, 0.25], 4, rule="paper"):
+        named["w"].grad = torch.ones_like(named["w"])
+        counts.append(optimizer.claim(coordinates(k, optimizer.num_unprotected))["w"].numel())
     # (v + eps)^-1 with eps = 1e-8 is just below 500 and 1,000, and is rounded down
     assert counts == pytest.approx([500, 1000, 1100, 1100], abs=1)
-    assert counts == [
-        int(min(0.01, 0.05 * (1 / (v + 1e-8)) / sum(1 / (u + 1e-8) for u in (1, 0.5, 0.25, 0.25))) * 110_000)
-        for v in (1, 0.5, 0.25, 0.25)
-    ]
+    # given as weights, what the cap cuts off goes to the first two, up to the cap
+    assert claims_of(optimizer, named, step_weights([1.0, 0.5, 0.25], 4)) == [1100] * 4
 
 
 def test_a_plan_and_a_k_of_ones_own():

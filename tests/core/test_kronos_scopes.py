@@ -51,7 +51,7 @@ def reference_of(named, mask, clip, **options):
 def train_question(optimizer, named, question):
     """As a trainer does it: plan the units, then a backward pass and a claim for each that has signal."""
     advantages = question[1]
-    budgets = step_budgets(CURVE, max(map(len, advantages)), budget=BUDGET, max_step_budget=STEP_BUDGET)
+    budgets = step_budgets(CURVE, max(map(len, advantages)), budget=BUDGET, max_step_budget=STEP_BUDGET, rule="paper")
     optimizer.begin_question()
     claimed = []
     for unit in plan_units(advantages, budgets, fuse_tol=TOLERANCE):

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import resource
 import stat
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 
 from ssrctl.errors import UserError
-from ssrctl.io.files import existing_file, whole_file, write_text
+from ssrctl.io.files import CannotWrite, existing_file, whole_file, write_text
+from ssrctl.io.jsonl import JsonlLog, read_jsonl
 
 
 def test_an_exception_keeps_the_old_file(tmp_path: Path) -> None:
@@ -97,3 +101,49 @@ def test_existing_file(tmp_path: Path) -> None:
         existing_file(tmp_path, "mask")
     with pytest.raises(UserError, match="mask not found"):
         existing_file("n" * 5000, "mask")
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from ssrctl.io.files import part_folder, whole_file
+with whole_file(sys.argv[1]) as temporary, part_folder(Path(sys.argv[1])) as folder:
+    temporary.write_text("half")
+    (folder / "piece").write_text("half")
+    print("writing", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_leftovers_of_a_killed_process_go_and_those_of_a_living_one_stay(tmp_path: Path) -> None:
+    target = tmp_path / "a.txt"
+    words = [sys.executable, "-c", KILLED, str(target)]
+    process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "writing\n"
+        write_text(target, "mine")
+        assert len(list(tmp_path.glob(".a.txt.*.part"))) == 2, "the other process still needs them"
+    finally:
+        process.kill()
+        process.communicate()
+    write_text(tmp_path / "other.txt", "x")
+    assert len(list(tmp_path.glob(".*.part"))) == 2
+    write_text(target, "again")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "other.txt"]
+
+
+def test_a_limit_on_the_size_of_files_is_one_line(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(CannotWrite, match=r"cannot write .*a\.txt: File too large"):
+            write_text(tmp_path / "a.txt", "x" * 2000)
+        with JsonlLog(tmp_path / "log.jsonl") as log:
+            log.append({"text": "x" * 900})
+            with pytest.raises(CannotWrite, match=r"cannot write .*log\.jsonl: File too large"):
+                log.append({"text": "y" * 900})
+            log.append({"z": 1})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [row.keys() for _, row in read_jsonl(tmp_path / "log.jsonl")] == [{"text"}, {"z"}], "a torn line is left"
+    assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]

@@ -127,3 +127,24 @@ def test_shipped_profiles(tmp_path: Path) -> None:
     assert profile_path("prompts", str(own), ".txt") == own
     with pytest.raises(UserError, match="rubric 'absent' is neither a file nor one that ships"):
         profile_path("rubrics", "absent", ".txt")
+
+
+@pytest.mark.parametrize("kind", ["direct", "wrapped"])
+def test_a_full_disk_below_the_cache_of_datasets_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    import datasets
+
+    def full(*_: object, **__: object) -> None:
+        if kind == "direct":
+            raise OSError(28, "No space left on device")
+        try:
+            raise OSError(28, "[Errno 28] Error writing bytes to file")
+        except OSError as error:
+            raise datasets.exceptions.DatasetGenerationError("An error occurred") from error
+
+    (tmp_path / "a.csv").write_text("question,answer\n1+1,2\n")
+    monkeypatch.setattr(datasets, "load_dataset", full)
+    with pytest.raises(UserError, match="no space left") as caught:
+        load_problems(DatasetConfig(dataset=str(tmp_path / "a.csv")), "train")
+    assert caught.value.remedy is not None and "HF_DATASETS_CACHE" in caught.value.remedy

@@ -13,7 +13,7 @@ from ssrctl.io.records import Rollout, StepSpan
 from ssrctl.masks.budget_profile import (
     StepMass,
     claim_masses,
-    mean_curve,
+    mean_curves,
     problem_masses,
     signal_units,
     traces_batch,
@@ -35,7 +35,9 @@ def slow_masses(many: list[dict[str, torch.Tensor]], claim: int, protected: set[
         taken |= set(chosen)
         whole = sum(v * v for v in flat.values())
         energies = [sum(flat[key] ** 2 for key in keys) / whole for keys in (free, chosen)]
-        found.append(StepMass(step, sum(abs(flat[key]) for key in chosen), *energies))
+        unprotected = sum(v * v for key, v in flat.items() if key not in protected)
+        share = energies[0] * whole / unprotected
+        found.append(StepMass(step, sum(abs(flat[key]) for key in chosen), *energies, share))
     return found
 
 
@@ -46,6 +48,7 @@ def assert_masses(found: list[StepMass], expected: list[StepMass], rel: float = 
         assert one.mass == pytest.approx(other.mass, rel=rel)
         assert one.energy_available == pytest.approx(other.energy_available, rel=rel)
         assert one.energy_claimed == pytest.approx(other.energy_claimed, rel=rel)
+        assert one.share == pytest.approx(other.share, rel=rel)
 
 
 def no_bits(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -66,7 +69,7 @@ def test_claims_match_a_sorted_reference(claim: int) -> None:
 def test_the_same_gradient_again_finds_only_what_is_left() -> None:
     gradient = {"a": torch.tensor([4.0, -3.0, 2.0, 1.0])}
     found = list(claim_masses(iter([(0, gradient), (1, gradient)]), 2, {"a": torch.zeros(1, dtype=torch.uint8)}))
-    assert found == [StepMass(0, 7.0, 1.0, 25 / 30), StepMass(1, 3.0, 5 / 30, 5 / 30)]
+    assert found == [StepMass(0, 7.0, 1.0, 25 / 30, 1.0), StepMass(1, 3.0, 5 / 30, 5 / 30, 5 / 30)]
 
 
 @pytest.fixture(scope="module")
@@ -131,33 +134,49 @@ def test_a_gradient_that_is_nan_is_a_user_error(model: LlamaForCausalLM, batch: 
         problem_masses(broken, batch, ADVANTAGES, claim=5, protected=no_bits(broken), max_steps=8, temperature=1.0)
 
 
-def mass(step: int, value: float, available: float = 1.0) -> StepMass:
-    return StepMass(step, value, available, 0.5)
+def test_protected_coordinates_do_not_count_towards_the_share() -> None:
+    gradient = {"a": torch.tensor([5.0, 4.0, -3.0, 0.0])}
+    protected = {"a": bits_from_indices(torch.tensor([0]), 4)}
+    found = list(claim_masses(iter([(0, gradient), (1, gradient)]), 1, protected))
+    assert found == [StepMass(0, 4.0, 25 / 50, 16 / 50, 1.0), StepMass(1, 3.0, 9 / 50, 9 / 50, 9 / 25)]
+    only = {"a": torch.tensor([5.0, 0.0, 0.0, 0.0])}  # all of it on the protected coordinate
+    assert [one.share for one in claim_masses(iter([(0, only)]), 1, protected)] == [None]
 
 
-def test_mean_curve_by_hand() -> None:
-    found = mean_curve(
+def mass(step: int, value: float, share: float | None = 1.0) -> StepMass:
+    return StepMass(step, value, 0.75, 0.5, share)
+
+
+def test_mean_curves_by_hand() -> None:
+    found = mean_curves(
         [
-            [mass(0, 2.0), mass(1, 1.0, 0.8), mass(2, 1.0)],
+            [mass(0, 2.0), mass(1, 1.0, 0.8), mass(2, 1.0, 0.3)],
             [mass(0, 10.0), mass(1, 9.0, 0.6)],
-            [mass(0, 4.0), mass(2, 1.0)],  # its step 1 had no signal: not counted, rather than counted as 0
+            [mass(0, 4.0), mass(2, 1.0, None)],  # its step 1 had no signal: not counted, rather than counted as 0
             [],
         ]
     )
     # step 1: mean of 2, 10, 4 is 16/3; step 2: of 1, 9 is 5; step 3: of 1, 1 is 1
-    assert found.curve == pytest.approx([1.0, 15 / 16, 3 / 16])
-    assert found.std == pytest.approx([(104 / 9) ** 0.5 * 3 / 16, 4 * 3 / 16, 0.0])
-    assert found.num_problems == [3, 2, 2]
-    assert found.energy_available == pytest.approx([1.0, 0.7, 1.0])
+    assert found.mass.mean == pytest.approx([1.0, 15 / 16, 3 / 16])
+    assert found.mass.std == pytest.approx([(104 / 9) ** 0.5 * 3 / 16, 4 * 3 / 16, 0.0])
+    assert found.mass.num_problems == [3, 2, 2]
+    assert found.share.mean == pytest.approx([1.0, 0.7, 0.3])
+    # of 0.8 and 0.6: the sample standard deviation is 0.2 / sqrt(2), over sqrt(2) again
+    assert found.share.standard_error == [0.0, pytest.approx(0.1), None]
+    assert found.share.num_problems == [3, 2, 1]
+    assert found.energy_available == [0.75] * 3 and found.energy_claimed == [0.5] * 3
 
 
-def test_mean_curve_ends_before_a_gap() -> None:
-    assert mean_curve([[mass(0, 1.0), mass(2, 1.0)]]).curve == [1.0]
+def test_mean_curves_end_before_a_gap() -> None:
+    found = mean_curves([[mass(0, 1.0), mass(1, 1.0, None), mass(2, 1.0), mass(4, 1.0)]])
+    assert found.mass.mean == [1.0] * 3 and found.share.mean == [1.0]
 
 
-def test_mean_curve_of_nothing() -> None:
+def test_mean_curves_of_nothing() -> None:
     with pytest.raises(ValueError, match="none of 1 problems"):
-        mean_curve([[mass(1, 1.0)]])
+        mean_curves([[mass(1, 1.0)]])
+    with pytest.raises(ValueError, match="none of 1 problems"):
+        mean_curves([[mass(0, 1.0, None)]])
 
 
 @pytest.fixture(scope="module")

@@ -130,6 +130,9 @@ def test_what_is_split_maps_back() -> None:
 
 
 def score(rollout: Rollout, index: int) -> StepScore:
+    """Score by the text alone; the last step counts as a marked answer, since a random model marks none."""
+    assert rollout.steps
+    rollout.steps[-1].kind = "final"
     reward = zlib.crc32(f"{index}{rollout.response}".encode(errors="replace")) % 101 / 50 - 1
     return StepScore(score=50 + 50 * reward, reward=reward, rationale=None, error=None)
 

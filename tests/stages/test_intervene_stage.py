@@ -173,7 +173,7 @@ def test_a_folder_that_exists_is_left_alone(tmp_path: Path) -> None:
 
 def test_what_is_no_model_folder_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "absent", tiny_reasoner.path() / "model.safetensors"):
-        with pytest.raises(UserError, match="is no model folder"):
+        with pytest.raises(UserError, match="is not a model folder"):
             intervene(path, tmp_path / "out")
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")

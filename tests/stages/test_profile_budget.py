@@ -61,8 +61,12 @@ def test_profile_from_sampling(tmp_path: Path) -> None:
     profile = load_budget_profile(made.output)
     assert profile.to_dict() == json.loads(json.dumps(result))
     assert profile.model.name == "tiny-reasoner" and profile.claim_fraction == 0.02
-    assert profile.curve[0] == 1.0 and profile.num_problems[0] == 2
-    assert len(profile.curve) >= 4
+    assert profile.share is not None
+    assert profile.mass.mean[0] == 1.0 and profile.mass.num_problems[0] == 2
+    assert len(profile.mass.mean) == len(profile.share.mean) >= 4
+    # nothing is protected, so that both are shares of the whole gradient
+    assert profile.share.mean == pytest.approx(profile.energy_available, rel=1e-12)
+    assert profile.share.num_problems == profile.mass.num_problems
     assert profile.energy_available[0] == 1.0  # nothing is protected and nothing claimed yet
     assert all(share < 1.0 for share in profile.energy_available[1:])
     assert all(0 < c <= a for c, a in zip(profile.energy_claimed, profile.energy_available, strict=True))
@@ -77,9 +81,10 @@ def test_stored_traces_give_the_same_profile_as_the_sampling_they_come_from(tmp_
     write_jsonl(traces, scored_rollouts(made))
     stored = profile_budget.run(config(tmp_path / "traces", traces=traces))
     # Sampled log-probabilities come from a cached pass, stored ones from a plain one: ratios within 1e-5 of 1.
-    assert stored["curve"] == pytest.approx(sampled["curve"], rel=1e-3)
+    for key in ("share", "mass"):
+        assert stored[key]["mean"] == pytest.approx(sampled[key]["mean"], rel=1e-3)
+        assert stored[key]["num_problems"] == sampled[key]["num_problems"]
     assert stored["energy_available"] == pytest.approx(sampled["energy_available"], rel=1e-3)
-    assert stored["num_problems"] == sampled["num_problems"]
     assert stored["settings"]["traces"] == "scored.jsonl" and stored["settings"]["traces_hash"].startswith("sha256:")
     assert str(tmp_path) not in json.dumps(stored)
 
@@ -95,6 +100,7 @@ def test_protected_coordinates_count_as_claimed_from_the_start(tmp_path: Path) -
     result = profile_budget.run(config(tmp_path, num_problems=1, protect=mask))
     # A random half of the coordinates holds about half of the energy.
     assert 0.3 < result["energy_available"][0] < 0.7
+    assert result["share"]["mean"][0] == 1.0
     other = ModelIdentity(name="other", revision=None, fingerprint="xxh3:other")
     save_mask(mask, half, mask_kind="superweights", model=other, settings={})
     with pytest.raises(UserError, match="made for other weights"):
@@ -102,7 +108,7 @@ def test_protected_coordinates_count_as_claimed_from_the_start(tmp_path: Path) -
 
 
 def test_profile_ends_at_max_steps(tmp_path: Path) -> None:
-    assert len(profile_budget.run(config(tmp_path, num_problems=1, max_steps=2))["curve"]) == 2
+    assert len(profile_budget.run(config(tmp_path, num_problems=1, max_steps=2))["mass"]["mean"]) == 2
 
 
 def test_equal_scores_leave_nothing_to_measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,8 +129,11 @@ def test_problems_without_signal_are_counted_aloud(tmp_path: Path, capfd: pytest
             row["scores"] = [{"score": None, "reward": None, "error": "no_verdict"} for _ in row["scores"]]
     traces = tmp_path / "scored.jsonl"
     write_jsonl(traces, rows)
-    assert profile_budget.run(config(tmp_path / "traces", traces=traces))["num_problems"][0] == 1
-    assert "1 of 2 problems gave no gradient" in capfd.readouterr().err
+    assert profile_budget.run(config(tmp_path / "traces", traces=traces))["mass"]["num_problems"][0] == 1
+    said = " ".join(capfd.readouterr().err.split())
+    assert "1 of 2 problems gave no gradient" in said
+    assert "step 2 was measured on fewer than 8 problems: rule share holds v_1 from there on" in said
+    assert "budgets with B = 5%, k_max = 1%" in said
 
 
 def test_an_interrupt_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +145,9 @@ def test_an_interrupt_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytes
     made = config(tmp_path, num_problems=3)
     with pytest.raises(KeyboardInterrupt):
         profile_budget.run(made)
-    assert load_budget_profile(made.output).num_problems[0] == 1
+    profile = load_budget_profile(made.output)
+    assert profile.mass.num_problems[0] == 1
+    assert profile.settings["num_problems"] == 3 and profile.settings["measured_problems"] == 1
 
 
 def test_dry_run_writes_nothing(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:

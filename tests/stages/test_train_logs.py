@@ -106,3 +106,24 @@ def test_runs_of_earlier_versions_are_continued(tmp_path: Path) -> None:
         train.run(config(run, max_steps=2, log_gradients=1, resume_from_checkpoint="latest"))
     train.run(config(run, max_steps=2, resume_from_checkpoint="latest"))
     assert len(metrics(run)) == 2
+
+
+def test_questions_get_their_budget_where_the_caps_allow_it(tmp_path: Path) -> None:
+    granted = {}
+    for rule in ("share", "paper"):
+        run = tmp_path / rule
+        profile = {"max_new_tokens": 64, "max_steps": 2, "budget_profile": "auto"}
+        train.run(config(run, budget_rule=rule, **profile))
+        rows = metrics(run)
+        granted[rule] = [row["granted_budget_frac"] for row in rows if row["granted_budget_frac"] is not None]
+        for row in rows:  # every question here has at least five steps
+            assert row["granted_budget_frac"] == pytest.approx(row["granted_frac"] / 0.05)
+    assert granted["share"] and min(granted["share"]) >= 0.95
+    assert max(granted["share"]) <= 1.0
+    assert max(granted["paper"]) < 0.95
+
+
+def test_short_questions_do_not_count_towards_the_granted_budget(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train.run(config(run, max_step_budget=0.001))
+    assert [row["granted_budget_frac"] for row in metrics(run)] == [None]

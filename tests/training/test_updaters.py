@@ -271,3 +271,62 @@ def test_adamw_without_a_question_changes_nothing():
     updater = AdamWUpdater(list(named.items()), TrainConfig(optimizer="adamw", weight_decay=0.1), None)
     assert updater.step() == {"grad_norm": 0.0, "clip_scale": 1.0, "updated_frac": 0.0}
     assert bits(named) == start
+
+
+def halves(seed=0):
+    return {name: torch.nn.Parameter(parameter.detach().bfloat16()) for name, parameter in parameters(seed).items()}
+
+
+def test_adamw_keeps_masters_of_bfloat16_weights_and_logs_what_would_be_lost():
+    """The same small steps: with masters they add up to the float32 run's, without them most are lost."""
+    moved = {}
+    for kind, settings in {"masters": {}, "none": {"master_weights": False}, "float32": {}}.items():
+        named = halves()
+        start = {name: parameter.detach().clone().float() for name, parameter in named.items()}
+        if kind == "float32":
+            named = {name: torch.nn.Parameter(value.clone()) for name, value in start.items()}
+        updater = make_updater(
+            list(named.items()), TrainConfig(optimizer="adamw", learning_rate=1e-4, **settings), protect(3)
+        )
+        for _ in range(200):
+            for name, parameter in named.items():
+                parameter.grad = torch.ones(SHAPES[name], dtype=parameter.dtype)
+            updater.sum = {name: parameter.grad for name, parameter in named.items()}
+            row = updater.step()
+        assert ("lost_update_frac" in row) == (kind == "masters")
+        moved[kind] = sum(float((p.detach().float() - start[name]).square().sum()) for name, p in named.items()) ** 0.5
+        assert named["w"].detach().view(-1)[3] == start["w"].view(-1)[3]
+    assert 0.9 < moved["masters"] / moved["float32"] < 1.1
+    assert moved["none"] < 0.5 * moved["float32"]
+
+
+def test_protected_coordinates_with_masters_keep_every_bit_under_decay():
+    named = halves()
+    start = named["w"].detach().clone()
+    config = TrainConfig(optimizer="adamw", learning_rate=1e-3, weight_decay=1.0)
+    updater = make_updater(list(named.items()), config, protect(0, 7, 59))
+    for _ in range(50):
+        updater.sum = {name: torch.ones(SHAPES[name], dtype=torch.bfloat16) for name in named}
+        row = updater.step()
+    assert [float(named["w"].detach().view(-1)[i]) for i in (0, 7, 59)] == [
+        float(start.view(-1)[i]) for i in (0, 7, 59)
+    ]
+    assert 0 < row["lost_update_frac"] <= 1
+    again = halves()
+    other = make_updater(list(again.items()), config, protect(0, 7, 59))
+    other.load_state({name: value.clone() for name, value in updater.state().items()})
+    assert other.state().keys() == updater.state().keys()
+    assert all(torch.equal(value, other.state()[name]) for name, value in updater.state().items())
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_sum_that_overflows_changes_no_weight(masked):
+    named = parameters()
+    before = bits(named)
+    mask = protect(*range(10)) if masked else None
+    config = TrainConfig(optimizer="adamw", mask=Path("mask.safetensors") if masked else None)
+    updater = make_updater(list(named.items()), config, None, mask)
+    updater.sum = {name: torch.full(SHAPES[name], float("inf")) for name in named}
+    with pytest.raises(NonFiniteGradient, match="the gradient of w has 60 values"):
+        updater.step()
+    assert bits(named) == before and all(parameter.grad is None for parameter in named.values())

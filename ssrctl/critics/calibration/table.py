@@ -43,9 +43,9 @@ def calibration_table(name: str, report: dict[str, Any]) -> Table:
 
 def show_calibration(report: dict[str, Any]) -> None:
     """Print the table to stdout; ``report`` has the critic's name as ``critic``."""
-    from rich.console import Console
+    from ssrctl.io.terminal import SafeConsole
 
-    Console(highlight=False).print(calibration_table(report["critic"], report))
+    SafeConsole(highlight=False).print(calibration_table(report["critic"], report))
 
 
 def _title(name: str, report: dict[str, Any]) -> str:

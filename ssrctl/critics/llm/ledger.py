@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import threading
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from ssrctl.errors import UserError
 from ssrctl.io.jsonl import JsonlLog
 
 ERROR_CLASS = re.compile(r"[a-z][a-z_]{0,39}")
@@ -83,8 +80,7 @@ class Ledger:
         self._lock = threading.Lock()
         self._log: JsonlLog | None = None
         if self.path is not None and str(self.path) != os.devnull:  # which has no fsync
-            with self._naming_the_file():
-                self._log = JsonlLog(self.path)
+            self._log = JsonlLog(self.path, remedy="free some space, or name another file with --ledger")
 
     def note(self, call: Call) -> None:
         """Append one line.
@@ -93,23 +89,13 @@ class Ledger:
             UserError: it cannot be written, on a full disk for instance.
         """
         row = asdict(call)
-        with self._lock, self._naming_the_file():
+        with self._lock:
             if self._log is not None:
                 self._log.append({"time": row.pop("time")} | row)
 
     def close(self) -> None:
         """Force the lines onto the disk and close the file; a second call does nothing."""
-        with self._lock, self._naming_the_file():
+        with self._lock:
             log, self._log = self._log, None
             if log is not None:
                 log.close()
-
-    @contextlib.contextmanager
-    def _naming_the_file(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise UserError(
-                f"cannot write the ledger {self.path}: {error.strerror}",
-                "free some space, or name another file with --ledger",
-            ) from error

@@ -14,7 +14,7 @@ from torch import Tensor
 from ssrctl.checkpoints.files import INDEX, SINGLE
 from ssrctl.checkpoints.model_folder import check_free, copy_companions, whole_folder
 from ssrctl.checkpoints.reader import TensorReader
-from ssrctl.checkpoints.tensor_files import NewTensor, aligned_order, read_pieces, stored_bytes, write_header
+from ssrctl.checkpoints.tensor_files import read_pieces
 from ssrctl.configs import TINY, DiagnoseConfig
 from ssrctl.configs.common import ModelConfig
 from ssrctl.configs.layers import layer_ranges
@@ -24,6 +24,7 @@ from ssrctl.io.console import note, show_plan
 from ssrctl.io.files import write_text
 from ssrctl.io.manifest import versions
 from ssrctl.io.package_data import profile_path
+from ssrctl.io.tensor_writing import NewTensor, aligned_order, stored_bytes, write_header
 from ssrctl.models.interventions import (
     Attention,
     Edit,

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from ssrctl.configs import TrainConfig
 from ssrctl.core.mask import BlockMask
+from ssrctl.core.master_adamw import MasterAdamW
+from ssrctl.core.masters import REMAINDER_DTYPES
 from ssrctl.training.updaters.base import Changes
 from ssrctl.training.updaters.dense import DenseGradients
 
@@ -16,8 +18,11 @@ from ssrctl.training.updaters.dense import DenseGradients
 class AdamWUpdater(DenseGradients):
     """Dense AdamW on the sum of all units' gradients (SSR eq. 14); protected coordinates are restored after each step.
 
-    Copies of the base weights are kept of the protected coordinates only.
+    Copies of the base weights are kept of the protected coordinates only. Half-precision weights have float32 masters,
+    unless ``--no-master-weights``.
     """
+
+    optimizer: MasterAdamW | torch.optim.AdamW
 
     def __init__(
         self,
@@ -28,7 +33,8 @@ class AdamWUpdater(DenseGradients):
     ) -> None:
         assert mask is None, "MaskedAdamWUpdater trains a mask"
         super().__init__(dict(parameters), config.max_grad_norm)
-        self.optimizer = torch.optim.AdamW(
+        kind = MasterAdamW if _has_masters(config, self.named) else torch.optim.AdamW
+        self.optimizer = kind(
             self.named.values(),
             lr=config.resolved_learning_rate,
             betas=config.betas,
@@ -44,8 +50,8 @@ class AdamWUpdater(DenseGradients):
 
     @staticmethod
     def bytes_per_parameter(config: TrainConfig, itemsize: int) -> float:
-        """Return the memory besides the weights: two gradients and two moments."""
-        return 4.0 * itemsize
+        """Return the memory besides the weights: two gradients, two moments, and the masters' remainders."""
+        return 2.0 * itemsize + (8.0 + 2.0 if config.master_weights and itemsize == 2 else 2.0 * itemsize)
 
     @torch.no_grad()
     def step(self) -> dict[str, float | None]:
@@ -57,19 +63,29 @@ class AdamWUpdater(DenseGradients):
             if parameter.grad is not None and name in self._protected:
                 parameter.grad.view(-1)[self._protected[name][0]] = 0.0
         norm = float(torch.nn.utils.clip_grad_norm_(self.named.values(), self.max_grad_norm or float("inf")))
+        self.check_finite(norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         for name, (indices, values) in self._protected.items():
             self.named[name].view(-1)[indices] = values  # weight decay changes them without a gradient
-        return {
+            if "remainder" in (state := self.optimizer.state.get(self.named[name], {})):
+                state["remainder"].view(-1)[indices] = 0
+        metrics: dict[str, float | None] = {
             "grad_norm": norm,
             "clip_scale": self.clip_scale(norm),
             "updated_frac": (self.num_coordinates - self.num_protected) / self.num_coordinates,
         }
+        if isinstance(self.optimizer, MasterAdamW):
+            metrics["lost_update_frac"] = self.optimizer.survival.lost_frac
+        return metrics
 
     def changes(self) -> Changes:
         trained = [name for name, parameter in self.named.items() if parameter in self.optimizer.state]
         return _DenseChanges({name: self.named[name] for name in trained}, self._protected)
+
+
+def _has_masters(config: TrainConfig, named: Mapping[str, Tensor]) -> bool:
+    return config.master_weights and any(parameter.dtype in REMAINDER_DTYPES for parameter in named.values())
 
 
 class _DenseChanges(Mapping[str, tuple[Tensor, Tensor]]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -60,6 +61,19 @@ class DenseGradients:
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         load_state_tensors(self.optimizer, list(self.named), tensors)
+
+    def check_finite(self, norm: float) -> None:
+        """Raise if the questions' gradients, each finite, have a sum (in ``grad``) that is not, and drop the sum.
+
+        Raises:
+            NonFiniteGradient: a value of the sum overflowed.
+        """
+        if math.isfinite(norm):
+            return
+        bad = {name: int((~p.grad.isfinite()).sum()) for name, p in self.named.items() if p.grad is not None}
+        if name := next((name for name, count in bad.items() if count), None):
+            self.optimizer.zero_grad(set_to_none=True)
+            raise NonFiniteGradient(name, bad[name])
 
     def clip_scale(self, norm: float) -> float:
         """Return the factor, in (0, 1], by which the clip scales a gradient of this norm."""

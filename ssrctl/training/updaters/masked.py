@@ -61,6 +61,7 @@ class MaskedAdamWUpdater(DenseGradients):
             if parameter.grad is not None:
                 square += float(parameter.grad.view(-1)[self._trained(name)].double().square().sum())
         norm = square**0.5
+        self.check_finite(norm)
         scale = self.clip_scale(norm)
         for parameter in self.named.values():
             if parameter.grad is not None and scale < 1.0:

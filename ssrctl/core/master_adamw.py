@@ -1,0 +1,113 @@
+"""AdamW on whole half-precision weights whose updates add up in float32 masters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssrctl.core.masked_adamw import adamw
+from ssrctl.core.masters import REMAINDER_DTYPES, join_master, split_master
+from ssrctl.core.sparse_update import Survival
+
+# Coordinates updated at a time, which bounds the float32 scratch to some tens of megabytes.
+CHUNK = 1 << 22
+
+
+class MasterAdamW(torch.optim.Optimizer):
+    """``torch.optim.AdamW`` with float32 moments and exact float32 masters of bfloat16 and float16 weights.
+
+    State of a parameter, made at its first gradient: ``exp_avg`` and ``exp_avg_sq`` float32, and the master's
+    ``remainder`` (int16 for bfloat16, float32 for float16; see ``core.masters``), each of the parameter's shape. A
+    float32 parameter has no remainder and is updated as by torch.
+
+    Args:
+        params: parameters or groups of them; groups may set ``lr``, ``betas``, ``eps`` and ``weight_decay``.
+        lr: step size.
+        betas: decay of the first and the second moment.
+        eps: added to the denominator.
+        weight_decay: decoupled (Loshchilov & Hutter 2019).
+
+    Attributes:
+        survival: counts of the last step: updates that storage would have lost without masters.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float = 1e-3,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
+        self.survival = Survival()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of every parameter that has a gradient; returns what the closure returns."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.survival = Survival()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    if not self.state[parameter]:
+                        self.state[parameter] = _fresh_state(parameter)
+                    self.survival += _update(parameter, self.state[parameter], group)
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch, but every tensor keeps its dtype: torch casts state to the dtype of its parameter."""
+        super().load_state_dict(state_dict)
+        ids = [key for group in state_dict["param_groups"] for key in group["params"]]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for key, parameter in zip(ids, parameters, strict=True):
+            for field, value in state_dict["state"].get(key, {}).items():
+                device = "cpu" if field == "step" else parameter.device
+                self.state[parameter][field] = value.to(device, copy=True)
+
+
+def _fresh_state(parameter: Tensor) -> dict[str, Tensor]:
+    zeros = torch.zeros_like(parameter, dtype=torch.float32, memory_format=torch.contiguous_format)
+    state = {"step": torch.tensor(0.0), "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
+    if parameter.dtype in REMAINDER_DTYPES:
+        state["remainder"] = torch.zeros_like(zeros, dtype=REMAINDER_DTYPES[parameter.dtype])
+    return state
+
+
+def _update(parameter: Tensor, state: dict[str, Tensor], group: Mapping[str, Any]) -> Survival:
+    state["step"] += 1  # in place: a tensor, as torch has it
+    assert parameter.grad is not None
+    flat, gradient = parameter.view(-1), parameter.grad.reshape(-1)
+    columns = {name: value.view(-1) for name, value in state.items() if name != "step"}
+    survival = Survival()
+    for start in range(0, flat.numel(), CHUNK):
+        part = slice(start, start + CHUNK)
+        stored = flat[part].clone()
+        before = join_master(stored, columns["remainder"][part]) if "remainder" in columns else stored.float()
+        master = before.clone()
+        adamw(
+            master,
+            gradient[part].to(master.dtype),
+            columns["exp_avg"][part],
+            columns["exp_avg_sq"][part],
+            step=int(state["step"]),
+            lr=float(group["lr"]),
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+        )
+        intended = master != before
+        lost = intended & ((stored.float() + (master - before)).to(stored.dtype) == stored)
+        survival += Survival(stored.numel(), int(intended.sum()), int(lost.sum()))
+        if "remainder" in columns:
+            flat[part], columns["remainder"][part] = split_master(master, parameter.dtype)
+        else:
+            flat[part] = master
+    return survival
