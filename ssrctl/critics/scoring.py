@@ -18,8 +18,8 @@ def score_groups(groups: Sequence[Group], critic: Critic, answer_extraction: Ext
     """Score every response with ``critic`` and check its final answer; fills the records in place.
 
     Every response with a step has a final reward, the same under every ``--credit``: without a marked answer its last
-    step becomes the final one. Where the critic gave no score for a final answer, the checker's verdict is the score. A
-    comparison that timed out changes nothing.
+    step becomes the final one, with the checker's verdict as its score. Another score that the critic could not give
+    stays missing. A comparison that timed out changes nothing.
 
     Raises:
         Stopped: every score is missing because of an outage, so that there is nothing to learn from.
@@ -37,10 +37,9 @@ def score_groups(groups: Sequence[Group], critic: Critic, answer_extraction: Ext
         rollout.scores, rollout.final = scores, final
         if final.correct is None or not rollout.steps:
             continue
-        if (last := rollout.steps[-1]).kind != "final" or scores[-1].reward is None:
-            why = "the checker's verdict" if last.kind == "final" else "no marked answer"
+        if (last := rollout.steps[-1]).kind != "final" or scores[-1].error == "no_answer":
             last.kind = "final"
-            rollout.scores = [*scores[:-1], scored(100.0 * final.correct, "final", why)]
+            rollout.scores = [*scores[:-1], scored(100.0 * final.correct, "final", "no marked answer")]
     if errors and set(errors) <= OUTAGE_ERRORS:
         classes = ", ".join(f"{kind} {count}" for kind, count in errors.items())
         raise Stopped(

@@ -63,8 +63,10 @@ def test_a_response_without_a_marked_answer_has_a_final_reward() -> None:
             assert RESPONSE_REWARDS["cot"](group, index) == sum(row) / 2
 
 
-def test_the_checker_replaces_a_missing_final_score_but_not_an_outage() -> None:
+def test_a_score_that_the_critic_could_not_give_stays_missing() -> None:
     group = scored_group(["5+7=12\n#### 12", "5+7=12\n#### 13"], error="too_long")
+    assert group.rewards() == [[None, None], [None, None]]
+    group = scored_group(["5+7=12\n#### 12", "5+7=12\n#### 13"], error="no_answer")
     assert group.rewards() == [[None, 1.0], [None, -1.0]]
     with pytest.raises(Stopped, match="none of 2 scores: timeout 2"):
         scored_group(["5+7=12\nso it is 12"], error="timeout")

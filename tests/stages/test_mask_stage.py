@@ -507,12 +507,16 @@ def test_odd_metadata_is_shown_as_it_is(tmp_path: Path, capfd: pytest.CaptureFix
     mask_of(tmp_path, "random", "--model", TINY, name="a")
     with safe_open(tmp_path / "a", "pt") as file:
         metadata = file.metadata() | {
-            "model": '{"name": ["[red]x"], "revision": 1, "fingerprint": null}', "settings": "[1]", "mask_kind": "[b]"
+            "model": '{"name": "[red]x", "revision": null, "fingerprint": "f"}', "settings": "[1]", "mask_kind": "[b]"
         }  # fmt: skip
     save_file(load_file(tmp_path / "a"), tmp_path / "b", metadata=metadata)
     out, _ = out_of(["info", tmp_path / "b"], capfd)
-    assert "kind: [b]" in out and "model: ['[red]x']" in out
+    assert "kind: [b]" in out and "model: [red]x" in out
     assert json.loads(out_of(["info", tmp_path / "b", "--json"], capfd)[0])["settings"] == [1]
+    metadata["model"] = '{"name": ["x"], "revision": 1, "fingerprint": null}'
+    save_file(load_file(tmp_path / "a"), tmp_path / "c", metadata=metadata)
+    assert main(["mask", "info", str(tmp_path / "c")]) == 2
+    assert "does not name a model" in capfd.readouterr().err
 
 
 def test_the_fingerprint_of_the_reader_is_that_of_the_model(tmp_path: Path, loaded: LoadedModel) -> None:

@@ -184,12 +184,12 @@ def test_scores_about_to_be_replaced_are_told(tmp_path, no_waits, capsys):
 
 def test_ctrl_c_keeps_what_is_done(tmp_path):
     source, target = write_traces(tmp_path / "steps.jsonl", 60), tmp_path / "scored.jsonl"
-    with FaultServer(faults={"stall": 0.3}, seed=4) as server:
+    with FaultServer(faults={"stall": 0.3}, seed=4, stall_seconds=300.0) as server:
         process = subprocess.Popen(
             [sys.executable, "-m", "ssrctl", *words(server, source, target, "--critic-timeout", "60")],
             stderr=subprocess.PIPE,
         )
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while time.monotonic() < deadline and server.counts["stall"] < 16:
             time.sleep(0.01)
         time.sleep(0.2)
