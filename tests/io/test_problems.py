@@ -143,8 +143,8 @@ def test_a_full_disk_below_the_cache_of_datasets_is_one_line(
         except OSError as error:
             raise datasets.exceptions.DatasetGenerationError("An error occurred") from error
 
-    (tmp_path / "a.csv").write_text("question,answer\n1+1,2\n")
+    (tmp_path / "a.parquet").touch()
     monkeypatch.setattr(datasets, "load_dataset", full)
     with pytest.raises(UserError, match="no space left") as caught:
-        load_problems(DatasetConfig(dataset=str(tmp_path / "a.csv")), "train")
+        load_problems(DatasetConfig(dataset=str(tmp_path / "a.parquet")), "train")
     assert caught.value.remedy is not None and "HF_DATASETS_CACHE" in caught.value.remedy
