@@ -62,8 +62,16 @@ def _score(config: CriticConfig) -> dict[str, Any]:
     for message in torn:
         console.warn(message)
     console.show_plan(f"scored {config.input} -> {config.output}", summary)
-    transient = sum(count for error, count in summary["missing_by_class"].items() if error not in PERMANENT_ERRORS)
-    if transient and critic.identity is not None:
+    if critic.identity is None:
+        return summary
+    missing = summary["missing_by_class"]
+    # The same request is refused again.
+    transient = sum(count for error, count in missing.items() if error not in PERMANENT_ERRORS | {"bad_request"})
+    if missing and summary["missing"] == summary["steps"] and not summary["kept_from_before"]:
+        classes = ", ".join(f"{error} {count}" for error, count in missing.items())
+        again = "run the same command again" if transient else "change the settings of the critic"
+        raise Stopped(f"no step was scored: {classes}", again)
+    if transient:
         console.note(f"{transient} scores are missing because of transient failures: run the same command again")
     return summary
 

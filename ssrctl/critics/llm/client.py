@@ -29,11 +29,13 @@ from ssrctl.critics.llm.meter import Meter, max_prompt_tokens
 from ssrctl.critics.llm.models import JudgeModel, prepare_models
 from ssrctl.critics.llm.pacing import MAX_PAUSE_S, Pacer
 from ssrctl.errors import UserError
+from ssrctl.io.console import warn
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
 FIRST_WAIT_S, MAX_WAIT_S = 1.0, 60.0
+MAX_DETAIL_CHARS = 300  # of a server's words, shown and noted
 # A server that asks to slow down is not broken: where no fallback is left, rate-limited tries do not count as retries
 # until a prompt has waited this long.
 MAX_RATE_LIMIT_WAIT_S = 600.0
@@ -103,6 +105,7 @@ class JudgeClient:
         self._sleep, self._clock = sleep, clock
         self._jitter = random.Random()
         self._reached = False
+        self._known_failures: set[str] = set()
         self._models = prepare_models(options, schema)
         self._router = self._litellm.Router(
             model_list=[{"model_name": model.name, "litellm_params": model.parameters} for model in self._models],
@@ -246,7 +249,7 @@ class JudgeClient:
                 cost = self._meter.forfeit(reservation)
             else:
                 self._meter.release(reservation)
-            note(cost, error=failure.kind)
+            note(cost, error=failure.kind, detail=self._first_words(model, failure))
             return failure
         self._reached = True
         tokens = _usage(response)
@@ -254,7 +257,7 @@ class JudgeClient:
         text, reason = _reply_text(response)
         if not text:
             failure = _empty_reply(reason)
-            note(cost, tokens, error=failure.kind)
+            note(cost, tokens, error=failure.kind, detail=self._first_words(model, failure))
             return failure
         note(cost, tokens)
         prompt_tokens, completion_tokens = tokens or (None, None)
@@ -280,6 +283,7 @@ class JudgeClient:
         tokens: tuple[int, int] | None = None,
         *,
         error: str | None = None,
+        detail: str | None = None,
     ) -> None:
         call = Call(
             **asdict(prompt.tag),
@@ -290,8 +294,18 @@ class JudgeClient:
             cost_usd=cost,
             latency_s=time.perf_counter() - started,
             error=error,
+            detail=detail,
         )
         self._on_call(call)
+
+    def _first_words(self, model: JudgeModel, failure: Failure) -> str | None:
+        """Return the server's words on the first failure of a class, and show them; None for later ones."""
+        if failure.kind in self._known_failures or not failure.detail or failure.refused == "key":
+            return None
+        self._known_failures.add(failure.kind)
+        words = failure.detail[:MAX_DETAIL_CHARS]
+        warn(f"first {failure.kind} of {model.name}: {words}")
+        return words
 
     def _raise_if_fatal(self, model: JudgeModel, failure: Failure) -> None:
         """Raise a UserError for a failure that every other request would share."""

@@ -21,13 +21,13 @@ def _now() -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """One request to a judge, or one reply taken from the cache. Holds no text of either side, and no key.
+    """One request to a judge, or one reply taken from the cache. Holds no prompt, no reply and no key.
 
     In the ledger::
 
         {"time": "2026-01-31T12:00:00.000+00:00", "id": "q17/3", "step": null, "kind": "judge",
          "model": "openai/gpt-oss-120b", "attempt": 1, "prompt_tokens": 812, "completion_tokens": 96,
-         "cost_usd": 0.00018, "latency_s": 1.52, "cached": false, "error": null}
+         "cost_usd": 0.00018, "latency_s": 1.52, "cached": false, "error": null, "detail": null}
 
     Attributes:
         id: of the rollout.
@@ -41,6 +41,7 @@ class Call:
         latency_s: seconds from sending to the end of the reply, without the wait for the rate limit.
         cached: whether the reply came from the cache, without a request.
         error: class of the failure, such as ``timeout``; None when there was a reply.
+        detail: the server's words on the first failure of each class, without keys; None for all other calls.
         time: end of the call, ISO 8601 in UTC.
     """
 
@@ -55,10 +56,11 @@ class Call:
     latency_s: float | None = None
     cached: bool = False
     error: str | None = None
+    detail: str | None = None
     time: str = field(default_factory=_now)
 
     def __post_init__(self) -> None:
-        # A message may quote the text or the key, so only the class of a failure is logged.
+        # A message may quote the text or the key; ``detail`` is what the client has freed of keys.
         assert self.error is None or ERROR_CLASS.fullmatch(self.error), "an error class, not a message"
 
 

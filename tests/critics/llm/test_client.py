@@ -141,6 +141,22 @@ def test_statuses(server, monkeypatch, status, kind, requests, billed):
     assert len(bench.calls) == len(server.requests) == requests
 
 
+def test_the_first_failure_of_a_class_is_shown_and_noted_in_the_servers_words(server, monkeypatch, capfd):
+    async def refuse(server, http, body):
+        return failure(503, f"too busy \x1b[2J for {KEY}")
+
+    monkeypatch.setitem(FAULTS, "refuse", refuse)
+    failing(server, refuse=2)
+    bench = Bench(server, critic_retries=2)
+    bench.ask()
+    first, second, answered = bench.calls
+    assert first.error == second.error == "api_error" and answered.error is None
+    assert "too busy" in first.detail and second.detail is answered.detail is None
+    said = " ".join(capfd.readouterr().err.split())
+    assert said.count("first api_error of openai/judge: status 503: too busy") == 1
+    assert KEY not in said + first.detail and "\x1b" not in said
+
+
 def test_a_passing_failure_is_waited_out_with_growing_waits(server):
     failing(server, error_500=2, closed_socket=1)
     bench = Bench(server)

@@ -53,13 +53,14 @@ def test_a_line_holds_the_call_and_nothing_else(tmp_path):
         "latency_s": 1.5,
         "cached": False,
         "error": "timeout",
+        "detail": None,
     }
 
 
 def test_there_is_no_field_for_texts_or_keys():
     counts = {"attempt", "prompt_tokens", "completion_tokens", "cost_usd", "latency_s"}
     names = {field.name for field in dataclasses.fields(Call)}
-    assert names == {"time", "id", "step", "kind", "model", "cached", "error"} | counts
+    assert names == {"time", "id", "step", "kind", "model", "cached", "error", "detail"} | counts
 
 
 @pytest.mark.parametrize("message", ["Incorrect API key: sk-1", "a" * 41, "", "Timeout"])

@@ -64,6 +64,36 @@ def test_readable(text):
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        f"so the second step fails\n</think>\n\n{GOOD}",
+        f'I could write {{"scores": [but first</think>```json\n{GOOD}\n```',
+        f"```json\n{GOOD}\n```\nThe second step drops a sign.",
+        GOOD.replace("why", r"by \(x\) and \sqrt{2}, \frac12 and \underline{y}"),
+        GOOD.replace("}]", "},\n]").replace("]}", "],}"),
+        GOOD.replace('"index": 2', '"step": "Step 2", "index": "2"'),
+        json.dumps({"summary": "mostly right"} | json.loads(GOOD)),
+    ],
+)
+def test_slips_of_judges_without_a_schema(text):
+    assert read(text) == [80, -40.5, 100]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"```json\n{GOOD}\n```\nNo, rather\n```json\n{reply(1, 1, 1)}\n```",
+        f"```json\n{GOOD}\n```\nNo: {reply(1, 1, 1)}",
+        f"The student wrote ```{GOOD}``` and I score that 0 ```",
+        f"{GOOD}\nThe second step drops a sign.",
+        GOOD.replace("why", "a </think>" + GOOD.replace('"', '\\"'), 1)[:-3],
+    ],
+)
+def test_what_could_mean_two_things_scores_nothing(text):
+    assert read(text) == ["bad_json"] * 3
+
+
+@pytest.mark.parametrize(
     ("text", "expected"),
     [
         (reply(1, 2), [1, 2, "missing_index"]),
@@ -84,7 +114,10 @@ def test_readable(text):
         (GOOD.replace("-40.5", "+5"), ["bad_json"] * 3),
         (GOOD.replace("-40.5", "2*20"), ["bad_json"] * 3),
         (reply(1, True, 3), [1, "bad_schema", 3]),
-        (reply(1, "2", 3), [1, "bad_schema", 3]),
+        (reply(1, "2", 3), [1, 2, 3]),
+        (reply(1, "-2.5", 3), [1, -2.5, 3]),
+        (reply(1, "2/3", 3), [1, "bad_schema", 3]),
+        (reply(1, "101", 3), [1, "out_of_range", 3]),
         (reply(1, "high", 3), [1, "bad_schema", 3]),
         (reply(1, None, 3), [1, "bad_schema", 3]),
         (reply(1, [2], 3), [1, "bad_schema", 3]),
@@ -98,7 +131,8 @@ def test_readable(text):
         (reply(1, 2, 3, 4), ["bad_index"] * 3),
         (reply(1, 2, start=-1), ["bad_index"] * 3),
         (json.dumps({"scores": [entry(True, 1), entry(2, 2), entry(3, 3)]}), ["bad_index"] * 3),
-        (json.dumps({"scores": [entry("1", 1), entry(2, 2), entry(3, 3)]}), ["bad_index"] * 3),
+        (json.dumps({"scores": [entry("1", 1), entry(2, 2), entry(3, 3)]}), [1, 2, 3]),
+        (json.dumps({"scores": [entry("0", 1), entry(2, 2), entry(3, 3)]}), ["bad_index"] * 3),
         (json.dumps({"scores": [entry(1.0, 1), entry(2, 2), entry(3, 3)]}), ["bad_index"] * 3),
         (json.dumps({"scores": [{"score": 1}, entry(2, 2), entry(3, 3)]}), ["bad_index"] * 3),
         (json.dumps({"scores": [entry(1, 1), entry(1, 1), entry(3, 3)]}), ["duplicate_index"] * 3),
@@ -107,8 +141,9 @@ def test_readable(text):
         (GOOD.replace('"index": 1', '"index": 2, "index": 1'), ["bad_schema", -40.5, 100]),
         (f'{{"scores": [], {GOOD[1:]}', ["bad_json"] * 3),
         # schemas
-        (json.dumps({"note": "x", "scores": []}), ["bad_schema"] * 3),
-        (json.dumps({"scores": [entry(1, 1), entry(2, 2, kind="step"), entry(3, 3)]}), [1, "bad_schema", 3]),
+        (json.dumps({"note": "x", "scores": []}), ["missing_index"] * 3),
+        (json.dumps({"note": ["x"], "scores": []}), ["bad_schema"] * 3),
+        (json.dumps({"scores": [entry(1, 1), entry(2, 2, kind="step"), entry(3, 3)]}), [1, 2, 3]),
         ('{"scores": [1, 2, 3]}', ["bad_schema"] * 3),
         ('{"scores": {"1": 5}}', ["bad_schema"] * 3),
         ('{"scores": null}', ["bad_schema"] * 3),
@@ -346,8 +381,12 @@ ENTRIES = st.lists(
 @given(ENTRIES, st.sampled_from(["{}", "Sure:\n```json\n{}\n```", "<think>x</think>{}"]))
 @settings(max_examples=300)
 def test_every_score_stands_in_the_reply_under_its_index(entries, around):
-    """Against a plain reading of the entries themselves."""
+    """Against a plain reading of the entries themselves; a number in quotation marks counts as a number."""
+    plain = {"1": 1, "5": 5}
     scores = parse_verdicts(around.replace("{}", json.dumps({"scores": entries})), WANTED).scores
+    entries = [
+        {key: plain.get(value, value) if type(value) is str else value for key, value in e.items()} for e in entries
+    ]
     asked = all(type(e.get("index")) is int and 1 <= e["index"] <= 3 for e in entries)
     asked = asked and len({e["index"] for e in entries}) == len(entries)
     for (number, kind), got in zip(WANTED, scores, strict=True):
