@@ -143,7 +143,7 @@ def test_a_full_disk_below_the_cache_of_datasets_is_one_line(
         except OSError as error:
             raise datasets.exceptions.DatasetGenerationError("An error occurred") from error
 
-    (tmp_path / "a.parquet").write_bytes(b"")
+    (tmp_path / "a.parquet").touch()
     monkeypatch.setattr(datasets, "load_dataset", full)
     with pytest.raises(UserError, match="no space left") as caught:
         load_problems(DatasetConfig(dataset=str(tmp_path / "a.parquet")), "train")
