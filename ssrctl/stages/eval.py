@@ -313,8 +313,7 @@ def _show(summary: dict[str, Any], config: EvalConfig) -> None:
     counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in summary["outcomes"].items())
     title = Text(f"{source}, {summary['num_problems']} problems")
     ways = ", ".join(f"{name} {share:.0%}" for name, share in summary["way_fracs"].items())
-    caption = f"{counts}\nanswers found by: {ways}"
-    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
+    table = Table(title=title, title_justify="left")
     for column in ("", "accuracy", level):
         table.add_column(column, justify="left" if not column else "right")
     if paired := summary.get("paired"):
@@ -323,7 +322,10 @@ def _show(summary: dict[str, Any], config: EvalConfig) -> None:
         table.add_row("difference (paired)", *_cells(paired["difference"], signed=True))
     else:
         table.add_row("given" if config.responses else "sampled", *_cells(summary["accuracy"]))
-    SafeConsole().print(table)
+    terminal = SafeConsole()
+    terminal.print(table)
+    for line in (counts, f"answers found by: {ways}"):  # below the table, whose width would fold a caption
+        terminal.print(Text(line, style="italic"))
 
 
 def _cells(estimate: dict[str, float], signed: bool = False) -> tuple[str, str]:
