@@ -150,7 +150,7 @@ def test_missing_file(tmp_path: Path) -> None:
         load_budget_profile(tmp_path / "p.json")
 
 
-@pytest.mark.parametrize(("name", "num_problems"), [("tiny-reasoner", 16), ("smollm2-135m-instruct", 5)])
+@pytest.mark.parametrize(("name", "num_problems"), [("tiny-reasoner", 16), ("smollm2-135m-instruct", 16)])
 def test_shipped_profiles(name: str, num_problems: int) -> None:
     path = profiles_dir() / "budgets" / f"{name}.json"
     profile = load_budget_profile(path)
