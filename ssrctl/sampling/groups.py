@@ -10,7 +10,7 @@ from ssrctl.configs import SamplingConfig, SegmentOptions
 from ssrctl.core.seeds import derive_seed
 from ssrctl.errors import UserError
 from ssrctl.io.problems import Problem
-from ssrctl.io.records import Rollout
+from ssrctl.io.records import FinalAnswer, Rollout, StepSpan
 from ssrctl.models.loading import LoadedModel
 from ssrctl.sampling.alignment import step_of_tokens, token_starts
 from ssrctl.sampling.generate import Sample, sample_responses
@@ -130,11 +130,12 @@ def sample_groups(
         samples += drawn
         if on_samples is not None:
             on_samples(sum(len(sample.response_ids) for sample in drawn))
+    cuts = (segmentation or SegmentOptions()).segment_arguments
     groups = []
     for place, prompt in enumerate(prompts):
         mine = samples[place * num_generations : (place + 1) * num_generations]
         rollouts = [
-            _record(prompt, number, sample, segmentation or SegmentOptions()) for number, sample in enumerate(mine)
+            record_of(prompt, number, sample, steps=segment(sample.text, **cuts)) for number, sample in enumerate(mine)
         ]
         groups.append(
             Group(prompt, mine, rollouts, [_token_steps(loaded, r, s) for r, s in zip(rollouts, mine, strict=True)])
@@ -142,7 +143,15 @@ def sample_groups(
     return groups
 
 
-def _record(prompt: Prompted, number: int, sample: Sample, segmentation: SegmentOptions) -> Rollout:
+def record_of(
+    prompt: Prompted,
+    number: int,
+    sample: Sample,
+    *,
+    steps: list[StepSpan] | None = None,
+    final: FinalAnswer | None = None,
+) -> Rollout:
+    """Return the record of one response to a prompt; ``number`` counts the responses to it, from 0."""
     problem = prompt.problem
     extra = copy.deepcopy(problem.extra) | {"num_tokens": len(sample.response_ids), "finished": sample.finished}
     return Rollout(
@@ -151,7 +160,8 @@ def _record(prompt: Prompted, number: int, sample: Sample, segmentation: Segment
         answer=problem.answer,
         prompt=prompt.prompt,
         response=sample.text,
-        steps=segment(sample.text, **segmentation.segment_arguments),
+        steps=steps,
+        final=final,
         extra=extra,
     )
 

@@ -20,13 +20,12 @@ from ssrctl.io.files import existing_file, write_text
 from ssrctl.io.jsonl import STDIO, JsonlLog, write_jsonl
 from ssrctl.io.locks import locked_folder
 from ssrctl.io.problems import load_problems
-from ssrctl.io.records import FinalAnswer, Rollout, read_rollouts
+from ssrctl.io.records import Rollout, read_rollouts
 from ssrctl.io.row_fields import Reference
 from ssrctl.text.answers import check_answers
 
 if TYPE_CHECKING:  # grading given responses loads no torch
     from ssrctl.models.loading import LoadedModel
-    from ssrctl.sampling.generate import Sample
     from ssrctl.sampling.groups import Prompted
 
 SAMPLES, SUMMARY, SETTINGS = "samples.jsonl", "summary.json", "settings.json"
@@ -203,6 +202,7 @@ def _sample(config: EvalConfig) -> _Found:
 def _draw(config: EvalConfig, loaded: LoadedModel, prompts: Sequence[Prompted]) -> None:
     """Draw the missing samples in batches; each batch has its own seed, so a continuation draws the same."""
     from ssrctl.sampling.generate import sample_responses
+    from ssrctl.sampling.groups import record_of
 
     jobs = [(prompt, number) for prompt in prompts for number in range(config.num_samples)]
     path = config.output_dir / SAMPLES
@@ -221,25 +221,8 @@ def _draw(config: EvalConfig, loaded: LoadedModel, prompts: Sequence[Prompted]) 
                 pairs = [(drawn[place].text, batch[place][0].problem.answer) for place in missing]
                 finals = check_answers(pairs, extraction=config.answer_extraction)
                 for place, final in zip(missing, finals, strict=True):
-                    log.append(_record(*batch[place], drawn[place], final).to_dict())
+                    log.append(record_of(*batch[place], drawn[place], final=final).to_dict())
             bar.update(task, advance=len(batch))
-
-
-def _record(prompt: Prompted, number: int, sample: Sample, final: FinalAnswer) -> Rollout:
-    problem = prompt.problem
-    return Rollout(
-        id=f"{problem.id}/{number}",
-        question=problem.question,
-        answer=problem.answer,
-        prompt=prompt.prompt,
-        response=sample.text,
-        final=final,
-        extra=dict(problem.extra) | {"num_tokens": len(sample.response_ids), "finished": sample.finished},
-    )
-
-
-# --------------------------------------------------------------------------------------------------
-# the folder and the table
 
 
 def _read_samples(folder: Path) -> list[Rollout]:
