@@ -460,7 +460,7 @@ def test_other_spellings_of_layers_are_refused(text: str) -> None:
 # other names of settings
 
 
-@pytest.mark.parametrize("kind", {*COMMANDS.values()}, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", list(dict.fromkeys(COMMANDS.values())), ids=lambda kind: kind.__name__)
 def test_other_names_lead_to_fields_and_hide_none(kind: Any) -> None:
     fields = {spec.name for spec in dataclasses.fields(kind)}
     accepted = accepted_names(kind)

@@ -107,7 +107,7 @@ def test_failures_are_missing_and_the_next_run_mends_them(tmp_path, no_waits, ca
 
 
 def test_killed_in_the_middle_and_run_again_gives_the_file_of_one_run(tmp_path, no_waits):
-    count = 300
+    count = 80
     source = write_traces(tmp_path / "steps.jsonl", count)
     (tmp_path / "clean").mkdir()
     (tmp_path / "killed").mkdir()
@@ -118,7 +118,9 @@ def test_killed_in_the_middle_and_run_again_gives_the_file_of_one_run(tmp_path, 
         start = [sys.executable, "-m", "ssrctl"]
         assert main(words(server, source, clean)) == 0
         server.forget()
-        server.requests.clear()
+        proper = server.fault_of
+        held = server.counts.total() + 3 * count // 4  # further requests wait for the kill
+        server.fault_of = lambda body, attempt: "stall" if server.counts.total() >= held else proper(body, attempt)
         process = subprocess.Popen(
             start + words(server, source, target), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
@@ -131,6 +133,8 @@ def test_killed_in_the_middle_and_run_again_gives_the_file_of_one_run(tmp_path, 
         assert not target.exists() and process.returncode == -signal.SIGKILL
         stored = {row["id"] for row in rows_of_torn(partial)}
         assert count // 4 < len(stored) < count
+        server.forget()
+        server.fault_of = proper
         server.requests.clear()
         assert main(words(server, source, target)) == 0
         asked = {numbers_of(request.body["messages"]) for request in server.requests}
