@@ -50,7 +50,7 @@ def write_traces(path, count):
 def words(server, source, target, *more):
     return [
         "critic", str(source), "-o", str(target), "--critic", "llm", "--critic-model", "openai/judge",
-        "--critic-api-base", server.base_url, "--critic-timeout", "5", "--critic-max-concurrency", "16",
+        "--critic-api-base", server.base_url, "--critic-timeout", "60", "--critic-max-concurrency", "16",
         "--critic-cache-dir", str(target.parent / "cache"), *more,
     ]  # fmt: skip
 
@@ -190,7 +190,7 @@ def test_ctrl_c_keeps_what_is_done(tmp_path):
     source, target = write_traces(tmp_path / "steps.jsonl", 60), tmp_path / "scored.jsonl"
     with FaultServer(faults={"stall": 0.3}, seed=4, stall_seconds=300.0) as server:
         process = subprocess.Popen(
-            [sys.executable, "-m", "ssrctl", *words(server, source, target, "--critic-timeout", "60")],
+            [sys.executable, "-m", "ssrctl", *words(server, source, target)],
             stderr=subprocess.PIPE,
         )
         deadline = time.monotonic() + 240
