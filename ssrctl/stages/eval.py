@@ -176,7 +176,8 @@ def _sample(config: EvalConfig) -> _Found:
     prompts, num_left_out = prepare_prompts(loaded, problems, prompt_format, config.max_new_tokens)
     if num_left_out:
         console.warn(f"{num_left_out} of {len(problems)} questions do not fit the context and are left out")
-    console.note(f"first prompt: {describe_prompt(loaded, prompts[0])}")
+    first_prompt = describe_prompt(loaded, prompts[0])
+    console.note(f"first prompt: {first_prompt}")
     if config.dry_run:
         plan = {
             "problems": len(prompts),
@@ -184,6 +185,7 @@ def _sample(config: EvalConfig) -> _Found:
             "most_response_tokens": len(prompts) * config.num_samples * config.max_new_tokens,
             "changed_coordinates": changed,
             "output_dir": str(config.output_dir),
+            "first_prompt": first_prompt,
         }
         return _Found(plan)
     _claim_folder(config, loaded)

@@ -115,8 +115,8 @@ def test_flags_stand_in_panels_that_begin_with_the_common_ones(
         return re.findall(r"^╭─ (\w+) ", shown_help(name, 100, capsys, monkeypatch), re.MULTILINE)
 
     training = ["Method", "Optimizer", "Sampling", "Segmentation", "Critic", "Checkpoints", "Logging"]
-    assert panels("train") == ["Options", "Model", "Data", *training]
-    assert panels("critic") == ["Arguments", "Options", "Critic", "Model", "Sampling"]
+    assert panels("train") == ["Options", "Model", "Data", "Prompt", *training]
+    assert panels("critic") == ["Arguments", "Options", "Critic", "Model", "Prompt", "Sampling"]
 
 
 def test_help_names_choices_and_ranges_that_the_doc_line_leaves_out() -> None:
