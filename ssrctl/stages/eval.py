@@ -321,16 +321,17 @@ def _claim_folder(config: EvalConfig, loaded: LoadedModel) -> None:
 def _show(summary: dict[str, Any], config: EvalConfig) -> None:
     """Print the result as a small table on stdout, with what it can and cannot show below."""
     source = summary["responses"] if config.responses else config.dataset
-    table = _table(f"{source}, {summary['num_problems']} problems", config.confidence)
+    columns = ("accuracy", f"{config.confidence:.0%} interval", *(["p"] if "paired" in summary else []))
+    table = _table(f"{source}, {summary['num_problems']} problems", columns)
     if paired := summary.get("paired"):
-        table.add_row("before", *_cells(paired["baseline_accuracy"]), "")
-        table.add_row("after", *_cells(summary["accuracy"]), "")
+        table.add_row("before", *_cells(paired["baseline_accuracy"]))
+        table.add_row("after", *_cells(summary["accuracy"]))
         table.add_row("difference (paired)", *_cells(paired["difference"], signed=True), _p(paired["difference"]))
     else:
-        table.add_row("given" if config.responses else "sampled", *_cells(summary["accuracy"]), "")
+        table.add_row("given" if config.responses else "sampled", *_cells(summary["accuracy"]))
     for column, values in summary["groups"].items():
         for value, estimate in values.items():
-            table.add_row(f"{column} {value} ({estimate['num_problems']})", *_cells(estimate), "")
+            table.add_row(f"{column} {value} ({estimate['num_problems']})", *_cells(estimate))
     counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in summary["outcomes"].items())
     ways = ", ".join(f"{name} {share:.0%}" for name, share in summary["way_fracs"].items())
     lines = [counts, f"answers found by: {ways}"]
@@ -352,10 +353,11 @@ def _show(summary: dict[str, Any], config: EvalConfig) -> None:
 def _show_comparisons(result: dict[str, Any], confidence: float) -> None:
     """Print each evaluation with its difference to the first."""
     first = result["baseline_accuracy"]
-    table = _table(f"{first['num_problems']} problems, differences to {result['baseline']}", confidence)
-    table.add_row(result["baseline"], *_cells(first), "")
+    columns = ("accuracy", f"{confidence:.0%} interval", "p")
+    table = _table(f"{first['num_problems']} problems, differences to {result['baseline']}", columns)
+    table.add_row(result["baseline"], *_cells(first))
     for one in result["comparisons"]:
-        table.add_row(one["evaluation"], *_cells(one["accuracy"]), "")
+        table.add_row(one["evaluation"], *_cells(one["accuracy"]))
         table.add_row("  difference (paired)", *_cells(one["difference"], signed=True), _p(one["difference"]))
     differences = [one["difference"] for one in result["comparisons"]]
     least = max(one["detectable"] for one in differences)
@@ -366,12 +368,12 @@ def _show_comparisons(result: dict[str, Any], confidence: float) -> None:
     _print(table, lines)
 
 
-def _table(title: str, confidence: float) -> Table:
+def _table(title: str, columns: Sequence[str]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
     table = Table(title=Text(title), title_justify="left")
-    for column in ("", "accuracy", f"{confidence:.0%} interval", "p"):
+    for column in ("", *columns):
         table.add_column(column, justify="left" if not column else "right", no_wrap=bool(column))
     return table
 
