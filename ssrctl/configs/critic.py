@@ -10,7 +10,17 @@ from urllib.parse import urlsplit
 
 from annotated_types import Interval
 
-from ssrctl.configs.building import AtLeastOne, Config, Finite, NotNegative, Positive, ZeroOrMore, output, positional
+from ssrctl.configs.building import (
+    AtLeastOne,
+    Config,
+    Finite,
+    Fraction,
+    NotNegative,
+    Positive,
+    ZeroOrMore,
+    output,
+    positional,
+)
 from ssrctl.configs.common import CommonConfig, ModelConfig, PromptOptions, SamplingConfig
 from ssrctl.configs.credentials import credential_in_address, credential_in_json
 from ssrctl.configs.json_object import as_json_text, parse_json_object
@@ -34,19 +44,20 @@ class CriticOptions(Config):
 
     panel = "Critic"
 
-    critic: Literal["rule", "llm", "rollout"] = "rule"
+    critic: Literal["rule", "llm", "rollout", "prm"] = "rule"
     """rule checks arithmetic and the origin of its numbers; llm asks a model through litellm; rollout lets the
-    policy itself continue from each step and counts how often the answer is right."""
+    policy itself continue from each step and counts how often the answer is right; prm is a process reward model."""
 
     critic_model: str | None = None
-    """litellm model name of the llm critic, such as openai/gpt-oss-120b."""
+    """Model of the critic: for llm a litellm name, such as openai/gpt-oss-120b; for prm a name on the hub or a local
+    folder."""
 
     critic_fallback: list[str] = field(default_factory=list)
     """litellm model to ask when the first one fails; may be given several times."""
 
     critic_api_base: str | None = None
     """Endpoint of the llm critic, for an OpenAI-compatible server of your own; it also serves fallbacks with the same
-    provider prefix."""
+    provider prefix. For the prm critic, a vLLM pooling server (/pooling or /classify)."""
 
     critic_rubric: str = "steps"
     """Rubric of the llm critic: steps, correctness, progress, clarity, final, or a text file."""
@@ -113,14 +124,36 @@ class CriticOptions(Config):
     """Score of the rollout critic: the difference that a step makes to the share of right continuations, or the value
     of that share."""
 
+    critic_prm_style: Literal["auto", "trl", "qwen2.5-math", "math-shepherd", "openr", "rlhflow"] = "auto"
+    """Convention of the prm critic's model: token classifiers of TRL, Qwen2.5-Math-PRM, or a causal LM that predicts
+    + or - after each step (math-shepherd, openr, rlhflow). auto tells the first two by their architecture."""
+
+    critic_prm_step_tag: str | None = None
+    """Text after each step for the prm critic, such as the step_separator of a model's training; by default the
+    style's own."""
+
+    critic_prm_tokenizer: str | None = None
+    """Tokenizer of the prm critic's server (hub name or local folder); by default --critic-model."""
+
+    critic_prm_zero: Fraction = 0.5
+    """Probability of a right step at which the prm critic's score is 0."""
+
+    critic_batch_size: AtLeastOne = 8
+    """Responses that the prm critic's model reads at once."""
+
+    critic_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the prm critic's model; auto is the checkpoint's own."""
+
     def __post_init__(self) -> None:
         self.critic_extra_body = as_json_text(self.critic_extra_body)
         super().__post_init__()
         if self.critic == "llm" and not self.critic_model:
             raise UserError("the llm critic needs a model", "give --critic-model, such as openai/gpt-oss-120b")
+        if self.critic == "prm" and not self.critic_model:
+            raise UserError("the prm critic needs a model", "give --critic-model, such as Qwen/Qwen2.5-Math-PRM-7B")
         # Here, before any setting is stored or shown.
         if self.critic_api_base:
-            _check_endpoint(self.critic_api_base, self.critic_model)
+            _check_endpoint(self.critic_api_base, "vllm/" if self.critic == "prm" else self.critic_model)
         if self.critic_reasoning_effort is not None and not _EFFORT.fullmatch(self.critic_reasoning_effort):
             raise UserError(
                 f"--critic-reasoning-effort must be one word, got {self.critic_reasoning_effort!r}",

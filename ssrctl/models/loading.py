@@ -69,13 +69,14 @@ def describe_model(config: ModelConfig) -> str:
     return f"model: {config.model}"
 
 
-def load_model(config: ModelConfig, *, bytes_per_parameter: float = 0.0) -> LoadedModel:
+def load_model(config: ModelConfig, *, bytes_per_parameter: float = 0.0, kind: Any = None) -> LoadedModel:
     """Load ``config.model`` and its tokenizer.
 
     Args:
         config: name, precision and device of the model.
         bytes_per_parameter: memory that the caller will need in addition to the weights; the sum is checked against
             the free memory before anything is read.
+        kind: the class with ``from_pretrained`` and ``from_config``; AutoModelForCausalLM by default.
 
     Only safetensors are read, and of a local folder no file that a link leads out to.
 
@@ -88,14 +89,15 @@ def load_model(config: ModelConfig, *, bytes_per_parameter: float = 0.0) -> Load
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
+    kind = kind or AutoModelForCausalLM
     transformers_logging.disable_progress_bar()
     hub_logging.set_verbosity_error()  # load errors sum up its retries in one line
     source = _source(config)
     device = resolve_device(config.device)
-    _check_memory(config, source, device, bytes_per_parameter)
+    _check_memory(config, source, device, bytes_per_parameter, kind)
     tokenizer = _load_tokenizer(config, source)
     with _explained(config), _quiet_report():
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = kind.from_pretrained(
             source,
             revision=config.revision,
             dtype="auto",
@@ -182,6 +184,24 @@ def _source(config: ModelConfig) -> str:
     return config.model
 
 
+def read_config(config: ModelConfig) -> Any:
+    """Return the transformers config of a model without loading its weights.
+
+    Raises:
+        UserError: not found, not reachable, or of a kind that transformers does not know.
+    """
+    from transformers import AutoConfig
+
+    source = _source(config)
+    with _explained(config):
+        return AutoConfig.from_pretrained(source, revision=config.revision, trust_remote_code=config.trust_remote_code)
+
+
+def read_tokenizer(config: ModelConfig) -> Any:
+    """Return the tokenizer of a model without loading its weights; raises as ``load_model`` does."""
+    return _load_tokenizer(config, _source(config))
+
+
 def folder_of(config: ModelConfig) -> Path:
     """Return the folder that a model which was loaded came from; that of the hub's cache for a name on the hub."""
     from transformers.utils import cached_file
@@ -237,20 +257,18 @@ def check_tokenizer(tokenizer: Any, name: str) -> None:
         tokenizer.pad_token = tokenizer.eos_token
 
 
-def _check_memory(config: ModelConfig, source: str, device: torch.device, bytes_per_parameter: float) -> None:
+def _check_memory(
+    config: ModelConfig, source: str, device: torch.device, bytes_per_parameter: float, kind: Any
+) -> None:
     """Refuse a model that cannot fit before the machine starts to swap or kills the process."""
     import psutil
     import torch
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
 
-    with _explained(config):
-        described = AutoConfig.from_pretrained(
-            source, revision=config.revision, trust_remote_code=config.trust_remote_code
-        )
+    described = read_config(config)
     _check_config(config, described)
     with _explained(config), init_empty_weights():
-        empty = AutoModelForCausalLM.from_config(described, trust_remote_code=config.trust_remote_code)
+        empty = kind.from_config(described, trust_remote_code=config.trust_remote_code)
     count = sum(p.numel() for p in empty.parameters())
     stored = described.dtype or torch.float32
     dtype = stored if config.dtype == "auto" else getattr(torch, config.dtype)

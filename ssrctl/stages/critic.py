@@ -101,6 +101,7 @@ def _make(config: CriticConfig) -> Critic:
         sampling=config,
         prompt_format=prompt_format if _says_prompts(config) else None,
         seed=config.seed,
+        device=config.device,
         ledger=_ledger_path(config),
     )
     return make_critic(config, resources)
