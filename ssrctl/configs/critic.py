@@ -21,7 +21,7 @@ from ssrctl.configs.building import (
     output,
     positional,
 )
-from ssrctl.configs.common import CommonConfig, ModelConfig, PromptOptions, SamplingConfig
+from ssrctl.configs.common import CommonConfig, InputFormat, ModelConfig, PromptOptions, RecordFormat, SamplingConfig
 from ssrctl.configs.credentials import credential_in_address, credential_in_json
 from ssrctl.configs.json_object import as_json_text, parse_json_object
 from ssrctl.errors import UserError
@@ -87,13 +87,13 @@ class CriticOptions(Config):
     '{"chat_template_kwargs": {"enable_thinking": false}}'. It is stored with the results: no keys or passwords."""
 
     critic_max_concurrency: AtLeastOne = 8
-    """Calls of the llm critic in flight at once."""
+    """Calls of the llm critic, or to the prm critic's server, in flight at once."""
 
     critic_requests_per_minute: Annotated[Positive, Finite] | None = None
     """Rate limit of the llm critic's calls, retries included; no limit by default."""
 
     critic_timeout: Positive = 60.0
-    """Seconds until a call of the llm critic counts as failed."""
+    """Seconds until a call of the llm critic or to the prm critic's server counts as failed."""
 
     critic_retries: ZeroOrMore = 3
     """Retries after a transient failure."""
@@ -108,7 +108,8 @@ class CriticOptions(Config):
     """Hard cap on the llm critic's cost in US dollars; when it is reached, the run stops and keeps the scores so far."""
 
     critic_cache: bool = True
-    """Use the cache of the llm critic's replies, in which each judgement is paid for only once."""
+    """Use the cache of the llm critic's replies and the prm critic's probabilities, in which each judgement is paid for only
+    once."""
 
     critic_cache_dir: Path | None = None
     """Folder of the replies; by default ssrctl under the user's cache folder."""
@@ -226,15 +227,26 @@ class CriticConfig(CriticOptions, ModelConfig, PromptOptions, SamplingConfig, Co
     """Log of every call of the llm critic (jsonl); by default next to the output."""
 
     calibrate: Path | None = None
-    """Instead of scoring, measure the critic on labelled solutions (ProcessBench's fields, or segmented responses
-    with the first wrong step as label) and print one table. With --output FILE the judgements are kept there, and those
+    """Instead of scoring, measure the critic on labelled solutions (ProcessBench, PRM800K and others, or segmented
+    responses with the first wrong step as label) and print one table. With --output FILE the judgements are kept there, and those
     that it already holds are not made again."""
 
     repeats: AtLeastOne = 1
     """With --calibrate: judge everything this many times, to measure the noise of the scores."""
 
     wrong_below: Annotated[float, Interval(gt=-100, le=100)] = 0.0
-    """With --calibrate: the first step whose score is below this counts as the critic's first error."""
+    """With --calibrate: the first step whose score is below this counts as the critic's first error. With
+    --output-format: a step whose score is below this is labelled wrong."""
+
+    min_f1: Annotated[float, Interval(gt=0, le=1)] | None = None
+    """With --calibrate: exit with code 4 if the first-error F1 is below this."""
+
+    format: InputFormat = "auto"
+    """Format of the input (docs/formats.md); auto tells it by the fields."""
+
+    output_format: RecordFormat = "ssrctl"
+    """Format of the output: stepwise, math-shepherd and others make training data for process reward models. The scored
+    records are then kept in OUTPUT.records.jsonl, from which the same command continues."""
 
     limit: AtLeastOne | None = None
     """Use only the first N records."""
@@ -249,6 +261,10 @@ class CriticConfig(CriticOptions, ModelConfig, PromptOptions, SamplingConfig, Co
             raise UserError(f"--output {self.output} is the file of labelled solutions", "name another file")
         if self.ledger is not None and str(self.ledger) in (self.input, self.output):
             raise UserError(f"--ledger {self.ledger} is also the input or the output", "name another file")
+        if self.calibrate is None and self.min_f1 is not None:
+            raise UserError("--min-f1 checks a calibration", "use it with --calibrate")
+        if self.calibrate is not None and self.output_format != "ssrctl":
+            raise UserError("--calibrate keeps judgements as records", "leave out --output-format")
         if self.calibrate is None and self.repeats > 1:
             raise UserError("--repeats measures the noise of scores", "use it with --calibrate")
 
