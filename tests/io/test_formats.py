@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import gzip
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +216,36 @@ def test_bad_rows_are_one_line(tmp_path: Path, message: str) -> None:
     assert message in caught.value.message
     assert caught.value.message.startswith(f"{path}:1: ")
     assert "\n" not in str(caught.value)
+
+
+JUNK: tuple[Any, ...] = (None, {}, [], -1, True, "", "ки +", [{}], {"a": 1}, 2.5)
+
+
+def places(value: Any, *path: Any) -> Iterator[tuple[Any, ...]]:
+    """The way to every value within a row."""
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield (*path, key)
+        yield from places(value[key], *path, key)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_any_value_in_any_place_is_read_or_refused(tmp_path: Path, name: str) -> None:
+    refused = 0
+    for number, path in enumerate(places(ROWS[name])):
+        for junk in JUNK[number % 2 :: 2]:
+            row = copy.deepcopy(ROWS[name])
+            inner: Any = row
+            for key in path[:-1]:
+                inner = inner[key]
+            inner[path[-1]] = copy.deepcopy(junk)
+            try:
+                for rollout in read(written(tmp_path / "in.jsonl", row), name):
+                    for other in FORMATS:
+                        list(Writer(other).rows(rollout))
+            except UserError as error:
+                refused += 1
+                assert "\n" not in str(error)
+    assert refused
 
 
 def test_a_named_format_must_fit(tmp_path: Path) -> None:

@@ -44,9 +44,9 @@ def _chosen(step: Any, place: str) -> tuple[Any, bool | None]:
         try:
             chosen = completions[number or 0]  # type: ignore[index]
             rating = chosen.get("rating")
-        except (TypeError, IndexError, AttributeError):
+        except (TypeError, LookupError, AttributeError):
             raise UserError(f"{place} has no completion {number or 0}", "fix or remove that row") from None
-    if rating is not None and rating not in _RATINGS:
+    if rating is not None and (not isinstance(rating, int) or rating not in _RATINGS):
         raise UserError(f"{place} has the rating {rating!r}, expected -1, 0, 1 or null")
     text = chosen.get("text") if isinstance(chosen, dict) else chosen
     return text, None if rating is None else _RATINGS[rating]
