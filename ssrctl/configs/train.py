@@ -161,6 +161,14 @@ class OptimizerOptions(Config):
     master_weights: bool = True
     """Keep, with bfloat16 or float16 weights, the exact float32 value of those that are updated."""
 
+    gradient_checkpointing: bool = False
+    """Keep only the inputs of the layers for the backward pass, which recomputes the rest: the same gradients, less
+    memory, about a third more time. It uses the step gradients kept or truncated."""
+
+    micro_batch_tokens: AtLeastOne | None = None
+    """Run a question's responses in micro-batches of at most N tokens, prompts included, and add up their gradients: the
+    gradient is that of one batch. A longer response is a micro-batch of its own."""
+
 
 @dataclass(kw_only=True)
 class CheckpointOptions(Config):
@@ -238,6 +246,30 @@ class TrainConfig(
         if self.force and self.resume_from_checkpoint is None:
             raise UserError("--force is for --resume-from-checkpoint", "leave it out, or name a checkpoint")
         self._check_optimizer()
+        self._check_passes()
+
+    def _check_passes(self) -> None:
+        """Refuse ways to the step gradients that exclude each other."""
+        if self.gradient_checkpointing and self.step_gradient not in ("auto", "kept", "truncated"):
+            raise UserError(
+                f"--step-gradient {self.step_gradient} keeps keys and values in a cache, which --gradient-checkpointing "
+                "excludes",
+                "use --step-gradient auto, kept or truncated",
+            )
+        if self.micro_batch_tokens is None:
+            return
+        if self.step_gradient not in ("auto", "truncated"):
+            raise UserError(
+                f"--step-gradient {self.step_gradient} runs all responses of a question together, and "
+                "--micro-batch-tokens runs them apart",
+                "use --step-gradient auto",
+            )
+        if self.scope == "tensor":
+            raise UserError(
+                "--scope tensor selects from each gradient as soon as it is computed, and --micro-batch-tokens adds up "
+                "several",
+                "use --scope global, or --gradient-checkpointing instead",
+            )
 
     def _check_optimizer(self) -> None:
         """Refuse settings that the optimizer would ignore."""
@@ -279,6 +311,8 @@ class TrainConfig(
     @property
     def step_gradient_method(self) -> str:
         """The method in force: with scope tensor, auto takes one that needs no whole gradient."""
+        if self.micro_batch_tokens is not None:
+            return "accumulated"
         return "piecemeal" if self.step_gradient == "auto" and self.scope == "tensor" else self.step_gradient
 
     @property

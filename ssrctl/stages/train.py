@@ -27,6 +27,7 @@ from ssrctl.models.loading import LoadedModel, describe_model, folder_of, load_m
 from ssrctl.models.stored_parameters import check_exportable
 from ssrctl.sampling.groups import Prompted, describe_prompt, prepare_prompts
 from ssrctl.text.prompts import load_prompt_format
+from ssrctl.training.checkpointing import enable_checkpointing
 from ssrctl.training.lr_sweep import find_lr
 from ssrctl.training.resuming import open_run, run_folder
 from ssrctl.training.tracking import check_tracker
@@ -63,6 +64,8 @@ def _run(config: TrainConfig, run_dir: RunDir) -> dict[str, Any] | None:
     itemsize = 4 if config.dtype in ("auto", "float32") else 2
     update_bytes = updater_kind(config).bytes_per_parameter(config, itemsize)
     loaded = load_model(config, bytes_per_parameter=update_bytes + ACTIVATION_BYTES_PER_PARAMETER)
+    if config.gradient_checkpointing:
+        enable_checkpointing(loaded.model)
     check_exportable(folder_of(config), loaded.shapes(), loaded.identity.fingerprint)
     protected = _mask_at(config.protect, config, loaded)
     mask = _mask_at(config.mask, config, loaded)

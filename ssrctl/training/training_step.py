@@ -234,6 +234,7 @@ class TrainingStep:
             level=self.config.importance_level,
             loss_scale=1.0 / num_questions,
             method=self.config.step_gradient_method,
+            micro_batch_tokens=self.config.micro_batch_tokens,
             on_logprobs=lambda logprobs: totals.add_gap(logprobs, batch) if is_first else None,
             on_unit=before_unit,
         )

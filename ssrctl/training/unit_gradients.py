@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ssrctl.core.units import Unit
 from ssrctl.errors import UserError
+from ssrctl.training.step_gradients.accumulated import accumulated_gradients
 from ssrctl.training.step_gradients.batch import GroupBatch, make_batch, response_logprobs
 from ssrctl.training.step_gradients.chunked import chunked_gradients
 from ssrctl.training.step_gradients.chunks import cache_obstacle, position_obstacle
@@ -63,12 +64,13 @@ METHODS: dict[str, Callable[[GradientTask], Iterator[UnitGradient]]] = {
     "truncated": truncated_gradients,
     "chunked": chunked_gradients,
     "local": local_gradients,
+    "accumulated": accumulated_gradients,
 }
 
 
 def method_obstacle(task: GradientTask, method: str) -> str | None:
     """Return the reason why this model cannot compute its gradients by ``method``; None if it can."""
-    if method in ("truncated", "chunked", "local") and (obstacle := position_obstacle(task)) is not None:
+    if method in ("truncated", "chunked", "local", "accumulated") and (obstacle := position_obstacle(task)) is not None:
         return obstacle
     if method not in ("chunked", "local"):
         return None
@@ -93,6 +95,7 @@ def unit_gradients(
     level: str = "sequence",
     loss_scale: float = 1.0,
     method: str = "auto",
+    micro_batch_tokens: int | None = None,
     on_logprobs: Callable[[Tensor], None] | None = None,
     on_unit: Callable[[Unit], None] | None = None,
 ) -> Iterator[UnitGradient]:
@@ -114,7 +117,9 @@ def unit_gradients(
         loss_scale: multiplies each loss before the backward pass, such as 1 / questions in the batch.
         method: one of ``METHODS``; all but ``local`` are exact, and ``auto`` takes the cheapest of these,
             ``piecemeal`` the cheapest that never needs a whole dense gradient to exist.
-        on_logprobs: called with the detached log-probabilities ``[G, R]`` of this pass, before the first unit.
+        micro_batch_tokens: most tokens of a micro-batch of ``accumulated``; None for one batch.
+        on_logprobs: called once with the detached log-probabilities ``[G, R]`` of this pass, before the first unit
+            that is yielded.
         on_unit: called with each unit right before its backward pass.
 
     Raises:
@@ -124,7 +129,16 @@ def unit_gradients(
     if method not in METHODS:
         raise UserError(f"unknown method for step gradients: {method!r}", f"use one of {', '.join(METHODS)}")
     task = GradientTask(
-        model, batch, units, temperature, clip_epsilon, level, loss_scale, on_logprobs=on_logprobs, on_unit=on_unit
+        model,
+        batch,
+        units,
+        temperature,
+        clip_epsilon,
+        level,
+        loss_scale,
+        micro_batch_tokens,
+        on_logprobs=on_logprobs,
+        on_unit=on_unit,
     )
     obstacle = method_obstacle(task, method)
     if obstacle is not None:

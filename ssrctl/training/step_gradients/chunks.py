@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ssrctl.errors import UserError
+from ssrctl.training.checkpointing import is_checkpointed
 from ssrctl.training.step_gradients.batch import GroupBatch, forward_parameters, last_logits, token_logprobs
 from ssrctl.training.step_gradients.task import GradientTask, UnitGradient
 
@@ -55,7 +56,7 @@ def cache_obstacle(model: Any) -> str | None:
 
     if missing := {"past_key_values", "use_cache"} - forward_parameters(model):
         return f"its forward method does not take {', '.join(sorted(missing))}"
-    if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+    if is_checkpointed(model):
         return "gradient checkpointing is on, which excludes a cache"
     if getattr(model, "_is_stateful", False):
         return "it carries a state besides keys and values"

@@ -13,9 +13,10 @@ with different numbers forward and backward.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from ssrctl.training.checkpointing import is_checkpointed
 from ssrctl.training.step_gradients.shape import GroupShape
 
 
@@ -114,7 +115,7 @@ class ModelCosts:
         # Gemma 4's layers differ; its config then has no head_dim of its own.
         layers = list(config.per_layer_config) if getattr(config, "is_heterogeneous", False) else [config]
         widths = [_attention_widths(layer) for layer in layers]
-        return cls.from_sizes(
+        costs = cls.from_sizes(
             body=max(1, sum(p.numel() for p in model.parameters()) - sum(tables.values())),
             head=outputs.weight.numel() if outputs is not None else 0,
             num_layers=config.num_hidden_layers,
@@ -122,6 +123,15 @@ class ModelCosts:
             cache_width=sum(cached for _, cached in widths) / len(widths),
             device=model.device.type,
         )
+        return costs.recomputing() if is_checkpointed(model) else costs
+
+    def recomputing(self) -> ModelCosts:
+        """Return the costs with activation checkpointing, where a backward pass runs the layers forward again."""
+        sums = {
+            name: getattr(self.backward, name) + getattr(self.forward, name)
+            for name in ("chunk", "token", "pair", "cached")
+        }
+        return replace(self, backward=replace(self.backward, **sums))
 
     @classmethod
     def from_sizes(

@@ -66,6 +66,7 @@ class GradientTask:
     clip_epsilon: float = 0.2
     level: str = "sequence"
     loss_scale: float = 1.0
+    micro_batch_tokens: int | None = None
     on_logprobs: Callable[[Tensor], None] | None = None
     on_unit: Callable[[Unit], None] | None = None
 
@@ -102,6 +103,18 @@ class GradientTask:
         Raises:
             NonFiniteLoss: nothing was backpropagated.
         """
+        loss, made = self.loss(unit, logprobs)
+        if self.on_unit is not None:
+            self.on_unit(unit)
+        (loss * self.loss_scale).backward(retain_graph=retain_graph)
+        return made
+
+    def loss(self, unit: Unit, logprobs: Tensor) -> tuple[Tensor, UnitGradient]:
+        """Return the unit's loss, a scalar with the graph of ``logprobs`` ``[G, R]``, and its figures.
+
+        Raises:
+            NonFiniteLoss: it is NaN or infinite.
+        """
         losses, terms, clipped = [], 0, 0
         for step, column in zip(unit.steps, unit.advantages, strict=True):
             values = [float("nan") if a is None else a for a in column]
@@ -121,7 +134,4 @@ class GradientTask:
         value = float(loss.detach())
         if not torch.isfinite(loss.detach()):
             raise NonFiniteLoss(f"the loss of steps {list(unit.steps)} is {value}")
-        if self.on_unit is not None:
-            self.on_unit(unit)
-        (loss * self.loss_scale).backward(retain_graph=retain_graph)
-        return UnitGradient(unit, value, terms, clipped)
+        return loss, UnitGradient(unit, value, terms, clipped)
