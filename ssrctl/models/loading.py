@@ -15,6 +15,7 @@ from ssrctl.configs import TINY, ModelConfig
 from ssrctl.errors import UserError
 from ssrctl.io import console
 from ssrctl.io.artifacts import ModelIdentity
+from ssrctl.models.precision import first_line, repeat_sums, resolve_device, settle_dtype
 from ssrctl.models.weight_checks import check_all_loaded, check_finite, check_tokens, head_is_untied
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ MEMORY_RESERVE_BYTES = 512 * 2**20
 SINGLE_THREAD_PARAMETERS = 5_000_000
 # More than any model has; a config that asks for more would keep transformers building modules for hours.
 MOST_LAYERS = 10_000
-LONGEST_REASON = 300
 UNTIED = (
     "{name}: the config ties the output head to the embedding, but the file stores a head of other values: it is used"
 )
@@ -91,7 +91,9 @@ def load_model(config: ModelConfig, *, bytes_per_parameter: float = 0.0) -> Load
     transformers_logging.disable_progress_bar()
     hub_logging.set_verbosity_error()  # load errors sum up its retries in one line
     source = _source(config)
+    config = settle_dtype(config)
     device = resolve_device(config.device)
+    repeat_sums(device)
     _check_memory(config, source, device, bytes_per_parameter)
     tokenizer = _load_tokenizer(config, source)
     with _explained(config), _quiet_report():
@@ -103,6 +105,7 @@ def load_model(config: ModelConfig, *, bytes_per_parameter: float = 0.0) -> Load
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # they are refused below, with their shapes
             output_loading_info=True,
+            **({} if config.attn_implementation == "auto" else {"attn_implementation": config.attn_implementation}),
         )
     for remark in (
         check_all_loaded(config.model, model, report),
@@ -116,7 +119,7 @@ def load_model(config: ModelConfig, *, bytes_per_parameter: float = 0.0) -> Load
         revision=config.revision,
         fingerprint=_fingerprint(model),
     )
-    dtype = model.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    dtype = model.dtype if config.dtype == "stored" else getattr(torch, config.dtype)
     try:
         # Only tensors that the checkpoint stores: computed buffers, such as rotary frequencies, stay in float32, as
         # transformers keeps them.
@@ -127,7 +130,7 @@ def load_model(config: ModelConfig, *, bytes_per_parameter: float = 0.0) -> Load
         model = model.to(device=device).eval()
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"{config.model} does not fit on {device}: {_first_line(error)}", "use --dtype bfloat16 or another --device"
+            f"{config.model} does not fit on {device}: {first_line(error)}", "use --dtype bfloat16 or another --device"
         ) from error
     check_finite(config.model, dict(model.named_parameters()))
     if (
@@ -137,29 +140,6 @@ def load_model(config: ModelConfig, *, bytes_per_parameter: float = 0.0) -> Load
     ):
         torch.set_num_threads(1)
     return LoadedModel(model, tokenizer, identity, getattr(model.config, "max_position_embeddings", None))
-
-
-def resolve_device(name: str) -> torch.device:
-    """Return the device; ``auto`` is the accelerator that accelerate would pick, else the CPU.
-
-    Sums are in float64, which mps does not support; ``auto`` is the CPU there.
-    """
-    import torch
-    from accelerate.state import PartialState
-
-    if name == "auto":
-        state = PartialState()
-        if state.num_processes > 1:
-            raise UserError(
-                f"{state.num_processes} processes were launched, ssrctl runs in one", "start it without a launcher"
-            )
-        return torch.device("cpu") if state.device.type == "mps" else state.device
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"device {name} cannot be used: {_first_line(error)}", "give --device cpu or auto") from error
-    return device
 
 
 def _source(config: ModelConfig) -> str:
@@ -253,7 +233,7 @@ def _check_memory(config: ModelConfig, source: str, device: torch.device, bytes_
         empty = AutoModelForCausalLM.from_config(described, trust_remote_code=config.trust_remote_code)
     count = sum(p.numel() for p in empty.parameters())
     stored = described.dtype or torch.float32
-    dtype = stored if config.dtype == "auto" else getattr(torch, config.dtype)
+    dtype = stored if config.dtype == "stored" else getattr(torch, config.dtype)
     needed = count * (dtype.itemsize + bytes_per_parameter)
     if device.type == "cpu":
         free = psutil.virtual_memory().available - MEMORY_RESERVE_BYTES
@@ -329,7 +309,7 @@ def _quiet_report() -> Iterator[None]:
 
 
 def _load_error(config: ModelConfig, error: Exception, part: str = "") -> UserError:
-    reason = _first_line(error)
+    reason = first_line(error)
     if "trust_remote_code" in str(error):
         return UserError(
             f"{config.model} brings its own code, which is not run unasked",
@@ -346,6 +326,11 @@ def _load_error(config: ModelConfig, error: Exception, part: str = "") -> UserEr
         return UserError(
             f"{config.model} has no tokenizer that can be read", "copy the base model's tokenizer files into the folder"
         )
+    if config.attn_implementation != "auto" and ("attention" in reason or "Flash" in reason or "flash" in reason):
+        return UserError(
+            f"{config.model} cannot use --attn-implementation {config.attn_implementation}: {reason}",
+            "use --attn-implementation auto",
+        )
     if isinstance(error, ImportError):
         return UserError(
             f"{part}{config.model} needs a package that is absent: {reason}",
@@ -359,11 +344,3 @@ def _load_error(config: ModelConfig, error: Exception, part: str = "") -> UserEr
     return UserError(
         f"{part}{config.model} cannot be loaded: {reason}", "check that the folder is complete and its files are whole"
     )
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    kind = type(error).__name__
-    if not lines or isinstance(error, (RecursionError, KeyError, IndexError, AssertionError, AttributeError)):
-        return f"{kind}: {lines[0][:LONGEST_REASON]}" if lines else kind
-    return lines[0][:LONGEST_REASON]

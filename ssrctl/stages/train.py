@@ -24,6 +24,7 @@ from ssrctl.io.locks import locked_folder
 from ssrctl.io.package_data import profile_path
 from ssrctl.io.problems import load_problems
 from ssrctl.models.loading import LoadedModel, describe_model, folder_of, load_model
+from ssrctl.models.precision import describe_precision, settle_dtype
 from ssrctl.models.stored_parameters import check_exportable
 from ssrctl.sampling.groups import Prompted, describe_prompt, prepare_prompts
 from ssrctl.text.prompts import load_prompt_format
@@ -49,6 +50,7 @@ def run(config: TrainConfig) -> dict[str, Any] | None:
         Interrupted: after Ctrl-C or SIGTERM, with a checkpoint of the last whole step written.
     """
     console.note(describe_model(config))
+    config = settle_dtype(config)
     check_tracker(config.report_to)
     run_dir = run_folder(config)
     if config.dry_run or config.find_lr:
@@ -61,9 +63,10 @@ def _run(config: TrainConfig, run_dir: RunDir) -> dict[str, Any] | None:
     checkpoint = open_run(config, run_dir)
     prompt_format = load_prompt_format(config)
     problems = load_problems(config, "train", derive_seed(config.seed, "problems"))
-    itemsize = 4 if config.dtype in ("auto", "float32") else 2
+    itemsize = 2 if config.dtype in ("bfloat16", "float16") else 4
     update_bytes = updater_kind(config).bytes_per_parameter(config, itemsize)
     loaded = load_model(config, bytes_per_parameter=update_bytes + ACTIVATION_BYTES_PER_PARAMETER)
+    console.note(describe_precision(loaded.model))
     if config.gradient_checkpointing:
         enable_checkpointing(loaded.model)
     check_exportable(folder_of(config), loaded.shapes(), loaded.identity.fingerprint)
