@@ -169,6 +169,9 @@ class OptimizerOptions(Config):
     """Run a question's responses in micro-batches of at most N tokens, prompts included, and add up their gradients: the
     gradient is that of one batch. A longer response is a micro-batch of its own."""
 
+    memory_limit: Positive | None = None
+    """GiB that --dry-run plans for; by default what is free on the device."""
+
 
 @dataclass(kw_only=True)
 class CheckpointOptions(Config):

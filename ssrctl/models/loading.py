@@ -27,6 +27,7 @@ MEMORY_RESERVE_BYTES = 512 * 2**20
 SINGLE_THREAD_PARAMETERS = 5_000_000
 # More than any model has; a config that asks for more would keep transformers building modules for hours.
 MOST_LAYERS = 10_000
+UNREAD = "not read"  # the fingerprint of a model of which only the config was read
 UNTIED = (
     "{name}: the config ties the output head to the embedding, but the file stores a head of other values: it is used"
 )
@@ -142,8 +143,8 @@ def load_model(config: ModelConfig, *, bytes_per_parameter: float = 0.0) -> Load
     return LoadedModel(model, tokenizer, identity, getattr(model.config, "max_position_embeddings", None))
 
 
-def _source(config: ModelConfig) -> str:
-    """Return the source for transformers: the bundled folder, a local folder, or a hub name."""
+def _source(config: ModelConfig, *, with_weights: bool = True) -> str:
+    """Return the source for transformers: the bundled folder, a local folder (checked for weights), or a hub name."""
     if config.model == TINY:
         from ssrctl import tiny_reasoner
 
@@ -155,7 +156,8 @@ def _source(config: ModelConfig) -> str:
             raise UserError(
                 f"{path} has no config.json, so it is not a model folder", hint or "name the folder that has it"
             )
-        check_folder(path)
+        if with_weights:
+            check_folder(path)
         return str(path)
     if path.exists() or path.is_absolute() or config.model.startswith((".", "~")) or config.model.count("/") > 1:
         raise UserError(f"model folder not found: {config.model}", "name a folder with config.json and safetensors")
@@ -217,11 +219,40 @@ def check_tokenizer(tokenizer: Any, name: str) -> None:
         tokenizer.pad_token = tokenizer.eos_token
 
 
-def _check_memory(config: ModelConfig, source: str, device: torch.device, bytes_per_parameter: float) -> None:
-    """Refuse a model that cannot fit before the machine starts to swap or kills the process."""
+def load_skeleton(config: ModelConfig) -> LoadedModel:
+    """Build a model from its config alone, on the meta device; its weights are not read and need not be there.
+
+    Returns:
+        The model, with ``UNREAD`` as fingerprint. The tokenizer is None where there is none.
+
+    Raises:
+        UserError: no config, or one that no causal LM can be made of.
+    """
+    source = _source(config, with_weights=False)
+    model = _empty_model(config, source)
+    try:
+        tokenizer = _load_tokenizer(config, source)
+    except UserError as error:
+        console.warn(f"{error.message}; prompts are not read")
+        tokenizer = None
+    name = Path(config.model).name if Path(config.model).exists() else config.model
+    identity = ModelIdentity(name=name, revision=config.revision, fingerprint=UNREAD)
+    return LoadedModel(model, tokenizer, identity, getattr(model.config, "max_position_embeddings", None))
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Return the free memory of a device without a reserve; None where the device does not report it."""
     import psutil
     import torch
-    from accelerate import init_empty_weights
+
+    if device.type == "cpu":
+        return int(psutil.virtual_memory().available) - MEMORY_RESERVE_BYTES
+    return torch.cuda.mem_get_info(device)[0] - MEMORY_RESERVE_BYTES if device.type == "cuda" else None
+
+
+def _empty_model(config: ModelConfig, source: str) -> Any:
+    """Build the model on the meta device, from its config."""
+    import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with _explained(config):
@@ -229,19 +260,21 @@ def _check_memory(config: ModelConfig, source: str, device: torch.device, bytes_
             source, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
     _check_config(config, described)
-    with _explained(config), init_empty_weights():
-        empty = AutoModelForCausalLM.from_config(described, trust_remote_code=config.trust_remote_code)
+    with _explained(config), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(described, trust_remote_code=config.trust_remote_code).eval()
+
+
+def _check_memory(config: ModelConfig, source: str, device: torch.device, bytes_per_parameter: float) -> None:
+    """Refuse a model that cannot fit before the machine starts to swap or kills the process."""
+    import torch
+
+    empty = _empty_model(config, source)
     count = sum(p.numel() for p in empty.parameters())
-    stored = described.dtype or torch.float32
+    stored = empty.config.dtype or torch.float32
     dtype = stored if config.dtype == "stored" else getattr(torch, config.dtype)
     needed = count * (dtype.itemsize + bytes_per_parameter)
-    if device.type == "cpu":
-        free = psutil.virtual_memory().available - MEMORY_RESERVE_BYTES
-    elif device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0] - MEMORY_RESERVE_BYTES
-    else:
-        return  # other backends do not report free memory; they raise their own errors
-    if needed > free:
+    free = free_bytes(device)  # backends that do not report it raise their own errors
+    if free is not None and needed > free:
         raise UserError(
             f"{config.model} has {count / 1e9:.2f}B parameters and would need {needed / 2**30:.1f} GiB, "
             f"{max(free, 0) / 2**30:.1f} GiB are free on {device}",
