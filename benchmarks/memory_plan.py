@@ -1,7 +1,7 @@
 """Planned against measured memory of one question's update, and the table of docs/memory.md.
 
     python benchmarks/memory_plan.py --model FOLDER [--tokens 512] [--responses 4]    measure, next to the plan
-    python benchmarks/memory_plan.py --table [--logit-chunk-tokens N]                 plan Qwen3 from its configs
+    python benchmarks/memory_plan.py --table plan Qwen3 from its configs
 
 Measured are all live tensors at their peak, without the weights, over the units of one question of random tokens:
 gradients, activations, logits, and the state of the update. A plan is met within 20%.
@@ -54,11 +54,11 @@ def main() -> None:
     options.add_argument("--tokens", type=int, default=512, help="of each response")
     options.add_argument("--responses", type=int, default=4)
     options.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    options.add_argument("--only", default="", help="measure only updates whose name holds this text")
     options.add_argument("--table", action="store_true")
-    options.add_argument("--logit-chunk-tokens", type=int)
     given = options.parse_args()
     if given.table:
-        print(markdown(given.logit_chunk_tokens))
+        print(markdown())
     if given.model:
         measure(given)
 
@@ -81,7 +81,7 @@ def measure(given: argparse.Namespace) -> None:
         "kronos tensor, checkpointing": {"gradient_checkpointing": True, "step_gradient": "kept", "scope": "tensor"},
     }  # fmt: skip
     rows, ratios = [], []
-    for name, changes in cases.items():
+    for name, changes in ((name, changes) for name, changes in cases.items() if given.only in name):
         config = dataclasses.replace(base, **changes)
         started = time.process_time()
         planned, state, measured = one(config)
@@ -127,11 +127,11 @@ def one(config: TrainConfig) -> tuple[int, int, int]:
     return plan.gradients + plan.activations + plan.logits + state, state, measured
 
 
-def markdown(logit_chunk_tokens: int | None) -> str:
+def markdown() -> str:
     """Return the table of what fits where: the settings that fit, by model, update, card and length."""
     lines = ["| model | update | tokens | GiB at the least | " + " | ".join(f"{card} GiB" for card in CARDS) + " |"]
     lines.append("|---" * (4 + len(CARDS)) + "|")
-    for (name, update), planner in planners(logit_chunk_tokens):
+    for (name, update), planner in planners():
         for tokens in LENGTHS:
             config = TrainConfig(
                 model=name, dtype="bfloat16", max_new_tokens=tokens, questions_per_step=4, num_generations=8,
@@ -143,7 +143,7 @@ def markdown(logit_chunk_tokens: int | None) -> str:
     return "\n".join(lines)
 
 
-def planners(logit_chunk_tokens: int | None) -> Iterator[tuple[tuple[str, str], MemoryPlanner]]:
+def planners() -> Iterator[tuple[tuple[str, str], MemoryPlanner]]:
     """Yield (model, update) and its planner, built from the config on the meta device."""
     from transformers import AutoModelForCausalLM, Qwen3Config
 
@@ -157,7 +157,7 @@ def planners(logit_chunk_tokens: int | None) -> Iterator[tuple[tuple[str, str], 
             model = AutoModelForCausalLM.from_config(config)
         for update in UPDATES:
             trained = 0.01 if update.startswith("static") else 1.0
-            yield (name, update), MemoryPlanner(model, 256, trained, logit_chunk_tokens)
+            yield (name, update), MemoryPlanner(model, 256, trained)
 
 
 def settings(planner: MemoryPlanner, config: TrainConfig, card: int) -> str:

@@ -105,10 +105,19 @@ class MethodOptions(Config):
     """A step may take a claimed weight whose gradient is at least this many times the smallest free one's; off by
     default."""
 
-    step_gradient: Literal["auto", "kept", "truncated", "chunked", "local"] = "auto"
-    """Method of each step's gradient. kept, truncated and chunked are exact and differ in cost; auto takes the
-    cheapest (with --scope tensor not chunked, which adds up whole gradients); local ignores the effect of a step on
-    earlier steps' keys and values."""
+    step_gradient: Literal["auto", "kept", "truncated", "chunked", "recomputed", "local"] = "auto"
+    """Method of each step's gradient. kept, truncated, chunked and recomputed are exact and differ in cost and memory;
+    auto takes the cheapest within --memory-limit (with --scope tensor kept or truncated: the others add up whole
+    gradients); local ignores the effect of a step on earlier steps' keys and values."""
+
+    units_at_once: AtLeastOne | None = None
+    """Recomputed: steps that share a second forward pass. Each costs the memory of a gradient; by default planned."""
+
+    gradient_chunk_tokens: AtLeastOne | None = None
+    """Chunked and recomputed: most tokens of each response that go through the model together; by default planned."""
+
+    logit_chunk_tokens: AtLeastOne = 128
+    """Tokens whose logits over the whole vocabulary may exist at once."""
 
 
 @dataclass(kw_only=True)
@@ -248,6 +257,11 @@ class TrainConfig(
             raise UserError("--find-lr starts from the model's weights", "leave out --resume-from-checkpoint")
         if self.force and self.resume_from_checkpoint is None:
             raise UserError("--force is for --resume-from-checkpoint", "leave it out, or name a checkpoint")
+        if self.scope == "tensor" and self.step_gradient in ("chunked", "recomputed"):
+            raise UserError(
+                f"--step-gradient {self.step_gradient} adds up whole gradients, which --scope tensor never holds",
+                "use --step-gradient auto, kept or truncated, or --scope global",
+            )
         self._check_optimizer()
         self._check_passes()
 

@@ -128,15 +128,11 @@ class MemoryPlanner:
         model: built from its config, on the meta device or any other.
         prompt_tokens: tokens of the longest prompt.
         trained_frac: share of the weights that a static mask trains; 1 without one.
-        logit_chunk_tokens: positions whose logits exist at once; None for those of all responses that run together.
 
     Methods raise ``UnknownActivations`` for a model whose layers cannot run on tensors without data.
     """
 
-    def __init__(
-        self, model: Any, prompt_tokens: int, trained_frac: float = 1.0, logit_chunk_tokens: int | None = None
-    ) -> None:
-        self.logit_chunk_tokens = logit_chunk_tokens
+    def __init__(self, model: Any, prompt_tokens: int, trained_frac: float = 1.0) -> None:
         self.config, self.prompt_tokens, self.trained_frac = model.config, prompt_tokens, trained_frac
         self._sizes = functools.cache(lambda itemsize: ModelSizes.of(model, itemsize))
         self._layers = functools.cache(functools.partial(_layer_bytes, model.config))
@@ -152,9 +148,7 @@ class MemoryPlanner:
         layer = _at(self._layers(config.gradient_checkpointing, dtype, config.attn_implementation), tokens)
         kept = rows * (layer.base + sizes.num_layers * layer.kept)
         whole, table = sizes.num_parameters * sizes.itemsize, sizes.table * sizes.itemsize
-        at_once = rows * config.max_new_tokens
-        if self.logit_chunk_tokens is not None:
-            at_once = min(at_once, self.logit_chunk_tokens)
+        at_once = min(rows * config.max_new_tokens, config.logit_chunk_tokens)
         logits = int(at_once * sizes.vocabulary * 4 * LOGIT_COPIES)
         piecemeal = config.optimizer == "kronos" and config.scope == "tensor"
         # a tied table's gradient waits for the embedding's part until the end, where both exist

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from ssrctl.training.step_gradients.batch import GroupBatch, response_logprobs
+from ssrctl.training.step_gradients.batch import GroupBatch, response_values
 from ssrctl.training.step_gradients.task import GradientTask, UnitGradient
 
 
@@ -25,15 +26,14 @@ def accumulated_gradients(task: GradientTask) -> Iterator[UnitGradient]:
     parts = micro_batches(task.batch, task.micro_batch_tokens or task.batch.input_ids.numel())
     # a response that has not run yet counts as unchanged; the gradient of another does not depend on it
     values = task.batch.old_logprobs.to(torch.promote_types(task.model.dtype, torch.float32), copy=True)
+    entropy = torch.zeros_like(values) if task.head.with_entropy else None
     run_once = len(task.active) == 1
     if task.needs_all_logprobs and not run_once:
         for part in parts:
-            _run(task, part, int(lengths[part].max()), values, with_graph=False)
-        if task.on_logprobs is not None:
-            task.on_logprobs(values)
+            _run(task, part, int(lengths[part].max()), values, entropy, with_graph=False)
+        task.report(values, entropy)
     for active in task.active:
-        if task.on_unit is not None:
-            task.on_unit(active.unit)
+        task.announce(active.unit)
         for part in parts:
             has_unit = active.inside[part].any(1)
             whole = task.needs_all_logprobs and run_once
@@ -41,12 +41,12 @@ def accumulated_gradients(task: GradientTask) -> Iterator[UnitGradient]:
             if not len(rows):
                 continue
             end = int(lengths[rows].max()) if whole else min(active.end, int(lengths[rows].max()))
-            logprobs = _run(task, rows, end, values, with_graph=bool(has_unit.any()))
-            if logprobs.requires_grad:
-                (task.loss(active.unit, logprobs)[0] * task.loss_scale).backward()
-        if run_once and task.on_logprobs is not None:
-            task.on_logprobs(values)
-        yield task.loss(active.unit, values)[1]
+            made = _run(task, rows, end, values, entropy if run_once else None, with_graph=bool(has_unit.any()))
+            if made.requires_grad:
+                made.backward(task.differentiate(active.unit, values)[1][rows, :end])
+        if run_once:
+            task.report(values, entropy)
+        yield task.differentiate(active.unit, values)[0]
 
 
 def micro_batches(batch: GroupBatch, tokens: int) -> list[Tensor]:
@@ -70,10 +70,15 @@ def micro_batches(batch: GroupBatch, tokens: int) -> list[Tensor]:
     return [torch.tensor(sorted(part), device=lengths.device) for part in parts]
 
 
-def _run(task: GradientTask, rows: Tensor, end: int, values: Tensor, *, with_graph: bool) -> Tensor:
-    """Write the rows' first ``end`` log-probabilities to ``values`` ``[G, R]``; return these with the rows' graph."""
+def _run(
+    task: GradientTask, rows: Tensor, end: int, values: Tensor, entropy: Tensor | None, *, with_graph: bool
+) -> Tensor:
+    """Return the rows' first ``end`` log-probabilities; write them to ``values``, and entropies where wanted."""
+    settings = dataclasses.replace(task.head, with_entropy=entropy is not None)
     with torch.set_grad_enabled(with_graph):
-        made = response_logprobs(task.model, task.batch, task.temperature, rows=rows, end=end)
-    places = rows[:, None], torch.arange(end, device=rows.device)
-    values[places] = made.detach().to(values.dtype)
-    return values.index_put(places, made.to(values.dtype)) if with_graph else values
+        made, spread = response_values(task.model, task.batch, settings, rows=rows, end=end)
+    known = task.batch.known[rows, :end]
+    values[rows, :end] = torch.where(known, made.detach().to(values.dtype), values[rows, :end])
+    if entropy is not None and spread is not None:
+        entropy[rows, :end] = spread.to(entropy.dtype)
+    return made
