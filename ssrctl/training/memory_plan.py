@@ -160,8 +160,9 @@ class MemoryPlanner:
         first = 0 if not sizes.tied and piecemeal else table
         moments = [
             (before, kept, logits),  # at the logits
-            (max(before, first), kept + rows * layer.backward, 0),  # at the last layer
-            (gradients, last + rows * layer.backward, 0),  # at the first layer
+            (before + first, kept + rows * layer.backward, 0),  # at the last layer
+            # at the first layer; the embedding's gradient is new in every micro-batch
+            (gradients + (table if before else 0), last + rows * layer.backward, 0),
         ]
         at_peak = max(moments, key=sum)
         sampled = min(config.sampling_batch_size, config.questions_per_step * config.num_generations)
@@ -273,8 +274,8 @@ def require_fit(planner: MemoryPlanner, config: TrainConfig, limit: int) -> Trai
     if name == "weights" and config.dtype != "float32":
         name, (size, remedy) = max(list(parts.items())[1:], key=lambda part: part[1][0])
     raise UserError(
-        f"the run needs {found.total / (1 - MARGIN) / GIB:.1f} GiB at the least ({describe_dials(least, config)}), the limit "
-        f"is {limit / GIB:.1f} GiB; weights take {found.weights / GIB:.1f} and the {name} {size / GIB:.1f}",
+        f"the run needs {found.total / (1 - MARGIN) / GIB:.3g} GiB at the least ({describe_dials(least, config)}), the limit "
+        f"is {limit / GIB:.3g} GiB; weights take {found.weights / GIB:.3g} and the {name} {size / GIB:.3g}",
         f"change {remedy}, or raise --memory-limit",
     )
 

@@ -1,6 +1,7 @@
 """Plans of memory from a config alone, next to the live bytes of real passes."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,6 @@ import transformers
 from ssrctl.cli import main
 from ssrctl.configs import TrainConfig
 from ssrctl.core.units import Unit
-from ssrctl.errors import UserError
 from ssrctl.stages import train
 from ssrctl.training.checkpointing import enable_checkpointing
 from ssrctl.training.live_bytes import LiveBytes
@@ -98,18 +98,14 @@ def test_a_plan_reads_no_weights_and_names_what_fits(folder: Path, capfd: pytest
 
 
 def test_a_limit_that_cannot_be_met_says_what_it_would_take(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    for settings, remedy in (
-        ({}, "--max-new-tokens"),
-        ({"optimizer": "adamw", "max_new_tokens": 8}, "--optimizer kronos"),
-    ):
-        config = TrainConfig(model=str(folder), device="cpu", dry_run=True, memory_limit=0.002, **settings)
-        with pytest.raises(UserError, match=r"needs 0\.\d GiB at the least \(--.*the limit is 0\.0 GiB") as refused:
-            train.run(config)
-        assert remedy in str(refused.value.remedy)
-    assert main(["train", "--model", str(folder), "--dry-run", "--memory-limit", "0.002"]) == 2
-    assert "Traceback" not in capfd.readouterr().err
+    words = ["train", "--model", str(folder), "--device", "cpu", "--dry-run", "--optimizer", "adamw"]
+    assert main([*words, "--max-new-tokens", "8", "--memory-limit", "0.002"]) == 2
+    said = " ".join(capfd.readouterr().err.split())
+    assert re.search(r"the run needs 0\.00\d+ GiB at the least \(--.*the limit is 0\.002 GiB", said)
+    assert "change --optimizer kronos or --mask" in said and "Traceback" not in said
 
 
+@pytest.mark.slow
 def test_settings_that_a_plan_found_are_within_the_limit_and_the_cheapest_first(folder: Path) -> None:
     planner = MemoryPlanner(build(), 256)
     config = TrainConfig(dtype="float32", max_new_tokens=512, num_generations=8)
