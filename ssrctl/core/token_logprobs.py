@@ -138,7 +138,7 @@ class _TokenLogprobs(torch.autograd.Function):
         return chosen - logsumexp, entropy
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         """Compute the gradients from the positions whose own gradient is not 0."""
         hidden, weight, bias, targets, logsumexp = ctx.saved_tensors
