@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -200,9 +201,9 @@ def _sample(config: EvalConfig) -> _Found:
 
 
 def _draw(config: EvalConfig, loaded: LoadedModel, prompts: Sequence[Prompted]) -> None:
-    """Draw the missing samples in batches; each batch has its own seed, so a continuation draws the same."""
-    from ssrctl.sampling.generate import sample_responses
-    from ssrctl.sampling.groups import record_of
+    """Draw the missing samples; each has its own seed, so a continuation draws the same."""
+    from ssrctl.sampling.generate import TransformersSampler
+    from ssrctl.sampling.groups import record_of, response_request
 
     jobs = [(prompt, number) for prompt in prompts for number in range(config.num_samples)]
     path = config.output_dir / SAMPLES
@@ -210,18 +211,18 @@ def _draw(config: EvalConfig, loaded: LoadedModel, prompts: Sequence[Prompted]) 
         done = {s.id for s in _read_samples(config.output_dir)} if path.stat().st_size else set()
         if done:
             console.note(f"{len(done)} of {len(jobs)} samples are already in {path}")
-        task = bar.add_task("eval", total=len(jobs), completed=0, status="")
-        size = config.sampling_batch_size
-        for start in range(0, len(jobs), size):
-            batch = jobs[start : start + size]
-            missing = [place for place, (p, number) in enumerate(batch) if f"{p.problem.id}/{number}" not in done]
-            if missing:
-                seed = derive_seed(config.seed, "eval", start)
-                drawn = sample_responses(loaded, [p.prompt_ids for p, _ in batch], config, seed)
-                pairs = [(drawn[place].text, batch[place][0].problem.answer) for place in missing]
-                finals = check_answers(pairs, extraction=config.answer_extraction)
-                for place, final in zip(missing, finals, strict=True):
-                    log.append(record_of(*batch[place], drawn[place], final=final).to_dict())
+        task = bar.add_task("eval", total=len(jobs), completed=len(done), status="")
+        missing = [(prompt, number) for prompt, number in jobs if f"{prompt.problem.id}/{number}" not in done]
+        requests = [
+            response_request(loaded, p, config, derive_seed(config.seed, "eval", p.problem.id, number))
+            for p, number in missing
+        ]
+        drawn = TransformersSampler(loaded, config).sample(requests)
+        while batch := list(itertools.islice(drawn, config.sampling_batch_size)):
+            pairs = [(sample.text, missing[place][0].problem.answer) for place, sample in batch]
+            finals = check_answers(pairs, extraction=config.answer_extraction)
+            for (place, sample), final in zip(batch, finals, strict=True):
+                log.append(record_of(*missing[place], sample, final=final).to_dict())
             bar.update(task, advance=len(batch))
 
 
