@@ -61,7 +61,7 @@ def _run(config: TrainConfig, run_dir: RunDir) -> dict[str, Any] | None:
     prompt_format = load_prompt_format(config)
     problems = load_problems(config, "train", derive_seed(config.seed, "problems"))
     itemsize = 4 if config.dtype in ("auto", "float32") else 2
-    update_bytes = updater_kind(config).bytes_per_parameter(config, itemsize)
+    update_bytes = updater_kind(config).bytes_per_parameter(config, itemsize) + (itemsize if config.beta else 0)
     loaded = load_model(config, bytes_per_parameter=update_bytes + ACTIVATION_BYTES_PER_PARAMETER)
     check_exportable(folder_of(config), loaded.shapes(), loaded.identity.fingerprint)
     protected = _mask_at(config.protect, config, loaded)
@@ -204,7 +204,7 @@ def _plan(
     """Return the plan that ``--dry-run`` prints."""
     responses = config.max_steps * config.questions_per_step * config.num_generations
     stored = next(loaded.model.parameters()).element_size()
-    per_parameter = updater_kind(config).bytes_per_parameter(config, stored)
+    per_parameter = updater_kind(config).bytes_per_parameter(config, stored) + (stored if config.beta else 0)
     return {
         "parameters": loaded.num_parameters,
         "protected": 0 if protected is None else protected.count(),
