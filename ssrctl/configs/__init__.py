@@ -1,7 +1,15 @@
 """One dataclass per command: every setting, its default, and the doc line that `--help` shows."""
 
 from ssrctl.configs.building import Config, build_config, current_names
-from ssrctl.configs.common import TINY, TINY_DATASET, CommonConfig, DatasetConfig, ModelConfig, SamplingConfig
+from ssrctl.configs.common import (
+    TINY,
+    TINY_DATASET,
+    CommonConfig,
+    DatasetConfig,
+    ModelConfig,
+    PromptOptions,
+    SamplingConfig,
+)
 from ssrctl.configs.critic import CriticConfig, CriticOptions
 from ssrctl.configs.delta import DeltaApplyConfig, DeltaDiffConfig, DeltaInfoConfig
 from ssrctl.configs.diagnose import DiagnoseConfig
@@ -50,6 +58,7 @@ __all__ = [
     "MaskUnionConfig",
     "ModelConfig",
     "ProfileBudgetConfig",
+    "PromptOptions",
     "SamplingConfig",
     "SegmentConfig",
     "SegmentOptions",

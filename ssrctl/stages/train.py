@@ -78,10 +78,12 @@ def _run(config: TrainConfig, run_dir: RunDir) -> dict[str, Any] | None:
             f"the longest prompt ({longest} tokens) and --max-new-tokens {config.max_new_tokens} exceed the model's context of "
             f"{context}: responses end there, unfinished"
         )
-    console.note(f"first prompt: {describe_prompt(loaded, prompts[0])}")
+    first_prompt = describe_prompt(loaded, prompts[0])
+    console.note(f"first prompt: {first_prompt}")
     _warn_about_sampling(config)
     if config.dry_run:
         plan = _plan(config, loaded, protected, mask, profile_name, grants, prompts, run_dir)
+        plan["first_prompt"] = first_prompt
         console.show_plan("plan", plan)
         return plan
     if config.find_lr:
