@@ -47,6 +47,7 @@ COMMANDS = {
     "mask intersect": configs.MaskIntersectConfig,
     "mask minus": configs.MaskMinusConfig,
     "mask complement": configs.MaskComplementConfig,
+    "mask compare": configs.MaskCompareConfig,
     "mask info": configs.MaskInfoConfig,
 }
 
