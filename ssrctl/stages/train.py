@@ -72,16 +72,25 @@ def _run(config: TrainConfig, run_dir: RunDir) -> dict[str, Any] | None:
     curve, profile_name = _budget_curve(config, loaded.identity)
     grants = _grants(config, curve, loaded, frozen_coordinates(protected, mask))
     prompts: list[Prompted] = []
+    first_prompt = None
     if loaded.tokenizer is not None:
         prompts, num_left_out = prepare_prompts(loaded, problems, prompt_format, config.max_new_tokens)
         if num_left_out:
             console.warn(f"{num_left_out} of {len(problems)} questions do not fit the context and are left out")
-        console.note(f"first prompt: {describe_prompt(loaded, prompts[0])}")
+        first_prompt = describe_prompt(loaded, prompts[0])
+        console.note(f"first prompt: {first_prompt}")
+    longest = max((len(prompt.prompt_ids) for prompt in prompts), default=ASSUMED_PROMPT_TOKENS)
+    context = loaded.context_length
+    if context is not None and longest + config.max_new_tokens > context:
+        console.warn(
+            f"the longest prompt ({longest} tokens) and --max-new-tokens {config.max_new_tokens} exceed the model's context of "
+            f"{context}: responses end there, unfinished"
+        )
     _warn_about_sampling(config)
     if config.dry_run:
         plan = _plan(config, loaded, protected, mask, profile_name, grants, len(prompts) or len(problems), run_dir)
-        prompt_tokens = max((len(one.prompt_ids) for one in prompts), default=ASSUMED_PROMPT_TOKENS)
-        plan |= memory_facts(config, loaded, prompt_tokens, 1.0 if mask is None else mask.density())
+        plan |= memory_facts(config, loaded, longest, 1.0 if mask is None else mask.density())
+        plan["first_prompt"] = first_prompt
         console.show_plan("plan", plan)
         return plan
     if config.find_lr:
@@ -107,7 +116,7 @@ def _load(config: TrainConfig) -> LoadedModel:
     if config.dry_run and config.model != TINY:
         return load_skeleton(config)
     itemsize = 2 if config.dtype in ("bfloat16", "float16") else 4
-    update_bytes = updater_kind(config).bytes_per_parameter(config, itemsize)
+    update_bytes = updater_kind(config).bytes_per_parameter(config, itemsize) + (itemsize if config.beta else 0)
     loaded = load_model(config, bytes_per_parameter=update_bytes + ACTIVATION_BYTES_PER_PARAMETER)
     console.note(describe_precision(loaded.model))
     if config.gradient_checkpointing:
@@ -220,7 +229,7 @@ def _plan(
     """Return the plan that ``--dry-run`` prints."""
     responses = config.max_steps * config.questions_per_step * config.num_generations
     stored = 2 if config.dtype in ("bfloat16", "float16") else 4
-    per_parameter = updater_kind(config).bytes_per_parameter(config, stored)
+    per_parameter = updater_kind(config).bytes_per_parameter(config, stored) + (stored if config.beta else 0)
     return {
         "parameters": loaded.num_parameters,
         "protected": 0 if protected is None else protected.count(),

@@ -167,11 +167,11 @@ class MemoryPlanner:
         at_peak = max(moments, key=sum)
         sampled = min(config.sampling_batch_size, config.questions_per_step * config.num_generations)
         cache = sampled * tokens * sizes.cache_width * sizes.itemsize
+        held = updater_kind(config).held_bytes(config, sizes.itemsize, self.trained_frac)
+        held += sizes.itemsize if config.beta else 0  # the start weights
         return Breakdown(
             weights=whole,
-            state=int(
-                sizes.num_parameters * updater_kind(config).held_bytes(config, sizes.itemsize, self.trained_frac)
-            ),
+            state=int(sizes.num_parameters * held),
             gradients=at_peak[0],
             activations=at_peak[1],
             logits=at_peak[2],

@@ -1,5 +1,6 @@
 """Activation checkpointing and micro-batches: the gradients of one plain batch, with less kept at a time."""
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 from reference.unit_gradients import CASES, assert_close, build, expected_gradient, found_gradients, taken
 
 from ssrctl.configs import TrainConfig
+from ssrctl.core.losses import response_weights
 from ssrctl.core.mask import BlockMask
 from ssrctl.core.units import Unit
 from ssrctl.errors import UserError
@@ -109,6 +111,23 @@ def test_micro_batches_add_up_to_the_gradient_of_one_batch(qwen, name, level, to
         for one, other in zip(whole, parts, strict=True):
             assert (one.num_terms, one.num_clipped) == (other.num_terms, other.num_clipped)
             assert one.loss == pytest.approx(other.loss, abs=1e-12)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
+def test_micro_batches_keep_the_weights_of_other_losses_and_the_kl_term(qwen, loss_type):
+    case = CASES["fused"].near(qwen)
+    batch = case.batch()
+    batch = dataclasses.replace(batch, reference=batch.old_logprobs - 0.1)
+    weights = response_weights(loss_type, batch.known.sum(1), longest=9, batch_tokens=7.0)
+    gradients = {}
+    for method in ("kept", "accumulated"):
+        found = unit_gradients(
+            qwen, batch, case.units, level="token", method=method, micro_batch_tokens=1, token_weights=weights, beta=0.1
+        )
+        gradients[method] = [(made.loss, taken(qwen)) for made in found]
+    for (loss, wanted), (same, gradient) in zip(gradients["kept"], gradients["accumulated"], strict=True):
+        assert same == pytest.approx(loss, abs=1e-12)
+        assert_close(gradient, wanted)
 
 
 def test_micro_batches_hold_the_limit_and_every_response_once():
