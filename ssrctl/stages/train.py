@@ -61,7 +61,7 @@ def _run(config: TrainConfig, run_dir: RunDir) -> dict[str, Any] | None:
     prompt_format = load_prompt_format(config)
     problems = load_problems(config, "train", derive_seed(config.seed, "problems"))
     itemsize = 4 if config.dtype in ("auto", "float32") else 2
-    update_bytes = updater_kind(config).bytes_per_parameter(config, itemsize)
+    update_bytes = updater_kind(config).bytes_per_parameter(config, itemsize) + (itemsize if config.beta else 0)
     loaded = load_model(config, bytes_per_parameter=update_bytes + ACTIVATION_BYTES_PER_PARAMETER)
     check_exportable(folder_of(config), loaded.shapes(), loaded.identity.fingerprint)
     protected = _mask_at(config.protect, config, loaded)
@@ -72,10 +72,18 @@ def _run(config: TrainConfig, run_dir: RunDir) -> dict[str, Any] | None:
     prompts, num_left_out = prepare_prompts(loaded, problems, prompt_format, config.max_new_tokens)
     if num_left_out:
         console.warn(f"{num_left_out} of {len(problems)} questions do not fit the context and are left out")
-    console.note(f"first prompt: {describe_prompt(loaded, prompts[0])}")
+    longest, context = max(len(prompt.prompt_ids) for prompt in prompts), loaded.context_length
+    if context is not None and longest + config.max_new_tokens > context:
+        console.warn(
+            f"the longest prompt ({longest} tokens) and --max-new-tokens {config.max_new_tokens} exceed the model's context of "
+            f"{context}: responses end there, unfinished"
+        )
+    first_prompt = describe_prompt(loaded, prompts[0])
+    console.note(f"first prompt: {first_prompt}")
     _warn_about_sampling(config)
     if config.dry_run:
         plan = _plan(config, loaded, protected, mask, profile_name, grants, prompts, run_dir)
+        plan["first_prompt"] = first_prompt
         console.show_plan("plan", plan)
         return plan
     if config.find_lr:
@@ -198,7 +206,7 @@ def _plan(
     """Return the plan that ``--dry-run`` prints."""
     responses = config.max_steps * config.questions_per_step * config.num_generations
     stored = next(loaded.model.parameters()).element_size()
-    per_parameter = updater_kind(config).bytes_per_parameter(config, stored)
+    per_parameter = updater_kind(config).bytes_per_parameter(config, stored) + (stored if config.beta else 0)
     return {
         "parameters": loaded.num_parameters,
         "protected": 0 if protected is None else protected.count(),
