@@ -15,7 +15,7 @@ def truncated_gradients(task: GradientTask) -> Iterator[UnitGradient]:
     """For each unit, run the responses that have it up to its last token, forward and backward.
 
     Works with every causal LM. Memory: the activations of one unit's prefix at a time, the least of
-    the three exact ways. The sequence-level ratio and ``on_logprobs`` need the log-probabilities of whole
+    the exact ways that need no cache. The sequence-level ratio and ``on_logprobs`` need the log-probabilities of whole
     responses, which cost one forward pass without a graph more.
     """
     values = torch.zeros_like(task.batch.old_logprobs)
