@@ -16,6 +16,7 @@ from ssrctl.configs.diagnose import DiagnoseConfig
 from ssrctl.configs.env import EnvConfig
 from ssrctl.configs.eval import EvalConfig
 from ssrctl.configs.mask import (
+    MaskCompareConfig,
     MaskComplementConfig,
     MaskDiffConfig,
     MaskInfoConfig,
@@ -46,6 +47,7 @@ __all__ = [
     "DiagnoseConfig",
     "EnvConfig",
     "EvalConfig",
+    "MaskCompareConfig",
     "MaskComplementConfig",
     "MaskDiffConfig",
     "MaskInfoConfig",

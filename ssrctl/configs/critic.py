@@ -142,8 +142,8 @@ class CriticOptions(Config):
     critic_batch_size: AtLeastOne = 8
     """Responses that the prm critic's model reads at once."""
 
-    critic_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of the prm critic's model; auto is the checkpoint's own."""
+    critic_dtype: Literal["auto", "stored", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the prm critic's model. auto: bfloat16 on CUDA, float32 on a CPU; stored: that of the checkpoint."""
 
     def __post_init__(self) -> None:
         self.critic_extra_body = as_json_text(self.critic_extra_body)

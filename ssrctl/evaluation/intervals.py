@@ -164,7 +164,7 @@ def _test(before: Sequence[float], after: Sequence[float], differences: Sequence
     moved = [value for value in differences if abs(value) > 1e-12]  # the others keep their sign whatever is swapped
     is_binary = {*before, *after} <= {0.0, 1.0}
     name = "mcnemar" if is_binary else "permutation"
-    if not moved:
+    if len(moved) < 2:  # one difference is as large with either sign; scipy's test refuses a single observation
         return name, 1.0
     if is_binary:
         return name, float(binomtest(sum(value > 0 for value in moved), len(moved)).pvalue)

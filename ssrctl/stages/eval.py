@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -38,11 +39,13 @@ GRADING_BATCH = 256  # responses read, compared in parallel and written at once
 DECISIVE = (
     "dataset", "dataset_config", "dataset_split", "question_column", "answer_column", "prompt_template", "limit",
     "temperature", "top_p", "top_k", "max_new_tokens", "sampling_batch_size", "num_samples", "seed", "dtype", "answer_extraction",
+    "attn_implementation",
     "system_prompt", "chat_template", "chat_template_kwargs", "stop",
 )  # fmt: skip
 # Settings that evaluations of earlier versions do not name, with the value that they had.
 _ADDED: dict[str, Any] = {
     "answer_extraction": "lenient", "system_prompt": None, "chat_template": None, "chat_template_kwargs": None, "stop": [],
+    "attn_implementation": "auto",
 }  # fmt: skip
 
 
@@ -196,14 +199,16 @@ def _claim_for_grading(folder: Path) -> None:
 def _sample(config: EvalConfig) -> _Found:
     """Draw the missing samples and read all of them back."""
     from ssrctl.models.loading import describe_model, load_model
+    from ssrctl.models.precision import describe_precision, settle_dtype
     from ssrctl.sampling.groups import describe_prompt, prepare_prompts
     from ssrctl.text.prompts import load_prompt_format
 
-    config = _with_checkpoint(config)
+    config = settle_dtype(_with_checkpoint(config))
     console.note(describe_model(config) + (f" + {config.checkpoint}" if config.checkpoint else ""))
     prompt_format = load_prompt_format(config)
     problems = load_problems(config, "test", derive_seed(config.seed, "problems"))
     loaded = load_model(config)
+    console.note(describe_precision(loaded.model))
     changed = _apply_checkpoint(config, loaded)
     prompts, num_left_out = prepare_prompts(loaded, problems, prompt_format, config.max_new_tokens)
     if num_left_out:
@@ -234,9 +239,9 @@ def _sample(config: EvalConfig) -> _Found:
 
 
 def _draw(config: EvalConfig, loaded: LoadedModel, prompts: Sequence[Prompted]) -> None:
-    """Draw the missing samples in batches; each batch has its own seed, so a continuation draws the same."""
-    from ssrctl.sampling.generate import sample_responses
-    from ssrctl.sampling.groups import record_of
+    """Draw the missing samples; each has its own seed, so a continuation draws the same."""
+    from ssrctl.sampling.generate import TransformersSampler
+    from ssrctl.sampling.groups import record_of, response_request
 
     per_run = config.num_samples
     jobs = [(p, run * per_run + number) for run in range(config.runs) for p in prompts for number in range(per_run)]
@@ -245,18 +250,18 @@ def _draw(config: EvalConfig, loaded: LoadedModel, prompts: Sequence[Prompted]) 
         done = {s.id for s in _read_samples(config.output_dir)} if path.stat().st_size else set()
         if done:
             console.note(f"{len(done)} of {len(jobs)} samples are already in {path}")
-        task = bar.add_task("eval", total=len(jobs), completed=0, status="")
-        size = config.sampling_batch_size
-        for start in range(0, len(jobs), size):
-            batch = jobs[start : start + size]
-            missing = [place for place, (p, number) in enumerate(batch) if f"{p.problem.id}/{number}" not in done]
-            if missing:
-                seed = derive_seed(config.seed, "eval", start)
-                drawn = sample_responses(loaded, [p.prompt_ids for p, _ in batch], config, seed)
-                pairs = [(drawn[place].text, batch[place][0].problem.answer) for place in missing]
-                finals = check_answers(pairs, extraction=config.answer_extraction)
-                for place, final in zip(missing, finals, strict=True):
-                    log.append(record_of(*batch[place], drawn[place], final=final).to_dict())
+        task = bar.add_task("eval", total=len(jobs), completed=len(done), status="")
+        missing = [(prompt, number) for prompt, number in jobs if f"{prompt.problem.id}/{number}" not in done]
+        requests = [
+            response_request(loaded, p, config, derive_seed(config.seed, "eval", p.problem.id, number))
+            for p, number in missing
+        ]
+        drawn = TransformersSampler(loaded, config).sample(requests)
+        while batch := list(itertools.islice(drawn, config.sampling_batch_size)):
+            pairs = [(sample.text, missing[place][0].problem.answer) for place, sample in batch]
+            finals = check_answers(pairs, extraction=config.answer_extraction)
+            for (place, sample), final in zip(batch, finals, strict=True):
+                log.append(record_of(*missing[place], sample, final=final).to_dict())
             bar.update(task, advance=len(batch))
 
 

@@ -8,17 +8,22 @@ than counted as a number; the default advantage is eq. 6 (see ``--advantage``).
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import statistics
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ssrctl.configs import TrainConfig
 from ssrctl.core.budget import step_budgets
+from ssrctl.core.losses import k3, response_weights
 from ssrctl.core.mask import BlockMask
+from ssrctl.core.seeds import derive_seed
 from ssrctl.core.topk import NonFiniteGradient
 from ssrctl.core.units import Unit, plan_units, steps_with_signal
 from ssrctl.critics.base import Critic
@@ -27,9 +32,12 @@ from ssrctl.errors import UserError
 from ssrctl.io.mask_log import QuestionLog, UnitLog
 from ssrctl.models.loading import LoadedModel
 from ssrctl.sampling.groups import Group, Prompted, sample_groups
+from ssrctl.sampling.sampler import Sampler
 from ssrctl.training.credit import group_advantages
+from ssrctl.training.reference import StartWeights
 from ssrctl.training.step_gradients.batch import group_batch
-from ssrctl.training.unit_gradients import GroupBatch, NonFiniteLoss, unit_gradients
+from ssrctl.training.step_gradients.task import Dials
+from ssrctl.training.unit_gradients import GroupBatch, NonFiniteLoss, response_logprobs, unit_gradients
 from ssrctl.training.unit_observer import QuestionView, UnitObserver, Wanted
 from ssrctl.training.updaters import QuestionUpdate, Updater
 
@@ -77,17 +85,34 @@ class _StepTotals:
     gap_sum: float = 0.0
     gap_tokens: int = 0
     gap_max: float = 0.0
+    entropy_sum: float = 0.0
     num_units: int = 0
     granted_frac: list[float] = field(default_factory=list)
     granted_budget_frac: list[float] = field(default_factory=list)
     non_finite: int = 0
     without_signal: int = 0
+    resampled: int = 0
+    batch_tokens: float = 0.0
+    kl_sum: float = 0.0
+    seconds: dict[str, float] = field(default_factory=lambda: {"sample": 0.0, "score": 0.0, "reference": 0.0})
 
     def add_gap(self, logprobs: Tensor, batch: GroupBatch) -> None:
         gap = (logprobs - batch.old_logprobs).abs()[batch.known]
         self.gap_sum += float(gap.double().sum())
         self.gap_tokens += gap.numel()
         self.gap_max = max(self.gap_max, float(gap.max()) if gap.numel() else 0.0)
+        if batch.reference is not None:
+            self.kl_sum += float(k3(logprobs, batch.reference, batch.known).double().sum())
+
+    @contextlib.contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[phase] += time.perf_counter() - started
+
+    def add_entropy(self, entropy: Tensor) -> None:
+        """Add entropies ``[G, R]``, 0 in the padding, of the tokens whose gap ``add_gap`` counts."""
+        self.entropy_sum += float(entropy.double().sum())
 
     def add_update(self, update: QuestionUpdate, num_unprotected: int) -> None:
         self.losses.append(sum(made.loss for made in update.gradients))
@@ -107,6 +132,7 @@ class TrainingStep:
         config: the run's settings.
         curve: the budget profile v_1..; ``[1.0]`` for equal budgets.
         observer: reads gradients for the logs; None reads none.
+        sampler: samples the responses; None is transformers in this process.
     """
 
     def __init__(
@@ -117,9 +143,11 @@ class TrainingStep:
         config: TrainConfig,
         curve: Sequence[float],
         observer: UnitObserver | None = None,
+        sampler: Sampler | None = None,
     ) -> None:
         self.loaded, self.critic, self.updater, self.config, self.curve = loaded, critic, updater, config, curve
-        self.observer = observer
+        self.observer, self.sampler = observer, sampler
+        self.start_weights = StartWeights(loaded.model) if config.beta else None
         self.num_coordinates = loaded.num_parameters
         self.num_unprotected = self.num_coordinates - updater.num_protected
 
@@ -136,28 +164,24 @@ class TrainingStep:
             NonFiniteBatch: every question of the batch gave a NaN or infinite loss or gradient in a pass over it.
         """
         config, totals = self.config, _StepTotals()
-        started = time.perf_counter()
-        groups = sample_groups(
-            self.loaded,
-            prompts,
-            config,
-            num_generations=config.num_generations,
-            seed=seed,
-            segmentation=config,
-        )
-        sampled = time.perf_counter()
-        score_groups(groups, self.critic, config.answer_extraction)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        groups = self._scored_groups(prompts, seed, totals)
         scored = time.perf_counter()
         plans = [self._credit(group, totals) for group in groups]
+        totals.batch_tokens = sum(sum(self._trained_lengths(group)) for group in groups) / len(groups)
+        references = [
+            self._reference(group, totals) if units else None for group, units in zip(groups, plans, strict=True)
+        ]
         mask_log: list[QuestionLog] = []
         gradient: Tensor | None = None
         update_metrics: dict[str, float | None] = {}
         for iteration in range(config.num_iterations):
             wanted = self._wanted(log_masks, log_gradient) if iteration == 0 else Wanted()
             dropped_before = totals.non_finite
-            for group, units in zip(groups, plans, strict=True):
+            for group, units, reference in zip(groups, plans, references, strict=True):
                 view = self.observer.question(wanted) if self.observer is not None and wanted else None
-                update = self._learn(group, units, len(groups), totals, view, is_first=iteration == 0)
+                update = self._learn(group, units, len(groups), totals, view, reference, is_first=iteration == 0)
                 if update is None:
                     continue
                 if log_masks and iteration == 0 and update.kept:
@@ -176,9 +200,57 @@ class TrainingStep:
                 raise NonFiniteBatch(
                     f"summed over the batch, {error}", LOWER_RATE, weights_changed=iteration > 0
                 ) from error
-        done = time.perf_counter()
-        seconds = {"sample": sampled - started, "score": scored - sampled, "update": done - scored}
-        return StepResult(self._metrics(groups, totals, seconds) | update_metrics, groups, mask_log, gradient)
+        totals.seconds["update"] = time.perf_counter() - scored - totals.seconds["reference"]
+        return StepResult(self._metrics(groups, totals, totals.seconds) | update_metrics, groups, mask_log, gradient)
+
+    def _scored_groups(self, prompts: Sequence[Prompted], seed: int, totals: _StepTotals) -> list[Group]:
+        """Sample and score the questions; sample those without a signal again, as often as the settings allow."""
+        config = self.config
+
+        def made(wanted: Sequence[Prompted], seed: int) -> list[Group]:
+            with totals.timed("sample"):
+                groups = sample_groups(
+                    self.loaded,
+                    wanted,
+                    config,
+                    num_generations=config.num_generations,
+                    seed=seed,
+                    segmentation=config,
+                    sampler=self.sampler,
+                )
+            with totals.timed("score"):
+                score_groups(groups, self.critic, config.answer_extraction)
+            return groups
+
+        groups = made(prompts, seed)
+        for again in range(config.resample_without_signal):
+            silent = [place for place, group in enumerate(groups) if not any(map(any, self._advantages(group)[0]))]
+            if not silent:
+                break
+            totals.resampled += len(silent)
+            fresh = made([prompts[place] for place in silent], derive_seed(seed, "resample", again))
+            for place, group in zip(silent, fresh, strict=True):
+                groups[place] = group
+        return groups
+
+    def _advantages(self, group: Group) -> tuple[Sequence[Sequence[float | None]], int]:
+        config = self.config
+        return group_advantages(group, config.credit, config.advantage, mask_truncated=config.mask_truncated)
+
+    def _trained_lengths(self, group: Group) -> list[int]:
+        """Return the tokens of each response that the loss may train; 0 where the response is masked."""
+        masks = self.config.mask_truncated
+        return [0 if masks and not sample.finished else len(sample.response_ids) for sample in group.samples]
+
+    def _batch(self, group: Group) -> GroupBatch:
+        return group_batch(self.loaded, group, whole_response=self.config.credit != "step")
+
+    def _reference(self, group: Group, totals: _StepTotals) -> Tensor | None:
+        """Return the log-probabilities ``[G, R]`` under the start weights; None without a KL term."""
+        if self.start_weights is None:
+            return None
+        with totals.timed("reference"), self.start_weights.in_place():
+            return response_logprobs(self.loaded.model, self._batch(group), self.config.temperature)
 
     def _wanted(self, log_masks: bool, log_gradient: bool) -> Wanted:
         sets = log_masks and self.config.optimizer == "kronos"
@@ -187,7 +259,7 @@ class TrainingStep:
     def _credit(self, group: Group, totals: _StepTotals) -> list[Unit]:
         """Write a group's advantages into its records, and return the update units that follow from them."""
         config = self.config
-        values, num_without_signal = group_advantages(group, config.credit, config.advantage)
+        values, num_without_signal = self._advantages(group)
         totals.without_signal += num_without_signal
         for rollout, row in zip(group.rollouts, values, strict=True):
             rollout.advantages = list(row)
@@ -209,6 +281,7 @@ class TrainingStep:
         num_questions: int,
         totals: _StepTotals,
         view: QuestionView | None,
+        reference: Tensor | None,
         *,
         is_first: bool,
     ) -> QuestionUpdate | None:
@@ -224,7 +297,8 @@ class TrainingStep:
 
         if not units:
             return None
-        batch = group_batch(self.loaded, group, whole_response=self.config.credit != "step")
+        batch = dataclasses.replace(self._batch(group), reference=reference)
+        lengths = torch.tensor(self._trained_lengths(group), device=self.loaded.device)
         gradients = unit_gradients(
             self.loaded.model,
             batch,
@@ -234,8 +308,17 @@ class TrainingStep:
             level=self.config.importance_level,
             loss_scale=1.0 / num_questions,
             method=self.config.step_gradient_method,
+            micro_batch_tokens=self.config.micro_batch_tokens,
+            logit_chunk_tokens=self.config.logit_chunk_tokens,
+            dials=Dials(self.config.units_at_once, self.config.gradient_chunk_tokens),
             on_logprobs=lambda logprobs: totals.add_gap(logprobs, batch) if is_first else None,
+            on_entropy=totals.add_entropy if is_first else None,
             on_unit=before_unit,
+            epsilon_high=self.config.epsilon_high,
+            token_weights=response_weights(
+                self.config.loss_type, lengths, longest=self.config.max_new_tokens, batch_tokens=totals.batch_tokens
+            ),
+            beta=self.config.beta,
         )
         with contextlib.ExitStack() as stack:
             if view is not None:
@@ -283,7 +366,12 @@ class TrainingStep:
         samples = [sample for group in groups for sample in group.samples]
         scores = [score for rollout in rollouts for score in rollout.scores or ()]
         known = [score.reward for score in scores if score.reward is not None]
-        num_tokens = sum(len(sample.response_ids) for sample in samples)
+        lengths = [len(sample.response_ids) for sample in samples]
+        num_tokens = sum(lengths)
+        kl = {}
+        if self.config.beta:
+            kl["kl_to_start"] = totals.kl_sum / totals.gap_tokens if totals.gap_tokens else None
+            kl["reference_seconds"] = seconds["reference"]
         return {
             "reward": statistics.fmean(known) if known else None,
             "accuracy": _share(rollout.final is not None and rollout.final.correct is True for rollout in rollouts),
@@ -294,22 +382,40 @@ class TrainingStep:
             "no_step_responses": sum(1 for rollout in rollouts if not rollout.steps),
             "missing_score_frac": (len(scores) - len(known)) / len(scores) if scores else None,
             "no_signal_responses": totals.without_signal,
+            "resampled_questions": totals.resampled,
             "non_finite_questions": totals.non_finite,
             "loss": statistics.fmean(totals.losses) if totals.losses else None,
             "clip_frac": totals.clipped / totals.terms if totals.terms else 0.0,
             "logprob_gap_mean": totals.gap_sum / totals.gap_tokens if totals.gap_tokens else None,
             "logprob_gap_max": totals.gap_max,
+            "entropy": totals.entropy_sum / totals.gap_tokens if totals.gap_tokens else None,
             "num_units": totals.num_units,
             "granted_frac": statistics.fmean(totals.granted_frac) if totals.granted_frac else 0.0,
             "granted_budget_frac": (
                 statistics.fmean(totals.granted_budget_frac) if totals.granted_budget_frac else None
             ),
+            **kl,
             "response_tokens": num_tokens,
+            "response_tokens_mean": statistics.fmean(lengths),
+            "response_tokens_max": max(lengths),
             "tokens_per_second": num_tokens / max(sum(seconds.values()), 1e-9),
             "sample_seconds": seconds["sample"],
             "score_seconds": seconds["score"],
             "update_seconds": seconds["update"],
+            "peak_memory_bytes": _peak_memory_bytes(),
         }
+
+
+def _peak_memory_bytes() -> int | None:
+    """Return the most memory in use: on CUDA of tensors since the step began, otherwise of the process so far."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _share(flags: Any) -> float:

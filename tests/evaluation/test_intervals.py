@@ -94,6 +94,10 @@ def test_the_permutation_test_is_exact_for_few_problems() -> None:
     assert paired_difference(before, after).p_value == pytest.approx(expected)
 
 
+def test_a_single_problem_that_moved_is_no_evidence() -> None:
+    assert paired_difference([0.5, 0.25, 0.0], [1.0, 0.25, 0.0]).p_value == 1.0
+
+
 def test_holm() -> None:
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.5, 0.9]) == [1.0, 1.0]
