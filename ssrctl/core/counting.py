@@ -8,7 +8,6 @@ the k-th largest falls follows from the cumulative counts, and the lower 16 bits
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -165,30 +164,3 @@ class Candidates:
             return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int32)
         positions, keys = zip(*self._parts, strict=True)
         return torch.cat(positions), torch.cat(keys)
-
-
-class Layout:
-    """Positions number the coordinates through all tensors in order, each tensor from a multiple of ``align``.
-
-    Attributes:
-        names: of the tensors.
-        offsets: the position of each tensor's first coordinate.
-        size: one past the last position.
-    """
-
-    def __init__(self, gradients: Mapping[str, Tensor], align: int) -> None:
-        self.names = list(gradients)
-        self.offsets: list[int] = []
-        self.size = 0
-        for gradient in gradients.values():
-            self.offsets.append(self.size)
-            self.size += -(-gradient.numel() // align) * align
-
-    def split(self, positions: Tensor) -> dict[str, Tensor]:
-        """Ascending positions (int64) as flat indices per tensor: views of one storage."""
-        if not self.names:
-            return {}
-        edges = torch.tensor([*self.offsets, self.size], device=positions.device)
-        counts = torch.searchsorted(positions, edges).diff()
-        indices = positions - torch.repeat_interleave(edges[:-1], counts, output_size=positions.numel())
-        return dict(zip(self.names, indices.split(counts.tolist()), strict=True))

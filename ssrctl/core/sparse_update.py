@@ -1,4 +1,4 @@
-"""Moving the selected coordinates of one parameter, with sparse state and exact master values."""
+"""Moving the selected coordinates of one shard of parameters, with sparse state and exact master values."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ssrctl.core.layout import Layout
 from ssrctl.core.masters import REMAINDER_DTYPES, join_master, split_master
 from ssrctl.core.sparse_state import SparseState
 from ssrctl.core.update_rules import Contribution, Hyper, UpdateRule
@@ -77,7 +78,8 @@ def add_kept(pending: SparseState, parts: Sequence[tuple[Tensor, Tensor]]) -> No
 
 
 def apply_pending(
-    weight: Tensor,
+    weights: Mapping[str, Tensor],
+    layout: Layout,
     pending: SparseState,
     state: SparseState,
     rule: UpdateRule,
@@ -89,9 +91,10 @@ def apply_pending(
     """``theta <- theta - lr * direction`` on the coordinates that wait; all others keep every bit.
 
     Args:
-        weight: the parameter, flat ``[n]``, written in place.
-        pending: its sums since the last step.
-        state: its state between steps, updated in place.
+        weights: parameters of one dtype by name, contiguous, written in place.
+        layout: of these parameters, in which ``pending`` and ``state`` count.
+        pending: sums since the last step.
+        state: state between steps, updated in place.
         rule: turns the kept gradient into a direction.
         hyper: the rule's settings.
         lr: step size.
@@ -106,15 +109,18 @@ def apply_pending(
     direction, new = rule.direction(given, old, hyper)
     _put(state.fields, places, new)
     change = direction * lr
-    stored = weight[indices]
+    chosen = {name: found for name, found in layout.split(indices).items() if found.numel()}
+    stored = torch.cat([weights[name].view(-1)[found] for name, found in chosen.items()])
     plain = (stored.float() - change).to(stored.dtype)
     intended = change != 0
     if REMAINDER in state.fields:
         master = join_master(stored, state.fields[REMAINDER][places]) - change
-        weight[indices], remainder = split_master(master, stored.dtype)
+        written, remainder = split_master(master, stored.dtype)
         _put(state.fields, places, {REMAINDER: remainder})
     else:
-        weight[indices] = plain
+        written = plain
+    for (name, found), values in zip(chosen.items(), written.split([i.numel() for i in chosen.values()]), strict=True):
+        weights[name].view(-1)[found] = values
     return Survival(indices.numel(), int(intended.sum()), int((intended & (plain == stored)).sum()))
 
 

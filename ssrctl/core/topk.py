@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from ssrctl.core.counting import INFINITY, PATTERN_DTYPES, Candidates, Group, Layout, choose, threshold_bin
+from ssrctl.core.counting import INFINITY, PATTERN_DTYPES, Candidates, Group, choose, threshold_bin
+from ssrctl.core.layout import Layout
 from ssrctl.core.topk_plain import CHUNK, PlainReader
 
 if TYPE_CHECKING:

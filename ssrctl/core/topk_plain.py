@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ssrctl.core.bits import get_bits, unpack_bits
-from ssrctl.core.counting import HIGH_BINS, PATTERN_DTYPES, Candidates, Layout, keys_of, pattern_bound
+from ssrctl.core.bits import unpack_bits
+from ssrctl.core.counting import HIGH_BINS, PATTERN_DTYPES, Candidates, keys_of, pattern_bound
+from ssrctl.core.layout import Layout
 
 CHUNK = 1 << 21  # coordinates read at once on a CPU, so that their patterns stay in its cache; a multiple of 8
 DEVICE_CHUNK = 1 << 25  # and on other devices, where every window waits for the device
@@ -49,7 +50,8 @@ class PlainReader:
     def histogram(self, stride: int) -> Tensor:
         """See ``topk.Reader``."""
         counts = torch.zeros(HIGH_BINS, dtype=torch.int64)
-        for keys in self._all_keys() if stride == 1 else self._sampled_keys(stride):
+        read = stride == 1 or len(self._windows) == 1
+        for keys in self._all_keys(stride) if read else [self._sampled_keys(stride)]:
             # a negative key is counted in a bin before the first, which is cut off
             bins = (keys >> 16).clamp_(min=-1).add_(1)
             counts += torch.bincount(bins, minlength=HIGH_BINS + 1)[1:].cpu()
@@ -71,24 +73,31 @@ class PlainReader:
             places, patterns = _at_least(self._patterns(window), bound, wanted.k)
             yield places + window.base, keys_of(patterns, window.dtype)
 
-    def _all_keys(self) -> Iterator[Tensor]:
-        """int32 keys of every window; negative where not eligible."""
+    def _all_keys(self, stride: int) -> Iterator[Tensor]:
+        """int32 keys of every window, at multiples of ``stride`` (1, or with one window any); negative: not eligible."""
         for window in self._windows:
-            yield keys_of(self._patterns(window), window.dtype)
+            yield keys_of(self._patterns(window)[::stride], window.dtype)
 
-    def _sampled_keys(self, stride: int) -> Iterator[Tensor]:
-        """int32 keys of the eligible coordinates at multiples of ``stride``."""
-        parts = []
-        for (name, gradient), offset in zip(self.gradients.items(), self.layout.offsets, strict=True):
-            first = -offset % stride
-            if first >= gradient.numel():
-                continue
-            indices = torch.arange(first, gradient.numel(), stride, device=gradient.device)
-            if name in self.taken:
-                indices = indices[~get_bits(self.taken[name], indices)]
-            parts.append(keys_of(gradient.take(indices).abs().view(PATTERN_DTYPES[gradient.dtype]), gradient.dtype))
-        if parts:
-            yield torch.cat(parts)
+    def _sampled_keys(self, stride: int) -> Tensor:
+        """int32 keys of the coordinates at multiples of ``stride``; negative where not eligible."""
+        named = list(self.gradients.items())
+        first = [-offset % stride for offset in self.layout.offsets.values()]
+        counts = [len(range(start, g.numel(), stride)) for start, (_, g) in zip(first, named, strict=True)]
+        of_tensor, device = torch.tensor(counts), named[0][1].device
+        shift = torch.tensor(first) - stride * (of_tensor.cumsum(0) - of_tensor)
+        indices = stride * torch.arange(sum(counts)) + shift.repeat_interleave(of_tensor)
+        places, octets = (part.to(device).split(counts) for part in (indices, indices >> 3))
+        values = torch.cat([g.take(place) for (_, g), place in zip(named, places, strict=True)])
+        keys = values.float().abs().view(torch.int32)
+        if self.taken:
+            bits = torch.cat(
+                [
+                    self.taken[name].take(octet) if name in self.taken else octet.to(torch.uint8).zero_()
+                    for (name, _), octet in zip(named, octets, strict=True)
+                ]
+            )
+            keys |= ((bits >> (indices & 7).to(bits)) & 1).to(torch.int32).neg_()
+        return keys
 
     def _patterns(self, window: _Window) -> Tensor:
         """Return the patterns of |g| in a buffer that is reused; -1 where not eligible and between tensors.
@@ -135,7 +144,7 @@ class PlainReader:
 
     def _pieces(self) -> Iterator[tuple[int, Tensor, Tensor, Tensor | None]]:
         """(position, tensor, patterns, bits) of parts of tensors, each from a multiple of 8 within its tensor."""
-        for (name, gradient), offset in zip(self.gradients.items(), self.layout.offsets, strict=True):
+        for (name, gradient), offset in zip(self.gradients.items(), self.layout.offsets.values(), strict=True):
             if gradient.numel() == 0:
                 continue
             patterns = gradient.view(PATTERN_DTYPES[gradient.dtype])
