@@ -90,7 +90,7 @@ class KeptUnit:
                     number,
                     {name: indices.numel() for name, indices in part.items()},
                     IndexSet.from_indices(layout.join(part), layout.size),
-                    torch.cat([gradients[name].reshape(-1)[indices] for name, indices in part.items()]),
+                    torch.cat([gradients[name].reshape(-1).index_select(0, indices) for name, indices in part.items()]),
                 )
             )
 

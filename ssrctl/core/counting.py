@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 HIGH_BINS = 1 << 15
 LOW_BINS = 1 << 16
 INFINITY = 0x7F800000  # the key of infinity; those of NaN are larger
+FEW = 1 << 20  # candidates of which one core finds the k-th largest sooner than it counts in bins
 LARGEST_KEY = 0x7FFFFFFF
 PATTERN_DTYPES = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
@@ -97,6 +98,14 @@ def choose(keys: Tensor, k: int, group: Group = ALONE) -> tuple[Tensor, int]:
         bool ``[m]``, True = chosen, and the k-th largest key; -1 when all processes together have at most k
         candidates, which are all chosen.
     """
+    if group.group is None and keys.numel() <= FEW and not keys.is_cuda:
+        if keys.numel() <= k:
+            return torch.ones_like(keys, dtype=torch.bool), -1
+        threshold = int(keys.kthvalue(keys.numel() - k + 1).values)
+        chosen = keys > threshold
+        ties = (keys == threshold).nonzero().flatten()
+        chosen.index_fill_(0, ties[: k - int(chosen.sum())], True)
+        return chosen, threshold
     high = group.total(torch.bincount(keys >> 16, minlength=HIGH_BINS).cpu())
     if int(high.sum()) <= k:
         return torch.ones_like(keys, dtype=torch.bool), -1
@@ -108,7 +117,7 @@ def choose(keys: Tensor, k: int, group: Group = ALONE) -> tuple[Tensor, int]:
     chosen = keys > threshold
     ties = (keys == threshold).nonzero().flatten()
     num_ties = k - above - above_inside - group.before(ties.numel())
-    chosen[ties[: max(0, num_ties)]] = True
+    chosen.index_fill_(0, ties[: max(0, num_ties)], True)
     return chosen, threshold
 
 

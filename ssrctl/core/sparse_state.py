@@ -68,7 +68,7 @@ class SparseState:
 
     def contains(self, indices: Tensor) -> Tensor:
         """bool ``[k]``: which of the flat indices (int64 ``[k]``) were touched."""
-        return ((self._words[indices >> 6] >> (indices & 63)) & 1).bool()
+        return ((self._words.index_select(0, indices >> 6) >> (indices & 63)) & 1).bool()
 
     def insert(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Add the coordinates that are not there yet, with 0 in every field.
@@ -86,14 +86,14 @@ class SparseState:
         """
         self._check(indices)
         is_new = ~self.contains(indices)
-        new = indices[is_new]
+        new = indices.masked_select(is_new)
         if new.numel() == 0:
             return self._ranks(indices), is_new
         # Bits that are known to be clear and distinct: their sum is their union.
         self._words.index_add_(0, new >> 6, torch.ones_like(new) << (new & 63))
         positions = self._ranks(indices)
         was_there = torch.ones(self._count + new.numel(), dtype=torch.bool, device=indices.device)
-        was_there[positions[is_new]] = False
+        was_there.index_fill_(0, positions.masked_select(is_new), False)
         for name, values in self.fields.items():
             self.fields[name] = values.new_zeros(was_there.numel()).masked_scatter_(was_there, values)
         self._count = was_there.numel()
@@ -177,7 +177,8 @@ class SparseState:
         for out, part in zip(ranks.split(CHUNK), indices.split(CHUNK), strict=True):
             word = part >> 6
             lower = (torch.ones_like(part) << (part & 63)) - 1
-            out.copy_(popcount(self._words[word].bitwise_and_(lower))).add_(before[word])
+            inside = self._words.index_select(0, word).bitwise_and_(lower)
+            out.copy_(popcount(inside)).add_(before.index_select(0, word))
         return ranks
 
     def _check(self, indices: Tensor) -> None:

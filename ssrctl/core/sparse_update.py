@@ -70,11 +70,11 @@ def add_kept(pending: SparseState, parts: Sequence[tuple[Tensor, Tensor]]) -> No
             for part in parts:
                 add_kept(pending, [part])
             return
-        values = values[order]
+        values = values.index_select(0, order)
     places, _ = pending.insert(indices)
-    pending.fields["sum"][places] += values  # indices are distinct, so each is added to once
+    pending.fields["sum"].index_add_(0, places, values)  # indices are distinct, so each is added to once
     if "squares" in pending.fields:
-        pending.fields["squares"][places] += values.square()
+        pending.fields["squares"].index_add_(0, places, values.square())
 
 
 def apply_pending(
@@ -105,22 +105,22 @@ def apply_pending(
     given = Contribution(
         _scaled(pending.fields["sum"], clip_scale), _scaled(pending.fields.get("squares"), clip_scale**2), is_new
     )
-    old = {moment: state.fields[moment][places] for moment in rule.moments}
+    old = {moment: state.fields[moment].index_select(0, places) for moment in rule.moments}
     direction, new = rule.direction(given, old, hyper)
     _put(state.fields, places, new)
     change = direction * lr
     chosen = {name: found for name, found in layout.split(indices).items() if found.numel()}
-    stored = torch.cat([weights[name].view(-1)[found] for name, found in chosen.items()])
+    stored = torch.cat([weights[name].view(-1).index_select(0, found) for name, found in chosen.items()])
     plain = (stored.float() - change).to(stored.dtype)
     intended = change != 0
     if REMAINDER in state.fields:
-        master = join_master(stored, state.fields[REMAINDER][places]) - change
+        master = join_master(stored, state.fields[REMAINDER].index_select(0, places)) - change
         written, remainder = split_master(master, stored.dtype)
         _put(state.fields, places, {REMAINDER: remainder})
     else:
         written = plain
     for (name, found), values in zip(chosen.items(), written.split([i.numel() for i in chosen.values()]), strict=True):
-        weights[name].view(-1)[found] = values
+        weights[name].view(-1).index_copy_(0, found, values)
     return Survival(indices.numel(), int(intended.sum()), int((intended & (plain == stored)).sum()))
 
 
@@ -132,4 +132,4 @@ def _scaled(values: Tensor | None, scale: float) -> Tensor:
 
 def _put(fields: Mapping[str, Tensor], places: Tensor, values: Mapping[str, Tensor]) -> None:
     for name, column in values.items():
-        fields[name][places] = column
+        fields[name].index_copy_(0, places, column)
