@@ -2,7 +2,8 @@
 
 ::
 
-    run/ config.yaml  manifest.json  metrics.jsonl  rollouts/000123.jsonl  masks/000123.safetensors
+    run/ config.yaml  manifest.json  metrics.jsonl  chat_template.jinja (if one was given)
+         rollouts/000123.jsonl  masks/000123.safetensors
          gradients/000123.safetensors
          checkpoints/000200/ delta.safetensors  optimizer.safetensors  state.json  COMPLETE
 """
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 OPTIMIZER_KIND = "optimizer"
 COMPLETE = "COMPLETE"
+CHAT_TEMPLATE = "chat_template.jinja"  # the name by which transformers finds it in a model's folder
 DELTA_FILE = "delta.safetensors"
 _LOGS = (("rollouts", ".jsonl"), ("masks", ".safetensors"), ("gradients", ".safetensors"))
 
@@ -41,6 +43,11 @@ class RunDir:
     @property
     def config(self) -> Path:
         return self.path / "config.yaml"
+
+    @property
+    def chat_template(self) -> Path:
+        """The template of ``--chat-template``; absent where the model's own is used."""
+        return self.path / CHAT_TEMPLATE
 
     @property
     def metrics(self) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -38,6 +38,7 @@ def step_budgets(
     budget: float = 0.05,
     max_step_budget: float = 0.01,
     rule: str = "share",
+    silent: Collection[int] = (),
 ) -> list[float]:
     """Return k_1..k_T, fractions of the unprotected coordinates whose sum is at most B, up to float rounding.
 
@@ -48,6 +49,8 @@ def step_budgets(
         max_step_budget: the cap k_max.
         rule: ``share`` deals out again what the cap cuts off (``shared_budget``), so that all of B is granted when
             T k_max >= B; ``paper`` is k_i = min(k_max, B w_i), and what the cap cuts off is lost.
+        silent: indices (from 0) of steps without a signal, which claim nothing. Under ``share`` they get 0, and the
+            others share all of B; ``paper`` gives them their k_i, which stays unused.
 
     Raises:
         ValueError: an unknown rule or an impossible curve.
@@ -57,7 +60,8 @@ def step_budgets(
     weights = step_weights(curve, num_steps)
     if rule == "paper":
         return [min(max_step_budget, budget * weight) for weight in weights]
-    return shared_budget(weights, budget=budget, max_step_budget=max_step_budget)
+    heard = [0.0 if i in silent else weight for i, weight in enumerate(weights)]
+    return shared_budget(heard, budget=budget, max_step_budget=max_step_budget) if any(heard) else heard
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,15 @@ def plan_units(
     return units if max_units is None else _at_most(units, max_units)
 
 
+def steps_with_signal(advantages: Sequence[Sequence[float | None]]) -> set[int]:
+    """Return the indices of the steps in which any response has an advantage other than 0.
+
+    Args:
+        advantages: as in ``plan_units``.
+    """
+    return {i for row in advantages for i, advantage in enumerate(row) if advantage}
+
+
 def _at_most(units: list[Unit], max_units: int) -> list[Unit]:
     """Join the most similar neighbours with a signal until ``max_units`` of them remain; the others stay apart."""
     silent = [unit for unit in units if not unit.has_signal]

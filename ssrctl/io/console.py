@@ -35,12 +35,14 @@ def warn(text: str) -> None:
 
 
 def show_plan(title: str, plan: dict[str, Any]) -> None:
-    """Show the resolved plan of ``--dry-run`` as a two-column table."""
+    """Show the resolved plan of ``--dry-run`` as a two-column table, without the first prompt, which has its own line."""
     from rich.table import Table
     from rich.text import Text
 
     table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
     for key, value in plan.items():
+        if key == "first_prompt":
+            continue
         table.add_row(key.replace("_", " "), Text(visible(_shown(value))))  # before the width is measured
     console().print(table)
 

@@ -142,6 +142,7 @@ def run_apply(config: DeltaApplyConfig) -> dict[str, Any]:
 def _write_folder(config: DeltaApplyConfig, made: AppliedCheckpoint, notes: list[str]) -> dict[str, Any]:
     from ssrctl.checkpoints.delta_apply import write_applied
     from ssrctl.checkpoints.model_folder import CONFIG, copy_companions, set_config_dtype, whole_folder
+    from ssrctl.checkpoints.run_dir import CHAT_TEMPLATE
 
     base, delta = made.base, made.delta
     metadata = {
@@ -157,6 +158,10 @@ def _write_folder(config: DeltaApplyConfig, made: AppliedCheckpoint, notes: list
             )
         if (base.folder / CONFIG).is_file():
             copied = copy_companions(base.folder, folder)
+            if (template := delta.path.resolve().parent.parent.parent / CHAT_TEMPLATE).is_file():
+                shutil.copyfile(template, folder / CHAT_TEMPLATE)
+                copied = sorted({*copied, CHAT_TEMPLATE})
+                notes.append(f"The chat template is that of the run, {template}.")
             if made.uniform_dtype is not None and set_config_dtype(folder, made.uniform_dtype):
                 notes.append(f"{CONFIG} now asks for {dtype_name(made.uniform_dtype)}, as the weights are stored.")
         else:

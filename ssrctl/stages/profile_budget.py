@@ -144,7 +144,8 @@ def _from_sampling(config: ProfileBudgetConfig, loaded: LoadedModel, problems: l
     prompts, num_left_out = prepare_prompts(loaded, problems, prompt_format, config.max_new_tokens)
     if num_left_out:
         warn(f"{num_left_out} of {len(problems)} questions do not fit the context and are left out")
-    note(f"first prompt: {describe_prompt(loaded, prompts[0])}")
+    first_prompt = describe_prompt(loaded, prompts[0])
+    note(f"first prompt: {first_prompt}")
     critic = make_critic(CriticOptions())
 
     def groups() -> Iterator[tuple[GroupBatch, Rewards]]:
@@ -164,6 +165,7 @@ def _from_sampling(config: ProfileBudgetConfig, loaded: LoadedModel, problems: l
         "problems": len(prompts),
         "responses": f"{responses} to sample, at most {responses * config.max_new_tokens} tokens",
         "critic": "rule (score responses with `ssrctl critic` and give --traces for another)",
+        "first_prompt": first_prompt,
     }
     return _Source(len(prompts), groups(), plan)
 

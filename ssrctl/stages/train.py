@@ -72,10 +72,12 @@ def _run(config: TrainConfig, run_dir: RunDir) -> dict[str, Any] | None:
     prompts, num_left_out = prepare_prompts(loaded, problems, prompt_format, config.max_new_tokens)
     if num_left_out:
         console.warn(f"{num_left_out} of {len(problems)} questions do not fit the context and are left out")
-    console.note(f"first prompt: {describe_prompt(loaded, prompts[0])}")
+    first_prompt = describe_prompt(loaded, prompts[0])
+    console.note(f"first prompt: {first_prompt}")
     _warn_about_sampling(config)
     if config.dry_run:
         plan = _plan(config, loaded, protected, mask, profile_name, grants, prompts, run_dir)
+        plan["first_prompt"] = first_prompt
         console.show_plan("plan", plan)
         return plan
     if config.find_lr:

@@ -42,7 +42,8 @@ def segment(
     between two steps belongs to the earlier one. Where that leaves one paragraph of reasoning (of the text or
     of a ``<think>`` section), it is cut at sentence ends and discourse markers instead, see
     ``sentence_starts``. ``newline`` cuts only at line breaks, ``paragraph`` only at blank lines, both also at
-    ``<think>`` and similar tags. Code, mathematics and tables are never cut inside, see ``Shield``.
+    ``<think>`` and similar tags and at the channels of harmony (``analysis``, ``final``). Code, mathematics and tables
+    are never cut inside, see ``Shield``.
 
     A piece that is not a step joins a neighbour, see ``join_pieces``: headings, bare labels and opening tags the
     next piece; closing tags, pieces under ``min_chars`` or without a letter or digit, and a formula that completes
@@ -70,7 +71,7 @@ def segment(
     if not text:
         return []
     shield = Shield(text)
-    tags = list(TAG.finditer(text)) if "<" in text or "[" in text else []
+    tags = list(TAG.finditer(text)) if "<" in text or "[" in text or "assistantfinal" in text else []
     marker = _Marker(text, tags)
     cuts = _explicit_cuts(text, shield, tags, style)
     join = functools.partial(
@@ -143,7 +144,7 @@ class _Marker:
 
 
 def _is_closing(tag: re.Match[str]) -> bool:
-    return tag.group()[1] == "/"
+    return tag["close"] is not None
 
 
 def _is_thinking(tag: re.Match[str]) -> bool:

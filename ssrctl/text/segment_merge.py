@@ -15,8 +15,12 @@ from itertools import pairwise
 from ssrctl.text.segment_sentences import sentence_starts
 from ssrctl.text.segment_shield import Shield
 
+_SECTION = "(?:think|thinking|thought|thoughts|reasoning|reflection|scratchpad|answer|solution)>"
+_TURN = r"(?:<\|end\|>\s*)?(?:<\|start\|>assistant)?<\|channel\|>\s*"
+# ``<think>`` and the like, and the channels of harmony, with their special tokens or without: the final one ends thinking.
 TAG = re.compile(
-    r"<(?=[/trsa])/?(?:think|thinking|thought|thoughts|reasoning|reflection|scratchpad|answer|solution)>|\[/?THINK\]",
+    rf"(?P<close></{_SECTION}|\[/THINK\]|{_TURN}final[^<]{{0,80}}<\|message\|>|(?-i:assistantfinal(?=\W|[A-Z\d])))"
+    rf"|<(?=[trsa]){_SECTION}|\[THINK\]|{_TURN}\w+[^<]{{0,80}}<\|message\|>",
     re.I,
 )
 LINE_BREAK = re.compile(r"\n\s*")
@@ -112,7 +116,7 @@ class _Joiner:
             return False
         if self.tagged and (tag := TAG.match(piece)) is not None:
             rest = TAG.sub("", piece).strip()
-            return not rest and tag.group()[1] != "/"
+            return not rest and tag["close"] is None
         return _LABEL.fullmatch(piece) is not None
 
     def _is_small(self, piece: str) -> bool:

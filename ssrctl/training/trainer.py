@@ -18,7 +18,7 @@ from ssrctl.configs import TrainConfig
 from ssrctl.core.seeds import derive_seed
 from ssrctl.errors import Interrupted, Stopped, UserError
 from ssrctl.io import console, manifest
-from ssrctl.io.files import CannotWrite
+from ssrctl.io.files import CannotWrite, write_text
 from ssrctl.io.gradient_log import GradientHeader, gradient_log_path, save_gradient_log
 from ssrctl.io.interrupts import deferred_interrupt
 from ssrctl.io.jsonl import JsonlLog, write_jsonl
@@ -73,6 +73,8 @@ class Trainer:
             )
         self.run_dir.rewind(0)
         self.run_dir.write_config(manifest.settings_of(self.config))
+        if self.config.chat_template is not None:
+            write_text(self.run_dir.chat_template, self.loaded.tokenizer.chat_template)
         inputs = {key: manifest.file_hash(path) for key in ("protect", "mask") if (path := getattr(self.config, key))}
         for key in ("dataset", "budget_profile"):
             if Path(getattr(self.config, key)).is_file():

@@ -20,7 +20,7 @@ from ssrctl.configs import TrainConfig
 from ssrctl.core.budget import step_budgets
 from ssrctl.core.mask import BlockMask
 from ssrctl.core.topk import NonFiniteGradient
-from ssrctl.core.units import Unit, plan_units
+from ssrctl.core.units import Unit, plan_units, steps_with_signal
 from ssrctl.critics.base import Critic
 from ssrctl.critics.scoring import score_groups
 from ssrctl.errors import UserError
@@ -198,6 +198,7 @@ class TrainingStep:
             budget=config.budget,
             max_step_budget=config.max_step_budget,
             rule=config.budget_rule,
+            silent=set(range(longest)) - steps_with_signal(values),
         )
         return self.updater.plan(plan_units(values, budgets, fuse_tol=config.fuse_tol, max_units=config.max_units))
 
@@ -250,9 +251,9 @@ class TrainingStep:
         return update
 
     def _fills_budget(self, group: Group) -> bool:
-        """Return True if T k_max >= B (to float rounding), where T is the number of steps that share the budget."""
-        longest = max(len(rollout.advantages or ()) for rollout in group.rollouts)
-        return longest * self.config.max_step_budget >= self.config.budget * (1 - 1e-9)
+        """Return True if T k_max >= B (to float rounding), where T is the number of steps that have a signal."""
+        heard = len(steps_with_signal([rollout.advantages or () for rollout in group.rollouts]))
+        return heard * self.config.max_step_budget >= self.config.budget * (1 - 1e-9)
 
     def _question_log(self, group: Group, update: QuestionUpdate, view: QuestionView | None) -> QuestionLog:
         shapes = self.loaded.shapes()

@@ -56,6 +56,17 @@ def test_rule_share_grants_all_of_b_where_the_caps_allow_it(curve, num_steps, bu
     assert sum(budgets) == pytest.approx(min(budget, num_steps * cap), rel=1e-12)
 
 
+@given(curves, counts, limits, limits, st.sets(st.integers(0, 39)))
+def test_steps_without_a_signal_leave_their_share_to_the_others(curve, num_steps, budget, cap, silent):
+    given = {"budget": budget, "max_step_budget": cap}
+    budgets = step_budgets(curve, num_steps, **given, silent=silent)
+    heard = [i for i in range(num_steps) if i not in silent]
+    assert all(budgets[i] == 0 for i in range(num_steps) if i in silent)
+    assert sum(budgets) == pytest.approx(min(budget, len(heard) * cap), rel=1e-12)
+    by_paper = step_budgets(curve, num_steps, **given, rule="paper")
+    assert step_budgets(curve, num_steps, **given, rule="paper", silent=silent) == by_paper
+
+
 @given(counts, limits, limits)
 def test_a_flat_profile_gives_equal_budgets_under_both_rules(num_steps, budget, cap):
     for rule in RULES:

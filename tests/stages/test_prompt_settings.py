@@ -54,8 +54,10 @@ def test_dry_runs_show_a_prompt(
     monkeypatch.chdir(tmp_path)
     words = [command, "--dry-run", "--dataset", str(data), "--chat-template", str(tmp_path / "t.jinja"),
              "--system-prompt", "7*8=?", "--chat-template-kwargs", '{"tags": true}', "--max-new-tokens", "9"]  # fmt: skip
-    assert main([*words, *(["-o", "b.json"] if command == "profile-budget" else [])]) == 0
-    assert f"first prompt: '1=7*8=?\\n2={PROBLEMS[0].question}\\n'" in capsys.readouterr().err
+    assert main([*words, "--json", *(["-o", "b.json"] if command == "profile-budget" else [])]) == 0
+    shown, prompt = capsys.readouterr(), f"'1=7*8=?\\n2={PROBLEMS[0].question}\\n'"
+    assert f"first prompt: {prompt}" in shown.err
+    assert json.loads(shown.out)["first_prompt"] == prompt
 
 
 @pytest.mark.parametrize("words", [["segment"], ["critic", "--critic", "rule"], ["eval", "--responses"]])
@@ -67,3 +69,13 @@ def test_a_file_with_nothing_to_read_is_an_error(
     assert main([*words, str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out")]) == 2
     assert "no records in it" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_keeps_its_chat_template_and_the_applied_model_has_it(data: Path, tmp_path: Path) -> None:
+    words = ["train", "--dataset", str(data), "--chat-template", str(tmp_path / "t.jinja"), "--max-steps", "1",
+             "--num-generations", "4", "--max-new-tokens", "48", "--output-dir", str(tmp_path / "run")]  # fmt: skip
+    assert main(words) == 0
+    applied = tmp_path / "applied"
+    delta = tmp_path / "run/checkpoints/000001/delta.safetensors"
+    assert main(["delta", "apply", "tiny-reasoner", str(delta), "-o", str(applied)]) == 0
+    assert (applied / "chat_template.jinja").read_text() == TEMPLATE

@@ -230,6 +230,11 @@ def test_formulas_and_labels(text, expected):
             ["<think>a b\n", "\\boxed{3}</think>\n", "c d\n", "*The answer is 5"],
         ),
         ("<THINK>foo</THINK><answer>7</answer>", ["<THINK>foo</THINK>", "*<answer>7</answer>"]),
+        ("<|channel|>analysis<|message|>One is. \\boxed{4}? No.<|end|><|start|>assistant<|channel|>final<|message|>One\nA: 5",
+         ["<|channel|>analysis<|message|>One is. ", "\\boxed{4}? ",
+          "No.<|end|><|start|>assistant<|channel|>final<|message|>", "One\n", "*A: 5"]),
+        ("analysisOne is. The answer is 4? Two is.assistantfinalTwo is.\n\nA: 5",
+         ["analysisOne is. ", "The answer is 4? ", "Two is.assistantfinal", "Two is.\n\n", "*A: 5"]),
         ("[THINK]foo\nbar[/THINK]\nthe end", ["[THINK]foo\n", "bar[/THINK]\n", "the end"]),
     ],
 )  # fmt: skip
