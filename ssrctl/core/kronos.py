@@ -420,7 +420,7 @@ class KronosOpt(torch.optim.Optimizer):
         self._groups += [len(self.param_groups) - 1] * (len(self._shards.layouts) - before)
         for layout in self._shards.layouts[before:]:
             device = added[next(iter(layout.numels))].device
-            self._protected.append(torch.zeros(layout.size // 8, dtype=torch.uint8, device=device))
+            self._protected.append(torch.zeros(1, dtype=torch.uint8, device=device).expand(layout.size // 8))
         for name, parameter in added.items():
             self.named[name] = parameter
             if self.scope == "tensor" and parameter.requires_grad:
@@ -448,9 +448,13 @@ class KronosOpt(torch.optim.Optimizer):
             raise ValueError(f"the protected mask is over other tensors; first difference: {odd[0]}")
         self._protected_counts = {name: tiles.count() for name, tiles in protected.tensors.items()}
         self.num_protected = sum(self._protected_counts.values())
+        for number, layout in enumerate(self._shards.layouts):
+            if any(self._protected_counts[name] for name in layout.numels):
+                self._protected[number] = self._protected[number].contiguous()  # other shards hold one zero
         views = self._shards.bits(self._protected)
         for name, bits in bits_from_mask(protected).items():
-            views[name].copy_(bits)
+            if self._protected_counts[name]:
+                views[name].copy_(bits)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as in torch: per parameter ``bits`` (see ``touched``), moments and master remainders.
