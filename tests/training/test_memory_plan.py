@@ -64,8 +64,8 @@ def measured(config):
         {"optimizer": "adamw", "gradient_checkpointing": True},
         {"optimizer": "adamw", "gradient_checkpointing": True, "micro_batch_tokens": PROMPT + RESPONSE},
         {"step_gradient": "kept"},
-        {"step_gradient": "recomputed", "units_at_once": 1, "gradient_chunk_tokens": 64},
-        {"step_gradient": "recomputed", "units_at_once": 2, "gradient_chunk_tokens": 128},
+        {"step_gradient": "recomputed", "units_at_once": 1, "gradient_chunk_tokens": 28},
+        {"step_gradient": "recomputed", "units_at_once": 2, "gradient_chunk_tokens": 28},
         {"step_gradient": "kept", "gradient_checkpointing": True, "scope": "tensor"},
     ],
     ids=["dense", "checkpointed", "one response", "kept", "recomputed", "two at once", "tensor"],
@@ -103,7 +103,9 @@ def test_a_plan_reads_no_weights_and_names_what_fits(folder: Path, capfd: pytest
     assert "no tokenizer" in capfd.readouterr().err
     small = train.run(dataclasses.replace(config, memory_limit=0.03))
     assert small is not None and small["fits"].startswith("no")
-    assert "--step-gradient recomputed --units-at-once" in small["cheapest_settings_that_fit"]
+    assert "--micro-batch-tokens" in small["cheapest_settings_that_fit"]
+    medium = train.run(dataclasses.replace(config, memory_limit=0.16))
+    assert medium is not None and "--step-gradient recomputed" in medium["cheapest_settings_that_fit"]
     longest = small["longest_response_that_fits"]
     assert 512 <= longest["kronos --scope global"] < 2048 - 256 and 0 < longest["kronos --scope tensor"] < 512
 
@@ -147,7 +149,7 @@ def test_memory_decides_whether_step_gradients_are_recomputed(
         at_once.append(settled.units_at_once)
     assert at_once == sorted(at_once, reverse=True)
     assert "step gradients: recomputed, steps at once" in capfd.readouterr().err
-    with pytest.raises(UserError, match="the run needs .* GiB at the least"):
+    with pytest.raises(UserError, match=r"the run needs .* GiB at the least"):
         settle_step_gradient(dataclasses.replace(config, memory_limit=0.001), loaded, 64, 1.0)
     # a gradient that fits is not made again
     assert settle_step_gradient(dataclasses.replace(config, scope="tensor"), loaded, 64, 1.0).step_gradient == "auto"
