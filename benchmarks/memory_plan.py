@@ -26,6 +26,7 @@ from ssrctl.models.loading import load_model
 from ssrctl.training.checkpointing import enable_checkpointing
 from ssrctl.training.live_bytes import LiveBytes
 from ssrctl.training.memory_plan import GIB, MemoryPlanner
+from ssrctl.training.step_gradients.task import Dials
 from ssrctl.training.unit_gradients import make_batch, trainable, unit_gradients
 from ssrctl.training.updaters import make_updater
 
@@ -64,7 +65,7 @@ def main() -> None:
 
 
 def measure(given: argparse.Namespace) -> None:
-    """Print planned and measured peaks of five ways to update."""
+    """Print planned and measured peaks of several ways to update."""
     print(machine())
     base = TrainConfig(
         model=given.model, dtype=given.dtype, max_new_tokens=given.tokens, num_generations=given.responses,
@@ -78,6 +79,10 @@ def measure(given: argparse.Namespace) -> None:
             "optimizer": "adamw", "gradient_checkpointing": True, "micro_batch_tokens": micro,
         },
         "kronos global, checkpointing": {"gradient_checkpointing": True, "step_gradient": "kept"},
+        "kronos global, recomputed": {"step_gradient": "recomputed", "units_at_once": 1, "gradient_chunk_tokens": 64},
+        "kronos global, recomputed, 2 at once": {
+            "step_gradient": "recomputed", "units_at_once": 2, "gradient_chunk_tokens": 64,
+        },
         "kronos tensor, checkpointing": {"gradient_checkpointing": True, "step_gradient": "kept", "scope": "tensor"},
     }  # fmt: skip
     rows, ratios = [], []
@@ -116,7 +121,7 @@ def one(config: TrainConfig) -> tuple[int, int, int]:
             unit_gradients(
                 model, batch, updater.plan(units), temperature=config.temperature,
                 method=config.step_gradient_method, micro_batch_tokens=config.micro_batch_tokens,
-                on_unit=updater.before_unit,
+                on_unit=updater.before_unit, dials=Dials(config.units_at_once, config.gradient_chunk_tokens),
             )
         )  # fmt: skip
         measured = live.peak

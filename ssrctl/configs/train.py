@@ -127,10 +127,11 @@ class MethodOptions(Config):
     gradients); local ignores the effect of a step on earlier steps' keys and values."""
 
     units_at_once: AtLeastOne | None = None
-    """Recomputed: steps that share a second forward pass. Each costs the memory of a gradient; by default planned."""
+    """Recomputed: steps that share a second forward pass. Each costs the memory of a gradient; auto plans it, else 1."""
 
     gradient_chunk_tokens: AtLeastOne | None = None
-    """Chunked and recomputed: most tokens of each response that go through the model together; by default planned."""
+    """Chunked and recomputed: most tokens of each response that go through the model together; auto plans it, else those
+    of a step."""
 
     logit_chunk_tokens: AtLeastOne = 128
     """Tokens whose logits over the whole vocabulary may exist at once."""
@@ -195,7 +196,7 @@ class OptimizerOptions(Config):
     gradient is that of one batch. A longer response is a micro-batch of its own."""
 
     memory_limit: Positive | None = None
-    """GiB that --dry-run plans for; by default what is free on the device."""
+    """GiB that --dry-run and the choice of step gradients plan for; by default what is free on the device."""
 
 
 @dataclass(kw_only=True)

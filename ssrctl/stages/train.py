@@ -30,7 +30,7 @@ from ssrctl.sampling.groups import Prompted, describe_prompt, prepare_prompts
 from ssrctl.text.prompts import load_prompt_format
 from ssrctl.training.checkpointing import enable_checkpointing
 from ssrctl.training.lr_sweep import find_lr
-from ssrctl.training.memory_plan import memory_facts
+from ssrctl.training.memory_plan import memory_facts, settle_step_gradient
 from ssrctl.training.resuming import open_run, run_folder
 from ssrctl.training.tracking import check_tracker
 from ssrctl.training.trainer import Trainer, questions_of_step
@@ -97,12 +97,13 @@ def _run(config: TrainConfig, run_dir: RunDir) -> dict[str, Any] | None:
         questions = functools.partial(questions_of_step, prompts=prompts, config=config)
         with contextlib.closing(_critic(config, loaded)) as critic:
             return find_lr(loaded, critic, config, questions, curve, protected, mask)
+    settled = settle_step_gradient(config, loaded, longest, 1.0 if mask is None else mask.density())
     parameters = trainable(loaded.model)
     updater = make_updater(parameters, config, protected, mask)
     observer = UnitObserver(parameters, config, frozen_coordinates(protected, mask))
     ledger = run_dir.path / CRITIC_CALLS if config.critic == "llm" else None
     with contextlib.closing(_critic(config, loaded, ledger)) as critic:
-        step = TrainingStep(loaded, critic, updater, config, curve, observer)
+        step = TrainingStep(loaded, critic, updater, settled, curve, observer)
         trainer = Trainer(config, loaded, run_dir, prompts, step)
         if checkpoint is None:
             trainer.start(profile_name)

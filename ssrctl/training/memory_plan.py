@@ -25,12 +25,17 @@ from ssrctl.models.loading import LoadedModel, free_bytes
 from ssrctl.models.precision import resolve_device
 from ssrctl.training.checkpointing import enable_checkpointing
 from ssrctl.training.live_bytes import LiveBytes
+from ssrctl.training.step_gradients.chunks import cache_obstacle
 from ssrctl.training.updaters import updater_kind
 
 # Copies of the logits in float32 that log-probabilities hold at their peak, measured with a temperature.
 LOGIT_COPIES = 3.9
 # Share of a limit that plans leave to the allocator and the device's context.
 MARGIN = 0.08
+# Dials of recomputed step gradients that are tried, the cheaper first: more steps at once save forward passes, smaller chunks
+# cost more of them, each with its own overhead.
+STEPS_AT_ONCE = (8, 4, 2, 1)
+CHUNK_TOKENS = (256, 64)
 PROBED = (128, 512, 2048)  # tokens, at which the layers run without data
 GIB = 2**30
 MOST_TOKENS = 1 << 20  # planned for where the config names no context
@@ -134,6 +139,7 @@ class MemoryPlanner:
 
     def __init__(self, model: Any, prompt_tokens: int, trained_frac: float = 1.0) -> None:
         self.config, self.prompt_tokens, self.trained_frac = model.config, prompt_tokens, trained_frac
+        self.may_recompute = cache_obstacle(model) is None
         self._sizes = functools.cache(lambda itemsize: ModelSizes.of(model, itemsize))
         self._layers = functools.cache(functools.partial(_layer_bytes, model.config))
 
@@ -145,8 +151,13 @@ class MemoryPlanner:
         rows = config.num_generations
         if config.micro_batch_tokens is not None:
             rows = max(1, min(rows, config.micro_batch_tokens // tokens))
-        layer = _at(self._layers(config.gradient_checkpointing, dtype, config.attn_implementation), tokens)
+        recomputed = config.step_gradient == "recomputed"
+        held_at_once = min(tokens, config.gradient_chunk_tokens or tokens) if recomputed else tokens
+        layer = _at(self._layers(config.gradient_checkpointing, dtype, config.attn_implementation), held_at_once)
         kept = rows * (layer.base + sizes.num_layers * layer.kept)
+        steps_at_once = (config.units_at_once or 1) if recomputed else 1
+        if config.step_gradient in ("recomputed", "chunked"):  # keys and values, and their gradients
+            kept += (1 + steps_at_once) * rows * tokens * sizes.cache_width * sizes.itemsize
         whole, table = sizes.num_parameters * sizes.itemsize, sizes.table * sizes.itemsize
         at_once = min(rows * config.max_new_tokens, config.logit_chunk_tokens)
         logits = int(at_once * sizes.vocabulary * 4 * LOGIT_COPIES)
@@ -156,13 +167,14 @@ class MemoryPlanner:
         several_units = config.optimizer == "kronos" and config.allocation != "pooled"
         several_units &= config.micro_batch_tokens is None and config.step_gradient != "truncated"
         last = kept if several_units else rows * (layer.base + layer.kept)
-        before = whole if rows < config.num_generations else 0  # of the micro-batches that are done
+        # of the micro-batches that are done; of later chunks, and of other steps
+        before = steps_at_once * whole if recomputed else whole if rows < config.num_generations else 0
         first = 0 if not sizes.tied and piecemeal else table
         moments = [
             (before, kept, logits),  # at the logits
             (before + first, kept + rows * layer.backward, 0),  # at the last layer
             # at the first layer; the embedding's gradient is new in every micro-batch
-            (gradients + (table if before else 0), last + rows * layer.backward, 0),
+            (max(gradients, before) + (table if before else 0), last + rows * layer.backward, 0),
         ]
         at_peak = max(moments, key=sum)
         sampled = min(config.sampling_batch_size, config.questions_per_step * config.num_generations)
@@ -181,8 +193,8 @@ class MemoryPlanner:
     def cheapest(self, config: TrainConfig, limit: int) -> TrainConfig | None:
         """Return the settings that fit ``limit`` bytes at the least extra time; None if none do.
 
-        Tried are, in this order: the settings as they are, fewer responses sampled at once, micro-batches, activation
-        checkpointing, both. The update stays the same.
+        Tried are, in this order: the settings as they are, fewer responses sampled at once, recomputed step gradients,
+        micro-batches, activation checkpointing, both. The update stays the same.
         """
         return next((made for made in self._dials(config) if self.fits(made, limit)), None)
 
@@ -190,9 +202,11 @@ class MemoryPlanner:
         """Return the settings of ``cheapest`` that take the least memory."""
         return min(self._dials(config), key=lambda made: self.breakdown(made).total)
 
-    def fits(self, config: TrainConfig, limit: int) -> bool:
-        """Return True if the planned peak is within the limit, with its margin."""
-        return self.breakdown(config).total <= limit * (1 - MARGIN)
+    def fits(self, config: TrainConfig, limit: int, *, sampling: bool = True) -> bool:
+        """Return True if the planned peak, of the update alone without ``sampling``, is within the limit, with its margin."""
+        found = self.breakdown(config)
+        peak = found.total if sampling else dataclasses.replace(found, sampling=0).total
+        return peak <= limit * (1 - MARGIN)
 
     def longest(self, config: TrainConfig, limit: int, most: int) -> int:
         """Return the most new tokens per response that fit with some settings, in steps of 1/8 of a power of two.
@@ -222,19 +236,92 @@ class MemoryPlanner:
         micro: list[int | None] = [None]
         if config.scope == "global" and config.step_gradient in ("auto", "truncated"):
             micro += [count * tokens for count in rows]
+        yield from (self._with_sampling(made) for made in self._recomputed(config))
         checkpointing = [False, True] if config.step_gradient in ("auto", "kept", "truncated") else [False]
-        sampled = min(config.sampling_batch_size, config.questions_per_step * config.num_generations)
-        batches = [sampled, *(1 << power for power in reversed(range((sampled - 1).bit_length())))]
         for checkpointed in [True] if config.gradient_checkpointing else checkpointing:
             for most in micro if config.micro_batch_tokens is None else [config.micro_batch_tokens]:
                 made = dataclasses.replace(config, gradient_checkpointing=checkpointed, micro_batch_tokens=most)
-                # the largest sampling batch that takes no more than the update does
-                plans = ((count, dataclasses.replace(made, sampling_batch_size=count)) for count in batches)
-                for count, plan in plans:
-                    found = self.breakdown(plan)
-                    if found.sampling <= found.gradients + found.activations + found.logits or count == 1:
-                        yield made if count == sampled else plan
-                        break
+                yield self._with_sampling(made)
+
+    def _recomputed(self, config: TrainConfig) -> Iterator[TrainConfig]:
+        """Yield the settings as they are, then with recomputed step gradients, from the most memory to the least."""
+        yield config
+        if not (self.may_recompute and recomputes_if_needed(config)):
+            return
+        steps = STEPS_AT_ONCE if config.units_at_once is None else (config.units_at_once,)
+        chunks = CHUNK_TOKENS if config.gradient_chunk_tokens is None else (config.gradient_chunk_tokens,)
+        for count, tokens in [
+            *((count, chunks[0]) for count in steps),
+            *((steps[-1], tokens) for tokens in chunks[1:]),
+        ]:
+            yield dataclasses.replace(
+                config, step_gradient="recomputed", units_at_once=count, gradient_chunk_tokens=tokens
+            )
+
+    def _with_sampling(self, made: TrainConfig) -> TrainConfig:
+        """Return the settings with the largest sampling batch that takes no more memory than the update does."""
+        sampled = min(made.sampling_batch_size, made.questions_per_step * made.num_generations)
+        for count in (sampled, *(1 << power for power in reversed(range((sampled - 1).bit_length())))):
+            plan = dataclasses.replace(made, sampling_batch_size=count)
+            found = self.breakdown(plan)
+            if found.sampling <= found.gradients + found.activations + found.logits:
+                break
+        return made if count == sampled else plan
+
+
+def recomputes_if_needed(config: TrainConfig) -> bool:
+    """Return True for settings under which ``auto`` may take recomputed step gradients, if the model allows it."""
+    return (
+        config.optimizer == "kronos"
+        and config.scope == "global"
+        and config.step_gradient in ("auto", "recomputed")
+        and config.micro_batch_tokens is None
+        and not config.gradient_checkpointing
+    )
+
+
+def settle_step_gradient(
+    config: TrainConfig, loaded: LoadedModel, prompt_tokens: int, trained_frac: float
+) -> TrainConfig:
+    """Return the settings with ``--step-gradient auto`` and the dials of recomputed gradients decided by memory.
+
+    By lengths and sizes only: where the longest responses fit the limit with every activation kept, ``auto`` stays, which
+    takes the cheapest exact way for each question. Otherwise recomputed gradients with the dials that fit.
+
+    Args:
+        config, loaded, prompt_tokens, trained_frac: as in ``memory_facts``.
+
+    Raises:
+        UserError: ``--memory-limit`` cannot be met.
+    """
+    limit = _limit(config)
+    planner = MemoryPlanner(loaded.model, prompt_tokens, trained_frac)
+    if limit is None or not (planner.may_recompute and recomputes_if_needed(config)):
+        return config
+    try:
+        plans = list(planner._recomputed(config))
+        settled = next((made for made in plans if planner.fits(made, limit, sampling=False)), None)
+    except UnknownActivations:
+        return config
+    if settled is None:
+        if config.memory_limit is not None:
+            require_fit(planner, config, limit)  # raises, unless other settings than these would fit
+        settled = plans[-1]
+        console.warn(
+            f"the longest responses are planned to take {planner.breakdown(settled).total / GIB:.3g} GiB even with recomputed "
+            f"step gradients, {limit / GIB:.3g} are there; ssrctl train --dry-run names settings that fit"
+        )
+    if settled.step_gradient == "recomputed":
+        console.note(
+            f"step gradients: recomputed, steps at once: {settled.units_at_once}, chunks of "
+            f"{settled.gradient_chunk_tokens or 'all'} tokens (planned peak {planner.breakdown(settled).total / GIB:.3g} of "
+            f"{limit / GIB:.3g} GiB)"
+        )
+    return settled
+
+
+def _limit(config: TrainConfig) -> int | None:
+    return free_bytes(resolve_device(config.device)) if config.memory_limit is None else int(config.memory_limit * GIB)
 
 
 def _at_length(config: TrainConfig, tokens: int) -> TrainConfig:
@@ -244,9 +331,11 @@ def _at_length(config: TrainConfig, tokens: int) -> TrainConfig:
 def describe_dials(config: TrainConfig, start: TrainConfig) -> str:
     """Return the flags in which settings differ from those of the run; ``as given`` if in none."""
     flags = []
+    if config.step_gradient != start.step_gradient:
+        flags.append(f"--step-gradient {config.step_gradient}")
     if config.gradient_checkpointing and not start.gradient_checkpointing:
         flags.append("--gradient-checkpointing")
-    for name in ("micro_batch_tokens", "sampling_batch_size"):
+    for name in ("units_at_once", "gradient_chunk_tokens", "micro_batch_tokens", "sampling_batch_size"):
         if getattr(config, name) != getattr(start, name):
             flags.append(f"--{name.replace('_', '-')} {getattr(config, name)}")
     return " ".join(flags) or "as given"
@@ -371,7 +460,7 @@ def memory_facts(config: TrainConfig, loaded: LoadedModel, prompt_tokens: int, t
     except UnknownActivations as error:
         console.warn(error.message)
         return {}
-    limit = free_bytes(resolve_device(config.device)) if config.memory_limit is None else int(config.memory_limit * GIB)
+    limit = _limit(config)
     parts = {name: round(size / GIB, 3) for name, size in dataclasses.asdict(found).items()}
     facts: dict[str, Any] = {"planned_gib": round(found.total / GIB, 3), "planned_gib_by_part": parts}
     if limit is None:
@@ -381,7 +470,7 @@ def memory_facts(config: TrainConfig, loaded: LoadedModel, prompt_tokens: int, t
     longest = {name: planner.longest(one, limit, room) for name, one in updates(config)}
     return facts | {
         "memory_limit_gib": round(limit / GIB, 3),
-        "fits": planner.fits(config, limit),
+        "fits": f"{'yes' if planner.fits(config, limit) else 'no'}, with {MARGIN:.0%} of the limit kept free",
         "cheapest_settings_that_fit": "none" if made is None else describe_dials(made, config),
         "longest_response_that_fits": longest,
     }

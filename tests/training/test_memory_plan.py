@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import types
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,12 @@ import transformers
 from ssrctl.cli import main
 from ssrctl.configs import TrainConfig
 from ssrctl.core.units import Unit
+from ssrctl.errors import UserError
 from ssrctl.stages import train
 from ssrctl.training.checkpointing import enable_checkpointing
 from ssrctl.training.live_bytes import LiveBytes
-from ssrctl.training.memory_plan import GIB, MemoryPlanner
+from ssrctl.training.memory_plan import GIB, MemoryPlanner, settle_step_gradient
+from ssrctl.training.step_gradients.task import Dials
 from ssrctl.training.unit_gradients import make_batch, trainable, unit_gradients
 from ssrctl.training.updaters import make_updater
 
@@ -48,6 +51,7 @@ def measured(config):
             unit_gradients(
                 model, batch, updater.plan(units), temperature=0.9, method=config.step_gradient_method,
                 micro_batch_tokens=config.micro_batch_tokens, on_unit=updater.before_unit,
+                dials=Dials(config.units_at_once, config.gradient_chunk_tokens),
             )
         )  # fmt: skip
     return live.peak
@@ -60,9 +64,11 @@ def measured(config):
         {"optimizer": "adamw", "gradient_checkpointing": True},
         {"optimizer": "adamw", "gradient_checkpointing": True, "micro_batch_tokens": PROMPT + RESPONSE},
         {"step_gradient": "kept"},
+        {"step_gradient": "recomputed", "units_at_once": 1, "gradient_chunk_tokens": 28},
+        {"step_gradient": "recomputed", "units_at_once": 2, "gradient_chunk_tokens": 28},
         {"step_gradient": "kept", "gradient_checkpointing": True, "scope": "tensor"},
     ],
-    ids=["dense", "checkpointed", "one response", "kept", "tensor"],
+    ids=["dense", "checkpointed", "one response", "kept", "recomputed", "two at once", "tensor"],
 )
 def test_plans_are_within_a_fifth_of_what_is_alive(changes):
     config = TrainConfig(
@@ -88,11 +94,18 @@ def test_a_plan_reads_no_weights_and_names_what_fits(folder: Path, capfd: pytest
     config = TrainConfig(model=str(folder), device="cpu", dry_run=True, max_new_tokens=512, memory_limit=1.0)
     plan = train.run(config)
     assert plan is not None and plan["parameters"] == sum(p.numel() for p in build().parameters())
-    assert plan["fits"] and plan["cheapest_settings_that_fit"] == "as given" and plan["memory_limit_gib"] == 1.0
+    assert (
+        plan["fits"].startswith("yes")
+        and plan["cheapest_settings_that_fit"] == "as given"
+        and plan["memory_limit_gib"] == 1.0
+    )
     assert plan["longest_response_that_fits"]["kronos --scope global"] == 2048 - 256
     assert "no tokenizer" in capfd.readouterr().err
     small = train.run(dataclasses.replace(config, memory_limit=0.03))
-    assert small is not None and not small["fits"] and "--micro-batch-tokens" in small["cheapest_settings_that_fit"]
+    assert small is not None and small["fits"].startswith("no")
+    assert "--micro-batch-tokens" in small["cheapest_settings_that_fit"]
+    medium = train.run(dataclasses.replace(config, memory_limit=0.16))
+    assert medium is not None and "--step-gradient recomputed" in medium["cheapest_settings_that_fit"]
     longest = small["longest_response_that_fits"]
     assert 512 <= longest["kronos --scope global"] < 2048 - 256 and 0 < longest["kronos --scope tensor"] < 512
 
@@ -117,3 +130,26 @@ def test_settings_that_a_plan_found_are_within_the_limit_and_the_cheapest_first(
         assert made is not None and planner.breakdown(made).total <= 0.92 * limit
     assert planner.cheapest(config, min(totals)) is None
     assert planner.breakdown(planner.smallest(config)).total == min(totals) < GIB
+
+
+def test_memory_decides_whether_step_gradients_are_recomputed(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    loaded = types.SimpleNamespace(model=build())
+    config = TrainConfig(dtype="float32", max_new_tokens=512, num_generations=8, memory_limit=1.0)
+    assert settle_step_gradient(config, loaded, 64, 1.0) is config
+    assert settle_step_gradient(dataclasses.replace(config, memory_limit=None), loaded, 64, 1.0) is not None
+    planner = MemoryPlanner(loaded.model, 64)
+    at_once = []
+    for share in (0.6, 0.3):
+        limit = share * planner.breakdown(config).total / GIB
+        settled = settle_step_gradient(dataclasses.replace(config, memory_limit=limit), loaded, 64, 1.0)
+        assert settled.step_gradient == "recomputed" and settled.gradient_chunk_tokens in (64, 256)
+        assert planner.fits(settled, int(limit * GIB), sampling=False)
+        at_once.append(settled.units_at_once)
+    assert at_once == sorted(at_once, reverse=True)
+    assert "step gradients: recomputed, steps at once" in capfd.readouterr().err
+    with pytest.raises(UserError, match=r"the run needs .* GiB at the least"):
+        settle_step_gradient(dataclasses.replace(config, memory_limit=0.001), loaded, 64, 1.0)
+    # a gradient that fits is not made again
+    assert settle_step_gradient(dataclasses.replace(config, scope="tensor"), loaded, 64, 1.0).step_gradient == "auto"

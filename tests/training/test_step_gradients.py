@@ -5,6 +5,7 @@ tensor's largest entry leaves room for thousands of operations while a token lef
 digit.
 """
 
+import gc
 import random
 
 import pytest
@@ -230,3 +231,17 @@ def test_the_shape_of_a_task(qwen):
     # unit 0 has no score in the third response, unit 2 no tokens in the second
     assert [(u.start, u.end, u.num_rows) for u in shape.units] == [(0, 3, 2), (1, 6, 3), (3, 8, 2)]
     assert [shape.rows_beyond(column) for column in (0, 5, 6, 7, 8, 9, 10)] == [3, 3, 2, 2, 1, 1, 0]
+
+
+def test_no_graph_survives_its_backward_pass(qwen, every_cut):
+    """An attention output that its own graph had saved would keep all activations of its chunk."""
+    case = CASES["ragged"].near(qwen)
+
+    def outputs():
+        gc.collect()
+        held = (each.grad_fn for each in gc.get_objects() if type(each) is torch.Tensor)
+        return sum("ScaledDotProduct" in type(function).__name__ for function in held)
+
+    before = outputs()
+    found_gradients(qwen, case, "recomputed")
+    assert outputs() == before

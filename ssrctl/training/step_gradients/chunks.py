@@ -346,7 +346,8 @@ def _lean_sdpa(
 
     def pack(tensor: Tensor) -> Tensor | int:
         place = (tensor.data_ptr(), tensor.shape)
-        return places.index(place) if place in places else tensor
+        # detached: the output, saved as it is, would keep its own graph alive
+        return places.index(place) if place in places else tensor.detach()
 
     def unpack(packed: Tensor | int) -> Tensor:
         return repeat_kv(sources[packed], groups) if isinstance(packed, int) else packed

@@ -323,6 +323,9 @@ def test_training_learns_from_an_llm_critic_and_notes_its_calls(tmp_path, no_wai
                     assert score["error"] in CLASSES
                 else:
                     scored += 1
+                    if step["kind"] == "final" and row["final"]["extracted"] is None:
+                        assert score["score"] == 0.0  # no answer, no credit, whatever the judge says
+                        continue
                     assert score["score"] == score_of(row["response"][step["start"] : step["end"]], step["kind"])
     assert scored > 10 * missing
     calls = rows_of(run / "critic_calls.jsonl")
@@ -427,4 +430,5 @@ def test_a_silent_server_ends_the_run_with_code_3_and_its_words(tmp_path, no_wai
         assert "has given no verdict for" in said and "status 500: the model crashed" in said
         assert "responses are scored and kept" in said and "run the same command again" in said
         kept = rows_of(target.with_name("scored.jsonl.partial"))
-        assert not target.exists() and sum(row["scores"][0]["error"] is None for row in kept) == 21
+        # a call that waits beside the last good one may be counted before it
+        assert not target.exists() and sum(row["scores"][0]["error"] is None for row in kept) in (20, 21)
