@@ -9,15 +9,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ssrctl.checkpoints.run_dir import RunDir
+import torch
+
+from ssrctl.checkpoints.run_dir import Checkpoint, RunDir
 from ssrctl.configs import TrainConfig
 from ssrctl.core.budget import SHOWN_STEPS, Grant, grant
 from ssrctl.core.mask import BlockMask
 from ssrctl.core.seeds import derive_seed
 from ssrctl.critics.base import Critic
 from ssrctl.critics.registry import CriticResources, make_critic
+from ssrctl.distributed.agreement import check_agreement, digest
+from ssrctl.distributed.world import World, joined_world
 from ssrctl.errors import UserError
-from ssrctl.io import console
+from ssrctl.io import console, manifest
 from ssrctl.io.artifacts import ModelIdentity, load_mask_for
 from ssrctl.io.budget_file import MIN_PROBLEMS, load_budget_profile, shipped_budget_profile
 from ssrctl.io.locks import locked_folder
@@ -30,7 +34,7 @@ from ssrctl.text.prompts import load_prompt_format
 from ssrctl.training.lr_sweep import find_lr
 from ssrctl.training.resuming import open_run, run_folder
 from ssrctl.training.tracking import check_tracker
-from ssrctl.training.trainer import Trainer, questions_of_step
+from ssrctl.training.trainer import Trainer, input_hashes, questions_of_step
 from ssrctl.training.training_step import TrainingStep
 from ssrctl.training.unit_gradients import trainable
 from ssrctl.training.unit_observer import UnitObserver
@@ -49,14 +53,29 @@ def run(config: TrainConfig) -> dict[str, Any] | None:
     """
     console.note(describe_model(config))
     check_tracker(config.report_to)
-    run_dir = run_folder(config)
-    if config.dry_run or config.find_lr:
-        return _run(config, run_dir)
-    with locked_folder(run_dir.path):
-        return _run(config, run_dir)
+    with joined_world(config.device) as world:
+        _check_processes(config, world)
+        run_dir = world.on_main(lambda: run_folder(config))
+        if config.dry_run or config.find_lr or not world.is_main:
+            return _run(config, run_dir, world)
+        with locked_folder(run_dir.path):
+            return _run(config, run_dir, world)
 
 
-def _run(config: TrainConfig, run_dir: RunDir) -> dict[str, Any] | None:
+def _check_processes(config: TrainConfig, world: World) -> None:
+    """Raise a UserError for what several processes cannot divide."""
+    if world.size > config.questions_per_step:
+        raise UserError(
+            f"{world.size} processes for {config.questions_per_step} questions in a step: some would have none",
+            f"use --questions-per-step {world.size} or more, or fewer processes",
+        )
+    if world.size > 1 and config.find_lr:
+        raise UserError(
+            f"--find-lr runs in one process, {world.size} were launched", "run it without a launcher, then train with N"
+        )
+
+
+def _run(config: TrainConfig, run_dir: RunDir, world: World) -> dict[str, Any] | None:
     checkpoint = open_run(config, run_dir)
     prompt_format = load_prompt_format(config)
     problems = load_problems(config, "train", derive_seed(config.seed, "problems"))
@@ -85,17 +104,45 @@ def _run(config: TrainConfig, run_dir: RunDir) -> dict[str, Any] | None:
         with contextlib.closing(_critic(config, loaded)) as critic:
             return find_lr(loaded, critic, config, questions, curve, protected, mask)
     parameters = trainable(loaded.model)
-    updater = make_updater(parameters, config, protected, mask)
+    updater = make_updater(parameters, config, protected, mask, world)
     observer = UnitObserver(parameters, config, frozen_coordinates(protected, mask))
     ledger = run_dir.path / CRITIC_CALLS if config.critic == "llm" else None
-    with contextlib.closing(_critic(config, loaded, ledger)) as critic:
-        step = TrainingStep(loaded, critic, updater, config, curve, observer)
+    if world.size > 1:
+        check_agreement(world, _facts(config, loaded, prompts, curve, checkpoint))
+    scores_here = world.is_main or config.critic == "rollout"
+    with contextlib.closing(_critic(config, loaded, ledger)) if scores_here else contextlib.nullcontext() as critic:
+        step = TrainingStep(loaded, critic, updater, config, curve, observer, world)
         trainer = Trainer(config, loaded, run_dir, prompts, step)
         if checkpoint is None:
             trainer.start(profile_name)
         else:
             trainer.resume(checkpoint)
         return trainer.train()
+
+
+def _facts(
+    config: TrainConfig,
+    loaded: LoadedModel,
+    prompts: Sequence[Prompted],
+    curve: Sequence[float],
+    checkpoint: Checkpoint | None,
+) -> dict[str, Any]:
+    """Return the facts on which all processes must agree before the first step."""
+    settings = manifest.settings_of(config)
+    for free in ("output_dir", "num_processes", "accelerate_config", "json"):
+        settings.pop(free)
+    return {
+        **settings,
+        **{f"version of {name}": found for name, found in manifest.versions().items()},
+        **{f"contents of {name}": found for name, found in input_hashes(config).items()},
+        "device type": loaded.device.type,
+        "threads": torch.get_num_threads(),
+        "weights": loaded.identity.fingerprint,
+        "precision of the weights": str(loaded.model.dtype),
+        "questions and their order": digest(f"{p.problem.id}\0{p.problem.answer}\0{p.prompt_ids}" for p in prompts),
+        "budget curve": list(curve),
+        "checkpoint": None if checkpoint is None else [checkpoint.state["step"], checkpoint.delta.count],
+    }
 
 
 def _critic(config: TrainConfig, loaded: LoadedModel, ledger: Path | None = None) -> Critic:

@@ -8,30 +8,37 @@ than counted as a number; the default advantage is eq. 6 (see ``--advantage``).
 from __future__ import annotations
 
 import contextlib
+import itertools
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from ssrctl.configs import TrainConfig
 from ssrctl.core.budget import step_budgets
 from ssrctl.core.mask import BlockMask
+from ssrctl.core.seeds import derive_seed
 from ssrctl.core.topk import NonFiniteGradient
 from ssrctl.core.units import Unit, plan_units, steps_with_signal
 from ssrctl.critics.base import Critic
 from ssrctl.critics.scoring import score_groups
+from ssrctl.distributed.dealing import deal
+from ssrctl.distributed.world import ALONE, World
 from ssrctl.errors import UserError
 from ssrctl.io.mask_log import QuestionLog, UnitLog
 from ssrctl.models.loading import LoadedModel
 from ssrctl.sampling.groups import Group, Prompted, sample_groups
 from ssrctl.training.credit import group_advantages
+from ssrctl.training.process_work import ProcessWork
 from ssrctl.training.step_gradients.batch import group_batch
 from ssrctl.training.unit_gradients import GroupBatch, NonFiniteLoss, unit_gradients
 from ssrctl.training.unit_observer import QuestionView, UnitObserver, Wanted
 from ssrctl.training.updaters import QuestionUpdate, Updater
+
+T = TypeVar("T")
 
 LOWER_RATE = "start from an earlier checkpoint with a lower --learning-rate, or use --dtype float32"
 
@@ -83,6 +90,12 @@ class _StepTotals:
     non_finite: int = 0
     without_signal: int = 0
 
+    def add(self, other: _StepTotals) -> None:
+        """Add those of one question; sums of floats depend on the order of the questions."""
+        for spec in fields(self):
+            mine, theirs = getattr(self, spec.name), getattr(other, spec.name)
+            setattr(self, spec.name, max(mine, theirs) if spec.name == "gap_max" else mine + theirs)
+
     def add_gap(self, logprobs: Tensor, batch: GroupBatch) -> None:
         gap = (logprobs - batch.old_logprobs).abs()[batch.known]
         self.gap_sum += float(gap.double().sum())
@@ -97,27 +110,48 @@ class _StepTotals:
         self.granted_frac.append(sum(update.granted) / num_unprotected)
 
 
+@dataclass
+class _Learned:
+    """What one question gave in one pass over the batch.
+
+    Attributes:
+        totals: of this question.
+        log: its selections, where they are wanted.
+        sketch: of its gradient, float64, where it is wanted; on the CPU when another process sums it.
+    """
+
+    totals: _StepTotals
+    log: QuestionLog | None = None
+    sketch: Tensor | None = None
+
+
 class TrainingStep:
     """The training step of a run: sample, score, credit, update.
 
+    With several processes each samples and learns from its own questions, and every process applies the update of all;
+    results are gathered in the order of the questions, so that they are those of one process.
+
     Args:
         loaded: the model in training.
-        critic: scores the responses.
+        critic: scores the responses; None in a process that scores none.
         updater: updates the weights.
         config: the run's settings.
         curve: the budget profile v_1..; ``[1.0]`` for equal budgets.
         observer: reads gradients for the logs; None reads none.
+        world: the processes that share a batch.
     """
 
     def __init__(
         self,
         loaded: LoadedModel,
-        critic: Critic,
+        critic: Critic | None,
         updater: Updater,
         config: TrainConfig,
         curve: Sequence[float],
         observer: UnitObserver | None = None,
+        world: World = ALONE,
     ) -> None:
+        self.world, self.work = world, ProcessWork(world)
         self.loaded, self.critic, self.updater, self.config, self.curve = loaded, critic, updater, config, curve
         self.observer = observer
         self.num_coordinates = loaded.num_parameters
@@ -135,41 +169,46 @@ class TrainingStep:
         Raises:
             NonFiniteBatch: every question of the batch gave a NaN or infinite loss or gradient in a pass over it.
         """
-        config, totals = self.config, _StepTotals()
+        config, totals, world = self.config, _StepTotals(), self.world
         started = time.perf_counter()
-        groups = sample_groups(
-            self.loaded,
-            prompts,
-            config,
-            num_generations=config.num_generations,
-            seed=seed,
-            segmentation=config,
-        )
-        sampled = time.perf_counter()
-        score_groups(groups, self.critic, config.answer_extraction)
-        scored = time.perf_counter()
+        groups = self._scored(prompts, self._sample(prompts, seed))
+        sampled, scored = self.work.sampled, time.perf_counter()
         plans = [self._credit(group, totals) for group in groups]
+        mine = deal([_cost(group, units) for group, units in zip(groups, plans, strict=True)], world.size)[world.rank]
         mask_log: list[QuestionLog] = []
         gradient: Tensor | None = None
         update_metrics: dict[str, float | None] = {}
         for iteration in range(config.num_iterations):
             wanted = self._wanted(log_masks, log_gradient) if iteration == 0 else Wanted()
             dropped_before = totals.non_finite
-            for group, units in zip(groups, plans, strict=True):
-                view = self.observer.question(wanted) if self.observer is not None and wanted else None
-                update = self._learn(group, units, len(groups), totals, view, is_first=iteration == 0)
-                if update is None:
-                    continue
-                if log_masks and iteration == 0 and update.kept:
-                    mask_log.append(self._question_log(group, update, view))
-                if view is not None and view.sketched is not None:
-                    gradient = view.sketched if gradient is None else gradient + view.sketched
+            learned: dict[int, _Learned] = {}
+            updates: dict[int, QuestionUpdate] = {}
+            with self.work.learning(len(mine)):
+                for number in mine:
+                    group, found = groups[number], _Learned(_StepTotals())
+                    view = self.observer.question(wanted) if self.observer is not None and wanted else None
+                    is_first = iteration == 0
+                    update = self._learn(group, plans[number], len(groups), found.totals, view, is_first=is_first)
+                    learned[number] = found
+                    if update is None:
+                        continue
+                    if log_masks and iteration == 0 and update.kept:
+                        found.log = self._question_log(group, update, view)
+                    if view is not None and view.sketched is not None:
+                        found.sketch = view.sketched if world.size == 1 else view.sketched.cpu()
+                    if world.size > 1:  # to be exchanged; one process has added it already
+                        updates[number] = update
+            logs, sketches = self._gathered(learned, totals)
+            mask_log += logs
+            for sketch in sketches:
+                gradient = sketch if gradient is None else gradient + sketch
             if totals.non_finite - dropped_before == len(groups):
                 raise NonFiniteBatch(
                     f"the loss or gradient of all {len(groups)} questions is NaN or infinite",
                     LOWER_RATE,
                     weights_changed=iteration > 0,
                 )
+            self.updater.exchange(updates)
             try:
                 update_metrics = self.updater.step()
             except NonFiniteGradient as error:
@@ -178,7 +217,59 @@ class TrainingStep:
                 ) from error
         done = time.perf_counter()
         seconds = {"sample": sampled - started, "score": scored - sampled, "update": done - scored}
-        return StepResult(self._metrics(groups, totals, seconds) | update_metrics, groups, mask_log, gradient)
+        shares = self.work.shares(self.loaded.model.parameters())
+        return StepResult(self._metrics(groups, totals, seconds) | update_metrics | shares, groups, mask_log, gradient)
+
+    def _sample(self, prompts: Sequence[Prompted], seed: int) -> dict[int, Group]:
+        """Sample the responses to this process's questions; return the groups by the questions' numbers."""
+        config = self.config
+        mine = deal([len(prompt.prompt_ids) for prompt in prompts], self.world.size)[self.world.rank]
+
+        def sample(numbers: list[int], own_seed: int) -> list[Group]:
+            return sample_groups(
+                self.loaded,
+                [prompts[number] for number in numbers],
+                config,
+                num_generations=config.num_generations,
+                seed=own_seed,
+                segmentation=config,
+            )
+
+        with self.work.sampling():
+            if config.sample_together == "question":
+                return {number: sample([number], derive_seed(seed, "question", number))[0] for number in mine}
+            own_seed = seed if self.world.size == 1 else derive_seed(seed, "process", self.world.rank)
+            return dict(zip(mine, sample(mine, own_seed), strict=True))
+
+    def _scored(self, prompts: Sequence[Prompted], mine: dict[int, Group]) -> list[Group]:
+        """Return all groups with scores, in the order of the questions.
+
+        The main process asks the critic for all, so that there is one budget, cache and log of calls. The rollout critic
+        samples from the policy, which every process has: each scores its own groups.
+        """
+        config, world = self.config, self.world
+        own = list(mine.values())
+        if config.critic == "rollout" and world.size > 1:
+            assert self.critic is not None
+            for group in own:
+                score_groups([group], self.critic, config.answer_extraction)
+            return _in_order(world.gather(mine))
+        parts = world.gather_on_main(mine)
+
+        def score() -> list[Group]:
+            assert self.critic is not None
+            groups = _in_order(parts)
+            score_groups(groups, self.critic, config.answer_extraction)
+            return groups
+
+        return world.on_main(score)
+
+    def _gathered(self, mine: dict[int, _Learned], totals: _StepTotals) -> tuple[list[QuestionLog], list[Tensor]]:
+        """Add the questions of all processes to ``totals``; return their logs and sketches, in the main process."""
+        for one in _in_order(self.world.gather({number: found.totals for number, found in mine.items()})):
+            totals.add(one)
+        records = _in_order(self.world.gather_on_main({n: (found.log, found.sketch) for n, found in mine.items()}))
+        return [log for log, _ in records if log is not None], [one for _, one in records if one is not None]
 
     def _wanted(self, log_masks: bool, log_gradient: bool) -> Wanted:
         sets = log_masks and self.config.optimizer == "kronos"
@@ -310,6 +401,17 @@ class TrainingStep:
             "score_seconds": seconds["score"],
             "update_seconds": seconds["update"],
         }
+
+
+def _in_order(parts: Sequence[dict[int, T]]) -> list[T]:
+    """Return the values of all processes by ascending number."""
+    return [found for _, found in sorted(itertools.chain(*(part.items() for part in parts)), key=lambda item: item[0])]
+
+
+def _cost(group: Group, units: Sequence[Unit]) -> float:
+    """Predict the cost of a question's update: tokens that go forward once, and backward for each unit."""
+    tokens = sum(len(group.prompted.prompt_ids) + len(sample.response_ids) for sample in group.samples)
+    return tokens * (1 + 2 * len(units))
 
 
 def _share(flags: Any) -> float:

@@ -1,0 +1,81 @@
+"""Starting a command in several processes, through accelerate's launcher, as ``accelerate launch`` would."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from ssrctl.errors import Failed, UserError
+from ssrctl.io.console import note
+from ssrctl.process_rank import MARK
+
+# Seconds that the others have to end when one process has ended, or on Ctrl-C; then they are killed.
+SHUTDOWN_SECONDS = "50"
+_PORT = ("--main_process_port", "0")
+
+
+def launch(words: Sequence[str], num_processes: int | None, accelerate_config: Path | None) -> int:
+    """Run ``ssrctl`` with ``words`` in several processes and wait for them.
+
+    Args:
+        words: the command line after ``ssrctl``; the processes ignore ``--num-processes`` and ``--accelerate-config``.
+        num_processes: on this machine; None takes the number from the file.
+        accelerate_config: a file that ``accelerate config`` wrote.
+
+    Returns:
+        The exit code of the process that failed first; 0 when none did.
+
+    Raises:
+        UserError: the launcher refuses its settings.
+        Failed: a process was killed.
+    """
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    given = list(_PORT)
+    if num_processes is not None:
+        given += ["--num_processes", str(num_processes), "--num_machines", "1"]
+    if accelerate_config is None:
+        given += ["--multi_gpu", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    else:
+        _check_file(accelerate_config)
+        given += ["--config_file", str(accelerate_config)]
+    os.environ[MARK] = "1"
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SHUTDOWN_SECONDS)
+    for name in ("torch.distributed.elastic", "torch.distributed.run", "accelerate"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # their reports of a failed process fill a screen
+    try:
+        launch_command(launch_command_parser().parse_args([*given, "--module", "ssrctl", *words]))
+    except ChildFailedError as failure:
+        # found at one look: a process that was killed, and others that lost it
+        rank, first = min(
+            failure.failures.items(), key=lambda item: (item[1].exitcode > 0, item[1].timestamp, item[1].exitcode == 1)
+        )
+        if first.exitcode > 0:
+            return first.exitcode
+        raise Failed(
+            f"process {rank} was killed ({signal.Signals(-first.exitcode).name}); the others were ended",
+            "its last checkpoint is whole: continue with --resume-from-checkpoint latest",
+        ) from None
+    except subprocess.CalledProcessError as failure:  # one process
+        return failure.returncode if failure.returncode > 0 else 1
+    except SignalException:  # passed on to the processes, which have said what they kept
+        return 3
+    except (ValueError, OSError) as error:  # what accelerate has against its settings
+        raise UserError(
+            f"accelerate cannot launch: {error}", "check --num-processes and --accelerate-config"
+        ) from error
+    return 0
+
+
+def _check_file(path: Path) -> None:
+    if not path.is_file():
+        raise UserError(
+            f"--accelerate-config not found: {path}", "write one with `accelerate config --config_file FILE`"
+        )
+    note(f"launching as {path} says")
