@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Iterator, Sequence
@@ -22,9 +23,11 @@ from ssrctl.io.locks import locked_folder
 from ssrctl.io.problems import load_problems
 from ssrctl.io.records import Rollout, read_rollouts
 from ssrctl.io.row_fields import Reference
+from ssrctl.process_rank import num_launched
 from ssrctl.text.answers import check_answers
 
 if TYPE_CHECKING:  # grading given responses loads no torch
+    from ssrctl.distributed.world import World
     from ssrctl.models.loading import LoadedModel
     from ssrctl.sampling.groups import Prompted
 
@@ -49,18 +52,32 @@ def run(config: EvalConfig) -> dict[str, Any]:
         UserError: unusable settings or inputs, or a folder that holds another evaluation.
         Interrupted: Ctrl-C or SIGTERM; the samples drawn so far are kept and the next run continues from them.
     """
-    if config.dry_run:
-        return _run(config)
-    with locked_folder(config.output_dir):
-        return _run(config)
-
-
-def _run(config: EvalConfig) -> dict[str, Any]:
     baseline = None if config.baseline is None else _read_samples(config.baseline)
-    found = _sample(config) if config.responses is None else _grade(config, config.responses)
+    if config.responses is not None:
+        if num_launched() > 1:
+            raise UserError(
+                f"--responses is graded in one process, {num_launched()} were launched", "start it without a launcher"
+            )
+        if config.dry_run:
+            return _run(config, _grade(config, config.responses), baseline)
+        with locked_folder(config.output_dir):
+            return _run(config, _grade(config, config.responses), baseline)
+    from ssrctl.distributed.world import joined_world
+
+    with joined_world(config.device) as world:
+        if config.dry_run or not world.is_main:
+            return _run(config, _sample(config, world), baseline, is_main=world.is_main)
+        with locked_folder(config.output_dir):
+            return _run(config, _sample(config, world), baseline)
+
+
+def _run(config: EvalConfig, found: _Found, baseline: list[Rollout] | None, *, is_main: bool = True) -> dict[str, Any]:
+    """Summarise the samples and write the summary, in the main process."""
     if config.dry_run:
         console.show_plan("plan", found.about)
         return found.about
+    if not is_main:
+        return {}
     summary = found.about | summarise(found.samples, config.confidence)
     if unknown := summary["without_reference"]:
         console.warn(f"{unknown} of {len(found.samples)} responses have no reference answer and are not counted")
@@ -161,9 +178,10 @@ def _claim_for_grading(folder: Path) -> None:
 # sampled responses
 
 
-def _sample(config: EvalConfig) -> _Found:
-    """Draw the missing samples and read all of them back."""
+def _sample(config: EvalConfig, world: World) -> _Found:
+    """Draw the missing samples, each process its share, and read all of them back in the main one."""
     from ssrctl.models.loading import describe_model, load_model
+    from ssrctl.sampling.agreement import agree
     from ssrctl.sampling.groups import describe_prompt, prepare_prompts
     from ssrctl.text.prompts import load_prompt_format
 
@@ -188,43 +206,74 @@ def _sample(config: EvalConfig) -> _Found:
             "first_prompt": first_prompt,
         }
         return _Found(plan)
-    _claim_folder(config, loaded)
+    agree(world, config, loaded, prompts, {"changed coordinates": changed})
+    world.on_main(lambda: _claim_folder(config, loaded))
     try:
-        _draw(config, loaded, prompts)
+        _draw(config, loaded, prompts, world)
     except KeyboardInterrupt as interrupt:
         raise Interrupted(
             f"the samples drawn so far are kept in {config.output_dir / SAMPLES}",
             "run the same command again: it continues from there",
         ) from interrupt
+    if not world.is_main:
+        return _Found({})
     wanted = {f"{p.problem.id}/{i}" for p in prompts for i in range(config.num_samples)}
     about = {"model": dataclasses.asdict(loaded.identity), "checkpoint": config.checkpoint and config.checkpoint.name}
     return _Found(about, [s for s in _read_samples(config.output_dir) if s.id in wanted])
 
 
-def _draw(config: EvalConfig, loaded: LoadedModel, prompts: Sequence[Prompted]) -> None:
-    """Draw the missing samples in batches; each batch has its own seed, so a continuation draws the same."""
+def _draw(config: EvalConfig, loaded: LoadedModel, prompts: Sequence[Prompted], world: World) -> None:
+    """Draw the missing samples in batches, as many at a time as there are processes; the main one writes them.
+
+    Each batch has its own seed, so a continuation draws the same, and so does any number of processes.
+    """
+    jobs = [(prompt, number) for prompt in prompts for number in range(config.num_samples)]
+    size = config.sampling_batch_size
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(JsonlLog(config.output_dir / SAMPLES)) if world.is_main else None
+        done = world.on_main(lambda: _drawn_before(config.output_dir))
+        if done:
+            console.note(f"{len(done)} of {len(jobs)} samples are already in {config.output_dir / SAMPLES}")
+        bar = stack.enter_context(console.progress(unit="samples"))
+        task = bar.add_task("eval", total=len(jobs), completed=0, status="")
+        starts = [
+            start
+            for start in range(0, len(jobs), size)
+            if any(f"{p.problem.id}/{number}" not in done for p, number in jobs[start : start + size])
+        ]
+        bar.update(task, advance=len(jobs) - sum(len(jobs[start : start + size]) for start in starts))
+        for first in range(0, len(starts), world.size):
+            batch_of_each = starts[first : first + world.size]
+            mine = batch_of_each[world.rank :][:1]
+            drawn = [row for start in mine for row in _batch(config, loaded, jobs[start : start + size], start, done)]
+            for rows in world.gather_on_main(drawn):
+                for row in rows:
+                    assert log is not None
+                    log.append(row)
+            bar.update(task, advance=sum(len(jobs[start : start + size]) for start in batch_of_each))
+
+
+def _batch(
+    config: EvalConfig, loaded: LoadedModel, batch: Sequence[tuple[Prompted, int]], start: int, done: set[str]
+) -> list[dict[str, Any]]:
+    """Draw a batch of samples whole, and return the graded records of those that are missing."""
     from ssrctl.sampling.generate import sample_responses
     from ssrctl.sampling.groups import record_of
 
-    jobs = [(prompt, number) for prompt in prompts for number in range(config.num_samples)]
-    path = config.output_dir / SAMPLES
-    with JsonlLog(path) as log, console.progress(unit="samples") as bar:
-        done = {s.id for s in _read_samples(config.output_dir)} if path.stat().st_size else set()
-        if done:
-            console.note(f"{len(done)} of {len(jobs)} samples are already in {path}")
-        task = bar.add_task("eval", total=len(jobs), completed=0, status="")
-        size = config.sampling_batch_size
-        for start in range(0, len(jobs), size):
-            batch = jobs[start : start + size]
-            missing = [place for place, (p, number) in enumerate(batch) if f"{p.problem.id}/{number}" not in done]
-            if missing:
-                seed = derive_seed(config.seed, "eval", start)
-                drawn = sample_responses(loaded, [p.prompt_ids for p, _ in batch], config, seed)
-                pairs = [(drawn[place].text, batch[place][0].problem.answer) for place in missing]
-                finals = check_answers(pairs, extraction=config.answer_extraction)
-                for place, final in zip(missing, finals, strict=True):
-                    log.append(record_of(*batch[place], drawn[place], final=final).to_dict())
-            bar.update(task, advance=len(batch))
+    missing = [place for place, (p, number) in enumerate(batch) if f"{p.problem.id}/{number}" not in done]
+    seed = derive_seed(config.seed, "eval", start)
+    drawn = sample_responses(loaded, [p.prompt_ids for p, _ in batch], config, seed)
+    pairs = [(drawn[place].text, batch[place][0].problem.answer) for place in missing]
+    finals = check_answers(pairs, extraction=config.answer_extraction)
+    return [
+        record_of(*batch[place], drawn[place], final=final).to_dict()
+        for place, final in zip(missing, finals, strict=True)
+    ]
+
+
+def _drawn_before(folder: Path) -> set[str]:
+    """Return the ids of the samples in a folder."""
+    return {sample.id for sample in _read_samples(folder)} if (folder / SAMPLES).stat().st_size else set()
 
 
 def _read_samples(folder: Path) -> list[Rollout]:

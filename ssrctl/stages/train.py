@@ -9,19 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ssrctl.checkpoints.run_dir import Checkpoint, RunDir
+from ssrctl.checkpoints.run_dir import RunDir
 from ssrctl.configs import TrainConfig
 from ssrctl.core.budget import SHOWN_STEPS, Grant, grant
 from ssrctl.core.mask import BlockMask
 from ssrctl.core.seeds import derive_seed
 from ssrctl.critics.base import Critic
 from ssrctl.critics.registry import CriticResources, make_critic
-from ssrctl.distributed.agreement import check_agreement, digest
 from ssrctl.distributed.world import World, joined_world
 from ssrctl.errors import UserError
-from ssrctl.io import console, manifest
+from ssrctl.io import console
 from ssrctl.io.artifacts import ModelIdentity, load_mask_for
 from ssrctl.io.budget_file import MIN_PROBLEMS, load_budget_profile, shipped_budget_profile
 from ssrctl.io.locks import locked_folder
@@ -29,6 +26,7 @@ from ssrctl.io.package_data import profile_path
 from ssrctl.io.problems import load_problems
 from ssrctl.models.loading import LoadedModel, describe_model, folder_of, load_model
 from ssrctl.models.stored_parameters import check_exportable
+from ssrctl.sampling.agreement import agree
 from ssrctl.sampling.groups import Prompted, describe_prompt, prepare_prompts
 from ssrctl.text.prompts import load_prompt_format
 from ssrctl.training.lr_sweep import find_lr
@@ -107,8 +105,12 @@ def _run(config: TrainConfig, run_dir: RunDir, world: World) -> dict[str, Any] |
     updater = make_updater(parameters, config, protected, mask, world)
     observer = UnitObserver(parameters, config, frozen_coordinates(protected, mask))
     ledger = run_dir.path / CRITIC_CALLS if config.critic == "llm" else None
-    if world.size > 1:
-        check_agreement(world, _facts(config, loaded, prompts, curve, checkpoint))
+    more = {
+        **{f"contents of {name}": found for name, found in input_hashes(config).items()},
+        "budget curve": list(curve),
+        "checkpoint": None if checkpoint is None else [checkpoint.state["step"], checkpoint.delta.count],
+    }
+    agree(world, config, loaded, prompts, more)
     scores_here = world.is_main or config.critic == "rollout"
     with contextlib.closing(_critic(config, loaded, ledger)) if scores_here else contextlib.nullcontext() as critic:
         step = TrainingStep(loaded, critic, updater, config, curve, observer, world)
@@ -118,31 +120,6 @@ def _run(config: TrainConfig, run_dir: RunDir, world: World) -> dict[str, Any] |
         else:
             trainer.resume(checkpoint)
         return trainer.train()
-
-
-def _facts(
-    config: TrainConfig,
-    loaded: LoadedModel,
-    prompts: Sequence[Prompted],
-    curve: Sequence[float],
-    checkpoint: Checkpoint | None,
-) -> dict[str, Any]:
-    """Return the facts on which all processes must agree before the first step."""
-    settings = manifest.settings_of(config)
-    for free in ("output_dir", "num_processes", "accelerate_config", "json"):
-        settings.pop(free)
-    return {
-        **settings,
-        **{f"version of {name}": found for name, found in manifest.versions().items()},
-        **{f"contents of {name}": found for name, found in input_hashes(config).items()},
-        "device type": loaded.device.type,
-        "threads": torch.get_num_threads(),
-        "weights": loaded.identity.fingerprint,
-        "precision of the weights": str(loaded.model.dtype),
-        "questions and their order": digest(f"{p.problem.id}\0{p.problem.answer}\0{p.prompt_ids}" for p in prompts),
-        "budget curve": list(curve),
-        "checkpoint": None if checkpoint is None else [checkpoint.state["step"], checkpoint.delta.count],
-    }
 
 
 def _critic(config: TrainConfig, loaded: LoadedModel, ledger: Path | None = None) -> Critic:
