@@ -231,21 +231,23 @@ class RolloutCritic:
         return ids
 
     def _estimate(self, prefixes: Sequence[_Prefix]) -> list[_Value]:
-        from ssrctl.sampling.continuations import Start, decode_continuation, sample_continuations
+        from ssrctl.sampling.continuations import decode_continuation
+        from ssrctl.sampling.generate import TransformersSampler
+        from ssrctl.sampling.sampler import Request, sample_all
 
         num = self.options.critic_rollouts
         seed = derive_seed(self.seed, "repeat", self.repeat) if self.repeat else self.seed
-        starts = [
-            Start(prefix.ids, prefix.limit, one) for prefix in prefixes for one in prefix_seeds(seed, prefix.ids, num)
+        requests = [
+            Request(prefix.ids, prefix.limit, one) for prefix in prefixes for one in prefix_seeds(seed, prefix.ids, num)
         ]
-        drawn = sample_continuations(self.loaded, starts, self.sampling)
+        drawn = sample_all(TransformersSampler(self.loaded, self.sampling), requests)
         self.num_prefixes += len(prefixes)
-        self.num_tokens += sum(len(made.ids) for made in drawn)
+        self.num_tokens += sum(len(made.response_ids) for made in drawn)
         self.num_unfinished += sum(not made.finished for made in drawn)
         pairs: list[tuple[str, Reference | None]] = []
         for number, made in enumerate(drawn):
             prefix = prefixes[number // num]
-            added = decode_continuation(self.loaded.tokenizer, prefix.ids[prefix.num_prompt :], made.ids)
+            added = decode_continuation(self.loaded.tokenizer, prefix.ids[prefix.num_prompt :], made.response_ids)
             pairs.append((prefix.text + added, prefix.answer))
         correct = [verdict.correct for verdict in check_answers(pairs, extraction=self.options.answer_extraction)]
         self.num_timeouts += correct.count(None)

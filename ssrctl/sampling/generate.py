@@ -1,15 +1,23 @@
-"""Sampling of responses: batched, with a KV cache and the log-probability of each sampled token."""
+"""Sampling with transformers: batches that rows leave when they end and join when there is room.
+
+``generate`` runs in rounds. A round ends when a quarter of its rows have ended; these leave the batch and its cache, and
+when half of the batch is empty, waiting requests are read in a batch of their own and join it. Every row draws from its
+own random generator, so a response does not depend on the rows beside it. Logits are rounded differently in batches of
+other shapes (about 1e-6 in float32), which changes a token now and then: where two tokens are as good as tied.
+"""
 
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import (
+    DynamicCache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -19,96 +27,39 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ssrctl.configs import SamplingConfig
 from ssrctl.errors import UserError
 from ssrctl.models.loading import LoadedModel
 from ssrctl.sampling.alignment import decode
+from ssrctl.sampling.sampler import Request, Sample
 from ssrctl.text.prompts import turn_end_id
 
 _MORE_TOKENS = 8
+_LEAVING_SHARE = 0.25  # a round ends when this share of its rows has ended: a dozen rounds empty a batch of 64
+_FULL_SHARE = 0.5  # waiting requests join a batch that is at most this full
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One sampled response.
-
-    Attributes:
-        response_ids: the sampled tokens, through the end token, or the token that completes a text of ``--stop``.
-        logprobs: float32 ``[len(response_ids)]`` on the CPU: log-probability of each sampled token under the
-            temperature-scaled logits, before top-p or top-k.
-        text: the response without special tokens; a text of ``--stop`` stays in it, with the rest of its last token.
-        finished: True if an end token or a text of ``--stop`` was sampled within the limit.
-    """
-
-    response_ids: list[int]
-    logprobs: Tensor
-    text: str
-    finished: bool
-
-
-class _SampledLogprobs(LogitsProcessor):
-    """Keeps one position's log-probabilities until its token is sampled, then only that token's."""
-
-    def __init__(self) -> None:
-        self.chosen: list[Tensor] = []
-        self._current: Tensor | None = None
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self._current = scores.float().log_softmax(dim=-1)
-        return scores
-
-    def take(self, tokens: Tensor) -> None:
-        """Keep the log-probabilities of the tokens (int64 ``[B]``) that were sampled from the last scores."""
-        assert self._current is not None
-        self.chosen.append(self._current.gather(1, tokens.unsqueeze(1)).squeeze(1))
-        self._current = None
-
-
-class _AfterSampling(StoppingCriteria):
-    """Never stops; passes each sampled token to the recorder, since generation calls it right after sampling."""
-
-    def __init__(self, recorder: _SampledLogprobs) -> None:
-        self.recorder = recorder
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        self.recorder.take(input_ids[:, -1])
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-
-
-class StopTexts(StoppingCriteria):
-    """Stops each row at the first token that completes one of some texts, and remembers where.
+class StopTexts:
+    """Finds the first token that completes one of some texts.
 
     Args:
         tokenizer: decodes the newest tokens.
         texts: not empty; with none of them nothing stops.
-        width: tokens before the first new one.
-        num_rows: size of the batch.
     """
 
-    def __init__(self, tokenizer: Any, texts: Sequence[str], width: int, num_rows: int) -> None:
-        self.tokenizer, self.texts, self.width = tokenizer, texts, width
-        self.lengths: list[int | None] = [None] * num_rows
+    def __init__(self, tokenizer: Any, texts: Sequence[str]) -> None:
+        self.tokenizer, self.texts = tokenizer, texts
         # Every token of the text has a byte of it; a few more keep the start of the window off the text.
         self._window = max((len(text.encode("utf-8", "replace")) for text in texts), default=0) + _MORE_TOKENS
 
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        length = input_ids.shape[1] - self.width
-        if self.texts:
-            recent = input_ids[:, max(self.width, input_ids.shape[1] - self._window) :].tolist()
-            for row, ids in enumerate(recent):
-                if self.lengths[row] is None:
-                    tail = decode(self.tokenizer, ids)
-                    if any(text in tail for text in self.texts):
-                        self.lengths[row] = length
-        stopped = [known is not None for known in self.lengths]
-        return torch.tensor(stopped, dtype=torch.bool, device=input_ids.device)
-
-    def cut(self, row: int, ids: list[int], ends: Sequence[int]) -> tuple[list[int], bool]:
-        """Cut a row's new tokens after its text or its first end token; return them, and whether there is either."""
-        length = self.lengths[row]
-        kept, finished = through_end_token(ids if length is None else ids[:length], ends)
-        return kept, finished or (length is not None and length <= len(ids))
+    def completed(self, ids: Sequence[int]) -> bool:
+        """Return True if the last of the new tokens ``ids`` completes a text, within them."""
+        if not self.texts:
+            return False
+        tail = decode(self.tokenizer, ids[-self._window :])
+        return any(text in tail for text in self.texts)
 
 
 def end_token_ids(loaded: LoadedModel) -> list[int]:
@@ -125,69 +76,289 @@ class NonFiniteLogits(UserError):
     """A model whose logits are NaN or infinite, from which no token can be sampled."""
 
 
-@torch.no_grad()
-def sample_responses(
-    loaded: LoadedModel, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seed: int
-) -> list[Sample]:
-    """Sample one response per prompt, all in one batch.
+@dataclass
+class _Row:
+    """A response in progress.
 
-    The same prompts, settings and seed give the same responses on the same machine. The state of torch's global
-    generators neither matters nor changes.
+    Attributes:
+        place: of its request.
+        request: the request.
+        generator: the source of its random numbers.
+        ids: the new tokens.
+        logprobs: theirs.
+        finished: True after an end token or a stop text.
+    """
+
+    place: int
+    request: Request
+    generator: torch.Generator
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finished: bool = False
+
+    @property
+    def done(self) -> bool:
+        """True if no token may follow."""
+        return self.finished or len(self.ids) >= self.request.limit
+
+
+@dataclass
+class _Batch:
+    """Rows that go through the model together.
+
+    Attributes:
+        rows: B of them.
+        input_ids: int64 ``[B, W]``, padded on the left.
+        attention_mask: int64 ``[B, W]``, 1 where there is a token.
+        cache: keys and values of the first W - 1 columns; None where the model keeps no such cache.
+    """
+
+    rows: list[_Row]
+    input_ids: Tensor
+    attention_mask: Tensor
+    cache: DynamicCache | None
+
+
+class TransformersSampler:
+    """The engine that runs in this process.
 
     Args:
         loaded: the model.
-        prompts: token ids, one list per response (repeat a prompt for several responses).
-        sampling: temperature, top-p, top-k, stop texts, longest response; responses also end where the context does.
-        seed: of this batch.
-
-    Raises:
-        NonFiniteLogits: the model gives NaN or infinity for some token.
+        sampling: temperature, top-p, top-k, stop texts and the size of a batch; requests have their own limits.
+        refill: False empties each batch before the next one starts.
+        leave: False keeps rows that have ended in the batch until all have.
     """
-    recorder = _SampledLogprobs()
-    ends = end_token_ids(loaded)
-    pad = loaded.tokenizer.pad_token_id
-    input_ids, attention_mask = left_padded(prompts, pad)
-    width = input_ids.shape[1]
-    stops = StopTexts(loaded.tokenizer, sampling.stop, width, len(prompts))
-    room = sampling.max_new_tokens
-    if loaded.context_length is not None:
-        room = min(room, loaded.context_length - width)
-    # Warping is left to the processors, so that log-probabilities are read between temperature and top-k.
-    generation = GenerationConfig(
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        max_new_tokens=room,
-        eos_token_id=ends or None,
-        pad_token_id=pad,
-        use_cache=True,
-    )
-    devices = [loaded.device] if loaded.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), plain_generation_config(loaded.model):
-        torch.manual_seed(seed)
-        try:
-            output = loaded.model.generate(
-                input_ids=input_ids.to(loaded.device),
-                attention_mask=attention_mask.to(loaded.device),
+
+    def __init__(
+        self, loaded: LoadedModel, sampling: SamplingConfig, *, refill: bool = True, leave: bool = True
+    ) -> None:
+        self.loaded, self.sampling = loaded, sampling
+        layers = cache_layers(loaded.model)
+        self._selects = leave and layers <= {DynamicLayer, DynamicSlidingWindowLayer} and bool(layers)
+        self._grows = layers == {DynamicLayer}  # keys and values of all columns, which can be padded and cut
+        self._joins = refill and self._selects and self._grows
+        self._ends = end_token_ids(loaded)
+        self._stops = StopTexts(loaded.tokenizer, sampling.stop)
+
+    @torch.no_grad()
+    def sample(self, requests: Sequence[Request]) -> Iterator[tuple[int, Sample]]:
+        """Yield (place, sample) as responses end.
+
+        The state of torch's global generators neither matters nor changes.
+
+        Raises:
+            NonFiniteLogits: the model gives NaN or infinity for some token.
+        """
+        size, context = self.sampling.sampling_batch_size, self.loaded.context_length
+        waiting = deque(sorted(range(len(requests)), key=lambda i: len(requests[i].ids)))
+        batch: _Batch | None = None
+        while waiting or batch is not None:
+            beside = [] if batch is None else batch.rows
+            places: list[int] = []
+            if batch is None or (self._joins and len(beside) <= _FULL_SHARE * size):
+                places = _next_places(waiting, requests, beside, size, context)
+            if places:
+                batch = self._joined(batch, [self._row(place, requests[place]) for place in places])
+            assert batch is not None
+            self._round(batch, waits=bool(waiting))
+            for row in batch.rows:
+                if row.done:
+                    text = decode(self.loaded.tokenizer, row.ids)
+                    yield row.place, Sample(row.ids, torch.tensor(row.logprobs), text, row.finished)
+            batch = self._without_done(batch)
+
+    def _row(self, place: int, request: Request) -> _Row:
+        return _Row(place, request, torch.Generator(self.loaded.device).manual_seed(request.seed))
+
+    def _joined(self, batch: _Batch | None, rows: list[_Row]) -> _Batch:
+        """Return the batch with new rows; with others, these have been read and have their first token."""
+        ids, mask = left_padded([row.request.ids for row in rows], self.loaded.tokenizer.pad_token_id)
+        device = self.loaded.device
+        cache = DynamicCache(config=self.loaded.model.config) if self._selects else None
+        new = _Batch(rows, ids.to(device), mask.to(device), cache)
+        if batch is None:
+            return new
+        self._round(new, tokens=1)
+        width = max(batch.input_ids.shape[1], new.input_ids.shape[1])
+        for one in (batch, new):
+            _widen(one, width - one.input_ids.shape[1])
+        assert batch.cache is not None and new.cache is not None
+        for layer, other in zip(batch.cache.layers, new.cache.layers, strict=True):
+            if layer.get_seq_length():  # empty where a layer reads another one's
+                layer.keys = torch.cat([layer.keys, other.keys])
+                layer.values = torch.cat([layer.values, other.values])
+        return _Batch(
+            batch.rows + new.rows,
+            torch.cat([batch.input_ids, new.input_ids]),
+            torch.cat([batch.attention_mask, new.attention_mask]),
+            batch.cache,
+        )
+
+    def _without_done(self, batch: _Batch) -> _Batch | None:
+        """Return the batch without the rows that have ended, and without the columns that only they used."""
+        kept = [place for place, row in enumerate(batch.rows) if not row.done]
+        if not kept:
+            return None
+        rows = [batch.rows[place] for place in kept]
+        where = torch.tensor(kept, device=batch.input_ids.device)
+        ids, mask, cache = batch.input_ids[where], batch.attention_mask[where], batch.cache
+        assert cache is not None
+        cache.batch_select_indices(where)
+        if self._grows and (unused := int(mask.any(0).int().argmax())):
+            ids, mask = ids[:, unused:], mask[:, unused:]
+            for layer in cache.layers:
+                if layer.get_seq_length():
+                    layer.keys, layer.values = layer.keys[..., unused:, :], layer.values[..., unused:, :]
+        return _Batch(rows, ids, mask, cache)
+
+    def _round(self, batch: _Batch, *, waits: bool = False, tokens: int | None = None) -> None:
+        """Generate until enough rows have ended to be worth a smaller batch, or ``tokens`` tokens.
+
+        Args:
+            batch: extended in place.
+            waits: True if requests wait for rows to leave.
+            tokens: tokens to add to each row; None for no limit beside the rows' own.
+        """
+        num = len(batch.rows)
+        room = max(row.request.limit - len(row.ids) for row in batch.rows) if tokens is None else tokens
+        leaving = max(1, int(num * _LEAVING_SHARE)) if self._selects else num
+        if waits and self._joins:
+            leaving = max(leaving, num - int(_FULL_SHARE * self.sampling.sampling_batch_size))
+        drawing = _Drawing(batch.rows, self._ends, self._stops, leaving, self.loaded.identity.name)
+        # Greedy: the drawing has added the noise already. The model's own generation settings must not warp as well.
+        generation = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=room,
+            pad_token_id=self.loaded.tokenizer.pad_token_id,
+            use_cache=True,
+        )
+        with plain_generation_config(self.loaded.model):
+            output = self.loaded.model.generate(
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
                 generation_config=generation,
-                logits_processor=warpers(sampling, after_temperature=[recorder]),
-                stopping_criteria=StoppingCriteriaList([_AfterSampling(recorder), stops]),
+                logits_processor=warpers(self.sampling, drawing),
+                stopping_criteria=StoppingCriteriaList([_Stopping(drawing)]),
+                **({} if batch.cache is None else {"past_key_values": batch.cache}),
             )
-        except RuntimeError as error:
-            if "probability tensor contains" not in str(error):  # torch.multinomial's
-                raise
+        added = output.shape[1] - batch.input_ids.shape[1]
+        batch.input_ids = output
+        batch.attention_mask = torch.nn.functional.pad(batch.attention_mask, (0, added), value=1)
+
+
+class _Drawing:
+    """The draws of one round: adds each row's noise to its scores, and keeps the tokens that follow.
+
+    The token is the one with the largest p / q, where the q are exponential random numbers, one per token of the
+    vocabulary (Gumbel's trick). Rounding of the logits changes it only where the two largest are as good as tied; with
+    one uniform number and cumulative probabilities it would shift every boundary and change rare tokens often.
+    """
+
+    def __init__(self, rows: Sequence[_Row], ends: Sequence[int], stops: StopTexts, leaving: int, model: str) -> None:
+        self.rows, self.ends, self.stops, self.leaving, self.model = rows, frozenset(ends), stops, leaving, model
+        self._scores: Tensor | None = None
+        self._noise: Tensor | None = None
+
+    def record(self, scores: Tensor) -> Tensor:
+        """Keep the temperature-scaled scores (float32 ``[B, V]``) until the token is known."""
+        self._scores = scores
+        return scores
+
+    def race(self, scores: Tensor) -> Tensor:
+        """Return ``[B, V]``, largest at the drawn token; ``scores`` are the warped ones."""
+        likelihood = scores.float().softmax(dim=-1)
+        if bool(likelihood[:, 0].isnan().any()):  # softmax spreads a NaN over the row
             raise NonFiniteLogits(
-                f"no token can be sampled: the logits of {loaded.identity.name} are NaN or infinite",
+                f"no token can be sampled: the logits of {self.model} are NaN or infinite",
                 "its activations are beyond the dtype's range; use --dtype float32 or bfloat16",
-            ) from error
-    responses = output[:, width:].tolist()
-    logprobs = torch.stack(recorder.chosen, dim=1).cpu()
-    samples = []
-    for row, ids in enumerate(responses):
-        kept, finished = stops.cut(row, ids, ends)
-        samples.append(Sample(kept, logprobs[row, : len(kept)].clone(), decode(loaded.tokenizer, kept), finished))
-    return samples
+            )
+        if self._noise is None:
+            self._noise = torch.ones_like(likelihood)
+        for noise, row in zip(self._noise, self.rows, strict=True):
+            if not row.done:
+                noise.exponential_(generator=row.generator)
+        return likelihood.div_(self._noise.clamp_min_(torch.finfo(torch.float32).tiny))
+
+    def take(self, tokens: Tensor) -> bool:
+        """Append the tokens (int64 ``[B]``) to the rows in progress; return True if the round is over."""
+        assert self._scores is not None
+        scores = self._scores
+        logprobs = scores.gather(1, tokens.unsqueeze(1)).squeeze(1) - scores.logsumexp(dim=-1)
+        self._scores = None
+        for row, token, logprob in zip(self.rows, tokens.tolist(), logprobs.tolist(), strict=True):
+            if not row.done:
+                row.ids.append(token)
+                row.logprobs.append(logprob)
+                row.finished = token in self.ends or self.stops.completed(row.ids)
+        return sum(row.done for row in self.rows) >= self.leaving
+
+
+class _Step(LogitsProcessor):
+    """One of the drawing's functions of the scores, as a processor."""
+
+    def __init__(self, apply: Any) -> None:
+        self.apply = apply
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        made: Tensor = self.apply(scores)
+        return made
+
+
+class _Stopping(StoppingCriteria):
+    """Passes each token to the drawing, since generation calls it right after the draw; stops all rows at once."""
+
+    def __init__(self, drawing: _Drawing) -> None:
+        self.drawing = drawing
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        over = self.drawing.take(input_ids[:, -1])
+        return torch.full((input_ids.shape[0],), over, device=input_ids.device)
+
+
+def cache_layers(model: Any) -> set[type]:
+    """Return the kinds of layers of the model's cache; empty where it carries another state or is no decoder."""
+    config = model.config.get_text_config()
+    if getattr(model, "_is_stateful", False) or getattr(config, "is_encoder_decoder", False):
+        return set()
+    if set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
+        return set()
+    return {type(layer) for layer in DynamicCache(config=model.config).layers} or {DynamicLayer}
+
+
+def _next_places(
+    waiting: deque[int], requests: Sequence[Request], beside: Sequence[_Row], size: int, context: int | None
+) -> list[int]:
+    """Take from ``waiting``, in order, the requests that fit into a batch with the rows ``beside``.
+
+    The widest row plus the largest number of tokens still to come stays within the context, so that the padded batch does.
+    """
+    width = max((len(row.request.ids) + len(row.ids) for row in beside), default=0)
+    room = max((row.request.limit - len(row.ids) for row in beside), default=0)
+    places: list[int] = []
+    while waiting and len(beside) + len(places) < size:
+        request = requests[waiting[0]]
+        width, room = max(width, len(request.ids)), max(room, request.limit)
+        if context is not None and width + room > context and (beside or places):
+            break
+        places.append(waiting.popleft())
+    return places
+
+
+def _widen(batch: _Batch, columns: int) -> None:
+    """Add columns of padding on the left, in place."""
+    if not columns:
+        return
+    pad = torch.nn.functional.pad
+    batch.input_ids, batch.attention_mask = pad(batch.input_ids, (columns, 0)), pad(batch.attention_mask, (columns, 0))
+    assert batch.cache is not None
+    for layer in batch.cache.layers:
+        if layer.get_seq_length():
+            layer.keys, layer.values = (pad(one, (0, 0, columns, 0)) for one in (layer.keys, layer.values))
+
+
+def response_limit(prompt_ids: Sequence[int], max_new_tokens: int, context: int | None) -> int:
+    """Return the most tokens of a response: ``max_new_tokens``, or what the context leaves."""
+    return max_new_tokens if context is None else min(max_new_tokens, context - len(prompt_ids))
 
 
 def left_padded(prompts: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
@@ -201,25 +372,18 @@ def left_padded(prompts: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Te
     return input_ids, attention_mask
 
 
-def warpers(sampling: SamplingConfig, *, after_temperature: Sequence[LogitsProcessor] = ()) -> LogitsProcessorList:
-    """Return the processors for temperature, top-k and top-p, with others between temperature and top-k."""
+def warpers(sampling: SamplingConfig, drawing: _Drawing) -> LogitsProcessorList:
+    """Return the processors for temperature, top-k and top-p, with the drawing's between and after them."""
     processors = LogitsProcessorList()
     if sampling.temperature != 1.0:
         processors.append(TemperatureLogitsWarper(sampling.temperature))
-    processors.extend(after_temperature)
+    processors.append(_Step(drawing.record))
     if sampling.top_k:
         processors.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1.0:
         processors.append(TopPLogitsWarper(sampling.top_p))
+    processors.append(_Step(drawing.race))
     return processors
-
-
-def through_end_token(ids: list[int], ends: Sequence[int]) -> tuple[list[int], bool]:
-    """Cut the tokens after the first end token; return them, and whether there is an end token."""
-    for place, token in enumerate(ids):
-        if token in ends:
-            return ids[: place + 1], True
-    return ids, False
 
 
 @contextlib.contextmanager

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ssrctl.configs import SamplingConfig, SegmentOptions
@@ -13,7 +14,8 @@ from ssrctl.io.problems import Problem
 from ssrctl.io.records import FinalAnswer, Rollout, StepSpan
 from ssrctl.models.loading import LoadedModel
 from ssrctl.sampling.alignment import step_of_tokens, token_starts
-from ssrctl.sampling.generate import Sample, sample_responses
+from ssrctl.sampling.generate import TransformersSampler, response_limit
+from ssrctl.sampling.sampler import Request, Sample, Sampler, sample_all
 from ssrctl.text.prompts import PromptFormat, build_prompt, encode_prompt, shown_prompt, use_chat_template
 from ssrctl.text.segment import segment
 
@@ -107,7 +109,7 @@ def sample_groups(
     num_generations: int,
     seed: int,
     segmentation: SegmentOptions | None = None,
-    on_samples: Callable[[int], None] | None = None,
+    sampler: Sampler | None = None,
 ) -> list[Group]:
     """Sample ``num_generations`` responses per prompt and segment them.
 
@@ -116,20 +118,22 @@ def sample_groups(
         prompts: the questions.
         sampling: settings; ``sampling_batch_size`` responses go through the model at once.
         num_generations: G, responses per question.
-        seed: seed of the sampling; each batch derives its own from it.
+        seed: seed of the sampling; each response derives its own from it, the question's id and its number.
         segmentation: settings of the segmentation into steps; None is the default.
-        on_samples: called with the number of new tokens after each batch.
+        sampler: the engine; None is transformers in this process.
+
+    Raises:
+        UserError: the sampler returned fewer responses than asked for.
     """
-    flat = [prompt for prompt in prompts for _ in range(num_generations)]
-    samples: list[Sample] = []
-    size = sampling.sampling_batch_size
-    for start in range(0, len(flat), size):
-        drawn = sample_responses(
-            loaded, [p.prompt_ids for p in flat[start : start + size]], sampling, derive_seed(seed, "batch", start)
-        )
-        samples += drawn
-        if on_samples is not None:
-            on_samples(sum(len(sample.response_ids) for sample in drawn))
+    seen: Counter[str] = Counter()  # a question that is there twice gets other responses the second time
+    requests = []
+    for prompt in prompts:
+        again, seen[prompt.problem.id] = seen[prompt.problem.id], seen[prompt.problem.id] + 1
+        requests += [
+            response_request(loaded, prompt, sampling, derive_seed(seed, "response", prompt.problem.id, number, again))
+            for number in range(num_generations)
+        ]
+    samples = sample_all(sampler or TransformersSampler(loaded, sampling), requests)
     cuts = (segmentation or SegmentOptions()).segment_arguments
     groups = []
     for place, prompt in enumerate(prompts):
@@ -141,6 +145,12 @@ def sample_groups(
             Group(prompt, mine, rollouts, [_token_steps(loaded, r, s) for r, s in zip(rollouts, mine, strict=True)])
         )
     return groups
+
+
+def response_request(loaded: LoadedModel, prompt: Prompted, sampling: SamplingConfig, seed: int) -> Request:
+    """Return the request for a response to a prompt, which ends where the model's context does."""
+    limit = response_limit(prompt.prompt_ids, sampling.max_new_tokens, loaded.context_length)
+    return Request(prompt.prompt_ids, limit, seed)
 
 
 def record_of(

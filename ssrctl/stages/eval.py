@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -32,6 +33,7 @@ if TYPE_CHECKING:  # grading given responses loads no torch
     from ssrctl.sampling.groups import Prompted
 
 SAMPLES, SUMMARY, SETTINGS = "samples.jsonl", "summary.json", "settings.json"
+MOST_BATCHES = 8  # in a chunk, the part that one process draws at a time; a small evaluation has as many chunks
 GRADING_BATCH = 256  # responses read, compared in parallel and written at once
 # Settings that determine the samples; an evaluation continues only under the same ones.
 DECISIVE = (
@@ -223,57 +225,63 @@ def _sample(config: EvalConfig, world: World) -> _Found:
 
 
 def _draw(config: EvalConfig, loaded: LoadedModel, prompts: Sequence[Prompted], world: World) -> None:
-    """Draw the missing samples in batches, as many at a time as there are processes; the main one writes them.
+    """Draw the missing samples, as many chunks at a time as there are processes; the main one writes them.
 
-    Each batch has its own seed, so a continuation draws the same, and so does any number of processes.
+    Each sample has its own seed, so a continuation draws the same. What goes through the model together is a chunk's,
+    whatever the number of processes.
     """
     jobs = [(prompt, number) for prompt in prompts for number in range(config.num_samples)]
-    size = config.sampling_batch_size
+    path = config.output_dir / SAMPLES
     with contextlib.ExitStack() as stack:
-        log = stack.enter_context(JsonlLog(config.output_dir / SAMPLES)) if world.is_main else None
-        done = world.on_main(lambda: _drawn_before(config.output_dir))
+        log = stack.enter_context(JsonlLog(path)) if world.is_main else None
+        done = world.on_main(lambda: {s.id for s in _read_samples(path.parent)} if path.stat().st_size else set())
         if done:
-            console.note(f"{len(done)} of {len(jobs)} samples are already in {config.output_dir / SAMPLES}")
+            console.note(f"{len(done)} of {len(jobs)} samples are already in {path}")
         bar = stack.enter_context(console.progress(unit="samples"))
-        task = bar.add_task("eval", total=len(jobs), completed=0, status="")
-        starts = [
-            start
-            for start in range(0, len(jobs), size)
-            if any(f"{p.problem.id}/{number}" not in done for p, number in jobs[start : start + size])
-        ]
-        bar.update(task, advance=len(jobs) - sum(len(jobs[start : start + size]) for start in starts))
-        for first in range(0, len(starts), world.size):
-            batch_of_each = starts[first : first + world.size]
-            mine = batch_of_each[world.rank :][:1]
-            drawn = [row for start in mine for row in _batch(config, loaded, jobs[start : start + size], start, done)]
-            for rows in world.gather_on_main(drawn):
-                for row in rows:
-                    assert log is not None
-                    log.append(row)
-            bar.update(task, advance=sum(len(jobs[start : start + size]) for start in batch_of_each))
+        task = bar.add_task("eval", total=len(jobs), completed=len(done), status="")
+
+        def write(rows: Sequence[dict[str, Any]]) -> None:
+            assert log is not None
+            for row in rows:
+                log.append(row)
+            bar.update(task, advance=len(rows))
+
+        size = config.sampling_batch_size
+        width = max(size, min(MOST_BATCHES * size, len(jobs) // MOST_BATCHES))
+        chunks = [jobs[start : start + width] for start in range(0, len(jobs), width)]
+        missing = [[(p, number) for p, number in chunk if f"{p.problem.id}/{number}" not in done] for chunk in chunks]
+        chunks = [chunk for chunk in missing if chunk]
+        for first in range(0, len(chunks), world.size):
+            mine = chunks[first : first + world.size][world.rank :][:1]
+            rows = itertools.chain(*(_chunk(config, loaded, chunk) for chunk in mine))
+            if world.size == 1:
+                for batch in rows:
+                    write(batch)
+            else:
+                for found in world.gather_on_main(list(rows)):
+                    for batch in found:
+                        write(batch)
 
 
-def _batch(
-    config: EvalConfig, loaded: LoadedModel, batch: Sequence[tuple[Prompted, int]], start: int, done: set[str]
-) -> list[dict[str, Any]]:
-    """Draw a batch of samples whole, and return the graded records of those that are missing."""
-    from ssrctl.sampling.generate import sample_responses
-    from ssrctl.sampling.groups import record_of
+def _chunk(
+    config: EvalConfig, loaded: LoadedModel, chunk: Sequence[tuple[Prompted, int]]
+) -> Iterator[list[dict[str, Any]]]:
+    """Yield the graded records of a chunk of samples, a batch at a time, in the order in which they are complete."""
+    from ssrctl.sampling.generate import TransformersSampler
+    from ssrctl.sampling.groups import record_of, response_request
 
-    missing = [place for place, (p, number) in enumerate(batch) if f"{p.problem.id}/{number}" not in done]
-    seed = derive_seed(config.seed, "eval", start)
-    drawn = sample_responses(loaded, [p.prompt_ids for p, _ in batch], config, seed)
-    pairs = [(drawn[place].text, batch[place][0].problem.answer) for place in missing]
-    finals = check_answers(pairs, extraction=config.answer_extraction)
-    return [
-        record_of(*batch[place], drawn[place], final=final).to_dict()
-        for place, final in zip(missing, finals, strict=True)
+    requests = [
+        response_request(loaded, p, config, derive_seed(config.seed, "eval", p.problem.id, number))
+        for p, number in chunk
     ]
-
-
-def _drawn_before(folder: Path) -> set[str]:
-    """Return the ids of the samples in a folder."""
-    return {sample.id for sample in _read_samples(folder)} if (folder / SAMPLES).stat().st_size else set()
+    drawn = TransformersSampler(loaded, config).sample(requests)
+    while batch := list(itertools.islice(drawn, config.sampling_batch_size)):
+        pairs = [(sample.text, chunk[place][0].problem.answer) for place, sample in batch]
+        finals = check_answers(pairs, extraction=config.answer_extraction)
+        yield [
+            record_of(*chunk[place], sample, final=final).to_dict()
+            for (place, sample), final in zip(batch, finals, strict=True)
+        ]
 
 
 def _read_samples(folder: Path) -> list[Rollout]:

@@ -89,6 +89,12 @@ def _run(config: TrainConfig, run_dir: RunDir, world: World) -> dict[str, Any] |
     prompts, num_left_out = prepare_prompts(loaded, problems, prompt_format, config.max_new_tokens)
     if num_left_out:
         console.warn(f"{num_left_out} of {len(problems)} questions do not fit the context and are left out")
+    longest, context = max(len(prompt.prompt_ids) for prompt in prompts), loaded.context_length
+    if context is not None and longest + config.max_new_tokens > context:
+        console.warn(
+            f"the longest prompt ({longest} tokens) and --max-new-tokens {config.max_new_tokens} exceed the model's context of "
+            f"{context}: responses end there, unfinished"
+        )
     first_prompt = describe_prompt(loaded, prompts[0])
     console.note(f"first prompt: {first_prompt}")
     _warn_about_sampling(config)

@@ -1,13 +1,21 @@
 """Sampling against fresh forward passes."""
 
 import dataclasses
+from collections import deque
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ssrctl.configs import SamplingConfig, TrainConfig
-from ssrctl.models.loading import load_model
-from ssrctl.sampling.generate import StopTexts, end_token_ids, sample_responses
+from ssrctl.core.seeds import derive_seed
+from ssrctl.errors import UserError
+from ssrctl.io.artifacts import ModelIdentity
+from ssrctl.models.loading import LoadedModel, load_model
+from ssrctl.sampling import generate
+from ssrctl.sampling.generate import StopTexts, TransformersSampler, end_token_ids, response_limit
+from ssrctl.sampling.sampler import Request, Sample, sample_all
 
 QUESTION = "48*6-2=?\n"
 
@@ -27,6 +35,15 @@ def logits_of(loaded, prompt, response):
     with torch.no_grad():
         logits = loaded.model(input_ids=torch.tensor([[*prompt, *response]])).logits[0].float()
     return logits[len(prompt) - 1 : -1]
+
+
+def requests_of(loaded, prompts, config, seed):
+    limits = [response_limit(prompt, config.max_new_tokens, loaded.context_length) for prompt in prompts]
+    return [Request(p, n, derive_seed(seed, i)) for i, (p, n) in enumerate(zip(prompts, limits, strict=True))]
+
+
+def sample_responses(loaded, prompts, config, seed, **engine):
+    return sample_all(TransformersSampler(loaded, config, **engine), requests_of(loaded, prompts, config, seed))
 
 
 def sampling(**settings):
@@ -115,7 +132,7 @@ def test_a_response_ends_with_its_end_token(bundled):
     ends = end_token_ids(bundled)
     assert ends == [bundled.tokenizer.eos_token_id]
     prompts = [ids_of(bundled, text) for text in PROMPTS * 3]
-    samples = sample_responses(bundled, prompts, sampling(max_new_tokens=64), seed=0)
+    samples = sample_responses(bundled, prompts, sampling(max_new_tokens=64, temperature=3.0), seed=0)
     assert any(sample.finished for sample in samples)
     assert len({len(sample.response_ids) for sample in samples}) > 1  # so that rows end at different places
     for sample in samples:
@@ -131,10 +148,101 @@ def test_what_does_not_end_is_cut_at_the_limit(bundled):
     assert not sample.finished
 
 
-def test_responses_end_where_the_context_does(tiny_loaded):
-    long, short = [7] * 120, [9] * 4
-    samples = sample_responses(tiny_loaded, [long, short], sampling(max_new_tokens=64), seed=0)
-    assert max(len(sample.response_ids) for sample in samples) <= 128 - 120
+def test_each_response_ends_where_the_context_does(tiny_loaded, monkeypatch):
+    """A long prompt does not shorten the response to a short one."""
+    monkeypatch.setattr(generate, "end_token_ids", lambda loaded: [])
+    samples = sample_responses(tiny_loaded, [[7] * 120, [9] * 4], sampling(max_new_tokens=64), seed=0)
+    assert [len(sample.response_ids) for sample in samples] == [128 - 120, 64]
+
+
+@pytest.mark.parametrize("size", [1, 3, 5, 100])
+def test_a_response_does_not_depend_on_its_batch(bundled, size, monkeypatch):
+    """Rows leave and join; float32 rounding could flip a token in principle, and does not with these seeds."""
+    prompts = [ids_of(bundled, text) for text in PROMPTS * 4]
+    config = sampling(temperature=4.0, max_new_tokens=40)
+    alone = [
+        sample_all(TransformersSampler(bundled, config, refill=False, leave=False), [request])[0]
+        for request in requests_of(bundled, prompts, config, 4)
+    ]
+    joined = []
+    real = generate._widen
+    monkeypatch.setattr(generate, "_widen", lambda batch, columns: (joined.append(columns), real(batch, columns)))
+    made = sample_responses(bundled, prompts, sampling(temperature=4.0, max_new_tokens=40, sampling_batch_size=size), 4)
+    assert bool(joined) == (size in (3, 5)), "other rows joined a batch, or none did where some should"
+    assert len({len(sample.response_ids) for sample in alone}) > 3
+    for one, other in zip(alone, made, strict=True):
+        assert (one.response_ids, one.text, one.finished) == (other.response_ids, other.text, other.finished)
+        torch.testing.assert_close(one.logprobs, other.logprobs, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["windows", "state"])
+def test_other_caches_give_the_same_responses(bpe_tokenizer, kind):
+    """Sliding windows let rows leave, and nobody joins; a recurrent state lets nobody leave."""
+    transformers = pytest.importorskip("transformers")
+    small = {
+        "vocab_size": 300,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "pad_token_id": 0,
+        "eos_token_id": [*range(9, 40)],
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if kind == "windows":
+            config = transformers.MistralConfig(**small, intermediate_size=16, num_attention_heads=2, num_key_value_heads=1, sliding_window=6)  # fmt: skip
+            model = transformers.MistralForCausalLM(config).eval()
+        else:
+            model = transformers.MambaForCausalLM(transformers.MambaConfig(**small, state_size=4)).eval()
+    loaded = LoadedModel(model, bpe_tokenizer, ModelIdentity(name="small", revision=None, fingerprint="x"), 64)
+    prompts = [[50 + n] * (n % 5 + 2) for n in range(9)]
+    alone = [
+        sample_all(TransformersSampler(loaded, sampling()), [request])[0]
+        for request in requests_of(loaded, prompts, sampling(), 1)
+    ]
+    made = sample_responses(loaded, prompts, sampling(sampling_batch_size=5), 1)
+    assert [s.response_ids for s in made] == [s.response_ids for s in alone]
+    assert len({len(s.response_ids) for s in made}) > 3
+
+
+@given(
+    st.lists(st.builds(lambda n, limit: Request([1] * n, limit, 0), st.integers(1, 20), st.integers(1, 20))),
+    st.integers(1, 6),
+    st.none() | st.integers(0, 15),
+)
+def test_padded_batches_fit_the_context(requests, size, slack):
+    context = None if slack is None else slack + max((len(r.ids) + r.limit for r in requests), default=0)
+    waiting, seen = deque(range(len(requests))), []
+    beside: list[generate._Row] = []
+    while waiting:
+        places = generate._next_places(waiting, requests, beside, size, context)
+        assert len(beside) + len(places) <= size
+        beside += [generate._Row(place, requests[place], torch.Generator()) for place in places]
+        assert beside
+        if context is not None:
+            assert max(len(r.request.ids) + len(r.ids) for r in beside) + max(r.request.limit - len(r.ids) for r in beside) <= context  # fmt: skip
+        seen += places
+        beside = [] if not places else beside[1:]
+        for row in beside:
+            if len(row.ids) < row.request.limit - 1:
+                row.ids.append(1)
+    assert seen == list(range(len(requests)))
+
+
+def test_a_sampler_that_returns_too_few_is_an_error():
+    class Short:
+        def sample(self, requests):
+            yield 0, Sample([1], torch.zeros(1), "a", True)
+            yield 1, Sample([], torch.zeros(0), "", True)
+
+    with pytest.raises(UserError, match="Short returned 1 responses with at least one token, 3 were asked"):
+        sample_all(Short(), [Request([1], 2, n) for n in range(3)])
+
+
+def test_a_model_without_finite_probabilities_is_refused(tiny_loaded):
+    with torch.no_grad():
+        tiny_loaded.model.model.norm.weight.fill_(torch.nan)
+    with pytest.raises(generate.NonFiniteLogits, match="NaN or infinite"):
+        sample_responses(tiny_loaded, [[5, 6]], sampling(), 0)
 
 
 def test_any_of_several_end_tokens_ends(tiny_loaded):
@@ -189,17 +297,15 @@ def test_a_stop_text_ends_a_response_where_the_rest_of_it_would_be(bundled, stop
 
 
 def test_a_stop_text_across_tokens_and_within_one(tiny_loaded):
-    """``StopTexts`` on given tokens: the first token that completes the text counts, and the prompt does not."""
+    """``StopTexts`` on given tokens: the first token that completes the text counts."""
     tokenizer = tiny_loaded.tokenizer
-    prompt, response = tokenizer("stop it")["input_ids"], tokenizer("é and stop it, now")["input_ids"]
+    response = tokenizer("é and stop it, now")["input_ids"]
     for text, found in (("stop it", True), ("p i", True), ("é", True), ("it é", False), ("now!", False)):
-        stops = StopTexts(tokenizer, [text], len(prompt), 1)
-        lengths = [n for n in range(1, len(response) + 1)
-                   if bool(stops(torch.tensor([[*prompt, *response[:n]]]), None).all())]  # fmt: skip
+        stops = StopTexts(tokenizer, [text])
+        lengths = [n for n in range(1, len(response) + 1) if stops.completed(response[:n])]
         first = next((n for n in range(1, len(response) + 1) if text in tokenizer.decode(response[:n])), None)
-        assert (stops.lengths[0] is not None) == found == (first is not None)
-        assert lengths == ([] if first is None else list(range(first, len(response) + 1)))
-        assert stops.cut(0, response, [10**6]) == ((response, False) if first is None else (response[:first], True))
+        assert bool(lengths) == found == (first is not None)
+        assert lengths[:1] == ([] if first is None else [first])
 
 
 def test_the_templates_end_token_ends(tiny_loaded, monkeypatch):
