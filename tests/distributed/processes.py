@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from torch.distributed import TCPStore
 
 
 @dataclass(frozen=True)
@@ -18,12 +19,6 @@ class Ended:
     code: int
     err: str
     out: str
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _run(rank: int, size: int, port: int, words: Sequence[str], folder: Path, before: Callable[[int], None] | None):
@@ -41,6 +36,7 @@ def _run(rank: int, size: int, port: int, words: Sequence[str], folder: Path, be
         "WORLD_SIZE": str(size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
     PartialState._reset_state()  # the parent may have one, of one process
     console.console.cache_clear()
@@ -60,11 +56,12 @@ def run_processes(
 ) -> list[Ended]:
     """Run ``ssrctl`` with ``words`` (or those of each rank) in ``size`` processes; ``before`` is called first in each."""
     folder.mkdir(parents=True, exist_ok=True)
-    context, port = multiprocessing.get_context("fork"), free_port()
+    context = multiprocessing.get_context("fork")
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun's agent has it
     started = []
     for rank in range(size):
         mine = words(rank) if callable(words) else words
-        started.append(context.Process(target=_run, args=(rank, size, port, mine, folder, before)))
+        started.append(context.Process(target=_run, args=(rank, size, store.port, mine, folder, before)))
         started[-1].start()
     for process in started:
         process.join(120)

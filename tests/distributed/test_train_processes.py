@@ -92,6 +92,7 @@ def test_a_process_that_is_killed_ends_the_others_and_the_last_checkpoint_is_who
     assert load_checkpoint(RunDir(run).checkpoint(2)).delta.count
 
 
+@pytest.mark.slow
 def test_sigterm_on_one_process_saves_once_and_ends_all(tmp_path: Path) -> None:
     run = tmp_path / "run"
     words = [*SMALL[:7], "--max-steps", "4", "-o", str(run)]
