@@ -5,6 +5,9 @@ BIN    := $(VENV)/bin
 # dev holds the needs of tests and demo; dev,integrations adds trl, peft and triton, whose tests are skipped without them.
 EXTRAS ?= dev
 STAMP  := $(VENV)/.installed-$(EXTRAS)
+# Tests run in one process per core, at most four, since each holds about 1 GB; `make test WORKERS=0` runs them in one.
+WORKERS ?= logical
+PYTEST  := $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 4 --dist worksteal
 
 .PHONY: demo test test-all check format docs picture clean
 
@@ -12,10 +15,10 @@ demo: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/quickstart.sh
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest -m ""
+	$(PYTEST) -m ""
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -28,7 +28,7 @@ from pathlib import Path
 
 from common import machine, table
 
-TIMES = ("tokens_per_second", "sample_seconds", "score_seconds", "update_seconds")
+TIMES = ("peak_memory_bytes", "tokens_per_second", "sample_seconds", "score_seconds", "update_seconds")
 
 
 def main() -> int:

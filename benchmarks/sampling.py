@@ -5,7 +5,7 @@ and nothing else ends it. Static batches take the requests in order and run each
 same seed in each arm. The vocabulary-wide draw is the same code everywhere, so the ratio is that of the batches.
 
     python benchmarks/sampling.py                                    # the bundled reasoner
-    python benchmarks/sampling.py --model /models/SmolLM2-135M-Instruct --requests 48 --batch 16 --mean 64 --limit 256
+    python benchmarks/sampling.py --model /models/SmolLM2-135M-Instruct --requests 32 --batch 16 --mean 32 --limit 128 --repeats 1
 """
 
 from __future__ import annotations

@@ -21,3 +21,27 @@ def llama_135m(dtype: torch.dtype, *, vocab_size: int = 49152, tied: bool = True
         tie_word_embeddings=tied,
     )
     return LlamaForCausalLM(shape).to(dtype)
+
+
+def qwen3_1_7b(dtype: torch.dtype) -> torch.nn.Module:
+    """Build a model of Qwen3-1.7B's sizes with random weights: 1.72B, the embedding tied."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    shape = Qwen3Config(
+        vocab_size=151936,
+        hidden_size=2048,
+        intermediate_size=6144,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=40960,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        tie_word_embeddings=True,
+    )
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # in float32 the weights would take twice the memory while they are made
+    try:
+        return Qwen3ForCausalLM(shape)
+    finally:
+        torch.set_default_dtype(default)

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from common import goal, machine, synchronize, table
-from shapes import llama_135m
+from shapes import llama_135m, qwen3_1_7b
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from ssrctl import tiny_reasoner
@@ -44,9 +44,9 @@ CHUNKS = [
 
 
 def build(name: str, dtype: torch.dtype) -> Any:
-    """Load a folder, ``reasoner`` (the bundled model), or a random model: ``135m`` or one of ``SIZES``."""
-    if name == "135m":
-        model = llama_135m(dtype)
+    """Load a folder, ``reasoner`` (the bundled model), or a random model: ``135m``, ``qwen3-1.7b`` or one of ``SIZES``."""
+    if name in ("135m", "qwen3-1.7b"):
+        model = llama_135m(dtype) if name == "135m" else qwen3_1_7b(dtype)
     elif name in SIZES:
         hidden, inner, layers, heads, key_heads, vocabulary = SIZES[name]
         torch.manual_seed(0)
@@ -212,7 +212,10 @@ def chunk_seconds(model: Any, rows: int, tokens: int, past: int, clock: Callable
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--model", nargs="+", default=["reasoner", "small"], help=f"reasoner, {', '.join(SIZES)}, 135m, or a folder"
+        "--model",
+        nargs="+",
+        default=["reasoner", "small"],
+        help=f"reasoner, {', '.join(SIZES)}, 135m, qwen3-1.7b, or a folder",
     )
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--units", type=int, nargs="+", default=[4, 8, 16], help="numbers of units, T")

@@ -1,12 +1,14 @@
 """What all tests share: one thread, no network, the same examples every time, and a tiny random model."""
 
 import os
+import signal
 import tempfile
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the commands that tests start
 # Importing litellm would fetch its price table.
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
 
@@ -18,6 +20,9 @@ from hypothesis.configuration import set_hypothesis_home_dir
 REPOSITORY = Path(__file__).parent.parent
 
 torch.set_num_threads(1)
+# A background job of a script ignores ctrl-c, and so would the commands whose interruption is tested.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # Examples derive from the test's source alone, and nothing is stored in the repository.
 set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "ssrctl-tests-hypothesis")
 hypothesis.settings.register_profile(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
 
@@ -21,5 +22,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def entry_point() -> None:
-    """Run the console script."""
-    sys.exit(main())
+    """Run the console script, and exit with its code whatever signal comes while Python shuts down."""
+    code = main()
+    for number in (signal.SIGTERM, signal.SIGHUP):  # the command has ended: there is nothing left to stop
+        signal.signal(number, signal.SIG_IGN)
+    # A KeyboardInterrupt that passed through an exec of text, as in the import of a dataclass, would turn the exit code of
+    # ``python -m`` into that of SIGINT (CPython's unhandled_keyboard_interrupt), until text is executed without one.
+    exec("")
+    sys.exit(code)

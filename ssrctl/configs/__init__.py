@@ -1,13 +1,22 @@
 """One dataclass per command: every setting, its default, and the doc line that `--help` shows."""
 
 from ssrctl.configs.building import Config, build_config, current_names
-from ssrctl.configs.common import TINY, TINY_DATASET, CommonConfig, DatasetConfig, ModelConfig, SamplingConfig
+from ssrctl.configs.common import (
+    TINY,
+    TINY_DATASET,
+    CommonConfig,
+    DatasetConfig,
+    ModelConfig,
+    PromptOptions,
+    SamplingConfig,
+)
 from ssrctl.configs.critic import CriticConfig, CriticOptions
 from ssrctl.configs.delta import DeltaApplyConfig, DeltaDiffConfig, DeltaInfoConfig
 from ssrctl.configs.diagnose import DiagnoseConfig
 from ssrctl.configs.env import EnvConfig
 from ssrctl.configs.eval import EvalConfig
 from ssrctl.configs.mask import (
+    MaskCompareConfig,
     MaskComplementConfig,
     MaskDiffConfig,
     MaskInfoConfig,
@@ -38,6 +47,7 @@ __all__ = [
     "DiagnoseConfig",
     "EnvConfig",
     "EvalConfig",
+    "MaskCompareConfig",
     "MaskComplementConfig",
     "MaskDiffConfig",
     "MaskInfoConfig",
@@ -50,6 +60,7 @@ __all__ = [
     "MaskUnionConfig",
     "ModelConfig",
     "ProfileBudgetConfig",
+    "PromptOptions",
     "SamplingConfig",
     "SegmentConfig",
     "SegmentOptions",

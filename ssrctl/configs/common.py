@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from ssrctl.configs.building import AtLeastOne, Config, Positive, Share, ZeroOrMore
+from ssrctl.configs.json_object import as_json_text, parse_json_object
 from ssrctl.errors import UserError
 
 TINY = "tiny-reasoner"
 TINY_DATASET = "tiny-arithmetic"
-_KWARGS_EXAMPLE = """write it as '{"enable_thinking": false}'"""
 
 
 @dataclass(kw_only=True)
@@ -123,7 +122,41 @@ class SamplingConfig(Config):
 
 
 @dataclass(kw_only=True)
-class DatasetConfig(Config):
+class PromptOptions(Config):
+    """Settings of the way from a question to its prompt."""
+
+    panel = "Prompt"
+
+    prompt_template: str = "auto"
+    """Wording of a question: a name in profiles/prompts, a text file with {question}, or auto, which leaves chat
+    messages as they are."""
+
+    system_prompt: str | None = None
+    """System message of the chat template, for rows that have none of their own."""
+
+    chat_template: Path | None = None
+    """Jinja file to use instead of the tokenizer's chat template."""
+
+    chat_template_kwargs: str | None = None
+    """Variables for the chat template as a json object, such as '{"enable_thinking": false}'."""
+
+    def __post_init__(self) -> None:
+        self.chat_template_kwargs = as_json_text(self.chat_template_kwargs)
+        super().__post_init__()
+        self.chat_template_variables  # noqa: B018 (raises for what is not a json object)
+
+    @property
+    def chat_template_variables(self) -> dict[str, object]:
+        """The variables of ``--chat-template-kwargs``, parsed.
+
+        Raises:
+            UserError: not a json object.
+        """
+        return parse_json_object(self.chat_template_kwargs, "--chat-template-kwargs", '{"enable_thinking": false}')
+
+
+@dataclass(kw_only=True)
+class DatasetConfig(PromptOptions):
     """Settings of the problems."""
 
     panel = "Data"
@@ -141,19 +174,6 @@ class DatasetConfig(Config):
     limit: AtLeastOne | None = None
     """Use only the first N problems."""
 
-    prompt_template: str = "auto"
-    """Wording of a question: a name in profiles/prompts, a text file with {question}, or auto, which leaves chat
-    messages as they are."""
-
-    system_prompt: str | None = None
-    """System message of the chat template, for rows that have none of their own."""
-
-    chat_template: Path | None = None
-    """Jinja file to use instead of the tokenizer's chat template."""
-
-    chat_template_kwargs: str | None = None
-    """Variables for the chat template as a json object, such as '{"enable_thinking": false}'."""
-
     question_column: str | None = None
     """Column with the question or the chat messages, a.b for a field in it; by default question, problem, prompt, input
     or messages."""
@@ -161,24 +181,3 @@ class DatasetConfig(Config):
     answer_column: str | None = None
     """Column with the reference answer, a.b for a field in it; by default answer, final_answer, ground_truth, target,
     reward_model.ground_truth, solution or extra_info.answer."""
-
-    def __post_init__(self) -> None:
-        if isinstance(self.chat_template_kwargs, dict):  # in a yaml file
-            self.chat_template_kwargs = json.dumps(self.chat_template_kwargs, default=str)
-        super().__post_init__()
-        self.chat_template_variables  # noqa: B018 (raises for what is not a json object)
-
-    @property
-    def chat_template_variables(self) -> dict[str, object]:
-        """The variables of ``--chat-template-kwargs``, parsed.
-
-        Raises:
-            UserError: not a json object.
-        """
-        try:
-            made = json.loads(self.chat_template_kwargs or "{}")
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"--chat-template-kwargs is not valid json: {error}", _KWARGS_EXAMPLE) from None
-        if not isinstance(made, dict):
-            raise UserError(f"--chat-template-kwargs must be a json object, got {type(made).__name__}", _KWARGS_EXAMPLE)
-        return made

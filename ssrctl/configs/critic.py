@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from annotated_types import Interval
 
 from ssrctl.configs.building import AtLeastOne, Config, Finite, NotNegative, Positive, ZeroOrMore, output, positional
-from ssrctl.configs.common import CommonConfig, ModelConfig, SamplingConfig
+from ssrctl.configs.common import CommonConfig, ModelConfig, PromptOptions, SamplingConfig
+from ssrctl.configs.credentials import credential_in_address, credential_in_json
+from ssrctl.configs.json_object import as_json_text, parse_json_object
 from ssrctl.errors import UserError
+
+# Parts of a request's body that settings of their own decide, and those that change the form of the reply.
+_OWN_BODY: dict[str, str | None] = {
+    "model": "--critic-model",
+    "temperature": "--critic-temperature",
+    "max_tokens": "--critic-max-tokens",
+    "max_completion_tokens": "--critic-max-tokens",
+    "reasoning_effort": "--critic-reasoning-effort",
+    **dict.fromkeys(("messages", "response_format", "stream", "stream_options", "n", "tools", "functions"), None),
+}
+_EFFORT = re.compile(r"[A-Za-z][\w-]{0,39}", re.ASCII)
 
 
 @dataclass(kw_only=True)
@@ -45,8 +60,20 @@ class CriticOptions(Config):
     critic_temperature: NotNegative = 0.0
     """Sampling temperature of the llm critic."""
 
+    critic_reasoning_effort: str | None = None
+    """How much a reasoning model thinks: none, minimal, low, medium, high, or another word that the provider takes; by
+    default the provider's own setting."""
+
     critic_thinking_tokens: ZeroOrMore = 2048
-    """Tokens allowed in a reply for a reasoning model's thoughts, in addition to the scores."""
+    """Tokens allowed in a reply for a reasoning model's thoughts about up to four steps, in addition to the scores; more
+    steps get more in proportion, up to 16384 or this number. 0 for a model that does not think."""
+
+    critic_max_tokens: AtLeastOne | None = None
+    """Token limit of every reply, thoughts and scores together, instead of the limit that grows with the steps."""
+
+    critic_extra_body: str | None = None
+    """Further entries of each request's body as a json object, such as
+    '{"chat_template_kwargs": {"enable_thinking": false}}'. It is stored with the results: no keys or passwords."""
 
     critic_max_concurrency: AtLeastOne = 8
     """Calls of the llm critic in flight at once."""
@@ -87,19 +114,70 @@ class CriticOptions(Config):
     of that share."""
 
     def __post_init__(self) -> None:
+        self.critic_extra_body = as_json_text(self.critic_extra_body)
         super().__post_init__()
         if self.critic == "llm" and not self.critic_model:
             raise UserError("the llm critic needs a model", "give --critic-model, such as openai/gpt-oss-120b")
+        # Here, before any setting is stored or shown.
+        if self.critic_api_base:
+            _check_endpoint(self.critic_api_base, self.critic_model)
+        if self.critic_reasoning_effort is not None and not _EFFORT.fullmatch(self.critic_reasoning_effort):
+            raise UserError(
+                f"--critic-reasoning-effort must be one word, got {self.critic_reasoning_effort!r}",
+                "give none, minimal, low, medium, high, or another word that the provider takes",
+            )
+        _check_body(self.critic_extra_body_object)
         if (self.critic_input_price is None) != (self.critic_output_price is None):
             raise UserError("--critic-input-price and --critic-output-price belong together", "give both")
 
+    @property
+    def critic_extra_body_object(self) -> dict[str, Any]:
+        """The object of ``--critic-extra-body``, parsed; empty without one.
+
+        Raises:
+            UserError: not a json object.
+        """
+        return parse_json_object(self.critic_extra_body, "--critic-extra-body", '{"top_k": 20}')
+
+
+def _check_body(body: dict[str, Any]) -> None:
+    if taken := sorted(_OWN_BODY.keys() & body.keys()):
+        own = _OWN_BODY[taken[0]]
+        raise UserError(
+            f"--critic-extra-body: '{taken[0]}' is set by the critic", f"use {own}" if own else "leave it out"
+        )
+    if (name := credential_in_json(body)) is not None:
+        raise UserError(
+            f"--critic-extra-body: '{name}' looks like a credential, and the body is stored with the results",
+            "set the provider's environment variable for its key",
+        )
+
+
+def _check_endpoint(endpoint: str, model: str | None) -> None:
+    try:
+        url = urlsplit(endpoint)
+        usable = url.scheme in ("http", "https") and bool(url.hostname)
+        credential = credential_in_address(endpoint)
+    except ValueError:
+        usable, credential = False, None
+    if credential is not None:
+        provider, named, _ = (model or "").partition("/")
+        variable = f"{provider.upper().replace('-', '_')}_API_KEY" if named else "OPENAI_API_KEY"
+        raise UserError(
+            f"--critic-api-base must not contain {credential}", f"leave it out and set the variable {variable}"
+        )
+    if not usable:
+        raise UserError(
+            "--critic-api-base is not the address of a server", "give an address such as http://localhost:8000/v1"
+        )
+
 
 @dataclass(kw_only=True)
-class CriticConfig(CriticOptions, ModelConfig, SamplingConfig, CommonConfig):
+class CriticConfig(CriticOptions, ModelConfig, PromptOptions, SamplingConfig, CommonConfig):
     """Score each reasoning step; a step that cannot be judged has no score, never 0.
 
-    --model, --temperature and the other sampling settings are those of the rollout critic's policy; its
-    --max-new-tokens covers the response's steps so far and the continuation together.
+    --model, --temperature, --chat-template and the other settings of sampling and prompts are those of the rollout
+    critic's policy; its --max-new-tokens covers the response's steps so far and the continuation together.
 
     Example: ssrctl critic steps.jsonl --critic llm --critic-model openai/gpt-oss-120b --budget-usd 5 -o scored.jsonl
     """
@@ -116,7 +194,8 @@ class CriticConfig(CriticOptions, ModelConfig, SamplingConfig, CommonConfig):
 
     calibrate: Path | None = None
     """Instead of scoring, measure the critic on labelled solutions (ProcessBench's fields, or segmented responses
-    with the first wrong step as label) and print one table."""
+    with the first wrong step as label) and print one table. With --output FILE the judgements are kept there, and those
+    that it already holds are not made again."""
 
     repeats: AtLeastOne = 1
     """With --calibrate: judge everything this many times, to measure the noise of the scores."""
@@ -133,7 +212,13 @@ class CriticConfig(CriticOptions, ModelConfig, SamplingConfig, CommonConfig):
             raise UserError("--calibrate takes the place of STEPS", "give one of them")
         if self.calibrate is None and self.input is None:
             raise UserError("no input", "name the file that `ssrctl segment` wrote, or - for stdin")
+        if self.calibrate is not None and self.output != "-" and _same_file(self.output, self.calibrate):
+            raise UserError(f"--output {self.output} is the file of labelled solutions", "name another file")
         if self.ledger is not None and str(self.ledger) in (self.input, self.output):
             raise UserError(f"--ledger {self.ledger} is also the input or the output", "name another file")
         if self.calibrate is None and self.repeats > 1:
             raise UserError("--repeats measures the noise of scores", "use it with --calibrate")
+
+
+def _same_file(one: str, other: Path) -> bool:
+    return Path(one).resolve() == other.resolve()

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Interval
 
-from ssrctl.configs.building import AtLeastOne, default_of, output
+from ssrctl.configs.building import AtLeastOne, default_of, output, positional
 from ssrctl.configs.common import CommonConfig, DatasetConfig, ModelConfig, ProcessOptions, SamplingConfig
 from ssrctl.configs.names import flag
 from ssrctl.errors import UserError
@@ -36,23 +36,43 @@ class EvalConfig(ModelConfig, DatasetConfig, SamplingConfig, ProcessOptions, Com
     outside of formulas."""
 
     num_samples: AtLeastOne = 8
-    """Samples per problem."""
+    """Samples per problem and run: n of avg@n, pass@k and maj@n."""
+
+    runs: AtLeastOne = 1
+    """Repeat the evaluation with fresh samples this often; the standard deviation between runs is reported apart from the
+    interval over problems."""
 
     baseline: Path | None = None
     """Folder of an earlier evaluation of the same problems; the paired difference is reported."""
+
+    compare: bool = False
+    """Compare evaluations that were made before, each with the first, problem by problem: --compare A B [C ...]. Folders
+    of eval, or files of graded responses; no model is loaded."""
+
+    folders: list[Path] = positional(metavar="[A B ...]", default_factory=list)
+    """With --compare: the evaluations, the first of which the others are compared with."""
 
     confidence: Annotated[float, Interval(gt=0.5, lt=1)] = 0.95
     """Level of the intervals."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.compare != bool(self.folders) or len(self.folders) == 1:
+            raise UserError(
+                f"--compare needs two evaluations or more, got {len(self.folders)}"
+                if self.compare
+                else f"unexpected argument: {self.folders[0]}",
+                "ssrctl eval --compare A B",
+            )
+        if self.compare and (self.responses is not None or self.baseline is not None):
+            raise UserError("--compare takes evaluations as they are", "leave out --responses and --baseline")
         if self.responses is not None:
             self._check_grading()
 
     def _check_grading(self) -> None:
         """Refuse sampling settings beside given responses: nothing is sampled, so they would have no effect."""
         idle = {spec.name for base in (ModelConfig, SamplingConfig, ProcessOptions) for spec in fields(base)}
-        idle |= {"num_samples", "checkpoint", "prompt_template", "limit"}
+        idle |= {"num_samples", "runs", "checkpoint", "prompt_template", "limit"}
         idle |= {"system_prompt", "chat_template", "chat_template_kwargs"}
         changed = [
             spec.name for spec in fields(self) if spec.name in idle and getattr(self, spec.name) != default_of(spec)

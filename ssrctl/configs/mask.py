@@ -46,8 +46,16 @@ class MaskRandomConfig(MaskSource):
     density: Share = 0.01
     """Share of each tensor; the count is rounded to the nearest."""
 
+    like: Path | None = None
+    """Take as many weights of each tensor as this mask does, instead of --density: its control of equal density."""
+
     seed: int = 0
     """Random seed; each tensor's draw derives from it and from the tensor's name."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.like is not None and self.density != 0.01:
+            raise UserError("--like gives the density of each tensor", "leave out --density or --like")
 
 
 @dataclass(kw_only=True)
@@ -132,8 +140,12 @@ class MaskCombination(MaskOutput):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if len(self.masks) < 2:
-            raise UserError(f"MASK... must be two or more masks, got {len(self.masks)}")
+        _check_several(self.masks)
+
+
+def _check_several(masks: list[Path]) -> None:
+    if len(masks) < 2:
+        raise UserError(f"MASK... must be two or more masks, got {len(masks)}")
 
 
 @dataclass(kw_only=True)
@@ -169,6 +181,25 @@ class MaskComplementConfig(MaskOutput):
 
     mask: Path = positional(metavar="MASK")
     """Mask file."""
+
+    within: bool = False
+    """Keep only weights of tensors that the mask selects from, so that the complement of a mask of matrices does not take
+    in all of the embedding and the norms."""
+
+
+@dataclass(kw_only=True)
+class MaskCompareConfig(JsonConfig):
+    """Compare masks of one model: overlap and Jaccard index of each pair, next to those of random masks.
+
+    Example: ssrctl mask compare seed0.safetensors seed1.safetensors
+    """
+
+    masks: list[Path] = positional(metavar="MASK")
+    """Mask files of one model, two or more."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_several(self.masks)
 
 
 @dataclass(kw_only=True)

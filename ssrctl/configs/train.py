@@ -60,6 +60,22 @@ class MethodOptions(Config):
     clip_epsilon: Fraction = 0.2
     """The importance ratio is clipped to 1 - epsilon, 1 + epsilon."""
 
+    epsilon_high: NotNegative | None = None
+    """The upper clip is at 1 + this instead (DAPO)."""
+
+    loss_type: Literal["step", "grpo", "dapo", "dr_grpo"] = "step"
+    """Mean of the loss. step: over a step's tokens, then over the responses that have it; as in TRL, grpo: over a response's
+    tokens, then over responses; dapo: over all tokens of the batch; dr_grpo: over responses times --max-new-tokens."""
+
+    beta: NotNegative = 0.0
+    """Weight of the KL divergence from the start model (estimator k3); above 0 a copy of its weights is kept."""
+
+    mask_truncated: bool = False
+    """Responses that are cut off by the limit give no gradient; they still count in the mean of their group."""
+
+    resample_without_signal: ZeroOrMore = 0
+    """Sample a question again, at most N times in a step, while all advantages of its group are 0."""
+
     protect: Path | None = None
     """Superweight mask whose coordinates never change."""
 
@@ -246,6 +262,12 @@ class TrainConfig(
             raise UserError("--find-lr starts from the model's weights", "leave out --resume-from-checkpoint")
         if self.force and self.resume_from_checkpoint is None:
             raise UserError("--force is for --resume-from-checkpoint", "leave it out, or name a checkpoint")
+        if self.importance_level == "sequence" and self.loss_type in ("dapo", "dr_grpo"):
+            raise UserError(
+                f"--loss-type {self.loss_type} sums over tokens, --importance-level sequence has one ratio per response: long "
+                "responses would weigh more",
+                "use --importance-level token, or --loss-type grpo",
+            )
         self._check_optimizer()
 
     def _check_optimizer(self) -> None:

@@ -36,10 +36,19 @@ def step_policy_loss(
     *,
     clip_epsilon: float = 0.2,
     level: str = "sequence",
+    epsilon_high: float | None = None,
+    token_weights: Tensor | None = None,
+    beta: float = 0.0,
+    reference: Tensor | None = None,
 ) -> StepLoss:
     """Negative clipped surrogate of step ``step``: mean over its tokens, then over the responses that have it.
 
-    ``- (1/|J|) sum_{j in J} (1/n_j) sum_{t in step} min(rho_jt A_j, clip(rho_jt, 1-eps, 1+eps) A_j)``
+    ``- (1/|J|) sum_{j in J} (1/n_j) sum_{t in step} [min(rho_jt A_j, clip(rho_jt, 1-eps, 1+eps_high) A_j) - beta k3_jt]``
+
+    With ``token_weights`` w, 1/(|J| n_j) is w_j instead. The weights of ``response_weights`` do not depend on the step,
+    so the sum over steps is the loss of whole responses.
+
+    The KL term is the estimator k3 (Schulman 2020), ``exp(d) - d - 1`` with d = log pi_reference - log pi, of each token.
 
     The ratio rho is, by ``level``: ``token``, pi/pi_old of the token; ``step``, the length-normalised ratio of
     the step, exp(mean over its tokens of log pi/pi_old); ``sequence``, that of the whole response (GSPO), in
@@ -51,8 +60,12 @@ def step_policy_loss(
         step_ids: int64 ``[G, R]``, each token's step, -1 for padding.
         step: index of the step.
         advantages: float64 ``[G]``; NaN where the response has no such step or no score for it.
-        clip_epsilon: half-width of the clip.
+        clip_epsilon: the clip's distance below 1, and above it without ``epsilon_high``.
         level: ``token``, ``step`` or ``sequence``.
+        epsilon_high: the clip's distance above 1 (DAPO, "clip higher").
+        token_weights: float64 ``[G]``, at least 0: the weight of each token of a response.
+        beta: weight of the KL term; 0 leaves it out.
+        reference: float ``[G, R]``, log-probabilities under the reference weights; needed with ``beta``.
 
     Raises:
         ValueError: unknown level.
@@ -67,10 +80,51 @@ def step_policy_loss(
     ratio, weights = RATIOS[level](logprobs[rows], old_logprobs[rows], inside, known)
     advantage = advantages[present].to(ratio.dtype).unsqueeze(1)
     plain = ratio * advantage
-    clipped = ratio.clamp(1 - clip_epsilon, 1 + clip_epsilon) * advantage
+    clipped = ratio.clamp(1 - clip_epsilon, 1 + (clip_epsilon if epsilon_high is None else epsilon_high)) * advantage
     per_response = (torch.minimum(plain, clipped) * weights).sum(1) / weights.sum(1)
+    if beta:
+        assert reference is not None
+        per_response = per_response - beta * _mean_where(k3(logprobs[rows], reference[rows], inside), inside).squeeze(1)
     active = (clipped < plain) & (weights > 0)
-    return StepLoss(-per_response.mean(), int((weights > 0).sum()), int(active.sum()))
+    if token_weights is None:
+        loss = -per_response.mean()
+    else:
+        loss = -(per_response * inside.sum(1) * token_weights[rows].to(per_response.dtype)).sum()
+    return StepLoss(loss, int((weights > 0).sum()), int(active.sum()))
+
+
+def k3(logprobs: Tensor, reference: Tensor, where: Tensor) -> Tensor:
+    """Return the estimator k3 of KL(pi || reference), token by token: at least 0; 0 where ``where`` is False.
+
+    Args:
+        logprobs, reference: float ``[G, R]``, log-probabilities of the sampled tokens.
+        where: bool ``[G, R]``, True at the tokens wanted; elsewhere the values may be anything.
+    """
+    apart = (reference - logprobs).masked_fill(~where, 0.0)
+    return apart.exp() - apart - 1
+
+
+def response_weights(kind: str, lengths: Tensor, *, longest: int, batch_tokens: float) -> Tensor | None:
+    """Return the weight of each token of each response of a group, float64 ``[G]``; None for ``step``.
+
+    Args:
+        kind: a key of ``LOSS_TYPES``: ``step``, the mean of a step; as TRL defines them ``grpo``, 1 / (G |y_j|); ``dapo``, 1
+            over the mean number of trained tokens of a question of the batch; ``dr_grpo``, 1 / (G times the limit).
+        lengths: int64 ``[G]``, trained tokens of each response, 0 where all are masked.
+        longest: limit on the length of a response, at least 1.
+        batch_tokens: trained tokens of the batch over its number of questions.
+    """
+    return LOSS_TYPES[kind](lengths.double(), longest, batch_tokens)
+
+
+Weights = Callable[[Tensor, int, float], "Tensor | None"]
+
+LOSS_TYPES: dict[str, Weights] = {
+    "step": lambda lengths, longest, batch_tokens: None,
+    "grpo": lambda lengths, longest, batch_tokens: 1 / (len(lengths) * lengths.clamp(min=1)),
+    "dapo": lambda lengths, longest, batch_tokens: torch.full_like(lengths, 1 / max(batch_tokens, 1.0)),
+    "dr_grpo": lambda lengths, longest, batch_tokens: torch.full_like(lengths, 1 / (len(lengths) * longest)),
+}
 
 
 Ratio = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]

@@ -78,13 +78,13 @@ def _reached(
     bit_address = tl.load(tables + 3 * num_tensors + tensor)
     start = (block - first_block) * BLOCK
     offsets = start + tl.arange(0, BLOCK)
-    pointers = _pointers(address, KIND)
+    pointers = _pointers(address, KIND) + offsets
     if ALIGNED:
-        pointers = tl.multiple_of(pointers, 16)
+        pointers = tl.multiple_of(pointers, [16])  # on the sum: Triton 3.7 loses a hint on the result of a function
     if start + BLOCK <= numel:  # without a mask, and aligned, a thread loads 16 bytes at once
-        patterns = _magnitudes(tl.load(pointers + offsets), KIND)
+        patterns = _magnitudes(tl.load(pointers), KIND)
     else:
-        patterns = _magnitudes(tl.load(pointers + offsets, mask=offsets < numel, other=0), KIND)
+        patterns = _magnitudes(tl.load(pointers, mask=offsets < numel, other=0), KIND)
     return _eligible(bit_address, offsets, (offsets < numel) & (patterns >= bound)), patterns
 
 

@@ -16,8 +16,11 @@ PERMANENT_ERRORS = frozenset(
     {"no_equation", "no_answer", "no_reference", "too_long", "context_window", "content_filter", "empty_step"}
 )
 
+# Error classes that the same request meets again, and another setting of the critic mends.
+SETTINGS_ERRORS = frozenset({"bad_request", "thinking_cut"})
+
 # Error classes that say nothing about the response.
-OUTAGE_ERRORS = frozenset({"timeout", "rate_limit", "connection", "api_error", "bad_request"})
+OUTAGE_ERRORS = frozenset({"timeout", "rate_limit", "connection", "api_error"}) | SETTINGS_ERRORS
 
 
 class Critic(Protocol):

@@ -13,6 +13,7 @@ from ssrctl.critics.base import Critic
 
 if TYPE_CHECKING:
     from ssrctl.models.loading import LoadedModel
+    from ssrctl.text.prompts import PromptFormat
 
 # Each class has a class method create(options, resources). Its module is imported only when the critic is chosen.
 CRITICS = {
@@ -29,12 +30,14 @@ class CriticResources:
     Attributes:
         policy: loads the model whose continuations the rollout critic samples; called only by a critic that needs it.
         sampling: settings of that sampling.
+        prompt_format: the way to the prompt of a record that has none; None leaves such records without a prompt.
         seed: seed of that sampling.
         ledger: file for the log of the llm critic's calls; None writes no log.
     """
 
     policy: Callable[[], LoadedModel] | None = None
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    prompt_format: PromptFormat | None = None
     seed: int = 0
     ledger: Path | None = None
 

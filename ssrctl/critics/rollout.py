@@ -35,7 +35,7 @@ from ssrctl.io import console
 from ssrctl.io.records import Rollout, StepScore
 from ssrctl.io.row_fields import Reference
 from ssrctl.text.answers import check_answer, check_answers
-from ssrctl.text.prompts import encode_prompt
+from ssrctl.text.prompts import PromptFormat, build_prompt, encode_prompt
 
 if TYPE_CHECKING:
     from ssrctl.critics.registry import CriticResources
@@ -108,13 +108,22 @@ class RolloutCritic:
         loaded: the policy, as it is when ``stream`` runs.
         sampling: settings of the policy's sampling; ``max_new_tokens`` covers prefix and continuation together.
         seed: seed of the continuations.
+        prompt_format: the way from the question to the prompt of a record that has none.
 
     Attributes:
         repeat: another number gives other continuations, to measure the noise of the scores.
     """
 
-    def __init__(self, options: CriticOptions, loaded: LoadedModel, sampling: SamplingConfig, seed: int) -> None:
+    def __init__(
+        self,
+        options: CriticOptions,
+        loaded: LoadedModel,
+        sampling: SamplingConfig,
+        seed: int,
+        prompt_format: PromptFormat | None = None,
+    ) -> None:
         self.options, self.loaded, self.sampling, self.seed = options, loaded, sampling, seed
+        self.prompt_format = prompt_format
         self.num_prefixes = self.num_shared = self.num_tokens = self.num_unfinished = self.num_timeouts = 0
         self.repeat = 0
         self._warned = False
@@ -123,7 +132,7 @@ class RolloutCritic:
     def create(cls, options: CriticOptions, resources: CriticResources) -> RolloutCritic:
         """Return the critic with the policy of ``resources``, which it loads."""
         assert resources.policy is not None, "the rollout critic needs the policy"
-        return cls(options, resources.policy(), resources.sampling, resources.seed)
+        return cls(options, resources.policy(), resources.sampling, resources.seed, resources.prompt_format)
 
     @property
     def identity(self) -> str:
@@ -135,6 +144,8 @@ class RolloutCritic:
             *(sampling.temperature, sampling.top_p, sampling.top_k, sampling.max_new_tokens),
             *map(repr, sampling.stop),
         ]
+        if self.prompt_format is not None:  # absent without one, so that earlier records keep their critic
+            parts.append(f"prompts {hashlib.sha256(repr(self.prompt_format).encode()).hexdigest()[:12]}")
         return "rollout " + " ".join(map(str, parts))
 
     def stream(self, rollouts: Iterable[Rollout]) -> Iterator[tuple[Rollout, list[StepScore]]]:
@@ -221,12 +232,16 @@ class RolloutCritic:
         return sorted(ends | {end - 1 for end in ends} if self.options.critic_rollout_value == "difference" else ends)
 
     def _prompt_ids(self, rollout: Rollout) -> list[int]:
-        ids = encode_prompt(self.loaded.tokenizer, rollout.prompt) if rollout.prompt else []
+        prompt = rollout.prompt
+        if not prompt and self.prompt_format is not None and rollout.question is not None:
+            prompt = build_prompt(self.loaded.tokenizer, self.prompt_format, rollout.question)
+        ids = encode_prompt(self.loaded.tokenizer, prompt) if prompt else []
         if not ids:
             raise UserError(
                 f"response {rollout.id} has no prompt to continue from",
                 "the rollout critic needs the field 'prompt', the exact text that the model was given; the records of "
-                "`ssrctl eval` and `ssrctl train` have it",
+                "`ssrctl eval` and `ssrctl train` have it; or say how to make it from the question, with --prompt-template, "
+                "--system-prompt or --chat-template",
             )
         return ids
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ssrctl.critics.base import OUTAGE_ERRORS, Critic, score_all, scored
+from ssrctl.critics.base import OUTAGE_ERRORS, SETTINGS_ERRORS, Critic, score_all, scored
 from ssrctl.errors import Stopped
 
 if TYPE_CHECKING:
@@ -44,5 +44,7 @@ def score_groups(groups: Sequence[Group], critic: Critic, answer_extraction: Ext
         classes = ", ".join(f"{kind} {count}" for kind, count in errors.items())
         raise Stopped(
             f"the critic gave none of {errors.total()} scores: {classes}",
-            "check the critic's server and continue when it answers",
+            "change the settings of the critic and continue"
+            if set(errors) <= SETTINGS_ERRORS
+            else "check the critic's server and continue when it answers",
         )

@@ -1,4 +1,4 @@
-"""Accuracy of graded responses with intervals, and the paired difference between two sets of them.
+"""Accuracy of graded responses with intervals, pass@k and maj@n, and the paired difference between two sets of them.
 
 Samples of one problem are not independent, so everything is a mean over problems. Samples belong to one problem by
 their ids (``q17/3`` and ``q17/4``) and, because ids in foreign files may mean anything, by their questions.
@@ -6,26 +6,32 @@ their ids (``q17/3`` and ``q17/4``) and, because ids in foreign files may mean a
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import chain
 from typing import Any
 
 from ssrctl.errors import UserError
-from ssrctl.evaluation.intervals import accuracy_interval, paired_difference
+from ssrctl.evaluation.intervals import accuracy_interval, holm, least_detectable, paired_difference
 from ssrctl.io.records import FinalAnswer, Rollout
 
 OUTCOMES = ("correct", "wrong", "unparsed", "timed_out")
+GROUP_COLUMNS = ("level", "subject", "type", "difficulty", "category", "domain")
+MOST_GROUPS = 24  # a column with more values names problems rather than groups of them
 
 
-def summarise(samples: Sequence[Rollout], confidence: float) -> dict[str, Any]:
+def summarise(samples: Sequence[Rollout], confidence: float, *, runs: int = 1) -> dict[str, Any]:
     """Return accuracy with its interval, the ways answers were found and the ends of responses.
 
     Args:
         samples: with ``final`` filled; a ``final`` without outcome has no reference and counts only in
             ``without_reference``. A comparison that timed out counts as wrong.
         confidence: level of the interval.
+        runs: number of repeated evaluations in ``samples``; ids end in ``/NUMBER``, and run r has the r-th part of each
+            problem's numbers.
 
     Returns:
         The metrics of docs/metrics.md. ``finished_frac`` and ``mean_response_tokens`` are None when no sample
@@ -35,17 +41,24 @@ def summarise(samples: Sequence[Rollout], confidence: float) -> dict[str, Any]:
         UserError: no sample with a reference.
     """
     graded = with_reference(samples)
-    by_problem = per_problem(graded)
+    found = by_problem(graded)
+    shares = [_share_right(finals) for finals in found.values()]
+    smallest = min(map(len, found.values()))
     finals = [s.final for s in graded if s.final is not None]
     outcomes = Counter(str(final.outcome) for final in finals)
     lengths = [s.extra["num_tokens"] for s in graded if isinstance(s.extra.get("num_tokens"), int)]
     endings = [bool(s.extra["finished"]) for s in graded if "finished" in s.extra]
     return {
-        "accuracy": asdict(accuracy_interval(list(by_problem.values()), confidence)),
-        "num_problems": len(by_problem),
+        "accuracy": asdict(accuracy_interval(shares, confidence)),
+        "detectable_difference": least_detectable(shares, smallest, confidence),
+        "pass_at_k": {str(k): statistics.fmean(pass_at_k(f, k) for f in found.values()) for k in _ks(smallest)},
+        "maj_at_n": {"n": smallest, "value": statistics.fmean(majority(f[:smallest]) for f in found.values())},
+        "runs": _runs(graded, runs),
+        "groups": groups(graded, confidence),
+        "num_problems": len(found),
         "num_samples": len(graded),
         "without_reference": len(samples) - len(graded),
-        "solved_at_least_once": sum(1 for share in by_problem.values() if share > 0) / len(by_problem),
+        "solved_at_least_once": sum(share > 0 for share in shares) / len(shares),
         "outcomes": {name: outcomes[name] for name in OUTCOMES},
         "way_fracs": {way: count / len(finals) for way, count in _ways(finals).items()},
         "ways": dict(Counter(final.way for final in finals if final.way is not None).most_common()),
@@ -72,6 +85,76 @@ def with_reference(samples: Sequence[Rollout]) -> list[Rollout]:
     return graded
 
 
+def groups(samples: Sequence[Rollout], confidence: float) -> dict[str, dict[str, Any]]:
+    """Return {column: {value: accuracy with its interval}} for the columns of the data that say what kind a problem is.
+
+    Columns are those of ``GROUP_COLUMNS`` with two to ``MOST_GROUPS`` values; values are in natural order.
+    """
+    made = {}
+    for column in GROUP_COLUMNS:
+        parts: dict[str, list[Rollout]] = defaultdict(list)
+        for sample in samples:
+            if isinstance(value := sample.extra.get(column), str | int) and not isinstance(value, bool):
+                parts[str(value)].append(sample)
+        if 2 <= len(parts) <= MOST_GROUPS:
+            made[column] = {
+                value: asdict(accuracy_interval(list(per_problem(parts[value]).values()), confidence))
+                for value in sorted(parts, key=lambda value: (len(value), value) if value.isdecimal() else (99, value))
+            }
+    return made
+
+
+def pass_at_k(finals: Sequence[FinalAnswer], k: int) -> float:
+    """Return the chance that k of a problem's n samples, drawn without replacement, have a correct one.
+
+    1 - C(n - c, k) / C(n, k) with c correct samples, unbiased for k fresh samples (Chen et al. 2021, eq. 1).
+
+    Raises:
+        ValueError: k below 1 or above n.
+    """
+    count, right = len(finals), _num_right(finals)
+    if not 1 <= k <= count:
+        raise ValueError(f"pass@{k} of {count} samples")
+    return 1.0 - math.comb(count - right, k) / math.comb(count, k)
+
+
+def majority(finals: Sequence[FinalAnswer]) -> float:
+    """Return the chance that the most frequent answer is correct; ties are broken by chance, so it may be a fraction.
+
+    Correct samples are one answer, however they are written, and wrong ones are the same answer where the comparison of
+    answers says so without computer algebra. Samples without an answer have no vote; without any vote it is 0.
+    """
+    from ssrctl.text.answer_equality import decide
+
+    right = _num_right(finals)
+    wrong: list[tuple[str, int]] = []
+    for final in finals:
+        if final.correct is True or final.extracted is None:
+            continue
+        for place, (answer, votes) in enumerate(wrong):
+            if answer == final.extracted or decide(final.extracted, answer) is True:
+                wrong[place] = (answer, votes + 1)
+                break
+        else:
+            wrong.append((final.extracted, 1))
+    most = max([right, *(votes for _, votes in wrong)])
+    leaders = sum(votes == most for _, votes in wrong) + (right == most)
+    return 1 / leaders if right == most and right else 0.0
+
+
+def _runs(samples: Sequence[Rollout], runs: int) -> dict[str, Any] | None:
+    """Return the accuracies of repeated evaluations, their mean and their standard deviation (n - 1); None of one."""
+    if runs == 1:
+        return None
+    numbers = [int(sample.id.rsplit("/", 1)[1]) for sample in samples]
+    size = (max(numbers) + 1) // runs
+    accuracies = []
+    for run in range(runs):
+        mine = [sample for sample, number in zip(samples, numbers, strict=True) if number // size == run]
+        accuracies.append(statistics.fmean(per_problem(mine).values()))
+    return {"accuracies": accuracies, "mean": statistics.fmean(accuracies), "sd": statistics.stdev(accuracies)}
+
+
 def compare(before: Sequence[Rollout], after: Sequence[Rollout], confidence: float) -> dict[str, Any]:
     """Compare two evaluations over the problems that both have.
 
@@ -89,28 +172,91 @@ def compare(before: Sequence[Rollout], after: Sequence[Rollout], confidence: flo
                 f"problem {problem} has different questions in the two evaluations",
                 "compare evaluations of the same data set",
             )
-    old, new = per_problem(before), per_problem(after)
+    old, new = by_problem(before), by_problem(after)
     shared = sorted(old.keys() & new.keys())
     if not shared:
         raise UserError(
             f"the baseline has {len(old)} problems, this evaluation {len(new)}, and none in common",
             "evaluate both on the same problems",
         )
-    first, second = [old[p] for p in shared], [new[p] for p in shared]
+    first, second = ([_share_right(found[p]) for p in shared] for found in (old, new))
+    fewest = min(len(found[p]) for p in shared for found in (old, new))
     return {
         "baseline_accuracy": asdict(accuracy_interval(first, confidence)),
-        "difference": asdict(paired_difference(first, second, confidence)),
+        "difference": asdict(paired_difference(first, second, confidence, num_samples=fewest)),
         "unpaired_problems": len(old.keys() ^ new.keys()),
     }
 
 
-def per_problem(samples: Sequence[Rollout]) -> dict[str, float]:
-    """Return the fraction of correct samples of each problem; samples without a reference are left out."""
-    right: dict[str, list[bool]] = defaultdict(list)
+def compare_all(evaluations: Sequence[Sequence[Rollout]], confidence: float) -> list[dict[str, Any]]:
+    """Compare each evaluation after the first with the first, over the problems that all have.
+
+    Returns:
+        For each, the result of ``compare`` with ``p_value_holm`` in the difference, adjusted for their number, and
+        ``accuracy`` with its interval over the same problems.
+
+    Raises:
+        UserError: as in ``compare``.
+    """
+    found = [dict(zip(_problems(samples), samples, strict=True)).keys() for samples in evaluations]
+    common = set.intersection(*(set(by_problem(samples)) for samples in evaluations))
+    if not common:
+        raise UserError(
+            f"the {len(evaluations)} evaluations have {', '.join(str(len(one)) for one in found)} problems, and none in "
+            "common",
+            "evaluate all on the same problems",
+        )
+    kept = [
+        [sample for problem, sample in zip(_problems(samples), samples, strict=True) if problem in common]
+        for samples in evaluations
+    ]
+    made = []
+    for samples in kept[1:]:
+        accuracy = asdict(accuracy_interval(list(per_problem(samples).values()), confidence))
+        made.append({"accuracy": accuracy, **compare(kept[0], samples, confidence)})
+    for one, adjusted in zip(made, holm([one["difference"]["p_value"] for one in made]), strict=True):
+        one["difference"]["p_value_holm"] = adjusted
+        one["unpaired_problems"] = len(set(chain.from_iterable(found)) - common)
+    return made
+
+
+def by_problem(samples: Sequence[Rollout]) -> dict[str, list[FinalAnswer]]:
+    """Return the verdicts of each problem's samples, in order; samples without a reference are left out.
+
+    Raises:
+        UserError: an id occurs twice: a sample would count twice. Ids that only name problems, without ``/NUMBER``, may
+            all occur equally often.
+    """
+    counts = Counter(sample.id for sample in samples)
+    twice = [name for name, count in counts.items() if count > 1]
+    if twice and (len({*counts.values()}) > 1 or any(name.rpartition("/")[2].isdecimal() for name in twice)):
+        raise UserError(
+            f"{len(twice)} ids occur more than once, '{twice[0]}' {counts[twice[0]]} times",
+            "give each response an id of its own, such as PROBLEM/NUMBER",
+        )
+    made: dict[str, list[FinalAnswer]] = defaultdict(list)
     for problem, sample in zip(_problems(samples), samples, strict=True):
         if sample.final is not None and sample.final.outcome is not None:
-            right[problem].append(sample.final.correct is True)
-    return {problem: sum(flags) / len(flags) for problem, flags in right.items()}
+            made[problem].append(sample.final)
+    return dict(made)
+
+
+def per_problem(samples: Sequence[Rollout]) -> dict[str, float]:
+    """Return the fraction of correct samples of each problem; samples without a reference are left out."""
+    return {problem: _share_right(finals) for problem, finals in by_problem(samples).items()}
+
+
+def _num_right(finals: Sequence[FinalAnswer]) -> int:
+    return sum(final.correct is True for final in finals)
+
+
+def _share_right(finals: Sequence[FinalAnswer]) -> float:
+    return _num_right(finals) / len(finals)
+
+
+def _ks(most: int) -> list[int]:
+    """Return 1, 2, 4, ... up to ``most``, and ``most``."""
+    return sorted({*(2**power for power in range(most.bit_length())), most})
 
 
 def _problems(samples: Sequence[Rollout]) -> list[str]:

@@ -78,6 +78,10 @@ class ResumableOutput:
             self._reused.append(earlier)
         return None if earlier is not None else len(self._places) - 1
 
+    def earlier_row(self, row: dict[str, Any]) -> dict[str, Any] | None:
+        """Return the row that an earlier run made of input ``row``; None without one."""
+        return next(self._rows([self._earlier.get(self._input_key(row))]), None)
+
     def add(self, position: int, row: dict[str, Any]) -> None:
         """Store the finished row of ``position``; it survives a kill from now on.
 

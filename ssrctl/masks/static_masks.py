@@ -53,6 +53,19 @@ def random_recipe(density: float, seed: int) -> Recipe:
     return Recipe("random", _share_of(density), select, _too_small)
 
 
+def like_recipe(counts: Mapping[str, int], seed: int) -> Recipe:
+    """Select as many weights of each tensor as ``counts`` says, by name, drawn as ``random_recipe`` draws them."""
+    from ssrctl.core.mask import TileSet
+    from ssrctl.core.static_masks import random_mask
+
+    def select(name: str, stored: StoredParameters) -> TileSet:
+        shape = stored.shapes[name]
+        density = counts[name] / math.prod(shape)
+        return TileSet.from_dense(random_mask(shape, density, derive_seed(seed, "random mask", name)))
+
+    return Recipe("random", lambda name, shape: counts[name], select, lambda nothing: [])
+
+
 def low_magnitude_recipe(density: float) -> Recipe:
     """Select the smallest weights of each tensor."""
     from ssrctl.core.static_masks import low_magnitude_mask

@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ssrctl.configs import CriticConfig
-from ssrctl.critics.base import PERMANENT_ERRORS, Critic, should_retry
+from ssrctl.configs import CriticConfig, PromptOptions
+from ssrctl.configs.building import default_of
+from ssrctl.critics.base import PERMANENT_ERRORS, SETTINGS_ERRORS, Critic, should_retry
 from ssrctl.critics.calibration.calibrate import calibrate
+from ssrctl.critics.calibration.judgements import Judgements
 from ssrctl.critics.calibration.table import show_calibration
 from ssrctl.critics.llm.estimate import Estimate
 from ssrctl.critics.registry import CriticResources, make_critic
@@ -24,6 +26,7 @@ from ssrctl.io.locks import locked_file
 from ssrctl.io.records import Rollout, StepScore, read_rollouts
 from ssrctl.io.resumable import ResumableOutput
 from ssrctl.text.answers import Extraction, check_answer
+from ssrctl.text.prompts import load_prompt_format, use_chat_template
 
 IDENTITY_FIELD = "critic"
 MADE_FIELDS = ("scores", "final", "advantages")
@@ -38,7 +41,11 @@ def run(config: CriticConfig) -> dict[str, Any]:
         KeyboardInterrupt: Ctrl-C; likewise.
     """
     if config.calibrate is not None:
-        return _calibrate(config)
+        locked = (
+            contextlib.nullcontext() if config.dry_run or config.output == STDIO else locked_file(Path(config.output))
+        )
+        with locked:
+            return _calibrate(config)
     assert config.input is not None
     if config.json and config.output == STDIO and not config.dry_run:
         raise UserError("--json and the records cannot both go to stdout", "give -o FILE")
@@ -65,14 +72,17 @@ def _score(config: CriticConfig) -> dict[str, Any]:
     if critic.identity is None:
         return summary
     missing = summary["missing_by_class"]
-    # The same request is refused again.
-    transient = sum(count for error, count in missing.items() if error not in PERMANENT_ERRORS | {"bad_request"})
+    transient = sum(count for error, count in missing.items() if error not in PERMANENT_ERRORS | SETTINGS_ERRORS)
+    settings = {error: count for error, count in missing.items() if error in SETTINGS_ERRORS}
     if missing and summary["missing"] == summary["steps"] and not summary["kept_from_before"]:
         classes = ", ".join(f"{error} {count}" for error, count in missing.items())
         again = "run the same command again" if transient else "change the settings of the critic"
         raise Stopped(f"no step was scored: {classes}", again)
     if transient:
         console.note(f"{transient} scores are missing because of transient failures: run the same command again")
+    if settings:
+        classes = ", ".join(f"{error} {count}" for error, count in settings.items())
+        console.note(f"{classes}: these scores stay missing until the settings of the critic change")
     return summary
 
 
@@ -81,16 +91,30 @@ def _make(config: CriticConfig) -> Critic:
         from ssrctl.models.loading import describe_model, load_model
 
         console.note(describe_model(config))
-        return load_model(config)
+        loaded = load_model(config)
+        use_chat_template(loaded.tokenizer, prompt_format)
+        return loaded
 
-    resources = CriticResources(policy=policy, sampling=config, seed=config.seed, ledger=_ledger_path(config))
+    prompt_format = load_prompt_format(config)
+    resources = CriticResources(
+        policy=policy,
+        sampling=config,
+        prompt_format=prompt_format if _says_prompts(config) else None,
+        seed=config.seed,
+        ledger=_ledger_path(config),
+    )
     return make_critic(config, resources)
+
+
+def _says_prompts(config: CriticConfig) -> bool:
+    """Return True if any setting of prompts is given; without one, no prompt is made up for a record that has none."""
+    return any(getattr(config, spec.name) != default_of(spec) for spec in fields(PromptOptions))
 
 
 def _ledger_path(config: CriticConfig) -> Path | None:
     if config.critic != "llm":
         return None
-    if config.ledger is None and config.output != STDIO and config.calibrate is None:
+    if config.ledger is None and config.output != STDIO:
         return Path(config.output + ".ledger.jsonl")
     return config.ledger
 
@@ -244,6 +268,21 @@ def _plan(config: CriticConfig) -> dict[str, Any]:
     return plan
 
 
+def _judgements(config: CriticConfig, identity: str | None) -> Judgements | None:
+    """Return the file that keeps the judgements of a calibration; None without ``--output``.
+
+    Those of a critic without an identity are made again, since they cost nothing.
+    """
+    if config.output == STDIO:
+        return None
+    return Judgements(
+        config.output,
+        identity=identity or config.critic,
+        reuse=identity is not None,
+        extraction=config.answer_extraction,
+    )
+
+
 def _calibrate(config: CriticConfig) -> dict[str, Any]:
     """Measure how well the critic finds the first error, and its cost (``--calibrate``)."""
     assert config.calibrate is not None
@@ -252,12 +291,22 @@ def _calibrate(config: CriticConfig) -> dict[str, Any]:
         estimate = Estimate(config) if config.critic == "llm" else None
         plan: dict[str, Any] = {"critic": config.critic, "traces": len(labelled), "repeats": config.repeats}
         if estimate is not None:
+            kept = _judgements(config, estimate.requests.identity)
             for estimate.requests.repeat in range(config.repeats):
-                estimate.add_all(given.rollout for given in labelled)
-            plan |= estimate.plan()
+                estimate.add_all(
+                    given.rollout
+                    for given in labelled
+                    if kept is None or kept.earlier(given, estimate.requests.repeat) is None
+                )
+            plan |= {"judged_before": 0 if kept is None else kept.num_done} | estimate.plan()
         console.show_plan("plan", plan)
         return plan
-    with contextlib.closing(_make(config)) as critic, console.progress(unit="judgements") as bar:
+    with contextlib.ExitStack() as stack:
+        critic = stack.enter_context(contextlib.closing(_make(config)))
+        kept = _judgements(config, critic.identity)
+        if kept is not None:
+            stack.enter_context(kept)
+        bar = stack.enter_context(console.progress(unit="judgements"))
         task = bar.add_task(config.critic, total=len(labelled) * config.repeats, status="")
         result = calibrate(
             critic,
@@ -265,8 +314,11 @@ def _calibrate(config: CriticConfig) -> dict[str, Any]:
             repeats=config.repeats,
             wrong_below=config.wrong_below,
             seed=config.seed,
+            kept=kept,
             on_done=lambda count: bar.update(task, advance=count),
         )
+        if kept is not None and result["stopped"] is None:
+            kept.finish()
     result = {"critic": critic.identity or config.critic} | result
     if not config.json:
         show_calibration(result)

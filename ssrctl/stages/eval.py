@@ -16,7 +16,7 @@ from ssrctl.checkpoints.run_dir import RunDir, find_delta
 from ssrctl.configs import TINY, TINY_DATASET, EvalConfig, current_names
 from ssrctl.core.seeds import derive_seed
 from ssrctl.errors import Interrupted, UserError
-from ssrctl.evaluation.accuracy import compare, summarise, with_reference
+from ssrctl.evaluation.accuracy import GROUP_COLUMNS, compare, compare_all, summarise, with_reference
 from ssrctl.io import console, manifest
 from ssrctl.io.files import existing_file, write_text
 from ssrctl.io.jsonl import STDIO, JsonlLog, write_jsonl
@@ -28,11 +28,14 @@ from ssrctl.process_rank import num_launched
 from ssrctl.text.answers import check_answers
 
 if TYPE_CHECKING:  # grading given responses loads no torch
+    from rich.table import Table
+
     from ssrctl.distributed.world import World
     from ssrctl.models.loading import LoadedModel
     from ssrctl.sampling.groups import Prompted
 
 SAMPLES, SUMMARY, SETTINGS = "samples.jsonl", "summary.json", "settings.json"
+_COUNTED = ("num_tokens", "finished", *GROUP_COLUMNS)  # what the summary reads of a record besides its verdict
 MOST_BATCHES = 8  # in a chunk, the part that one process draws at a time; a small evaluation has as many chunks
 GRADING_BATCH = 256  # responses read, compared in parallel and written at once
 # Settings that determine the samples; an evaluation continues only under the same ones.
@@ -54,12 +57,14 @@ def run(config: EvalConfig) -> dict[str, Any]:
         UserError: unusable settings or inputs, or a folder that holds another evaluation.
         Interrupted: Ctrl-C or SIGTERM; the samples drawn so far are kept and the next run continues from them.
     """
+    if num_launched() > 1 and (config.compare or config.responses is not None):
+        raise UserError(
+            f"nothing is sampled, and {num_launched()} processes were launched", "start it without a launcher"
+        )
+    if config.compare:
+        return _compare(config)
     baseline = None if config.baseline is None else _read_samples(config.baseline)
     if config.responses is not None:
-        if num_launched() > 1:
-            raise UserError(
-                f"--responses is graded in one process, {num_launched()} were launched", "start it without a launcher"
-            )
         if config.dry_run:
             return _run(config, _grade(config, config.responses), baseline)
         with locked_folder(config.output_dir):
@@ -80,7 +85,7 @@ def _run(config: EvalConfig, found: _Found, baseline: list[Rollout] | None, *, i
         return found.about
     if not is_main:
         return {}
-    summary = found.about | summarise(found.samples, config.confidence)
+    summary = found.about | summarise(found.samples, config.confidence, runs=config.runs)
     if unknown := summary["without_reference"]:
         console.warn(f"{unknown} of {len(found.samples)} responses have no reference answer and are not counted")
     if baseline is not None:
@@ -93,6 +98,32 @@ def _run(config: EvalConfig, found: _Found, baseline: list[Rollout] | None, *, i
     if not config.json:
         _show(summary, config)
     return summary
+
+
+def _compare(config: EvalConfig) -> dict[str, Any]:
+    """Compare stored evaluations with the first of them."""
+    files = [folder / SAMPLES if folder.is_dir() else folder for folder in config.folders]
+    samples = [list(read_rollouts(existing_file(file, "evaluation"), needs=("final",))) for file in files]
+    found = compare_all(samples, config.confidence)
+    settings = [_read_settings(file.parent) for file in files]
+    for folder, mine in zip(config.folders[1:], settings[1:], strict=True):
+        odd = [key for key in DECISIVE if key not in ("seed", "dtype") and settings[0].get(key) != mine.get(key)]
+        if settings[0] and mine and odd:
+            listed = ", ".join(f"{key} {settings[0].get(key)!r} and {mine.get(key)!r}" for key in odd)
+            console.warn(f"{config.folders[0]} and {folder} were made under different settings: {listed}")
+    if left_out := found[0]["unpaired_problems"]:
+        console.warn(f"{left_out} problems are not in all of the evaluations and are left out")
+    result = {
+        "baseline": str(config.folders[0]),
+        "baseline_accuracy": found[0].pop("baseline_accuracy"),
+        "comparisons": [
+            {"evaluation": str(folder), **{key: value for key, value in one.items() if key != "baseline_accuracy"}}
+            for folder, one in zip(config.folders[1:], found, strict=True)
+        ],
+    }
+    if not config.json:
+        _show_comparisons(result, config.confidence)
+    return result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +163,7 @@ def _grade(config: EvalConfig, source: str) -> _Found:
                 for record, (_, reference), final in zip(batch, pairs, finals, strict=True):
                     record.answer, record.final = reference, final
                     # The summary needs no texts, which may not fit into memory.
-                    kept = {key: value for key, value in record.extra.items() if key in ("num_tokens", "finished")}
+                    kept = {key: value for key, value in record.extra.items() if key in _COUNTED}
                     slim.append(Rollout(id=record.id, question=record.question, final=final, extra=kept))
                     yield record.to_dict()
             with_reference(slim)  # raises before the file is put into place
@@ -201,8 +232,8 @@ def _sample(config: EvalConfig, world: World) -> _Found:
     if config.dry_run:
         plan = {
             "problems": len(prompts),
-            "samples": len(prompts) * config.num_samples,
-            "most_response_tokens": len(prompts) * config.num_samples * config.max_new_tokens,
+            "samples": len(prompts) * config.num_samples * config.runs,
+            "most_response_tokens": len(prompts) * config.num_samples * config.runs * config.max_new_tokens,
             "changed_coordinates": changed,
             "output_dir": str(config.output_dir),
             "first_prompt": first_prompt,
@@ -219,7 +250,7 @@ def _sample(config: EvalConfig, world: World) -> _Found:
         ) from interrupt
     if not world.is_main:
         return _Found({})
-    wanted = {f"{p.problem.id}/{i}" for p in prompts for i in range(config.num_samples)}
+    wanted = {f"{p.problem.id}/{i}" for p in prompts for i in range(config.num_samples * config.runs)}
     about = {"model": dataclasses.asdict(loaded.identity), "checkpoint": config.checkpoint and config.checkpoint.name}
     return _Found(about, [s for s in _read_samples(config.output_dir) if s.id in wanted])
 
@@ -230,7 +261,8 @@ def _draw(config: EvalConfig, loaded: LoadedModel, prompts: Sequence[Prompted], 
     Each sample has its own seed, so a continuation draws the same. What goes through the model together is a chunk's,
     whatever the number of processes.
     """
-    jobs = [(prompt, number) for prompt in prompts for number in range(config.num_samples)]
+    per_run = config.num_samples
+    jobs = [(p, run * per_run + number) for run in range(config.runs) for p in prompts for number in range(per_run)]
     path = config.output_dir / SAMPLES
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(JsonlLog(path)) if world.is_main else None
@@ -344,32 +376,81 @@ def _claim_folder(config: EvalConfig, loaded: LoadedModel) -> None:
 
 
 def _show(summary: dict[str, Any], config: EvalConfig) -> None:
-    """Print the result as a small table on stdout."""
+    """Print the result as a small table on stdout, with what it can and cannot show below."""
+    source = summary["responses"] if config.responses else config.dataset
+    columns = ("accuracy", f"{config.confidence:.0%} interval", *(["p"] if "paired" in summary else []))
+    table = _table(f"{source}, {summary['num_problems']} problems", columns)
+    if paired := summary.get("paired"):
+        table.add_row("before", *_cells(paired["baseline_accuracy"]))
+        table.add_row("after", *_cells(summary["accuracy"]))
+        table.add_row("difference (paired)", *_cells(paired["difference"], signed=True), _p(paired["difference"]))
+    else:
+        table.add_row("given" if config.responses else "sampled", *_cells(summary["accuracy"]))
+    for column, values in summary["groups"].items():
+        for value, estimate in values.items():
+            table.add_row(f"{column} {value} ({estimate['num_problems']})", *_cells(estimate))
+    counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in summary["outcomes"].items())
+    ways = ", ".join(f"{name} {share:.0%}" for name, share in summary["way_fracs"].items())
+    lines = [counts, f"answers found by: {ways}"]
+    if (n := summary["maj_at_n"]["n"]) > 1:
+        passed = ", ".join(f"pass@{k} {value:.3f}" for k, value in summary["pass_at_k"].items() if k != "1")
+        lines.append(
+            f"avg@{n} {summary['accuracy']['value']:.3f}, {passed}, maj@{n} {summary['maj_at_n']['value']:.3f}"
+        )
+    if made := summary["runs"]:
+        lines.append(
+            f"{len(made['accuracies'])} runs: mean {made['mean']:.3f}, standard deviation between runs {made['sd']:.3f} "
+            "(sampling only; the interval is over problems)"
+        )
+    least = paired["difference"]["detectable"] if paired else summary["detectable_difference"]
+    lines.append(f"{summary['num_problems']} problems cannot show less than {least:.3f} (paired, 80% power)")
+    _print(table, lines)
+
+
+def _show_comparisons(result: dict[str, Any], confidence: float) -> None:
+    """Print each evaluation with its difference to the first."""
+    first = result["baseline_accuracy"]
+    columns = ("accuracy", f"{confidence:.0%} interval", "p")
+    table = _table(f"{first['num_problems']} problems, differences to {result['baseline']}", columns)
+    table.add_row(result["baseline"], *_cells(first))
+    for one in result["comparisons"]:
+        table.add_row(one["evaluation"], *_cells(one["accuracy"]))
+        table.add_row("  difference (paired)", *_cells(one["difference"], signed=True), _p(one["difference"]))
+    differences = [one["difference"] for one in result["comparisons"]]
+    least = max(one["detectable"] for one in differences)
+    lines = [f"p-values: {' and '.join(sorted({one['test'] for one in differences}))} test"]
+    if len(differences) > 1:
+        lines[0] += f", adjusted for {len(differences)} comparisons (Holm)"
+    lines.append(f"{first['num_problems']} problems cannot show less than {least:.3f} (paired, 80% power)")
+    _print(table, lines)
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
     from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(title), title_justify="left")
+    for column in ("", *columns):
+        table.add_column(column, justify="left" if not column else "right", no_wrap=bool(column))
+    return table
+
+
+def _print(table: Table, lines: Sequence[str]) -> None:
     from rich.text import Text
 
     from ssrctl.io.terminal import SafeConsole
 
-    level = f"{config.confidence:.0%} interval"
-    source = summary["responses"] if config.responses else config.dataset
-    counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in summary["outcomes"].items())
-    title = Text(f"{source}, {summary['num_problems']} problems")
-    ways = ", ".join(f"{name} {share:.0%}" for name, share in summary["way_fracs"].items())
-    table = Table(title=title, title_justify="left")
-    for column in ("", "accuracy", level):
-        table.add_column(column, justify="left" if not column else "right")
-    if paired := summary.get("paired"):
-        table.add_row("before", *_cells(paired["baseline_accuracy"]))
-        table.add_row("after", *_cells(summary["accuracy"]))
-        table.add_row("difference (paired)", *_cells(paired["difference"], signed=True))
-    else:
-        table.add_row("given" if config.responses else "sampled", *_cells(summary["accuracy"]))
     terminal = SafeConsole()
     terminal.print(table)
-    for line in (counts, f"answers found by: {ways}"):  # below the table, whose width would fold a caption
+    for line in lines:  # below the table, whose width would fold a caption
         terminal.print(Text(line, style="italic"))
 
 
 def _cells(estimate: dict[str, float], signed: bool = False) -> tuple[str, str]:
     form = "{:+.3f}" if signed else "{:.3f}"
     return form.format(estimate["value"]), f"{form.format(estimate['low'])} to {form.format(estimate['high'])}"
+
+
+def _p(difference: dict[str, Any]) -> str:
+    value = difference.get("p_value_holm", difference["p_value"])
+    return f"{value:.3f}" if value >= 0.001 else "<0.001"

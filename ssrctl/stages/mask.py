@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import operator
 import os
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssrctl.configs import (
+    MaskCompareConfig,
     MaskComplementConfig,
     MaskDiffConfig,
     MaskInfoConfig,
@@ -33,7 +35,7 @@ from ssrctl.configs.mask import MaskOutput, MaskSource
 from ssrctl.errors import UserError
 from ssrctl.io import console, manifest
 from ssrctl.io.artifacts import ModelIdentity
-from ssrctl.masks.headers import check_same_model, read_mask_header
+from ssrctl.masks.headers import MaskHeader, check_same_model, read_mask_header
 from ssrctl.report.formats import times
 
 if TYPE_CHECKING:
@@ -50,9 +52,13 @@ if TYPE_CHECKING:
 
 def run_random(config: MaskRandomConfig) -> dict[str, Any]:
     """Write a mask of a random share of each tensor; errors as in ``_from_weights``."""
-    from ssrctl.masks.static_masks import random_recipe
+    from ssrctl.masks.static_masks import like_recipe, random_recipe
 
-    return _from_weights(config, random_recipe(config.density, config.seed), "raise --density")
+    if config.like is None:
+        return _from_weights(config, random_recipe(config.density, config.seed), "raise --density")
+    like = read_mask_header(config.like)
+    counts = {name: tiles.count() for name, tiles in like.load().tensors.items()}
+    return _from_weights(config, like_recipe(counts, config.seed), "give another mask with --like", like=like)
 
 
 def run_principal(config: MaskPrincipalConfig) -> dict[str, Any]:
@@ -78,11 +84,17 @@ def run_layers(config: MaskLayersConfig) -> dict[str, Any]:
     return _from_weights(config, layers_recipe(layers), "choose other layers or patterns", layers or ())
 
 
-def _from_weights(config: MaskSource, recipe: Recipe, when_empty: str, layers: Sequence[range] = ()) -> dict[str, Any]:
-    """Make a mask from a model's weights, write it and show it.
+def _from_weights(
+    config: MaskSource,
+    recipe: Recipe,
+    when_empty: str,
+    layers: Sequence[range] = (),
+    like: MaskHeader | None = None,
+) -> dict[str, Any]:
+    """Make a mask from a model's weights, write it and show it; ``like`` is a mask whose tensors have to be the model's.
 
     Raises:
-        UserError: no model, a pattern or layer that is not in it, weights that are NaN or infinite where their order
+        UserError: no model, tensors that are not those of ``like``, a pattern or layer that is not in it, weights that are NaN or infinite where their order
             matters, or a mask of nothing or of everything.
     """
     from ssrctl.checkpoints.pairs import local_copy
@@ -94,6 +106,8 @@ def _from_weights(config: MaskSource, recipe: Recipe, when_empty: str, layers: S
         _check_output(config.output, reader.files)
         stored = stored_parameters(reader)
         _check_layers(stored, layers)
+        if like is not None:
+            check_same_model(like, MaskHeader(Path(config.model), recipe.kind, dict(stored.shapes), None, 0))
         counts = planned_counts(stored, recipe, config.include, config.exclude)
         sizes = {name: math.prod(shape) for name, shape in stored.shapes.items()}
         _check_proper(f"the {recipe.kind} mask", sum(counts.values()), sum(sizes.values()), when_empty)
@@ -222,7 +236,17 @@ def run_minus(config: MaskMinusConfig) -> dict[str, Any]:
 
 def run_complement(config: MaskComplementConfig) -> dict[str, Any]:
     """Write the complement of a mask; errors as in ``_combined``."""
-    return _combined(config, "complement", [config.mask], lambda masks: ~next(masks))
+
+    def combine(masks: Iterator[BlockMask]) -> BlockMask:
+        from ssrctl.core.mask import BlockMask, TileSet
+
+        mask = next(masks)
+        if not config.within:
+            return ~mask
+        tensors = mask.tensors.items()
+        return BlockMask({name: t.complement() if t.count() else TileSet.empty(t.shape) for name, t in tensors})
+
+    return _combined(config, "complement", [config.mask], combine)
 
 
 def _combined(
@@ -254,6 +278,33 @@ def _combined(
     given = ", ".join(f"{one.path} ({one.count:,})" for one in headers)
     what = f"the result of `mask {kind}` on {given}"
     return _deliver(config, kind, mask, known.model, settings, notes, what)
+
+
+# --------------------------------------------------------------------------------------------------
+# comparison
+
+
+def run_compare(config: MaskCompareConfig) -> dict[str, Any]:
+    """Compare each pair of masks and show it.
+
+    Raises:
+        UserError: masks of different models.
+    """
+    from ssrctl.masks.comparison import compare_masks, comparison_document
+    from ssrctl.report.render import show_document
+
+    headers = [read_mask_header(path) for path in config.masks]
+    for one in headers[1:]:
+        check_same_model(headers[0], one)
+    masks = [one.load() for one in headers]
+    pairs = [
+        {"a": str(one.path), "b": str(other.path)} | compare_masks(mine, theirs)
+        for (one, mine), (other, theirs) in itertools.combinations(zip(headers, masks, strict=True), 2)
+    ]
+    report = {"coordinates": headers[0].numel, "pairs": pairs}
+    if not config.json:
+        show_document(comparison_document(report), "the output of --json")
+    return report
 
 
 # --------------------------------------------------------------------------------------------------

@@ -78,7 +78,7 @@ def _run(config: TrainConfig, run_dir: RunDir, world: World) -> dict[str, Any] |
     prompt_format = load_prompt_format(config)
     problems = load_problems(config, "train", derive_seed(config.seed, "problems"))
     itemsize = 4 if config.dtype in ("auto", "float32") else 2
-    update_bytes = updater_kind(config).bytes_per_parameter(config, itemsize)
+    update_bytes = updater_kind(config).bytes_per_parameter(config, itemsize) + (itemsize if config.beta else 0)
     loaded = load_model(config, bytes_per_parameter=update_bytes + ACTIVATION_BYTES_PER_PARAMETER)
     check_exportable(folder_of(config), loaded.shapes(), loaded.identity.fingerprint)
     protected = _mask_at(config.protect, config, loaded)
@@ -119,7 +119,7 @@ def _run(config: TrainConfig, run_dir: RunDir, world: World) -> dict[str, Any] |
     agree(world, config, loaded, prompts, more)
     scores_here = world.is_main or config.critic == "rollout"
     with contextlib.closing(_critic(config, loaded, ledger)) if scores_here else contextlib.nullcontext() as critic:
-        step = TrainingStep(loaded, critic, updater, config, curve, observer, world)
+        step = TrainingStep(loaded, critic, updater, config, curve, observer, world=world)
         trainer = Trainer(config, loaded, run_dir, prompts, step)
         if checkpoint is None:
             trainer.start(profile_name)
@@ -230,7 +230,7 @@ def _plan(
     """Return the plan that ``--dry-run`` prints."""
     responses = config.max_steps * config.questions_per_step * config.num_generations
     stored = next(loaded.model.parameters()).element_size()
-    per_parameter = updater_kind(config).bytes_per_parameter(config, stored)
+    per_parameter = updater_kind(config).bytes_per_parameter(config, stored) + (stored if config.beta else 0)
     return {
         "parameters": loaded.num_parameters,
         "protected": 0 if protected is None else protected.count(),

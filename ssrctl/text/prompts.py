@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ssrctl.configs import TINY_DATASET, DatasetConfig
+from ssrctl.configs import TINY_DATASET, DatasetConfig, PromptOptions
 from ssrctl.errors import UserError
 from ssrctl.io.files import existing_file
 from ssrctl.io.package_data import profile_path
@@ -80,7 +80,7 @@ class PromptFormat:
     variables: Mapping[str, Any] = field(default_factory=dict)
 
 
-def load_prompt_format(config: DatasetConfig) -> PromptFormat:
+def load_prompt_format(config: PromptOptions) -> PromptFormat:
     """Read the files that the settings of the prompt name.
 
     Raises:
@@ -94,10 +94,11 @@ def load_prompt_format(config: DatasetConfig) -> PromptFormat:
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is not UTF-8: {error}", "name a text file with a jinja template") from error
     variables = config.chat_template_variables
+    dataset = config.dataset if isinstance(config, DatasetConfig) else ""
     if taken := sorted(_SET_HERE & variables.keys()):
         raise UserError(f"--chat-template-kwargs: '{taken[0]}' is set by ssrctl", "leave it out")
     return PromptFormat(
-        wording=load_template(config.prompt_template, config.dataset),
+        wording=load_template(config.prompt_template, dataset),
         words_messages=config.prompt_template != "auto",
         system=config.system_prompt,
         chat_template=chat_template,

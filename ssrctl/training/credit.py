@@ -9,22 +9,31 @@ from ssrctl.core.advantages import response_advantages, two_level_advantages
 from ssrctl.sampling.groups import Group
 
 
-def group_advantages(group: Group, credit: str, rule: str) -> tuple[Sequence[Sequence[float | None]], int]:
+def group_advantages(
+    group: Group, credit: str, rule: str, *, mask_truncated: bool = False
+) -> tuple[Sequence[Sequence[float | None]], int]:
     """Return the advantages of a scored group, and the number of responses without a signal.
 
     Args:
         group: the responses to one question.
         credit: ``step`` for an advantage per step; a key of ``RESPONSE_REWARDS`` for one per response.
         rule: see ``core.advantages.two_level_advantages``; for ``step`` only.
+        mask_truncated: drop the advantages of responses that were cut off, after they counted in the group's mean.
 
     Returns:
         Per response its steps' advantages (one value with credit per response), None where the score is missing.
     """
+    values: list[list[float | None]]
     if credit == "step":
-        made = two_level_advantages(group.rewards(), rule)
-        return made.values, made.num_without_signal
-    values = response_advantages([RESPONSE_REWARDS[credit](group, j) for j in range(len(group.rollouts))])
-    return [[value] for value in values], sum(1 for value in values if not value)
+        values = two_level_advantages(group.rewards(), rule).values
+    else:
+        rewards = [RESPONSE_REWARDS[credit](group, j) for j in range(len(group.rollouts))]
+        values = [[value] for value in response_advantages(rewards)]
+    if mask_truncated:
+        values = [
+            row if sample.finished else [None] * len(row) for row, sample in zip(values, group.samples, strict=True)
+        ]
+    return values, sum(1 for row in values if not any(row))
 
 
 def final_reward(group: Group, index: int) -> float | None:

@@ -20,14 +20,12 @@ class ProcessWork:
         world: the processes that share a batch.
 
     Attributes:
-        sampled: clock when this process had its samples.
         questions: that this process learned from.
         sample_seconds, learn_seconds: of its own work, without waiting for others.
     """
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self.sampled = 0.0
         self.questions = 0
         self.sample_seconds = self.learn_seconds = 0.0
 
@@ -36,8 +34,7 @@ class ProcessWork:
         """Time the sampling of this process's questions."""
         started = time.perf_counter()
         yield
-        self.sampled = time.perf_counter()
-        self.sample_seconds += self.sampled - started
+        self.sample_seconds += time.perf_counter() - started
 
     @contextlib.contextmanager
     def learning(self, questions: int) -> Iterator[None]:

@@ -8,17 +8,21 @@ than counted as a number; the default advantage is eq. 6 (see ``--advantage``).
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import statistics
+import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from ssrctl.configs import TrainConfig
 from ssrctl.core.budget import step_budgets
+from ssrctl.core.losses import k3, response_weights
 from ssrctl.core.mask import BlockMask
 from ssrctl.core.seeds import derive_seed
 from ssrctl.core.topk import NonFiniteGradient
@@ -31,10 +35,12 @@ from ssrctl.errors import UserError
 from ssrctl.io.mask_log import QuestionLog, UnitLog
 from ssrctl.models.loading import LoadedModel
 from ssrctl.sampling.groups import Group, Prompted, sample_groups
+from ssrctl.sampling.sampler import Sampler
 from ssrctl.training.credit import group_advantages
 from ssrctl.training.process_work import ProcessWork
+from ssrctl.training.reference import StartWeights
 from ssrctl.training.step_gradients.batch import group_batch
-from ssrctl.training.unit_gradients import GroupBatch, NonFiniteLoss, unit_gradients
+from ssrctl.training.unit_gradients import GroupBatch, NonFiniteLoss, response_logprobs, unit_gradients
 from ssrctl.training.unit_observer import QuestionView, UnitObserver, Wanted
 from ssrctl.training.updaters import QuestionUpdate, Updater
 
@@ -89,18 +95,33 @@ class _StepTotals:
     granted_budget_frac: list[float] = field(default_factory=list)
     non_finite: int = 0
     without_signal: int = 0
-
-    def add(self, other: _StepTotals) -> None:
-        """Add those of one question; sums of floats depend on the order of the questions."""
-        for spec in fields(self):
-            mine, theirs = getattr(self, spec.name), getattr(other, spec.name)
-            setattr(self, spec.name, max(mine, theirs) if spec.name == "gap_max" else mine + theirs)
+    resampled: int = 0
+    batch_tokens: float = 0.0
+    kl_sum: float = 0.0
+    seconds: dict[str, float] = field(default_factory=lambda: {"sample": 0.0, "score": 0.0, "reference": 0.0})
 
     def add_gap(self, logprobs: Tensor, batch: GroupBatch) -> None:
         gap = (logprobs - batch.old_logprobs).abs()[batch.known]
         self.gap_sum += float(gap.double().sum())
         self.gap_tokens += gap.numel()
         self.gap_max = max(self.gap_max, float(gap.max()) if gap.numel() else 0.0)
+        if batch.reference is not None:
+            self.kl_sum += float(k3(logprobs, batch.reference, batch.known).double().sum())
+
+    def add(self, other: _StepTotals) -> None:
+        """Add those of one question; sums of floats depend on the order of the questions."""
+        for spec in dataclasses.fields(self):
+            mine, theirs = getattr(self, spec.name), getattr(other, spec.name)
+            if spec.name == "gap_max":
+                self.gap_max = max(mine, theirs)
+            elif spec.name not in ("batch_tokens", "seconds"):  # of the whole step
+                setattr(self, spec.name, mine + theirs)
+
+    @contextlib.contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[phase] += time.perf_counter() - started
 
     def add_update(self, update: QuestionUpdate, num_unprotected: int) -> None:
         self.losses.append(sum(made.loss for made in update.gradients))
@@ -112,7 +133,7 @@ class _StepTotals:
 
 @dataclass
 class _Learned:
-    """What one question gave in one pass over the batch.
+    """The records of one question in one pass over the batch.
 
     Attributes:
         totals: of this question.
@@ -138,6 +159,7 @@ class TrainingStep:
         config: the run's settings.
         curve: the budget profile v_1..; ``[1.0]`` for equal budgets.
         observer: reads gradients for the logs; None reads none.
+        sampler: samples the responses; None is transformers in this process.
         world: the processes that share a batch.
     """
 
@@ -149,11 +171,13 @@ class TrainingStep:
         config: TrainConfig,
         curve: Sequence[float],
         observer: UnitObserver | None = None,
+        sampler: Sampler | None = None,
         world: World = ALONE,
     ) -> None:
         self.world, self.work = world, ProcessWork(world)
         self.loaded, self.critic, self.updater, self.config, self.curve = loaded, critic, updater, config, curve
-        self.observer = observer
+        self.observer, self.sampler = observer, sampler
+        self.start_weights = StartWeights(loaded.model) if config.beta else None
         self.num_coordinates = loaded.num_parameters
         self.num_unprotected = self.num_coordinates - updater.num_protected
 
@@ -170,11 +194,14 @@ class TrainingStep:
             NonFiniteBatch: every question of the batch gave a NaN or infinite loss or gradient in a pass over it.
         """
         config, totals, world = self.config, _StepTotals(), self.world
-        started = time.perf_counter()
-        groups = self._scored(prompts, self._sample(prompts, seed))
-        sampled, scored = self.work.sampled, time.perf_counter()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        groups = self._scored_groups(prompts, seed, totals)
+        scored = time.perf_counter()
         plans = [self._credit(group, totals) for group in groups]
+        totals.batch_tokens = sum(sum(self._trained_lengths(group)) for group in groups) / len(groups)
         mine = deal([_cost(group, units) for group, units in zip(groups, plans, strict=True)], world.size)[world.rank]
+        references = {number: self._reference(groups[number], totals) if plans[number] else None for number in mine}
         mask_log: list[QuestionLog] = []
         gradient: Tensor | None = None
         update_metrics: dict[str, float | None] = {}
@@ -185,17 +212,19 @@ class TrainingStep:
             updates: dict[int, QuestionUpdate] = {}
             with self.work.learning(len(mine)):
                 for number in mine:
-                    group, found = groups[number], _Learned(_StepTotals())
+                    group = groups[number]
+                    own = learned[number] = _Learned(_StepTotals(batch_tokens=totals.batch_tokens))
                     view = self.observer.question(wanted) if self.observer is not None and wanted else None
-                    is_first = iteration == 0
-                    update = self._learn(group, plans[number], len(groups), found.totals, view, is_first=is_first)
-                    learned[number] = found
+                    reference, is_first = references[number], iteration == 0
+                    update = self._learn(
+                        group, plans[number], len(groups), own.totals, view, reference, is_first=is_first
+                    )
                     if update is None:
                         continue
                     if log_masks and iteration == 0 and update.kept:
-                        found.log = self._question_log(group, update, view)
+                        own.log = self._question_log(group, update, view)
                     if view is not None and view.sketched is not None:
-                        found.sketch = view.sketched if world.size == 1 else view.sketched.cpu()
+                        own.sketch = view.sketched if world.size == 1 else view.sketched.cpu()
                     if world.size > 1:  # to be exchanged; one process has added it already
                         updates[number] = update
             logs, sketches = self._gathered(learned, totals)
@@ -215,15 +244,34 @@ class TrainingStep:
                 raise NonFiniteBatch(
                     f"summed over the batch, {error}", LOWER_RATE, weights_changed=iteration > 0
                 ) from error
-        done = time.perf_counter()
-        seconds = {"sample": sampled - started, "score": scored - sampled, "update": done - scored}
-        shares = self.work.shares(self.loaded.model.parameters())
-        return StepResult(self._metrics(groups, totals, seconds) | update_metrics | shares, groups, mask_log, gradient)
+        totals.seconds["update"] = time.perf_counter() - scored - totals.seconds["reference"]
+        metrics = self._metrics(groups, totals, totals.seconds) | update_metrics
+        return StepResult(metrics | self.work.shares(self.loaded.model.parameters()), groups, mask_log, gradient)
+
+    def _scored_groups(self, prompts: Sequence[Prompted], seed: int, totals: _StepTotals) -> list[Group]:
+        """Sample and score the questions; sample those without a signal again, as often as the settings allow."""
+
+        def made(wanted: Sequence[Prompted], seed: int) -> list[Group]:
+            with totals.timed("sample"):
+                mine = self._sample(wanted, seed)
+            with totals.timed("score"):
+                return self._scored(mine)
+
+        groups = made(prompts, seed)
+        for again in range(self.config.resample_without_signal):
+            silent = [place for place, group in enumerate(groups) if not any(map(any, self._advantages(group)[0]))]
+            if not silent:
+                break
+            totals.resampled += len(silent)
+            fresh = made([prompts[place] for place in silent], derive_seed(seed, "resample", again))
+            for place, group in zip(silent, fresh, strict=True):
+                groups[place] = group
+        return groups
 
     def _sample(self, prompts: Sequence[Prompted], seed: int) -> dict[int, Group]:
         """Sample the responses to this process's questions; return the groups by the questions' numbers."""
-        config = self.config
-        mine = deal([len(prompt.prompt_ids) for prompt in prompts], self.world.size)[self.world.rank]
+        config, world = self.config, self.world
+        mine = deal([len(prompt.prompt_ids) for prompt in prompts], world.size)[world.rank]
 
         def sample(numbers: list[int], own_seed: int) -> list[Group]:
             return sample_groups(
@@ -233,25 +281,25 @@ class TrainingStep:
                 num_generations=config.num_generations,
                 seed=own_seed,
                 segmentation=config,
+                sampler=self.sampler,
             )
 
         with self.work.sampling():
             if config.sample_together == "question":
                 return {number: sample([number], derive_seed(seed, "question", number))[0] for number in mine}
-            own_seed = seed if self.world.size == 1 else derive_seed(seed, "process", self.world.rank)
-            return dict(zip(mine, sample(mine, own_seed), strict=True))
+            own_seed = seed if world.size == 1 else derive_seed(seed, "process", world.rank)
+            return dict(zip(mine, sample(mine, own_seed), strict=True)) if mine else {}
 
-    def _scored(self, prompts: Sequence[Prompted], mine: dict[int, Group]) -> list[Group]:
-        """Return all groups with scores, in the order of the questions.
+    def _scored(self, mine: dict[int, Group]) -> list[Group]:
+        """Return the groups of all processes with scores, in the order of the questions.
 
         The main process asks the critic for all, so that there is one budget, cache and log of calls. The rollout critic
-        samples from the policy, which every process has: each scores its own groups.
+        samples from the policy, which every process has: each scores its own groups, one at a time.
         """
         config, world = self.config, self.world
-        own = list(mine.values())
-        if config.critic == "rollout" and world.size > 1:
+        if config.critic == "rollout" and config.sample_together == "question":
             assert self.critic is not None
-            for group in own:
+            for group in mine.values():
                 score_groups([group], self.critic, config.answer_extraction)
             return _in_order(world.gather(mine))
         parts = world.gather_on_main(mine)
@@ -271,6 +319,25 @@ class TrainingStep:
         records = _in_order(self.world.gather_on_main({n: (found.log, found.sketch) for n, found in mine.items()}))
         return [log for log, _ in records if log is not None], [one for _, one in records if one is not None]
 
+    def _advantages(self, group: Group) -> tuple[Sequence[Sequence[float | None]], int]:
+        config = self.config
+        return group_advantages(group, config.credit, config.advantage, mask_truncated=config.mask_truncated)
+
+    def _trained_lengths(self, group: Group) -> list[int]:
+        """Return the tokens of each response that the loss may train; 0 where the response is masked."""
+        masks = self.config.mask_truncated
+        return [0 if masks and not sample.finished else len(sample.response_ids) for sample in group.samples]
+
+    def _batch(self, group: Group) -> GroupBatch:
+        return group_batch(self.loaded, group, whole_response=self.config.credit != "step")
+
+    def _reference(self, group: Group, totals: _StepTotals) -> Tensor | None:
+        """Return the log-probabilities ``[G, R]`` under the start weights; None without a KL term."""
+        if self.start_weights is None:
+            return None
+        with totals.timed("reference"), self.start_weights.in_place():
+            return response_logprobs(self.loaded.model, self._batch(group), self.config.temperature)
+
     def _wanted(self, log_masks: bool, log_gradient: bool) -> Wanted:
         sets = log_masks and self.config.optimizer == "kronos"
         return Wanted(sets=sets, conflict=sets and self.config.log_gradient_cosine, sketch=log_gradient)
@@ -278,7 +345,7 @@ class TrainingStep:
     def _credit(self, group: Group, totals: _StepTotals) -> list[Unit]:
         """Write a group's advantages into its records, and return the update units that follow from them."""
         config = self.config
-        values, num_without_signal = group_advantages(group, config.credit, config.advantage)
+        values, num_without_signal = self._advantages(group)
         totals.without_signal += num_without_signal
         for rollout, row in zip(group.rollouts, values, strict=True):
             rollout.advantages = list(row)
@@ -300,6 +367,7 @@ class TrainingStep:
         num_questions: int,
         totals: _StepTotals,
         view: QuestionView | None,
+        reference: Tensor | None,
         *,
         is_first: bool,
     ) -> QuestionUpdate | None:
@@ -315,7 +383,8 @@ class TrainingStep:
 
         if not units:
             return None
-        batch = group_batch(self.loaded, group, whole_response=self.config.credit != "step")
+        batch = dataclasses.replace(self._batch(group), reference=reference)
+        lengths = torch.tensor(self._trained_lengths(group), device=self.loaded.device)
         gradients = unit_gradients(
             self.loaded.model,
             batch,
@@ -327,6 +396,11 @@ class TrainingStep:
             method=self.config.step_gradient_method,
             on_logprobs=lambda logprobs: totals.add_gap(logprobs, batch) if is_first else None,
             on_unit=before_unit,
+            epsilon_high=self.config.epsilon_high,
+            token_weights=response_weights(
+                self.config.loss_type, lengths, longest=self.config.max_new_tokens, batch_tokens=totals.batch_tokens
+            ),
+            beta=self.config.beta,
         )
         with contextlib.ExitStack() as stack:
             if view is not None:
@@ -374,7 +448,12 @@ class TrainingStep:
         samples = [sample for group in groups for sample in group.samples]
         scores = [score for rollout in rollouts for score in rollout.scores or ()]
         known = [score.reward for score in scores if score.reward is not None]
-        num_tokens = sum(len(sample.response_ids) for sample in samples)
+        lengths = [len(sample.response_ids) for sample in samples]
+        num_tokens = sum(lengths)
+        kl = {}
+        if self.config.beta:
+            kl["kl_to_start"] = totals.kl_sum / totals.gap_tokens if totals.gap_tokens else None
+            kl["reference_seconds"] = seconds["reference"]
         return {
             "reward": statistics.fmean(known) if known else None,
             "accuracy": _share(rollout.final is not None and rollout.final.correct is True for rollout in rollouts),
@@ -385,6 +464,7 @@ class TrainingStep:
             "no_step_responses": sum(1 for rollout in rollouts if not rollout.steps),
             "missing_score_frac": (len(scores) - len(known)) / len(scores) if scores else None,
             "no_signal_responses": totals.without_signal,
+            "resampled_questions": totals.resampled,
             "non_finite_questions": totals.non_finite,
             "loss": statistics.fmean(totals.losses) if totals.losses else None,
             "clip_frac": totals.clipped / totals.terms if totals.terms else 0.0,
@@ -395,11 +475,15 @@ class TrainingStep:
             "granted_budget_frac": (
                 statistics.fmean(totals.granted_budget_frac) if totals.granted_budget_frac else None
             ),
+            **kl,
             "response_tokens": num_tokens,
+            "response_tokens_mean": statistics.fmean(lengths),
+            "response_tokens_max": max(lengths),
             "tokens_per_second": num_tokens / max(sum(seconds.values()), 1e-9),
             "sample_seconds": seconds["sample"],
             "score_seconds": seconds["score"],
             "update_seconds": seconds["update"],
+            "peak_memory_bytes": _peak_memory_bytes(),
         }
 
 
@@ -412,6 +496,18 @@ def _cost(group: Group, units: Sequence[Unit]) -> float:
     """Predict the cost of a question's update: tokens that go forward once, and backward for each unit."""
     tokens = sum(len(group.prompted.prompt_ids) + len(sample.response_ids) for sample in group.samples)
     return tokens * (1 + 2 * len(units))
+
+
+def _peak_memory_bytes() -> int | None:
+    """Return the most memory in use: on CUDA of tensors since the step began, otherwise of the process so far."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _share(flags: Any) -> float:

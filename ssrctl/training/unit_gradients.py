@@ -95,6 +95,9 @@ def unit_gradients(
     method: str = "auto",
     on_logprobs: Callable[[Tensor], None] | None = None,
     on_unit: Callable[[Unit], None] | None = None,
+    epsilon_high: float | None = None,
+    token_weights: Tensor | None = None,
+    beta: float = 0.0,
 ) -> Iterator[UnitGradient]:
     """Backpropagate the units' losses one after the other.
 
@@ -110,7 +113,7 @@ def unit_gradients(
         batch: the group.
         units: in step order; those without a finite advantage on any token are skipped.
         temperature: of the sampling.
-        clip_epsilon, level: see ``core.losses.step_policy_loss``.
+        clip_epsilon, level, epsilon_high, token_weights, beta: see ``core.losses.step_policy_loss``.
         loss_scale: multiplies each loss before the backward pass, such as 1 / questions in the batch.
         method: one of ``METHODS``; all but ``local`` are exact, and ``auto`` takes the cheapest of these,
             ``piecemeal`` the cheapest that never needs a whole dense gradient to exist.
@@ -124,8 +127,9 @@ def unit_gradients(
     if method not in METHODS:
         raise UserError(f"unknown method for step gradients: {method!r}", f"use one of {', '.join(METHODS)}")
     task = GradientTask(
-        model, batch, units, temperature, clip_epsilon, level, loss_scale, on_logprobs=on_logprobs, on_unit=on_unit
-    )
+        model, batch, units, temperature, clip_epsilon, level, loss_scale, on_logprobs=on_logprobs, on_unit=on_unit,
+        epsilon_high=epsilon_high, token_weights=token_weights, beta=beta,
+    )  # fmt: skip
     obstacle = method_obstacle(task, method)
     if obstacle is not None:
         raise UserError(

@@ -47,6 +47,7 @@ COMMANDS = {
     "mask intersect": configs.MaskIntersectConfig,
     "mask minus": configs.MaskMinusConfig,
     "mask complement": configs.MaskComplementConfig,
+    "mask compare": configs.MaskCompareConfig,
     "mask info": configs.MaskInfoConfig,
 }
 
@@ -114,9 +115,9 @@ def test_flags_stand_in_panels_that_begin_with_the_common_ones(
     def panels(name: str) -> list[str]:
         return re.findall(r"^╭─ (\w+) ", shown_help(name, 100, capsys, monkeypatch), re.MULTILINE)
 
-    training = ["Method", "Optimizer", "Sampling", "Segmentation", "Critic", "Checkpoints", "Logging"]
-    assert panels("train") == ["Options", "Model", "Data", *training]
-    assert panels("critic") == ["Arguments", "Options", "Critic", "Model", "Sampling"]
+    training = ["Method", "Optimizer", "Sampling", "Segmentation", "Critic", "Checkpoints", "Logging", "Processes"]
+    assert panels("train") == ["Options", "Model", "Data", "Prompt", *training]
+    assert panels("critic") == ["Arguments", "Options", "Critic", "Model", "Prompt", "Sampling"]
 
 
 def test_help_names_choices_and_ranges_that_the_doc_line_leaves_out() -> None:
@@ -460,7 +461,7 @@ def test_other_spellings_of_layers_are_refused(text: str) -> None:
 # other names of settings
 
 
-@pytest.mark.parametrize("kind", {*COMMANDS.values()}, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", list(dict.fromkeys(COMMANDS.values())), ids=lambda kind: kind.__name__)
 def test_other_names_lead_to_fields_and_hide_none(kind: Any) -> None:
     fields = {spec.name for spec in dataclasses.fields(kind)}
     accepted = accepted_names(kind)

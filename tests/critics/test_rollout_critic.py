@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import statistics
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from ssrctl.cli import main
 from ssrctl.configs import CriticOptions, SamplingConfig, TrainConfig
 from ssrctl.critics import rollout as rollout_module
 from ssrctl.critics.base import score_all
@@ -19,6 +21,7 @@ from ssrctl.io.records import FinalAnswer, Rollout, StepSpan
 from ssrctl.models.loading import load_model
 from ssrctl.sampling.continuations import decode_continuation, encode_response, tokens_before
 from ssrctl.text.answers import check_answer
+from ssrctl.text.prompts import PromptFormat, build_prompt
 from ssrctl.tiny_reasoner.problems import problems
 
 # The reasoner knows questions of four operations and more; this one it gets right about every other time.
@@ -259,6 +262,38 @@ def test_a_record_without_a_prompt_is_refused(bundled, prompt):
     with pytest.raises(UserError, match=r"q/0 has no prompt.*'prompt'"):
         score_all(critic(bundled), [record(prompt=prompt)])
     assert score_all(critic(bundled), [record(prompt=prompt, steps=[])]) == [[]]
+
+
+def test_a_prompt_is_made_from_the_question_only_where_it_is_said_how(bundled):
+    made = critic(bundled)
+    made.prompt_format = PromptFormat(wording="{question}")
+    prompt = build_prompt(bundled.tokenizer, made.prompt_format, QUESTION)
+    given, bare = record(name="q/0", prompt=prompt), record(name="q/1", prompt=None)
+    first, second = score_all(made, [given, bare])
+    assert verdicts(first) == verdicts(second)
+    assert made.identity != critic(bundled).identity
+    assert made.identity.startswith(critic(bundled).identity)
+
+
+def test_the_command_continues_with_the_chat_template_that_it_is_given(tmp_path, capsys):
+    template = tmp_path / "t.jinja"
+    template.write_text("{% for m in messages %}{{ '2=' if tags else '' }}{{ m['content'] }}\n{% endfor %}")
+    source = tmp_path / "s.jsonl"
+    source.write_text(json.dumps(record(prompt=None).to_dict()) + "\n")
+    words = ["critic", str(source), "--critic", "rollout", "--critic-rollouts", "1", "--max-new-tokens", "64"]
+    assert main(words) == 2
+    assert "or say how to make it" in capsys.readouterr().err
+    identities = set()
+    (tmp_path / "plain.txt").write_text("{question}")
+    for more in ([], ["--chat-template-kwargs", '{"tags": true}'], ["--system-prompt", "7*8=?"]):
+        target = tmp_path / f"{len(more)}-{len(identities)}.jsonl"
+        assert main([*words, "--chat-template", str(template), "--prompt-template", str(tmp_path / "plain.txt"), *more,
+                     "-o", str(target)]) == 0  # fmt: skip
+        (row,) = map(json.loads, target.read_text().splitlines())
+        assert all(score["error"] is None for score in row["scores"])
+        identities.add(row["critic"])
+    assert len(identities) == 3
+    assert main([*words, "--chat-template", str(tmp_path / "none.jinja")]) == 2
 
 
 def test_continuations_keep_within_what_the_policy_may_write(bundled):

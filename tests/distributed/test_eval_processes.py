@@ -34,4 +34,4 @@ def test_given_responses_are_graded_in_one_process(tmp_path: Path) -> None:
     ended = run_processes(["eval", "--responses", str(tmp_path / "r.jsonl")], 2, tmp_path / "logs")
     said = [line for process in ended for line in process.err.splitlines() if line.startswith("error: ")]
     assert [process.code for process in ended] == [2, 2]
-    assert said == ["error: --responses is graded in one process, 2 were launched"]
+    assert said == ["error: nothing is sampled, and 2 processes were launched"]

@@ -23,6 +23,7 @@ SMALL = [
 LOGS = ["--log-masks-every", "1", "--log-gradients", "1", "--json"]
 OWN = {  # what says how the work was divided, and times
     "num_processes", "processes", "tokens_per_second", "sample_seconds", "score_seconds", "update_seconds",
+    "peak_memory_bytes", "reference_seconds",
 }  # fmt: skip
 
 

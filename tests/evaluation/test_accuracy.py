@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
 
 from ssrctl.errors import UserError
-from ssrctl.evaluation.accuracy import compare, per_problem, summarise
+from ssrctl.evaluation.accuracy import compare, compare_all, majority, pass_at_k, per_problem, summarise
 from ssrctl.io.records import FinalAnswer, Rollout
 
 OUTCOMES = {
@@ -85,3 +86,72 @@ def test_evaluations_of_other_problems_are_not_compared() -> None:
         compare([sample("a", "correct", "1+1?")], [sample("a", "correct", "2+2?")], 0.95)
     with pytest.raises(UserError, match="none in common"):
         compare([sample("a", "correct")], [sample("b", "correct")], 0.95)
+
+
+@pytest.mark.parametrize("right", range(6))
+def test_pass_at_k_is_what_all_draws_give(right: int) -> None:
+    finals = [OUTCOMES["correct"]] * right + [OUTCOMES["wrong"]] * (5 - right)
+    for k in range(1, 6):
+        draws = list(itertools.combinations(finals, k))
+        assert pass_at_k(finals, k) == pytest.approx(sum(any(f.correct for f in draw) for draw in draws) / len(draws))
+    with pytest.raises(ValueError, match="pass@6 of 5"):
+        pass_at_k(finals, 6)
+
+
+def answers(*extracted: str | None, right: str = "1") -> list[FinalAnswer]:
+    return [FinalAnswer(extracted=one, correct=one == right) for one in extracted]
+
+
+@pytest.mark.parametrize(
+    ("given", "value"),
+    [
+        (("1", "1", "2"), 1.0),
+        (("1", "2", "2"), 0.0),
+        (("1", "2"), 0.5),
+        (("1", "2", "3", None), 1 / 3),
+        (("1", "1/2", "0.5"), 0.0),  # two forms of one wrong answer
+        ((None, None), 0.0),
+        (("2", "3"), 0.0),
+    ],
+)
+def test_the_majority_and_its_ties(given: tuple[str | None, ...], value: float) -> None:
+    assert majority(answers(*given)) == pytest.approx(value)
+
+
+def test_groups_of_problems_and_runs() -> None:
+    samples = [
+        sample(f"p{number}/{place}", "correct" if place < right else "wrong", level=level, subject="algebra")
+        for number, (level, right) in enumerate([(1, 4), (2, 1), (10, 0)])
+        for place in range(4)
+    ]
+    summary = summarise(samples, 0.95, runs=2)
+    assert {name: row["value"] for name, row in summary["groups"]["level"].items()} == {"1": 1.0, "2": 0.25, "10": 0.0}
+    assert list(summary["groups"]) == ["level"] and list(summary["groups"]["level"]) == ["1", "2", "10"]
+    assert summary["runs"]["accuracies"] == pytest.approx([(1 + 0.5) / 3, 1 / 3])
+    assert summary["runs"]["sd"] == pytest.approx(0.25 / 3 * 2**0.5 / 1)
+    assert summarise(samples, 0.95)["runs"] is None
+    assert summary["pass_at_k"] == pytest.approx({"1": 1.25 / 3, "2": 1.5 / 3, "4": 2 / 3})
+
+
+def test_repeated_ids_are_refused_unless_they_name_problems() -> None:
+    with pytest.raises(UserError, match="1 ids occur more than once, 'a/0' 2 times"):
+        summarise([sample("a/0", "correct"), sample("a/0", "wrong"), sample("b/0", "wrong")], 0.95)
+    twice = [sample(name, outcome) for name in "ab" for outcome in ("correct", "wrong")]
+    assert summarise(twice, 0.95)["accuracy"]["value"] == 0.5
+    with pytest.raises(UserError, match="more than once"):
+        summarise([*twice, sample("a", "wrong")], 0.95)
+
+
+def test_several_evaluations_are_compared_over_what_all_have() -> None:
+    problems = [f"p{number}" for number in range(12)]
+    worse = [sample(f"{name}/0", "wrong") for name in problems]
+    better = [sample(f"{name}/0", "correct") for name in problems[:11]]
+    same = [sample(f"{name}/0", "wrong") for name in problems[1:]]
+    first, second = compare_all([worse, better, same], 0.95)
+    assert (first["difference"]["value"], first["difference"]["num_problems"]) == (1.0, 10)
+    assert first["difference"]["p_value"] == pytest.approx(2 / 2**10)
+    assert first["difference"]["p_value_holm"] == pytest.approx(4 / 2**10)
+    assert second["difference"]["p_value_holm"] == 1.0
+    assert first["unpaired_problems"] == 2 and first["accuracy"]["value"] == 1.0
+    with pytest.raises(UserError, match="none in common"):
+        compare_all([worse[:1], worse[1:]], 0.95)

@@ -1,125 +1,181 @@
-"""Intervals over problems: against formulas, and against the coverage they claim."""
+"""Intervals, tests and power over problems: against formulas, and against the coverage they claim."""
 
 from __future__ import annotations
 
+import itertools
 import math
-from dataclasses import asdict
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import norm
+from scipy.stats import norm, t
 
-from ssrctl.evaluation.intervals import accuracy_interval, paired_difference
+from ssrctl.evaluation import intervals
+from ssrctl.evaluation.intervals import Estimate, accuracy_interval, holm, least_detectable, paired_difference
 
 shares = st.lists(st.integers(0, 8).map(lambda right: right / 8), min_size=1, max_size=12)
 
 
-@settings(max_examples=25)
+@settings(max_examples=50)
 @given(shares)
-def test_an_interval_holds_its_mean_and_stays_in_range(values: list[float]) -> None:
+def test_an_interval_holds_its_mean_stays_in_range_and_has_a_width(values: list[float]) -> None:
     found = accuracy_interval(values)
     assert found.value == pytest.approx(np.mean(values), abs=1e-12)
     assert found.num_problems == len(values) and found.confidence == 0.95
     assert 0 <= found.low <= found.value <= found.high <= 1
+    assert found.high - found.low > 0.01
 
 
-def wilson(right: int, count: int, confidence: float) -> tuple[float, float]:
+@settings(max_examples=50)
+@given(shares, st.randoms(use_true_random=False))
+def test_a_difference_has_a_width_and_turns_its_sign_with_its_sides(before: list[float], chance: object) -> None:
+    after = sorted(before, key=lambda _: chance.random())  # type: ignore[attr-defined]
+    there, back = (paired_difference(*pair, num_samples=8) for pair in ((before, after), (after, before)))
+    assert there.high - there.low > 0.01
+    assert (there.value, there.low, there.high) == pytest.approx((-back.value, -back.high, -back.low), abs=1e-12)
+    assert there.p_value == pytest.approx(back.p_value, abs=0.02)
+
+
+def wilson(p: float, count: float, quantile: float) -> tuple[float, float]:
     """Wilson 1927: centre and half-width of the score interval."""
-    z, p = norm.ppf((1 + confidence) / 2), right / count
-    centre = (p + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
+    centre = (p + quantile**2 / (2 * count)) / (1 + quantile**2 / count)
+    half = quantile / (1 + quantile**2 / count) * math.sqrt(p * (1 - p) / count + quantile**2 / (4 * count * count))
     return centre - half, centre + half
 
 
 @pytest.mark.parametrize("confidence", [0.9, 0.95, 0.99])
-@pytest.mark.parametrize(("value", "right"), [(1.0, 10), (0.0, 0), (0.5, 5)])
-def test_where_problems_do_not_differ_it_is_wilsons(value: float, right: int, confidence: float) -> None:
+@pytest.mark.parametrize("value", [1.0, 0.0, 0.5])
+def test_where_problems_do_not_differ_it_is_wilsons(value: float, confidence: float) -> None:
     found = accuracy_interval([value] * 10, confidence)
-    assert (found.low, found.high) == pytest.approx(wilson(right, 10, confidence), abs=1e-9)
-    assert found.low < found.high, "ten problems alike do not prove certainty"
+    expected = wilson(value, 10, norm.ppf((1 + confidence) / 2))
+    assert (found.low, found.high) == pytest.approx(expected, abs=1e-9)
 
 
-def test_one_problem_says_little() -> None:
-    found = accuracy_interval([0.25])
-    assert found.low <= 0.25 <= found.high and found.high - found.low > 0.5
+def test_several_samples_count_as_many_problems_as_their_spread_says() -> None:
+    values = [0.25, 0.5, 0.75, 0.5]
+    # p (1 - p) / (s^2 / 4) with s^2 = 0.125 / 3
+    found = accuracy_interval(values)
+    assert (found.low, found.high) == pytest.approx(wilson(0.5, 0.25 / (0.125 / 12), t.ppf(0.975, 3)), abs=1e-9)
+    single = accuracy_interval([0.0, 1.0, 0.0, 1.0])
+    assert found.high - found.low < single.high - single.low
 
 
-def bca(values: np.ndarray, confidence: float, resamples: int) -> tuple[float, float]:
-    """Efron 1987 by hand: bias correction, jackknife acceleration, then shifted percentiles."""
-    rng = np.random.default_rng(7)
-    means = np.array([values[rng.integers(0, len(values), len(values))].mean() for _ in range(resamples)])
-    below = (np.sum(means < values.mean()) + 0.5 * np.sum(means == values.mean())) / resamples
-    z0 = norm.ppf(below)
-    left_out = np.array([np.delete(values, i).mean() for i in range(len(values))])
-    gap = left_out.mean() - left_out
-    acceleration = (gap**3).sum() / (6 * (gap**2).sum() ** 1.5)
-    ends = []
-    for tail in ((1 - confidence) / 2, (1 + confidence) / 2):
-        z = z0 + norm.ppf(tail)
-        ends.append(np.quantile(means, norm.cdf(z0 + z / (1 - acceleration * z))))
-    return ends[0], ends[1]
+def test_the_difference_is_students() -> None:
+    before, after = [0.125, 0.5, 0.25, 0.0], [0.375, 0.75, 0.25, 0.5]
+    found = paired_difference(before, after, 0.9)
+    # differences 1/4, 1/4, 0, 1/2: mean 1/4, s^2 = 1/24
+    error = math.sqrt(1 / 24 / 4)
+    assert (found.low, found.high) == pytest.approx((0.25 - t.ppf(0.95, 3) * error, 0.25 + t.ppf(0.95, 3) * error))
+    assert found.detectable == pytest.approx((t.ppf(0.95, 3) + t.ppf(0.8, 3)) * error)
 
 
-def test_it_is_the_bca_bootstrap_over_problems() -> None:
-    values = np.random.default_rng(1).beta(0.6, 2.0, size=40)
-    found = accuracy_interval(values.tolist(), 0.9)
-    # Two sets of 10,000 resamples: the ends wander by about 1% of the standard error over sqrt(tail).
-    tolerance = 0.1 * values.std() / math.sqrt(len(values))
-    assert (found.low, found.high) == pytest.approx(bca(values, 0.9, 10_000), abs=tolerance)
-    assert found.high - found.value > found.value - found.low, "the skew moves both ends up"
+def test_three_gained_of_thirty_are_not_significant() -> None:
+    found = paired_difference([0.0] * 30, [1.0] * 3 + [0.0] * 27)
+    assert (found.test, found.p_value) == ("mcnemar", pytest.approx(0.25))
+    assert found.low < 0 < found.high
 
 
-def test_equal_calls_give_equal_intervals() -> None:
-    values = [0.0, 0.125, 0.5, 1.0, 0.875]
-    assert accuracy_interval(values) == accuracy_interval(values)
+def test_an_evaluation_compared_with_itself() -> None:
+    found = paired_difference([0.5, 0.25], [0.5, 0.25], num_samples=4)
+    assert (found.value, found.p_value, found.test) == (0.0, 1.0, "permutation")
+    assert found.low < 0 < found.high
 
 
-def test_more_confidence_is_wider_and_more_problems_are_narrower() -> None:
-    values = [0.0, 0.25, 0.5, 1.0] * 5
-
-    def width(estimate: object) -> float:
-        return estimate.high - estimate.low  # type: ignore[attr-defined]
-
-    assert width(accuracy_interval(values, 0.9)) < width(accuracy_interval(values, 0.99))
-    assert width(accuracy_interval(values * 4)) == pytest.approx(width(accuracy_interval(values)) / 2, rel=0.1)
-
-
-def test_a_difference_is_after_minus_before_per_problem() -> None:
-    before, after = [0.0, 0.5, 0.25, 0.75], [0.25, 1.0, 0.25, 1.0]
-    found = paired_difference(before, after)
-    assert found.value == pytest.approx(0.25) and found.num_problems == 4
-    assert found.low < found.value < found.high
-    back = paired_difference(after, before)
-    assert back.value == pytest.approx(-0.25)
-    # resamples are the same, so the mirror image is exact up to the interpolation of percentiles
-    assert (-back.high, -back.low) == pytest.approx((found.low, found.high), abs=1e-2)
+def test_the_permutation_test_is_exact_for_few_problems() -> None:
+    before, after = [0.25, 0.5, 0.0, 1.0, 0.5], [0.5, 1.0, 0.25, 0.75, 0.5]
+    differences = [b - a for a, b in zip(before, after, strict=True) if a != b]
+    sums = [
+        abs(sum(sign * value for sign, value in zip(signs, differences, strict=True)))
+        for signs in itertools.product((1, -1), repeat=len(differences))
+    ]
+    expected = sum(total >= abs(sum(differences)) - 1e-12 for total in sums) / len(sums)
+    assert paired_difference(before, after).p_value == pytest.approx(expected)
 
 
-def test_pairing_takes_out_what_problems_share() -> None:
-    rng = np.random.default_rng(3)
-    before = rng.uniform(0, 0.9, 50)
-    after = before + 0.05 + 0.01 * rng.standard_normal(50)
-    paired = paired_difference(before.tolist(), after.tolist())
-    alone = accuracy_interval(before.tolist())
-    assert paired.low > 0.04
-    assert paired.high - paired.low < 0.1 * (alone.high - alone.low)
+def test_a_single_problem_that_moved_is_no_evidence() -> None:
+    assert paired_difference([0.5, 0.25, 0.0], [1.0, 0.25, 0.0]).p_value == 1.0
 
 
-def test_the_same_difference_everywhere_is_a_point() -> None:
-    found = paired_difference([0.125, 0.5, 0.25], [0.375, 0.75, 0.5], 0.9)
-    assert (found.value, found.low, found.high, found.confidence) == (0.25, 0.25, 0.25, 0.9)
+def test_holm() -> None:
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+    assert holm([]) == []
 
 
-def test_record() -> None:
-    assert asdict(accuracy_interval([0.5, 0.5])).keys() == {"value", "low", "high", "confidence", "num_problems"}
-
-
-def test_refusals() -> None:
+def test_no_problems_and_unequal_lists_are_refused() -> None:
     with pytest.raises(ValueError, match="no problems"):
         accuracy_interval([])
     with pytest.raises(ValueError, match="no problems"):
         paired_difference([], [])
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match="argument 2"):
         paired_difference([0.5], [0.5, 0.5])
+
+
+# --------------------------------------------------------------------------------------------------
+# simulations
+
+DRAWS = 2000
+DIFFICULTIES = {"even": (1.0, 1.0), "extreme": (0.5, 0.5), "easy": (4.0, 1.0)}  # beta distributions of p
+
+
+@pytest.fixture
+def few_permutations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Simulations need no third digit of each p-value."""
+    monkeypatch.setattr(intervals, "NUM_PERMUTATIONS", 400)
+
+
+def covered(truth: float, draws: np.ndarray, interval: Callable[[list[float]], Estimate]) -> float:
+    found = [interval(row.tolist()) for row in draws]
+    return float(np.mean([one.low <= truth <= one.high for one in found]))
+
+
+# A count of right problems is discrete, and so is the coverage of any interval of it: 0.93 to 0.98 at 20 to 50 problems.
+@pytest.mark.slow
+@pytest.mark.parametrize(("num_samples", "tolerance"), [(1, 0.027), (4, 0.018), (8, 0.015)])
+@pytest.mark.parametrize("count", [20, 50, 200])
+@pytest.mark.parametrize("difficulty", DIFFICULTIES)
+def test_coverage_of_accuracy(difficulty: str, count: int, num_samples: int, tolerance: float) -> None:
+    a, b = DIFFICULTIES[difficulty]
+    rng = np.random.default_rng(0)
+    draws = rng.binomial(num_samples, rng.beta(a, b, (DRAWS, count))) / num_samples
+    assert covered(a / (a + b), draws, accuracy_interval) == pytest.approx(0.95, abs=tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("few_permutations")
+@pytest.mark.parametrize("num_samples", [1, 4, 8])
+@pytest.mark.parametrize("count", [20, 50, 200])
+@pytest.mark.parametrize("difficulty", DIFFICULTIES)
+def test_coverage_and_type_1_error_of_a_difference(difficulty: str, count: int, num_samples: int) -> None:
+    rng = np.random.default_rng(1)
+    p = rng.beta(*DIFFICULTIES[difficulty], (DRAWS, count))
+    before, after = (rng.binomial(num_samples, p) / num_samples for _ in range(2))
+    found = [
+        paired_difference(*pair, num_samples=num_samples) for pair in zip(before.tolist(), after.tolist(), strict=True)
+    ]
+    assert np.mean([one.low <= 0 <= one.high for one in found]) == pytest.approx(0.95, abs=0.015)
+    assert np.mean([one.p_value <= 0.05 for one in found]) <= 0.065
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("few_permutations")
+@pytest.mark.parametrize(("count", "num_samples"), [(100, 8), (300, 4), (800, 1)])
+def test_a_planted_difference_is_found_at_the_stated_power(count: int, num_samples: int) -> None:
+    """Half of the problems gain as much as makes the mean difference equal to the detectable one."""
+    rng = np.random.default_rng(2)
+    p = rng.uniform(0.2, 0.6, count)
+    sample = rng.binomial(num_samples, p) / num_samples
+    effect = least_detectable(sample.tolist(), num_samples)
+    draws = [
+        paired_difference(
+            (rng.binomial(num_samples, p) / num_samples).tolist(),
+            (rng.binomial(num_samples, p + effect) / num_samples).tolist(),
+            num_samples=num_samples,
+        )
+        for _ in range(400)
+    ]
+    power = np.mean([one.low > 0 for one in draws])
+    # with one sample the problems' difficulty counts as noise, which errs on the side of more problems
+    assert 0.74 <= power <= (0.86 if num_samples > 1 else 0.97)

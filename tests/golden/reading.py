@@ -14,6 +14,8 @@ HASH, TEXT_HASH = "sha256:", "text-sha256:"
 TIMINGS = frozenset(
     {
         "tokens_per_second",
+        "peak_memory_bytes",
+        "reference_seconds",
         "sample_seconds",
         "score_seconds",
         "update_seconds",

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -96,3 +97,19 @@ with termination_as_interrupt(), deferred_interrupt() as interrupted:
     process.send_signal(signal.SIGHUP)
     assert os.read(reading, 100) == b" saved" and process.wait(30) == 0
     os.close(reading)
+
+
+def test_the_exit_code_of_a_module_run_survives_a_signal_in_an_import(tmp_path: Path) -> None:
+    """CPython would exit by SIGINT after a KeyboardInterrupt within an exec of text, as dataclasses do it."""
+    (tmp_path / "probe.py").write_text(
+        "import os, signal, rich.text, ssrctl.cli, ssrctl.io.terminal\n"
+        "from ssrctl.cli.glue import run_guarded\n"
+        "stop = 'import os, signal; os.kill(os.getpid(), signal.SIGTERM)'\n"
+        "ssrctl.cli.main = lambda: run_guarded(lambda: exec(stop))\n"
+        "ssrctl.cli.entry_point()\n"
+    )
+    paths = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-m", "probe"], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths}
+    )
+    assert (done.returncode, done.stderr.splitlines()[0]) == (3, "stopped: SIGTERM")

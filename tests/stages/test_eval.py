@@ -49,7 +49,36 @@ def test_another_evaluation_in_the_folder_is_refused(tmp_path: Path) -> None:
 def test_paired_comparison_of_a_model_with_itself_is_zero(tmp_path: Path) -> None:
     evaluate.run(config(tmp_path / "a"))
     paired = evaluate.run(config(tmp_path / "b", baseline=tmp_path / "a"))["paired"]
-    assert paired["difference"]["value"] == paired["difference"]["low"] == paired["difference"]["high"] == 0.0
+    difference = paired["difference"]
+    assert (difference["value"], difference["p_value"]) == (0.0, 1.0)
+    assert difference["low"] < 0 < difference["high"], "six problems alike do not prove that no problem differs"
+
+
+def test_runs_add_samples_and_stored_evaluations_are_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    once = evaluate.run(config(tmp_path / "a", num_samples=2))
+    first = (tmp_path / "a/samples.jsonl").read_text()
+    twice = evaluate.run(config(tmp_path / "a", num_samples=2, runs=2))
+    assert (tmp_path / "a/samples.jsonl").read_text().startswith(first)
+    assert twice["runs"]["accuracies"][0] == once["accuracy"]["value"] and twice["num_samples"] == 24
+    evaluate.run(config(tmp_path / "b", num_samples=2, seed=1, temperature=0.5, dataset_split="heldout"))
+    capsys.readouterr()
+    words = ["eval", "--compare", str(tmp_path / "a"), str(tmp_path / "b/samples.jsonl"), str(tmp_path / "a")]
+    assert main([*words, "--json"]) == 2, "another seed of the bundled data has other problems"
+    evaluate.run(config(tmp_path / "c", num_samples=2, temperature=0.5))
+    capsys.readouterr()
+    words = ["eval", "--compare", *(str(tmp_path / name) for name in "aca")]
+    assert main([*words, "--json"]) == 0
+    shown = capsys.readouterr()
+    found = json.loads(shown.out)
+    assert found["baseline_accuracy"] == twice["accuracy"]
+    assert found["comparisons"][1]["difference"]["p_value_holm"] == 1.0
+    assert "temperature 1.0 and 0.5" in shown.err
+    assert main(words) == 0
+    assert "adjusted for 2 comparisons (Holm)" in capsys.readouterr().out
+    assert main(words[:3]) == 2 and main(["eval", str(tmp_path / "a")]) == 2
+    assert "--compare needs two evaluations or more, got 1" in capsys.readouterr().err
 
 
 def test_baseline_on_other_problems_is_refused(tmp_path: Path) -> None:

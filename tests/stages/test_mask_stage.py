@@ -535,3 +535,45 @@ def test_a_mask_names_a_model_of_the_hubs_cache_as_the_hub_does(tmp_path: Path) 
     model, other = json.loads(metadata["model"]), json.loads(metadata["settings"])["tuned_model"]
     assert (model["name"], model["revision"]) == ("org/name", "abc")
     assert (other["name"], other["revision"]) == ("org/name", "def")
+
+
+def test_a_random_mask_like_another_has_its_counts(tmp_path: Path) -> None:
+    given = mask_of(tmp_path, "low-magnitude", "--model", TINY, "--density", "0.3", "--include", "*proj*")
+    like = ("random", "--model", TINY, "--like", tmp_path / "m.safetensors", "--seed")
+    first, second = (mask_of(tmp_path, *like, seed, name=f"r{seed}.safetensors") for seed in (0, 1))
+    counts = [{name: tiles.count() for name, tiles in mask.tensors.items()} for mask in (given, first, second)]
+    assert counts[0] == counts[1] == counts[2]
+    assert first.jaccard(second) < 0.3 and first.jaccard(given) < 0.3
+
+
+def test_a_complement_within_the_tensors_of_a_mask(tmp_path: Path) -> None:
+    given = mask_of(tmp_path, "random", "--model", TINY, "--density", "0.25", "--include", "*mlp*")
+    rest = mask_of(tmp_path, "complement", tmp_path / "m.safetensors", "--within", name="c.safetensors")
+    for name, tiles in given.tensors.items():
+        assert rest.tensors[name].count() == (tiles.numel - tiles.count() if "mlp" in name else 0)
+    assert (rest & given).count() == 0
+
+
+def test_masks_are_compared_with_chance(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [tmp_path / f"{seed}.safetensors" for seed in (0, 1)]
+    masks = [
+        mask_of(tmp_path, "random", "--model", TINY, "--density", "0.2", "--include", "*mlp*", "--seed", str(seed),
+                name=f"{seed}.safetensors")
+        for seed in (0, 1)
+    ]  # fmt: skip
+    capsys.readouterr()
+    assert main(["mask", "compare", *map(str, paths), str(paths[0]), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    first, same, _ = found["pairs"]
+    assert first["jaccard"] == pytest.approx(masks[0].jaccard(masks[1])) and same["jaccard"] == 1.0
+    share = masks[0].count() / masks[0].numel
+    assert first["expected_jaccard"] == pytest.approx(share / (2 - share), rel=1e-3)
+    # two random halves of the same tensors agree by chance within them: 0.2 * 0.2 of 0.2 + 0.2 - 0.04
+    assert first["expected_jaccard_within_tensors"] == pytest.approx(0.04 / 0.36, rel=1e-2)
+    assert first["jaccard"] == pytest.approx(0.04 / 0.36, abs=0.02)
+    monkeypatch.chdir(tmp_path)
+    assert main(["mask", "compare", "0.safetensors", "1.safetensors"]) == 0
+    assert "0.safetensors and 1.safetensors share" in " ".join(capsys.readouterr().out.split())
+    assert main(["mask", "compare", str(paths[0])]) == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,7 +33,14 @@ from ssrctl.stages import train
 from ssrctl.training import training_step
 from ssrctl.training.unit_gradients import NonFiniteLoss
 
-TIMES = {"tokens_per_second", "sample_seconds", "score_seconds", "update_seconds"}
+TIMES = {
+    "peak_memory_bytes",
+    "reference_seconds",
+    "tokens_per_second",
+    "sample_seconds",
+    "score_seconds",
+    "update_seconds",
+}
 
 
 def config(out: Path, **changes: object) -> TrainConfig:
@@ -144,7 +152,7 @@ def test_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
         shared |= {"mask": request.getfixturevalue("protected"), "ignore_fingerprint": True}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train.run(config(whole, **shared))
-    train.run(config(parts, **shared))
+    shutil.copytree(whole, parts)
     # Back to what a kill after step 1 leaves: later files and a torn line in the log.
     for folder in RunDir(parts).checkpoints()[1:]:
         (folder / "COMPLETE").unlink()
@@ -222,11 +230,59 @@ def test_equal_or_missing_scores_change_nothing(tmp_path: Path, monkeypatch: pyt
     flat = FunctionCritic(lambda rollout, index: scores[index % 2])
     monkeypatch.setattr(train, "make_critic", lambda options, resources: flat)
     run = tmp_path / "run"
-    summary = train.run(config(run))
+    # Cold and long enough for all to mark an answer: a response without one has the reward -1.
+    summary = train.run(config(run, max_steps=1, max_new_tokens=80, temperature=0.1, resample_without_signal=2))
     assert summary is not None and summary["changed_frac"] == 0.0
     row = metrics(run)[0]
+    assert row["resampled_questions"] == 2 * 2
     assert row["no_signal_responses"] == 8 and row["num_units"] == 0 and row["missing_score_frac"] > 0.3
     assert row["reward"] == 0.5 and row["loss"] is None
+
+
+def test_only_questions_without_a_signal_are_sampled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ssrctl.io.records import StepScore
+
+    seen: list[str] = []
+
+    def score_of(rollout, index):  # type: ignore[no-untyped-def]
+        """The first group of the second question gets equal scores, everything else scores by place."""
+        if index == 0:
+            seen.append(rollout.question)
+        reward = 0.0 if 4 < len(seen) <= 8 else index / 10
+        return StepScore(score=100 * reward, reward=reward)
+
+    monkeypatch.setattr(train, "make_critic", lambda options, resources: FunctionCritic(score_of))
+    run = tmp_path / "run"
+    train.run(config(run, max_steps=1, max_new_tokens=80, resample_without_signal=3))
+    (row,) = metrics(run)
+    assert row["resampled_questions"] == 1 and row["no_signal_responses"] == 0
+    assert len(seen) == 12 and seen[4:8] == seen[8:] != seen[:4]
+    kept = list(read_rollouts(RunDir(run).rollouts(1)))
+    assert [r.question for r in kept] == seen[:4] + seen[8:]
+
+
+def test_masked_truncated_responses_give_no_gradient(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train.run(config(run, max_steps=1, max_new_tokens=40, mask_truncated=True, questions_per_step=4))
+    advantages: dict[bool, list[float | None]] = {True: [], False: []}
+    for rollout in read_rollouts(RunDir(run).rollouts(1)):
+        advantages[rollout.extra["finished"]] += rollout.advantages
+    assert advantages[False] and set(advantages[False]) == {None}
+    assert any(advantages[True]) and None not in advantages[True]
+    (row,) = metrics(run)
+    assert 0 < row["finished_frac"] < 1 and row["response_tokens_max"] == 40 > row["response_tokens_mean"]
+
+
+def test_kl_is_measured_to_the_start_model_also_after_a_resume(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    settings = {"max_steps": 3, "save_steps": 2, "beta": 0.1, "loss_type": "grpo", "epsilon_high": 0.3}
+    train.run(config(run, **settings))
+    whole, weights = metrics(run), final_weights(run)
+    assert abs(whole[0]["kl_to_start"]) < 1e-9 < 1e-6 < whole[1]["kl_to_start"]
+    resume = {"resume_from_checkpoint": str(RunDir(run).checkpoints()[0]), "force": True}
+    train.run(config(run, **settings, **resume))
+    assert metrics(run) == whole
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in final_weights(run).items())
 
 
 def test_an_outage_of_the_critic_stops_the_run_with_what_was_learned_kept(
@@ -290,15 +346,17 @@ def test_masters_decide_what_small_updates_of_bfloat16_weights_do(tmp_path: Path
     assert changed[True] > changed[False]
 
 
-@pytest.mark.parametrize("method", ["kept", "truncated", "chunked"])
-def test_exact_step_gradients_train_alike(tmp_path: Path, method: str) -> None:
-    for name in ("auto", method):
-        train.run(config(tmp_path / name, max_steps=1, step_gradient=name))
-    first, second = final_weights(tmp_path / "auto"), final_weights(tmp_path / method)
+def test_exact_step_gradients_train_alike(tmp_path: Path) -> None:
+    runs = {name: tmp_path / name for name in ("auto", "kept", "truncated", "chunked")}
+    for name, run in runs.items():
+        train.run(config(run, max_steps=1, step_gradient=name))
     start = dict(load_model(TrainConfig()).model.named_parameters())
-    distance = sum(float((first[n] - second[n]).double().square().sum()) for n in first) ** 0.5
+    first = final_weights(runs.pop("auto"))
     moved = sum(float((first[n] - p.detach()).double().square().sum()) for n, p in start.items()) ** 0.5
-    assert distance < 0.02 * moved  # rounding moves a few coordinates across the selection threshold
+    for name, run in runs.items():
+        second = final_weights(run)
+        distance = sum(float((first[n] - second[n]).double().square().sum()) for n in first) ** 0.5
+        assert distance < 0.02 * moved, name  # rounding moves a few coordinates across the selection threshold
 
 
 def test_max_units_bounds_the_updates_of_a_question(tmp_path: Path) -> None:
@@ -313,6 +371,7 @@ def test_max_units_bounds_the_updates_of_a_question(tmp_path: Path) -> None:
     [
         ({"optimizer": "adamw", "update_rule": "adam"}, "--update-rule has no meaning for adamw"),
         ({"optimizer": "adamw", "scope": "tensor", "max_units": 2}, "--scope, --max-units has no meaning"),
+        ({"loss_type": "dapo"}, "dapo sums over tokens, --importance-level sequence has one ratio"),
         ({"scope": "tensor", "allocation": "shuffled"}, "shuffled needs whole gradients"),
         ({"scope": "tensor", "log_gradient_cosine": True}, "--log-gradient-cosine needs whole gradients"),
         ({"reuse_factor": 2.0, "allocation": "overlap"}, "--reuse-factor loosens the disjoint"),

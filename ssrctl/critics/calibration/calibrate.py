@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import fmean
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from ssrctl.critics.base import Critic
 from ssrctl.critics.calibration.first_errors import (
@@ -27,6 +27,9 @@ from ssrctl.critics.calibration.retest import auc, changed_frac, point_biserial,
 from ssrctl.errors import Stopped, UserError
 from ssrctl.io.labelled import ALL_RIGHT, Labelled
 from ssrctl.io.records import StepScore
+
+if TYPE_CHECKING:
+    from ssrctl.critics.calibration.judgements import Judgements
 
 COST_FIELDS = ("calls", "cached", "prompt_tokens", "completion_tokens", "cost_usd")
 
@@ -72,6 +75,7 @@ def calibrate(
     repeats: int = 1,
     wrong_below: float = 0.0,
     seed: int = 0,
+    kept: Judgements | None = None,
     on_done: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """Judge every trace ``repeats`` times with ``critic`` and measure it; see ``measure`` for the result.
@@ -84,6 +88,7 @@ def calibrate(
         repeats: judgements of each trace, at least 1.
         wrong_below: a step whose score, in [-100, 100], is below this counts as called wrong.
         seed: seed of the interval's resamples.
+        kept: file of the judgements: new ones are added, and those that it holds are not made again.
         on_done: called with the number of traces just judged (each counts once per judgement).
 
     Raises:
@@ -96,13 +101,27 @@ def calibrate(
     by_rollout = {id(mine.given.rollout): mine for mine in judged}
     before, started = critic.summary(), time.perf_counter()
     stopped: Stopped | None = None
+    num_earlier = 0
     first_repeat = critic.repeat if isinstance(critic, Repeatable) else 0
     try:
         for repeat in range(repeats):
             if isinstance(critic, Repeatable):
                 critic.repeat = first_repeat + repeat
-            for rollout, scores in critic.stream([mine.given.rollout for mine in judged]):
-                by_rollout[id(rollout)].add(scores)
+            wanted = []
+            for mine in judged:
+                earlier = None if kept is None else kept.earlier(mine.given, repeat)
+                if earlier is None:
+                    wanted.append(mine.given.rollout)
+                    continue
+                mine.add(earlier)
+                num_earlier += 1
+                if on_done is not None:
+                    on_done(1)
+            for rollout, scores in critic.stream(wanted):
+                mine = by_rollout[id(rollout)]
+                if kept is not None:
+                    kept.add(mine.given, repeat, scores)
+                mine.add(scores)
                 if on_done is not None:
                     on_done(1)
     except Stopped as stop:
@@ -119,10 +138,11 @@ def calibrate(
     return {
         "repeats": repeats,
         "judgements": num_judgements,
+        "kept_from_before": num_earlier,
         "stopped": None if stopped is None else {"message": stopped.message, "remedy": stopped.remedy},
         "traces_given": len(judged),
         **measure(known, wrong_below=wrong_below, seed=seed),
-        "cost": cost_per_trace(before, critic.summary(), num_judgements, seconds),
+        "cost": cost_per_trace(before, critic.summary(), num_judgements - num_earlier, seconds),
     }
 
 
@@ -297,7 +317,7 @@ def cost_per_trace(
 
     Args:
         before, after: the critic's summaries before and after the work.
-        num_judgements: number of judgements over all traces.
+        num_judgements: number of judgements over all traces, without those that an earlier run made.
         seconds: duration of the work.
 
     Returns:
@@ -308,14 +328,18 @@ def cost_per_trace(
     spent = {name: _difference(before, after, name) for name in COST_FIELDS}
     made, cached = spent["calls"], spent["cached"] or 0
     asked = None if made is None else made + cached
-    per: dict[str, float | None] = {"calls": None if asked is None else asked / num_judgements}
+    per: dict[str, float | None] = {"calls": None if asked is None or not num_judgements else asked / num_judgements}
     for name in ("prompt_tokens", "completion_tokens", "cost_usd"):
         total = spent[name]
-        per[name] = None if total is None or not made or asked is None else total / made * asked / num_judgements
+        per[name] = (
+            None
+            if total is None or not made or not num_judgements or asked is None
+            else total / made * asked / num_judgements
+        )
     return {
         **per,
         "cached_frac": cached / asked if asked else None,
-        "seconds": None if cached else seconds / num_judgements,
+        "seconds": None if cached or not num_judgements else seconds / num_judgements,
         "seconds_per_call": after.get("mean_latency_s"),
         "spent_usd": spent["cost_usd"],
     }

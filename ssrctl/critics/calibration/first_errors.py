@@ -15,10 +15,11 @@ from itertools import pairwise
 
 import numpy as np
 
-from ssrctl.evaluation.intervals import NUM_RESAMPLES, Estimate
+from ssrctl.evaluation.intervals import Estimate
 from ssrctl.io.labelled import ALL_RIGHT
 
 LOWEST, HIGHEST = -100.0, 100.0
+NUM_RESAMPLES = 10_000
 MIN_PROBLEMS = 10  # per class; with fewer, resamples without any trace of a class are no longer negligible
 
 Scores = Sequence[float | None]

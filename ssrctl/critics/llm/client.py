@@ -14,6 +14,7 @@ import functools
 import itertools
 import json
 import random
+import re
 import time
 import warnings
 from collections.abc import Awaitable, Callable
@@ -21,24 +22,26 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from ssrctl.configs import CriticOptions
+from ssrctl.critics.base import SETTINGS_ERRORS
 from ssrctl.critics.llm.cache import Reply
 from ssrctl.critics.llm.failures import CallFailed, Failure, classify_failure
 from ssrctl.critics.llm.ledger import Call
-from ssrctl.critics.llm.litellm_import import import_litellm
+from ssrctl.critics.llm.litellm_import import import_litellm, warm_up
 from ssrctl.critics.llm.meter import Meter, max_prompt_tokens
 from ssrctl.critics.llm.models import JudgeModel, prepare_models
-from ssrctl.critics.llm.pacing import MAX_PAUSE_S, Pacer
-from ssrctl.errors import UserError
-from ssrctl.io.console import warn
+from ssrctl.critics.llm.pacing import MAX_PAUSE_S, Pacer, Silence
+from ssrctl.errors import Stopped, UserError
+from ssrctl.io import console
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
 FIRST_WAIT_S, MAX_WAIT_S = 1.0, 60.0
 MAX_DETAIL_CHARS = 300  # of a server's words, shown and noted
+PATIENCE_S = 600.0  # a run in which no prompt is answered for this long ends
 # A server that asks to slow down is not broken: where no fallback is left, rate-limited tries do not count as retries
 # until a prompt has waited this long.
-MAX_RATE_LIMIT_WAIT_S = 600.0
+MAX_RATE_LIMIT_WAIT_S = PATIENCE_S
 LONG_WAIT_S = 10.0  # if a server asks for a longer wait, the prompt goes to the fallback
 MAX_REJECTED = 10  # prompts rejected as malformed, with none answered, after which the run ends
 COOLDOWN_AFTER, COOLDOWN_S = 3, 60.0  # failed prompts in a row after which the fallback is asked first, and how long
@@ -104,6 +107,11 @@ class JudgeClient:
         self._schema_text = json.dumps(schema.model_json_schema()) if schema else ""
         self._sleep, self._clock = sleep, clock
         self._jitter = random.Random()
+        self._silence = Silence(clock)
+        # A server that hangs is asked twice, also with a timeout longer than the patience.
+        self._patience = max(PATIENCE_S, 2 * options.critic_timeout)
+        self._warming = asyncio.Lock()
+        self._warm = False
         self._reached = False
         self._known_failures: set[str] = set()
         self._models = prepare_models(options, schema)
@@ -133,7 +141,12 @@ class JudgeClient:
             CallFailed: no model gave a reply; the class is that of the last model's failure.
             BudgetReached: the budget has no room for the next request.
             UserError: every prompt would fail: a refused key, an unknown model, a server that never answered.
+            Stopped: no prompt was answered for the time of the patience.
         """
+        async with self._warming:
+            if not self._warm:
+                await warm_up(self._router, self._models[0].name)
+                self._warm = True
         sendable = [
             {**message, "content": message["content"].encode("utf-8", "replace").decode("utf-8")}
             for message in messages
@@ -142,11 +155,12 @@ class JudgeClient:
         now = self._clock()
         candidates = [model for model in self._models if model.cooldown_until <= now] or self._models
         failure: Failure | None = None
-        for model in candidates:
-            answer = await self._ask_model(model, prompt, last=model is candidates[-1])
-            if isinstance(answer, Reply):
-                return answer
-            failure = answer
+        with self._silence:
+            for model in candidates:
+                answer = await self._ask_model(model, prompt, last=model is candidates[-1])
+                if isinstance(answer, Reply):
+                    return answer
+                failure = answer
         assert failure is not None
         if failure.kind == "connection" and not self._reached:
             raise UserError(
@@ -182,14 +196,15 @@ class JudgeClient:
             if isinstance(answer, Reply):
                 model.answered, model.failed_in_a_row = True, 0
                 if plain:
-                    model.reply_format = None  # the server refuses it
+                    self._drop_format(model)
                 model.format_works |= reply_format is not None
                 return answer
             prompt.may_be_billed |= answer.may_be_billed
             self._raise_if_fatal(model, answer)
-            if answer.kind == "bad_request" and reply_format is not None and not model.format_works:
+            if reply_format is not None and not model.format_works and _may_refuse_format(answer):
                 plain = True
                 continue
+            self._raise_if_silent(model, answer)
             if answer.kind == "bad_request" and not model.answered:
                 model.num_rejected += 1
                 if model.num_rejected >= MAX_REJECTED:
@@ -212,6 +227,14 @@ class JudgeClient:
                 self._pacer.pause(pause)
             await self._sleep(wait)
         raise AssertionError  # count() has no end
+
+    def _drop_format(self, model: JudgeModel) -> None:
+        """Ask no model of this endpoint for a form of reply again, since the server answers only without one."""
+        if model.reply_format is not None:
+            console.note(f"{model.endpoint} refuses response_format: replies are asked for without it from now on")
+        for other in self._models:
+            if other.endpoint == model.endpoint and not other.format_works:
+                other.reply_format = None
 
     def _cool_down(self, model: JudgeModel, seconds: float) -> None:
         """Ask the model's fallback first for ``seconds``, and longer after several failed prompts in a row."""
@@ -255,10 +278,14 @@ class JudgeClient:
         tokens = _usage(response)
         cost = self._meter.settle(reservation, *tokens) if tokens else self._meter.forfeit(reservation)
         text, reason = _reply_text(response)
-        if not text:
+        if reason == "length" and _is_thinking(response, text):
+            failure = self._thinking_cut(prompt, tokens)
+        elif not text:
             failure = _empty_reply(reason)
+        if failure is not None:
             note(cost, tokens, error=failure.kind, detail=self._first_words(model, failure))
             return failure
+        self._silence.end()
         note(cost, tokens)
         prompt_tokens, completion_tokens = tokens or (None, None)
         return Reply(text, model.name, prompt_tokens, completion_tokens, cost)
@@ -272,6 +299,22 @@ class JudgeClient:
             max_tokens=prompt.max_reply_tokens,
             **extra,
             **NO_CALLBACKS,
+        )
+
+    def _thinking_cut(self, prompt: _PendingPrompt, tokens: tuple[int, int] | None) -> Failure:
+        """Return the failure of a reply that reached its token limit in the judge's thoughts."""
+        used = f" ({tokens[1]} used)" if tokens else ""
+        raised = (
+            f"--critic-thinking-tokens (now {self._options.critic_thinking_tokens}) or give --critic-max-tokens"
+            if self._options.critic_max_tokens is None
+            else f"--critic-max-tokens (now {self._options.critic_max_tokens})"
+        )
+        return Failure(
+            kind="thinking_cut",
+            may_be_billed=True,
+            transient=False,  # it would think as long again
+            detail=f"the reply ended in its thoughts at the limit of {prompt.max_reply_tokens} tokens{used}: raise "
+            f"{raised}, or lower --critic-reasoning-effort",
         )
 
     def _note(
@@ -304,8 +347,25 @@ class JudgeClient:
             return None
         self._known_failures.add(failure.kind)
         words = failure.detail[:MAX_DETAIL_CHARS]
-        warn(f"first {failure.kind} of {model.name}: {words}")
+        console.warn(f"first {failure.kind} of {model.name}: {words}")
         return words
+
+    def _raise_if_silent(self, model: JudgeModel, failure: Failure) -> None:
+        """Raise Stopped when no prompt has been answered for the time of the patience.
+
+        A server that refuses a prompt for its text or length is not silent.
+        """
+        if failure.kind in ("bad_request", "context_window", "content_filter"):
+            self._silence.end()
+        if (seconds := self._silence.seconds) < self._patience:
+            return
+        words = f"{failure.kind}: {failure.detail}" if failure.detail else failure.kind
+        raise Stopped(
+            f"the critic's server at {model.endpoint} has given no verdict for {seconds:.0f} s ({words})",
+            "change that setting and continue"
+            if failure.kind in SETTINGS_ERRORS
+            else "check the server, or raise --critic-timeout if it is slow, and run the same command again",
+        )
 
     def _raise_if_fatal(self, model: JudgeModel, failure: Failure) -> None:
         """Raise a UserError for a failure that every other request would share."""
@@ -343,6 +403,25 @@ def _reply_text(response: Any) -> tuple[str, str | None]:
     content = getattr(getattr(choice, "message", None), "content", None)
     text = content if isinstance(content, str) and content.strip() else ""
     return text, getattr(choice, "finish_reason", None)
+
+
+def _is_thinking(response: Any, text: str) -> bool:
+    """Return True if a cut reply has thoughts and no whole verdict after them."""
+    begun, _, verdict = text.partition("</think>")
+    if text.lstrip().startswith("<think>"):
+        return not verdict.strip()
+    message = response.choices[0].message
+    details = getattr(getattr(response, "usage", None), "completion_tokens_details", None)
+    thoughts = getattr(message, "reasoning_content", None) or getattr(message, "thinking_blocks", None)
+    thought = bool(thoughts or getattr(details, "reasoning_tokens", None) or verdict)
+    # A verdict, or the code fence around it, would be closed.
+    return thought and (verdict or begun).rstrip()[-1:] not in ("}", "`")
+
+
+def _may_refuse_format(failure: Failure) -> bool:
+    """Return True if a server may have failed because of ``response_format``."""
+    named = re.search(r"response.?format|json.?schema|grammar|structured|guided", failure.detail, re.IGNORECASE)
+    return failure.kind == "bad_request" or (failure.kind == "api_error" and named is not None)
 
 
 def _empty_reply(reason: str | None) -> Failure:

@@ -120,6 +120,10 @@ class LLMCritic:
                 if isinstance(outcome, BudgetReached):
                     budget_reached = outcome
                 elif isinstance(outcome, Exception):
+                    while not finished.empty():  # scores that were paid for
+                        done = finished.get()
+                        if isinstance(scores := done.result(), list):
+                            yield begun.pop(done), scores
                     raise outcome
                 else:
                     yield rollout, outcome

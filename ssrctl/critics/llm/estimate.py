@@ -33,6 +33,7 @@ class Estimate:
     calls: int = 0
     cached: int = 0
     num_scores: int = 0
+    most_reply_tokens: int = 0
     bytes: int = 0
     _counted: list[tuple[int, int]] = field(default_factory=list)  # (bytes, tokens)
 
@@ -65,6 +66,7 @@ class Estimate:
         self.calls += 1
         self.bytes += size
         self.num_scores += num_scores
+        self.most_reply_tokens += self.requests.max_reply_tokens(num_scores)
 
     def plan(self) -> dict[str, Any]:
         """Return calls, tokens, US dollars and minutes.
@@ -75,7 +77,6 @@ class Estimate:
         counted = [sum(column) for column in zip(*self._counted, strict=True)]
         prompt_tokens = round(self.bytes * counted[1] / counted[0]) if self.calls else 0
         reply_tokens = REPLY_TOKENS_PER_STEP * self.num_scores
-        most_reply_tokens = reply_tokens + self.calls * self.options.critic_thinking_tokens
         seconds = self.calls * ASSUMED_SECONDS / self.options.critic_max_concurrency
         if self.options.critic_requests_per_minute is not None:
             seconds = max(seconds, 60 * self.calls / self.options.critic_requests_per_minute)
@@ -84,11 +85,11 @@ class Estimate:
             "kept_replies": self.cached,
             "prompt_tokens": prompt_tokens,
             "reply_tokens": reply_tokens,
-            "most_reply_tokens": most_reply_tokens,
+            "most_reply_tokens": self.most_reply_tokens,
         }
         if self.prices is None:
             plan["cost_usd"] = None
         else:
             plan["cost_usd"] = self.prices.cost(prompt_tokens, reply_tokens)
-            plan["most_cost_usd"] = self.prices.cost(prompt_tokens, most_reply_tokens)
+            plan["most_cost_usd"] = self.prices.cost(prompt_tokens, self.most_reply_tokens)
         return plan | {"budget_usd": self.options.critic_budget_usd, "minutes": round(seconds / 60, 2)}

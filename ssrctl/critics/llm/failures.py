@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from ssrctl.configs.credentials import KEY_TEXT
+
 MAX_DETAIL_CHARS = 200
 MIN_SECRET_CHARS = 6  # shorter values of variables named like secrets ("true", "none") are not secrets
 
@@ -28,6 +30,7 @@ Kind = Literal[
     "context_window",
     "content_filter",
     "empty_reply",
+    "thinking_cut",
 ]
 Refusal = Literal["key", "access", "model", "credit"]
 # Gateways' timeouts: the model behind may have finished and been billed, though its reply was lost.
@@ -38,7 +41,6 @@ REFUSALS: dict[int, Refusal] = {401: "key", 402: "credit", 403: "access", 404: "
 NO_CREDIT = frozenset({"insufficient_quota", "billing_hard_limit_reached", "insufficient_balance"})
 
 _SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
-_SECRET = re.compile(r"(?i)\bbearer\s+\S+|\b(?:sk|pk|rk|gsk|xai|hf)[-_][\w*.-]{6,}|\bAIza[\w-]{20,}")
 
 
 class CallFailed(Exception):
@@ -157,7 +159,7 @@ def redact(text: str) -> str:
     for secret in sorted(secrets, key=len, reverse=True):  # one may be a prefix of another
         if len(secret) >= MIN_SECRET_CHARS:
             text = text.replace(secret, "***")
-    text = _SECRET.sub("***", text)
+    text = KEY_TEXT.sub("***", text)
     text = "".join(char if char.isprintable() else " " for char in text)
     text = " ".join(text.split())
     return text if len(text) <= MAX_DETAIL_CHARS else text[: MAX_DETAIL_CHARS - 3] + "..."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -45,6 +46,26 @@ def import_litellm() -> Any:
         logger.setLevel(logging.CRITICAL + 1)
         logger.propagate = False
     return litellm
+
+
+async def warm_up(router: Any, model: str) -> None:
+    """Let litellm do the work of a first call, about a second of imports, without sending anything.
+
+    A call's time limit would include it otherwise.
+
+    Args:
+        router: litellm's Router.
+        model: name of one of its models.
+    """
+    import openai
+
+    messages = [{"role": "user", "content": "1"}]
+    # An answer that is made up here needs no server. A provider without such answers warms up in its first call.
+    with contextlib.suppress(Exception):
+        await router.acompletion(model=model, messages=messages, max_tokens=1, mock_response="1", **{"no-log": True})
+    client = openai.AsyncOpenAI(api_key="none", base_url="http://localhost")
+    assert client.chat.completions.with_raw_response is not None  # imported on first use
+    await client.close()
 
 
 def _broken(error: Exception) -> UserError:

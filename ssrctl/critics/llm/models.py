@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from ssrctl.configs import CriticOptions
 from ssrctl.critics.llm.litellm_import import import_litellm
@@ -27,8 +26,8 @@ class JudgeModel:
         endpoint: its address or provider, for people.
         key_variable: the environment variable of its key, for people.
         parameters: litellm's parameters of every request.
-        reply_format: ``response_format`` of its requests: a schema, else json mode, or None where neither is known to
-            work.
+        reply_format: ``response_format`` of its requests: a schema (also on own servers, until one refuses it), else
+            json mode, or None where neither is known to work.
         answered: whether it ever gave a reply.
         format_works: whether it ever replied to a request with ``reply_format``.
         num_rejected: prompts that it rejected as malformed before it ever answered.
@@ -59,11 +58,9 @@ def prepare_models(options: CriticOptions, schema: type[BaseModel] | None) -> li
         schema: schema of the replies, for models with structured output.
 
     Raises:
-        UserError: a model's provider is not known, its key is not set or malformed, or the endpoint is not an address.
+        UserError: a model's provider is not known, or its key is not set or malformed.
     """
     assert options.critic_model is not None
-    if options.critic_api_base:
-        _check_endpoint(options.critic_api_base)
     first = _provider(options.critic_model)
     models = []
     for name in dict.fromkeys([options.critic_model, *options.critic_fallback]):
@@ -75,7 +72,7 @@ def prepare_models(options: CriticOptions, schema: type[BaseModel] | None) -> li
                 name=name,
                 endpoint=endpoint or provider,
                 key_variable=key_variable,
-                parameters=parameters | _request_limits(options.critic_timeout),
+                parameters=parameters | _request_limits(options.critic_timeout) | _body(name, options),
                 reply_format=None if schema is None else _reply_format(name, schema, own=bool(endpoint)),
             )
         )
@@ -130,25 +127,28 @@ def _request_limits(seconds: float) -> dict[str, Any]:
     }
 
 
+def _body(name: str, options: CriticOptions) -> dict[str, Any]:
+    """Return the reasoning effort and the further entries of each request's body, where they are set."""
+    body: dict[str, Any] = {}
+    if options.critic_reasoning_effort is not None:
+        body["reasoning_effort"] = options.critic_reasoning_effort
+        litellm = import_litellm()
+        bare, provider, *_ = litellm.get_llm_provider(name)
+        listed = litellm.get_supported_openai_params(bare, custom_llm_provider=provider) or ()
+        # litellm drops what its table does not list. The user asked for it, so the server is to decide; a fallback may
+        # be a model that does not think.
+        if name == options.critic_model and "reasoning_effort" not in listed:
+            body["allowed_openai_params"] = ["reasoning_effort"]
+    if extra := options.critic_extra_body_object:
+        body["extra_body"] = extra
+    return body
+
+
 def _reply_format(name: str, schema: type[BaseModel], *, own: bool) -> Any:
     litellm = import_litellm()
-    if litellm.supports_response_schema(name):
-        return schema
+    if own or litellm.supports_response_schema(name):
+        return schema  # a server that refuses it is asked without it
     # For an unknown model the router adds an empty row to litellm's table.
     known = litellm.model_cost.get(name) or litellm.model_cost.get(name.partition("/")[2])
     listed = litellm.get_supported_openai_params(name) or ()
-    return {"type": "json_object"} if known and not own and "response_format" in listed else None
-
-
-def _check_endpoint(endpoint: str) -> None:
-    try:
-        url = urlsplit(endpoint)
-        usable = url.scheme in ("http", "https") and bool(url.hostname)
-    except ValueError:
-        usable = False
-    if not usable:
-        raise UserError(
-            "--critic-api-base is not the address of a server", "give an address such as http://localhost:8000/v1"
-        )
-    if "@" in url.netloc:
-        raise UserError("--critic-api-base must not contain a password", "set the provider's environment variable")
+    return {"type": "json_object"} if known and "response_format" in listed else None

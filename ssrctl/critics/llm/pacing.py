@@ -1,4 +1,4 @@
-"""The rate limit: requests leave at a steady rate, in the order of their arrival.
+"""The rate limit and the patience: requests leave at a steady rate, and a silent server ends the run.
 
 litellm's own ``rpm`` rejects requests that come too fast instead of delaying them.
 """
@@ -61,3 +61,39 @@ class Pacer:
         A current pause is never shortened.
         """
         self._next = max(self._next, self._clock() + min(seconds, MAX_PAUSE_S))
+
+
+class Silence:
+    """The time for which a critic has asked and got no reply, for the tasks of one event loop.
+
+    Only time with a prompt pending counts: a training run that samples for an hour between two batches is not silent.
+
+    Args:
+        clock: monotonic time in seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._pending = 0
+        self._since = self._before = 0.0  # start of the current wait; earlier waits since the last reply
+
+    def __enter__(self) -> None:
+        """Note that one more prompt is pending."""
+        if self._pending == 0:
+            self._since = self._clock()
+        self._pending += 1
+
+    def __exit__(self, *exc: object) -> None:
+        """Note that a prompt is pending no longer."""
+        self._pending -= 1
+        if self._pending == 0:
+            self._before += self._clock() - self._since
+
+    def end(self) -> None:
+        """Note a reply."""
+        self._since, self._before = self._clock(), 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Seconds with a prompt pending since the last reply."""
+        return self._before + (self._clock() - self._since if self._pending else 0.0)

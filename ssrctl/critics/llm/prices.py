@@ -79,6 +79,17 @@ def find_prices(models: Sequence[str], input_price: float | None, output_price: 
     return _highest(known) if len(known) == len(found) else None
 
 
+def most_reply_tokens(model: str) -> int | None:
+    """Return the longest reply that litellm's table gives for a model; None where it gives none.
+
+    Raises:
+        UserError: litellm is not installed.
+    """
+    row = _row(import_litellm().model_cost, model) or {}
+    most = row.get("max_output_tokens")
+    return most if isinstance(most, int) and most > 0 else None
+
+
 def _per_token(price: float) -> float:
     return float(Decimal(str(price)) / MILLION)  # the float nearest to the true quotient prints with few digits
 
@@ -98,17 +109,23 @@ def _listed(table: Mapping[str, Mapping[str, Any]], model: str) -> Prices | None
     ``litellm.get_model_info`` cannot be used: it gives 0 for a price that the table lacks, and for some providers it
     asks servers on the network.
     """
-    row = table.get(model)
+    row = _row(table, model)
     if row is None:
-        provider, _, name = model.partition("/")
-        row = table.get(name)
-        if row is None or not str(row.get("litellm_provider", "")).startswith(provider):
-            return None
+        return None
     levels = [(0, _rates(row)), *_longer(row)]
     usual = levels.pop(0)[1] or (levels.pop(0)[1] if levels else None)
     if usual is None or any(rates is None for _, rates in levels):
         return None
     return Prices(*usual, tuple((above, *rates) for above, rates in levels if rates is not None))
+
+
+def _row(table: Mapping[str, Mapping[str, Any]], model: str) -> Mapping[str, Any] | None:
+    row = table.get(model)
+    if row is not None:
+        return row
+    provider, _, name = model.partition("/")
+    row = table.get(name)
+    return row if row is not None and str(row.get("litellm_provider", "")).startswith(provider) else None
 
 
 def _longer(row: Mapping[str, Any]) -> list[tuple[int, tuple[float, float] | None]]:

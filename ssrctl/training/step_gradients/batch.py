@@ -29,6 +29,7 @@ class GroupBatch:
         prompt_length: P, at least 1.
         old_logprobs: float32 ``[G, R]``, log-probabilities at sampling time; 0 in the padding.
         step_ids: int64 ``[G, R]``, each token's step, never falling along a response, -1 in the padding.
+        reference: float ``[G, R]``, log-probabilities under the start model; None without a KL term.
     """
 
     input_ids: Tensor
@@ -36,6 +37,7 @@ class GroupBatch:
     prompt_length: int
     old_logprobs: Tensor
     step_ids: Tensor
+    reference: Tensor | None = None
 
     @property
     def known(self) -> Tensor:

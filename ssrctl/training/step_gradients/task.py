@@ -68,6 +68,9 @@ class GradientTask:
     loss_scale: float = 1.0
     on_logprobs: Callable[[Tensor], None] | None = None
     on_unit: Callable[[Unit], None] | None = None
+    epsilon_high: float | None = None
+    token_weights: Tensor | None = None
+    beta: float = 0.0
 
     @cached_property
     def active(self) -> list[ActiveUnit]:
@@ -113,6 +116,10 @@ class GradientTask:
                 torch.tensor(values, dtype=torch.float64, device=logprobs.device),
                 clip_epsilon=self.clip_epsilon,
                 level=self.level,
+                epsilon_high=self.epsilon_high,
+                token_weights=self.token_weights,
+                beta=self.beta,
+                reference=self.batch.reference,
             )
             if made.loss is not None:
                 losses.append(made.loss)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -19,6 +21,7 @@ from critics.llm.fault_server import FAULTS, FaultServer, completion, failure
 from ssrctl.critics.llm import client as module
 from ssrctl.critics.llm.failures import CallFailed
 from ssrctl.critics.llm.meter import BudgetReached
+from ssrctl.errors import Stopped
 
 
 @pytest.fixture(autouse=True)
@@ -107,7 +110,6 @@ def test_failures_have_their_class_and_price(server, fault):
 
 @pytest.mark.parametrize("fault", ["stall", "trickle"])
 def test_time_limit(server, fault):
-    Bench(server).ask()  # litellm imports more in its first call than the time limit below allows
     server.faults = {fault: 1.0}
     bench = Bench(server, critic_retries=1, critic_timeout=0.3)
     failed = outcome(bench)
@@ -205,6 +207,114 @@ def test_a_server_that_wants_an_hour_is_not_waited_for(server):
     bench = Bench(server)
     assert outcome(bench).kind == "rate_limit"
     assert len(server.requests) == 1 and bench.waits == bench.pauses == []
+
+
+# -- silence ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", ["error_500", "empty_reply"])
+def test_a_run_in_which_nothing_is_answered_for_one_patience_ends(server, monkeypatch, fault):
+    monkeypatch.setattr(module, "PATIENCE_S", 20.0)
+    server.faults = {fault: 1.0}
+    bench = Bench(server, critic_retries=3, critic_timeout=10.0)
+
+    async def work(client):
+        for number in range(1000):
+            with contextlib.suppress(CallFailed):
+                await question(client, str(number))
+
+    with pytest.raises(Stopped, match=r"given no verdict for \d+ s \(.*check the server.*run the same command"):
+        bench.run(work)
+    assert module.PATIENCE_S <= bench.now < module.PATIENCE_S + 10
+
+
+def test_answers_idle_time_and_refusals_are_no_silence(server):
+    server.faults = {"error_500": 1.0}
+    bench = Bench(server, critic_retries=0)
+
+    async def work(client):
+        for number in range(40):
+            server.faults = {"error_500": 1.0} if number % 10 else {}
+            with contextlib.suppress(CallFailed):
+                await question(client, str(number))
+            bench.now += module.PATIENCE_S  # a training run samples
+        server.faults = {"context_window": 1.0}
+        for number in range(3):
+            with contextlib.suppress(CallFailed):
+                await question(client, f"long {number}")
+
+    bench.run(work)
+
+
+def test_a_timeout_longer_than_the_patience_is_waited_for_twice(server):
+    client = Bench(server, critic_timeout=900.0).make()
+    assert client._patience == 1800.0
+
+
+# -- replies that end in thoughts ------------------------------------------------------------------------------------
+
+
+THOUGHTS = {
+    "reasoning": {"content": None, "reasoning_content": "Let me see."},
+    "reasoning and half a verdict": {"content": '{"scores": [{"ind', "reasoning_content": "Let me see."},
+    "open tag": {"content": "<think>\nLet me see {"},
+    "no opening tag": {"content": 'Let me see.</think>\n{"scores": ['},
+}
+
+
+@pytest.mark.parametrize("kind", THOUGHTS)
+def test_a_reply_cut_in_its_thoughts_has_a_class_and_names_the_flags(server, monkeypatch, capfd, kind):
+    async def cut(server, http, body):
+        made = completion(body, "", reason="length")
+        made["choices"][0]["message"] = {"role": "assistant", **THOUGHTS[kind]}
+        return web.json_response(made)
+
+    monkeypatch.setitem(FAULTS, "cut", cut)
+    server.faults = {"cut": 1.0}
+    bench = Bench(server)
+    failed = outcome(bench)
+    assert (failed.kind, failed.may_be_billed, len(bench.calls)) == ("thinking_cut", True, 1)  # it is not asked again
+    said = " ".join(capfd.readouterr().err.split())
+    assert "--critic-thinking-tokens (now 2048)" in said and "lower --critic-reasoning-effort" in said
+    assert "--critic-max-tokens (now 77)" in outcome(Bench(server, critic_max_tokens=77)).detail
+
+
+def test_cut_replies_without_thoughts_are_read(server, monkeypatch):
+    async def cut(server, http, body):
+        return web.json_response(completion(body, '{"scores": [{"ind', reason="length"))
+
+    monkeypatch.setitem(FAULTS, "cut", cut)
+    server.faults = {"cut": 1.0}
+    assert Bench(server).ask().text == '{"scores": [{"ind'
+
+
+WARM = """
+import asyncio, sys, time
+from ssrctl.critics.llm.litellm_import import import_litellm, warm_up
+
+litellm = import_litellm()
+parameters = {"model": "openai/judge", "api_base": sys.argv[1], "api_key": "none"}
+router = litellm.Router(model_list=[{"model_name": "openai/judge", "litellm_params": parameters}], num_retries=0)
+
+async def main():
+    if sys.argv[2] == "warm":
+        await warm_up(router, "openai/judge")
+    before = set(sys.modules)
+    await router.acompletion(model="openai/judge", messages=[{"role": "user", "content": "1"}])
+    print(len(set(sys.modules) - before))
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.slow
+def test_a_first_call_imports_nothing_within_its_time_limit(server):
+    def imported(state):
+        command = [sys.executable, "-c", WARM, server.base_url, state]
+        return int(subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout)
+
+    assert imported("cold") > 100 and imported("warm") < 20
+    assert len(server.requests) == 2  # nothing is sent to warm up
 
 
 # -- money and cancellation ------------------------------------------------------------------------------------------
@@ -371,10 +481,12 @@ assert threading.active_count() == 1, threading.enumerate()
 
 
 @pytest.mark.slow
-def test_nothing_is_left_open_and_nothing_printed(server):
+def test_nothing_is_left_open_and_only_the_first_failure_of_a_class_is_printed(server):
     server.grade = lambda messages: "fine"
     server.faults = {"error_500": 0.2, "closed_socket": 0.2}
     # -X dev: warnings of sockets and sessions left open, and of tasks never awaited.
     command = [sys.executable, "-X", "dev", "-W", "ignore::DeprecationWarning", "-c", CLEAN_EXIT, server.base_url]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (done.returncode, done.stdout) == (0, "")
+    said = [re.match(r"warning: first (\w+) of openai/judge: ", line) for line in done.stderr.splitlines()]
+    assert all(said) and sorted(match[1] for match in said) == ["api_error", "connection"], done.stderr

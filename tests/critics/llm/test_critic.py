@@ -94,6 +94,8 @@ def test_what_was_judged_is_not_asked_again(opened, tmp_path):
             {"critic_rubric": "correctness"},
             {"critic_cache": False},
             {"critic_model": "openai/another"},
+            {"critic_reasoning_effort": "low"},
+            {"critic_extra_body": '{"top_k": 1}'},
             {"critic_api_base": server.base_url.replace("127.0.0.1", "localhost")},
         ):
             before = server.counts.total()
@@ -301,3 +303,25 @@ def test_a_broken_input_line_ends_the_run_with_its_own_message(opened, tmp_path)
 
     with FaultServer() as server, pytest.raises(UserError, match=r"in\.jsonl:2"):
         list(opened(options(server, tmp_path)).stream(source()))
+
+
+def test_the_token_limit_of_a_reply_grows_with_its_steps(tmp_path):
+    from ssrctl.critics.llm.requests import JudgeRequests
+
+    def limits(**settings):
+        made = CriticOptions(critic="llm", **({"critic_model": "openai/judge"} | settings))
+        return [JudgeRequests(made).max_reply_tokens(steps) for steps in (1, 4, 8, 100)]
+
+    assert limits() == [2048 + 96, 2048 + 384, 4096 + 768, 16384 + 9600]
+    assert limits(critic_thinking_tokens=0) == [96, 384, 768, 9600]
+    assert limits(critic_thinking_tokens=20000) == [20096, 20384, 20768, 29600]
+    assert limits(critic_max_tokens=500) == [500] * 4
+    assert limits(critic_model="openai/gpt-4-turbo") == [2144, 2432, 4096, 4096]  # all that it can write
+
+
+def test_settings_that_are_not_given_change_no_cache_key(tmp_path):
+    from ssrctl.critics.llm.requests import JudgeRequests
+
+    made = CriticOptions(critic="llm", critic_model="openai/judge")
+    parts = JudgeRequests(made)._key_parts("openai/judge")
+    assert parts.keys() == {"critic", "model", "api_base", "prompt_version", "temperature"}

@@ -14,7 +14,8 @@ import pytest
 
 pytest.importorskip("litellm")
 
-from critics.llm.fault_server import FaultServer, score_of
+from critics.llm.fault_server import FAULTS as KINDS
+from critics.llm.fault_server import FaultServer, failure, score_of
 
 from ssrctl.cli import main
 from ssrctl.io.jsonl import read_jsonl
@@ -50,7 +51,7 @@ def write_traces(path, count):
 def words(server, source, target, *more):
     return [
         "critic", str(source), "-o", str(target), "--critic", "llm", "--critic-model", "openai/judge",
-        "--critic-api-base", server.base_url, "--critic-timeout", "5", "--critic-max-concurrency", "16",
+        "--critic-api-base", server.base_url, "--critic-timeout", "60", "--critic-max-concurrency", "16",
         "--critic-cache-dir", str(target.parent / "cache"), *more,
     ]  # fmt: skip
 
@@ -107,7 +108,7 @@ def test_failures_are_missing_and_the_next_run_mends_them(tmp_path, no_waits, ca
 
 
 def test_killed_in_the_middle_and_run_again_gives_the_file_of_one_run(tmp_path, no_waits):
-    count = 300
+    count = 80
     source = write_traces(tmp_path / "steps.jsonl", count)
     (tmp_path / "clean").mkdir()
     (tmp_path / "killed").mkdir()
@@ -118,7 +119,9 @@ def test_killed_in_the_middle_and_run_again_gives_the_file_of_one_run(tmp_path, 
         start = [sys.executable, "-m", "ssrctl"]
         assert main(words(server, source, clean)) == 0
         server.forget()
-        server.requests.clear()
+        proper = server.fault_of
+        held = server.counts.total() + 3 * count // 4  # further requests wait for the kill
+        server.fault_of = lambda body, attempt: "stall" if server.counts.total() >= held else proper(body, attempt)
         process = subprocess.Popen(
             start + words(server, source, target), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
@@ -131,6 +134,8 @@ def test_killed_in_the_middle_and_run_again_gives_the_file_of_one_run(tmp_path, 
         assert not target.exists() and process.returncode == -signal.SIGKILL
         stored = {row["id"] for row in rows_of_torn(partial)}
         assert count // 4 < len(stored) < count
+        server.forget()
+        server.fault_of = proper
         server.requests.clear()
         assert main(words(server, source, target)) == 0
         asked = {numbers_of(request.body["messages"]) for request in server.requests}
@@ -186,7 +191,7 @@ def test_ctrl_c_keeps_what_is_done(tmp_path):
     source, target = write_traces(tmp_path / "steps.jsonl", 60), tmp_path / "scored.jsonl"
     with FaultServer(faults={"stall": 0.3}, seed=4, stall_seconds=300.0) as server:
         process = subprocess.Popen(
-            [sys.executable, "-m", "ssrctl", *words(server, source, target, "--critic-timeout", "60")],
+            [sys.executable, "-m", "ssrctl", *words(server, source, target)],
             stderr=subprocess.PIPE,
         )
         deadline = time.monotonic() + 240
@@ -344,3 +349,82 @@ def test_calibration_through_the_command(tmp_path, no_waits, capsys):
     found = result["first_error"]
     assert found["erroneous_accuracy"] == 1.0 and found["correct_accuracy"] == 0.0
     assert result["noise"]["score_std"] == 0.0
+
+
+def labelled_file(path, count=6):
+    rows = [{"problem": f"problem {i}", "steps": ["3+1=4", "4*2=8"], "label": 1 if i % 2 else -1} for i in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_a_calibration_keeps_its_judgements_and_makes_none_again(tmp_path, no_waits, capsys):
+    labelled, target = labelled_file(tmp_path / "labelled.jsonl"), tmp_path / "judged.jsonl"
+    with FaultServer() as server:
+        call = words(server, "unused", target, "--no-critic-cache", "--critic-input-price", "1",
+                     "--critic-output-price", "2", "--critic-max-concurrency", "1")  # fmt: skip
+        call = ["critic", *call[call.index("-o") :], "--calibrate", str(labelled), "--json"]
+        assert main([*call, "--critic-budget-usd", "0.01"]) == 3
+        assert "judgements are kept in" in capsys.readouterr().err
+        done = len(rows_of(target.with_name("judged.jsonl.partial")))
+        assert 0 < done < 6 and server.counts.total() == done
+        assert main([*call, "--dry-run"]) == 0
+        plan = json.loads(capsys.readouterr().out)
+        assert (plan["judged_before"], plan["calls"]) == (done, 6 - done)
+        assert main(call) == 0
+        first = json.loads(capsys.readouterr().out)
+        assert server.counts.total() == 6 and first["kept_from_before"] == done
+        assert first["cost"]["calls"] == 1.0  # of each judgement that this run made
+        rows = rows_of(target)
+        assert [(row["label"], row["repeat"], row["question"]) for row in rows] == [
+            (1 if i % 2 else -1, 0, f"problem {i}") for i in range(6)
+        ]
+        for row in rows:
+            assert [s["score"] for s in row["scores"]] == [score_of(t, "step") for t in ("3+1=4", "4*2=8")]
+        assert main(call) == 0
+        again = json.loads(capsys.readouterr().out)
+        assert server.counts.total() == 6 and again["cost"]["calls"] is None
+        assert again["first_error"] == first["first_error"] and again["kept_from_before"] == 6
+        assert main([*call, "--repeats", "2"]) == 0  # the first judgements are there
+        assert server.counts.total() == 12 and len(rows_of(target)) == 12
+        assert main([*call, "--critic-reasoning-effort", "low"]) == 0  # another critic
+        assert server.counts.total() == 18 and "12 judgements made with other settings" in capsys.readouterr().err
+        assert main([*call[:2], str(labelled), *call[3:]]) == 2
+        assert "is the file of labelled solutions" in capsys.readouterr().err
+
+
+def test_a_refused_request_is_not_called_transient(tmp_path, no_waits, monkeypatch, capsys):
+    async def refuse(server, http, body):
+        return failure(400, "no such parameter: temperature")
+
+    monkeypatch.setitem(KINDS, "refuse", refuse)
+    source, target = write_traces(tmp_path / "steps.jsonl", 3), tmp_path / "scored.jsonl"
+    with FaultServer() as server:
+        server.fault_of = lambda body, attempt: "refuse" if "(0+1)*2" in str(body["messages"]) else None
+        assert main(words(server, source, target)) == 0
+        said = " ".join(capsys.readouterr().err.split())
+        assert "bad_request 3: these scores stay missing until the settings of the critic change" in said
+        assert "no such parameter" in said and "transient" not in said and "run the same command" not in said
+        server.fault_of = lambda body, attempt: "error_500" if "(0+1)*2" in str(body["messages"]) else None
+        assert main(words(server, source, target, "--critic-retries", "0")) == 0
+        assert "3 scores are missing because of transient failures: run the same command again" in " ".join(
+            capsys.readouterr().err.split()
+        )
+        server.fault_of = lambda body, attempt: "refuse"
+        assert main(words(server, source, tmp_path / "none.jsonl", "--no-critic-cache")) == 3
+        said = " ".join(capsys.readouterr().err.split())
+        assert "no step was scored: bad_request 9" in said and "change the settings" in said
+        assert "run the same command" not in said
+
+
+def test_a_silent_server_ends_the_run_with_code_3_and_its_words(tmp_path, no_waits, monkeypatch, capsys):
+    monkeypatch.setattr("ssrctl.critics.llm.client.PATIENCE_S", 1.0)
+    source, target = write_traces(tmp_path / "steps.jsonl", 400), tmp_path / "scored.jsonl"
+    with FaultServer() as server:
+        server.fault_of = lambda body, attempt: "error_500" if server.counts.total() > 20 else None
+        call = words(server, source, target, "--critic-timeout", "0.5", "--critic-retries", "1")
+        assert main(call) == 3
+        said = " ".join(capsys.readouterr().err.split())
+        assert "has given no verdict for" in said and "status 500: the model crashed" in said
+        assert "responses are scored and kept" in said and "run the same command again" in said
+        kept = rows_of(target.with_name("scored.jsonl.partial"))
+        assert not target.exists() and sum(row["scores"][0]["error"] is None for row in kept) == 21

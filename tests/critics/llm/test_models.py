@@ -281,9 +281,9 @@ def forms(server):
 
 
 @pytest.mark.parametrize(
-    ("model", "form"), [("openai/gpt-4o", "json_schema"), ("openai/gpt-4-turbo", None), ("openai/judge", None)]
+    "model", ["openai/gpt-4o", "openai/gpt-4-turbo", "openai/judge", "hosted_vllm/judge", "lm_studio/judge"]
 )
-def test_models_that_can_be_bound_to_the_schema_are(server, model, form):
+def test_models_of_an_own_server_are_bound_to_the_schema(server, model):
     bench = Bench(server, schema=Verdicts, critic_model=model)
     supported = []
 
@@ -292,10 +292,9 @@ def test_models_that_can_be_bound_to_the_schema_are(server, model, form):
         await question(client)
 
     bench.run(work)
-    assert supported == [form == "json_schema"] and forms(server) == [form]
-    if form:
-        sent = server.requests[0].body["response_format"]["json_schema"]["schema"]
-        assert sent["properties"].keys() == Verdicts.model_fields.keys()
+    assert supported == [True] and forms(server) == ["json_schema"]
+    sent = server.requests[0].body["response_format"]["json_schema"]["schema"]
+    assert sent["properties"].keys() == Verdicts.model_fields.keys()
 
 
 def test_json_is_asked_for_at_a_provider_that_is_known_to_give_it(server):
@@ -306,9 +305,7 @@ def test_json_is_asked_for_at_a_provider_that_is_known_to_give_it(server):
         return prepare_models(options, Verdicts)[0].reply_format
 
     assert form("openai/gpt-4-turbo") == {"type": "json_object"}
-    assert form("openai/gpt-4-turbo", critic_api_base="http://own/v1") is None
     assert form("openai/no-such-model") is None
-    assert form("openai/gpt-4o", critic_api_base="http://own/v1") is Verdicts
 
 
 def no_forms(status):
@@ -320,11 +317,14 @@ def no_forms(status):
     return refuse
 
 
-@pytest.mark.parametrize("status", [400, 422])
-def test_a_server_that_refuses_the_schema_is_asked_without_and_never_with_it_again(server, monkeypatch, status):
+# 500: servers fail so on a schema that they cannot turn into a grammar.
+@pytest.mark.parametrize(("model", "status"), [("gpt-4o", 400), ("judge", 400), ("judge", 422), ("judge", 500)])
+def test_a_server_that_refuses_the_schema_is_asked_without_and_never_with_it_again(
+    server, monkeypatch, capfd, model, status
+):
     monkeypatch.setitem(FAULTS, "no_forms", no_forms(status))
     server.faults = {"no_forms": 1.0}
-    bench = Bench(server, schema=Verdicts, critic_model="openai/gpt-4o", critic_retries=0)
+    bench = Bench(server, schema=Verdicts, critic_model=f"openai/{model}", critic_retries=0)
 
     async def work(client):
         # Together: both are under way with the schema before the first refusal.
@@ -334,7 +334,23 @@ def test_a_server_that_refuses_the_schema_is_asked_without_and_never_with_it_aga
 
     bench.run(work)
     assert Counter(forms(server)) == {"json_schema": 2, None: 3} and forms(server)[-1] is None
-    assert Counter(call.error for call in bench.calls) == {"bad_request": 2, None: 3}
+    refused = "bad_request" if status < 500 else "api_error"
+    assert Counter(call.error for call in bench.calls) == {refused: 2, None: 3}
+    said = " ".join(capfd.readouterr().err.split())
+    assert said.count("refuses response_format") == 1
+
+
+def test_a_fallback_at_an_endpoint_that_refused_the_schema_is_asked_without_it(server, monkeypatch):
+    monkeypatch.setitem(FAULTS, "no_forms", no_forms(400))
+    server.fault_of = lambda body, attempt: "context_window" if "long" in str(body["messages"]) and body["model"] == "judge" else "no_forms"  # fmt: skip
+    bench = Bench(server, schema=Verdicts, **FALLBACK)
+
+    async def work(client):
+        assert (await question(client, "first")).model == "openai/judge"
+        assert (await question(client, "long")).model == "openai/second"
+
+    bench.run(work)
+    assert forms(server) == ["json_schema", None, None, None]
 
 
 def test_another_bad_request_does_not_cost_the_schema(server, monkeypatch):
@@ -354,3 +370,70 @@ def test_another_bad_request_does_not_cost_the_schema(server, monkeypatch):
 
     bench.run(work)
     assert forms(server) == ["json_schema", None, "json_schema", "json_schema"]
+
+
+# -- settings of a request ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", ["openai/judge", "openai/gpt-4o", "hosted_vllm/judge"])
+def test_reasoning_effort_and_extra_body_are_sent(server, model):
+    bench = Bench(
+        server,
+        critic_model=model,
+        critic_reasoning_effort="minimal",
+        critic_extra_body='{"top_k": 20, "chat_template_kwargs": {"enable_thinking": false}}',
+    )
+    bench.ask()
+    (request,) = server.requests
+    assert request.body["reasoning_effort"] == "minimal" and request.body["top_k"] == 20
+    assert request.body["chat_template_kwargs"] == {"enable_thinking": False}
+    assert "extra_body" not in request.body and "allowed_openai_params" not in request.body
+    Bench(server, critic_model=model).ask()
+    assert not {"reasoning_effort", "top_k"} & server.requests[-1].body.keys()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"critic_extra_body": "[1]"}, "must be a json object, got list"),
+        ({"critic_extra_body": "{"}, "is not valid json"),
+        ({"critic_extra_body": '{"top_p": NaN}'}, "NaN is not a number of json"),
+        ({"critic_extra_body": '{"a": "\\ud800"}'}, "lone surrogate"),
+        ({"critic_extra_body": '{"max_tokens": 9}'}, "'max_tokens' is set by the critic .use --critic-max-tokens"),
+        ({"critic_extra_body": '{"messages": []}'}, "'messages' is set by the critic"),
+        ({"critic_extra_body": '{"api_key": "hush-hush"}'}, "'api_key' looks like a credential"),
+        ({"critic_extra_body": '{"x": [{"accessToken": "hush-hush"}]}'}, "'accessToken' looks like a credential"),
+        ({"critic_extra_body": '{"user": "sk-hush-hush-hush"}'}, "'user' looks like a credential"),
+        ({"critic_reasoning_effort": "very high"}, "must be one word"),
+        ({"critic_max_tokens": 0}, "--critic-max-tokens must be at least 1"),
+    ],
+)
+def test_settings_that_cannot_be_sent_are_refused(settings, words):
+    with pytest.raises(UserError, match=words) as raised:
+        CriticOptions(critic="llm", critic_model="openai/judge", **settings)
+    assert "hush" not in str(raised.value)
+
+
+def test_tokens_that_are_no_secret_may_be_in_the_extra_body():
+    body = {"min_tokens": 1, "stop_token_ids": [2], "thinking_token_budget": 9, "prompt_cache_key": "a", "seed": 1}
+    options = CriticOptions(critic="llm", critic_model="openai/judge", critic_extra_body=body)  # as from a yaml file
+    assert options.critic_extra_body_object == body
+
+
+@pytest.mark.parametrize(
+    ("place", "model", "variable"),
+    [
+        ("https://own/v1?api_key=hush-hush", "openai/judge", "OPENAI_API_KEY"),
+        ("https://own/v1?api-version=1&api%2Dkey=hush-hush", "azure/judge", "AZURE_API_KEY"),
+        ("https://own/v1?a=1;token=hush-hush", "hosted_vllm/judge", "HOSTED_VLLM_API_KEY"),
+        ("https://own/v1?sv=1&sig=hush-hush", "judge", "OPENAI_API_KEY"),
+        ("https://own/v1#access_token=hush-hush", "openai/judge", "OPENAI_API_KEY"),
+        ("https://me:hush-hush@own/v1", "openai/judge", "OPENAI_API_KEY"),
+        ("https://own/sk-hush-hush-hush/v1", "openai/judge", "OPENAI_API_KEY"),
+    ],
+)
+def test_keys_in_an_address_are_refused_before_anything_is_stored(place, model, variable):
+    with pytest.raises(UserError, match=f"set the variable {variable}") as raised:
+        CriticOptions(critic="llm", critic_model=model, critic_api_base=place)
+    assert "hush" not in str(raised.value) and "\n" not in str(raised.value)
+    CriticOptions(critic="llm", critic_model=model, critic_api_base="https://own/v1?api-version=2024-10-21&tokens=5")

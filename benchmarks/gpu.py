@@ -1,0 +1,259 @@
+"""Everything that needs a GPU, in one command of less than eight minutes: one table, and the same as json.
+
+Parts, each in a process of its own so that one that fails or runs out of memory leaves the others alone:
+
+- ``tests``: ``python -m pytest -m gpu``.
+- ``selection``: the 0.25% largest of 1.7B bfloat16 gradients, against the time of reading them once at the measured copy
+  bandwidth (goal: at most 3 times), ``torch.topk``, and the same selection without the Triton kernels.
+- ``step``: one KronosOpt step of one question on Qwen3-1.7B (its sizes, random weights, bfloat16): 8 responses of 2,048 and
+  of 4,096 tokens in 16 steps, by each way of computing step gradients. Peak memory (goal: at most 60 GiB at 4,096), and
+  seconds by phase.
+- ``calibration``: single chunks against the cost model's numbers (``step_gradients.py --calibrate``).
+
+It needs torch, transformers and, for the tests, pytest. Without a GPU it runs small sizes on the CPU, which shows only
+that the script works.
+
+    python benchmarks/gpu.py [-o gpu.json] [--parts tests selection step calibration] [--seconds 480]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import goal, machine, peak_rss_bytes, synchronize, table, timed
+
+PARTS = ("tests", "selection", "step", "calibration")
+WAYS = ("recomputed", "chunked", "local")
+RESPONSES, PROMPT, UNITS = 8, 128, 16
+GIB = 2**30
+Row = dict[str, Any]
+
+
+def main() -> int:
+    """Run the parts, print the table and the goals, write the json; return 1 if a part failed or a goal was missed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", "--output", type=Path, default=Path("gpu.json"))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--seconds", type=float, default=480, help="all parts together; what is left then is skipped")
+    parser.add_argument("--tokens", type=int, nargs="+", help="lengths of the responses; by default 2048 4096")
+    parser.add_argument("--only", help=argparse.SUPPRESS)  # the one piece that this process runs
+    given = parser.parse_args()
+    on_gpu = torch.cuda.is_available()
+    lengths = given.tokens or ([2048, 4096] if on_gpu else [64, 128])
+    if given.only:
+        print(json.dumps(run_piece(given.only, "cuda" if on_gpu else "cpu")))
+        return 0
+    print(machine())
+    pieces = [piece for part in given.parts for piece in pieces_of(part, lengths)]
+    end = time.monotonic() + given.seconds
+    rows = [in_own_process(piece, end - time.monotonic()) for piece in pieces]
+    given.output.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+    print_rows(rows)
+    print(f"\nwrote {given.output}")
+    met = goals(rows, max(lengths)) if on_gpu else True
+    return 0 if met and not any("failed" in row for row in rows) else 1
+
+
+def pieces_of(part: str, lengths: list[int]) -> list[str]:
+    if part != "step":
+        return [part]
+    return [f"step {tokens} {way}" for tokens in lengths for way in WAYS]
+
+
+def in_own_process(piece: str, seconds: float) -> Row:
+    """Run one piece; a failure, a timeout or a kill becomes the row's ``failed``."""
+    if seconds < 10:
+        return {"piece": piece, "failed": "skipped: no time left"}
+    print(f"{piece} ...", flush=True)
+    started = time.monotonic()
+    with tempfile.TemporaryFile("w+") as errors:
+        try:
+            done = subprocess.run(
+                [sys.executable, __file__, "--only", piece],
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                timeout=seconds,
+                env=os.environ | {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"},
+            )
+        except subprocess.TimeoutExpired:
+            return {"piece": piece, "failed": f"no end within {seconds:.0f} s"}
+        errors.seek(0)
+        said = errors.read().strip().splitlines()
+    took = {"piece": piece, "process_seconds": round(time.monotonic() - started, 1)}
+    if done.returncode:
+        return took | {"failed": said[-1] if said else f"exit code {done.returncode}"}
+    return took | json.loads(done.stdout.splitlines()[-1])
+
+
+def run_piece(piece: str, device: str) -> Row:
+    """Run one piece in this process and return its measurements."""
+    name, *details = piece.split()
+    if name == "tests":
+        return tests()
+    if name == "selection":
+        return selection(device)
+    if name == "calibration":
+        return calibration(device)
+    return step(device, int(details[0]), details[1])
+
+
+# --------------------------------------------------------------------------------------------------
+# the pieces
+
+
+def tests() -> Row:
+    """Run the tests that are marked ``gpu``."""
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "gpu"], capture_output=True, text=True)
+    said = (done.stdout + done.stderr).strip().splitlines()
+    made = {"tests": said[-1] if said else ""}
+    return made if done.returncode == 0 else made | {"failed": made["tests"], "output": said[-60:]}
+
+
+def selection(device: str) -> Row:
+    """Time the selection of 0.25% and its peers."""
+    import selection as script
+
+    import ssrctl.core.topk as topk
+
+    size = 1_720_000_000 if device == "cuda" else 10_000_000
+    gradients = script.made_up_gradients(size, torch.bfloat16, 310, device)
+    k = size // 400
+    flat = next(iter(gradients.values()))._base
+    assert flat is not None
+    ours = timed(lambda: topk.select_topk(gradients, k), 5).best
+    chosen = topk.select_topk(gradients, k)
+    made: Row = {"coordinates": size, "reader": type(topk.make_reader(gradients, {})).__name__, "seconds": ours}
+    made["seconds_torch_topk"] = timed(lambda: torch.topk(flat.abs(), k), 1).best
+    topk.make_reader = topk.PlainReader
+    made["seconds_without_triton"] = timed(lambda: topk.select_topk(gradients, k), 2).best
+    plain = topk.select_topk(gradients, k)
+    if any(not torch.equal(plain[name], chosen[name]) for name in plain):
+        raise SystemExit("the Triton kernels select other coordinates than plain torch")
+    if device == "cuda":
+        bandwidth = script.copy_bandwidth()
+        made |= {"bytes_per_second": bandwidth, "limits": ours / (size * flat.itemsize / bandwidth)}
+    return made
+
+
+def calibration(device: str) -> Row:
+    """Time single chunks of two models against the cost model; the tables are kept as text."""
+    words = [sys.executable, str(Path(__file__).with_name("step_gradients.py")), "--calibrate", "--rounds", "3"]
+    words += ["--dtype", "bfloat16", "--model", "135m", "qwen3-1.7b"] if device == "cuda" else ["--model", "small"]
+    return {"text": subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout}
+
+
+def step(device: str, tokens: int, way: str) -> Row:
+    """Run two KronosOpt steps of one question; the second is measured, when state exists and kernels are loaded."""
+    from shapes import llama_135m, qwen3_1_7b
+
+    from ssrctl.core.kronos import KronosOpt
+
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = (qwen3_1_7b if device == "cuda" else llama_135m)(torch.bfloat16).eval()
+    optimizer = KronosOpt(model.named_parameters(), lr=1e-5)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    seconds = {}
+    for seed in range(2):
+        seconds = one_step(model, optimizer, tokens, way, seed)
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else peak_rss_bytes()
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "weight_bytes": weights,
+        "peak_bytes": peak,
+    } | seconds
+
+
+def one_step(model: Any, optimizer: Any, tokens: int, way: str, seed: int) -> Row:
+    """Return the seconds of one step by phase: gradients, claims, update."""
+    from ssrctl.core.units import Unit
+    from ssrctl.training.unit_gradients import make_batch, unit_gradients
+
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1000, 40000, (RESPONSES, PROMPT + tokens), generator=generator).tolist()
+    steps = [place * UNITS // tokens for place in range(tokens)]
+    advantages = torch.randn(UNITS, RESPONSES, generator=generator, dtype=torch.float64).tolist()
+    units = [Unit((i,), 0.05 / UNITS, (tuple(advantages[i]),)) for i in range(UNITS)]
+    batch = make_batch(
+        ids[0][:PROMPT],
+        [row[PROMPT:] for row in ids],
+        [torch.full((tokens,), -12.0)] * RESPONSES,
+        [steps] * RESPONSES,
+        pad_token_id=0,
+        device=model.device,
+    )
+    seconds = dict.fromkeys(("gradient_seconds", "claim_seconds", "update_seconds"), 0.0)
+    last = time.perf_counter()
+
+    def lap(phase: str) -> None:
+        nonlocal last
+        synchronize()
+        before, last = last, time.perf_counter()
+        seconds[phase] += last - before
+
+    optimizer.begin_question(len(units))
+    lap("claim_seconds")
+    settings = {"level": "sequence", "clip_epsilon": 0.9, "on_logprobs": lambda logprobs: None}
+    for _ in unit_gradients(model, batch, units, method=way, **settings):
+        lap("gradient_seconds")
+        optimizer.claim()
+        lap("claim_seconds")
+    lap("gradient_seconds")
+    optimizer.step()
+    lap("update_seconds")
+    return seconds
+
+
+# --------------------------------------------------------------------------------------------------
+# what is printed
+
+
+def print_rows(rows: list[Row]) -> None:
+    lines = []
+    for row in rows:
+        if "failed" in row:
+            lines.append([row["piece"], "", "", "", "", f"FAILED: {row['failed'][:100]}"])
+        elif "peak_bytes" in row:
+            phases = [f"{row[f'{phase}_seconds']:.2f}" for phase in ("gradient", "claim", "update")]
+            lines.append([row["piece"], f"{row['peak_bytes'] / GIB:.1f}", *phases, ""])
+        elif "seconds" in row:
+            ours = row["seconds"]
+            peers = ", ".join(
+                f"{name} {row[f'seconds_{name}'] / ours:.1f}" for name in ("torch_topk", "without_triton")
+            )
+            limit = f"{row['limits']:.2f} bandwidth limits; " if "limits" in row else ""
+            lines.append([row["piece"], "", "", f"{ours:.4f}", "", f"{limit}times ours: {peers}"])
+        else:
+            lines.append([row["piece"], "", "", "", "", row.get("tests", "")])
+    print()
+    print(table(["piece", "peak GiB", "gradients s", "claims s", "update s", ""], lines))
+    for row in rows:
+        if "text" in row:
+            print("\n" + row["text"])
+
+
+def goals(rows: list[Row], longest: int) -> bool:
+    met = True
+    for row in rows:
+        if "limits" in row:
+            met &= goal("selection at 1.7B: times the bandwidth limit", row["limits"], at_most=3)
+        if row["piece"] == f"step {longest} recomputed" and "peak_bytes" in row:
+            text = f"Qwen3-1.7B, 8 x {longest} tokens, T = 16, recomputed: peak GiB"
+            met &= goal(text, row["peak_bytes"] / GIB, at_most=60)
+    return met
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

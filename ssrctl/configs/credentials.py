@@ -1,0 +1,61 @@
+"""Recognition of credentials in settings, which are stored in manifests and shown in messages."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import unquote_plus, urlsplit
+
+# Text that looks like a key, wherever it occurs.
+KEY_TEXT = re.compile(r"(?i)\bbearer\s+\S+|\b(?:sk|pk|rk|gsk|xai|hf)[-_][\w*.-]{6,}|\bAIza[\w-]{20,}")
+
+# Not every token is a credential: max_tokens, stop_token, prompt_cache_key are settings of sampling.
+_CREDENTIAL_NAME = re.compile(
+    r"""(?ix)
+    ^ (key | token | sig | code | auth | jwt | pwd | pass | credentials?) $
+    | api[-_.]?key | (^|[-_.]) sig $ | signature | secret | passw | passphrase | credential | authorization | bearer
+    | (access | auth | api | id | refresh | session | security | hf | user | client) [-_.]? token
+    | (access | account | auth | client | master | private | signing | subscription | functions?) [-_.]? key
+    """
+)
+_CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
+
+
+def names_credential(name: str) -> bool:
+    """Return True for a name under which programs expect a key, a password or a signature."""
+    return _CREDENTIAL_NAME.search(_CAMEL.sub("_", name.strip())) is not None
+
+
+def credential_in_json(value: Any) -> str | None:
+    """Return the name under which a json value holds a credential, at any depth; None without one."""
+    for name, inner in _named_values(value):
+        if names_credential(name) or (isinstance(inner, str) and KEY_TEXT.search(inner)):
+            return name
+    return None
+
+
+def credential_in_address(address: str) -> str | None:
+    """Return the place of a credential in an address, in words that do not hold it; None without one.
+
+    Raises:
+        ValueError: not an address.
+    """
+    url = urlsplit(address)
+    if "@" in url.netloc:
+        return "a user name or password"
+    for part in re.split("[&;]", f"{url.query}&{url.fragment}"):
+        name, _, value = map(unquote_plus, part.partition("="))
+        if value and names_credential(name):
+            return f"a key in its query ({name.strip()}=...)"
+    return "a key" if KEY_TEXT.search(unquote_plus(address)) else None
+
+
+def _named_values(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    yield name, value
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _named_values(inner, key)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _named_values(inner, name)
