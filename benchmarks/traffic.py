@@ -64,12 +64,18 @@ def worker(rank: int, store: str, given: argparse.Namespace) -> None:
         for _ in exchange_questions(world, kept, numbering):
             pass
 
+    def add_up() -> None:
+        for _ in range(given.questions):
+            optimizer.add_question(share)
+        optimizer._pending.clear()
+
     def all_reduce() -> None:
         for tensor in dense:
             world.add_up(tensor)
 
     sparse_bytes, sparse_seconds = measured(exchange, world, given.repeats)
     dense_bytes, dense_seconds = measured(all_reduce, world, given.repeats)
+    _, adding_seconds = measured(add_up, world, 1)
     if world.is_main:
         coordinates = given.questions * claimed * numbering.total
         print(
@@ -83,6 +89,7 @@ def worker(rank: int, store: str, given: argparse.Namespace) -> None:
         print(table(("exchange", "MiB on the device", "seconds"), rows))
         sent = 8 * sparse_bytes / (given.processes - 1) / coordinates
         print(f"\nbits per kept coordinate: {sent:.1f}; on a network of less than {even(rows)} packing pays in seconds")
+        print(f"adding up {given.questions} questions, which one process does too: {adding_seconds:.2f} s")
         goal("bytes of the kept gradients, of the dense all-reduce's", sparse_bytes / dense_bytes, at_most=LIMIT)
     world.wait()
     torch.distributed.destroy_process_group()

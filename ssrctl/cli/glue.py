@@ -75,7 +75,7 @@ def command(app: typer.Typer, name: str, config: type[Config], stage: str) -> No
                     f"`ssrctl {name}` runs in one process, {num_launched()} were launched",
                     "start it without a launcher",
                 )
-            if made.several_processes and made.launches and not comes_from_launcher():
+            if made.several_processes and made.launches and not (made.dry_run or comes_from_launcher()):
                 from ssrctl.distributed.launch import launch
 
                 return launch([name, *ctx.meta[_WORDS]], made.num_processes, made.accelerate_config)

@@ -16,6 +16,7 @@ from ssrctl.core.mask import BlockMask
 from ssrctl.core.seeds import derive_seed
 from ssrctl.critics.base import Critic
 from ssrctl.critics.registry import CriticResources, make_critic
+from ssrctl.distributed.traffic import dense_bytes_sent, kept_bytes_sent
 from ssrctl.distributed.world import World, joined_world
 from ssrctl.errors import UserError
 from ssrctl.io import console
@@ -100,6 +101,7 @@ def _run(config: TrainConfig, run_dir: RunDir, world: World) -> dict[str, Any] |
     _warn_about_sampling(config)
     if config.dry_run:
         plan = _plan(config, loaded, protected, mask, profile_name, grants, prompts, run_dir)
+        plan |= _exchange_plan(config, loaded, max(world.size, config.num_processes or 1))
         plan["first_prompt"] = first_prompt
         console.show_plan("plan", plan)
         return plan
@@ -253,4 +255,31 @@ def _plan(
         "gib_for_weights_and_updates": round(loaded.num_parameters * (stored + per_parameter) / 2**30, 3),
         "checkpoints": math.ceil(config.max_steps / config.save_steps),
         "output_dir": str(run_dir.path),
+    }
+
+
+def _exchange_plan(config: TrainConfig, loaded: LoadedModel, processes: int) -> dict[str, Any]:
+    """Return the part of the plan about several processes; with one, nothing is sent."""
+    if processes == 1:
+        return {"num_processes": 1}
+    stored, count = next(loaded.model.parameters()).element_size(), loaded.num_parameters
+    dense = dense_bytes_sent(count, itemsize=stored, processes=processes)
+    sent, held = dense, 0.0
+    if config.optimizer == "kronos":
+        sent = kept_bytes_sent(
+            count,
+            itemsize=stored,
+            questions=config.questions_per_step,
+            budget=config.budget,
+            unit_share=min(config.max_step_budget, config.budget),
+            processes=processes,
+        )
+        # its own questions wait for the others', packed and not, and one that is received is unpacked
+        held = (2 * math.ceil(config.questions_per_step / processes) + 2) * config.budget * count * (2 + stored)
+    per_parameter = updater_kind(config).bytes_per_parameter(config, stored) + (stored if config.beta else 0)
+    return {
+        "num_processes": processes,
+        "gib_per_process": round((count * (stored + per_parameter) + held) / 2**30, 3),
+        "mib_sent_per_step_and_process": round(sent / 2**20, 3),
+        "mib_of_a_dense_all_reduce": round(dense / 2**20, 3),
     }
