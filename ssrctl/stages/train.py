@@ -63,10 +63,11 @@ def run(config: TrainConfig) -> dict[str, Any] | None:
 
 def _check_processes(config: TrainConfig, world: World) -> None:
     """Raise a UserError for what several processes cannot divide."""
-    if world.size > config.questions_per_step:
+    processes = max(world.size, config.num_processes or 1)
+    if processes > config.questions_per_step:
         raise UserError(
-            f"{world.size} processes for {config.questions_per_step} questions in a step: some would have none",
-            f"use --questions-per-step {world.size} or more, or fewer processes",
+            f"{processes} processes for {config.questions_per_step} questions in a step: some would have none",
+            f"use --questions-per-step {processes} or more, or fewer processes",
         )
     if world.size > 1 and config.find_lr:
         raise UserError(
