@@ -17,11 +17,11 @@ from collections.abc import Callable, Iterator
 
 import torch
 from common import goal, machine
-from live_bytes import LiveBytes
 from shapes import llama_135m
 
 from ssrctl.core.bits import bits_to_indices
 from ssrctl.core.kronos import KronosOpt
+from ssrctl.training.live_bytes import LiveBytes
 
 QUESTIONS, UNITS, TOKENS = 4, 5, 8
 Model = torch.nn.Module

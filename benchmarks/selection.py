@@ -7,11 +7,14 @@ largest 5%.
 
     python benchmarks/selection.py [--sizes 10M,135M,1B] [--dtypes bfloat16,float32] [--fractions 0.0025,0.05]
     python benchmarks/selection.py --model FOLDER        # the gradient of a real model, and the block method's recall
+    python benchmarks/selection.py --busy 2              # 0.05% of 10M coordinates beside two processes that spin
 """
 
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -50,6 +53,9 @@ def main() -> None:
     bandwidth = copy_bandwidth() if given.device == "cuda" else None
     if bandwidth:
         print(f"copy bandwidth {bandwidth / 1e9:.0f} GB/s (read and written bytes)")
+    if given.busy:
+        beside_busy_processes(given)
+        return
     reached = Reached()
     for dtype in (getattr(torch, name) for name in given.dtypes.split(",")):
         if given.model:
@@ -75,9 +81,33 @@ def arguments() -> argparse.Namespace:
     options.add_argument("--fractions", default="0.0005,0.0025,0.01,0.05", help="k as shares of the coordinates")
     options.add_argument("--model", help="a causal LM's folder: use its gradient on a short text")
     options.add_argument("--repeats", type=int, default=5)
+    options.add_argument("--busy", type=int, default=0, help="measure beside so many processes that never wait")
     given = options.parse_args()
     given.sizes = given.sizes or ("10M,135M,1.7B" if given.device == "cuda" else "10M,135M,1B")
     return given
+
+
+def beside_busy_processes(given: argparse.Namespace) -> None:
+    """Select 0.05% of 10M float32 coordinates in 271 tensors while other processes keep the cores busy.
+
+    A parallel region waits for its slowest thread, which such a process may hold up for milliseconds.
+    """
+    gradients = made_up_gradients(10**7, torch.float32, given.tensors, given.device)
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients.values()])
+    runs = {"ours": lambda: select_topk(gradients, 5000), "torch.topk": lambda: torch.topk(flat.abs(), 5000)}
+    alone = {name: timed(run, given.repeats) for name, run in runs.items()}
+    spinning = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(given.busy)]
+    try:
+        beside = {name: timed(run, 4 * given.repeats) for name, run in runs.items()}
+    finally:
+        for process in spinning:
+            process.kill()
+            process.wait()
+    rows = [[n, f"{1e3 * alone[n].median:.1f}", f"{1e3 * beside[n].median:.1f}"] for n in runs]
+    print(table(["10.0M coordinates, k = 0.05%", "alone, ms", f"beside {given.busy} busy processes, ms"], rows))
+    print()
+    ratio = beside["ours"].median / beside["torch.topk"].median
+    goal(f"beside {given.busy} busy processes: in times of torch.topk", ratio, at_most=1)
 
 
 def parse_size(text: str) -> int:

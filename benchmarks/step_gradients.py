@@ -27,7 +27,6 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from ssrctl import tiny_reasoner
 from ssrctl.core.units import Unit
-from ssrctl.training.step_gradients.batch import token_logprobs
 from ssrctl.training.step_gradients.cost import COSTS, ModelCosts
 from ssrctl.training.step_gradients.shape import group_shape
 from ssrctl.training.unit_gradients import GradientTask, GroupBatch, automatic_method, make_batch, unit_gradients
@@ -199,7 +198,7 @@ def chunk_seconds(model: Any, rows: int, tokens: int, past: int, clock: Callable
 
     def forward() -> None:
         output = model(input_ids=ids[:, past:], past_key_values=cache, use_cache=True, logits_to_keep=tokens)
-        losses.append(token_logprobs(output.logits, ids[:, past:], 1.0).mean())
+        losses.append(torch.nn.functional.cross_entropy(output.logits.flatten(0, 1), ids[:, past:].flatten()))
 
     taken = [seconds_of(forward, clock)]
     losses.append(torch.stack([layer.keys.sum() + layer.values.sum() for layer in cache.layers]).sum())

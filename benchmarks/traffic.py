@@ -54,10 +54,10 @@ def worker(rank: int, store: str, given: argparse.Namespace) -> None:
     world = World(rank, given.processes)
     model = load(given)
     optimizer = KronosOpt(model.named_parameters(), lr=1e-3, max_step_budget=BUDGET / UNITS)
-    numbering = Numbering({name: p.numel() for name, p in optimizer.named.items()}, torch.bfloat16)
+    numbering, weights = Numbering(optimizer.shards, torch.bfloat16), optimizer.num_coordinates
     kept = {n: question(model, optimizer, n) for n in range(given.questions) if n % given.processes == rank}
     share = next(iter(kept.values()))
-    claimed = sum(unit.count for unit in share.units) / numbering.total
+    claimed = sum(unit.count for unit in share.units) / weights
     dense = [torch.randn_like(p) for p in model.parameters()]
 
     def exchange() -> None:
@@ -77,9 +77,9 @@ def worker(rank: int, store: str, given: argparse.Namespace) -> None:
     dense_bytes, dense_seconds = measured(all_reduce, world, given.repeats)
     _, adding_seconds = measured(add_up, world, 1)
     if world.is_main:
-        coordinates = given.questions * claimed * numbering.total
+        coordinates = given.questions * claimed * weights
         print(
-            f"{numbering.total / 1e6:.1f}M weights in bfloat16, {given.questions} questions that keep {claimed:.1%} each, "
+            f"{weights / 1e6:.1f}M weights in bfloat16, {given.questions} questions that keep {claimed:.1%} each, "
             f"{given.processes} processes\n"
         )
         rows = [

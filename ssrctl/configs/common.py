@@ -42,8 +42,11 @@ class ModelConfig(Config):
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
 
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
-    """Precision to compute in; auto is the checkpoint's own."""
+    dtype: Literal["auto", "stored", "float32", "bfloat16", "float16"] = "auto"
+    """Precision to compute in. auto: bfloat16 on CUDA, float32 on a CPU; stored: that of the checkpoint."""
+
+    attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"] = "auto"
+    """Attention of transformers; auto is sdpa where the model has it, which uses flash kernels on CUDA."""
 
     device: str = "auto"
     """Device to run on: auto, cpu, cuda, cuda:1."""

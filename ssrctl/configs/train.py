@@ -122,10 +122,19 @@ class MethodOptions(Config):
     """A step may take a claimed weight whose gradient is at least this many times the smallest free one's; off by
     default."""
 
-    step_gradient: Literal["auto", "kept", "truncated", "chunked", "local"] = "auto"
-    """Method of each step's gradient. kept, truncated and chunked are exact and differ in cost; auto takes the
-    cheapest (with --scope tensor not chunked, which adds up whole gradients); local ignores the effect of a step on
-    earlier steps' keys and values."""
+    step_gradient: Literal["auto", "kept", "truncated", "chunked", "recomputed", "local"] = "auto"
+    """Method of each step's gradient. kept, truncated, chunked and recomputed are exact and differ in cost and memory;
+    auto takes the cheapest within --memory-limit (with --scope tensor kept or truncated: the others add up whole
+    gradients); local ignores the effect of a step on earlier steps' keys and values."""
+
+    units_at_once: AtLeastOne | None = None
+    """Recomputed: steps that share a second forward pass. Each costs the memory of a gradient; by default planned."""
+
+    gradient_chunk_tokens: AtLeastOne | None = None
+    """Chunked and recomputed: most tokens of each response that go through the model together; by default planned."""
+
+    logit_chunk_tokens: AtLeastOne = 128
+    """Tokens whose logits over the whole vocabulary may exist at once."""
 
 
 @dataclass(kw_only=True)
@@ -177,6 +186,17 @@ class OptimizerOptions(Config):
 
     master_weights: bool = True
     """Keep, with bfloat16 or float16 weights, the exact float32 value of those that are updated."""
+
+    gradient_checkpointing: bool = False
+    """Keep only the inputs of the layers for the backward pass, which recomputes the rest: the same gradients, less
+    memory, about a third more time. It uses the step gradients kept or truncated."""
+
+    micro_batch_tokens: AtLeastOne | None = None
+    """Run a question's responses in micro-batches of at most N tokens, prompts included, and add up their gradients: the
+    gradient is that of one batch. A longer response is a micro-batch of its own."""
+
+    memory_limit: Positive | None = None
+    """GiB that --dry-run plans for; by default what is free on the device."""
 
 
 @dataclass(kw_only=True)
@@ -262,6 +282,11 @@ class TrainConfig(
             raise UserError("--find-lr starts from the model's weights", "leave out --resume-from-checkpoint")
         if self.force and self.resume_from_checkpoint is None:
             raise UserError("--force is for --resume-from-checkpoint", "leave it out, or name a checkpoint")
+        if self.scope == "tensor" and self.step_gradient in ("chunked", "recomputed"):
+            raise UserError(
+                f"--step-gradient {self.step_gradient} adds up whole gradients, which --scope tensor never holds",
+                "use --step-gradient auto, kept or truncated, or --scope global",
+            )
         if self.importance_level == "sequence" and self.loss_type in ("dapo", "dr_grpo"):
             raise UserError(
                 f"--loss-type {self.loss_type} sums over tokens, --importance-level sequence has one ratio per response: long "
@@ -269,6 +294,30 @@ class TrainConfig(
                 "use --importance-level token, or --loss-type grpo",
             )
         self._check_optimizer()
+        self._check_passes()
+
+    def _check_passes(self) -> None:
+        """Refuse ways to the step gradients that exclude each other."""
+        if self.gradient_checkpointing and self.step_gradient not in ("auto", "kept", "truncated"):
+            raise UserError(
+                f"--step-gradient {self.step_gradient} keeps keys and values in a cache, which --gradient-checkpointing "
+                "excludes",
+                "use --step-gradient auto, kept or truncated",
+            )
+        if self.micro_batch_tokens is None:
+            return
+        if self.step_gradient not in ("auto", "truncated"):
+            raise UserError(
+                f"--step-gradient {self.step_gradient} runs all responses of a question together, and "
+                "--micro-batch-tokens runs them apart",
+                "use --step-gradient auto",
+            )
+        if self.scope == "tensor":
+            raise UserError(
+                "--scope tensor selects from each gradient as soon as it is computed, and --micro-batch-tokens adds up "
+                "several",
+                "use --scope global, or --gradient-checkpointing instead",
+            )
 
     def _check_optimizer(self) -> None:
         """Refuse settings that the optimizer would ignore."""
@@ -310,6 +359,8 @@ class TrainConfig(
     @property
     def step_gradient_method(self) -> str:
         """The method in force: with scope tensor, auto takes one that needs no whole gradient."""
+        if self.micro_batch_tokens is not None:
+            return "accumulated"
         return "piecemeal" if self.step_gradient == "auto" and self.scope == "tensor" else self.step_gradient
 
     @property

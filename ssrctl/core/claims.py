@@ -6,52 +6,93 @@ disjointness buys.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ssrctl.core.bits import bits_from_indices, set_bits
+from ssrctl.core.bits import set_bits
 from ssrctl.core.block_selection import recall, select_blocks
 from ssrctl.core.index_sets import IndexSet
+from ssrctl.core.layout import Shards
 from ssrctl.core.topk import select_topk
 
 Gradients = Mapping[str, Tensor]
 Indices = dict[str, Tensor]
-Bits = dict[str, Tensor]
 
 
-@dataclass
+@dataclass(frozen=True)
+class KeptPart:
+    """The part of a unit's kept gradient that lies in one shard.
+
+    Attributes:
+        shard: number of the shard.
+        counts: by parameter name, kept coordinates, in the order of the values.
+        chosen: positions in the shard.
+        values: the gradient there, ``[k]`` in its own dtype.
+    """
+
+    shard: int
+    counts: dict[str, int]
+    chosen: IndexSet
+    values: Tensor
+
+
 class KeptUnit:
     """The part of a unit's gradient that is kept until the batch is applied.
 
+    Args:
+        shards: of the parameters.
+
     Attributes:
-        sets: by parameter name, the coordinates whose gradient is kept.
-        values: by parameter name, the gradient there, ``[k]`` in the gradient's dtype, in index order.
+        parts: of the shards that something is kept of; several of one shard where parameters come one by one.
     """
 
-    sets: dict[str, IndexSet] = field(default_factory=dict)
-    values: dict[str, Tensor] = field(default_factory=dict)
+    def __init__(self, shards: Shards) -> None:
+        self._shards = shards
+        self.parts: list[KeptPart] = []
+
+    @property
+    def sets(self) -> dict[str, IndexSet]:
+        """By parameter name, the coordinates whose gradient is kept."""
+        found: dict[str, IndexSet] = {}
+        for part in self.parts:
+            layout = self._shards.layouts[part.shard]
+            indices = layout.split(part.chosen.to_indices())
+            found |= {name: IndexSet.from_indices(indices[name], layout.numels[name]) for name in part.counts}
+        return found
+
+    @property
+    def values(self) -> dict[str, Tensor]:
+        """By parameter name, the gradient there, ``[k]`` in the gradient's dtype, in index order."""
+        parts = (zip(part.counts, part.values.split(list(part.counts.values())), strict=True) for part in self.parts)
+        return dict(itertools.chain.from_iterable(parts))
 
     @property
     def count(self) -> int:
         """Kept coordinates."""
-        return sum(chosen.count for chosen in self.sets.values())
+        return sum(part.chosen.count for part in self.parts)
 
     @property
     def num_bytes(self) -> int:
         """Memory that the sets and the values take."""
-        held = sum(values.numel() * values.element_size() for values in self.values.values())
-        return held + sum(chosen.num_bytes for chosen in self.sets.values())
+        return sum(p.values.numel() * p.values.element_size() + p.chosen.num_bytes for p in self.parts)
 
     def keep(self, gradients: Gradients, chosen: Mapping[str, Tensor]) -> None:
-        """Keep the gradients at ``chosen`` (ascending flat indices by name); no name may come twice."""
-        for name, indices in chosen.items():
-            if indices.numel() and name in gradients:
-                assert name not in self.sets, name
-                self.sets[name] = IndexSet.from_indices(indices, gradients[name].numel())
-                self.values[name] = gradients[name].reshape(-1)[indices]
+        """Keep the gradients at ``chosen`` (ascending flat indices by name, in the parameters' order), each name once."""
+        known = {name: indices for name, indices in chosen.items() if name in gradients}
+        for number, part in self._shards.parts(known):
+            layout = self._shards.layouts[number]
+            self.parts.append(
+                KeptPart(
+                    number,
+                    {name: indices.numel() for name, indices in part.items()},
+                    IndexSet.from_indices(layout.join(part), layout.size),
+                    torch.cat([gradients[name].reshape(-1).index_select(0, indices) for name, indices in part.items()]),
+                )
+            )
 
     def rms(self) -> float:
         """Root mean square of the kept values; 0 when nothing is kept."""
@@ -124,7 +165,8 @@ class Claims:
     """The ``disjoint`` allocation: a unit takes the largest |g| among the unclaimed coordinates.
 
     Args:
-        protected: bits by parameter name (True = never taken); an absent name has none. Not changed.
+        shards: of the parameters.
+        protected: per shard, bits of its positions (True = never taken), uint8 ``[size / 8]``. Not changed.
         selection: selects, and adds to its tally.
 
     Between ``open_unit`` calls, ``take`` may be called once for all tensors or once per tensor.
@@ -133,14 +175,15 @@ class Claims:
     #: the gradients of all units add up in ``parameter.grad`` and are selected from at the end
     pools = False
 
-    def __init__(self, protected: Mapping[str, Tensor], selection: Selection) -> None:
-        self.protected, self.selection = protected, selection
-        self.taken: Bits = {name: bits.clone() for name, bits in protected.items()}
+    def __init__(self, shards: Shards, protected: Sequence[Tensor], selection: Selection) -> None:
+        self.shards, self.protected, self.selection = shards, protected, selection
+        self._bits = [bits.clone() for bits in protected]
+        self.taken = shards.bits(self._bits)
         self.units: list[KeptUnit] = []
 
     def open_unit(self) -> None:
         """Begin the next unit."""
-        self.units.append(KeptUnit())
+        self.units.append(KeptUnit(self.shards))
 
     def take(self, gradients: Gradients, k: int) -> Indices:
         """Take ``k`` coordinates for the open unit; fewer when fewer are free.
@@ -154,31 +197,23 @@ class Claims:
         chosen = self.selection.best(gradients, k, self.taken)
         if self.selection.reuse_factor is not None:
             chosen = self._with_reuse(gradients, chosen, k, self.selection.reuse_factor)
-        self._mark(gradients, chosen)
+        self._mark(chosen)
         self.units[-1].keep(gradients, chosen)
         return chosen
 
     def finish(self, gradients: Gradients) -> None:
         """Finish after the last unit, with the gradients left in ``parameter.grad``."""
 
-    def _mark(self, gradients: Gradients, chosen: Indices) -> None:
-        for name, indices in chosen.items():
-            if not indices.numel():
-                continue
-            if name in self.taken:
-                set_bits(self.taken[name], indices)
-            else:
-                self.taken[name] = bits_from_indices(indices, gradients[name].numel())
+    def _mark(self, chosen: Indices) -> None:
+        for number, part in self.shards.parts(chosen):
+            set_bits(self._bits[number], self.shards.layouts[number].join(part))
 
     def _with_reuse(self, gradients: Gradients, free: Indices, k: int, factor: float) -> Indices:
         """Let claimed coordinates displace free ones, smallest first, that are ``factor`` times smaller."""
-        claimed = {
-            name: ~bits | self.protected[name] if name in self.protected else ~bits for name, bits in self.taken.items()
-        }
-        known = {name: gradient for name, gradient in gradients.items() if name in claimed}
-        if not known:
+        if len(self.units) == 1:
             return free
-        rivals = select_topk(known, k, claimed)
+        claimed = [~bits | barred for bits, barred in zip(self._bits, self.protected, strict=True)]
+        rivals = select_topk(gradients, k, self.shards.bits(claimed))
         names = list(gradients)
         ours, theirs = _Flat(gradients, free, names), _Flat(gradients, rivals, names)
         worst = ours.magnitudes.flip(0).sort(stable=True)  # of equals, the last goes first
@@ -217,7 +252,7 @@ class _Flat:
 class OverlappingClaims(Claims):
     """The ``overlap`` control: nothing is claimed, every unit takes its own largest unprotected coordinates."""
 
-    def _mark(self, gradients: Gradients, chosen: Indices) -> None:
+    def _mark(self, chosen: Indices) -> None:
         pass
 
 
@@ -226,8 +261,8 @@ class PooledClaims(Claims):
 
     pools = True
 
-    def __init__(self, protected: Mapping[str, Tensor], selection: Selection) -> None:
-        super().__init__(protected, selection)
+    def __init__(self, shards: Shards, protected: Sequence[Tensor], selection: Selection) -> None:
+        super().__init__(shards, protected, selection)
         self.k = 0
 
     def take(self, gradients: Gradients, k: int) -> Indices:
@@ -249,14 +284,14 @@ class ShuffledClaims(Claims):
     unit's gradient is held until the last set is known.
     """
 
-    def __init__(self, protected: Mapping[str, Tensor], selection: Selection) -> None:
-        super().__init__(protected, selection)
+    def __init__(self, shards: Shards, protected: Sequence[Tensor], selection: Selection) -> None:
+        super().__init__(shards, protected, selection)
         self.first: dict[str, Tensor] = {}
         self.before: Indices = {}
 
     def take(self, gradients: Gradients, k: int) -> Indices:
         chosen = self.selection.best(gradients, k, self.taken)
-        self._mark(gradients, chosen)
+        self._mark(chosen)
         if len(self.units) == 1:
             self.first = {name: gradient.clone() for name, gradient in gradients.items()}
         else:

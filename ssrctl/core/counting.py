@@ -8,7 +8,6 @@ the k-th largest falls follows from the cumulative counts, and the lower 16 bits
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
 HIGH_BINS = 1 << 15
 LOW_BINS = 1 << 16
 INFINITY = 0x7F800000  # the key of infinity; those of NaN are larger
+FEW = 1 << 20  # candidates of which one core finds the k-th largest sooner than it counts in bins
 LARGEST_KEY = 0x7FFFFFFF
 PATTERN_DTYPES = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
@@ -98,6 +98,14 @@ def choose(keys: Tensor, k: int, group: Group = ALONE) -> tuple[Tensor, int]:
         bool ``[m]``, True = chosen, and the k-th largest key; -1 when all processes together have at most k
         candidates, which are all chosen.
     """
+    if group.group is None and keys.numel() <= FEW and not keys.is_cuda:
+        if keys.numel() <= k:
+            return torch.ones_like(keys, dtype=torch.bool), -1
+        threshold = int(keys.kthvalue(keys.numel() - k + 1).values)
+        chosen = keys > threshold
+        ties = (keys == threshold).nonzero().flatten()
+        chosen.index_fill_(0, ties[: k - int(chosen.sum())], True)
+        return chosen, threshold
     high = group.total(torch.bincount(keys >> 16, minlength=HIGH_BINS).cpu())
     if int(high.sum()) <= k:
         return torch.ones_like(keys, dtype=torch.bool), -1
@@ -109,7 +117,7 @@ def choose(keys: Tensor, k: int, group: Group = ALONE) -> tuple[Tensor, int]:
     chosen = keys > threshold
     ties = (keys == threshold).nonzero().flatten()
     num_ties = k - above - above_inside - group.before(ties.numel())
-    chosen[ties[: max(0, num_ties)]] = True
+    chosen.index_fill_(0, ties[: max(0, num_ties)], True)
     return chosen, threshold
 
 
@@ -165,30 +173,3 @@ class Candidates:
             return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int32)
         positions, keys = zip(*self._parts, strict=True)
         return torch.cat(positions), torch.cat(keys)
-
-
-class Layout:
-    """Positions number the coordinates through all tensors in order, each tensor from a multiple of ``align``.
-
-    Attributes:
-        names: of the tensors.
-        offsets: the position of each tensor's first coordinate.
-        size: one past the last position.
-    """
-
-    def __init__(self, gradients: Mapping[str, Tensor], align: int) -> None:
-        self.names = list(gradients)
-        self.offsets: list[int] = []
-        self.size = 0
-        for gradient in gradients.values():
-            self.offsets.append(self.size)
-            self.size += -(-gradient.numel() // align) * align
-
-    def split(self, positions: Tensor) -> dict[str, Tensor]:
-        """Ascending positions (int64) as flat indices per tensor: views of one storage."""
-        if not self.names:
-            return {}
-        edges = torch.tensor([*self.offsets, self.size], device=positions.device)
-        counts = torch.searchsorted(positions, edges).diff()
-        indices = positions - torch.repeat_interleave(edges[:-1], counts, output_size=positions.numel())
-        return dict(zip(self.names, indices.split(counts.tolist()), strict=True))

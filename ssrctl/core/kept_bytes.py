@@ -12,15 +12,14 @@ For a unit of 1% of the coordinates in bfloat16 that makes about 19 bits each, w
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ssrctl.core.bits import bits_from_indices, bits_to_indices
-from ssrctl.core.claims import KeptUnit
+from ssrctl.core.claims import KeptPart, KeptUnit
 from ssrctl.core.index_sets import IndexSet
+from ssrctl.core.layout import Shards
 
 # int64 numbers: coordinates, bits of the high parts, smallest exponent, bits of the exponents, tensors
 _HEADER = 5
@@ -29,36 +28,40 @@ _RAW = -1  # in place of the smallest exponent: values are stored as they are
 _MOST_EXPONENT_BITS = 8
 
 
-@dataclass(frozen=True)
 class Numbering:
-    """The coordinates of all tensors, numbered through in the order of the tensors.
+    """The positions of all shards, numbered through.
+
+    Args:
+        shards: of the parameters.
+        dtype: of the gradients.
 
     Attributes:
-        sizes: coordinates by tensor name.
-        dtype: of the gradients.
+        starts: the number of each shard's first position.
+        names: of the parameters, in the order of their numbers.
+        edges: the number of each parameter's first coordinate, and one past the last number.
     """
 
-    sizes: Mapping[str, int]
-    dtype: torch.dtype
-
-    @property
-    def total(self) -> int:
-        """Coordinates of all tensors."""
-        return sum(self.sizes.values())
+    def __init__(self, shards: Shards, dtype: torch.dtype) -> None:
+        self.shards, self.dtype = shards, dtype
+        self.starts = [0, *itertools.accumulate(layout.size for layout in shards.layouts)]
+        first = {
+            name: start + offset
+            for start, layout in zip(self.starts, shards.layouts, strict=False)
+            for name, offset in layout.offsets.items()
+        }
+        self.names, self.edges = list(first), [*first.values(), self.starts[-1]]
 
 
 def pack_unit(unit: KeptUnit, numbering: Numbering) -> Tensor:
     """Return a kept unit as bytes, uint8 ``[b]`` on its device; ``unpack_unit`` returns the same sets and values."""
-    numbers, values, start = [], [], 0
-    for name, size in numbering.sizes.items():
-        if name in unit.sets:
-            numbers.append(unit.sets[name].to_indices() + start)
-            values.append(unit.values[name])
-        start += size
-    if not numbers:
+    if not unit.parts:
         return torch.empty(0, dtype=torch.uint8)
-    where, kept = torch.cat(numbers), torch.cat(values)
+    where = torch.cat([part.chosen.to_indices() + numbering.starts[part.shard] for part in unit.parts])
+    kept = torch.cat([part.values for part in unit.parts])
     assert kept.dtype == numbering.dtype, (kept.dtype, numbering.dtype)
+    if len(unit.parts) > 1:  # parameters may come one by one, in any order
+        where, order_of = where.sort()
+        kept = kept[order_of]
     places = (where >> 8) + torch.arange(where.numel(), device=where.device)
     num_high = int(places[-1]) + 1
     parts = [bits_from_indices(places, num_high), (where & 255).to(torch.uint8)]
@@ -74,14 +77,15 @@ def pack_unit(unit: KeptUnit, numbering: Numbering) -> Tensor:
     if smallest == _RAW:
         parts.append(kept.contiguous().view(torch.uint8))
     # a unit's root mean square is summed in the order of its tensors, which the receiver keeps
-    order = [list(numbering.sizes).index(name) for name in unit.sets]
+    number_of = {name: number for number, name in enumerate(numbering.names)}
+    order = [number_of[name] for part in unit.parts for name in part.counts]
     header = torch.tensor([where.numel(), num_high, smallest, num_unary, len(order), *order], device=where.device)
     return torch.cat([header.view(torch.uint8), *parts])
 
 
 def unpack_unit(packed: Tensor, numbering: Numbering) -> KeptUnit:
     """Return the unit that ``pack_unit`` packed."""
-    unit = KeptUnit()
+    unit = KeptUnit(numbering.shards)
     if not packed.numel():
         return unit
     reader = _Reader(packed)
@@ -98,13 +102,28 @@ def unpack_unit(packed: Tensor, numbering: Numbering) -> KeptUnit:
         signed = reader.take(count).to(torch.int64)
         top = (signed & 128) << 8 | exponents << 7 | signed & 127
         values = _joined(top, reader, numbering.dtype)
-    names, starts = list(numbering.sizes), [0, *itertools.accumulate(numbering.sizes.values())]
-    cuts = torch.searchsorted(where, torch.tensor(starts, device=where.device)).tolist()
-    for place in order:
-        first, last, name = cuts[place], cuts[place + 1], names[place]
-        unit.sets[name] = IndexSet.from_indices(where[first:last] - starts[place], numbering.sizes[name])
-        unit.values[name] = values[first:last]
+    cuts = torch.searchsorted(where, torch.tensor(numbering.edges, device=where.device)).tolist()
+    for numbers in _runs(order, numbering):
+        first, last = cuts[numbers[0]], cuts[numbers[-1] + 1]
+        shard = numbering.shards.number_of[numbering.names[numbers[0]]]
+        chosen = IndexSet.from_indices(
+            where[first:last] - numbering.starts[shard], numbering.shards.layouts[shard].size
+        )
+        counts = {numbering.names[number]: cuts[number + 1] - cuts[number] for number in numbers}
+        unit.parts.append(KeptPart(shard, counts, chosen, values[first:last]))
     return unit
+
+
+def _runs(order: list[int], numbering: Numbering) -> list[list[int]]:
+    """Cut the parameters' numbers where they fall, or where another shard begins."""
+    shard_of = [numbering.shards.number_of[name] for name in numbering.names]
+    runs: list[list[int]] = []
+    for number in order:
+        if runs and runs[-1][-1] < number and shard_of[runs[-1][-1]] == shard_of[number]:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return runs
 
 
 class _Reader:

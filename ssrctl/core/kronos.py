@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ssrctl.core.bits import bits_from_mask
 from ssrctl.core.budget import coordinates, shared_budget
-from ssrctl.core.claims import ALLOCATIONS, SELECTIONS, Indices, KeptQuestion, KeptUnit, Selection, Tally
+from ssrctl.core.claims import ALLOCATIONS, SELECTIONS, Indices, KeptPart, KeptQuestion, KeptUnit, Selection, Tally
+from ssrctl.core.layout import Shards
 from ssrctl.core.mask import BlockMask
 from ssrctl.core.question import Question
 from ssrctl.core.sparse_state import SparseState
@@ -137,11 +138,14 @@ class KronosOpt(torch.optim.Optimizer):
             raise ValueError(f"reuse_factor loosens the disjoint allocation; it has no meaning for {allocation!r}")
         self.named: dict[str, Tensor] = {}
         self.num_protected = 0
-        self._protected: dict[str, Tensor] = {}
+        self._shards = Shards({})
+        self._groups: list[int] = []  # by shard, the number of its parameter group
+        self._protected: list[Tensor] = []  # bits of each shard's positions
         self._protected_counts: dict[str, int] = {}
-        self._states: dict[str, SparseState] = {}
+        self._states: dict[int, SparseState] = {}  # by shard, like the pending sums
         self._question: Question | None = None
-        self._pending: dict[str, SparseState] = {}
+        self._pending: dict[int, SparseState] = {}
+        self._pending_names: dict[str, None] = {}  # in the order in which they were first kept
         self._tally = Tally()
         self.selection, self.reuse_factor = selection, reuse_factor
         self.update_rule, self.max_grad_norm = update_rule, max_grad_norm
@@ -157,6 +161,11 @@ class KronosOpt(torch.optim.Optimizer):
         return RULES[self.update_rule]
 
     @property
+    def shards(self) -> Shards:
+        """The numbering of all coordinates, in which kept sets are stored."""
+        return self._shards
+
+    @property
     def num_coordinates(self) -> int:
         """Coordinates of all parameters."""
         return sum(parameter.numel() for parameter in self.named.values())
@@ -169,7 +178,7 @@ class KronosOpt(torch.optim.Optimizer):
     @property
     def touched(self) -> dict[str, Tensor]:
         """Bits (as in ``core.bits``) of every coordinate that was ever updated, by parameter name."""
-        return {name: self._state_of(name).bits for name in self.named}
+        return self._shards.bits([self._state_of(number).bits for number in range(len(self._shards.layouts))])
 
     def begin_question(self, units: int | Sequence[float] | None = None) -> None:
         """Forget the claims of the question before; what it kept stays for ``step``.
@@ -299,15 +308,19 @@ class KronosOpt(torch.optim.Optimizer):
         clips = self.rule.clips and self.max_grad_norm and norm > 0
         scale = min(1.0, self.max_grad_norm / norm) if clips else 1.0
         moved = Survival()
-        for group in self.param_groups:
-            hyper = Hyper(tuple(group["betas"]), group["eps"])
-            for name in group["param_names"]:
-                if (pending := self._pending.pop(name, None)) is not None:
-                    weight, state = self.named[name], self._state_of(name)
-                    moved += apply_pending(
-                        weight.view(-1), pending, state, self.rule, hyper, lr=float(group["lr"]), clip_scale=scale
-                    )
-                    self.state[weight] = state.tensors()
+        for number in sorted(self._pending):
+            group, layout = self._group_of(number), self._shards.layouts[number]
+            moved += apply_pending(
+                {name: self.named[name] for name in layout.numels},
+                layout,
+                self._pending.pop(number),
+                self._state_of(number),
+                self.rule,
+                Hyper(tuple(group["betas"]), group["eps"]),
+                lr=float(group["lr"]),
+                clip_scale=scale,
+            )
+        self._pending_names.clear()
         done, self._tally = self._tally, Tally()
         return StepStats(
             grad_norm=norm,
@@ -331,8 +344,10 @@ class KronosOpt(torch.optim.Optimizer):
 
     def _new_question(self, planned: Sequence[int]) -> Question:
         """Nothing claimed yet; the model may have moved to another device since the optimizer was built."""
-        self._protected = {name: bits.to(self.named[name].device) for name, bits in self._protected.items()}
-        claims = ALLOCATIONS[self.allocation](self._protected, Selection(self.selection, self.reuse_factor))
+        self._protected = [bits.to(self._device_of(number)) for number, bits in enumerate(self._protected)]
+        claims = ALLOCATIONS[self.allocation](
+            self._shards, self._protected, Selection(self.selection, self.reuse_factor)
+        )
         return Question(claims, self._free(), planned)
 
     def _claim_all(self, gradients: Mapping[str, Tensor]) -> None:
@@ -354,35 +369,42 @@ class KronosOpt(torch.optim.Optimizer):
 
     def _pending_norm(self) -> float:
         """Return the L2 norm (float64) of the pending update; drop the update and raise if it is not finite."""
+        sums: dict[str, Tensor] = {}
+        for number, pending in self._pending.items():
+            found = self._shards.layouts[number].split(pending.indices())
+            counts = [indices.numel() for indices in found.values()]
+            sums |= dict(zip(found, pending.fields["sum"].split(counts), strict=True))
         square = 0.0
-        for name, pending in self._pending.items():
-            values = pending.fields["sum"]
-            part = float(values.double().square().sum())
+        # Added up by parameter, in the order in which they came: the norm depends on it in its last bit.
+        for name in self._pending_names:
+            part = float(sums[name].double().square().sum())
             if not math.isfinite(part):
                 self._pending.clear()
-                raise NonFiniteGradient(name, int((~values.isfinite()).sum()))
+                self._pending_names.clear()
+                raise NonFiniteGradient(name, int((~sums[name].isfinite()).sum()))
             square += part
         norm: float = square**0.5
         return norm
 
     def _add(self, units: Sequence[KeptUnit]) -> None:
         """Add the units' kept gradients to the pending update, in float32, in the order of the units."""
-        for group in self.param_groups:
-            scales = [1.0] * len(units)
-            if self.rule.unit_scale is not None:
-                scales = [self.rule.unit_scale(unit.rms(), group["eps"]) for unit in units]
-            for name in group["param_names"]:
-                parts = [
-                    (unit.sets[name].to_indices(), unit.values[name].float() * scale)
-                    for unit, scale in zip(units, scales, strict=True)
-                    if name in unit.sets
-                ]
-                if not parts:
-                    continue
-                if name not in self._pending:
-                    parameter = self.named[name]
-                    self._pending[name] = SparseState(parameter.numel(), pending_fields(self.rule), parameter.device)
-                add_kept(self._pending[name], parts)
+        kept = {name for unit in units for part in unit.parts for name in part.counts}
+        self._pending_names |= dict.fromkeys(name for name in self.named if name in kept)
+        scale_of = self.rule.unit_scale
+        rms = [unit.rms() if scale_of else 0.0 for unit in units]
+        shards: dict[int, list[tuple[float, KeptPart]]] = {}
+        for place, unit in enumerate(units):
+            for part in unit.parts:
+                scale = scale_of(rms[place], self._group_of(part.shard)["eps"]) if scale_of else 1.0
+                shards.setdefault(part.shard, []).append((scale, part))
+        for number, parts in shards.items():
+            if number not in self._pending:
+                size, device = self._shards.layouts[number].size, self._device_of(number)
+                self._pending[number] = SparseState(size, pending_fields(self.rule), device)
+            add_kept(
+                self._pending[number],
+                [(part.chosen.to_indices(), part.values.float() * scale) for scale, part in parts],
+            )
 
     # scope "tensor"
 
@@ -415,6 +437,12 @@ class KronosOpt(torch.optim.Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
+        before = len(self._shards.layouts)
+        self._shards.add(added)
+        self._groups += [len(self.param_groups) - 1] * (len(self._shards.layouts) - before)
+        for layout in self._shards.layouts[before:]:
+            device = added[next(iter(layout.numels))].device
+            self._protected.append(torch.zeros(1, dtype=torch.uint8, device=device).expand(layout.size // 8))
         for name, parameter in added.items():
             self.named[name] = parameter
             if self.scope == "tensor" and parameter.requires_grad:
@@ -442,9 +470,13 @@ class KronosOpt(torch.optim.Optimizer):
             raise ValueError(f"the protected mask is over other tensors; first difference: {odd[0]}")
         self._protected_counts = {name: tiles.count() for name, tiles in protected.tensors.items()}
         self.num_protected = sum(self._protected_counts.values())
-        self._protected = {
-            name: bits for name, bits in bits_from_mask(protected).items() if self._protected_counts[name]
-        }
+        for number, layout in enumerate(self._shards.layouts):
+            if any(self._protected_counts[name] for name in layout.numels):
+                self._protected[number] = self._protected[number].contiguous()  # other shards hold one zero
+        views = self._shards.bits(self._protected)
+        for name, bits in bits_from_mask(protected).items():
+            if self._protected_counts[name]:
+                views[name].copy_(bits)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as in torch: per parameter ``bits`` (see ``touched``), moments and master remainders.
@@ -454,6 +486,9 @@ class KronosOpt(torch.optim.Optimizer):
         """
         if self._question is not None or self._pending:
             raise RuntimeError("state_dict() with claims that wait to be applied: step() first")
+        for number, state in self._states.items():
+            for name, tensors in state.tensors_of(self._shards.layouts[number]).items():
+                self.state[self.named[name]] = tensors
         return super().state_dict() | {"update_rule": self.update_rule}
 
     @torch.no_grad()
@@ -480,16 +515,24 @@ class KronosOpt(torch.optim.Optimizer):
         }
         # Checks and takes over the groups; the state that it would cast to the weights' dtypes is kept from it.
         super().load_state_dict(state_dict | {"state": {}})
-        self._states = restored
-        for name, state in restored.items():
-            self.state[self.named[name]] = state.tensors()
+        self._states = {}
+        for number, layout in enumerate(self._shards.layouts):
+            if parts := {name: restored[name] for name in layout.numels if name in restored}:
+                self._states[number] = SparseState.joined(layout, parts)
 
-    def _state_of(self, name: str) -> SparseState:
-        """Return a parameter's state; one that was never touched gets its own now."""
-        if name not in self._states:
-            parameter = self.named[name]
-            self._states[name] = SparseState(parameter.numel(), self._fields_of(parameter), parameter.device)
-        return self._states[name]
+    def _state_of(self, number: int) -> SparseState:
+        """Return a shard's state; one that was never touched gets its own now."""
+        if number not in self._states:
+            layout = self._shards.layouts[number]
+            fields = self._fields_of(self.named[next(iter(layout.numels))])
+            self._states[number] = SparseState(layout.size, fields, self._device_of(number))
+        return self._states[number]
+
+    def _group_of(self, number: int) -> dict[str, Any]:
+        return self.param_groups[self._groups[number]]
+
+    def _device_of(self, number: int) -> torch.device:
+        return self.named[next(iter(self._shards.layouts[number].numels))].device
 
     def _fields_of(self, parameter: Tensor) -> dict[str, torch.dtype]:
         return state_fields(self.rule, parameter.dtype, masters=self.master_weights)

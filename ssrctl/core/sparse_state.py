@@ -19,6 +19,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ssrctl.core.bits import bits_to_indices
+from ssrctl.core.layout import Layout
 from ssrctl.core.popcount import count_bits, popcount
 
 # Queries are answered this many at a time, which bounds the int64 scratch to some tens of megabytes.
@@ -66,7 +68,7 @@ class SparseState:
 
     def contains(self, indices: Tensor) -> Tensor:
         """bool ``[k]``: which of the flat indices (int64 ``[k]``) were touched."""
-        return ((self._words[indices >> 6] >> (indices & 63)) & 1).bool()
+        return ((self._words.index_select(0, indices >> 6) >> (indices & 63)) & 1).bool()
 
     def insert(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Add the coordinates that are not there yet, with 0 in every field.
@@ -84,14 +86,14 @@ class SparseState:
         """
         self._check(indices)
         is_new = ~self.contains(indices)
-        new = indices[is_new]
+        new = indices.masked_select(is_new)
         if new.numel() == 0:
             return self._ranks(indices), is_new
         # Bits that are known to be clear and distinct: their sum is their union.
         self._words.index_add_(0, new >> 6, torch.ones_like(new) << (new & 63))
         positions = self._ranks(indices)
         was_there = torch.ones(self._count + new.numel(), dtype=torch.bool, device=indices.device)
-        was_there[positions[is_new]] = False
+        was_there.index_fill_(0, positions.masked_select(is_new), False)
         for name, values in self.fields.items():
             self.fields[name] = values.new_zeros(was_there.numel()).masked_scatter_(was_there, values)
         self._count = was_there.numel()
@@ -109,16 +111,35 @@ class SparseState:
 
     def indices(self) -> Tensor:
         """Ascending flat indices of the touched coordinates, int64 ``[count]``."""
-        found = [torch.empty(0, dtype=torch.int64, device=self._words.device)]
-        places = torch.arange(8, dtype=torch.uint8, device=self._words.device)
-        for start, part in enumerate(self._words.view(torch.uint8).split(CHUNK)):
-            bits = (part.unsqueeze(-1) >> places).bitwise_and_(1)
-            found.append(bits.view(-1).nonzero().flatten() + start * CHUNK * 8)
-        return torch.cat(found)
+        return bits_to_indices(self.bits, self.numel)
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything, for a checkpoint: ``bits`` and the fields by name."""
         return {_BITS: self.bits, **self.fields}
+
+    def tensors_of(self, layout: Layout) -> dict[str, dict[str, Tensor]]:
+        """Split ``tensors`` by the tensors of a layout (a shard's), as views; untouched ones are left out."""
+        counts = {name: indices.numel() for name, indices in layout.split(self.indices()).items()}
+        fields = {key: values.split(list(counts.values())) for key, values in self.fields.items()}
+        bits = layout.bits(self.bits)
+        return {
+            name: {_BITS: bits[name], **{key: values[place] for key, values in fields.items()}}
+            for place, (name, count) in enumerate(counts.items())
+            if count
+        }
+
+    @classmethod
+    def joined(cls, layout: Layout, parts: Mapping[str, SparseState]) -> SparseState:
+        """Join states of tensors of a layout, at least one, all with the same fields."""
+        first = next(iter(parts.values()))
+        made = cls(layout.size, {key: values.dtype for key, values in first.fields.items()}, first.bits.device)
+        ordered = {name: parts[name] for name in layout.numels if name in parts}
+        for name, bits in layout.bits(made.bits).items():
+            if name in ordered:
+                bits.copy_(ordered[name].bits)
+        made._count = sum(part.count for part in ordered.values())
+        made.fields = {key: torch.cat([part.fields[key] for part in ordered.values()]) for key in made.fields}
+        return made
 
     @classmethod
     def from_tensors(cls, numel: int, tensors: Mapping[str, Tensor]) -> SparseState:
@@ -156,7 +177,8 @@ class SparseState:
         for out, part in zip(ranks.split(CHUNK), indices.split(CHUNK), strict=True):
             word = part >> 6
             lower = (torch.ones_like(part) << (part & 63)) - 1
-            out.copy_(popcount(self._words[word].bitwise_and_(lower))).add_(before[word])
+            inside = self._words.index_select(0, word).bitwise_and_(lower)
+            out.copy_(popcount(inside)).add_(before.index_select(0, word))
         return ranks
 
     def _check(self, indices: Tensor) -> None:

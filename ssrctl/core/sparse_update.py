@@ -1,4 +1,4 @@
-"""Moving the selected coordinates of one parameter, with sparse state and exact master values."""
+"""Moving the selected coordinates of one shard of parameters, with sparse state and exact master values."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ssrctl.core.layout import Layout
 from ssrctl.core.masters import REMAINDER_DTYPES, join_master, split_master
 from ssrctl.core.sparse_state import SparseState
 from ssrctl.core.update_rules import Contribution, Hyper, UpdateRule
@@ -69,15 +70,16 @@ def add_kept(pending: SparseState, parts: Sequence[tuple[Tensor, Tensor]]) -> No
             for part in parts:
                 add_kept(pending, [part])
             return
-        values = values[order]
+        values = values.index_select(0, order)
     places, _ = pending.insert(indices)
-    pending.fields["sum"][places] += values  # indices are distinct, so each is added to once
+    pending.fields["sum"].index_add_(0, places, values)  # indices are distinct, so each is added to once
     if "squares" in pending.fields:
-        pending.fields["squares"][places] += values.square()
+        pending.fields["squares"].index_add_(0, places, values.square())
 
 
 def apply_pending(
-    weight: Tensor,
+    weights: Mapping[str, Tensor],
+    layout: Layout,
     pending: SparseState,
     state: SparseState,
     rule: UpdateRule,
@@ -89,9 +91,10 @@ def apply_pending(
     """``theta <- theta - lr * direction`` on the coordinates that wait; all others keep every bit.
 
     Args:
-        weight: the parameter, flat ``[n]``, written in place.
-        pending: its sums since the last step.
-        state: its state between steps, updated in place.
+        weights: parameters of one dtype by name, contiguous, written in place.
+        layout: of these parameters, in which ``pending`` and ``state`` count.
+        pending: sums since the last step.
+        state: state between steps, updated in place.
         rule: turns the kept gradient into a direction.
         hyper: the rule's settings.
         lr: step size.
@@ -102,19 +105,22 @@ def apply_pending(
     given = Contribution(
         _scaled(pending.fields["sum"], clip_scale), _scaled(pending.fields.get("squares"), clip_scale**2), is_new
     )
-    old = {moment: state.fields[moment][places] for moment in rule.moments}
+    old = {moment: state.fields[moment].index_select(0, places) for moment in rule.moments}
     direction, new = rule.direction(given, old, hyper)
     _put(state.fields, places, new)
     change = direction * lr
-    stored = weight[indices]
+    chosen = {name: found for name, found in layout.split(indices).items() if found.numel()}
+    stored = torch.cat([weights[name].view(-1).index_select(0, found) for name, found in chosen.items()])
     plain = (stored.float() - change).to(stored.dtype)
     intended = change != 0
     if REMAINDER in state.fields:
-        master = join_master(stored, state.fields[REMAINDER][places]) - change
-        weight[indices], remainder = split_master(master, stored.dtype)
+        master = join_master(stored, state.fields[REMAINDER].index_select(0, places)) - change
+        written, remainder = split_master(master, stored.dtype)
         _put(state.fields, places, {REMAINDER: remainder})
     else:
-        weight[indices] = plain
+        written = plain
+    for (name, found), values in zip(chosen.items(), written.split([i.numel() for i in chosen.values()]), strict=True):
+        weights[name].view(-1).index_copy_(0, found, values)
     return Survival(indices.numel(), int(intended.sum()), int((intended & (plain == stored)).sum()))
 
 
@@ -126,4 +132,4 @@ def _scaled(values: Tensor | None, scale: float) -> Tensor:
 
 def _put(fields: Mapping[str, Tensor], places: Tensor, values: Mapping[str, Tensor]) -> None:
     for name, column in values.items():
-        fields[name][places] = column
+        fields[name].index_copy_(0, places, column)

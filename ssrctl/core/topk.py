@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from ssrctl.core.counting import INFINITY, PATTERN_DTYPES, Candidates, Group, Layout, choose, threshold_bin
+from ssrctl.core.counting import INFINITY, PATTERN_DTYPES, Candidates, Group, choose, threshold_bin
+from ssrctl.core.layout import Layout
 from ssrctl.core.topk_plain import CHUNK, PlainReader
 
 if TYPE_CHECKING:
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = ["CHUNK", "NonFiniteGradient", "Reader", "count_non_finite", "select_topk"]
 
-SAMPLED_FROM = 1 << 21  # coordinates from which sampling is cheaper than counting all
-SAMPLE = 1 << 16  # coordinates in a sample
+SAMPLED_FROM = 1 << 18  # coordinates from which sampling is cheaper than counting all
+SAMPLE = 1 << 15  # coordinates in a sample
 MARGIN = 5.0  # how far below the wanted rank the bound is set, in standard deviations of the sample's count
 
 
@@ -104,7 +105,7 @@ def select_topk(
     reader = make_reader({name: gradient.detach() for name, gradient in gradients.items()}, taken)
     positions, keys = _candidates(reader, k, group)
     chosen, _ = choose(keys, k, group)
-    return reader.layout.split(positions[chosen])
+    return reader.layout.split(positions.masked_select(chosen))
 
 
 def count_non_finite(gradient: Tensor, bits: Tensor | None = None) -> int:
@@ -157,7 +158,7 @@ def _candidates(reader: Reader, k: int, group: Group) -> tuple[Tensor, Tensor]:
 
 def _stride(size: int) -> int:
     """Return a step that samples ``size`` coordinates; coprime to likely row lengths, so that no column is favoured."""
-    stride = max(2, size // SAMPLE)
+    stride = max(2, -(-size // SAMPLE))
     while math.gcd(stride, 2 * 3 * 5 * 7 * 11 * 13) > 1:
         stride += 1
     return stride

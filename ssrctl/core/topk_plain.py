@@ -8,12 +8,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ssrctl.core.bits import get_bits, unpack_bits
-from ssrctl.core.counting import HIGH_BINS, PATTERN_DTYPES, Candidates, Layout, keys_of, pattern_bound
+from ssrctl.core.bits import unpack_bits
+from ssrctl.core.counting import HIGH_BINS, PATTERN_DTYPES, Candidates, keys_of, pattern_bound
+from ssrctl.core.layout import Layout
 
 CHUNK = 1 << 21  # coordinates read at once on a CPU, so that their patterns stay in its cache; a multiple of 8
 DEVICE_CHUNK = 1 << 25  # and on other devices, where every window waits for the device
-LANES = 8  # patterns that share a maximum; for k = 1% most maxima are below the bound with 8, with 32 few are
+LANES = (8, 72)  # patterns that share a maximum; for k = 1% most maxima are below the bound with 8, with 72 few are
+# torch shares out larger operations among threads. Where cores are busy each waits for its slowest thread, and small
+# tensors are many: they are read in parts that one thread takes.
+GRAIN = 1 << 15
+SMALL = 1 << 17
+ONE_CORE = 1 << 24  # coordinates of which one core finds a few without help
 
 
 @dataclass(frozen=True)
@@ -48,12 +54,13 @@ class PlainReader:
 
     def histogram(self, stride: int) -> Tensor:
         """See ``topk.Reader``."""
-        counts = torch.zeros(HIGH_BINS, dtype=torch.int64)
-        for keys in self._all_keys() if stride == 1 else self._sampled_keys(stride):
+        counts = []
+        read = stride == 1 or len(self._windows) == 1
+        for keys in self._all_keys(stride) if read else [self._sampled_keys(stride)]:
             # a negative key is counted in a bin before the first, which is cut off
             bins = (keys >> 16).clamp_(min=-1).add_(1)
-            counts += torch.bincount(bins, minlength=HIGH_BINS + 1)[1:].cpu()
-        return counts
+            counts.append(torch.bincount(bins, minlength=HIGH_BINS + 1)[1:].cpu())
+        return sum(counts[1:], counts[0]) if counts else torch.zeros(HIGH_BINS, dtype=torch.int64)
 
     def collect(self, bound: int, k: int) -> tuple[Tensor, Tensor]:
         """See ``topk.Reader``."""
@@ -66,45 +73,57 @@ class PlainReader:
 
     def hits(self, wanted: Candidates) -> Iterator[tuple[Tensor, Tensor]]:
         """(positions, keys) of eligible coordinates that reach ``wanted.bound``, which may rise meanwhile."""
+        few = 1280 * wanted.k <= self.layout.size <= ONE_CORE and self._chunk == CHUNK
         for window in self._windows:
             bound = pattern_bound(wanted.bound, window.dtype)
-            places, patterns = _at_least(self._patterns(window), bound, wanted.k)
+            places, patterns = _at_least(self._patterns(window), bound, wanted.k, few=few)
             yield places + window.base, keys_of(patterns, window.dtype)
 
-    def _all_keys(self) -> Iterator[Tensor]:
-        """int32 keys of every window; negative where not eligible."""
+    def _all_keys(self, stride: int) -> Iterator[Tensor]:
+        """int32 keys of every window, at multiples of ``stride`` (1, or with one window any); negative: not eligible."""
         for window in self._windows:
-            yield keys_of(self._patterns(window), window.dtype)
+            yield keys_of(self._patterns(window)[::stride], window.dtype)
 
-    def _sampled_keys(self, stride: int) -> Iterator[Tensor]:
-        """int32 keys of the eligible coordinates at multiples of ``stride``."""
-        parts = []
-        for (name, gradient), offset in zip(self.gradients.items(), self.layout.offsets, strict=True):
-            first = -offset % stride
-            if first >= gradient.numel():
-                continue
-            indices = torch.arange(first, gradient.numel(), stride, device=gradient.device)
-            if name in self.taken:
-                indices = indices[~get_bits(self.taken[name], indices)]
-            parts.append(keys_of(gradient.take(indices).abs().view(PATTERN_DTYPES[gradient.dtype]), gradient.dtype))
-        if parts:
-            yield torch.cat(parts)
+    def _sampled_keys(self, stride: int) -> Tensor:
+        """int32 keys of the coordinates at multiples of ``stride``; negative where not eligible."""
+        named = list(self.gradients.items())
+        first = [-offset % stride for offset in self.layout.offsets.values()]
+        counts = [len(range(start, g.numel(), stride)) for start, (_, g) in zip(first, named, strict=True)]
+        of_tensor, device = torch.tensor(counts), named[0][1].device
+        shift = torch.tensor(first) - stride * (of_tensor.cumsum(0) - of_tensor)
+        indices = stride * torch.arange(sum(counts)) + shift.repeat_interleave(of_tensor)
+        places, octets = (part.to(device).split(counts) for part in (indices, indices >> 3))
+        values = torch.cat([g.take(place) for (_, g), place in zip(named, places, strict=True)])
+        keys = values.float().abs().view(torch.int32)
+        if self.taken:
+            bits = torch.cat(
+                [
+                    self.taken[name].take(octet) if name in self.taken else octet.to(torch.uint8).zero_()
+                    for (name, _), octet in zip(named, octets, strict=True)
+                ]
+            )
+            keys |= ((bits >> (indices & 7).to(bits)) & 1).to(torch.int32).neg_()
+        return keys
 
     def _patterns(self, window: _Window) -> Tensor:
         """Return the patterns of |g| in a buffer that is reused; -1 where not eligible and between tensors.
 
-        ``[window.size]``, and as many more as make it a multiple of ``LANES``.
+        ``[window.size]``, and as many more as make it a multiple of the largest of ``LANES``.
         """
         dtype = PATTERN_DTYPES[window.dtype]
-        patterns = self._buffer(dtype)[: -(-window.size // LANES) * LANES]
+        patterns = self._buffer(dtype)[: -(-window.size // LANES[1]) * LANES[1]]
         if self._read is window:  # small models have one window, which is counted and then collected
             return patterns
-        if len(window.pieces) > 1:
-            patterns.fill_(-1)
-        patterns[window.size :] = -1
+        ends = [place + piece.numel() for place, piece in window.pieces]
+        for end, following in zip(ends, [*(place for place, _ in window.pieces[1:]), patterns.numel()], strict=True):
+            if end < following:
+                patterns[end:following] = -1
         all_but_the_sign = torch.tensor(torch.iinfo(dtype).max, dtype=dtype, device=patterns.device)
         for place, piece in window.pieces:
-            torch.bitwise_and(piece, all_but_the_sign, out=patterns[place : place + piece.numel()].view(piece.shape))
+            target = patterns[place : place + piece.numel()].view(piece.shape)
+            rows = GRAIN // piece[0].numel() - 1 if len(window.pieces) > 1 and piece.numel() <= SMALL else len(piece)
+            for part, out in zip(piece.split(max(1, rows)), target.split(max(1, rows)), strict=True):
+                torch.bitwise_and(part, all_but_the_sign, out=out)
         if window.bits is not None and bool(window.bits.any()):
             # an OR with -1 does what masked_fill does, several times as fast
             patterns[: window.size] |= unpack_bits(window.bits, 0, window.size).to(dtype).neg_()
@@ -115,7 +134,7 @@ class PlainReader:
         if dtype not in self._scratch:
             largest = max(window.size for window in self._windows if PATTERN_DTYPES[window.dtype] == dtype)
             device = next(iter(self.gradients.values())).device
-            self._scratch[dtype] = torch.empty(largest + LANES, dtype=dtype, device=device)
+            self._scratch[dtype] = torch.empty(largest + LANES[1], dtype=dtype, device=device)
         return self._scratch[dtype]
 
     def _plan(self) -> Iterator[_Window]:
@@ -135,7 +154,7 @@ class PlainReader:
 
     def _pieces(self) -> Iterator[tuple[int, Tensor, Tensor, Tensor | None]]:
         """(position, tensor, patterns, bits) of parts of tensors, each from a multiple of 8 within its tensor."""
-        for (name, gradient), offset in zip(self.gradients.items(), self.layout.offsets, strict=True):
+        for (name, gradient), offset in zip(self.gradients.items(), self.layout.offsets.values(), strict=True):
             if gradient.numel() == 0:
                 continue
             patterns = gradient.view(PATTERN_DTYPES[gradient.dtype])
@@ -149,17 +168,19 @@ class PlainReader:
                 yield offset + start, gradient, part, bits
 
 
-def _at_least(patterns: Tensor, least: int, k: int = 0) -> tuple[Tensor, Tensor]:
-    """(ascending indices, patterns) of the patterns (``[n]``, n a multiple of ``LANES``) that are at least ``least``.
+def _at_least(patterns: Tensor, least: int, k: int, *, few: bool) -> tuple[Tensor, Tensor]:
+    """(ascending indices, patterns) of the patterns (``[n]``, n a multiple of both ``LANES``) that are at least ``least``.
 
     With ``k``, of those that equal ``least`` the first k are enough. Where most patterns reach it (an embedding's
     gradient may be 0 but for a few rows) the others are left out, which keeps the scratch small.
 
-    Comparing all and listing the hits costs several times what a maximum does. So maxima of every ``LANES`` patterns
+    Comparing all and listing the hits costs several times what a maximum does. So maxima of some ``LANES`` patterns
     at the same place of as many equal parts are compared, and then only patterns at places with a hit.
     """
-    lanes = patterns.view(LANES, -1)
-    places = (lanes.amax(0) >= least).nonzero().flatten()
+    lanes = patterns.view(LANES[few], -1)
+    width = GRAIN // LANES[few] - 1 if few else max(1, lanes.shape[1])
+    maxima = torch.cat([part.amax(0) for part in lanes.split(width, 1)])
+    places = (maxima >= least).nonzero().flatten()
     if 2 * places.numel() > lanes.shape[1]:
         chosen = patterns >= least
         if 0 < k < patterns.numel():
@@ -167,9 +188,16 @@ def _at_least(patterns: Tensor, least: int, k: int = 0) -> tuple[Tensor, Tensor]
             chosen &= ~(ties & (ties.cumsum(0, dtype=torch.int32) > k))
         indices = chosen.nonzero().flatten()
         return indices, patterns[indices]
-    near = lanes[:, places]
-    lane, which = (near >= least).nonzero(as_tuple=True)  # by lane, then by place: ascending
-    return lane * lanes.shape[1] + places[which], near[lane, which]
+    found = []
+    for part in places.split(width):
+        near = lanes.index_select(1, part)  # indexing would start threads from 3,000 values on
+        reached = near >= least
+        lane, which = reached.nonzero(as_tuple=True)  # by lane, then by place: ascending
+        found.append((lane * lanes.shape[1] + part.index_select(0, which), near.masked_select(reached)))
+    if len(found) == 1:
+        return found[0]
+    indices, order = torch.cat([one for one, _ in found]).sort()
+    return indices, torch.cat([values for _, values in found]).index_select(0, order)
 
 
 def _window(base: int, dtype: torch.dtype, pieces: list[tuple[int, Tensor, Tensor | None]]) -> _Window:

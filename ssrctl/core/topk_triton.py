@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssrctl.core.counting import HIGH_BINS, Candidates, Layout, pattern_bound
+from ssrctl.core.counting import HIGH_BINS, Candidates, pattern_bound
+from ssrctl.core.layout import Layout
 
 BLOCK = 4096  # coordinates per program: 8 KiB of bfloat16
 MANY = 1 << 26  # candidates beyond 2k that a pass may write at once: 0.8 GiB
@@ -144,7 +145,7 @@ class TritonReader:
         self._num_blocks = self.layout.size // BLOCK
         # one copy to the device: first block, number of coordinates, address, address of the bits
         columns = [
-            [offset // BLOCK for offset in self.layout.offsets],
+            [offset // BLOCK for offset in self.layout.offsets.values()],
             [flat.numel() for flat in self._flat],
             [flat.data_ptr() for flat in self._flat],
             [0 if bits is None else bits.data_ptr() for bits in self._bits],

@@ -15,6 +15,7 @@ from ssrctl.configs import TINY, ModelConfig
 from ssrctl.errors import UserError
 from ssrctl.io import console
 from ssrctl.io.artifacts import ModelIdentity
+from ssrctl.models.precision import first_line, repeat_sums, resolve_device, settle_dtype
 from ssrctl.models.weight_checks import check_all_loaded, check_finite, check_tokens, head_is_untied
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ MEMORY_RESERVE_BYTES = 512 * 2**20
 SINGLE_THREAD_PARAMETERS = 5_000_000
 # More than any model has; a config that asks for more would keep transformers building modules for hours.
 MOST_LAYERS = 10_000
-LONGEST_REASON = 300
+UNREAD = "not read"  # the fingerprint of a model of which only the config was read
 UNTIED = (
     "{name}: the config ties the output head to the embedding, but the file stores a head of other values: it is used"
 )
@@ -91,7 +92,9 @@ def load_model(config: ModelConfig, *, bytes_per_parameter: float = 0.0) -> Load
     transformers_logging.disable_progress_bar()
     hub_logging.set_verbosity_error()  # load errors sum up its retries in one line
     source = _source(config)
+    config = settle_dtype(config)
     device = resolve_device(config.device)
+    repeat_sums(device)
     _check_memory(config, source, device, bytes_per_parameter)
     tokenizer = _load_tokenizer(config, source)
     with _explained(config), _quiet_report():
@@ -103,6 +106,7 @@ def load_model(config: ModelConfig, *, bytes_per_parameter: float = 0.0) -> Load
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # they are refused below, with their shapes
             output_loading_info=True,
+            **({} if config.attn_implementation == "auto" else {"attn_implementation": config.attn_implementation}),
         )
     for remark in (
         check_all_loaded(config.model, model, report),
@@ -116,7 +120,7 @@ def load_model(config: ModelConfig, *, bytes_per_parameter: float = 0.0) -> Load
         revision=config.revision,
         fingerprint=_fingerprint(model),
     )
-    dtype = model.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    dtype = model.dtype if config.dtype == "stored" else getattr(torch, config.dtype)
     try:
         # Only tensors that the checkpoint stores: computed buffers, such as rotary frequencies, stay in float32, as
         # transformers keeps them.
@@ -127,7 +131,7 @@ def load_model(config: ModelConfig, *, bytes_per_parameter: float = 0.0) -> Load
         model = model.to(device=device).eval()
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"{config.model} does not fit on {device}: {_first_line(error)}", "use --dtype bfloat16 or another --device"
+            f"{config.model} does not fit on {device}: {first_line(error)}", "use --dtype bfloat16 or another --device"
         ) from error
     check_finite(config.model, dict(model.named_parameters()))
     if (
@@ -139,27 +143,8 @@ def load_model(config: ModelConfig, *, bytes_per_parameter: float = 0.0) -> Load
     return LoadedModel(model, tokenizer, identity, getattr(model.config, "max_position_embeddings", None))
 
 
-def resolve_device(name: str) -> torch.device:
-    """Return the device; ``auto`` is the accelerator that accelerate would pick, else the CPU.
-
-    Sums are in float64, which mps does not support; ``auto`` is the CPU there.
-    """
-    import torch
-    from accelerate.state import PartialState
-
-    if name == "auto":
-        state = PartialState()
-        return torch.device("cpu") if state.device.type == "mps" else state.device
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"device {name} cannot be used: {_first_line(error)}", "give --device cpu or auto") from error
-    return device
-
-
-def _source(config: ModelConfig) -> str:
-    """Return the source for transformers: the bundled folder, a local folder, or a hub name."""
+def _source(config: ModelConfig, *, with_weights: bool = True) -> str:
+    """Return the source for transformers: the bundled folder, a local folder (checked for weights), or a hub name."""
     if config.model == TINY:
         from ssrctl import tiny_reasoner
 
@@ -171,7 +156,8 @@ def _source(config: ModelConfig) -> str:
             raise UserError(
                 f"{path} has no config.json, so it is not a model folder", hint or "name the folder that has it"
             )
-        check_folder(path)
+        if with_weights:
+            check_folder(path)
         return str(path)
     if path.exists() or path.is_absolute() or config.model.startswith((".", "~")) or config.model.count("/") > 1:
         raise UserError(f"model folder not found: {config.model}", "name a folder with config.json and safetensors")
@@ -233,11 +219,40 @@ def check_tokenizer(tokenizer: Any, name: str) -> None:
         tokenizer.pad_token = tokenizer.eos_token
 
 
-def _check_memory(config: ModelConfig, source: str, device: torch.device, bytes_per_parameter: float) -> None:
-    """Refuse a model that cannot fit before the machine starts to swap or kills the process."""
+def load_skeleton(config: ModelConfig) -> LoadedModel:
+    """Build a model from its config alone, on the meta device; its weights are not read and need not be there.
+
+    Returns:
+        The model, with ``UNREAD`` as fingerprint. The tokenizer is None where there is none.
+
+    Raises:
+        UserError: no config, or one that no causal LM can be made of.
+    """
+    source = _source(config, with_weights=False)
+    model = _empty_model(config, source)
+    try:
+        tokenizer = _load_tokenizer(config, source)
+    except UserError as error:
+        console.warn(f"{error.message}; prompts are not read")
+        tokenizer = None
+    name = Path(config.model).name if Path(config.model).exists() else config.model
+    identity = ModelIdentity(name=name, revision=config.revision, fingerprint=UNREAD)
+    return LoadedModel(model, tokenizer, identity, getattr(model.config, "max_position_embeddings", None))
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Return the free memory of a device without a reserve; None where the device does not report it."""
     import psutil
     import torch
-    from accelerate import init_empty_weights
+
+    if device.type == "cpu":
+        return int(psutil.virtual_memory().available) - MEMORY_RESERVE_BYTES
+    return torch.cuda.mem_get_info(device)[0] - MEMORY_RESERVE_BYTES if device.type == "cuda" else None
+
+
+def _empty_model(config: ModelConfig, source: str) -> Any:
+    """Build the model on the meta device, from its config."""
+    import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with _explained(config):
@@ -245,19 +260,21 @@ def _check_memory(config: ModelConfig, source: str, device: torch.device, bytes_
             source, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
     _check_config(config, described)
-    with _explained(config), init_empty_weights():
-        empty = AutoModelForCausalLM.from_config(described, trust_remote_code=config.trust_remote_code)
+    with _explained(config), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(described, trust_remote_code=config.trust_remote_code).eval()
+
+
+def _check_memory(config: ModelConfig, source: str, device: torch.device, bytes_per_parameter: float) -> None:
+    """Refuse a model that cannot fit before the machine starts to swap or kills the process."""
+    import torch
+
+    empty = _empty_model(config, source)
     count = sum(p.numel() for p in empty.parameters())
-    stored = described.dtype or torch.float32
-    dtype = stored if config.dtype == "auto" else getattr(torch, config.dtype)
+    stored = empty.config.dtype or torch.float32
+    dtype = stored if config.dtype == "stored" else getattr(torch, config.dtype)
     needed = count * (dtype.itemsize + bytes_per_parameter)
-    if device.type == "cpu":
-        free = psutil.virtual_memory().available - MEMORY_RESERVE_BYTES
-    elif device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0] - MEMORY_RESERVE_BYTES
-    else:
-        return  # other backends do not report free memory; they raise their own errors
-    if needed > free:
+    free = free_bytes(device)  # backends that do not report it raise their own errors
+    if free is not None and needed > free:
         raise UserError(
             f"{config.model} has {count / 1e9:.2f}B parameters and would need {needed / 2**30:.1f} GiB, "
             f"{max(free, 0) / 2**30:.1f} GiB are free on {device}",
@@ -325,7 +342,7 @@ def _quiet_report() -> Iterator[None]:
 
 
 def _load_error(config: ModelConfig, error: Exception, part: str = "") -> UserError:
-    reason = _first_line(error)
+    reason = first_line(error)
     if "trust_remote_code" in str(error):
         return UserError(
             f"{config.model} brings its own code, which is not run unasked",
@@ -342,6 +359,11 @@ def _load_error(config: ModelConfig, error: Exception, part: str = "") -> UserEr
         return UserError(
             f"{config.model} has no tokenizer that can be read", "copy the base model's tokenizer files into the folder"
         )
+    if config.attn_implementation != "auto" and ("attention" in reason or "Flash" in reason or "flash" in reason):
+        return UserError(
+            f"{config.model} cannot use --attn-implementation {config.attn_implementation}: {reason}",
+            "use --attn-implementation auto",
+        )
     if isinstance(error, ImportError):
         return UserError(
             f"{part}{config.model} needs a package that is absent: {reason}",
@@ -355,11 +377,3 @@ def _load_error(config: ModelConfig, error: Exception, part: str = "") -> UserEr
     return UserError(
         f"{part}{config.model} cannot be loaded: {reason}", "check that the folder is complete and its files are whole"
     )
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    kind = type(error).__name__
-    if not lines or isinstance(error, (RecursionError, KeyError, IndexError, AssertionError, AttributeError)):
-        return f"{kind}: {lines[0][:LONGEST_REASON]}" if lines else kind
-    return lines[0][:LONGEST_REASON]

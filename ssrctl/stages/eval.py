@@ -42,11 +42,13 @@ GRADING_BATCH = 256  # responses read, compared in parallel and written at once
 DECISIVE = (
     "dataset", "dataset_config", "dataset_split", "question_column", "answer_column", "prompt_template", "limit",
     "temperature", "top_p", "top_k", "max_new_tokens", "sampling_batch_size", "num_samples", "seed", "dtype", "answer_extraction",
+    "attn_implementation",
     "system_prompt", "chat_template", "chat_template_kwargs", "stop",
 )  # fmt: skip
 # Settings that evaluations of earlier versions do not name, with the value that they had.
 _ADDED: dict[str, Any] = {
     "answer_extraction": "lenient", "system_prompt": None, "chat_template": None, "chat_template_kwargs": None, "stop": [],
+    "attn_implementation": "auto",
 }  # fmt: skip
 
 
@@ -214,15 +216,17 @@ def _claim_for_grading(folder: Path) -> None:
 def _sample(config: EvalConfig, world: World) -> _Found:
     """Draw the missing samples, each process its share, and read all of them back in the main one."""
     from ssrctl.models.loading import describe_model, load_model
+    from ssrctl.models.precision import describe_precision, settle_dtype
     from ssrctl.sampling.agreement import agree
     from ssrctl.sampling.groups import describe_prompt, prepare_prompts
     from ssrctl.text.prompts import load_prompt_format
 
-    config = _with_checkpoint(config)
+    config = settle_dtype(_with_checkpoint(config))
     console.note(describe_model(config) + (f" + {config.checkpoint}" if config.checkpoint else ""))
     prompt_format = load_prompt_format(config)
     problems = load_problems(config, "test", derive_seed(config.seed, "problems"))
     loaded = load_model(config)
+    console.note(describe_precision(loaded.model))
     changed = _apply_checkpoint(config, loaded)
     prompts, num_left_out = prepare_prompts(loaded, problems, prompt_format, config.max_new_tokens)
     if num_left_out:

@@ -29,6 +29,7 @@ from ssrctl.io.problems import load_problems
 from ssrctl.io.records import Rollout, read_rollouts
 from ssrctl.masks.budget_profile import StepMass, mean_curves, problem_masses, traces_batch
 from ssrctl.models.loading import LoadedModel, describe_model, load_model
+from ssrctl.models.precision import settle_dtype
 from ssrctl.sampling.groups import Group, describe_prompt, prepare_prompts, sample_groups
 from ssrctl.text.prompts import build_prompt, load_prompt_format, use_chat_template
 from ssrctl.training.step_gradients.batch import group_batch
@@ -60,6 +61,7 @@ def run(config: ProfileBudgetConfig) -> dict[str, Any]:
         KeyboardInterrupt: after Ctrl-C, with a profile of the problems done so far written.
     """
     note(describe_model(config))
+    config = settle_dtype(config)
     if config.output.is_dir():
         raise UserError(f"cannot write {config.output}: it is a folder", "name a file")
     traces = None if config.traces is None else _read_traces(config)

@@ -26,6 +26,7 @@ from ssrctl.masks.superweight_search import (
 )
 from ssrctl.masks.superweights import TokenisedPrompts, tokenise_prompts
 from ssrctl.models.loading import describe_model, load_model
+from ssrctl.models.precision import settle_dtype
 
 
 def run(config: SuperweightsConfig) -> dict[str, Any]:
@@ -38,6 +39,7 @@ def run(config: SuperweightsConfig) -> dict[str, Any]:
             weight or above the number of candidates; no activation spike with ``--method activation``.
     """
     note(describe_model(config))
+    config = settle_dtype(config)
     if config.output.is_dir():
         raise UserError(f"cannot write {config.output}: it is a folder", "name a file")
     path = _prompts_path(config)

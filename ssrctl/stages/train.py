@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ssrctl.checkpoints.run_dir import RunDir
-from ssrctl.configs import TrainConfig
+from ssrctl.configs import TINY, TrainConfig
 from ssrctl.core.budget import SHOWN_STEPS, Grant, grant
 from ssrctl.core.mask import BlockMask
 from ssrctl.core.seeds import derive_seed
@@ -25,12 +25,15 @@ from ssrctl.io.budget_file import MIN_PROBLEMS, load_budget_profile, shipped_bud
 from ssrctl.io.locks import locked_folder
 from ssrctl.io.package_data import profile_path
 from ssrctl.io.problems import load_problems
-from ssrctl.models.loading import LoadedModel, describe_model, folder_of, load_model
+from ssrctl.models.loading import UNREAD, LoadedModel, describe_model, folder_of, load_model, load_skeleton
+from ssrctl.models.precision import describe_precision, settle_dtype
 from ssrctl.models.stored_parameters import check_exportable
 from ssrctl.sampling.agreement import agree
 from ssrctl.sampling.groups import Prompted, describe_prompt, prepare_prompts
 from ssrctl.text.prompts import load_prompt_format
+from ssrctl.training.checkpointing import enable_checkpointing
 from ssrctl.training.lr_sweep import find_lr
+from ssrctl.training.memory_plan import memory_facts
 from ssrctl.training.resuming import open_run, run_folder
 from ssrctl.training.tracking import check_tracker
 from ssrctl.training.trainer import Trainer, input_hashes, questions_of_step
@@ -40,6 +43,7 @@ from ssrctl.training.unit_observer import UnitObserver
 from ssrctl.training.updaters import frozen_coordinates, make_updater, updater_kind
 
 CRITIC_CALLS = "critic_calls.jsonl"
+ASSUMED_PROMPT_TOKENS = 256  # in plans for a model without a tokenizer
 ACTIVATION_BYTES_PER_PARAMETER = 2.0  # a rough allowance for graphs and caches in the memory check
 
 
@@ -51,6 +55,7 @@ def run(config: TrainConfig) -> dict[str, Any] | None:
         Interrupted: after Ctrl-C or SIGTERM, with a checkpoint of the last whole step written.
     """
     console.note(describe_model(config))
+    config = settle_dtype(config)
     check_tracker(config.report_to)
     with joined_world(config.device) as world:
         _check_processes(config, world)
@@ -79,29 +84,31 @@ def _run(config: TrainConfig, run_dir: RunDir, world: World) -> dict[str, Any] |
     checkpoint = open_run(config, run_dir)
     prompt_format = load_prompt_format(config)
     problems = load_problems(config, "train", derive_seed(config.seed, "problems"))
-    itemsize = 4 if config.dtype in ("auto", "float32") else 2
-    update_bytes = updater_kind(config).bytes_per_parameter(config, itemsize) + (itemsize if config.beta else 0)
-    loaded = load_model(config, bytes_per_parameter=update_bytes + ACTIVATION_BYTES_PER_PARAMETER)
-    check_exportable(folder_of(config), loaded.shapes(), loaded.identity.fingerprint)
+    loaded = _load(config)
     protected = _mask_at(config.protect, config, loaded)
     mask = _mask_at(config.mask, config, loaded)
     _check_trainable(config, loaded, protected, mask)
     curve, profile_name = _budget_curve(config, loaded.identity)
     grants = _grants(config, curve, loaded, frozen_coordinates(protected, mask))
-    prompts, num_left_out = prepare_prompts(loaded, problems, prompt_format, config.max_new_tokens)
-    if num_left_out:
-        console.warn(f"{num_left_out} of {len(problems)} questions do not fit the context and are left out")
-    longest, context = max(len(prompt.prompt_ids) for prompt in prompts), loaded.context_length
+    prompts: list[Prompted] = []
+    first_prompt = None
+    if loaded.tokenizer is not None:
+        prompts, num_left_out = prepare_prompts(loaded, problems, prompt_format, config.max_new_tokens)
+        if num_left_out:
+            console.warn(f"{num_left_out} of {len(problems)} questions do not fit the context and are left out")
+        first_prompt = describe_prompt(loaded, prompts[0])
+        console.note(f"first prompt: {first_prompt}")
+    longest = max((len(prompt.prompt_ids) for prompt in prompts), default=ASSUMED_PROMPT_TOKENS)
+    context = loaded.context_length
     if context is not None and longest + config.max_new_tokens > context:
         console.warn(
             f"the longest prompt ({longest} tokens) and --max-new-tokens {config.max_new_tokens} exceed the model's context of "
             f"{context}: responses end there, unfinished"
         )
-    first_prompt = describe_prompt(loaded, prompts[0])
-    console.note(f"first prompt: {first_prompt}")
     _warn_about_sampling(config)
     if config.dry_run:
-        plan = _plan(config, loaded, protected, mask, profile_name, grants, prompts, run_dir)
+        plan = _plan(config, loaded, protected, mask, profile_name, grants, len(prompts) or len(problems), run_dir)
+        plan |= memory_facts(config, loaded, longest, 1.0 if mask is None else mask.density())
         plan |= _exchange_plan(config, loaded, max(world.size, config.num_processes or 1))
         plan["first_prompt"] = first_prompt
         console.show_plan("plan", plan)
@@ -131,6 +138,20 @@ def _run(config: TrainConfig, run_dir: RunDir, world: World) -> dict[str, Any] |
         return trainer.train()
 
 
+def _load(config: TrainConfig) -> LoadedModel:
+    """Load the model; for a plan read its config only, unless it is the one that comes with the package."""
+    if config.dry_run and config.model != TINY:
+        return load_skeleton(config)
+    itemsize = 2 if config.dtype in ("bfloat16", "float16") else 4
+    update_bytes = updater_kind(config).bytes_per_parameter(config, itemsize) + (itemsize if config.beta else 0)
+    loaded = load_model(config, bytes_per_parameter=update_bytes + ACTIVATION_BYTES_PER_PARAMETER)
+    console.note(describe_precision(loaded.model))
+    if config.gradient_checkpointing:
+        enable_checkpointing(loaded.model)
+    check_exportable(folder_of(config), loaded.shapes(), loaded.identity.fingerprint)
+    return loaded
+
+
 def _critic(config: TrainConfig, loaded: LoadedModel, ledger: Path | None = None) -> Critic:
     seed = derive_seed(config.seed, "critic")
     return make_critic(config, CriticResources(policy=lambda: loaded, sampling=config, seed=seed, ledger=ledger))
@@ -144,6 +165,8 @@ def _budget_curve(config: TrainConfig, model: ModelIdentity) -> tuple[Sequence[f
     if config.credit != "step" or config.optimizer == "adamw":
         return [1.0], "none (one update unit)"
     name = config.budget_profile
+    if name == "auto" and model.fingerprint == UNREAD:
+        return [1.0], "auto (found by the weights' fingerprint at the start)"
     shipped = shipped_budget_profile(model.fingerprint) if name == "auto" else None
     if name == "flat":
         return [1.0], "flat"
@@ -157,7 +180,7 @@ def _budget_curve(config: TrainConfig, model: ModelIdentity) -> tuple[Sequence[f
         name, profile = shipped
     else:
         profile = load_budget_profile(profile_path("budgets", name, ".json"))
-    if profile.model.fingerprint != model.fingerprint:
+    if model.fingerprint not in (profile.model.fingerprint, UNREAD):
         console.warn(
             f"the budget profile {name} was measured on other weights ({profile.model.name}); `ssrctl profile-budget` "
             "measures one for these"
@@ -173,7 +196,8 @@ def _budget_curve(config: TrainConfig, model: ModelIdentity) -> tuple[Sequence[f
 
 def _grants(config: TrainConfig, curve: Sequence[float], loaded: LoadedModel, frozen: BlockMask | None) -> list[Grant]:
     """Return the budgets of questions of some numbers of steps in short; warn where they starve a step."""
-    if config.credit != "step" or config.optimizer == "adamw":
+    unknown = config.budget_profile == "auto" and loaded.identity.fingerprint == UNREAD
+    if config.credit != "step" or config.optimizer == "adamw" or unknown:
         return []
     num_unprotected = loaded.num_parameters - (0 if frozen is None else frozen.count())
     limits = {"budget": config.budget, "max_step_budget": config.max_step_budget}
@@ -189,9 +213,8 @@ def _grants(config: TrainConfig, curve: Sequence[float], loaded: LoadedModel, fr
 def _mask_at(path: Path | None, config: TrainConfig, loaded: LoadedModel) -> BlockMask | None:
     if path is None:
         return None
-    return load_mask_for(
-        path, loaded.shapes(), loaded.identity.fingerprint, ignore_fingerprint=config.ignore_fingerprint
-    )
+    ignore = config.ignore_fingerprint or loaded.identity.fingerprint == UNREAD
+    return load_mask_for(path, loaded.shapes(), loaded.identity.fingerprint, ignore_fingerprint=ignore)
 
 
 def _check_trainable(
@@ -227,20 +250,20 @@ def _plan(
     mask: BlockMask | None,
     profile_name: str,
     grants: Sequence[Grant],
-    prompts: Sequence[Prompted],
+    num_problems: int,
     run_dir: RunDir,
 ) -> dict[str, Any]:
     """Return the plan that ``--dry-run`` prints."""
     responses = config.max_steps * config.questions_per_step * config.num_generations
-    stored = next(loaded.model.parameters()).element_size()
+    stored = 2 if config.dtype in ("bfloat16", "float16") else 4
     per_parameter = updater_kind(config).bytes_per_parameter(config, stored) + (stored if config.beta else 0)
     return {
         "parameters": loaded.num_parameters,
         "protected": 0 if protected is None else protected.count(),
         "optimizer": config.optimizer,
         "trained": loaded.num_parameters if mask is None else mask.count(),
-        "problems": len(prompts),
-        "epochs": round(config.max_steps * config.questions_per_step / len(prompts), 3),
+        "problems": num_problems,
+        "epochs": round(config.max_steps * config.questions_per_step / num_problems, 3),
         "responses": responses,
         "most_response_tokens": responses * config.max_new_tokens,
         "critic": config.critic,

@@ -25,6 +25,7 @@ from ssrctl.io.interrupts import deferred_interrupt
 from ssrctl.io.jsonl import JsonlLog, write_jsonl
 from ssrctl.io.mask_log import StepMaskLog, save_mask_log
 from ssrctl.models.loading import LoadedModel
+from ssrctl.models.precision import precision_of
 from ssrctl.sampling.generate import NonFiniteLogits
 from ssrctl.sampling.groups import Prompted
 from ssrctl.training.exact_changes import exact_changes
@@ -82,6 +83,7 @@ class Trainer:
         self.run_dir.write_manifest(
             {
                 "model": dataclasses.asdict(self.loaded.identity),
+                "precision": precision_of(self.loaded.model),
                 "budget_profile": profile_name,
                 "versions": manifest.versions(),
                 "inputs": input_hashes(self.config),

@@ -40,6 +40,7 @@ from ssrctl.training.credit import group_advantages
 from ssrctl.training.process_work import ProcessWork
 from ssrctl.training.reference import StartWeights
 from ssrctl.training.step_gradients.batch import group_batch
+from ssrctl.training.step_gradients.task import Dials
 from ssrctl.training.unit_gradients import GroupBatch, NonFiniteLoss, response_logprobs, unit_gradients
 from ssrctl.training.unit_observer import QuestionView, UnitObserver, Wanted
 from ssrctl.training.updaters import QuestionUpdate, Updater
@@ -90,6 +91,7 @@ class _StepTotals:
     gap_sum: float = 0.0
     gap_tokens: int = 0
     gap_max: float = 0.0
+    entropy_sum: float = 0.0
     num_units: int = 0
     granted_frac: list[float] = field(default_factory=list)
     granted_budget_frac: list[float] = field(default_factory=list)
@@ -122,6 +124,10 @@ class _StepTotals:
         started = time.perf_counter()
         yield
         self.seconds[phase] += time.perf_counter() - started
+
+    def add_entropy(self, entropy: Tensor) -> None:
+        """Add entropies ``[G, R]``, 0 in the padding, of the tokens whose gap ``add_gap`` counts."""
+        self.entropy_sum += float(entropy.double().sum())
 
     def add_update(self, update: QuestionUpdate, num_unprotected: int) -> None:
         self.losses.append(sum(made.loss for made in update.gradients))
@@ -394,7 +400,11 @@ class TrainingStep:
             level=self.config.importance_level,
             loss_scale=1.0 / num_questions,
             method=self.config.step_gradient_method,
+            micro_batch_tokens=self.config.micro_batch_tokens,
+            logit_chunk_tokens=self.config.logit_chunk_tokens,
+            dials=Dials(self.config.units_at_once, self.config.gradient_chunk_tokens),
             on_logprobs=lambda logprobs: totals.add_gap(logprobs, batch) if is_first else None,
+            on_entropy=totals.add_entropy if is_first else None,
             on_unit=before_unit,
             epsilon_high=self.config.epsilon_high,
             token_weights=response_weights(
@@ -470,6 +480,7 @@ class TrainingStep:
             "clip_frac": totals.clipped / totals.terms if totals.terms else 0.0,
             "logprob_gap_mean": totals.gap_sum / totals.gap_tokens if totals.gap_tokens else None,
             "logprob_gap_max": totals.gap_max,
+            "entropy": totals.entropy_sum / totals.gap_tokens if totals.gap_tokens else None,
             "num_units": totals.num_units,
             "granted_frac": statistics.fmean(totals.granted_frac) if totals.granted_frac else 0.0,
             "granted_budget_frac": (

@@ -1,8 +1,8 @@
 """The gradient of each update unit's loss, by the cheapest method.
 
 The loss of unit i needs no token after unit i, so several methods give the same gradient: one graph kept for all
-backward passes, a pass per unit that ends where the unit ends, and one pass in chunks whose keys and values stay in
-the graph. A fourth, ``local``, is an approximation. Each is a module of ``training.step_gradients``.
+backward passes, a pass per unit that ends where the unit ends, and passes in chunks, whose graphs are kept or made again
+from stored keys and values. A fifth, ``local``, is an approximation. Each is a module of ``training.step_gradients``.
 """
 
 from __future__ import annotations
@@ -15,15 +15,17 @@ from torch import Tensor
 
 from ssrctl.core.units import Unit
 from ssrctl.errors import UserError
+from ssrctl.training.step_gradients.accumulated import accumulated_gradients
 from ssrctl.training.step_gradients.batch import GroupBatch, make_batch, response_logprobs
-from ssrctl.training.step_gradients.chunked import chunked_gradients
+from ssrctl.training.step_gradients.chunked import chunked_gradients, recomputed_gradients
 from ssrctl.training.step_gradients.chunks import cache_obstacle, position_obstacle
 from ssrctl.training.step_gradients.compare import GradientPair, gradient_cosine, gradient_dot, paired
 from ssrctl.training.step_gradients.cost import ModelCosts, choose_method
+from ssrctl.training.step_gradients.head import LOGIT_CHUNK_TOKENS
 from ssrctl.training.step_gradients.kept import kept_gradients
 from ssrctl.training.step_gradients.local import layout_obstacle, local_gradients
 from ssrctl.training.step_gradients.shape import group_shape
-from ssrctl.training.step_gradients.task import GradientTask, NonFiniteLoss, UnitGradient
+from ssrctl.training.step_gradients.task import Dials, GradientTask, NonFiniteLoss, UnitGradient
 from ssrctl.training.step_gradients.truncated import truncated_gradients
 
 __all__ = [
@@ -62,15 +64,17 @@ METHODS: dict[str, Callable[[GradientTask], Iterator[UnitGradient]]] = {
     "kept": kept_gradients,
     "truncated": truncated_gradients,
     "chunked": chunked_gradients,
+    "recomputed": recomputed_gradients,
     "local": local_gradients,
+    "accumulated": accumulated_gradients,
 }
 
 
 def method_obstacle(task: GradientTask, method: str) -> str | None:
     """Return the reason why this model cannot compute its gradients by ``method``; None if it can."""
-    if method in ("truncated", "chunked", "local") and (obstacle := position_obstacle(task)) is not None:
+    if method not in ("auto", "piecemeal", "kept") and (obstacle := position_obstacle(task)) is not None:
         return obstacle
-    if method not in ("chunked", "local"):
+    if method not in ("chunked", "recomputed", "local"):
         return None
     obstacle = cache_obstacle(task.model)
     return layout_obstacle(task) if obstacle is None and method == "local" else obstacle
@@ -93,7 +97,11 @@ def unit_gradients(
     level: str = "sequence",
     loss_scale: float = 1.0,
     method: str = "auto",
+    micro_batch_tokens: int | None = None,
+    logit_chunk_tokens: int = LOGIT_CHUNK_TOKENS,
+    dials: Dials | None = None,
     on_logprobs: Callable[[Tensor], None] | None = None,
+    on_entropy: Callable[[Tensor], None] | None = None,
     on_unit: Callable[[Unit], None] | None = None,
     epsilon_high: float | None = None,
     token_weights: Tensor | None = None,
@@ -117,8 +125,14 @@ def unit_gradients(
         loss_scale: multiplies each loss before the backward pass, such as 1 / questions in the batch.
         method: one of ``METHODS``; all but ``local`` are exact, and ``auto`` takes the cheapest of these,
             ``piecemeal`` the cheapest that never needs a whole dense gradient to exist.
+        micro_batch_tokens: most tokens of a micro-batch of ``accumulated``; None for one batch.
+        logit_chunk_tokens: positions whose whole logits may exist at once.
+        dials: of ``chunked`` and ``recomputed``.
         on_logprobs: called with the detached log-probabilities ``[G, R]`` of this pass, before the first unit.
-        on_unit: called with each unit right before its backward pass.
+        on_entropy: called with the entropies (nats, float32 ``[G, R]``, 0 in the padding) of the temperature-scaled
+            distributions that the tokens were drawn from, before the first unit.
+        on_unit: called with each unit right before its backward pass; with several units at once after their shared
+            one, before the unit's gradient is handed over.
 
     Raises:
         NonFiniteLoss: a loss is NaN or infinite; nothing was backpropagated for it.
@@ -127,9 +141,23 @@ def unit_gradients(
     if method not in METHODS:
         raise UserError(f"unknown method for step gradients: {method!r}", f"use one of {', '.join(METHODS)}")
     task = GradientTask(
-        model, batch, units, temperature, clip_epsilon, level, loss_scale, on_logprobs=on_logprobs, on_unit=on_unit,
-        epsilon_high=epsilon_high, token_weights=token_weights, beta=beta,
-    )  # fmt: skip
+        model,
+        batch,
+        units,
+        temperature,
+        clip_epsilon,
+        level,
+        loss_scale,
+        micro_batch_tokens,
+        logit_chunk_tokens,
+        dials,
+        on_logprobs=on_logprobs,
+        on_entropy=on_entropy,
+        on_unit=on_unit,
+        epsilon_high=epsilon_high,
+        token_weights=token_weights,
+        beta=beta,
+    )
     obstacle = method_obstacle(task, method)
     if obstacle is not None:
         raise UserError(

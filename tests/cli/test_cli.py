@@ -121,7 +121,7 @@ def test_flags_stand_in_panels_that_begin_with_the_common_ones(
 
 
 def test_help_names_choices_and_ranges_that_the_doc_line_leaves_out() -> None:
-    assert glue.help_text(configs.TrainConfig, "dtype").endswith("One of auto, float32, bfloat16, float16.")
+    assert glue.help_text(configs.TrainConfig, "dtype").endswith("One of auto, stored, float32, bfloat16, float16.")
     assert glue.help_text(configs.TrainConfig, "clip_epsilon").endswith("Between 0 and 1.")
     assert "One of" not in glue.help_text(configs.TrainConfig, "scope")
     assert glue.help_text(configs.TrainConfig, "critic_show_reference").startswith("Do not show")

@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reference import allocations
 
-from ssrctl.core.bits import bits_from_indices, bits_to_indices
-from ssrctl.core.claims import ALLOCATIONS, Claims, KeptUnit, Selection
+from ssrctl.core.bits import bits_to_indices, set_bits
+from ssrctl.core.claims import ALLOCATIONS, KeptUnit, Selection
+from ssrctl.core.layout import Shards
 from ssrctl.core.topk import NonFiniteGradient
 
 SHAPES = {"w": (3, 5), "v": (7,), "s": ()}
@@ -28,13 +29,22 @@ def kept(unit):
     }
 
 
+def made(kind, sizes, selection=None, **protected):
+    """Claims over tensors of these sizes; ``protected``: flat indices by name."""
+    shards = Shards({name: torch.empty(size) for name, size in sizes.items()})
+    bits = [torch.zeros(layout.size // 8, dtype=torch.uint8) for layout in shards.layouts]
+    for name, indices in protected.items():
+        set_bits(shards.bits(bits)[name], torch.tensor(indices, dtype=torch.int64))
+    return ALLOCATIONS[kind](shards, bits, selection or Selection())
+
+
 def take(claims, gradients, k):
     claims.open_unit()
     return lists(claims.take(gradients, k))
 
 
 def test_a_unit_takes_what_is_left():
-    claims = Claims({}, Selection())
+    claims = made("disjoint", {"w": 3, "v": 2})
     assert take(claims, by_name([5.0, -6.0, 1.0], [2.0, 5.5]), 2) == {"w": [1], "v": [1]}
     assert take(claims, by_name([5.0, -6.0, 1.0], [2.0, 5.5]), 2) == {"w": [0], "v": [0]}
     assert take(claims, by_name([5.0, -6.0, 1.0], [2.0, 5.5]), 2) == {"w": [2], "v": []}
@@ -47,22 +57,21 @@ def test_a_unit_takes_what_is_left():
 
 
 def test_protected_bits_are_not_written_to():
-    protected = {"w": bits_from_indices(torch.tensor([1]), 3)}
-    claims = Claims(protected, Selection())
+    claims = made("disjoint", {"w": 3}, w=[1])
     assert take(claims, by_name([5.0, -6.0, 1.0]), 1) == {"w": [0]}
-    assert bits_to_indices(protected["w"], 3).tolist() == [1]
+    assert bits_to_indices(claims.protected[0], 3).tolist() == [1]
     assert bits_to_indices(claims.taken["w"], 3).tolist() == [0, 1]
 
 
 def test_overlap_forgets_what_was_taken_but_not_what_is_protected():
-    claims = ALLOCATIONS["overlap"]({"w": bits_from_indices(torch.tensor([1]), 3)}, Selection())
+    claims = made("overlap", {"w": 3}, w=[1])
     for _ in range(2):
         assert take(claims, by_name([5.0, -6.0, 1.0]), 1) == {"w": [0]}
     assert claims.selection.tally.num_reused == 0
 
 
 def test_pooled_selects_once_from_the_sum():
-    claims = ALLOCATIONS["pooled"]({}, Selection())
+    claims = made("pooled", {"w": 3})
     assert take(claims, by_name([9.0, 0.0, 0.0]), 1) == {}
     assert take(claims, by_name([9.0, 8.0, -7.0]), 1) == {}  # what is there now is the sum over both units
     claims.finish(by_name([9.0, 8.0, -7.0]))
@@ -70,13 +79,13 @@ def test_pooled_selects_once_from_the_sum():
 
 
 def test_pooled_without_gradients_keeps_nothing():
-    claims = ALLOCATIONS["pooled"]({}, Selection())
+    claims = made("pooled", {"w": 3})
     claims.finish({})
     assert claims.units == []
 
 
 def test_shuffled_keeps_each_gradient_at_the_set_of_the_unit_before():
-    claims = ALLOCATIONS["shuffled"]({}, Selection())
+    claims = made("shuffled", {"w": 4})
     gradients = [[4.0, 1.0, 2.0, 3.0], [5.0, 6.0, 7.0, 8.0], [9.0, 10.0, 11.0, 12.0]]
     assert [take(claims, by_name(g), 1)["w"] for g in gradients] == [[0], [3], [2]]
     held = by_name(gradients[0])["w"]
@@ -87,7 +96,7 @@ def test_shuffled_keeps_each_gradient_at_the_set_of_the_unit_before():
 
 
 def test_shuffled_copies_the_first_gradient():
-    claims = ALLOCATIONS["shuffled"]({}, Selection())
+    claims = made("shuffled", {"w": 2})
     first = by_name([3.0, 1.0])
     take(claims, first, 1)
     first["w"].zero_()  # as when the optimizer drops it and the memory is used again
@@ -97,7 +106,7 @@ def test_shuffled_copies_the_first_gradient():
 
 
 def test_shuffled_with_one_unit_and_with_none():
-    claims = ALLOCATIONS["shuffled"]({}, Selection())
+    claims = made("shuffled", {"w": 2})
     claims.finish({})
     assert claims.units == []
     take(claims, by_name([3.0, 1.0]), 1)
@@ -107,7 +116,7 @@ def test_shuffled_with_one_unit_and_with_none():
 
 def test_reuse_by_hand():
     selection = Selection(reuse_factor=2.0)
-    claims = Claims({"w": bits_from_indices(torch.tensor([5]), 6)}, selection)
+    claims = made("disjoint", {"w": 6}, selection, w=[5])
     assert take(claims, by_name([9.0, 8.0, 7.0, 0.0, 0.0, 99.0]), 3) == {"w": [0, 1, 2]}
     # Free: 3 and 4 with 4 and 2. Of the claimed, 5.0 is at least twice 2, and 7.5 is not twice 4.
     assert take(claims, by_name([5.0, 1.0, 7.5, 4.0, -2.0, 99.0]), 2) == {"w": [2, 3]}
@@ -118,22 +127,22 @@ def test_reuse_by_hand():
 
 
 def test_ties_of_reuse():
-    claims = Claims({}, Selection(reuse_factor=1.0))
+    claims = made("disjoint", {"w": 6}, Selection(reuse_factor=1.0))
     take(claims, by_name([1.0, 1.0, 1.0, 0.0, 0.0, 0.0]), 3)
     # All equal: three free ones would be taken, and each claimed one may displace one: all three go.
     assert take(claims, by_name([2.0] * 6), 3) == {"w": [0, 1, 2]}
-    claims = Claims({}, Selection(reuse_factor=1.0))
+    claims = made("disjoint", {"w": 6}, Selection(reuse_factor=1.0))
     take(claims, by_name([1.0, 1.0, 0.0, 0.0, 0.0, 0.0]), 2)
     # Two claimed for three free ones: the last of the free go.
     assert take(claims, by_name([2.0] * 6), 3) == {"w": [0, 1, 2]}
-    claims = Claims({}, Selection(reuse_factor=1.0))
+    claims = made("disjoint", {"w": 4}, Selection(reuse_factor=1.0))
     take(claims, by_name([1.0, 1.0, 1.0, 0.0]), 3)
     # One free one for three claimed: the first of the claimed comes in.
     assert take(claims, by_name([2.0] * 4), 1) == {"w": [0]}
 
 
 def test_reuse_before_anything_was_claimed_and_with_new_tensors():
-    claims = Claims({}, Selection(reuse_factor=1.0))
+    claims = made("disjoint", {"w": 2, "v": 1}, Selection(reuse_factor=1.0))
     assert take(claims, {}, 3) == {}
     assert take(claims, by_name([1.0, 2.0]), 1) == {"w": [1]}
     assert take(claims, {"v": torch.tensor([3.0])}, 1) == {"v": [0]}
@@ -153,9 +162,11 @@ def test_reuse_on_random_gradients_full_of_ties(seed, factor, density):
         if number == 2:
             del gradients["v"]
         units.append((gradients, int(torch.randint(0, 12, (), generator=generator))))
-    claims = Claims(
-        {name: bits_from_indices(mask.flatten().nonzero().flatten(), mask.numel()) for name, mask in protected.items()},
+    claims = made(
+        "disjoint",
+        {name: mask.numel() for name, mask in protected.items()},
         Selection(reuse_factor=factor),
+        **{name: mask.flatten().nonzero().flatten().tolist() for name, mask in protected.items()},
     )
     found = [take(claims, gradients, k) for gradients, k in units]
     expected, _ = allocations.reusing(factor)(
@@ -173,15 +184,15 @@ def test_reuse_on_random_gradients_full_of_ties(seed, factor, density):
 
 
 def test_nothing_is_taken_from_gradients_with_nan():
-    claims = Claims({}, Selection())
+    claims = made("disjoint", {"w": 2, "v": 2})
     with pytest.raises(NonFiniteGradient, match="the gradient of v has 1 value"):
         take(claims, by_name([1.0, 2.0], [float("nan"), 1.0]), 1)
-    assert claims.taken == {}
+    assert not any(bits.any() for bits in claims.taken.values())
     assert claims.units[-1].count == 0
 
 
 def test_what_a_unit_keeps():
-    unit = KeptUnit()
+    unit = KeptUnit(Shards({"w": torch.empty(4), "v": torch.empty(9, dtype=torch.bfloat16)}))
     assert (unit.count, unit.num_bytes, unit.rms()) == (0, 0, 0.0)
     gradients = {"w": torch.tensor([[3.0, -4.0], [5.0, 0.0]]).t(), "v": torch.ones(9, dtype=torch.bfloat16)}
     assert not gradients["w"].is_contiguous()
@@ -194,7 +205,7 @@ def test_what_a_unit_keeps():
 
 
 def test_a_unit_keeps_half_precision_values_as_they_are():
-    unit = KeptUnit()
+    unit = KeptUnit(Shards({"v": torch.empty(9)}))
     unit.keep({"v": torch.full((9,), 3.0, dtype=torch.bfloat16)}, {"v": torch.tensor([1, 4])})
     assert unit.values["v"].dtype == torch.bfloat16
     assert unit.num_bytes == 2 * 2 + 2 * 2 + 4

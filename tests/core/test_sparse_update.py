@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from ssrctl.core.kronos import KronosOpt
+from ssrctl.core.layout import Layout
 from ssrctl.core.sparse_state import SparseState
 from ssrctl.core.sparse_update import Survival, add_kept, apply_pending, pending_fields, state_fields
 from ssrctl.core.update_rules import RULES, Hyper
@@ -162,10 +163,11 @@ def test_units_that_come_together_add_up_as_one_after_the_other(shared):
 
 def test_only_the_waiting_coordinates_are_written():
     weight = torch.tensor([1.0, -0.0, 3.0, float("nan")], dtype=torch.bfloat16)
-    state = SparseState(4, state_fields(RULES["sgd"], torch.bfloat16, masters=True))
-    pending = SparseState(4, pending_fields(RULES["sgd"]))
+    layout = Layout({"w": weight}, align=64)
+    state = SparseState(layout.size, state_fields(RULES["sgd"], torch.bfloat16, masters=True))
+    pending = SparseState(layout.size, pending_fields(RULES["sgd"]))
     add_kept(pending, [(torch.tensor([2]), torch.tensor([4.0]))])
-    moved = apply_pending(weight, pending, state, RULES["sgd"], Hyper(), lr=0.5, clip_scale=0.25)
+    moved = apply_pending({"w": weight}, layout, pending, state, RULES["sgd"], Hyper(), lr=0.5, clip_scale=0.25)
     assert moved == Survival(1, 1, 0)
     assert weight[2] == 2.5
     assert weight[[0, 1]].view(torch.int16).tolist() == [0x3F80, -0x8000]

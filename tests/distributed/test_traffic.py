@@ -8,6 +8,7 @@ import torch
 from ssrctl.cli import main
 from ssrctl.core.claims import KeptUnit
 from ssrctl.core.kept_bytes import Numbering, pack_unit
+from ssrctl.core.layout import Shards
 from ssrctl.distributed.traffic import bits_per_coordinate, dense_bytes_sent, kept_bytes_sent
 
 
@@ -16,9 +17,10 @@ from ssrctl.distributed.traffic import bits_per_coordinate, dense_bytes_sent, ke
 def test_the_arithmetic_is_that_of_the_packed_bytes(dtype, itemsize, share) -> None:
     """Gaussian gradients have a lighter tail than those that the constant was measured on."""
     gradient = torch.randn(400_000, generator=torch.Generator().manual_seed(0)).to(dtype)
-    unit = KeptUnit()
+    shards = Shards({"w": gradient})
+    unit = KeptUnit(shards)
     unit.keep({"w": gradient}, {"w": gradient.abs().topk(int(share * 400_000)).indices.sort().values})
-    packed = pack_unit(unit, Numbering({"w": 400_000}, dtype))
+    packed = pack_unit(unit, Numbering(shards, dtype))
     assert 8 * packed.numel() / unit.count == pytest.approx(bits_per_coordinate(share, itemsize), abs=1.0)
 
 

@@ -43,6 +43,8 @@ def build(kind, **changes):
         "mistral": lambda: transformers.MistralConfig(**GROUPED | {"sliding_window": 4} | changes),
         # windows in some layers only; Gemma 2 caps its logits too
         "gemma3": lambda: transformers.Gemma3TextConfig(**MIXED | changes),
+        "granite": lambda: transformers.GraniteConfig(**GROUPED | changes),
+        "cohere": lambda: transformers.CohereConfig(**GROUPED | changes),
         "gemma2": lambda: transformers.Gemma2Config(**MIXED | changes),
     }[kind]()
     with torch.random.fork_rng(devices=[]):

@@ -566,13 +566,21 @@ def test_the_budget_profile_of_these_weights_is_found_under_any_name(
     with torch.no_grad():
         next(loaded.model.parameters()).add_(1.0)
     loaded.model.save_pretrained(tmp_path / "tiny-reasoner")  # other weights under the old name
+
+    def profile_of(name: str) -> str:
+        small = {"questions_per_step": 1, "num_generations": 2, "max_new_tokens": 8, "max_steps": 1}
+        train.run(config(tmp_path / f"run-{name}", model=str(tmp_path / name), budget_profile="auto", **small))
+        return json.loads((tmp_path / f"run-{name}" / "manifest.json").read_text())["budget_profile"]
+
+    assert profile_of("renamed") == "tiny-reasoner"
     plan = train.run(config(tmp_path / "a", model=str(tmp_path / "renamed"), budget_profile="auto", dry_run=True))
+    assert plan is not None and plan["budget_profile"].startswith("auto (found by the weights' fingerprint")
+    plan = train.run(config(tmp_path / "a", budget_profile="auto", dry_run=True))  # the bundled model is read
     assert plan is not None and plan["budget_profile"] == "tiny-reasoner" and plan["budget_rule"] == "share"
     for steps in (5, 8, 20):
         assert plan[f"budgets_at_{steps}_steps"].startswith("100% of B granted, smallest step ")
     capfd.readouterr()
-    plan = train.run(config(tmp_path / "b", model=str(tmp_path / "tiny-reasoner"), budget_profile="auto", dry_run=True))
-    assert plan is not None and plan["budget_profile"] == "flat"
+    assert profile_of("tiny-reasoner") == "flat"
     assert "no budget profile ships for the weights of" in capfd.readouterr().err
 
 

@@ -29,6 +29,15 @@ def test_selection_is_that_of_the_cpu(dtype: torch.dtype) -> None:
     assert all(torch.equal(here[name], there[name].cpu()) for name in gradients)
 
 
+def test_two_runs_on_the_device_select_the_same(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        train.run(TrainConfig(output_dir=tmp_path / name, device="cuda", max_steps=2, log_masks_every=1))
+    ones, twos = (mask_log_paths(tmp_path / name) for name in ("one", "two"))
+    assert "bfloat16" in (tmp_path / "one" / "manifest.json").read_text()
+    for first, second in zip(ones, twos, strict=True):
+        assert first.read_bytes() == second.read_bytes()
+
+
 def test_a_run_on_the_device_keeps_its_sets_disjoint(tmp_path: Path) -> None:
     train.run(TrainConfig(output_dir=tmp_path / "run", device="cuda", max_steps=2, log_masks_every=1, save_steps=1))
     for path in mask_log_paths(tmp_path / "run"):

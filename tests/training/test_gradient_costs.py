@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from reference.unit_gradients import CASES, build
 
 from ssrctl.configs import TrainConfig
+from ssrctl.errors import UserError
 from ssrctl.training.step_gradients.cost import (
     CACHE_OVERHEAD,
     COSTS,
@@ -194,5 +195,8 @@ def test_a_way_without_whole_gradients_is_never_chunked(monkeypatch):
     assert automatic_method(task) == "chunked"
     assert automatic_method(task, ("kept", "truncated")) in ("kept", "truncated")
     assert TrainConfig(scope="tensor").step_gradient_method == "piecemeal"
-    assert TrainConfig(scope="tensor", step_gradient="chunked").step_gradient_method == "chunked"
+    assert TrainConfig(scope="tensor", step_gradient="kept").step_gradient_method == "kept"
+    for method in ("chunked", "recomputed"):
+        with pytest.raises(UserError, match=f"{method} adds up whole gradients"):
+            TrainConfig(scope="tensor", step_gradient=method)
     assert TrainConfig().step_gradient_method == "auto"

@@ -40,7 +40,7 @@ def checkpointing():
 def test_a_model_without_a_usable_cache(make, reason):
     model = make()
     case = CASES["ragged"].near(model)
-    for method in ("chunked", "local"):
+    for method in ("chunked", "recomputed", "local"):
         with pytest.raises(UserError, match=reason):
             unit_gradients(model, case.batch(), case.units, method=method)
     assert automatic_method(GradientTask(model, case.batch(), case.units)) in ("kept", "truncated")
@@ -93,7 +93,7 @@ def test_frequencies_that_depend_on_the_length_need_whole_passes(rope):
         return transformers.AutoModelForCausalLM.from_config(config).eval()
 
     beyond, within = model(6), model(64)
-    for method in ("truncated", "chunked", "local"):
+    for method in ("truncated", "chunked", "recomputed", "local"):
         with pytest.raises(UserError, match=rf"{rope['rope_type']}\) depend on the length beyond 6 tokens"):
             unit_gradients(beyond, case.batch(), case.units, method=method)
         assert len(found_gradients(within, case, method)) == len(case.units)
@@ -125,7 +125,7 @@ def test_a_cache_that_is_not_filled_is_noticed(qwen, monkeypatch):
 
 def test_unknown_methods_are_refused(qwen):
     case = CASES["ragged"]
-    with pytest.raises(UserError, match=r"'exact'.*auto, piecemeal, kept, truncated, chunked, local"):
+    with pytest.raises(UserError, match=r"'exact'.*auto, piecemeal, kept, truncated, chunked, recomputed, local"):
         unit_gradients(qwen, case.batch(), case.units, method="exact")
 
 
@@ -161,7 +161,7 @@ def test_the_bundled_model_in_the_precision_it_is_trained_in():
     """float32, real weights: angles of 1e-6 between the exact ways, and the approximation far from them."""
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_reasoner.path()).eval()
     case = CASES["fused"].near(model)
-    for method in ("truncated", "chunked", "auto"):
+    for method in ("truncated", "chunked", "recomputed", "auto"):
         assert min(compare_methods(model, case.batch(), case.units, "kept", method)) > 1 - 1e-10
     assert max(compare_methods(model, case.batch(), case.units, "kept", "local")[1:]) < 0.99
 
@@ -170,5 +170,5 @@ def test_bfloat16_gradients_agree_to_their_rounding():
     """Parameter gradients are summed over chunks in bfloat16, whose units are 0.4% wide."""
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_reasoner.path(), dtype=torch.bfloat16).eval()
     case = CASES["fused"].near(model)
-    for method in ("truncated", "chunked"):
+    for method in ("truncated", "chunked", "recomputed"):
         assert min(compare_methods(model, case.batch(), case.units, "kept", method)) > 0.998

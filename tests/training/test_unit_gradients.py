@@ -2,11 +2,20 @@
 
 import pytest
 import torch
+from reference.unit_gradients import CASES, assert_close, build, taken
 
+from ssrctl.core.token_logprobs import Projection, token_logprobs
 from ssrctl.core.units import Unit
 from ssrctl.errors import UserError
+from ssrctl.training.step_gradients.batch import response_values
+from ssrctl.training.step_gradients.head import HeadSettings, logit_form
 from ssrctl.training.unit_gradients import NonFiniteLoss, make_batch, response_logprobs, trainable, unit_gradients
 
+FORMS = {
+    "gemma2": {"final_logit_softcapping": 0.5},
+    "granite": {"logits_scaling": 3.0},
+    "cohere": {"logit_scale": 0.3},
+}
 PROMPT = [5, 9, 200, 31]
 RESPONSES = [[40, 41, 42, 43, 44, 45, 1], [50, 51, 52], [60, 61, 62, 63, 64]]
 STEPS = [[0, 0, 1, 1, 1, 2, 2], [0, 0, 1], [0, 1, 1, 2, 2]]
@@ -84,13 +93,49 @@ def test_logprobs_of_some_responses_up_to_some_token(tiny_model):
         assert response_logprobs(tiny_model.double(), batch, 0.7).dtype == torch.float64
 
 
-def test_no_more_logits_are_computed_than_predict_a_token(tiny_model):
+@pytest.mark.parametrize("chunk_tokens", [1, 1000])
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "granite", "cohere", "gpt2", "unknown"])
+def test_values_and_gradients_without_logits_are_those_of_the_logits(kind, chunk_tokens):
+    """Soft caps, factors and biases, in blocks of one or all of the vocabulary; an unknown head keeps its logits."""
+    model = build("llama" if kind == "unknown" else kind, **FORMS.get(kind, {}))
+    if kind == "unknown":
+        model.lm_head.register_forward_hook(lambda module, inputs, output: output + output.roll(1, -1))
+    case = CASES["ragged"]
+    batch, settings = case.batch(), HeadSettings(0.7, chunk_tokens, with_entropy=True)
+    logprobs, entropy = response_values(model, batch, settings)
+    rows = model(input_ids=batch.input_ids).logits[:, batch.prompt_length - 1 : -1].div(0.7).log_softmax(-1)
+    expected = rows.gather(-1, batch.targets[..., None]).squeeze(-1)
+    weights = torch.linspace(-1, 1, 8, dtype=torch.float64)[None] * batch.known
+    assert (logit_form(model, batch.input_ids) is None) == (kind == "unknown")
+    torch.testing.assert_close(logprobs, expected.where(batch.known, 0.0), rtol=1e-9, atol=1e-12)
+    spread = -(rows.exp() * rows).sum(-1)
+    torch.testing.assert_close(entropy, spread.where(batch.known, 0.0), rtol=1e-9, atol=1e-12)
+    (logprobs * weights).sum().backward()
+    found = taken(model)
+    (expected * weights).sum().backward()
+    # Cohere's norms are computed in float32
+    assert_close(found, taken(model), 1e-5 if kind == "cohere" else 1e-9)
+
+
+def test_the_weights_gradient_is_rounded_once():
+    """bfloat16: as close to float64 as one rounding, whatever the number of blocks."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 16, generator=generator).bfloat16() for n in (600, 40))
+    targets, made = torch.randint(0, 40, (600,), generator=generator), []
+    for dtype in (torch.bfloat16, torch.float64):
+        table = weight.to(dtype, copy=True).requires_grad_()
+        token_logprobs(hidden.to(dtype), table, None, targets, Projection(chunk_tokens=7))[0].sum().backward()
+        made.append(table.grad.double())
+    error, size = (made[0] - made[1]).norm(), made[1].norm()
+    assert error < 2**-8 * size
+
+
+def test_one_position_is_projected_at_most_for_hidden_states(tiny_model):
     seen = []
+    response_logprobs(tiny_model, batch_of(RESPONSES, STEPS), 1.0)  # compares the form of the logits
     tiny_model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[:2]))
-    with torch.no_grad():
-        response_logprobs(tiny_model, batch_of(RESPONSES, STEPS), 1.0)
-        response_logprobs(tiny_model, batch_of(RESPONSES, STEPS), 1.0, end=2)
-    assert seen == [(3, 7), (3, 2)]
+    response_logprobs(tiny_model, batch_of(RESPONSES, STEPS), 1.0)
+    assert seen == [(3, 0)]
 
 
 def test_a_model_without_logits_to_keep_gives_the_same(tiny_model, monkeypatch):

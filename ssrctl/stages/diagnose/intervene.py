@@ -105,12 +105,12 @@ def run_intervene(config: DiagnoseConfig) -> dict[str, Any]:
 def _model_config(path: Path) -> ModelConfig:
     """Return settings that load a folder, or the bundled model, on the CPU in the dtype that its config asks for."""
     if str(path) == TINY:
-        return ModelConfig(dtype="auto", device="cpu")
+        return ModelConfig(dtype="stored", device="cpu")
     if not path.is_dir():
         raise UserError(
             f"{path} is not a model folder", "name a folder with config.json and safetensors; `hf download` fetches one"
         )
-    return ModelConfig(model=str(path.absolute()), dtype="auto", device="cpu")
+    return ModelConfig(model=str(path.absolute()), dtype="stored", device="cpu")
 
 
 def _check_stored(reader: TensorReader, made: Mapping[str, Edit]) -> None:

@@ -6,13 +6,14 @@ right).
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from ssrctl.training.step_gradients.head import HeadSettings, run_model
 
 if TYPE_CHECKING:
     from ssrctl.models.loading import LoadedModel
@@ -78,11 +79,15 @@ def make_batch(
 
 
 def response_logprobs(
-    model: Any, batch: GroupBatch, temperature: float, *, rows: Tensor | None = None, end: int | None = None
+    model: Any,
+    batch: GroupBatch,
+    temperature: float = 1.0,
+    *,
+    rows: Tensor | None = None,
+    end: int | None = None,
+    settings: HeadSettings | None = None,
 ) -> Tensor:
     """Compute the log-probability of every response token under the temperature-scaled logits.
-
-    Logits are computed at the positions that predict a response token, no others.
 
     Args:
         model: a causal LM.
@@ -90,51 +95,38 @@ def response_logprobs(
         temperature: of the sampling.
         rows: int64 indices of the responses wanted; None for all.
         end: number of tokens of each; None for all.
+        settings: in place of ``temperature``, with the size of a chunk of logits.
 
     Returns:
-        float32 (float64 for a float64 model) ``[len(rows), end]``. Values in the padding have no meaning.
-        The graph is kept where gradients are enabled.
+        float32 (float64 for a float64 model) ``[len(rows), end]``, 0 in the padding. The graph is kept where gradients
+        are enabled.
     """
+    settings = HeadSettings(temperature) if settings is None else settings
+    return response_values(model, batch, settings, rows=rows, end=end)[0]
+
+
+def response_values(
+    model: Any, batch: GroupBatch, settings: HeadSettings, *, rows: Tensor | None = None, end: int | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Compute what ``response_logprobs`` does, and the entropies ``[len(rows), end]`` if the settings ask for them."""
     width = batch.step_ids.shape[1] if end is None else end
     # the last token predicts no token of the response
     inputs = batch.input_ids[:, : batch.prompt_length + width - 1]
-    targets = batch.targets[:, :width]
+    targets, known = batch.targets[:, :width], batch.known[:, :width]
     if rows is not None:
-        inputs, targets = inputs[rows], targets[rows]
+        inputs, targets, known = inputs[rows], targets[rows], known[rows]
     # The padding is on the right, which causal attention never reads; without a mask the faster attention kernels
     # are used.
-    logits = model(
-        input_ids=inputs, attention_mask=torch.ones_like(inputs), use_cache=False, **last_logits(model, width)
-    ).logits[:, -width:]
-    return token_logprobs(logits, targets, temperature)
-
-
-def last_logits(model: Any, count: int) -> dict[str, int]:
-    """Return the arguments that make ``model`` compute only its last ``count`` logits; none if it cannot."""
-    return {"logits_to_keep": count} if "logits_to_keep" in forward_parameters(model) else {}
-
-
-def forward_parameters(model: Any) -> set[str]:
-    """Return the names that the model's forward method takes."""
-    return set(inspect.signature(model.forward).parameters)
-
-
-def token_logprobs(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    """Compute the log-softmax of ``logits / temperature`` at ``targets``.
-
-    Args:
-        logits: float ``[G, w, V]``, or ``[1, w, V]`` when they are the same for all responses.
-        targets: int64 ``[G, w]``.
-        temperature: of the sampling.
-
-    Returns:
-        ``[G, w]``, float32, or float64 where the logits are.
-    """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if temperature != 1.0:
-        logits = logits / temperature
-    chosen = logits.expand(len(targets), -1, -1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    return chosen - logits.logsumexp(-1)
+    logprobs, entropy = run_model(
+        model, targets, known, settings, input_ids=inputs, attention_mask=torch.ones_like(inputs), use_cache=False
+    )
+    places = known.nonzero(as_tuple=True)
+    spread = [
+        None if values is None else values.new_zeros(known.shape).index_put(places, values)
+        for values in (logprobs, entropy)
+    ]
+    assert spread[0] is not None
+    return spread[0], spread[1]
 
 
 def group_batch(loaded: LoadedModel, group: Group, *, whole_response: bool = False) -> GroupBatch:

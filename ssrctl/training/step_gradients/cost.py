@@ -13,9 +13,10 @@ with different numbers forward and backward.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from ssrctl.training.checkpointing import is_checkpointed
 from ssrctl.training.step_gradients.shape import GroupShape
 
 
@@ -95,6 +96,14 @@ def _attention_widths(config: Any) -> tuple[int, int]:
     return heads * width, (getattr(config, "num_key_value_heads", None) or heads) * width
 
 
+def mean_attention_widths(config: Any) -> tuple[float, float]:
+    """Return (query heads, key and value heads), each times their width, as means over the layers of a text config."""
+    # Gemma 4's layers differ; its config then has no head_dim of its own.
+    layers = list(config.per_layer_config) if getattr(config, "is_heterogeneous", False) else [config]
+    widths = [_attention_widths(layer) for layer in layers]
+    return sum(width for width, _ in widths) / len(widths), sum(width for _, width in widths) / len(widths)
+
+
 @dataclass(frozen=True)
 class ModelCosts:
     """Costs of one model on one device."""
@@ -111,17 +120,24 @@ class ModelCosts:
         config = model.config.get_text_config()
         inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
         tables = {id(module.weight): module.weight.numel() for module in (inputs, outputs) if module is not None}
-        # Gemma 4's layers differ; its config then has no head_dim of its own.
-        layers = list(config.per_layer_config) if getattr(config, "is_heterogeneous", False) else [config]
-        widths = [_attention_widths(layer) for layer in layers]
-        return cls.from_sizes(
+        attention, cached = mean_attention_widths(config)
+        costs = cls.from_sizes(
             body=max(1, sum(p.numel() for p in model.parameters()) - sum(tables.values())),
             head=outputs.weight.numel() if outputs is not None else 0,
             num_layers=config.num_hidden_layers,
-            attention_width=sum(attention for attention, _ in widths) / len(widths),
-            cache_width=sum(cached for _, cached in widths) / len(widths),
+            attention_width=attention,
+            cache_width=cached,
             device=model.device.type,
         )
+        return costs.recomputing() if is_checkpointed(model) else costs
+
+    def recomputing(self) -> ModelCosts:
+        """Return the costs with activation checkpointing, where a backward pass runs the layers forward again."""
+        sums = {
+            name: getattr(self.backward, name) + getattr(self.forward, name)
+            for name in ("chunk", "token", "pair", "cached")
+        }
+        return replace(self, backward=replace(self.backward, **sums))
 
     @classmethod
     def from_sizes(

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ssrctl.training.step_gradients.batch import forward_parameters
-from ssrctl.training.step_gradients.chunks import Chunk, backpropagate_pieces, run_chunks
+from ssrctl.training.step_gradients.chunks import Chunk, ChunkedPass, walk_chunks
+from ssrctl.training.step_gradients.head import forward_parameters
 from ssrctl.training.step_gradients.task import GradientTask, UnitGradient
 
 
@@ -24,8 +24,8 @@ def local_gradients(task: GradientTask) -> Iterator[UnitGradient]:
     ``layout_obstacle``. Memory: the activations of all tokens at first; each unit's are freed after it.
     """
     chunks = unit_chunks(task)
-    pieces = run_chunks(task.model, task.batch, chunks, task.temperature, padded=True)
-    yield from backpropagate_pieces(task, pieces)
+    run = ChunkedPass(task.model, task.batch, chunks, task.head, padded=True)
+    yield from walk_chunks(task, run, num_kept=len(chunks))
 
 
 def unit_chunks(task: GradientTask) -> list[Chunk]:

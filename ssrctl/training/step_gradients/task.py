@@ -14,6 +14,21 @@ from torch import Tensor
 from ssrctl.core.losses import step_policy_loss
 from ssrctl.core.units import Unit
 from ssrctl.training.step_gradients.batch import GroupBatch
+from ssrctl.training.step_gradients.head import LOGIT_CHUNK_TOKENS, HeadSettings
+
+
+@dataclass(frozen=True)
+class Dials:
+    """The choices of the walk through chunks; see ``chunks.walk_chunks``.
+
+    Attributes:
+        units_at_once: units that share a recomputed forward pass, whose gradients exist together; None for one, or
+            for the planner's choice.
+        chunk_tokens: most columns of a chunk; None for no limit but the units' ends, or for the planner's choice.
+    """
+
+    units_at_once: int | None = None
+    chunk_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -66,7 +81,11 @@ class GradientTask:
     clip_epsilon: float = 0.2
     level: str = "sequence"
     loss_scale: float = 1.0
+    micro_batch_tokens: int | None = None
+    logit_chunk_tokens: int = LOGIT_CHUNK_TOKENS
+    dials: Dials | None = None
     on_logprobs: Callable[[Tensor], None] | None = None
+    on_entropy: Callable[[Tensor], None] | None = None
     on_unit: Callable[[Unit], None] | None = None
     epsilon_high: float | None = None
     token_weights: Tensor | None = None
@@ -80,7 +99,29 @@ class GradientTask:
     @property
     def needs_all_logprobs(self) -> bool:
         """True if values (without a graph) are needed even for tokens outside all units."""
-        return self.on_logprobs is not None or self.level == "sequence"
+        return self.on_logprobs is not None or self.on_entropy is not None or self.level == "sequence"
+
+    @property
+    def settled_dials(self) -> Dials:
+        """The dials in force."""
+        return self.dials or Dials()
+
+    @property
+    def head(self) -> HeadSettings:
+        """The settings of the log-probabilities."""
+        return HeadSettings(self.temperature, self.logit_chunk_tokens, self.on_entropy is not None)
+
+    def report(self, logprobs: Tensor, entropy: Tensor | None) -> None:
+        """Give the detached log-probabilities and entropies ``[G, R]`` of a pass to those who asked."""
+        if self.on_logprobs is not None:
+            self.on_logprobs(logprobs.detach())
+        if self.on_entropy is not None and entropy is not None:
+            self.on_entropy(entropy.detach())
+
+    def announce(self, unit: Unit) -> None:
+        """Tell that the gradient of a unit follows."""
+        if self.on_unit is not None:
+            self.on_unit(unit)
 
     def _active(self) -> Iterator[ActiveUnit]:
         steps = self.batch.step_ids
@@ -94,26 +135,29 @@ class GradientTask:
                 rows = inside.any(1).nonzero().flatten().tolist()
                 yield ActiveUnit(unit, inside, tuple(rows), columns[0], columns[-1] + 1)
 
-    def backpropagate(self, unit: Unit, logprobs: Tensor, *, retain_graph: bool) -> UnitGradient:
-        """Add the gradient of the unit's loss to ``parameter.grad``.
+    def differentiate(self, unit: Unit, values: Tensor) -> tuple[UnitGradient, Tensor]:
+        """Compute the unit's loss and its derivative by the log-probabilities.
 
         Args:
             unit: an active one.
-            logprobs: ``[G, R]``, with a graph at the unit's tokens.
-            retain_graph: True if another backward pass will go through any of it.
+            values: ``[G, R]``, the log-probabilities; no graph is used.
+
+        Returns:
+            The loss, and d(loss_scale * loss)/d(log-probability) ``[G, R]``, 0 outside the unit's tokens.
 
         Raises:
-            NonFiniteLoss: nothing was backpropagated.
+            NonFiniteLoss: the loss is NaN or infinite.
         """
+        logprobs = values.detach().requires_grad_()
         losses, terms, clipped = [], 0, 0
         for step, column in zip(unit.steps, unit.advantages, strict=True):
-            values = [float("nan") if a is None else a for a in column]
+            advantages = [float("nan") if a is None else a for a in column]
             made = step_policy_loss(
                 logprobs,
                 self.batch.old_logprobs,
                 self.batch.step_ids,
                 step,
-                torch.tensor(values, dtype=torch.float64, device=logprobs.device),
+                torch.tensor(advantages, dtype=torch.float64, device=logprobs.device),
                 clip_epsilon=self.clip_epsilon,
                 level=self.level,
                 epsilon_high=self.epsilon_high,
@@ -128,7 +172,5 @@ class GradientTask:
         value = float(loss.detach())
         if not torch.isfinite(loss.detach()):
             raise NonFiniteLoss(f"the loss of steps {list(unit.steps)} is {value}")
-        if self.on_unit is not None:
-            self.on_unit(unit)
-        (loss * self.loss_scale).backward(retain_graph=retain_graph)
-        return UnitGradient(unit, value, terms, clipped)
+        (derivative,) = torch.autograd.grad(loss * self.loss_scale, logprobs)
+        return UnitGradient(unit, value, terms, clipped), derivative

@@ -2,38 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 
-from ssrctl.training.step_gradients.batch import response_logprobs
+from ssrctl.training.step_gradients.batch import response_values
 from ssrctl.training.step_gradients.task import GradientTask, UnitGradient
 
 
 def truncated_gradients(task: GradientTask) -> Iterator[UnitGradient]:
     """For each unit, run the responses that have it up to its last token, forward and backward.
 
-    Works with every causal LM. Memory: the activations and logits of one unit's prefix at a time, the least of
-    the three exact ways. The sequence-level ratio and ``on_logprobs`` need the log-probabilities of whole
+    Works with every causal LM. Memory: the activations of one unit's prefix at a time, the least of
+    the exact ways that need no cache. The sequence-level ratio and ``on_logprobs`` need the log-probabilities of whole
     responses, which cost one forward pass without a graph more.
     """
-    values = _all_logprobs(task)
+    values = torch.zeros_like(task.batch.old_logprobs)
+    if task.needs_all_logprobs:
+        with torch.no_grad():
+            values, entropy = response_values(task.model, task.batch, task.head)
+        task.report(values, entropy)
+    settings = dataclasses.replace(task.head, with_entropy=False)
     for active in task.active:
         rows = torch.tensor(active.rows, device=values.device)
-        made = response_logprobs(task.model, task.batch, task.temperature, rows=rows, end=active.end)
-        columns = torch.arange(active.end, device=values.device)
-        yield task.backpropagate(
-            active.unit, values.to(made.dtype).index_put((rows[:, None], columns), made), retain_graph=False
-        )
-
-
-def _all_logprobs(task: GradientTask) -> Tensor:
-    """``[G, R]`` without a graph: the log-probabilities where they are needed, else zeros."""
-    if not task.needs_all_logprobs:
-        return torch.zeros_like(task.batch.old_logprobs)
-    with torch.no_grad():
-        values = response_logprobs(task.model, task.batch, task.temperature)
-    if task.on_logprobs is not None:
-        task.on_logprobs(values)
-    return values
+        made, _ = response_values(task.model, task.batch, settings, rows=rows, end=active.end)
+        places = (rows[:, None], torch.arange(active.end, device=values.device))
+        gradient, derivative = task.differentiate(active.unit, values.to(made.dtype).index_put(places, made.detach()))
+        task.announce(active.unit)
+        made.backward(derivative[places])
+        yield gradient

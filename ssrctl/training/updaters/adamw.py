@@ -52,8 +52,14 @@ class AdamWUpdater(DenseGradients):
 
     @staticmethod
     def bytes_per_parameter(config: TrainConfig, itemsize: int) -> float:
-        """Return the memory besides the weights: two gradients, two moments, and the masters' remainders."""
-        return 2.0 * itemsize + (8.0 + 2.0 if config.master_weights and itemsize == 2 else 2.0 * itemsize)
+        """Return the memory besides the weights: a gradient and ``held_bytes``."""
+        return itemsize + AdamWUpdater.held_bytes(config, itemsize)
+
+    @staticmethod
+    def held_bytes(config: TrainConfig, itemsize: int, trained_frac: float = 1.0) -> float:
+        """Return the bytes per parameter that stay during a backward pass: moments, masters, the sum of gradients."""
+        moments = 8.0 + 2.0 if config.master_weights and itemsize == 2 else 2.0 * itemsize
+        return moments + (itemsize if config.questions_per_step > 1 else 0)
 
     @torch.no_grad()
     def step(self) -> dict[str, float | None]:

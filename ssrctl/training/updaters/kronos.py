@@ -72,13 +72,18 @@ class KronosUpdater:
         protected, taken, pending, touched; the kept sets of a question; sums and state of touched coordinates.
         """
         gradient = itemsize if config.scope == "global" else itemsize / 4
+        return gradient + KronosUpdater.held_bytes(config, itemsize)
+
+    @staticmethod
+    def held_bytes(config: TrainConfig, itemsize: int, trained_frac: float = 1.0) -> float:
+        """Return the bytes per parameter that stay during a backward pass: bits, kept sets, pending sums, state."""
         kept = config.budget * (2 + itemsize)
         touched = min(1.0, config.budget * config.questions_per_step)
         moments = 8 if config.update_rule == "adam" else 0
         pending = 8 if config.update_rule == "adam" else 4
         masters = 2 if config.master_weights and itemsize == 2 else 0
         # the touched coordinates grow from step to step; half of the weights is a cautious guess
-        return gradient + 4 / 8 + kept + touched * pending + 0.5 * (moments + masters)
+        return 4 / 8 + trained_frac * (kept + touched * pending + 0.5 * (moments + masters))
 
     def plan(self, units: Sequence[Unit]) -> list[Unit]:
         """Leave out the units without a signal, which claim nothing."""
@@ -111,8 +116,7 @@ class KronosUpdater:
         """Add the questions of all processes, in the order in which one process would."""
         if self.world.size == 1:
             return
-        sizes = {name: parameter.numel() for name, parameter in self.optimizer.named.items()}
-        numbering = Numbering(sizes, next(iter(self.optimizer.named.values())).dtype)
+        numbering = Numbering(self.optimizer.shards, next(iter(self.optimizer.named.values())).dtype)
         kept = {number: KeptQuestion(update.kept, update.tally) for number, update in mine.items()}
         for question in exchange_questions(self.world, kept, numbering):
             self.optimizer.add_question(question)

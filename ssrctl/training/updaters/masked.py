@@ -55,6 +55,12 @@ class MaskedAdamWUpdater(DenseGradients):
         """Return the memory besides the weights: two gradients; state is small, as the mask is."""
         return 2.0 * itemsize
 
+    @staticmethod
+    def held_bytes(config: TrainConfig, itemsize: int, trained_frac: float = 1.0) -> float:
+        """Return the bytes per parameter that stay during a backward pass: the sum of gradients, the mask's state."""
+        state = 10 + (2 if config.master_weights and itemsize == 2 else 0)
+        return trained_frac * state + (itemsize if config.questions_per_step > 1 else 0)
+
     @torch.no_grad()
     def step(self) -> dict[str, float | None]:
         square = 0.0

@@ -1,0 +1,97 @@
+"""The precision of a run: its dtype by device, its attention, TF32, and sums that repeat."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ssrctl.configs import ModelConfig
+from ssrctl.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+LONGEST_REASON = 300
+Settings = TypeVar("Settings", bound=ModelConfig)
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device; ``auto`` is the accelerator that accelerate would pick, else the CPU.
+
+    Sums are in float64, which mps does not support; ``auto`` is the CPU there.
+    """
+    import torch
+    from accelerate.state import PartialState
+
+    if name == "auto":
+        state = PartialState()
+        return torch.device("cpu") if state.device.type == "mps" else state.device
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"device {name} cannot be used: {first_line(error)}", "give --device cpu or auto") from error
+    return device
+
+
+def settle_dtype(config: Settings) -> Settings:
+    """Replace the dtype ``auto`` by bfloat16 on a CUDA device that computes in it, else by float32.
+
+    What a command compares or records is then the precision in force, on whatever device it is continued.
+
+    Raises:
+        UserError: the device cannot be used.
+    """
+    if config.dtype != "auto":
+        return config
+    import torch
+
+    native = resolve_device(config.device).type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return dataclasses.replace(config, dtype="bfloat16" if native else "float32")
+
+
+def repeat_sums(device: torch.device) -> None:
+    """Make sums on a CUDA device the same in every run, since gradients decide which coordinates are selected.
+
+    Attention, embeddings and matrix products then add in a fixed order; selection itself counts in integers. An operation
+    that has no such form warns by its name. Call it before the first matrix product.
+    """
+    import torch
+
+    if device.type != "cuda":
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # a check for reads of unwritten memory, not needed here
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def precision_of(model: Any) -> dict[str, Any]:
+    """Return the precision that a loaded model computes in, for a manifest."""
+    import torch
+
+    device = model.device
+    return {
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "attention": getattr(model.config, "_attn_implementation", None),
+        "tf32": device.type == "cuda" and bool(torch.backends.cuda.matmul.allow_tf32),
+        "repeatable_sums": device.type == "cpu" or torch.are_deterministic_algorithms_enabled(),
+    }
+
+
+def describe_precision(model: Any) -> str:
+    """Return the line of the log that states the precision."""
+    made = precision_of(model)
+    tf32 = "" if made["device"] == "cpu" else f", TF32 {'on' if made['tf32'] else 'off'}"
+    return f"precision: {made['dtype']} on {made['device']}, attention {made['attention']}{tf32}"
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, at most ``LONGEST_REASON`` characters; its type where that says more."""
+    lines = str(error).strip().splitlines()
+    kind = type(error).__name__
+    if not lines or isinstance(error, (RecursionError, KeyError, IndexError, AssertionError, AttributeError)):
+        return f"{kind}: {lines[0][:LONGEST_REASON]}" if lines else kind
+    return lines[0][:LONGEST_REASON]

@@ -1,0 +1,396 @@
+"""The memory of a training run from a model's config alone, and the settings that fit a limit.
+
+Two models of one and two layers run forward and backward on tensors without data (torch's fake tensors, which take
+the kernels of a CPU: fused attention keeps no matrix of scores). Their live bytes give what a layer keeps and what its
+backward pass takes, which the number of layers extends to the whole. Logits, gradients and the state of the update
+follow from counts. Allocators round sizes up and hold freed blocks: the margin of the limit is for that.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from ssrctl.configs import TrainConfig
+from ssrctl.errors import UserError
+from ssrctl.io import console
+from ssrctl.models.loading import LoadedModel, free_bytes
+from ssrctl.models.precision import resolve_device
+from ssrctl.training.checkpointing import enable_checkpointing
+from ssrctl.training.live_bytes import LiveBytes
+from ssrctl.training.updaters import updater_kind
+
+# Copies of the logits in float32 that log-probabilities hold at their peak, measured with a temperature.
+LOGIT_COPIES = 3.9
+# Share of a limit that plans leave to the allocator and the device's context.
+MARGIN = 0.08
+PROBED = (128, 512, 2048)  # tokens, at which the layers run without data
+GIB = 2**30
+MOST_TOKENS = 1 << 20  # planned for where the config names no context
+
+
+class UnknownActivations(UserError):
+    """A model whose layers cannot run on tensors without data."""
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """The sizes of a model that memory follows from.
+
+    Attributes:
+        num_parameters: of all tensors, a tied one once.
+        table: numbers in the output projection.
+        tied: True if the projection is the embedding.
+        vocabulary: rows of the projection.
+        num_layers: of the model.
+        cache_width: numbers of keys and values per token, over all layers.
+        itemsize: bytes of a weight.
+    """
+
+    num_parameters: int
+    table: int
+    tied: bool
+    vocabulary: int
+    num_layers: int
+    cache_width: int
+    itemsize: int
+
+    @classmethod
+    def of(cls, model: Any, itemsize: int) -> ModelSizes:
+        """Return the sizes of a model on any device, the meta device included."""
+        from ssrctl.training.step_gradients.cost import mean_attention_widths
+
+        config = model.config.get_text_config()
+        inputs, outputs = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+        return cls(
+            num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+            table=outputs.numel(),
+            tied=outputs is inputs,
+            vocabulary=outputs.shape[0],
+            num_layers=config.num_hidden_layers,
+            cache_width=int(2 * config.num_hidden_layers * mean_attention_widths(config)[1]),
+            itemsize=itemsize,
+        )
+
+
+@dataclass(frozen=True)
+class LayerBytes:
+    """The activations of one response.
+
+    Attributes:
+        kept: bytes that one layer keeps until its backward pass.
+        base: bytes that are kept besides the layers.
+        backward: bytes beyond what all layers keep while one layer is backpropagated, its gradients included.
+    """
+
+    kept: int
+    base: int
+    backward: int
+
+
+@dataclass(frozen=True)
+class Breakdown:
+    """The planned peak of a run in bytes, by what takes it; the larger of update and sampling counts.
+
+    Attributes:
+        weights: of the model.
+        state: of the update, between and during backward passes, without the gradient in progress.
+        gradients: that exist at the peak of a backward pass.
+        activations: kept for the backward pass.
+        logits: and their log-probabilities.
+        sampling: keys, values and logits of the responses sampled at once.
+    """
+
+    weights: int
+    state: int
+    gradients: int
+    activations: int
+    logits: int
+    sampling: int
+
+    @property
+    def total(self) -> int:
+        """The peak."""
+        return self.weights + self.state + max(self.gradients + self.activations + self.logits, self.sampling)
+
+
+class MemoryPlanner:
+    """Plans of one model under different settings.
+
+    Args:
+        model: built from its config, on the meta device or any other.
+        prompt_tokens: tokens of the longest prompt.
+        trained_frac: share of the weights that a static mask trains; 1 without one.
+
+    Methods raise ``UnknownActivations`` for a model whose layers cannot run on tensors without data.
+    """
+
+    def __init__(self, model: Any, prompt_tokens: int, trained_frac: float = 1.0) -> None:
+        self.config, self.prompt_tokens, self.trained_frac = model.config, prompt_tokens, trained_frac
+        self._sizes = functools.cache(lambda itemsize: ModelSizes.of(model, itemsize))
+        self._layers = functools.cache(functools.partial(_layer_bytes, model.config))
+
+    def breakdown(self, config: TrainConfig) -> Breakdown:
+        """Return the planned peak of a run with these settings, whose dtype is settled."""
+        dtype = torch.float32 if config.dtype == "stored" else getattr(torch, config.dtype)
+        sizes = self._sizes(dtype.itemsize)
+        tokens = self.prompt_tokens + config.max_new_tokens
+        rows = config.num_generations
+        if config.micro_batch_tokens is not None:
+            rows = max(1, min(rows, config.micro_batch_tokens // tokens))
+        layer = _at(self._layers(config.gradient_checkpointing, dtype, config.attn_implementation), tokens)
+        kept = rows * (layer.base + sizes.num_layers * layer.kept)
+        whole, table = sizes.num_parameters * sizes.itemsize, sizes.table * sizes.itemsize
+        at_once = min(rows * config.max_new_tokens, config.logit_chunk_tokens)
+        logits = int(at_once * sizes.vocabulary * 4 * LOGIT_COPIES)
+        piecemeal = config.optimizer == "kronos" and config.scope == "tensor"
+        # a tied table's gradient waits for the embedding's part until the end, where both exist
+        gradients = (1 + sizes.tied) * table if piecemeal else whole + sizes.tied * table
+        several_units = config.optimizer == "kronos" and config.allocation != "pooled"
+        several_units &= config.micro_batch_tokens is None and config.step_gradient != "truncated"
+        last = kept if several_units else rows * (layer.base + layer.kept)
+        before = whole if rows < config.num_generations else 0  # of the micro-batches that are done
+        first = 0 if not sizes.tied and piecemeal else table
+        moments = [
+            (before, kept, logits),  # at the logits
+            (before + first, kept + rows * layer.backward, 0),  # at the last layer
+            # at the first layer; the embedding's gradient is new in every micro-batch
+            (gradients + (table if before else 0), last + rows * layer.backward, 0),
+        ]
+        at_peak = max(moments, key=sum)
+        sampled = min(config.sampling_batch_size, config.questions_per_step * config.num_generations)
+        cache = sampled * tokens * sizes.cache_width * sizes.itemsize
+        held = updater_kind(config).held_bytes(config, sizes.itemsize, self.trained_frac)
+        held += sizes.itemsize if config.beta else 0  # the start weights
+        return Breakdown(
+            weights=whole,
+            state=int(sizes.num_parameters * held),
+            gradients=at_peak[0],
+            activations=at_peak[1],
+            logits=at_peak[2],
+            sampling=int(cache * (1 + 2 / sizes.num_layers) + sampled * sizes.vocabulary * 4 * LOGIT_COPIES),
+        )
+
+    def cheapest(self, config: TrainConfig, limit: int) -> TrainConfig | None:
+        """Return the settings that fit ``limit`` bytes at the least extra time; None if none do.
+
+        Tried are, in this order: the settings as they are, fewer responses sampled at once, micro-batches, activation
+        checkpointing, both. The update stays the same.
+        """
+        return next((made for made in self._dials(config) if self.fits(made, limit)), None)
+
+    def smallest(self, config: TrainConfig) -> TrainConfig:
+        """Return the settings of ``cheapest`` that take the least memory."""
+        return min(self._dials(config), key=lambda made: self.breakdown(made).total)
+
+    def fits(self, config: TrainConfig, limit: int) -> bool:
+        """Return True if the planned peak is within the limit, with its margin."""
+        return self.breakdown(config).total <= limit * (1 - MARGIN)
+
+    def longest(self, config: TrainConfig, limit: int, most: int) -> int:
+        """Return the most new tokens per response that fit with some settings, in steps of 1/8 of a power of two.
+
+        Args:
+            config: the run's settings.
+            limit: in bytes.
+            most: tokens that the context has room for.
+
+        Returns:
+            0 if not even 64 tokens fit.
+        """
+        lengths = [base * part // 8 for base in (64 << power for power in range(20)) for part in range(8, 16)]
+        lengths = [length for length in lengths if length < most] + [most]
+        low, high = 0, len(lengths)  # lengths[:low] fit
+        while low < high:
+            middle = (low + high) // 2
+            if self.fits(self.smallest(_at_length(config, lengths[middle])), limit):
+                low = middle + 1
+            else:
+                high = middle
+        return lengths[low - 1] if low else 0
+
+    def _dials(self, config: TrainConfig) -> Iterator[TrainConfig]:
+        tokens = self.prompt_tokens + config.max_new_tokens
+        rows = [1 << power for power in reversed(range((config.num_generations - 1).bit_length()))]
+        micro: list[int | None] = [None]
+        if config.scope == "global" and config.step_gradient in ("auto", "truncated"):
+            micro += [count * tokens for count in rows]
+        checkpointing = [False, True] if config.step_gradient in ("auto", "kept", "truncated") else [False]
+        sampled = min(config.sampling_batch_size, config.questions_per_step * config.num_generations)
+        batches = [sampled, *(1 << power for power in reversed(range((sampled - 1).bit_length())))]
+        for checkpointed in [True] if config.gradient_checkpointing else checkpointing:
+            for most in micro if config.micro_batch_tokens is None else [config.micro_batch_tokens]:
+                made = dataclasses.replace(config, gradient_checkpointing=checkpointed, micro_batch_tokens=most)
+                # the largest sampling batch that takes no more than the update does
+                plans = ((count, dataclasses.replace(made, sampling_batch_size=count)) for count in batches)
+                for count, plan in plans:
+                    found = self.breakdown(plan)
+                    if found.sampling <= found.gradients + found.activations + found.logits or count == 1:
+                        yield made if count == sampled else plan
+                        break
+
+
+def _at_length(config: TrainConfig, tokens: int) -> TrainConfig:
+    return dataclasses.replace(config, max_new_tokens=tokens)
+
+
+def describe_dials(config: TrainConfig, start: TrainConfig) -> str:
+    """Return the flags in which settings differ from those of the run; ``as given`` if in none."""
+    flags = []
+    if config.gradient_checkpointing and not start.gradient_checkpointing:
+        flags.append("--gradient-checkpointing")
+    for name in ("micro_batch_tokens", "sampling_batch_size"):
+        if getattr(config, name) != getattr(start, name):
+            flags.append(f"--{name.replace('_', '-')} {getattr(config, name)}")
+    return " ".join(flags) or "as given"
+
+
+def require_fit(planner: MemoryPlanner, config: TrainConfig, limit: int) -> TrainConfig:
+    """Return the cheapest settings that fit.
+
+    Raises:
+        UserError: none do, with what the run would take at the least, and the setting that would help.
+    """
+    made = planner.cheapest(config, limit)
+    if made is not None:
+        return made
+    least = planner.smallest(config)
+    found = planner.breakdown(least)
+    parts = {
+        "weights": (found.weights, "--dtype bfloat16, or a smaller model"),
+        "state of the update": (found.state, _state_remedy(config)),
+        "gradients": (found.gradients, "--scope tensor" if config.optimizer == "kronos" else "--optimizer kronos"),
+        "activations": (found.activations, "--max-new-tokens or --num-generations"),
+        "logits": (found.logits, "--max-new-tokens"),
+    }
+    name, (size, remedy) = max(parts.items(), key=lambda part: part[1][0])
+    if name == "weights" and config.dtype != "float32":
+        name, (size, remedy) = max(list(parts.items())[1:], key=lambda part: part[1][0])
+    raise UserError(
+        f"the run needs {found.total / (1 - MARGIN) / GIB:.3g} GiB at the least ({describe_dials(least, config)}), the limit "
+        f"is {limit / GIB:.3g} GiB; weights take {found.weights / GIB:.3g} and the {name} {size / GIB:.3g}",
+        f"change {remedy}, or raise --memory-limit",
+    )
+
+
+def _state_remedy(config: TrainConfig) -> str:
+    if config.optimizer == "adamw":
+        return "--optimizer kronos or --mask, whose state is for the trained weights only"
+    return "--questions-per-step or --budget, or use --no-master-weights"
+
+
+def _layer_bytes(described: Any, checkpointed: bool, dtype: torch.dtype, attention: str) -> list[LayerBytes]:
+    """Run one and two layers on one response without data, at each of ``PROBED`` lengths."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    kept, peaks = [], []
+    try:
+        with FakeTensorMode():
+            for count in (1, 2):
+                model = _shallow(described, count, dtype, attention)
+                if checkpointed:
+                    enable_checkpointing(model)
+                for parameter in model.parameters():
+                    parameter.register_post_accumulate_grad_hook(_drop)
+                for tokens in PROBED:
+                    with LiveBytes() as live:
+                        width = model.get_input_embeddings().weight.shape[1]
+                        inputs = torch.zeros(1, tokens, width, dtype=dtype)
+                        out = model.base_model(inputs_embeds=inputs, use_cache=False).last_hidden_state
+                        kept.append(live.now)
+                        live.reset_peak()
+                        out.sum().backward()
+                        peaks.append(live.peak)
+                        del out, inputs
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+        first = "".join(str(error).strip().splitlines()[:1])
+        raise UnknownActivations(
+            f"the memory of {described.model_type} cannot be planned from its config: {type(error).__name__}: {first}"
+        ) from error
+    made = []
+    for place in range(len(PROBED)):
+        one, two = kept[place], kept[place + len(PROBED)]
+        made.append(
+            LayerBytes(kept=two - one, base=max(0, 2 * one - two), backward=max(0, peaks[place + len(PROBED)] - two))
+        )
+    return made
+
+
+def _at(probes: Sequence[LayerBytes], tokens: int) -> LayerBytes:
+    """Return the bytes at a length: the parabola through the probes, a line where attention keeps no scores."""
+    sizes = {}
+    for name in ("kept", "base", "backward"):
+        total = 0.0
+        for place, x in enumerate(PROBED):
+            factor = math.prod((tokens - other) / (x - other) for other in PROBED if other != x)
+            total += factor * getattr(probes[place], name)
+        sizes[name] = max(0, int(total))
+    return LayerBytes(**sizes)
+
+
+def _drop(parameter: torch.Tensor) -> None:
+    parameter.grad = None
+
+
+def _shallow(described: Any, num_layers: int, dtype: torch.dtype, attention: str) -> Any:
+    """Build the model with its first layers only."""
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(described)
+    text = config.get_text_config()
+    text.num_hidden_layers = num_layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = list(text.layer_types)[:num_layers]
+    chosen = {} if attention == "auto" else {"attn_implementation": attention}
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, **chosen)
+    return model.eval()
+
+
+def memory_facts(config: TrainConfig, loaded: LoadedModel, prompt_tokens: int, trained_frac: float) -> dict[str, Any]:
+    """Return the part of a plan that is about memory, for ``--memory-limit`` or what is free on the device.
+
+    Args:
+        config: the run's settings, with the dtype settled.
+        loaded: the model; only its config and shapes are used.
+        prompt_tokens: tokens of the longest prompt.
+        trained_frac: share of the weights that a mask trains; 1 without one.
+
+    Raises:
+        UserError: ``--memory-limit`` cannot be met.
+    """
+    planner = MemoryPlanner(loaded.model, prompt_tokens, trained_frac)
+    try:
+        found = planner.breakdown(config)
+    except UnknownActivations as error:
+        console.warn(error.message)
+        return {}
+    limit = free_bytes(resolve_device(config.device)) if config.memory_limit is None else int(config.memory_limit * GIB)
+    parts = {name: round(size / GIB, 3) for name, size in dataclasses.asdict(found).items()}
+    facts: dict[str, Any] = {"planned_gib": round(found.total / GIB, 3), "planned_gib_by_part": parts}
+    if limit is None:
+        return facts
+    made = planner.cheapest(config, limit) if config.memory_limit is None else require_fit(planner, config, limit)
+    room = max(1, (loaded.context_length or MOST_TOKENS) - prompt_tokens)
+    longest = {name: planner.longest(one, limit, room) for name, one in updates(config)}
+    return facts | {
+        "memory_limit_gib": round(limit / GIB, 3),
+        "fits": planner.fits(config, limit),
+        "cheapest_settings_that_fit": "none" if made is None else describe_dials(made, config),
+        "longest_response_that_fits": longest,
+    }
+
+
+def updates(config: TrainConfig) -> Sequence[tuple[str, TrainConfig]]:
+    """Return the run's update by name; for kronos both scopes, where the settings allow them."""
+    if config.optimizer != "kronos":
+        return [("masked adamw" if config.mask else "adamw", config)]
+    whole = config.allocation == "shuffled" or config.log_gradient_cosine or config.micro_batch_tokens is not None
+    scopes: list[Literal["global", "tensor"]] = ["global"] if whole else ["global", "tensor"]
+    return [(f"kronos --scope {scope}", dataclasses.replace(config, scope=scope)) for scope in scopes]
