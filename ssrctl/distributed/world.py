@@ -178,6 +178,7 @@ def joined_world(device: str = "auto") -> Iterator[World]:
             f"process {rank()} of {num_launched()} cannot reach the others: {str(error).splitlines()[0]}",
             "check that all were started and that MASTER_ADDR and MASTER_PORT can be reached",
         ) from error
+    assert state.num_processes == num_launched(), "something asked accelerate for the device before"
     world = World(state.process_index, state.num_processes, state.device)
     yield world
     world.wait()

@@ -55,9 +55,9 @@ def run(config: TrainConfig) -> dict[str, Any] | None:
         Interrupted: after Ctrl-C or SIGTERM, with a checkpoint of the last whole step written.
     """
     console.note(describe_model(config))
-    config = settle_dtype(config)
     check_tracker(config.report_to)
     with joined_world(config.device) as world:
+        config = settle_dtype(config)
         _check_processes(config, world)
         run_dir = world.on_main(lambda: run_folder(config))
         if config.dry_run or config.find_lr or not world.is_main:
