@@ -102,8 +102,9 @@ def unpack_unit(packed: Tensor, numbering: Numbering) -> KeptUnit:
         signed = reader.take(count).to(torch.int64)
         top = (signed & 128) << 8 | exponents << 7 | signed & 127
         values = _joined(top, reader, numbering.dtype)
+    # where each parameter's kept coordinates begin among all
     cuts = torch.searchsorted(where, torch.tensor(numbering.edges, device=where.device)).tolist()
-    for numbers in _runs(order, numbering):
+    for numbers in _runs(order, cuts, numbering):
         first, last = cuts[numbers[0]], cuts[numbers[-1] + 1]
         shard = numbering.shards.number_of[numbering.names[numbers[0]]]
         chosen = IndexSet.from_indices(
@@ -114,12 +115,13 @@ def unpack_unit(packed: Tensor, numbering: Numbering) -> KeptUnit:
     return unit
 
 
-def _runs(order: list[int], numbering: Numbering) -> list[list[int]]:
-    """Cut the parameters' numbers where they fall, or where another shard begins."""
+def _runs(order: list[int], cuts: list[int], numbering: Numbering) -> list[list[int]]:
+    """Cut the parameters' numbers into runs in one shard whose kept coordinates follow each other, by their ``cuts``."""
     shard_of = [numbering.shards.number_of[name] for name in numbering.names]
     runs: list[list[int]] = []
     for number in order:
-        if runs and runs[-1][-1] < number and shard_of[runs[-1][-1]] == shard_of[number]:
+        before = runs[-1][-1] if runs else None
+        if before is not None and cuts[before + 1] == cuts[number] and shard_of[before] == shard_of[number]:
             runs[-1].append(number)
         else:
             runs.append([number])

@@ -7,12 +7,12 @@ from ssrctl.core.claims import KeptUnit
 from ssrctl.core.kept_bytes import Numbering, pack_unit, unpack_unit
 from ssrctl.core.layout import Shards
 
-SIZES = {"a": 70_000, "empty": 3, "b": 300, "c": 200_000}
+SIZES = {"a": 70_000, "empty": 3, "b": 300, "c": 200_000, "d": 900}
 SHARDS = Shards({name: torch.empty(size) for name, size in SIZES.items()})
 SHARDS.add({"in another shard": torch.empty(5)})
 
 
-def kept(dtype, share, spoil=None, names=("in another shard", "c", "a", "b")):
+def kept(dtype, share, spoil=None, names=("in another shard", "c", "a", "d", "b")):
     """A unit that keeps about ``share`` of the coordinates, the largest of random gradients, named in another order."""
     generator = torch.Generator().manual_seed(3)
     unit = KeptUnit(SHARDS)
@@ -32,7 +32,7 @@ def kept(dtype, share, spoil=None, names=("in another shard", "c", "a", "b")):
 def test_sets_values_and_their_order_survive(dtype, spoil, share) -> None:
     unit, numbering = kept(dtype, share, spoil), Numbering(SHARDS, dtype)
     found = unpack_unit(pack_unit(unit, numbering), numbering)
-    assert list(found.sets) == list(unit.sets) == list(found.values) == ["in another shard", "c", "a", "b"]
+    assert list(found.sets) == list(unit.sets) == list(found.values) == ["in another shard", "c", "a", "d", "b"]
     for name, chosen in unit.sets.items():
         assert found.sets[name].equals(chosen)
         assert torch.equal(

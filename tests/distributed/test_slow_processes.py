@@ -25,7 +25,7 @@ KRONOS = {
     "overlap, two passes": ["--allocation", "overlap", "--num-iterations", "2"],
     "pooled, block": ["--allocation", "pooled", "--selection", "block"],
     "reuse": ["--reuse-factor", "1.5", "--log-masks-every", "1", "--log-gradients", "1", "--log-gradient-cosine"],
-    "KL, masks, again": ["--beta", "0.05", "--mask-truncated", "--resample-without-signal", "1", "--loss-type", "dapo"],
+    "KL, masks, again": ["--beta", "0.05", "--mask-truncated", "--resample-without-signal", "1", "--loss-type", "grpo"],
     "rollout critic": ["--critic", "rollout", "--critic-rollouts", "2"],
 }
 
