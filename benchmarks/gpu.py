@@ -154,13 +154,12 @@ def calibration(device: str) -> Row:
 
 def step(device: str, tokens: int, way: str) -> Row:
     """Run two KronosOpt steps of one question; the second is measured, when state exists and kernels are loaded."""
-    from shapes import llama_135m, qwen3_1_7b
+    from step_gradients import build
 
     from ssrctl.core.kronos import KronosOpt
 
-    torch.manual_seed(0)
     with torch.device(device):
-        model = (qwen3_1_7b if device == "cuda" else llama_135m)(torch.bfloat16).eval()
+        model = build(*(("qwen3-1.7b", torch.bfloat16) if device == "cuda" else ("small", torch.float32)))
     optimizer = KronosOpt(model.named_parameters(), lr=1e-5)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     if device == "cuda":
@@ -182,7 +181,7 @@ def one_step(model: Any, optimizer: Any, tokens: int, way: str, seed: int) -> Ro
     from ssrctl.training.unit_gradients import make_batch, unit_gradients
 
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(1000, 40000, (RESPONSES, PROMPT + tokens), generator=generator).tolist()
+    ids = torch.randint(0, model.config.vocab_size, (RESPONSES, PROMPT + tokens), generator=generator).tolist()
     steps = [place * UNITS // tokens for place in range(tokens)]
     advantages = torch.randn(UNITS, RESPONSES, generator=generator, dtype=torch.float64).tolist()
     units = [Unit((i,), 0.05 / UNITS, (tuple(advantages[i]),)) for i in range(UNITS)]

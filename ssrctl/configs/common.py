@@ -10,6 +10,8 @@ from ssrctl.configs.building import AtLeastOne, Config, Positive, Share, ZeroOrM
 from ssrctl.configs.json_object import as_json_text, parse_json_object
 from ssrctl.errors import UserError
 
+RecordFormat = Literal["ssrctl", "processbench", "prm800k", "prmbench", "stepwise", "math-shepherd", "lm-eval", "verl"]
+InputFormat = Literal["auto", RecordFormat]
 TINY = "tiny-reasoner"
 TINY_DATASET = "tiny-arithmetic"
 

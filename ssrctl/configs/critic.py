@@ -10,8 +10,18 @@ from urllib.parse import urlsplit
 
 from annotated_types import Interval
 
-from ssrctl.configs.building import AtLeastOne, Config, Finite, NotNegative, Positive, ZeroOrMore, output, positional
-from ssrctl.configs.common import CommonConfig, ModelConfig, PromptOptions, SamplingConfig
+from ssrctl.configs.building import (
+    AtLeastOne,
+    Config,
+    Finite,
+    Fraction,
+    NotNegative,
+    Positive,
+    ZeroOrMore,
+    output,
+    positional,
+)
+from ssrctl.configs.common import CommonConfig, InputFormat, ModelConfig, PromptOptions, RecordFormat, SamplingConfig
 from ssrctl.configs.credentials import credential_in_address, credential_in_json
 from ssrctl.configs.json_object import as_json_text, parse_json_object
 from ssrctl.errors import UserError
@@ -34,19 +44,20 @@ class CriticOptions(Config):
 
     panel = "Critic"
 
-    critic: Literal["rule", "llm", "rollout"] = "rule"
+    critic: Literal["rule", "llm", "rollout", "prm"] = "rule"
     """rule checks arithmetic and the origin of its numbers; llm asks a model through litellm; rollout lets the
-    policy itself continue from each step and counts how often the answer is right."""
+    policy itself continue from each step and counts how often the answer is right; prm is a process reward model."""
 
     critic_model: str | None = None
-    """litellm model name of the llm critic, such as openai/gpt-oss-120b."""
+    """Model of the critic: for llm a litellm name, such as openai/gpt-oss-120b; for prm a name on the hub or a local
+    folder."""
 
     critic_fallback: list[str] = field(default_factory=list)
     """litellm model to ask when the first one fails; may be given several times."""
 
     critic_api_base: str | None = None
     """Endpoint of the llm critic, for an OpenAI-compatible server of your own; it also serves fallbacks with the same
-    provider prefix."""
+    provider prefix. For the prm critic, a vLLM pooling server (/pooling or /classify)."""
 
     critic_rubric: str = "steps"
     """Rubric of the llm critic: steps, correctness, progress, clarity, final, or a text file."""
@@ -76,13 +87,13 @@ class CriticOptions(Config):
     '{"chat_template_kwargs": {"enable_thinking": false}}'. It is stored with the results: no keys or passwords."""
 
     critic_max_concurrency: AtLeastOne = 8
-    """Calls of the llm critic in flight at once."""
+    """Calls of the llm critic, or to the prm critic's server, in flight at once."""
 
     critic_requests_per_minute: Annotated[Positive, Finite] | None = None
     """Rate limit of the llm critic's calls, retries included; no limit by default."""
 
     critic_timeout: Positive = 60.0
-    """Seconds until a call of the llm critic counts as failed."""
+    """Seconds until a call of the llm critic or to the prm critic's server counts as failed."""
 
     critic_retries: ZeroOrMore = 3
     """Retries after a transient failure."""
@@ -97,7 +108,8 @@ class CriticOptions(Config):
     """Hard cap on the llm critic's cost in US dollars; when it is reached, the run stops and keeps the scores so far."""
 
     critic_cache: bool = True
-    """Use the cache of the llm critic's replies, in which each judgement is paid for only once."""
+    """Use the cache of the llm critic's replies and the prm critic's probabilities, in which each judgement is paid for only
+    once."""
 
     critic_cache_dir: Path | None = None
     """Folder of the replies; by default ssrctl under the user's cache folder."""
@@ -113,14 +125,36 @@ class CriticOptions(Config):
     """Score of the rollout critic: the difference that a step makes to the share of right continuations, or the value
     of that share."""
 
+    critic_prm_style: Literal["auto", "trl", "qwen2.5-math", "math-shepherd", "openr", "rlhflow"] = "auto"
+    """Convention of the prm critic's model: token classifiers of TRL, Qwen2.5-Math-PRM, or a causal LM that predicts
+    + or - after each step (math-shepherd, openr, rlhflow). auto tells the first two by their architecture."""
+
+    critic_prm_step_tag: str | None = None
+    """Text after each step for the prm critic, such as the step_separator of a model's training; by default the
+    style's own."""
+
+    critic_prm_tokenizer: str | None = None
+    """Tokenizer of the prm critic's server (hub name or local folder); by default --critic-model."""
+
+    critic_prm_zero: Fraction = 0.5
+    """Probability of a right step at which the prm critic's score is 0."""
+
+    critic_batch_size: AtLeastOne = 8
+    """Responses that the prm critic's model reads at once."""
+
+    critic_dtype: Literal["auto", "stored", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the prm critic's model. auto: bfloat16 on CUDA, float32 on a CPU; stored: that of the checkpoint."""
+
     def __post_init__(self) -> None:
         self.critic_extra_body = as_json_text(self.critic_extra_body)
         super().__post_init__()
         if self.critic == "llm" and not self.critic_model:
             raise UserError("the llm critic needs a model", "give --critic-model, such as openai/gpt-oss-120b")
+        if self.critic == "prm" and not self.critic_model:
+            raise UserError("the prm critic needs a model", "give --critic-model, such as Qwen/Qwen2.5-Math-PRM-7B")
         # Here, before any setting is stored or shown.
         if self.critic_api_base:
-            _check_endpoint(self.critic_api_base, self.critic_model)
+            _check_endpoint(self.critic_api_base, "vllm/" if self.critic == "prm" else self.critic_model)
         if self.critic_reasoning_effort is not None and not _EFFORT.fullmatch(self.critic_reasoning_effort):
             raise UserError(
                 f"--critic-reasoning-effort must be one word, got {self.critic_reasoning_effort!r}",
@@ -193,15 +227,26 @@ class CriticConfig(CriticOptions, ModelConfig, PromptOptions, SamplingConfig, Co
     """Log of every call of the llm critic (jsonl); by default next to the output."""
 
     calibrate: Path | None = None
-    """Instead of scoring, measure the critic on labelled solutions (ProcessBench's fields, or segmented responses
-    with the first wrong step as label) and print one table. With --output FILE the judgements are kept there, and those
+    """Instead of scoring, measure the critic on labelled solutions (ProcessBench, PRM800K and others, or segmented
+    responses with the first wrong step as label) and print one table. With --output FILE the judgements are kept there, and those
     that it already holds are not made again."""
 
     repeats: AtLeastOne = 1
     """With --calibrate: judge everything this many times, to measure the noise of the scores."""
 
     wrong_below: Annotated[float, Interval(gt=-100, le=100)] = 0.0
-    """With --calibrate: the first step whose score is below this counts as the critic's first error."""
+    """With --calibrate: the first step whose score is below this counts as the critic's first error. With
+    --output-format: a step whose score is below this is labelled wrong."""
+
+    min_f1: Annotated[float, Interval(gt=0, le=1)] | None = None
+    """With --calibrate: exit with code 4 if the first-error F1 is below this."""
+
+    format: InputFormat = "auto"
+    """Format of the input (docs/formats.md); auto tells it by the fields."""
+
+    output_format: RecordFormat = "ssrctl"
+    """Format of the output: stepwise, math-shepherd and others make training data for process reward models. The scored
+    records are then kept in OUTPUT.records.jsonl, from which the same command continues."""
 
     limit: AtLeastOne | None = None
     """Use only the first N records."""
@@ -216,6 +261,10 @@ class CriticConfig(CriticOptions, ModelConfig, PromptOptions, SamplingConfig, Co
             raise UserError(f"--output {self.output} is the file of labelled solutions", "name another file")
         if self.ledger is not None and str(self.ledger) in (self.input, self.output):
             raise UserError(f"--ledger {self.ledger} is also the input or the output", "name another file")
+        if self.calibrate is None and self.min_f1 is not None:
+            raise UserError("--min-f1 checks a calibration", "use it with --calibrate")
+        if self.calibrate is not None and self.output_format != "ssrctl":
+            raise UserError("--calibrate keeps judgements as records", "leave out --output-format")
         if self.calibrate is None and self.repeats > 1:
             raise UserError("--repeats measures the noise of scores", "use it with --calibrate")
 

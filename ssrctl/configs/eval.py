@@ -9,7 +9,14 @@ from typing import Annotated, Literal
 from annotated_types import Interval
 
 from ssrctl.configs.building import AtLeastOne, default_of, output, positional
-from ssrctl.configs.common import CommonConfig, DatasetConfig, ModelConfig, ProcessOptions, SamplingConfig
+from ssrctl.configs.common import (
+    CommonConfig,
+    DatasetConfig,
+    InputFormat,
+    ModelConfig,
+    ProcessOptions,
+    SamplingConfig,
+)
 from ssrctl.configs.names import flag
 from ssrctl.errors import UserError
 
@@ -30,6 +37,9 @@ class EvalConfig(ModelConfig, DatasetConfig, SamplingConfig, ProcessOptions, Com
     responses: str | None = None
     """Grade these responses (jsonl, or - for stdin) instead of sampling; no model is loaded. References are the
     records' own answers, else those of --dataset."""
+
+    format: InputFormat = "auto"
+    """With --responses: their format (docs/formats.md); auto tells it by the fields."""
 
     answer_extraction: Literal["strict", "lenient"] = "lenient"
     """strict: only a marked answer counts (boxed, ####, <answer>, "the answer is"); lenient: else the last number
@@ -66,6 +76,8 @@ class EvalConfig(ModelConfig, DatasetConfig, SamplingConfig, ProcessOptions, Com
             )
         if self.compare and (self.responses is not None or self.baseline is not None):
             raise UserError("--compare takes evaluations as they are", "leave out --responses and --baseline")
+        if self.responses is None and self.format != "auto":
+            raise UserError("--format is that of --responses", "give both, or leave it out")
         if self.responses is not None:
             self._check_grading()
 

@@ -42,7 +42,12 @@ ALIASES: Mapping[str, Mapping[str, str]] = {
 }
 
 # `ssrctl critic` shows the critic's settings without their prefix where nothing else has that name.
-SHORT_NAMES: Mapping[str, Mapping[str, str]] = {"CriticConfig": OLD_NAMES["CriticOptions"]}
+SHORT_NAMES: Mapping[str, Mapping[str, str]] = {
+    "CriticConfig": {
+        **OLD_NAMES["CriticOptions"],
+        **{name: f"critic_{name}" for name in ("prm_style", "prm_step_tag", "prm_tokenizer", "prm_zero")},
+    }
+}
 
 
 Result = TypeVar("Result")

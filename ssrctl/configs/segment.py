@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ssrctl.configs.building import AtLeastOne, Config, ZeroOrMore, output, positional
-from ssrctl.configs.common import CommonConfig
+from ssrctl.configs.common import CommonConfig, InputFormat, RecordFormat
 from ssrctl.errors import UserError
 
 
@@ -57,6 +57,13 @@ class SegmentConfig(SegmentOptions, CommonConfig):
 
     output: str = output("-")
     """File for the responses with their steps (jsonl), or - for stdout."""
+
+    format: InputFormat = "auto"
+    """Format of the responses (docs/formats.md); auto tells it by the fields. Labelled solutions keep their steps, as the
+    labels count them."""
+
+    output_format: RecordFormat = "ssrctl"
+    """Format of the output. Those of labelled solutions take the labels of the input; responses without are left out."""
 
     tokenizer: str | None = None
     """Also count the tokens of each step, by this model's tokenizer (hub name or local folder)."""

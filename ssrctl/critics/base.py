@@ -13,7 +13,16 @@ FINAL_RANGE = (0.0, 100.0)
 
 # Error classes that a retry would not fix.
 PERMANENT_ERRORS = frozenset(
-    {"no_equation", "no_answer", "no_reference", "too_long", "context_window", "content_filter", "empty_step"}
+    {
+        "no_equation",
+        "no_answer",
+        "no_reference",
+        "too_long",
+        "context_window",
+        "content_filter",
+        "empty_step",
+        "tag_in_text",
+    }
 )
 
 # Error classes that the same request meets again, and another setting of the critic mends.

@@ -20,6 +20,7 @@ CRITICS = {
     "rule": "ssrctl.critics.rule:RuleCritic",
     "llm": "ssrctl.critics.llm.critic:LLMCritic",
     "rollout": "ssrctl.critics.rollout:RolloutCritic",
+    "prm": "ssrctl.critics.prm.critic:PRMCritic",
 }
 
 
@@ -32,6 +33,7 @@ class CriticResources:
         sampling: settings of that sampling.
         prompt_format: the way to the prompt of a record that has none; None leaves such records without a prompt.
         seed: seed of that sampling.
+        device: device of the prm critic's model, as ``--device``.
         ledger: file for the log of the llm critic's calls; None writes no log.
     """
 
@@ -39,6 +41,7 @@ class CriticResources:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     prompt_format: PromptFormat | None = None
     seed: int = 0
+    device: str = "auto"
     ledger: Path | None = None
 
 

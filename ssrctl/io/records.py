@@ -13,7 +13,7 @@ from pydantic import ConfigDict, StrictBool, StrictInt
 from ssrctl.errors import UserError
 from ssrctl.io.checked import Number, checked
 from ssrctl.io.jsonl import read_jsonl
-from ssrctl.io.row_fields import Reference, is_messages, lookup, message_text, read_answer, read_messages
+from ssrctl.io.row_fields import Reference, is_empty, is_messages, lookup, message_text, read_answer, read_messages
 
 
 class _Part:
@@ -148,7 +148,7 @@ class Rollout:
         known = {name: value for name, value in row.items() if name in _NAMES}
         known["id"] = where.rsplit(":", 1)[-1] if row.get("id") is None else str(row["id"])
         if not isinstance(answer := row.get("answer"), str | None):
-            known["answer"] = read_answer(answer, where, "answer") if answer != [] else None
+            known["answer"] = None if is_empty(answer) else read_answer(answer, where, "answer")
         made = checked(cls, known | {"extra": {key: row[key] for key in row if key not in _NAMES}}, where)
         if made.steps is not None:
             _check_cover(made.steps, made.response, where)

@@ -22,6 +22,11 @@ def is_file_name(name: str) -> bool:
     return _kind(name) in _KINDS
 
 
+def is_table(name: str) -> bool:
+    """Return True if ``name`` ends as that of a csv or tsv file, gzipped or not."""
+    return _kind(name) in (".csv", ".tsv")
+
+
 def read_rows(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield ``(where, row)`` of a file or, for ``-``, of jsonl on stdin.
 
@@ -34,7 +39,7 @@ def read_rows(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     path = Path(name).expanduser()
     match _kind(name):
         case ".json":
-            return _json_rows(path)
+            return json_rows(path)
         case ".csv":
             return _table_rows(path, ",")
         case ".tsv":
@@ -46,7 +51,8 @@ def _kind(name: str) -> str:
     return Path(name.lower().removesuffix(".gz")).suffix
 
 
-def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield ``(where, row)`` of a json file, as ``read_rows`` does."""
     with text_bytes(path, "json file") as stream:
         data = stream.read()
     try:

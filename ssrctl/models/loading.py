@@ -70,13 +70,14 @@ def describe_model(config: ModelConfig) -> str:
     return f"model: {config.model}"
 
 
-def load_model(config: ModelConfig, *, bytes_per_parameter: float = 0.0) -> LoadedModel:
+def load_model(config: ModelConfig, *, bytes_per_parameter: float = 0.0, kind: Any = None) -> LoadedModel:
     """Load ``config.model`` and its tokenizer.
 
     Args:
         config: name, precision and device of the model.
         bytes_per_parameter: memory that the caller will need in addition to the weights; the sum is checked against
             the free memory before anything is read.
+        kind: the class with ``from_pretrained`` and ``from_config``; AutoModelForCausalLM by default.
 
     Only safetensors are read, and of a local folder no file that a link leads out to.
 
@@ -89,16 +90,17 @@ def load_model(config: ModelConfig, *, bytes_per_parameter: float = 0.0) -> Load
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
+    kind = kind or AutoModelForCausalLM
     transformers_logging.disable_progress_bar()
     hub_logging.set_verbosity_error()  # load errors sum up its retries in one line
     source = _source(config)
     config = settle_dtype(config)
     device = resolve_device(config.device)
     repeat_sums(device)
-    _check_memory(config, source, device, bytes_per_parameter)
+    _check_memory(config, device, bytes_per_parameter, kind)
     tokenizer = _load_tokenizer(config, source)
     with _explained(config), _quiet_report():
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = kind.from_pretrained(
             source,
             revision=config.revision,
             dtype="auto",
@@ -162,6 +164,24 @@ def _source(config: ModelConfig, *, with_weights: bool = True) -> str:
     if path.exists() or path.is_absolute() or config.model.startswith((".", "~")) or config.model.count("/") > 1:
         raise UserError(f"model folder not found: {config.model}", "name a folder with config.json and safetensors")
     return config.model
+
+
+def read_config(config: ModelConfig) -> Any:
+    """Return the transformers config of a model; its weights are not read and need not be there.
+
+    Raises:
+        UserError: not found, not reachable, or of a kind that transformers does not know.
+    """
+    from transformers import AutoConfig
+
+    source = _source(config, with_weights=False)
+    with _explained(config):
+        return AutoConfig.from_pretrained(source, revision=config.revision, trust_remote_code=config.trust_remote_code)
+
+
+def read_tokenizer(config: ModelConfig) -> Any:
+    """Return the tokenizer of a model without its weights; raises as ``load_model`` does."""
+    return _load_tokenizer(config, _source(config, with_weights=False))
 
 
 def folder_of(config: ModelConfig) -> Path:
@@ -229,7 +249,7 @@ def load_skeleton(config: ModelConfig) -> LoadedModel:
         UserError: no config, or one that no causal LM can be made of.
     """
     source = _source(config, with_weights=False)
-    model = _empty_model(config, source)
+    model = _empty_model(config)
     try:
         tokenizer = _load_tokenizer(config, source)
     except UserError as error:
@@ -250,25 +270,22 @@ def free_bytes(device: torch.device) -> int | None:
     return torch.cuda.mem_get_info(device)[0] - MEMORY_RESERVE_BYTES if device.type == "cuda" else None
 
 
-def _empty_model(config: ModelConfig, source: str) -> Any:
+def _empty_model(config: ModelConfig, kind: Any = None) -> Any:
     """Build the model on the meta device, from its config."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    with _explained(config):
-        described = AutoConfig.from_pretrained(
-            source, revision=config.revision, trust_remote_code=config.trust_remote_code
-        )
+    described = read_config(config)
     _check_config(config, described)
     with _explained(config), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(described, trust_remote_code=config.trust_remote_code).eval()
+        return (kind or AutoModelForCausalLM).from_config(described, trust_remote_code=config.trust_remote_code).eval()
 
 
-def _check_memory(config: ModelConfig, source: str, device: torch.device, bytes_per_parameter: float) -> None:
+def _check_memory(config: ModelConfig, device: torch.device, bytes_per_parameter: float, kind: Any) -> None:
     """Refuse a model that cannot fit before the machine starts to swap or kills the process."""
     import torch
 
-    empty = _empty_model(config, source)
+    empty = _empty_model(config, kind)
     count = sum(p.numel() for p in empty.parameters())
     stored = empty.config.dtype or torch.float32
     dtype = stored if config.dtype == "stored" else getattr(torch, config.dtype)

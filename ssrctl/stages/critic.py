@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,10 @@ from ssrctl.critics.calibration.table import show_calibration
 from ssrctl.critics.llm.estimate import Estimate
 from ssrctl.critics.registry import CriticResources, make_critic
 from ssrctl.critics.score_summary import ScoreSummary
-from ssrctl.errors import Stopped, UserError
+from ssrctl.errors import CheckFailed, Stopped, UserError
 from ssrctl.io import console
+from ssrctl.io.formats.ours import OURS
+from ssrctl.io.formats.registry import Writer, read_formatted
 from ssrctl.io.jsonl import STDIO, write_jsonl
 from ssrctl.io.labelled import read_labelled
 from ssrctl.io.locks import locked_file
@@ -61,11 +65,15 @@ def _score(config: CriticConfig) -> dict[str, Any]:
     torn: list[str] = []
     with contextlib.closing(_make(config)) as critic, _progress(config, critic) as advance:
         rows = _ScoredRows(ScoreSummary(), advance, config.answer_extraction)
+        writer = Writer(config.output_format, config.wrong_below)
         if critic.identity is None or config.output == STDIO:
-            write_jsonl(config.output, itertools.starmap(rows.make, _in_order(critic, _read(config, torn))))
+            scored = itertools.starmap(rows.make, _in_order(critic, _read(config, torn)))
+            _write(config, writer, scored)
         else:
             _resumable(config, critic, critic.identity, rows, torn)
-        summary = rows.summary.to_dict() | {"torn_lines": len(torn)} | critic.summary()
+            if config.output_format != OURS.name:
+                _write(config, writer, read_rollouts(_records_path(config)))
+        summary = rows.summary.to_dict() | {"torn_lines": len(torn)} | critic.summary() | writer.summary()
     for message in torn:
         console.warn(message)
     console.show_plan(f"scored {config.input} -> {config.output}", summary)
@@ -86,6 +94,22 @@ def _score(config: CriticConfig) -> dict[str, Any]:
     return summary
 
 
+def _write(config: CriticConfig, writer: Writer, scored: Iterable[Rollout]) -> None:
+    """Write scored rollouts in the format of ``--output-format``, whole or not at all."""
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for rollout in scored:
+            yield from writer.rows(rollout)
+        writer.check()
+
+    write_jsonl(config.output, rows())
+
+
+def _records_path(config: CriticConfig) -> str:
+    """Return the file that scored records are kept in: the output, or one next to it if that has another format."""
+    return config.output if config.output_format == OURS.name else f"{config.output}.records.jsonl"
+
+
 def _make(config: CriticConfig) -> Critic:
     def policy() -> Any:
         from ssrctl.models.loading import describe_model, load_model
@@ -101,6 +125,7 @@ def _make(config: CriticConfig) -> Critic:
         sampling=config,
         prompt_format=prompt_format if _says_prompts(config) else None,
         seed=config.seed,
+        device=config.device,
         ledger=_ledger_path(config),
     )
     return make_critic(config, resources)
@@ -121,7 +146,8 @@ def _ledger_path(config: CriticConfig) -> Path | None:
 
 def _read(config: CriticConfig, torn: list[str]) -> Iterator[Rollout]:
     assert config.input is not None
-    rollouts = read_rollouts(config.input, needs=("question", "response", "steps"), on_torn=torn.append)
+    needs = ("question", "response", "steps")
+    rollouts = read_formatted(config.input, config.format, needs=needs, on_torn=torn.append)
     return itertools.islice(rollouts, config.limit)
 
 
@@ -133,15 +159,15 @@ class _ScoredRows:
     advance: Callable[[], None]
     answer_extraction: Extraction
 
-    def make(self, rollout: Rollout, scores: list[StepScore]) -> dict[str, Any]:
-        """Return the row to write: the rollout with its scores and its checked final answer."""
+    def make(self, rollout: Rollout, scores: list[StepScore]) -> Rollout:
+        """Return the rollout with its scores and its checked final answer."""
         rollout.scores = scores
         rollout.advantages = None  # old advantages belong to other scores
         assert rollout.response is not None
         rollout.final = check_answer(rollout.response, rollout.answer, extraction=self.answer_extraction)
         self.summary.add(rollout)
         self.advance()
-        return rollout.to_dict()
+        return rollout
 
 
 @contextlib.contextmanager
@@ -192,7 +218,7 @@ def _resumable(config: CriticConfig, critic: Critic, identity: str, rows: _Score
     with contextlib.closing(_output(config, identity)) as output:
         if output.num_others:
             console.warn(
-                f"{config.output} holds {output.num_others} responses scored with other settings; "
+                f"{output.path} holds {output.num_others} responses scored with other settings; "
                 "they are replaced when this run is done"
             )
 
@@ -208,9 +234,9 @@ def _resumable(config: CriticConfig, critic: Critic, identity: str, rows: _Score
 
         try:
             for rollout, scores in critic.stream(unscored()):
-                output.add(positions.pop(id(rollout)), rows.make(rollout, scores))
+                output.add(positions.pop(id(rollout)), rows.make(rollout, scores).to_dict())
             for row in output.earlier_rows():
-                rows.summary.add(Rollout.from_dict(row, where=config.output))
+                rows.summary.add(Rollout.from_dict(row, where=str(output.path)))
             unused = output.num_unused
             output.finish()
         except BaseException:
@@ -218,12 +244,16 @@ def _resumable(config: CriticConfig, critic: Critic, identity: str, rows: _Score
                 console.note(f"{output.num_done} responses are scored and kept in {output.partial}")
             raise
         if unused:
-            console.warn(f"{unused} scored responses that {config.output} held are not in this input and were left out")
+            console.warn(f"{unused} scored responses that {output.path} held are not in this input and were left out")
 
 
 def _output(config: CriticConfig, identity: str) -> ResumableOutput:
     return ResumableOutput(
-        config.output, identity=identity, identity_field=IDENTITY_FIELD, made_fields=MADE_FIELDS, is_done=_is_scored
+        _records_path(config),
+        identity=identity,
+        identity_field=IDENTITY_FIELD,
+        made_fields=MADE_FIELDS,
+        is_done=_is_scored,
     )
 
 
@@ -286,7 +316,7 @@ def _judgements(config: CriticConfig, identity: str | None) -> Judgements | None
 def _calibrate(config: CriticConfig) -> dict[str, Any]:
     """Measure how well the critic finds the first error, and its cost (``--calibrate``)."""
     assert config.calibrate is not None
-    labelled = list(itertools.islice(read_labelled(config.calibrate), config.limit))
+    labelled = list(itertools.islice(read_labelled(config.calibrate, config.format), config.limit))
     if config.dry_run:
         estimate = Estimate(config) if config.critic == "llm" else None
         plan: dict[str, Any] = {"critic": config.critic, "traces": len(labelled), "repeats": config.repeats}
@@ -324,4 +354,19 @@ def _calibrate(config: CriticConfig) -> dict[str, Any]:
         show_calibration(result)
     if result["stopped"] is not None:
         raise Stopped(**result["stopped"])
+    _check_f1(config, result)
     return result
+
+
+def _check_f1(config: CriticConfig, result: dict[str, Any]) -> None:
+    """Raise CheckFailed if the first-error F1 is below ``--min-f1`` or not defined."""
+    if config.min_f1 is None:
+        return
+    f1 = result["first_error"]["f1"]
+    if f1 is not None and f1["value"] >= config.min_f1:
+        return
+    if config.json:  # a result that is returned is printed, and this one is not returned
+        sys.stdout.write(json.dumps(result) + "\n")
+    if f1 is None:
+        raise CheckFailed("the first-error F1 is not defined: it needs solutions with and without an error")
+    raise CheckFailed(f"the first-error F1 {f1['value']:.3f} is below --min-f1 {config.min_f1:g}")

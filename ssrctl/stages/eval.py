@@ -19,6 +19,7 @@ from ssrctl.errors import Interrupted, UserError
 from ssrctl.evaluation.accuracy import GROUP_COLUMNS, compare, compare_all, summarise, with_reference
 from ssrctl.io import console, manifest
 from ssrctl.io.files import existing_file, write_text
+from ssrctl.io.formats.registry import read_formatted
 from ssrctl.io.jsonl import STDIO, JsonlLog, write_jsonl
 from ssrctl.io.locks import locked_folder
 from ssrctl.io.problems import load_problems
@@ -144,7 +145,7 @@ def _grade(config: EvalConfig, source: str) -> _Found:
     """Grade the responses of ``source`` into the output folder."""
     about = {"responses": "<stdin>" if source == STDIO else Path(source).name}
     references = _References(config)
-    records = read_rollouts(source, needs=("response",), on_torn=console.warn)
+    records = read_formatted(source, config.format, needs=("response",), on_torn=console.warn)
     if config.dry_run:
         answers = [references.of(record) for record in records]
         known = sum(answer is not None for answer in answers)

@@ -12,8 +12,9 @@ from ssrctl.checkpoints.files import check_links
 from ssrctl.configs import TINY, SegmentConfig
 from ssrctl.errors import UserError
 from ssrctl.io import console
+from ssrctl.io.formats.registry import Writer, read_formatted
 from ssrctl.io.jsonl import STDIO, write_jsonl
-from ssrctl.io.records import Rollout, StepSpan, read_rollouts
+from ssrctl.io.records import Rollout, StepSpan
 from ssrctl.text.segment import segment
 
 _HISTOGRAM_ROWS = 16
@@ -24,7 +25,8 @@ def run(config: SegmentConfig) -> dict[str, Any]:
     """Segment every response and return the summary.
 
     Raises:
-        UserError: records and summary would both go to stdout; the input or the tokenizer cannot be read.
+        UserError: records and summary would both go to stdout; the input or the tokenizer cannot be read; no response
+            has the labels that the output's format needs.
     """
     if config.json and config.output == STDIO:
         raise UserError("--json and the records cannot both go to stdout", "give -o FILE")
@@ -35,23 +37,27 @@ def run(config: SegmentConfig) -> dict[str, Any]:
         return plan
     counts = _StepCounts(_load_tokenizer(config.tokenizer) if config.tokenizer else None)
     torn: list[str] = []
+    writer = Writer(config.output_format)
 
     def segmented() -> Iterator[dict[str, Any]]:
-        for rollout in read_rollouts(config.input, needs=("response",), on_torn=torn.append):
+        for rollout in read_formatted(config.input, config.format, needs=("response",), on_torn=torn.append):
             _segment_one(rollout, config)
             counts.add(rollout)
-            yield rollout.to_dict()
+            yield from writer.rows(rollout)
+        writer.check()
 
     write_jsonl(config.output, segmented())
     for message in torn:
         console.warn(message)
-    summary = counts.summary() | {"torn_lines": len(torn)}
+    summary = counts.summary() | {"torn_lines": len(torn)} | writer.summary()
     _show(f"segmented {config.input} -> {config.output}", summary)
     return summary
 
 
 def _segment_one(rollout: Rollout, config: SegmentConfig) -> None:
     assert rollout.response is not None
+    if rollout.steps and {"label", "labels"} & rollout.extra.keys():
+        return  # labels count the steps that are there
     rollout.steps = segment(rollout.response, **config.segment_arguments)
     # Earlier scores and advantages belong to other spans.
     rollout.scores = rollout.advantages = None

@@ -154,7 +154,10 @@ def _load(config: TrainConfig) -> LoadedModel:
 
 def _critic(config: TrainConfig, loaded: LoadedModel, ledger: Path | None = None) -> Critic:
     seed = derive_seed(config.seed, "critic")
-    return make_critic(config, CriticResources(policy=lambda: loaded, sampling=config, seed=seed, ledger=ledger))
+    resources = CriticResources(
+        policy=lambda: loaded, sampling=config, seed=seed, device=str(loaded.device), ledger=ledger
+    )
+    return make_critic(config, resources)
 
 
 def _budget_curve(config: TrainConfig, model: ModelIdentity) -> tuple[Sequence[float], str]:

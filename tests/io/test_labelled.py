@@ -85,7 +85,7 @@ def test_a_json_list_is_read_like_lines(tmp_path: Path) -> None:
     path.write_text("\n " + json.dumps(rows, indent=2))
     found = list(read_labelled(path))
     assert found[0] == read_one(tmp_path, BENCH)
-    assert found[1].rollout.id == "entry 2"
+    assert found[1].rollout.id == "row 2"
 
 
 @pytest.mark.parametrize(
@@ -145,6 +145,9 @@ REFUSED = {
     "'question' must be a valid string, found 5": BENCH | {"problem": 5},
     "must be true, false or null, found 1": BENCH | {"final_answer_correct": 1},
     'must be true, false or null, found "yes"': RECORD | {"final": {"correct": "yes"}},
+    "2 labels for 3 steps": RECORD | {"labels": [True, True]},
+    "label 0 must be true, false or null": RECORD | {"labels": ["+", True, True]},
+    "label -1 and labels contradict each other: the first false is 1": RECORD | {"labels": [True, False, None]},
     "'response' is missing": {key: value for key, value in RECORD.items() if key != "response"},
     "the steps end at 12, the response has 18": RECORD | {"steps": RECORD["steps"][:2]},
     "'steps[0].end' is missing": RECORD | {"steps": [{"start": 0, "stop": 18}]},
@@ -161,7 +164,7 @@ def test_bad_rows_are_refused_by_line(tmp_path: Path, message: str, form: str) -
     with pytest.raises(UserError) as caught:
         list(read_labelled(path))
     assert message in caught.value.message
-    assert caught.value.message.startswith(f"{path}:2: " if form == "lines" else f"{path}:entry 2: ")
+    assert caught.value.message.startswith(f"{path}:2: " if form == "lines" else f"{path}:row 2: ")
     assert "\n" not in str(caught.value)
 
 
@@ -170,10 +173,10 @@ def test_bad_rows_are_refused_by_line(tmp_path: Path, message: str, form: str) -
     [
         (b"", "no records in it"),
         (b"[]", "no records in it"),
-        (b"[" * 100_000, "not a list in valid json"),
-        (b'[{"label": 1}', "not a list in valid json"),
-        (b'[{"label": NaN}]', "'steps' must be a list"),
-        (b'["\xff"]', "not a list in valid json"),
+        (b"[" * 100_000, "not valid json"),
+        (b'[{"label": 1}', "not valid json"),
+        (b'[{"label": NaN}]', "not valid json: NaN"),
+        (b'["\xff"]', "not UTF-8"),
         (b'{"label": 1', "not valid json"),
         (b"\xff\xfe", "not UTF-8"),
     ],

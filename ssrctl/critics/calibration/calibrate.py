@@ -23,7 +23,7 @@ from ssrctl.critics.calibration.first_errors import (
     first_error,
     verdict,
 )
-from ssrctl.critics.calibration.retest import auc, changed_frac, point_biserial, score_noise
+from ssrctl.critics.calibration.retest import auc, changed_frac, kappa, point_biserial, score_noise
 from ssrctl.errors import Stopped, UserError
 from ssrctl.io.labelled import ALL_RIGHT, Labelled
 from ssrctl.io.records import StepScore
@@ -176,6 +176,7 @@ def measure(judged: Sequence[JudgedTrace], *, wrong_below: float, seed: int = 0)
         "best_threshold": _best_threshold(judged, labels, wrong_below),
         "random_f1": best_random_f1(labels, lengths),
         "step_auc": _step_auc(judged),
+        "step_kappa": _step_kappa(judged, wrong_below),
         "outcome": _outcome(judged),
         "noise": _noise(judged, wrong_below),
         "missing": _missing(judged),
@@ -252,6 +253,23 @@ def _step_auc(judged: Sequence[JudgedTrace]) -> float | None:
             if label != ALL_RIGHT and (score := scores[label]) is not None:
                 wrong.append(score)
     return auc(right, wrong)
+
+
+def _step_kappa(judged: Sequence[JudgedTrace], wrong_below: float) -> dict[str, Any]:
+    """Return Cohen's kappa between scores and labels over the steps that have both.
+
+    A step is called right unless its score is below ``wrong_below``. Steps after the first error count only if they
+    have labels of their own. The judgements of a trace share its weight.
+    """
+    called, labels, weights = [], [], []
+    for mine in judged:
+        for scores in mine.scores:
+            for score, label in zip(scores, mine.given.step_labels, strict=True):
+                if score is not None and label is not None:
+                    called.append(score >= wrong_below)
+                    labels.append(label)
+                    weights.append(1 / len(mine.scores))
+    return {"kappa": kappa(called, labels, weights), "steps": round(sum(weights))}
 
 
 def _outcome(judged: Sequence[JudgedTrace]) -> dict[str, Any]:

@@ -94,6 +94,8 @@ class Judgements(contextlib.AbstractContextManager["Judgements"]):
 
 def _input_row(given: Labelled, repeat: int) -> dict[str, Any]:
     row = given.rollout.to_dict() | {"label": given.label, "repeat": repeat}
+    if given.labels is not None:
+        row["labels"] = list(given.labels)
     return row if given.final_correct is None else row | {"final_answer_correct": given.final_correct}
 
 

@@ -22,6 +22,25 @@ def auc(positive: Sequence[float], negative: Sequence[float]) -> float | None:
     return float((ranks[: len(positive)].sum() - smallest) / (len(positive) * len(negative)))
 
 
+def kappa(called: Sequence[bool], labels: Sequence[bool], weights: Sequence[float]) -> float | None:
+    """Return Cohen's kappa (1960), the agreement beyond chance: (p_o - p_e) / (1 - p_e), in [-1, 1].
+
+    Args:
+        called, labels: one yes-or-no verdict each per item.
+        weights: of each item, positive.
+
+    Returns:
+        None without items, or when both give every item the same verdict, so that chance agrees always.
+    """
+    total = math.fsum(weights)
+    if not total:
+        return None
+    agree = math.fsum(w for a, b, w in zip(called, labels, weights, strict=True) if a == b) / total
+    yes = [math.fsum(w for a, w in zip(side, weights, strict=True) if a) / total for side in (called, labels)]
+    chance = yes[0] * yes[1] + (1 - yes[0]) * (1 - yes[1])
+    return None if chance >= 1 - 1e-12 else (agree - chance) / (1 - chance)
+
+
 def point_biserial(values: Sequence[float], outcomes: Sequence[bool]) -> float | None:
     """Return Pearson's correlation of ``values`` with a yes-or-no outcome, in [-1, 1]; None if either is constant."""
     from scipy.stats import pointbiserialr

@@ -88,6 +88,9 @@ def _separation(report: dict[str, Any]) -> list[Row]:
     outcome = report["outcome"]
     of = "final answer right" if outcome["of"] == "final_answer" else "no wrong step"
     rows = [("AUC, steps", _share(report["step_auc"]), "right step above first wrong; by chance 0.5")]
+    agreement = report["step_kappa"]
+    note = f"Cohen's kappa with the labels of {agreement['steps']:,} steps; by chance 0"
+    rows.append(("kappa, steps", _signed(agreement["kappa"]), note))
     for key, by in (("mean_score", "mean"), ("min_score", "least")):
         note = f"{of}, by {by} step score; correlation {_signed(outcome[key]['correlation'])}"
         rows.append((f"AUC, outcome by {by}", _share(outcome[key]["auc"]), f"{note}; {outcome['traces']:,} solutions"))

@@ -36,6 +36,7 @@ REPORT: dict[str, Any] = {
     "best_threshold": {"wrong_below": -12.5, "f1": 0.674},
     "random_f1": 0.202,
     "step_auc": 0.949,
+    "step_kappa": {"kappa": 0.712, "steps": 4100},
     "outcome": {
         "of": "final_answer",
         "traces": 399,
@@ -106,6 +107,7 @@ def test_what_is_not_known_is_said_and_never_zero() -> None:
         random_f1=None,
         noise=None,
         step_auc=None,
+        step_kappa={"kappa": None, "steps": 0},
         cost__cost_usd=None,
         cost__seconds=None,
         missing={"frac": 0.0, "by_class": {}},

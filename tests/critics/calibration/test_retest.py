@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssrctl.critics.calibration.retest import auc, changed_frac, point_biserial, score_noise
+from ssrctl.critics.calibration.retest import auc, changed_frac, kappa, point_biserial, score_noise
 
 values = st.lists(st.integers(-5, 5).map(float), max_size=8)
 
@@ -30,6 +30,16 @@ def test_point_biserial_is_pearson(pairs: list[tuple[int, bool]]) -> None:
         assert found is None
     else:
         assert found == pytest.approx(np.corrcoef(column, outcomes)[0, 1], abs=1e-9)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans(), st.integers(1, 3)), max_size=12))
+def test_kappa_is_that_of_the_confusion_table(items: list[tuple[bool, bool, int]]) -> None:
+    """A weight of 2 is an item that comes twice; the reference is the product form of the table's cells."""
+    pairs = [(a, b) for a, b, weight in items for _ in range(weight)]
+    tp, fp, fn, tn = (pairs.count(cell) for cell in ((True, True), (True, False), (False, True), (False, False)))
+    below = (tp + fp) * (fp + tn) + (tp + fn) * (fn + tn)
+    expected = 2 * (tp * tn - fn * fp) / below if below else None
+    assert kappa(*map(list, zip(*items, strict=True)) if items else ([], [], [])) == pytest.approx(expected)
 
 
 def test_values_equal_but_for_rounding_have_no_correlation() -> None:

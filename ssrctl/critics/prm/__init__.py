@@ -1,0 +1,1 @@
+"""The prm critic: a process reward model scores every step."""
