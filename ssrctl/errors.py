@@ -1,5 +1,7 @@
 """The exceptions that users see."""
 
+from __future__ import annotations
+
 
 class _Reported(Exception):
     """An exception that the command line prints as ``message`` and ``remedy``, a line each, without a traceback.
@@ -14,6 +16,10 @@ class _Reported(Exception):
         self.message = message
         self.remedy = remedy
 
+    def __reduce__(self) -> tuple[type[_Reported], tuple[str, str | None]]:
+        """Keep message and remedy apart when another process gets the exception."""
+        return type(self), (self.message, self.remedy)
+
 
 class UserError(_Reported):
     """An error that the user can fix: a wrong path, a corrupt file, an impossible setting. The exit code is 2."""
@@ -24,6 +30,14 @@ class Stopped(_Reported):
 
     The exit code is 3, so that a script can tell "continue later" from a mistake (2) and a failure (1).
     """
+
+
+class Failed(_Reported):
+    """A failure that no setting explains, such as another process of the job that ended. The exit code is 1."""
+
+
+class LostProcess(Failed):
+    """An exchange that another process of the job did not take part in, because it has ended."""
 
 
 class CheckFailed(_Reported):

@@ -23,11 +23,13 @@ from typer.core import TyperCommand
 from ssrctl.configs import Config, build_config
 from ssrctl.configs.building import field_types, ranges
 from ssrctl.configs.names import accepted_names, flag, old_names
-from ssrctl.errors import CheckFailed, Interrupted, Stopped, UserError
+from ssrctl.errors import CheckFailed, Failed, Interrupted, LostProcess, Stopped, UserError
 from ssrctl.io.interrupts import termination_as_interrupt
 from ssrctl.io.visible import visible
+from ssrctl.process_rank import comes_from_launcher, is_ours, num_launched, rank
 
 _DEFAULTS_GIVEN = "ssrctl.defaults_given"
+_WORDS = "ssrctl.words"
 _LONGEST_MESSAGE = 1200
 _METAVARS = {int: "INT", float: "FLOAT", Path: "PATH", str: "TEXT"}
 _OBVIOUS_RANGES = {"at least 1", "0 or more", "above 0"}  # not worth a sentence in the help
@@ -50,6 +52,7 @@ def command(app: typer.Typer, name: str, config: type[Config], stage: str) -> No
 
     class Command(TyperCommand):
         def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+            ctx.meta[_WORDS] = list(args)
             words, ctx.meta[_DEFAULTS_GIVEN] = current_words(config, args, quiet=ctx.resilient_parsing)
             return super().parse_args(ctx, words)
 
@@ -67,8 +70,17 @@ def command(app: typer.Typer, name: str, config: type[Config], stage: str) -> No
 
         def run() -> int:
             made: Any = build_config(config, given, config_path)
+            if num_launched() > 1 and not made.several_processes:
+                raise UserError(
+                    f"`ssrctl {name}` runs in one process, {num_launched()} were launched",
+                    "start it without a launcher",
+                )
+            if made.several_processes and made.launches and not (made.dry_run or comes_from_launcher()):
+                from ssrctl.distributed.launch import launch
+
+                return launch([name, *ctx.meta[_WORDS]], made.num_processes, made.accelerate_config)
             result = stage_function(stage)(made)
-            if made.json and result is not None:
+            if made.json and result is not None and rank() == 0:
                 text = json.dumps(result, ensure_ascii=False)
                 # Lone surrogates, of a file name for instance, have no form in UTF-8, but json can escape them.
                 sys.stdout.write((text if _is_unicode(text) else json.dumps(result)) + "\n")
@@ -225,8 +237,9 @@ def current_words(config: type[Config], argv: list[str], *, quiet: bool = False)
 
 
 def warn(text: str) -> None:
-    """Print a warning to stderr."""
-    sys.stderr.write(f"warning: {visible(text)}\n")
+    """Print a warning to stderr; of several processes only the first one does."""
+    if rank() == 0:
+        sys.stderr.write(f"warning: {visible(text)}\n")
 
 
 def run_guarded(call: Callable[[], int]) -> int:
@@ -248,6 +261,10 @@ def _guarded(call: Callable[[], int], terminated_by: Callable[[], str | None]) -
     except UserError as error:
         say_error(error.message, error.remedy)
         return 2
+    except Failed as failure:
+        if not (isinstance(failure, LostProcess) and is_ours()):  # our launcher says which process has ended
+            say_error(failure.message, failure.remedy)
+        return 1
     except Stopped as stop:
         say_error(stop.message, stop.remedy, title="stopped: ")
         return 3
@@ -281,11 +298,19 @@ def _is_unicode(text: str) -> bool:
 
 
 def say_error(message: str, remedy: str | None, *, title: str = "error: ") -> None:
-    """Print an error to stderr, without reading it as markup; values of a file in it may be long, and are cut."""
+    """Print an error to stderr, without reading it as markup; values of a file in it may be long, and are cut.
+
+    Of the processes of a job only the first to have an error prints it: the others fail for want of that one.
+    """
     from rich.text import Text
 
     from ssrctl.io.terminal import SafeConsole
 
+    if num_launched() > 1:
+        from ssrctl.distributed.world import speaks_first
+
+        if not speaks_first():
+            return
     if len(message) > _LONGEST_MESSAGE:
         message = f"{message[:_LONGEST_MESSAGE]}..."
     console = SafeConsole(stderr=True, soft_wrap=True, highlight=False)

@@ -47,6 +47,7 @@ class Config:
     """
 
     panel: ClassVar[str | None] = None  # where `--help` shows the fields that a class defines itself
+    several_processes: ClassVar[bool] = False  # True for a command that divides its work among the processes of a job
 
     def __post_init__(self) -> None:
         vars(self).update(_checked(type(self), vars(self)))

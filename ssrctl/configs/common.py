@@ -61,6 +61,26 @@ class ModelConfig(Config):
 
 
 @dataclass(kw_only=True)
+class ProcessOptions(Config):
+    """Settings of the commands that divide their work among processes."""
+
+    panel = "Processes"
+    several_processes = True
+
+    num_processes: AtLeastOne | None = None
+    """Start this many processes on this machine, as `accelerate launch` would: one per GPU, or on the CPU. Not needed
+    under a launcher."""
+
+    accelerate_config: Path | None = None
+    """File of `accelerate config` to launch with."""
+
+    @property
+    def launches(self) -> bool:
+        """True if the command is to be started again in several processes."""
+        return (self.num_processes or 1) > 1 or self.accelerate_config is not None
+
+
+@dataclass(kw_only=True)
 class PairOptions(Config):
     """Settings of the commands that compare two checkpoints."""
 

@@ -9,13 +9,20 @@ from typing import Annotated, Literal
 from annotated_types import Interval
 
 from ssrctl.configs.building import AtLeastOne, default_of, output, positional
-from ssrctl.configs.common import CommonConfig, DatasetConfig, InputFormat, ModelConfig, SamplingConfig
+from ssrctl.configs.common import (
+    CommonConfig,
+    DatasetConfig,
+    InputFormat,
+    ModelConfig,
+    ProcessOptions,
+    SamplingConfig,
+)
 from ssrctl.configs.names import flag
 from ssrctl.errors import UserError
 
 
 @dataclass(kw_only=True)
-class EvalConfig(ModelConfig, DatasetConfig, SamplingConfig, CommonConfig):
+class EvalConfig(ModelConfig, DatasetConfig, SamplingConfig, ProcessOptions, CommonConfig):
     """Measure sampled accuracy with a confidence interval, or compare two evaluations problem by problem.
 
     Example: ssrctl eval --checkpoint runs/first --dataset problems.jsonl --num-samples 8 --output-dir eval/first
@@ -76,7 +83,7 @@ class EvalConfig(ModelConfig, DatasetConfig, SamplingConfig, CommonConfig):
 
     def _check_grading(self) -> None:
         """Refuse sampling settings beside given responses: nothing is sampled, so they would have no effect."""
-        idle = {spec.name for base in (ModelConfig, SamplingConfig) for spec in fields(base)}
+        idle = {spec.name for base in (ModelConfig, SamplingConfig, ProcessOptions) for spec in fields(base)}
         idle |= {"num_samples", "runs", "checkpoint", "prompt_template", "limit"}
         idle |= {"system_prompt", "chat_template", "chat_template_kwargs"}
         changed = [

@@ -20,11 +20,12 @@ from ssrctl.configs.building import (
     ZeroOrMore,
     output,
 )
-from ssrctl.configs.common import CommonConfig, DatasetConfig, ModelConfig, SamplingConfig
+from ssrctl.configs.common import CommonConfig, DatasetConfig, ModelConfig, ProcessOptions, SamplingConfig
 from ssrctl.configs.critic import CriticOptions
 from ssrctl.configs.names import flag
 from ssrctl.configs.segment import SegmentOptions
 from ssrctl.errors import UserError
+from ssrctl.process_rank import num_launched
 
 
 @dataclass(kw_only=True)
@@ -256,6 +257,7 @@ class TrainConfig(
     CriticOptions,
     CheckpointOptions,
     LoggingOptions,
+    ProcessOptions,
     CommonConfig,
 ):
     """Train with step-wise reinforcement learning and masked updates (SSR section 2.3).
@@ -266,8 +268,15 @@ class TrainConfig(
     output_dir: Path | None = output(None)
     """Run directory; by default a new one under runs/."""
 
+    sample_together: Literal["step", "question"] | None = None
+    """Responses that go through the model together. step: those of all questions of a process, which is fastest;
+    question: those of one question, so that no response depends on the number of processes. By default step in one
+    process, question in several."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.sample_together is None:
+            self.sample_together = "question" if num_launched() > 1 or (self.num_processes or 1) > 1 else "step"
         if self.optimizer is None:
             self.optimizer = "kronos" if self.mask is None else "adamw"
         if self.find_lr and self.resume_from_checkpoint is not None:

@@ -125,6 +125,14 @@ class Tally:
         return sum(self.recalls) / len(self.recalls) if self.recalls else None
 
 
+@dataclass(frozen=True)
+class KeptQuestion:
+    """A closed question: what its units keep, in order, and the counts of its selections."""
+
+    units: list[KeptUnit]
+    tally: Tally = Tally()
+
+
 @dataclass
 class Selection:
     """The selection of a unit's k coordinates.

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ssrctl.core.bits import bits_from_mask
 from ssrctl.core.budget import coordinates, shared_budget
-from ssrctl.core.claims import ALLOCATIONS, SELECTIONS, Indices, KeptPart, KeptUnit, Selection, Tally
+from ssrctl.core.claims import ALLOCATIONS, SELECTIONS, Indices, KeptPart, KeptQuestion, KeptUnit, Selection, Tally
 from ssrctl.core.layout import Shards
 from ssrctl.core.mask import BlockMask
 from ssrctl.core.question import Question
@@ -161,6 +161,11 @@ class KronosOpt(torch.optim.Optimizer):
         return RULES[self.update_rule]
 
     @property
+    def shards(self) -> Shards:
+        """The numbering of all coordinates, in which kept sets are stored."""
+        return self._shards
+
+    @property
     def num_coordinates(self) -> int:
         """Coordinates of all parameters."""
         return sum(parameter.numel() for parameter in self.named.values())
@@ -253,14 +258,31 @@ class KronosOpt(torch.optim.Optimizer):
         """
         if self._question is None:
             return []
-        with torch.no_grad():
-            units = self._question.finish(self._gradients())
-            if self._question.claims.pools:
-                self.zero_grad(set_to_none=True)
-            self._tally += self._question.claims.selection.tally
-            self._question = None
-            self._add(units)
-        return units
+        kept = self.close_question()
+        self.add_question(kept)
+        return kept.units
+
+    @torch.no_grad()
+    def close_question(self) -> KeptQuestion:
+        """Close the open question without adding what it keeps to the update; ``add_question`` does, in any process.
+
+        Raises:
+            RuntimeError: no question is open, or a unit was begun, or its gradient computed, but not claimed.
+        """
+        if self._question is None:
+            raise RuntimeError("close_question() before begin_question()")
+        units = self._question.finish(self._gradients())
+        if self._question.claims.pools:
+            self.zero_grad(set_to_none=True)
+        tally = self._question.claims.selection.tally
+        self._question = None
+        return KeptQuestion(units, tally)
+
+    @torch.no_grad()
+    def add_question(self, kept: KeptQuestion) -> None:
+        """Add a closed question to the update that ``step`` applies; sums depend on the order of the questions."""
+        self._tally += kept.tally
+        self._add(kept.units)
 
     def abandon_question(self) -> None:
         """Drop what the open question has claimed, as when one of its gradients is NaN."""

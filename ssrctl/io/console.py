@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssrctl.io.visible import visible
+from ssrctl.process_rank import rank
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -16,10 +17,10 @@ if TYPE_CHECKING:
 
 @functools.cache
 def console() -> Console:
-    """Return the console of stderr."""
+    """Return the console of stderr; of several processes only the first one's shows anything."""
     from ssrctl.io.terminal import SafeConsole
 
-    return SafeConsole(stderr=True, highlight=False, soft_wrap=True)
+    return SafeConsole(stderr=True, highlight=False, soft_wrap=True, quiet=rank() > 0)
 
 
 def note(text: str) -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 
 from ssrctl.io.console import note
+from ssrctl.process_rank import is_launched
 
+_REPEATED_SECONDS = 5.0
 _TERMINATING = (signal.SIGTERM, signal.SIGHUP)
 _received: list[str] = []  # name of the terminating signal that ended the command, if one did
 
@@ -55,16 +58,20 @@ def termination_as_interrupt() -> Iterator[Callable[[], str | None]]:
 def deferred_interrupt() -> Iterator[Callable[[], bool]]:
     """Let the current step finish on Ctrl-C, SIGTERM or SIGHUP.
 
-    Yields a function that tells whether one of them came. A second Ctrl-C interrupts at once. Outside the
-    main thread, where signals cannot be caught, nothing is changed.
+    Yields a function that tells whether one of them came. A second Ctrl-C interrupts at once; under a launcher, which
+    repeats a signal that the terminal has sent already, not in the first seconds. Outside the main thread, where signals
+    cannot be caught, nothing is changed.
     """
     pressed = False
+    first = 0.0
 
     def handler(number: int, frame: object) -> None:
-        nonlocal pressed
+        nonlocal pressed, first
         if pressed:
+            if is_launched() and time.monotonic() - first < _REPEATED_SECONDS:
+                return
             raise KeyboardInterrupt
-        pressed = True
+        pressed, first = True, time.monotonic()
         note(f"{_received[0] if _received else 'Ctrl-C'}: finishing this step; press Ctrl-C again to stop at once")
 
     try:

@@ -26,10 +26,6 @@ def resolve_device(name: str) -> torch.device:
 
     if name == "auto":
         state = PartialState()
-        if state.num_processes > 1:
-            raise UserError(
-                f"{state.num_processes} processes were launched, ssrctl runs in one", "start it without a launcher"
-            )
         return torch.device("cpu") if state.device.type == "mps" else state.device
     try:
         device = torch.device(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -24,16 +25,19 @@ from ssrctl.io.locks import locked_folder
 from ssrctl.io.problems import load_problems
 from ssrctl.io.records import Rollout, read_rollouts
 from ssrctl.io.row_fields import Reference
+from ssrctl.process_rank import num_launched
 from ssrctl.text.answers import check_answers
 
 if TYPE_CHECKING:  # grading given responses loads no torch
     from rich.table import Table
 
+    from ssrctl.distributed.world import World
     from ssrctl.models.loading import LoadedModel
     from ssrctl.sampling.groups import Prompted
 
 SAMPLES, SUMMARY, SETTINGS = "samples.jsonl", "summary.json", "settings.json"
 _COUNTED = ("num_tokens", "finished", *GROUP_COLUMNS)  # what the summary reads of a record besides its verdict
+MOST_BATCHES = 8  # in a chunk, the part that one process draws at a time; a small evaluation has as many chunks
 GRADING_BATCH = 256  # responses read, compared in parallel and written at once
 # Settings that determine the samples; an evaluation continues only under the same ones.
 DECISIVE = (
@@ -56,20 +60,34 @@ def run(config: EvalConfig) -> dict[str, Any]:
         UserError: unusable settings or inputs, or a folder that holds another evaluation.
         Interrupted: Ctrl-C or SIGTERM; the samples drawn so far are kept and the next run continues from them.
     """
+    if num_launched() > 1 and (config.compare or config.responses is not None):
+        raise UserError(
+            f"nothing is sampled, and {num_launched()} processes were launched", "start it without a launcher"
+        )
     if config.compare:
         return _compare(config)
-    if config.dry_run:
-        return _run(config)
-    with locked_folder(config.output_dir):
-        return _run(config)
-
-
-def _run(config: EvalConfig) -> dict[str, Any]:
     baseline = None if config.baseline is None else _read_samples(config.baseline)
-    found = _sample(config) if config.responses is None else _grade(config, config.responses)
+    if config.responses is not None:
+        if config.dry_run:
+            return _run(config, _grade(config, config.responses), baseline)
+        with locked_folder(config.output_dir):
+            return _run(config, _grade(config, config.responses), baseline)
+    from ssrctl.distributed.world import joined_world
+
+    with joined_world(config.device) as world:
+        if config.dry_run or not world.is_main:
+            return _run(config, _sample(config, world), baseline, is_main=world.is_main)
+        with locked_folder(config.output_dir):
+            return _run(config, _sample(config, world), baseline)
+
+
+def _run(config: EvalConfig, found: _Found, baseline: list[Rollout] | None, *, is_main: bool = True) -> dict[str, Any]:
+    """Summarise the samples and write the summary, in the main process."""
     if config.dry_run:
         console.show_plan("plan", found.about)
         return found.about
+    if not is_main:
+        return {}
     summary = found.about | summarise(found.samples, config.confidence, runs=config.runs)
     if unknown := summary["without_reference"]:
         console.warn(f"{unknown} of {len(found.samples)} responses have no reference answer and are not counted")
@@ -196,10 +214,11 @@ def _claim_for_grading(folder: Path) -> None:
 # sampled responses
 
 
-def _sample(config: EvalConfig) -> _Found:
-    """Draw the missing samples and read all of them back."""
+def _sample(config: EvalConfig, world: World) -> _Found:
+    """Draw the missing samples, each process its share, and read all of them back in the main one."""
     from ssrctl.models.loading import describe_model, load_model
     from ssrctl.models.precision import describe_precision, settle_dtype
+    from ssrctl.sampling.agreement import agree
     from ssrctl.sampling.groups import describe_prompt, prepare_prompts
     from ssrctl.text.prompts import load_prompt_format
 
@@ -225,44 +244,81 @@ def _sample(config: EvalConfig) -> _Found:
             "first_prompt": first_prompt,
         }
         return _Found(plan)
-    _claim_folder(config, loaded)
+    agree(world, config, loaded, prompts, {"changed coordinates": changed})
+    world.on_main(lambda: _claim_folder(config, loaded))
     try:
-        _draw(config, loaded, prompts)
+        _draw(config, loaded, prompts, world)
     except KeyboardInterrupt as interrupt:
         raise Interrupted(
             f"the samples drawn so far are kept in {config.output_dir / SAMPLES}",
             "run the same command again: it continues from there",
         ) from interrupt
+    if not world.is_main:
+        return _Found({})
     wanted = {f"{p.problem.id}/{i}" for p in prompts for i in range(config.num_samples * config.runs)}
     about = {"model": dataclasses.asdict(loaded.identity), "checkpoint": config.checkpoint and config.checkpoint.name}
     return _Found(about, [s for s in _read_samples(config.output_dir) if s.id in wanted])
 
 
-def _draw(config: EvalConfig, loaded: LoadedModel, prompts: Sequence[Prompted]) -> None:
-    """Draw the missing samples; each has its own seed, so a continuation draws the same."""
-    from ssrctl.sampling.generate import TransformersSampler
-    from ssrctl.sampling.groups import record_of, response_request
+def _draw(config: EvalConfig, loaded: LoadedModel, prompts: Sequence[Prompted], world: World) -> None:
+    """Draw the missing samples, as many chunks at a time as there are processes; the main one writes them.
 
+    Each sample has its own seed, so a continuation draws the same. What goes through the model together is a chunk's,
+    whatever the number of processes.
+    """
     per_run = config.num_samples
     jobs = [(p, run * per_run + number) for run in range(config.runs) for p in prompts for number in range(per_run)]
     path = config.output_dir / SAMPLES
-    with JsonlLog(path) as log, console.progress(unit="samples") as bar:
-        done = {s.id for s in _read_samples(config.output_dir)} if path.stat().st_size else set()
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(JsonlLog(path)) if world.is_main else None
+        done = world.on_main(lambda: {s.id for s in _read_samples(path.parent)} if path.stat().st_size else set())
         if done:
             console.note(f"{len(done)} of {len(jobs)} samples are already in {path}")
+        bar = stack.enter_context(console.progress(unit="samples"))
         task = bar.add_task("eval", total=len(jobs), completed=len(done), status="")
-        missing = [(prompt, number) for prompt, number in jobs if f"{prompt.problem.id}/{number}" not in done]
-        requests = [
-            response_request(loaded, p, config, derive_seed(config.seed, "eval", p.problem.id, number))
-            for p, number in missing
+
+        def write(rows: Sequence[dict[str, Any]]) -> None:
+            assert log is not None
+            for row in rows:
+                log.append(row)
+            bar.update(task, advance=len(rows))
+
+        size = config.sampling_batch_size
+        width = max(size, min(MOST_BATCHES * size, len(jobs) // MOST_BATCHES))
+        chunks = [jobs[start : start + width] for start in range(0, len(jobs), width)]
+        missing = [[(p, number) for p, number in chunk if f"{p.problem.id}/{number}" not in done] for chunk in chunks]
+        chunks = [chunk for chunk in missing if chunk]
+        for first in range(0, len(chunks), world.size):
+            mine = chunks[first : first + world.size][world.rank :][:1]
+            rows = itertools.chain(*(_chunk(config, loaded, chunk) for chunk in mine))
+            if world.size == 1:
+                for batch in rows:
+                    write(batch)
+            else:
+                for found in world.gather_on_main(list(rows)):
+                    for batch in found:
+                        write(batch)
+
+
+def _chunk(
+    config: EvalConfig, loaded: LoadedModel, chunk: Sequence[tuple[Prompted, int]]
+) -> Iterator[list[dict[str, Any]]]:
+    """Yield the graded records of a chunk of samples, a batch at a time, in the order in which they are complete."""
+    from ssrctl.sampling.generate import TransformersSampler
+    from ssrctl.sampling.groups import record_of, response_request
+
+    requests = [
+        response_request(loaded, p, config, derive_seed(config.seed, "eval", p.problem.id, number))
+        for p, number in chunk
+    ]
+    drawn = TransformersSampler(loaded, config).sample(requests)
+    while batch := list(itertools.islice(drawn, config.sampling_batch_size)):
+        pairs = [(sample.text, chunk[place][0].problem.answer) for place, sample in batch]
+        finals = check_answers(pairs, extraction=config.answer_extraction)
+        yield [
+            record_of(*chunk[place], sample, final=final).to_dict()
+            for (place, sample), final in zip(batch, finals, strict=True)
         ]
-        drawn = TransformersSampler(loaded, config).sample(requests)
-        while batch := list(itertools.islice(drawn, config.sampling_batch_size)):
-            pairs = [(sample.text, missing[place][0].problem.answer) for place, sample in batch]
-            finals = check_answers(pairs, extraction=config.answer_extraction)
-            for (place, sample), final in zip(batch, finals, strict=True):
-                log.append(record_of(*missing[place], sample, final=final).to_dict())
-            bar.update(task, advance=len(batch))
 
 
 def _read_samples(folder: Path) -> list[Rollout]:

@@ -16,6 +16,8 @@ from ssrctl.core.mask import BlockMask
 from ssrctl.core.seeds import derive_seed
 from ssrctl.critics.base import Critic
 from ssrctl.critics.registry import CriticResources, make_critic
+from ssrctl.distributed.traffic import dense_bytes_sent, kept_bytes_sent
+from ssrctl.distributed.world import World, joined_world
 from ssrctl.errors import UserError
 from ssrctl.io import console
 from ssrctl.io.artifacts import ModelIdentity, load_mask_for
@@ -26,6 +28,7 @@ from ssrctl.io.problems import load_problems
 from ssrctl.models.loading import UNREAD, LoadedModel, describe_model, folder_of, load_model, load_skeleton
 from ssrctl.models.precision import describe_precision, settle_dtype
 from ssrctl.models.stored_parameters import check_exportable
+from ssrctl.sampling.agreement import agree
 from ssrctl.sampling.groups import Prompted, describe_prompt, prepare_prompts
 from ssrctl.text.prompts import load_prompt_format
 from ssrctl.training.checkpointing import enable_checkpointing
@@ -33,7 +36,7 @@ from ssrctl.training.lr_sweep import find_lr
 from ssrctl.training.memory_plan import memory_facts, settle_step_gradient
 from ssrctl.training.resuming import open_run, run_folder
 from ssrctl.training.tracking import check_tracker
-from ssrctl.training.trainer import Trainer, questions_of_step
+from ssrctl.training.trainer import Trainer, input_hashes, questions_of_step
 from ssrctl.training.training_step import TrainingStep
 from ssrctl.training.unit_gradients import trainable
 from ssrctl.training.unit_observer import UnitObserver
@@ -52,16 +55,32 @@ def run(config: TrainConfig) -> dict[str, Any] | None:
         Interrupted: after Ctrl-C or SIGTERM, with a checkpoint of the last whole step written.
     """
     console.note(describe_model(config))
-    config = settle_dtype(config)
     check_tracker(config.report_to)
-    run_dir = run_folder(config)
-    if config.dry_run or config.find_lr:
-        return _run(config, run_dir)
-    with locked_folder(run_dir.path):
-        return _run(config, run_dir)
+    with joined_world(config.device) as world:
+        config = settle_dtype(config)
+        _check_processes(config, world)
+        run_dir = world.on_main(lambda: run_folder(config))
+        if config.dry_run or config.find_lr or not world.is_main:
+            return _run(config, run_dir, world)
+        with locked_folder(run_dir.path):
+            return _run(config, run_dir, world)
 
 
-def _run(config: TrainConfig, run_dir: RunDir) -> dict[str, Any] | None:
+def _check_processes(config: TrainConfig, world: World) -> None:
+    """Raise a UserError for what several processes cannot divide."""
+    processes = max(world.size, config.num_processes or 1)
+    if processes > config.questions_per_step:
+        raise UserError(
+            f"{processes} processes for {config.questions_per_step} questions in a step: some would have none",
+            f"use --questions-per-step {processes} or more, or fewer processes",
+        )
+    if world.size > 1 and config.find_lr:
+        raise UserError(
+            f"--find-lr runs in one process, {world.size} were launched", "run it without a launcher, then train with N"
+        )
+
+
+def _run(config: TrainConfig, run_dir: RunDir, world: World) -> dict[str, Any] | None:
     checkpoint = open_run(config, run_dir)
     prompt_format = load_prompt_format(config)
     problems = load_problems(config, "train", derive_seed(config.seed, "problems"))
@@ -90,6 +109,7 @@ def _run(config: TrainConfig, run_dir: RunDir) -> dict[str, Any] | None:
     if config.dry_run:
         plan = _plan(config, loaded, protected, mask, profile_name, grants, len(prompts) or len(problems), run_dir)
         plan |= memory_facts(config, loaded, longest, 1.0 if mask is None else mask.density())
+        plan |= _exchange_plan(config, loaded, max(world.size, config.num_processes or 1))
         plan["first_prompt"] = first_prompt
         console.show_plan("plan", plan)
         return plan
@@ -99,11 +119,20 @@ def _run(config: TrainConfig, run_dir: RunDir) -> dict[str, Any] | None:
             return find_lr(loaded, critic, config, questions, curve, protected, mask)
     settled = settle_step_gradient(config, loaded, longest, 1.0 if mask is None else mask.density())
     parameters = trainable(loaded.model)
-    updater = make_updater(parameters, config, protected, mask)
+    updater = make_updater(parameters, config, protected, mask, world)
     observer = UnitObserver(parameters, config, frozen_coordinates(protected, mask))
     ledger = run_dir.path / CRITIC_CALLS if config.critic == "llm" else None
-    with contextlib.closing(_critic(config, loaded, ledger)) as critic:
-        step = TrainingStep(loaded, critic, updater, settled, curve, observer)
+    more = {
+        **{f"contents of {name}": found for name, found in input_hashes(config).items()},
+        "budget curve": list(curve),
+        # from the free memory without --memory-limit, which may differ
+        "step gradients": [settled.step_gradient, settled.units_at_once, settled.gradient_chunk_tokens],
+        "checkpoint": None if checkpoint is None else [checkpoint.state["step"], checkpoint.delta.count],
+    }
+    agree(world, config, loaded, prompts, more)
+    scores_here = world.is_main or config.critic == "rollout"
+    with contextlib.closing(_critic(config, loaded, ledger)) if scores_here else contextlib.nullcontext() as critic:
+        step = TrainingStep(loaded, critic, updater, settled, curve, observer, world=world)
         trainer = Trainer(config, loaded, run_dir, prompts, step)
         if checkpoint is None:
             trainer.start(profile_name)
@@ -256,4 +285,31 @@ def _plan(
         "gib_for_weights_and_updates": round(loaded.num_parameters * (stored + per_parameter) / 2**30, 3),
         "checkpoints": math.ceil(config.max_steps / config.save_steps),
         "output_dir": str(run_dir.path),
+    }
+
+
+def _exchange_plan(config: TrainConfig, loaded: LoadedModel, processes: int) -> dict[str, Any]:
+    """Return the part of the plan about several processes; with one, nothing is sent."""
+    if processes == 1:
+        return {"num_processes": 1}
+    stored, count = next(loaded.model.parameters()).element_size(), loaded.num_parameters
+    dense = dense_bytes_sent(count, itemsize=stored, processes=processes)
+    sent, held = dense, 0.0
+    if config.optimizer == "kronos":
+        sent = kept_bytes_sent(
+            count,
+            itemsize=stored,
+            questions=config.questions_per_step,
+            budget=config.budget,
+            unit_share=min(config.max_step_budget, config.budget),
+            processes=processes,
+        )
+        # its own questions wait for the others', packed and not, and one that is received is unpacked
+        held = (2 * math.ceil(config.questions_per_step / processes) + 2) * config.budget * count * (2 + stored)
+    per_parameter = updater_kind(config).bytes_per_parameter(config, stored) + (stored if config.beta else 0)
+    return {
+        "num_processes": processes,
+        "gib_per_process": round((count * (stored + per_parameter) + held) / 2**30, 3),
+        "mib_sent_per_step_and_process": round(sent / 2**20, 3),
+        "mib_of_a_dense_all_reduce": round(dense / 2**20, 3),
     }

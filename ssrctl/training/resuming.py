@@ -18,6 +18,7 @@ FREE_ON_RESUME = {
     "report_to", "critic_max_concurrency", "critic_timeout", "critic_retries", "critic_requests_per_minute",
     "critic_input_price", "critic_output_price", "critic_budget_usd", "critic_cache", "critic_cache_dir",
     "critic_thinking_tokens", "critic_max_tokens",
+    "num_processes", "accelerate_config",
 }  # fmt: skip
 
 
@@ -115,7 +116,7 @@ def _check_same_settings(config: TrainConfig, run_dir: RunDir) -> None:
 def _other_settings(config: TrainConfig, run_dir: RunDir) -> str:
     """List the settings that differ from the run's and change its numbers."""
     # a run of an earlier version had the default of a setting that its config does not name
-    defaults = {spec.name: default_of(spec) for spec in dataclasses.fields(config)}
+    defaults = {spec.name: default_of(spec) for spec in dataclasses.fields(config)} | {"sample_together": "step"}
     if config.optimizer == "kronos" and config.credit == "step":
         defaults["budget_rule"] = "paper"  # the only rule before there was a choice
     before, now = defaults | run_dir.read_config(), manifest.settings_of(config)

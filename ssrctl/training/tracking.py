@@ -36,6 +36,8 @@ def tracking(config: TrainConfig, run_dir: RunDir) -> Iterator[Callable[[dict[st
         {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in manifest.settings_of(config).items()}
     )
     try:
-        yield lambda row: tracker.log({k: v for k, v in row.items() if v is not None}, step=row["step"])
+        yield lambda row: tracker.log(
+            {k: v for k, v in row.items() if v is not None and not isinstance(v, list)}, step=row["step"]
+        )
     finally:
         tracker.finish()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import shlex
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ class Trainer:
         loaded: the model in training.
         run_dir: the run directory to write to.
         prompts: the questions to draw from.
-        training_step: samples, scores and learns from one batch.
+        training_step: samples, scores and learns from one batch; of its processes the main one writes the run.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Trainer:
 
         self.config, self.loaded, self.run_dir, self.prompts = config, loaded, run_dir, prompts
         self.training_step, self.updater = training_step, training_step.updater
+        self.world = training_step.world
         self.scheduler = get_scheduler(
             config.lr_scheduler_type, self.updater.optimizer, config.warmup_steps, config.max_steps
         )
@@ -65,6 +67,8 @@ class Trainer:
 
     def start(self, profile_name: str) -> None:
         """Write the config and the manifest of a new run; one that stopped before its first checkpoint is dropped."""
+        if not self.world.is_main:
+            return
         self.run_dir.path.mkdir(parents=True, exist_ok=True)
         if self.run_dir.config.exists():
             dropped = self.run_dir.logged_after(0)
@@ -76,19 +80,16 @@ class Trainer:
         self.run_dir.write_config(manifest.settings_of(self.config))
         if self.config.chat_template is not None:
             write_text(self.run_dir.chat_template, self.loaded.tokenizer.chat_template)
-        inputs = {key: manifest.file_hash(path) for key in ("protect", "mask") if (path := getattr(self.config, key))}
-        for key in ("dataset", "budget_profile"):
-            if Path(getattr(self.config, key)).is_file():
-                inputs[key] = manifest.file_hash(getattr(self.config, key))
         self.run_dir.write_manifest(
             {
                 "model": dataclasses.asdict(self.loaded.identity),
                 "precision": precision_of(self.loaded.model),
                 "budget_profile": profile_name,
                 "versions": manifest.versions(),
-                "inputs": inputs,
+                "inputs": input_hashes(self.config),
                 "num_coordinates": self.training_step.num_coordinates,
                 "num_protected": self.updater.num_protected,
+                "num_processes": self.world.size,
             }
         )
 
@@ -102,6 +103,8 @@ class Trainer:
         self.scheduler.load_state_dict(checkpoint.state["scheduler"])
         for group, rate in zip(self.updater.optimizer.param_groups, checkpoint.state["learning_rates"], strict=True):
             group["lr"] = rate
+        if not self.world.is_main:
+            return
         dropped = self.run_dir.logged_after(self.step)
         self.run_dir.rewind(self.step)
         self.run_dir.write_config(manifest.settings_of(self.config))
@@ -123,18 +126,22 @@ class Trainer:
         except CannotWrite as full:
             raise CannotWrite(full.message, f"make room; to continue: {self._how_to_continue()}") from full
         if self.step < self.config.max_steps:
-            raise Interrupted(
-                f"after step {self.step} of {self.config.max_steps}", f"to continue: {self._how_to_continue()}"
+            reached, fix = (
+                f"after step {self.step} of {self.config.max_steps}",
+                f"to continue: {self._how_to_continue()}",
             )
+            if self.world.size > 1:  # the signal may have reached only another process
+                raise Stopped(f"a signal: {reached}", fix)
+            raise Interrupted(reached, fix)
         return self._summary()
 
     def _loop(self) -> None:
         config = self.config
         bar = console.progress(unit="steps", lines=False)  # it prints its own
-        with JsonlLog(self.run_dir.metrics) as log, tracking(config, self.run_dir) as track, bar:
+        with self._logs() as (log, track), bar:
             task = bar.add_task("train", total=config.max_steps, completed=self.step, status="")
             with deferred_interrupt() as interrupted:
-                while self.step < config.max_steps and not interrupted():
+                while self.step < config.max_steps and not self.world.any(interrupted()):
                     try:
                         row = self._train_step()
                     except NonFiniteBatch as broken:
@@ -149,17 +156,25 @@ class Trainer:
                         self._save_checkpoint()
                         fix = f"to continue after step {self.step}: {self._how_to_continue()}"
                         raise Stopped(stop.message, fix) from None
-                    log.append(row)
+                    if log is not None:
+                        log.append(row)
                     track(row)
                     self.obstacles.add(row)
                     bar.update(task, completed=self.step, status=_status(row))
                     if not console.console().is_terminal and self.step % config.logging_steps == 0:
                         console.note(f"step {self.step}/{config.max_steps}  {_status(row)}")
                     if self.step % config.save_steps == 0:
-                        log.sync()
-                        self._save_checkpoint()
-                log.sync()
-                self._save_checkpoint()
+                        self._save_checkpoint(log)
+                self._save_checkpoint(log)
+
+    @contextlib.contextmanager
+    def _logs(self) -> Iterator[tuple[JsonlLog | None, Callable[[dict[str, Any]], None]]]:
+        """Open the log of metrics and the tracker, in the main process."""
+        if not self.world.is_main:
+            yield None, lambda row: None
+            return
+        with JsonlLog(self.run_dir.metrics) as log, tracking(self.config, self.run_dir) as track:
+            yield log, track
 
     def _train_step(self) -> dict[str, Any]:
         """Train on the next batch, write its logs, and return its row of metrics."""
@@ -174,7 +189,8 @@ class Trainer:
         )
         self.scheduler.step()
         self.step = step
-        self._write_logs(result)
+        if self.world.is_main:
+            self._write_logs(result)
         epoch = step * config.questions_per_step / len(self.prompts)
         row = {"step": step, "epoch": round(epoch, 4), "learning_rate": rate, **result.metrics}
         self.recent = [*self.recent[-9:], row]
@@ -209,10 +225,21 @@ class Trainer:
         except ValueError as error:  # a NaN in a protected coordinate does not stop training
             console.warn(f"the gradient of step {self.step} is not stored: {error}")
 
-    def _save_checkpoint(self) -> None:
-        """Write a checkpoint of the last whole step, unless there is one."""
+    def _save_checkpoint(self, log: JsonlLog | None = None) -> None:
+        """Write a checkpoint of the last whole step, unless there is one; ``log`` goes to disk before it.
+
+        The other processes wait for the main one: a launcher that sees one of them end would end that one.
+        """
+        if log is not None:
+            log.sync()
         if self.step == self.last_saved:
             return
+        if self.world.is_main:
+            self._write_checkpoint()
+        self.last_saved = self.step
+        self.world.wait()
+
+    def _write_checkpoint(self) -> None:
         delta = Delta(
             self.loaded.identity, self.loaded.shapes(), dict(exact_changes(self.updater.changes(), self.config))
         )
@@ -221,13 +248,15 @@ class Trainer:
             "scheduler": self.scheduler.state_dict(),
             "learning_rates": [group["lr"] for group in self.updater.optimizer.param_groups],
         }
-        # A resumed run writes the same bytes as an uninterrupted one.
+        # A resumed run writes the same bytes as an uninterrupted one, and any number of processes the same as one.
         settings = manifest.published_settings(
-            dataclasses.replace(self.config, resume_from_checkpoint=None, force=False)
+            dataclasses.replace(
+                self.config, resume_from_checkpoint=None, force=False, num_processes=None, accelerate_config=None
+            )
         )
         save_checkpoint(self.run_dir.checkpoint(self.step), delta, self.updater.state(), state, settings)
         prune_checkpoints(self.run_dir, self.config.save_total_limit)
-        self.last_saved, self.num_changed = self.step, delta.count
+        self.num_changed = delta.count
 
     def _last_good(self, error: UserError, before: float = math.inf) -> str:
         """Return the error's remedy with the newest checkpoint of a step below ``before``."""
@@ -255,6 +284,15 @@ class Trainer:
             "accuracy_last_10": statistics.fmean(row["accuracy"] for row in self.recent) if self.recent else None,
             "changed_frac": changed_frac,
         }
+
+
+def input_hashes(config: TrainConfig) -> dict[str, str]:
+    """Return the hashes of the files that a run reads, by the setting that names them."""
+    found = {key: manifest.file_hash(path) for key in ("protect", "mask") if (path := getattr(config, key))}
+    for key in ("dataset", "budget_profile"):
+        if Path(getattr(config, key)).is_file():
+            found[key] = manifest.file_hash(getattr(config, key))
+    return found
 
 
 def questions_of_step(step: int, prompts: Sequence[Prompted], config: TrainConfig) -> list[Prompted]:

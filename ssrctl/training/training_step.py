@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,18 +29,23 @@ from ssrctl.core.topk import NonFiniteGradient
 from ssrctl.core.units import Unit, plan_units, steps_with_signal
 from ssrctl.critics.base import Critic
 from ssrctl.critics.scoring import score_groups
+from ssrctl.distributed.dealing import deal
+from ssrctl.distributed.world import ALONE, World
 from ssrctl.errors import UserError
 from ssrctl.io.mask_log import QuestionLog, UnitLog
 from ssrctl.models.loading import LoadedModel
 from ssrctl.sampling.groups import Group, Prompted, sample_groups
 from ssrctl.sampling.sampler import Sampler
 from ssrctl.training.credit import group_advantages
+from ssrctl.training.process_work import ProcessWork
 from ssrctl.training.reference import StartWeights
 from ssrctl.training.step_gradients.batch import group_batch
 from ssrctl.training.step_gradients.task import Dials
 from ssrctl.training.unit_gradients import GroupBatch, NonFiniteLoss, response_logprobs, unit_gradients
 from ssrctl.training.unit_observer import QuestionView, UnitObserver, Wanted
 from ssrctl.training.updaters import QuestionUpdate, Updater
+
+T = TypeVar("T")
 
 LOWER_RATE = "start from an earlier checkpoint with a lower --learning-rate, or use --dtype float32"
 
@@ -104,6 +110,15 @@ class _StepTotals:
         if batch.reference is not None:
             self.kl_sum += float(k3(logprobs, batch.reference, batch.known).double().sum())
 
+    def add(self, other: _StepTotals) -> None:
+        """Add those of one question; sums of floats depend on the order of the questions."""
+        for spec in dataclasses.fields(self):
+            mine, theirs = getattr(self, spec.name), getattr(other, spec.name)
+            if spec.name == "gap_max":
+                self.gap_max = max(mine, theirs)
+            elif spec.name not in ("batch_tokens", "seconds"):  # of the whole step
+                setattr(self, spec.name, mine + theirs)
+
     @contextlib.contextmanager
     def timed(self, phase: str) -> Iterator[None]:
         started = time.perf_counter()
@@ -122,29 +137,50 @@ class _StepTotals:
         self.granted_frac.append(sum(update.granted) / num_unprotected)
 
 
+@dataclass
+class _Learned:
+    """The records of one question in one pass over the batch.
+
+    Attributes:
+        totals: of this question.
+        log: its selections, where they are wanted.
+        sketch: of its gradient, float64, where it is wanted; on the CPU when another process sums it.
+    """
+
+    totals: _StepTotals
+    log: QuestionLog | None = None
+    sketch: Tensor | None = None
+
+
 class TrainingStep:
     """The training step of a run: sample, score, credit, update.
 
+    With several processes each samples and learns from its own questions, and every process applies the update of all;
+    results are gathered in the order of the questions, so that they are those of one process.
+
     Args:
         loaded: the model in training.
-        critic: scores the responses.
+        critic: scores the responses; None in a process that scores none.
         updater: updates the weights.
         config: the run's settings.
         curve: the budget profile v_1..; ``[1.0]`` for equal budgets.
         observer: reads gradients for the logs; None reads none.
         sampler: samples the responses; None is transformers in this process.
+        world: the processes that share a batch.
     """
 
     def __init__(
         self,
         loaded: LoadedModel,
-        critic: Critic,
+        critic: Critic | None,
         updater: Updater,
         config: TrainConfig,
         curve: Sequence[float],
         observer: UnitObserver | None = None,
         sampler: Sampler | None = None,
+        world: World = ALONE,
     ) -> None:
+        self.world, self.work = world, ProcessWork(world)
         self.loaded, self.critic, self.updater, self.config, self.curve = loaded, critic, updater, config, curve
         self.observer, self.sampler = observer, sampler
         self.start_weights = StartWeights(loaded.model) if config.beta else None
@@ -163,37 +199,51 @@ class TrainingStep:
         Raises:
             NonFiniteBatch: every question of the batch gave a NaN or infinite loss or gradient in a pass over it.
         """
-        config, totals = self.config, _StepTotals()
+        config, totals, world = self.config, _StepTotals(), self.world
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         groups = self._scored_groups(prompts, seed, totals)
         scored = time.perf_counter()
         plans = [self._credit(group, totals) for group in groups]
         totals.batch_tokens = sum(sum(self._trained_lengths(group)) for group in groups) / len(groups)
-        references = [
-            self._reference(group, totals) if units else None for group, units in zip(groups, plans, strict=True)
-        ]
+        mine = deal([_cost(group, units) for group, units in zip(groups, plans, strict=True)], world.size)[world.rank]
+        references = {number: self._reference(groups[number], totals) if plans[number] else None for number in mine}
         mask_log: list[QuestionLog] = []
         gradient: Tensor | None = None
         update_metrics: dict[str, float | None] = {}
         for iteration in range(config.num_iterations):
             wanted = self._wanted(log_masks, log_gradient) if iteration == 0 else Wanted()
             dropped_before = totals.non_finite
-            for group, units, reference in zip(groups, plans, references, strict=True):
-                view = self.observer.question(wanted) if self.observer is not None and wanted else None
-                update = self._learn(group, units, len(groups), totals, view, reference, is_first=iteration == 0)
-                if update is None:
-                    continue
-                if log_masks and iteration == 0 and update.kept:
-                    mask_log.append(self._question_log(group, update, view))
-                if view is not None and view.sketched is not None:
-                    gradient = view.sketched if gradient is None else gradient + view.sketched
+            learned: dict[int, _Learned] = {}
+            updates: dict[int, QuestionUpdate] = {}
+            with self.work.learning(len(mine)):
+                for number in mine:
+                    group = groups[number]
+                    own = learned[number] = _Learned(_StepTotals(batch_tokens=totals.batch_tokens))
+                    view = self.observer.question(wanted) if self.observer is not None and wanted else None
+                    reference, is_first = references[number], iteration == 0
+                    update = self._learn(
+                        group, plans[number], len(groups), own.totals, view, reference, is_first=is_first
+                    )
+                    if update is None:
+                        continue
+                    if log_masks and iteration == 0 and update.kept:
+                        own.log = self._question_log(group, update, view)
+                    if view is not None and view.sketched is not None:
+                        own.sketch = view.sketched if world.size == 1 else view.sketched.cpu()
+                    if world.size > 1:  # to be exchanged; one process has added it already
+                        updates[number] = update
+            logs, sketches = self._gathered(learned, totals)
+            mask_log += logs
+            for sketch in sketches:
+                gradient = sketch if gradient is None else gradient + sketch
             if totals.non_finite - dropped_before == len(groups):
                 raise NonFiniteBatch(
                     f"the loss or gradient of all {len(groups)} questions is NaN or infinite",
                     LOWER_RATE,
                     weights_changed=iteration > 0,
                 )
+            self.updater.exchange(updates)
             try:
                 update_metrics = self.updater.step()
             except NonFiniteGradient as error:
@@ -201,29 +251,20 @@ class TrainingStep:
                     f"summed over the batch, {error}", LOWER_RATE, weights_changed=iteration > 0
                 ) from error
         totals.seconds["update"] = time.perf_counter() - scored - totals.seconds["reference"]
-        return StepResult(self._metrics(groups, totals, totals.seconds) | update_metrics, groups, mask_log, gradient)
+        metrics = self._metrics(groups, totals, totals.seconds) | update_metrics
+        return StepResult(metrics | self.work.shares(self.loaded.model.parameters()), groups, mask_log, gradient)
 
     def _scored_groups(self, prompts: Sequence[Prompted], seed: int, totals: _StepTotals) -> list[Group]:
         """Sample and score the questions; sample those without a signal again, as often as the settings allow."""
-        config = self.config
 
         def made(wanted: Sequence[Prompted], seed: int) -> list[Group]:
             with totals.timed("sample"):
-                groups = sample_groups(
-                    self.loaded,
-                    wanted,
-                    config,
-                    num_generations=config.num_generations,
-                    seed=seed,
-                    segmentation=config,
-                    sampler=self.sampler,
-                )
+                mine = self._sample(wanted, seed)
             with totals.timed("score"):
-                score_groups(groups, self.critic, config.answer_extraction)
-            return groups
+                return self._scored(mine)
 
         groups = made(prompts, seed)
-        for again in range(config.resample_without_signal):
+        for again in range(self.config.resample_without_signal):
             silent = [place for place, group in enumerate(groups) if not any(map(any, self._advantages(group)[0]))]
             if not silent:
                 break
@@ -232,6 +273,57 @@ class TrainingStep:
             for place, group in zip(silent, fresh, strict=True):
                 groups[place] = group
         return groups
+
+    def _sample(self, prompts: Sequence[Prompted], seed: int) -> dict[int, Group]:
+        """Sample the responses to this process's questions; return the groups by the questions' numbers."""
+        config, world = self.config, self.world
+        mine = deal([len(prompt.prompt_ids) for prompt in prompts], world.size)[world.rank]
+
+        def sample(numbers: list[int], own_seed: int) -> list[Group]:
+            return sample_groups(
+                self.loaded,
+                [prompts[number] for number in numbers],
+                config,
+                num_generations=config.num_generations,
+                seed=own_seed,
+                segmentation=config,
+                sampler=self.sampler,
+            )
+
+        with self.work.sampling():
+            if config.sample_together == "question":
+                return {number: sample([number], derive_seed(seed, "question", number))[0] for number in mine}
+            own_seed = seed if world.size == 1 else derive_seed(seed, "process", world.rank)
+            return dict(zip(mine, sample(mine, own_seed), strict=True)) if mine else {}
+
+    def _scored(self, mine: dict[int, Group]) -> list[Group]:
+        """Return the groups of all processes with scores, in the order of the questions.
+
+        The main process asks the critic for all, so that there is one budget, cache and log of calls. The rollout critic
+        samples from the policy, which every process has: each scores its own groups, one at a time.
+        """
+        config, world = self.config, self.world
+        if config.critic == "rollout" and config.sample_together == "question":
+            assert self.critic is not None
+            for group in mine.values():
+                score_groups([group], self.critic, config.answer_extraction)
+            return _in_order(world.gather(mine))
+        parts = world.gather_on_main(mine)
+
+        def score() -> list[Group]:
+            assert self.critic is not None
+            groups = _in_order(parts)
+            score_groups(groups, self.critic, config.answer_extraction)
+            return groups
+
+        return world.on_main(score)
+
+    def _gathered(self, mine: dict[int, _Learned], totals: _StepTotals) -> tuple[list[QuestionLog], list[Tensor]]:
+        """Add the questions of all processes to ``totals``; return their logs and sketches, in the main process."""
+        for one in _in_order(self.world.gather({number: found.totals for number, found in mine.items()})):
+            totals.add(one)
+        records = _in_order(self.world.gather_on_main({n: (found.log, found.sketch) for n, found in mine.items()}))
+        return [log for log, _ in records if log is not None], [one for _, one in records if one is not None]
 
     def _advantages(self, group: Group) -> tuple[Sequence[Sequence[float | None]], int]:
         config = self.config
@@ -404,6 +496,17 @@ class TrainingStep:
             "update_seconds": seconds["update"],
             "peak_memory_bytes": _peak_memory_bytes(),
         }
+
+
+def _in_order(parts: Sequence[dict[int, T]]) -> list[T]:
+    """Return the values of all processes by ascending number."""
+    return [found for _, found in sorted(itertools.chain(*(part.items() for part in parts)), key=lambda item: item[0])]
+
+
+def _cost(group: Group, units: Sequence[Unit]) -> float:
+    """Predict the cost of a question's update: tokens that go forward once, and backward for each unit."""
+    tokens = sum(len(group.prompted.prompt_ids) + len(sample.response_ids) for sample in group.samples)
+    return tokens * (1 + 2 * len(units))
 
 
 def _peak_memory_bytes() -> int | None:

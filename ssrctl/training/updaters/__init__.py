@@ -8,6 +8,7 @@ import torch
 
 from ssrctl.configs import TrainConfig
 from ssrctl.core.mask import BlockMask
+from ssrctl.distributed.world import ALONE, World
 from ssrctl.training.updaters.adamw import AdamWUpdater
 from ssrctl.training.updaters.base import QuestionUpdate, Updater, frozen_coordinates
 from ssrctl.training.updaters.kronos import KronosUpdater
@@ -28,6 +29,7 @@ def make_updater(
     config: TrainConfig,
     protected: BlockMask | None = None,
     mask: BlockMask | None = None,
+    world: World = ALONE,
 ) -> Updater:
     """Create the updater of a run.
 
@@ -36,5 +38,6 @@ def make_updater(
         config: the run's settings.
         protected: coordinates that never change.
         mask: the only coordinates that may change; None allows all.
+        world: the processes that share a batch.
     """
-    return updater_kind(config)(parameters, config, protected, mask)
+    return updater_kind(config)(parameters, config, protected, mask, world)

@@ -11,6 +11,7 @@ from ssrctl.configs import TrainConfig
 from ssrctl.core.mask import BlockMask
 from ssrctl.core.master_adamw import MasterAdamW
 from ssrctl.core.masters import REMAINDER_DTYPES
+from ssrctl.distributed.world import ALONE, World
 from ssrctl.training.updaters.base import Changes
 from ssrctl.training.updaters.dense import DenseGradients
 
@@ -30,9 +31,10 @@ class AdamWUpdater(DenseGradients):
         config: TrainConfig,
         protected: BlockMask | None = None,
         mask: BlockMask | None = None,
+        world: World = ALONE,
     ) -> None:
         assert mask is None, "MaskedAdamWUpdater trains a mask"
-        super().__init__(dict(parameters), config.max_grad_norm)
+        super().__init__(dict(parameters), config.max_grad_norm, world)
         kind = MasterAdamW if _has_masters(config, self.named) else torch.optim.AdamW
         self.optimizer = kind(
             self.named.values(),

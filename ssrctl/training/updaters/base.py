@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ssrctl.core.claims import KeptUnit
+from ssrctl.core.claims import KeptUnit, Tally
 from ssrctl.core.mask import BlockMask
 from ssrctl.core.units import Unit
 from ssrctl.errors import UserError
@@ -27,11 +27,13 @@ class QuestionUpdate:
         gradients: loss and clip counts of each unit, in order.
         kept: per unit, the selected part of its gradient; empty for dense updates.
         granted: per unit, the budget in coordinates; empty for dense updates.
+        tally: counts of the selections, where the question waits for those of other processes.
     """
 
     gradients: list[UnitGradient] = field(default_factory=list)
     kept: list[KeptUnit] = field(default_factory=list)
     granted: list[int] = field(default_factory=list)
+    tally: Tally = field(default_factory=Tally)
 
 
 class Updater(Protocol):
@@ -51,6 +53,9 @@ class Updater(Protocol):
 
     def add_question(self, gradients: Iterator[UnitGradient]) -> QuestionUpdate:
         """Add one question's gradients to the batch; on an exception nothing of the question is kept."""
+
+    def exchange(self, mine: Mapping[int, QuestionUpdate]) -> None:
+        """With several processes, add the questions of all to the batch; ``mine`` are this one's, by number."""
 
     def step(self) -> dict[str, float | None]:
         """Apply the questions added since the last step; return metrics."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ssrctl.core.topk import NonFiniteGradient
 from ssrctl.core.units import Unit
+from ssrctl.distributed.world import ALONE, World
 from ssrctl.training.unit_gradients import UnitGradient
 from ssrctl.training.updaters.base import QuestionUpdate, joined, load_state_tensors, state_tensors
 
@@ -20,14 +21,15 @@ class DenseGradients:
     Attributes:
         named: the parameters by name.
         max_grad_norm: clip on the norm of the summed gradient; 0 is off.
+        world: the processes that share a batch.
         sum: the gradients of the questions since the last step, by name.
         num_coordinates: of all parameters.
     """
 
     optimizer: torch.optim.Optimizer
 
-    def __init__(self, named: dict[str, torch.nn.Parameter], max_grad_norm: float) -> None:
-        self.named, self.max_grad_norm = named, max_grad_norm
+    def __init__(self, named: dict[str, torch.nn.Parameter], max_grad_norm: float, world: World = ALONE) -> None:
+        self.named, self.max_grad_norm, self.world = named, max_grad_norm, world
         self.sum: dict[str, Tensor] = {}
         self.num_coordinates = sum(parameter.numel() for parameter in named.values())
 
@@ -55,6 +57,18 @@ class DenseGradients:
         for name, gradient in found.items():
             self.sum[name] = self.sum[name].add_(gradient) if name in self.sum else gradient
         return update
+
+    def exchange(self, mine: Mapping[int, QuestionUpdate]) -> None:
+        """Sum the gradients over the processes, tensor by tensor, in the gradients' dtype.
+
+        Every process gets the same bits; one process, which adds the questions in another order, may get others.
+        """
+        if self.world.size == 1:
+            return
+        found = {name for names in self.world.gather(list(self.sum)) for name in names}
+        for name, parameter in self.named.items():
+            if name in found:
+                self.sum[name] = self.world.add_up(self.sum.get(name, torch.zeros_like(parameter)).contiguous())
 
     def state(self) -> dict[str, Tensor]:
         return state_tensors(self.optimizer, list(self.named))

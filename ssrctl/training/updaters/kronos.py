@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -10,9 +10,13 @@ from torch import Tensor
 from ssrctl.configs import TrainConfig
 from ssrctl.core.bits import bits_to_indices
 from ssrctl.core.budget import coordinates
+from ssrctl.core.claims import KeptQuestion
+from ssrctl.core.kept_bytes import Numbering
 from ssrctl.core.kronos import KronosOpt
 from ssrctl.core.mask import BlockMask
 from ssrctl.core.units import Unit
+from ssrctl.distributed.exchange import exchange_questions
+from ssrctl.distributed.world import ALONE, World
 from ssrctl.training.unit_gradients import UnitGradient
 from ssrctl.training.updaters.base import (
     Changes,
@@ -36,6 +40,7 @@ class KronosUpdater:
         config: TrainConfig,
         protected: BlockMask | None = None,
         mask: BlockMask | None = None,
+        world: World = ALONE,
     ) -> None:
         self.optimizer = KronosOpt(
             parameters,
@@ -54,6 +59,7 @@ class KronosUpdater:
             max_step_budget=config.max_step_budget,
             master_weights=config.master_weights,
         )
+        self.world = world
         self.pools = config.allocation == "pooled"
         self.num_protected = self.optimizer.num_protected
         self._granted = 0  # coordinates of the unit in progress
@@ -96,11 +102,24 @@ class KronosUpdater:
                 self.optimizer.claim()
                 update.granted.append(self._granted)
                 update.gradients.append(made)
-            update.kept = self.optimizer.end_question()
+            if self.world.size == 1:
+                update.kept = self.optimizer.end_question()
+            else:  # ``exchange`` adds it, between those of the other processes
+                closed = self.optimizer.close_question()
+                update.kept, update.tally = closed.units, closed.tally
         except BaseException:
             self.optimizer.abandon_question()
             raise
         return update
+
+    def exchange(self, mine: Mapping[int, QuestionUpdate]) -> None:
+        """Add the questions of all processes, in the order in which one process would."""
+        if self.world.size == 1:
+            return
+        numbering = Numbering(self.optimizer.shards, next(iter(self.optimizer.named.values())).dtype)
+        kept = {number: KeptQuestion(update.kept, update.tally) for number, update in mine.items()}
+        for question in exchange_questions(self.world, kept, numbering):
+            self.optimizer.add_question(question)
 
     def step(self) -> dict[str, float | None]:
         stats = self.optimizer.step()

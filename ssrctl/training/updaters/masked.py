@@ -11,6 +11,7 @@ from ssrctl.configs import TrainConfig
 from ssrctl.core.index_sets import IndexSet
 from ssrctl.core.mask import BlockMask
 from ssrctl.core.masked_adamw import MaskedAdamW
+from ssrctl.distributed.world import ALONE, World
 from ssrctl.training.updaters.base import Changes, values_at
 from ssrctl.training.updaters.dense import DenseGradients
 
@@ -26,9 +27,10 @@ class MaskedAdamWUpdater(DenseGradients):
         config: TrainConfig,
         protected: BlockMask | None = None,
         mask: BlockMask | None = None,
+        world: World = ALONE,
     ) -> None:
         assert mask is not None, "AdamWUpdater trains everything"
-        super().__init__(dict(parameters), config.max_grad_norm)
+        super().__init__(dict(parameters), config.max_grad_norm, world)
         self.optimizer = MaskedAdamW(
             parameters,
             mask if protected is None else mask - protected,

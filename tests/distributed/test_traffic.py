@@ -1,0 +1,41 @@
+"""The arithmetic of the exchange against what is packed, and against the plan that --dry-run prints."""
+
+import json
+
+import pytest
+import torch
+
+from ssrctl.cli import main
+from ssrctl.core.claims import KeptUnit
+from ssrctl.core.kept_bytes import Numbering, pack_unit
+from ssrctl.core.layout import Shards
+from ssrctl.distributed.traffic import bits_per_coordinate, dense_bytes_sent, kept_bytes_sent
+
+
+@pytest.mark.parametrize(("dtype", "itemsize"), [(torch.bfloat16, 2), (torch.float32, 4)])
+@pytest.mark.parametrize("share", [0.01, 0.0025])
+def test_the_arithmetic_is_that_of_the_packed_bytes(dtype, itemsize, share) -> None:
+    """Gaussian gradients have a lighter tail than those that the constant was measured on."""
+    gradient = torch.randn(400_000, generator=torch.Generator().manual_seed(0)).to(dtype)
+    shards = Shards({"w": gradient})
+    unit = KeptUnit(shards)
+    unit.keep({"w": gradient}, {"w": gradient.abs().topk(int(share * 400_000)).indices.sort().values})
+    packed = pack_unit(unit, Numbering(shards, dtype))
+    assert 8 * packed.numel() / unit.count == pytest.approx(bits_per_coordinate(share, itemsize), abs=1.0)
+
+
+def test_four_questions_at_five_percent_are_an_eighth_of_a_dense_all_reduce() -> None:
+    for processes in (2, 8):
+        dense = dense_bytes_sent(10**6, itemsize=2, processes=processes)
+        sent = [
+            kept_bytes_sent(10**6, itemsize=2, questions=q, budget=0.05, unit_share=0.01, processes=processes) / dense
+            for q in (4, 33, 34)
+        ]
+        assert sent[0] < 1 / 8 and sent[1] < 1 < sent[2]
+
+
+def test_the_plan_of_several_processes_starts_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--dry-run", "--json", "--num-processes", "4", "--dtype", "bfloat16"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["num_processes"] == 4 and plan["gib_per_process"] >= plan["gib_for_weights_and_updates"]
+    assert plan["mib_sent_per_step_and_process"] < plan["mib_of_a_dense_all_reduce"] / 8
