@@ -295,8 +295,10 @@ def settle_step_gradient(
         UserError: ``--memory-limit`` cannot be met.
     """
     limit = _limit(config)
+    if limit is None or not recomputes_if_needed(config) or _surely_fits(config, loaded.model, prompt_tokens, limit):
+        return config
     planner = MemoryPlanner(loaded.model, prompt_tokens, trained_frac)
-    if limit is None or not (planner.may_recompute and recomputes_if_needed(config)):
+    if not planner.may_recompute:
         return config
     try:
         plans = list(planner._recomputed(config))
@@ -318,6 +320,23 @@ def settle_step_gradient(
             f"{limit / GIB:.3g} GiB)"
         )
     return settled
+
+
+def _surely_fits(config: TrainConfig, model: Any, prompt_tokens: int, limit: int) -> bool:
+    """Return True if even many times the usual activations take a small part of the limit: planning takes a second.
+
+    A layer of a transformer keeps about 10 (hidden + intermediate) numbers per token, and, where its attention is not fused,
+    its scores a few times; both are counted four times over.
+    """
+    described = model.config.get_text_config()
+    inner, heads = (getattr(described, name, None) for name in ("intermediate_size", "num_attention_heads"))
+    if config.step_gradient != "auto" or not isinstance(inner, int) or not isinstance(heads, int):
+        return False
+    tokens = prompt_tokens + config.max_new_tokens
+    each = 40 * (described.hidden_size + inner) + 8 * heads * tokens
+    activations = 4 * config.num_generations * tokens * described.num_hidden_layers * each
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    return activations + 4 * weights < limit / 4
 
 
 def _limit(config: TrainConfig) -> int | None:
