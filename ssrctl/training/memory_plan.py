@@ -336,7 +336,7 @@ def _surely_fits(config: TrainConfig, model: Any, prompt_tokens: int, limit: int
     each = 40 * (described.hidden_size + inner) + 8 * heads * tokens
     activations = 4 * config.num_generations * tokens * described.num_hidden_layers * each
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    return activations + 4 * weights < limit / 4
+    return bool(activations + 4 * weights < limit / 4)
 
 
 def _limit(config: TrainConfig) -> int | None:
