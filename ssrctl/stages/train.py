@@ -100,7 +100,7 @@ def _run(config: TrainConfig, run_dir: RunDir, world: World) -> dict[str, Any] |
         console.note(f"first prompt: {first_prompt}")
     longest = max((len(prompt.prompt_ids) for prompt in prompts), default=ASSUMED_PROMPT_TOKENS)
     context = loaded.context_length
-    if context is not None and longest + config.max_new_tokens > context:
+    if config.model != TINY and context is not None and longest + config.max_new_tokens > context:
         console.warn(
             f"the longest prompt ({longest} tokens) and --max-new-tokens {config.max_new_tokens} exceed the model's context of "
             f"{context}: responses end there, unfinished"
