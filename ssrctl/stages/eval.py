@@ -26,6 +26,7 @@ from ssrctl.io.problems import load_problems
 from ssrctl.io.records import Rollout, read_rollouts
 from ssrctl.io.row_fields import Reference
 from ssrctl.process_rank import num_launched
+from ssrctl.report.formats import times
 from ssrctl.text.answers import check_answers
 
 if TYPE_CHECKING:  # grading given responses loads no torch
@@ -408,8 +409,15 @@ def _show(summary: dict[str, Any], config: EvalConfig) -> None:
             "(sampling only; the interval is over problems)"
         )
     least = paired["difference"]["detectable"] if paired else summary["detectable_difference"]
-    lines.append(f"{summary['num_problems']} problems cannot show less than {least:.3f} (paired, 80% power)")
+    lines.append(_power_line(summary["num_problems"], least))
     _print(table, lines)
+
+
+def _power_line(num_problems: int, least: float) -> str:
+    problems = times(num_problems, "problem")
+    if least >= 1:
+        return f"{problems} cannot show any difference (paired, 80% power)"
+    return f"{problems} cannot show a difference below {least:.3f} (paired, 80% power)"
 
 
 def _show_comparisons(result: dict[str, Any], confidence: float) -> None:
@@ -426,7 +434,7 @@ def _show_comparisons(result: dict[str, Any], confidence: float) -> None:
     lines = [f"p-values: {' and '.join(sorted({one['test'] for one in differences}))} test"]
     if len(differences) > 1:
         lines[0] += f", adjusted for {len(differences)} comparisons (Holm)"
-    lines.append(f"{first['num_problems']} problems cannot show less than {least:.3f} (paired, 80% power)")
+    lines.append(_power_line(first["num_problems"], least))
     _print(table, lines)
 
 
