@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-SHARD = 1 << 24  # coordinates of a shard; a larger tensor is a shard by itself
+SHARD = 1 << 22  # coordinates of a shard, whose update takes scratch for all of it; a larger tensor is one by itself
 WORD = 64  # tensors begin at whole words of bits
 
 
