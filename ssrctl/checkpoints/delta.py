@@ -51,7 +51,9 @@ class Delta:
 
 def same_bits(a: Tensor, b: Tensor) -> Tensor:
     """Compare two tensors of one dtype bit for bit, elementwise: True = equal (NaN equals itself, 0 is not -0)."""
-    return _bits(a) == _bits(b)
+    from ssrctl.core.bits import bit_patterns
+
+    return bit_patterns(a) == bit_patterns(b)
 
 
 def changed_indices(base: Tensor, tuned: Tensor) -> Tensor:
@@ -59,16 +61,11 @@ def changed_indices(base: Tensor, tuned: Tensor) -> Tensor:
     import numpy as np
     import torch
 
+    from ssrctl.core.bits import bit_patterns
+
     # numpy finds a few set flags among many about four times as fast as torch does
-    ours, theirs = (_bits(one.detach().cpu()).flatten().numpy() for one in (base, tuned))
+    ours, theirs = (bit_patterns(one.detach().cpu()).flatten().numpy() for one in (base, tuned))
     return torch.from_numpy(np.flatnonzero(ours != theirs))
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    import torch
-
-    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    return tensor.contiguous().view(integer)
 
 
 def delta_metadata(

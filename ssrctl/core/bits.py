@@ -14,6 +14,15 @@ from torch import Tensor
 from ssrctl.core.mask import BlockMask
 
 
+def bit_patterns(tensor: Tensor) -> Tensor:
+    """Return the numbers of a tensor as integers of their own width (uint8, int16, int32 or int64), copied if not contiguous.
+
+    Equal patterns are equal bits: a NaN equals itself, and 0 is not -0.
+    """
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return tensor.contiguous().view(integer)
+
+
 def bits_from_indices(indices: Tensor, numel: int) -> Tensor:
     """uint8 ``[ceil(numel / 8)]`` with the bits of the given distinct flat indices (int64 ``[k]``) set."""
     packed = torch.zeros(-(-numel // 8), dtype=torch.uint8, device=indices.device)

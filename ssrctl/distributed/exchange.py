@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ssrctl.core.bits import bit_patterns
 from ssrctl.core.claims import KeptQuestion, Tally
 from ssrctl.core.kept_bytes import Numbering, pack_unit, unpack_unit
 from ssrctl.distributed.world import World
@@ -70,7 +71,6 @@ def weights_fingerprint(tensors: Sequence[Tensor]) -> int:
     """
     total = 0
     for place, tensor in enumerate(tensors):
-        flat = tensor.detach().reshape(-1)
-        words = flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
+        words = bit_patterns(tensor.detach())
         total = (total + (2 * place + 1) * int(words.sum(dtype=torch.int64))) % 2**64
     return total

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ssrctl.checkpoints.pairs import common_dtype
+from ssrctl.core.bits import bit_patterns
 from ssrctl.measures.maths.change import FIXED_TOLERANCES, Change
 from ssrctl.measures.maths.ulp import count_by_powers, step_dtype, ulp_distance
 
@@ -173,8 +174,7 @@ def _sum_of_squares(values: np.ndarray) -> float:
 
 
 def _bits(tensor: Tensor) -> np.ndarray:
-    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    return tensor.contiguous().view(integer).numpy()
+    return bit_patterns(tensor).numpy()
 
 
 def _taken(tensor: Tensor, where: np.ndarray) -> Tensor:
