@@ -11,7 +11,6 @@ import statistics
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
-from itertools import chain
 from typing import Any
 
 from ssrctl.errors import UserError
@@ -198,7 +197,7 @@ def compare_all(evaluations: Sequence[Sequence[Rollout]], confidence: float) -> 
     Raises:
         UserError: as in ``compare``.
     """
-    found = [dict(zip(_problems(samples), samples, strict=True)).keys() for samples in evaluations]
+    found = [set(_problems(samples)) for samples in evaluations]
     common = set.intersection(*(set(by_problem(samples)) for samples in evaluations))
     if not common:
         raise UserError(
@@ -216,7 +215,7 @@ def compare_all(evaluations: Sequence[Sequence[Rollout]], confidence: float) -> 
         made.append({"accuracy": accuracy, **compare(kept[0], samples, confidence)})
     for one, adjusted in zip(made, holm([one["difference"]["p_value"] for one in made]), strict=True):
         one["difference"]["p_value_holm"] = adjusted
-        one["unpaired_problems"] = len(set(chain.from_iterable(found)) - common)
+        one["unpaired_problems"] = len(set().union(*found) - common)
     return made
 
 

@@ -43,27 +43,26 @@ class Recipe:
 
 def random_recipe(density: float, seed: int) -> Recipe:
     """Select a share of each tensor, drawn for each from the seed and its name."""
-    from ssrctl.core.mask import TileSet
-    from ssrctl.core.static_masks import random_mask
-
-    def select(name: str, stored: StoredParameters) -> TileSet:
-        draw = random_mask(stored.shapes[name], density, derive_seed(seed, "random mask", name))
-        return TileSet.from_dense(draw)
-
-    return Recipe("random", _share_of(density), select, _too_small)
+    return Recipe("random", _share_of(density), _draw(lambda name, numel: density, seed), _too_small)
 
 
 def like_recipe(counts: Mapping[str, int], seed: int) -> Recipe:
     """Select as many weights of each tensor as ``counts`` says, by name, drawn as ``random_recipe`` draws them."""
+    draw = _draw(lambda name, numel: counts[name] / numel, seed)
+    return Recipe("random", lambda name, shape: counts[name], draw, lambda nothing: [])
+
+
+def _draw(density_of: Callable[[str, int], float], seed: int) -> Callable[[str, StoredParameters], TileSet]:
+    """Return the selection of random coordinates, whose share of a tensor follows from its name and size."""
     from ssrctl.core.mask import TileSet
     from ssrctl.core.static_masks import random_mask
 
     def select(name: str, stored: StoredParameters) -> TileSet:
         shape = stored.shapes[name]
-        density = counts[name] / math.prod(shape)
+        density = density_of(name, math.prod(shape))
         return TileSet.from_dense(random_mask(shape, density, derive_seed(seed, "random mask", name)))
 
-    return Recipe("random", lambda name, shape: counts[name], select, lambda nothing: [])
+    return select
 
 
 def low_magnitude_recipe(density: float) -> Recipe:
