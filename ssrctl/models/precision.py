@@ -51,6 +51,18 @@ def settle_dtype(config: Settings) -> Settings:
     return dataclasses.replace(config, dtype="bfloat16" if native else "float32")
 
 
+def itemsize_of(config: ModelConfig, model: Any = None) -> int:
+    """Return the bytes of a weight in the settled dtype.
+
+    Args:
+        config: of the model.
+        model: loaded or a skeleton, whose own dtype counts where the settings ask for that of the checkpoint; None takes 4.
+    """
+    if config.dtype == "stored" and model is not None:
+        return next(model.parameters()).element_size()  # type: ignore[no-any-return]
+    return 2 if config.dtype in ("bfloat16", "float16") else 4
+
+
 def repeat_sums(device: torch.device) -> None:
     """Make sums on a CUDA device the same in every run, since gradients decide which coordinates are selected.
 

@@ -26,7 +26,7 @@ from ssrctl.masks.superweight_search import (
 )
 from ssrctl.masks.superweights import TokenisedPrompts, tokenise_prompts
 from ssrctl.models.loading import describe_model, load_model
-from ssrctl.models.precision import settle_dtype
+from ssrctl.models.precision import itemsize_of, settle_dtype
 
 
 def run(config: SuperweightsConfig) -> dict[str, Any]:
@@ -115,13 +115,9 @@ def _prepare(config: SuperweightsConfig, gradient: Sequence[str], heldout: Seque
 def _bytes_per_parameter(config: SuperweightsConfig) -> float:
     """Return the memory besides the weights: a gradient, and every subset's candidates as bits and scored indices."""
     if config.method == "activation":
-        return _gradient_bytes(config)
+        return itemsize_of(config)
     kept = FIRST_MINIMAL_FRACTION if config.minimal else config.fraction or DEFAULT_FRACTION
-    return _gradient_bytes(config) + config.num_subsets * (1 / 8 + 12 * kept)
-
-
-def _gradient_bytes(config: SuperweightsConfig) -> int:
-    return 2 if config.dtype in ("bfloat16", "float16") else 4
+    return itemsize_of(config) + config.num_subsets * (1 / 8 + 12 * kept)
 
 
 def _plan(search: SuperweightSearch, path: Path) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from ssrctl.io.locks import locked_folder
 from ssrctl.io.package_data import profile_path
 from ssrctl.io.problems import load_problems
 from ssrctl.models.loading import UNREAD, LoadedModel, describe_model, folder_of, load_model, load_skeleton
-from ssrctl.models.precision import describe_precision, settle_dtype
+from ssrctl.models.precision import describe_precision, itemsize_of, settle_dtype
 from ssrctl.models.stored_parameters import check_exportable
 from ssrctl.sampling.agreement import agree
 from ssrctl.sampling.groups import Prompted, describe_prompt, prepare_prompts
@@ -98,6 +98,7 @@ def _run(config: TrainConfig, run_dir: RunDir, world: World) -> dict[str, Any] |
             console.warn(f"{num_left_out} of {len(problems)} questions do not fit the context and are left out")
         first_prompt = describe_prompt(loaded, prompts[0])
         console.note(f"first prompt: {first_prompt}")
+    trained_frac = 1.0 if mask is None else mask.density()
     longest = max((len(prompt.prompt_ids) for prompt in prompts), default=ASSUMED_PROMPT_TOKENS)
     context = loaded.context_length
     if config.model != TINY and context is not None and longest + config.max_new_tokens > context:
@@ -108,7 +109,7 @@ def _run(config: TrainConfig, run_dir: RunDir, world: World) -> dict[str, Any] |
     _warn_about_sampling(config)
     if config.dry_run:
         plan = _plan(config, loaded, protected, mask, profile_name, grants, len(prompts) or len(problems), run_dir)
-        plan |= memory_facts(config, loaded, longest, 1.0 if mask is None else mask.density())
+        plan |= memory_facts(config, loaded, longest, trained_frac)
         plan |= _exchange_plan(config, loaded, max(world.size, config.num_processes or 1))
         plan["first_prompt"] = first_prompt
         console.show_plan("plan", plan)
@@ -117,7 +118,7 @@ def _run(config: TrainConfig, run_dir: RunDir, world: World) -> dict[str, Any] |
         questions = functools.partial(questions_of_step, prompts=prompts, config=config)
         with contextlib.closing(_critic(config, loaded)) as critic:
             return find_lr(loaded, critic, config, questions, curve, protected, mask)
-    settled = settle_step_gradient(config, loaded, longest, 1.0 if mask is None else mask.density())
+    settled = settle_step_gradient(config, loaded, longest, trained_frac)
     parameters = trainable(loaded.model)
     updater = make_updater(parameters, config, protected, mask, world)
     observer = UnitObserver(parameters, config, frozen_coordinates(protected, mask))
@@ -145,14 +146,19 @@ def _load(config: TrainConfig) -> LoadedModel:
     """Load the model; for a plan read its config only, unless it is the one that comes with the package."""
     if config.dry_run and config.model != TINY:
         return load_skeleton(config)
-    itemsize = 2 if config.dtype in ("bfloat16", "float16") else 4
-    update_bytes = updater_kind(config).bytes_per_parameter(config, itemsize) + (itemsize if config.beta else 0)
-    loaded = load_model(config, bytes_per_parameter=update_bytes + ACTIVATION_BYTES_PER_PARAMETER)
+    loaded = load_model(
+        config, bytes_per_parameter=_update_bytes(config, itemsize_of(config)) + ACTIVATION_BYTES_PER_PARAMETER
+    )
     console.note(describe_precision(loaded.model))
     if config.gradient_checkpointing:
         enable_checkpointing(loaded.model)
     check_exportable(folder_of(config), loaded.shapes(), loaded.identity.fingerprint)
     return loaded
+
+
+def _update_bytes(config: TrainConfig, itemsize: int) -> float:
+    """Return the bytes per weight of the update's gradient and state, and of the start weights that ``--beta`` keeps."""
+    return updater_kind(config).bytes_per_parameter(config, itemsize) + (itemsize if config.beta else 0)
 
 
 def _critic(config: TrainConfig, loaded: LoadedModel, ledger: Path | None = None) -> Critic:
@@ -261,8 +267,7 @@ def _plan(
 ) -> dict[str, Any]:
     """Return the plan that ``--dry-run`` prints."""
     responses = config.max_steps * config.questions_per_step * config.num_generations
-    stored = 2 if config.dtype in ("bfloat16", "float16") else 4
-    per_parameter = updater_kind(config).bytes_per_parameter(config, stored) + (stored if config.beta else 0)
+    stored = itemsize_of(config, loaded.model)
     return {
         "parameters": loaded.num_parameters,
         "protected": 0 if protected is None else protected.count(),
@@ -282,7 +287,9 @@ def _plan(
             f"{found.smallest} coordinates ({found.equal} in an equal share)"
             for found in grants
         },
-        "gib_for_weights_and_updates": round(loaded.num_parameters * (stored + per_parameter) / 2**30, 3),
+        "gib_for_weights_and_updates": round(
+            loaded.num_parameters * (stored + _update_bytes(config, stored)) / 2**30, 3
+        ),
         "checkpoints": math.ceil(config.max_steps / config.save_steps),
         "output_dir": str(run_dir.path),
     }
@@ -292,7 +299,7 @@ def _exchange_plan(config: TrainConfig, loaded: LoadedModel, processes: int) -> 
     """Return the part of the plan about several processes; with one, nothing is sent."""
     if processes == 1:
         return {"num_processes": 1}
-    stored, count = next(loaded.model.parameters()).element_size(), loaded.num_parameters
+    stored, count = itemsize_of(config, loaded.model), loaded.num_parameters
     dense = dense_bytes_sent(count, itemsize=stored, processes=processes)
     sent, held = dense, 0.0
     if config.optimizer == "kronos":
@@ -306,10 +313,9 @@ def _exchange_plan(config: TrainConfig, loaded: LoadedModel, processes: int) -> 
         )
         # its own questions wait for the others', packed and not, and one that is received is unpacked
         held = (2 * math.ceil(config.questions_per_step / processes) + 2) * config.budget * count * (2 + stored)
-    per_parameter = updater_kind(config).bytes_per_parameter(config, stored) + (stored if config.beta else 0)
     return {
         "num_processes": processes,
-        "gib_per_process": round((count * (stored + per_parameter) + held) / 2**30, 3),
+        "gib_per_process": round((count * (stored + _update_bytes(config, stored)) + held) / 2**30, 3),
         "mib_sent_per_step_and_process": round(sent / 2**20, 3),
         "mib_of_a_dense_all_reduce": round(dense / 2**20, 3),
     }

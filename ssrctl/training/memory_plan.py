@@ -236,16 +236,19 @@ class MemoryPlanner:
         micro: list[int | None] = [None]
         if config.scope == "global" and config.step_gradient in ("auto", "truncated"):
             micro += [count * tokens for count in rows]
-        yield from (self._with_sampling(made) for made in self._recomputed(config))
+        yield config
+        for made in (config, *self._recomputed(config)):
+            if (plan := self._with_sampling(made)) != config:
+                yield plan
         checkpointing = [False, True] if config.step_gradient in ("auto", "kept", "truncated") else [False]
         for checkpointed in [True] if config.gradient_checkpointing else checkpointing:
             for most in micro if config.micro_batch_tokens is None else [config.micro_batch_tokens]:
                 made = dataclasses.replace(config, gradient_checkpointing=checkpointed, micro_batch_tokens=most)
-                yield self._with_sampling(made)
+                if made != config:  # that came first
+                    yield self._with_sampling(made)
 
     def _recomputed(self, config: TrainConfig) -> Iterator[TrainConfig]:
-        """Yield the settings as they are, then with recomputed step gradients, from the most memory to the least."""
-        yield config
+        """Yield the settings with recomputed step gradients, from the most memory to the least; none if they cannot be."""
         if not (self.may_recompute and recomputes_if_needed(config)):
             return
         steps = STEPS_AT_ONCE if config.units_at_once is None else (config.units_at_once,)
@@ -301,7 +304,7 @@ def settle_step_gradient(
     if not planner.may_recompute:
         return config
     try:
-        plans = list(planner._recomputed(config))
+        plans = [config, *planner._recomputed(config)]
         settled = next((made for made in plans if planner.fits(made, limit, sampling=False)), None)
     except UnknownActivations:
         return config

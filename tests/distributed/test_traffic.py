@@ -1,10 +1,12 @@
 """The arithmetic of the exchange against what is packed, and against the plan that --dry-run prints."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
+from ssrctl import tiny_reasoner
 from ssrctl.cli import main
 from ssrctl.core.claims import KeptUnit
 from ssrctl.core.kept_bytes import Numbering, pack_unit
@@ -39,3 +41,16 @@ def test_the_plan_of_several_processes_starts_none(capsys: pytest.CaptureFixture
     plan = json.loads(capsys.readouterr().out)
     assert plan["num_processes"] == 4 and plan["gib_per_process"] >= plan["gib_for_weights_and_updates"]
     assert plan["mib_sent_per_step_and_process"] < plan["mib_of_a_dense_all_reduce"] / 8
+
+
+@pytest.mark.parametrize(("dtype", "itemsize"), [("float32", 4), ("bfloat16", 2), ("stored", 2)])
+def test_the_plan_counts_the_dtype_of_the_run_not_of_the_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: str, itemsize: int
+) -> None:
+    config = json.loads((tiny_reasoner.path() / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16", "torch_dtype": "bfloat16"}))
+    words = ["train", "--dry-run", "--json", "--num-processes", "4", "--dtype", dtype, "--model", str(tmp_path)]
+    assert main(words) == 0
+    plan = json.loads(capsys.readouterr().out)
+    dense = dense_bytes_sent(plan["parameters"], itemsize=itemsize, processes=4)
+    assert plan["mib_of_a_dense_all_reduce"] == round(dense / 2**20, 3)

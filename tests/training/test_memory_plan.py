@@ -1,6 +1,7 @@
 """Plans of memory from a config alone, next to the live bytes of real passes."""
 
 import dataclasses
+import itertools
 import re
 import types
 from pathlib import Path
@@ -122,7 +123,9 @@ def test_a_limit_that_cannot_be_met_says_what_it_would_take(folder: Path, capfd:
 def test_settings_that_a_plan_found_are_within_the_limit_and_the_cheapest_first(folder: Path) -> None:
     planner = MemoryPlanner(build(), 256)
     config = TrainConfig(dtype="float32", max_new_tokens=512, num_generations=8)
-    totals = [planner.breakdown(made).total for made in planner._dials(config)]
+    dials = list(planner._dials(config))
+    assert dials[0] == config and all(one != other for one, other in itertools.combinations(dials, 2))
+    totals = [planner.breakdown(made).total for made in dials]
     plain = planner.cheapest(config, max(totals) * 2)
     assert plain is not None and plain.micro_batch_tokens is None and not plain.gradient_checkpointing
     for limit in (max(totals), (max(totals) + min(totals)) // 2, int(min(totals) * 1.1)):
