@@ -312,6 +312,7 @@ def _plot(path: Path, profile: BudgetProfile) -> str | None:
             axes.annotate(f"n={count}", (step, value), textcoords="offset points", xytext=(4, 6), fontsize=7)
         axes.set(xlabel="step", ylabel="share; relative to step 1", title=f"{profile.model.name}: left for later steps")
         axes.set_ylim(bottom=0)
+        axes.margins(x=0.08)  # room for the last count
         axes.legend()
         with whole_file(path) as temporary:
             figure.savefig(temporary, format="svg", metadata={"Date": None})
