@@ -63,6 +63,18 @@ def timed(run: Callable[[], object], repeats: int = 5, warm_up: int = 1) -> Timi
     return Timing(min(seconds), statistics.median(seconds))
 
 
+class Clock:
+    """A stopwatch of the seconds since the last lap."""
+
+    def __init__(self) -> None:
+        self.last = time.perf_counter()
+
+    def lap(self) -> float:
+        synchronize()
+        before, self.last = self.last, time.perf_counter()
+        return self.last - before
+
+
 def peak_rss_bytes() -> int:
     """Return the largest resident set of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import goal, machine, peak_rss_bytes, synchronize, table, timed
+from common import Clock, goal, machine, peak_rss_bytes, table, timed
 
 PARTS = ("tests", "selection", "step", "calibration")
 WAYS = ("recomputed", "chunked", "local")
@@ -177,41 +177,25 @@ def step(device: str, tokens: int, way: str) -> Row:
 
 def one_step(model: Any, optimizer: Any, tokens: int, way: str, seed: int) -> Row:
     """Return the seconds of one step by phase: gradients, claims, update."""
-    from ssrctl.core.units import Unit
-    from ssrctl.training.unit_gradients import make_batch, unit_gradients
+    from shapes import random_question
 
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, model.config.vocab_size, (RESPONSES, PROMPT + tokens), generator=generator).tolist()
-    steps = [place * UNITS // tokens for place in range(tokens)]
-    advantages = torch.randn(UNITS, RESPONSES, generator=generator, dtype=torch.float64).tolist()
-    units = [Unit((i,), 0.05 / UNITS, (tuple(advantages[i]),)) for i in range(UNITS)]
-    batch = make_batch(
-        ids[0][:PROMPT],
-        [row[PROMPT:] for row in ids],
-        [torch.full((tokens,), -12.0)] * RESPONSES,
-        [steps] * RESPONSES,
-        pad_token_id=0,
-        device=model.device,
+    from ssrctl.training.unit_gradients import unit_gradients
+
+    batch, units = random_question(
+        model, responses=RESPONSES, prompt=PROMPT, tokens=tokens, units=UNITS, logprob=-12.0, seed=seed
     )
     seconds = dict.fromkeys(("gradient_seconds", "claim_seconds", "update_seconds"), 0.0)
-    last = time.perf_counter()
-
-    def lap(phase: str) -> None:
-        nonlocal last
-        synchronize()
-        before, last = last, time.perf_counter()
-        seconds[phase] += last - before
-
+    clock = Clock()
     optimizer.begin_question(len(units))
-    lap("claim_seconds")
+    seconds["claim_seconds"] += clock.lap()
     settings = {"level": "sequence", "clip_epsilon": 0.9, "on_logprobs": lambda logprobs: None}
     for _ in unit_gradients(model, batch, units, method=way, **settings):
-        lap("gradient_seconds")
+        seconds["gradient_seconds"] += clock.lap()
         optimizer.claim()
-        lap("claim_seconds")
-    lap("gradient_seconds")
+        seconds["claim_seconds"] += clock.lap()
+    seconds["gradient_seconds"] += clock.lap()
     optimizer.step()
-    lap("update_seconds")
+    seconds["update_seconds"] += clock.lap()
     return seconds
 
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+
+from ssrctl.core.units import Unit
+from ssrctl.training.unit_gradients import GroupBatch, make_batch
 
 
 def llama_135m(dtype: torch.dtype, *, vocab_size: int = 49152, tied: bool = True) -> torch.nn.Module:
@@ -45,3 +50,28 @@ def qwen3_1_7b(dtype: torch.dtype) -> torch.nn.Module:
         return Qwen3ForCausalLM(shape)
     finally:
         torch.set_default_dtype(default)
+
+
+def random_question(
+    model: Any, *, responses: int, prompt: int, tokens: int, units: int, logprob: float, seed: int
+) -> tuple[GroupBatch, list[Unit]]:
+    """Make a question of random tokens: equal lengths in equal steps, one unit each, and normal advantages.
+
+    Args:
+        model: its vocabulary and device count.
+        responses, prompt, tokens, units: number of responses, tokens of the prompt and of each response, steps.
+        logprob: the log-probability at the sampling of every token.
+        seed: of tokens and advantages.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(model.config.vocab_size, (responses, prompt + tokens), generator=generator).tolist()
+    advantages = torch.randn(units, responses, generator=generator, dtype=torch.float64).tolist()
+    batch = make_batch(
+        ids[0][:prompt],
+        [row[prompt:] for row in ids],
+        [torch.full((tokens,), logprob)] * responses,
+        [[place * units // tokens for place in range(tokens)]] * responses,
+        pad_token_id=0,
+        device=model.device,
+    )
+    return batch, [Unit((step,), min(0.01, 0.05 / units), (tuple(advantages[step]),)) for step in range(units)]

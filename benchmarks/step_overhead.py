@@ -10,15 +10,13 @@ of its step. Sampling is not part of the step here: it would make the share look
 from __future__ import annotations
 
 import argparse
-import time
 
 import torch
-from common import goal, machine, synchronize, table
-from shapes import llama_135m
+from common import Clock, goal, machine, table
+from shapes import llama_135m, random_question
 
 from ssrctl.core.kronos import KronosOpt
-from ssrctl.core.units import Unit
-from ssrctl.training.unit_gradients import make_batch, unit_gradients
+from ssrctl.training.unit_gradients import unit_gradients
 
 
 def main() -> None:
@@ -61,19 +59,9 @@ def load(folder: str | None, dtype: torch.dtype) -> torch.nn.Module:
 
 def one_step(model, given, seed, begin, after_each, finish) -> dict[str, float]:  # type: ignore[no-untyped-def]
     """Time the backward passes and the rest of one step, in seconds."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(1000, 40000, (given.samples, 32 + given.tokens), generator=generator).tolist()
-    length = -(-given.tokens // given.units)
-    steps = [place // length for place in range(given.tokens)]
-    advantages = torch.randn(given.units, given.samples, generator=generator, dtype=torch.float64).tolist()
-    units = [Unit((i,), 0.01, (tuple(advantages[i]),)) for i in range(given.units)]
-    batch = make_batch(
-        ids[0][:32],
-        [row[32:] for row in ids],
-        [torch.full((given.tokens,), -10.8)] * given.samples,  # about log(1 / vocabulary): the ratio is near 1
-        [steps] * given.samples,
-        pad_token_id=0,
-        device=torch.device(given.device),
+    # about log(1 / vocabulary): the ratio is near 1
+    batch, units = random_question(
+        model, responses=given.samples, prompt=32, tokens=given.tokens, units=given.units, logprob=-10.8, seed=seed
     )
     seconds = {"backward": 0.0, "update": 0.0}
     clock = Clock()
@@ -87,18 +75,6 @@ def one_step(model, given, seed, begin, after_each, finish) -> dict[str, float]:
     finish()
     seconds["update"] += clock.lap()
     return seconds
-
-
-class Clock:
-    """A stopwatch of the seconds since the last lap."""
-
-    def __init__(self) -> None:
-        self.last = time.perf_counter()
-
-    def lap(self) -> float:
-        synchronize()
-        before, self.last = self.last, time.perf_counter()
-        return self.last - before
 
 
 if __name__ == "__main__":
