@@ -265,7 +265,7 @@ class TrainingStep:
 
         groups = made(prompts, seed)
         for again in range(self.config.resample_without_signal):
-            silent = [place for place, group in enumerate(groups) if not any(map(any, self._advantages(group)[0]))]
+            silent = [place for place, group in enumerate(groups) if not steps_with_signal(self._advantages(group)[0])]
             if not silent:
                 break
             totals.resampled += len(silent)
