@@ -66,8 +66,9 @@ _ANY_NUMBER = re.compile(rf"(?:(?<![\w)\]}}])[-−])?\$?(?:{NUMBER})")
 # Tags and LaTeX commands with their arguments, whose numbers are parts of something else.
 _MARKUP = re.compile(r"</?[a-zA-Z][^<>\n]{0,80}>|\\[a-zA-Z]+(?:\{[^{}\n]{0,200}\}){0,3}|[_^]\{?-?\w+\}?")
 _ONLY_NUMBER = re.compile(rf"[-−]?\\?\$?(?:{NUMBER})")
+THINKING_TAGS = "think|thinking|thought|thoughts|reasoning|reflection|scratchpad"
 _THINKING = re.compile(
-    r"<(?P<close>/?)(?P<name>think|thinking|thought|thoughts|reasoning|reflection|scratchpad)>|\[(?P<slash>/?)THINK\]",
+    rf"<(?P<close>/?)(?P<name>{THINKING_TAGS})>|\[(?P<slash>/?)THINK\]",
     re.IGNORECASE,
 )
 _CHANNEL = re.compile(

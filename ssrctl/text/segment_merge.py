@@ -12,10 +12,11 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import pairwise
 
+from ssrctl.text.answers import THINKING_TAGS
 from ssrctl.text.segment_sentences import sentence_starts
 from ssrctl.text.segment_shield import Shield
 
-_SECTION = "(?:think|thinking|thought|thoughts|reasoning|reflection|scratchpad|answer|solution)>"
+_SECTION = f"(?:{THINKING_TAGS}|answer|solution)>"
 _TURN = r"(?:<\|end\|>\s*)?(?:<\|start\|>assistant)?<\|channel\|>\s*"
 # ``<think>`` and the like, and the channels of harmony, with their special tokens or without: the final one ends thinking.
 TAG = re.compile(
