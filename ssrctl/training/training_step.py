@@ -34,8 +34,9 @@ from ssrctl.distributed.world import ALONE, World
 from ssrctl.errors import UserError
 from ssrctl.io.mask_log import QuestionLog, UnitLog
 from ssrctl.models.loading import LoadedModel
+from ssrctl.sampling.engines.base import Engine
+from ssrctl.sampling.engines.transformers_engine import TransformersEngine
 from ssrctl.sampling.groups import Group, Prompted, sample_groups
-from ssrctl.sampling.sampler import Sampler
 from ssrctl.training.credit import group_advantages
 from ssrctl.training.process_work import ProcessWork
 from ssrctl.training.reference import StartWeights
@@ -165,7 +166,7 @@ class TrainingStep:
         config: the run's settings.
         curve: the budget profile v_1..; ``[1.0]`` for equal budgets.
         observer: reads gradients for the logs; None reads none.
-        sampler: samples the responses; None is transformers in this process.
+        engine: samples the responses; None is transformers in this process.
         world: the processes that share a batch.
     """
 
@@ -177,12 +178,12 @@ class TrainingStep:
         config: TrainConfig,
         curve: Sequence[float],
         observer: UnitObserver | None = None,
-        sampler: Sampler | None = None,
+        engine: Engine | None = None,
         world: World = ALONE,
     ) -> None:
         self.world, self.work = world, ProcessWork(world)
         self.loaded, self.critic, self.updater, self.config, self.curve = loaded, critic, updater, config, curve
-        self.observer, self.sampler = observer, sampler
+        self.observer, self.engine = observer, engine or TransformersEngine(loaded, config)
         self.start_weights = StartWeights(loaded.model) if config.beta else None
         self.num_coordinates = loaded.num_parameters
         self.num_unprotected = self.num_coordinates - updater.num_protected
@@ -287,7 +288,7 @@ class TrainingStep:
                 num_generations=config.num_generations,
                 seed=own_seed,
                 segmentation=config,
-                sampler=self.sampler,
+                engine=self.engine,
             )
 
         with self.work.sampling():
