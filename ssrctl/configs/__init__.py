@@ -30,6 +30,7 @@ from ssrctl.configs.mask import (
 )
 from ssrctl.configs.profile_budget import ProfileBudgetConfig
 from ssrctl.configs.segment import SegmentConfig, SegmentOptions
+from ssrctl.configs.serve_rollouts import ServeRolloutsConfig
 from ssrctl.configs.superweights import SuperweightsConfig
 from ssrctl.configs.train import TrainConfig
 
@@ -64,6 +65,7 @@ __all__ = [
     "SamplingConfig",
     "SegmentConfig",
     "SegmentOptions",
+    "ServeRolloutsConfig",
     "SuperweightsConfig",
     "TrainConfig",
     "build_config",

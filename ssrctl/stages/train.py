@@ -29,6 +29,7 @@ from ssrctl.models.loading import UNREAD, LoadedModel, describe_model, folder_of
 from ssrctl.models.precision import describe_precision, itemsize_of, settle_dtype
 from ssrctl.models.stored_parameters import check_exportable
 from ssrctl.sampling.agreement import agree
+from ssrctl.sampling.engines.vllm_engine import served_engine
 from ssrctl.sampling.groups import Prompted, describe_prompt, prepare_prompts
 from ssrctl.text.prompts import load_prompt_format
 from ssrctl.training.checkpointing import enable_checkpointing
@@ -41,6 +42,7 @@ from ssrctl.training.training_step import TrainingStep
 from ssrctl.training.unit_gradients import trainable
 from ssrctl.training.unit_observer import UnitObserver
 from ssrctl.training.updaters import frozen_coordinates, make_updater, updater_kind
+from ssrctl.training.weight_pushes import WeightPushes
 
 CRITIC_CALLS = "critic_calls.jsonl"
 ASSUMED_PROMPT_TOKENS = 256  # in plans for a model without a tokenizer
@@ -73,6 +75,11 @@ def _check_processes(config: TrainConfig, world: World) -> None:
         raise UserError(
             f"{processes} processes for {config.questions_per_step} questions in a step: some would have none",
             f"use --questions-per-step {processes} or more, or fewer processes",
+        )
+    if config.rollout_engine != "transformers" and (processes > 1 or config.find_lr):
+        raise UserError(
+            f"--rollout-engine {config.rollout_engine} samples for a run of one process, without --find-lr",
+            "use --rollout-engine transformers there",
         )
     if world.size > 1 and config.find_lr:
         raise UserError(
@@ -133,12 +140,18 @@ def _run(config: TrainConfig, run_dir: RunDir, world: World) -> dict[str, Any] |
     agree(world, config, loaded, prompts, more)
     scores_here = world.is_main or config.critic == "rollout"
     with contextlib.closing(_critic(config, loaded, ledger)) if scores_here else contextlib.nullcontext() as critic:
-        step = TrainingStep(loaded, critic, updater, settled, curve, observer, world=world)
+        engine = served_engine(config, loaded)
+        pushes = None
+        if engine is not None:
+            pushes = WeightPushes(engine, updater, dict(parameters), verify_every=config.verify_engine_every)
+        step = TrainingStep(loaded, critic, updater, settled, curve, observer, pushes, world)
         trainer = Trainer(config, loaded, run_dir, prompts, step)
         if checkpoint is None:
             trainer.start(profile_name)
         else:
             trainer.resume(checkpoint)
+        if engine is not None:
+            engine.connect()
         return trainer.train()
 
 

@@ -48,6 +48,7 @@ from ssrctl.training.step_gradients.task import Dials
 from ssrctl.training.unit_gradients import GroupBatch, NonFiniteLoss, unit_gradients
 from ssrctl.training.unit_observer import QuestionView, UnitObserver, Wanted
 from ssrctl.training.updaters import QuestionUpdate, Updater
+from ssrctl.training.weight_pushes import WeightPushes
 
 T = TypeVar("T")
 
@@ -106,7 +107,7 @@ class _StepTotals:
     batch_tokens: float = 0.0
     kl_sum: float = 0.0
     seconds: dict[str, float] = field(
-        default_factory=lambda: {"sample": 0.0, "score": 0.0, "reference": 0.0, "old_logprobs": 0.0}
+        default_factory=lambda: {"push": 0.0, "sample": 0.0, "score": 0.0, "reference": 0.0, "old_logprobs": 0.0}
     )
 
     def add_first_pass(self, logprobs: Tensor, batch: GroupBatch) -> None:
@@ -174,7 +175,7 @@ class TrainingStep:
         config: the run's settings.
         curve: the budget profile v_1..; ``[1.0]`` for equal budgets.
         observer: reads gradients for the logs; None reads none.
-        engine: samples the responses; None is transformers in this process.
+        pushes: the engine that samples the responses, and its weights; None is transformers in this process.
         world: the processes that share a batch.
     """
 
@@ -186,12 +187,13 @@ class TrainingStep:
         config: TrainConfig,
         curve: Sequence[float],
         observer: UnitObserver | None = None,
-        engine: Engine | None = None,
+        pushes: WeightPushes | None = None,
         world: World = ALONE,
     ) -> None:
         self.world, self.work = world, ProcessWork(world)
         self.loaded, self.critic, self.updater, self.config, self.curve = loaded, critic, updater, config, curve
-        self.observer, self.engine = observer, engine or TransformersEngine(loaded, config)
+        self.observer, self.pushes = observer, pushes
+        self.engine: Engine = TransformersEngine(loaded, config) if pushes is None else pushes.engine
         self.start_weights = StartWeights(loaded.model) if config.beta else None
         self.num_coordinates = loaded.num_parameters
         self.num_unprotected = self.num_coordinates - updater.num_protected
@@ -207,8 +209,13 @@ class TrainingStep:
 
         Raises:
             NonFiniteBatch: every question of the batch gave a NaN or infinite loss or gradient in a pass over it.
+            Stopped: the engine that samples is gone, or has other weights than these; none has changed since the step before.
         """
         config, totals, world = self.config, _StepTotals(), self.world
+        pushed: dict[str, Any] = {}
+        if self.pushes is not None:
+            with totals.timed("push"):
+                pushed = self.pushes.push()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         groups = self._scored_groups(prompts, seed, totals)
@@ -261,14 +268,14 @@ class TrainingStep:
                 )
             self.updater.exchange(updates)
             try:
-                update_metrics = self.updater.step()
+                update_metrics = (self.pushes or self.updater).step()
             except NonFiniteGradient as error:
                 raise NonFiniteBatch(
                     f"summed over the batch, {error}", LOWER_RATE, weights_changed=iteration > 0
                 ) from error
         before = totals.seconds["reference"] + totals.seconds["old_logprobs"]
         totals.seconds["update"] = time.perf_counter() - scored - before
-        metrics = self._metrics(groups, totals, totals.seconds) | update_metrics
+        metrics = self._metrics(groups, totals, totals.seconds) | update_metrics | pushed
         return StepResult(metrics | self.work.shares(self.loaded.model.parameters()), groups, mask_log, gradient)
 
     def _scored_groups(self, prompts: Sequence[Prompted], seed: int, totals: _StepTotals) -> list[Group]:
