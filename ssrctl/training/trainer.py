@@ -96,7 +96,7 @@ class Trainer:
     def resume(self, checkpoint: Checkpoint) -> None:
         """Restore weights, optimizer, schedule and logs to the state of a checkpoint."""
         parameters = dict(self.loaded.model.named_parameters())
-        apply_delta(checkpoint.delta, parameters, self.loaded.identity.fingerprint, checkpoint.path)
+        apply_delta(checkpoint.delta, parameters, self.loaded.identity.fingerprint)
         self.num_changed = checkpoint.delta.count
         self.updater.load_state(checkpoint.optimizer)
         self.step = self.last_saved = checkpoint.state["step"]
@@ -240,9 +240,8 @@ class Trainer:
         self.world.wait()
 
     def _write_checkpoint(self) -> None:
-        delta = Delta(
-            self.loaded.identity, self.loaded.shapes(), dict(exact_changes(self.updater.changes(), self.config))
-        )
+        changes, before = exact_changes(self.updater.changes(), self.config)
+        delta = Delta(self.loaded.identity, self.loaded.shapes(), dict(changes), before)
         state = {
             "step": self.step,
             "scheduler": self.scheduler.state_dict(),

@@ -38,9 +38,9 @@ def test_a_checkpoint_comes_back(tmp_path: Path) -> None:
     found = load_checkpoint(folder)
     assert found.path == folder and found.state == {"step": 5} and found.delta.base == BASE
     assert torch.equal(found.optimizer["m"], torch.full((2,), 3.5))
-    assert found.delta.changes["w"][1].tolist() == [3.5]
+    assert found.delta.change("w")[1].tolist() == [3.5]
     save(RunDir(tmp_path), 5, 4.5)
-    assert load_checkpoint(folder).delta.changes["w"][1].tolist() == [4.5]
+    assert load_checkpoint(folder).delta.change("w")[1].tolist() == [4.5]
 
 
 @pytest.mark.parametrize("damage", [COMPLETE, "state.json", "delta.safetensors", "optimizer.safetensors"])
