@@ -265,6 +265,8 @@ class TrainConfig(
     Example: ssrctl train --model Qwen/Qwen2.5-0.5B-Instruct --dataset problems.jsonl --output-dir runs/first
     """
 
+    has_recipes = True
+
     output_dir: Path | None = output(None)
     """Run directory; by default a new one under runs/."""
 

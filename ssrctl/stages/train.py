@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ def run(config: TrainConfig) -> dict[str, Any] | None:
         Interrupted: after Ctrl-C or SIGTERM, with a checkpoint of the last whole step written.
     """
     console.note(describe_model(config))
+    _check_masks_exist(config)
     check_tracker(config.report_to)
     with joined_world(config.device) as world:
         config = settle_dtype(config)
@@ -64,6 +66,17 @@ def run(config: TrainConfig) -> dict[str, Any] | None:
             return _run(config, run_dir, world)
         with locked_folder(run_dir.path):
             return _run(config, run_dir, world)
+
+
+def _check_masks_exist(config: TrainConfig) -> None:
+    """Raise a UserError for a mask that is not there, before a model or a data set is fetched."""
+    for name in ("protect", "mask"):
+        path = getattr(config, name)
+        if path is not None and not os.path.exists(path):  # noqa: PTH110 (Path.exists raises for names that are too long)
+            raise UserError(
+                f"--{name} {path} not found",
+                "make it with `ssrctl superweights` or `ssrctl mask`; `ssrctl recipes NAME` prints the commands of a recipe",
+            )
 
 
 def _check_processes(config: TrainConfig, world: World) -> None:
