@@ -71,11 +71,25 @@ def build_config(kind: type[Made], given: Mapping[str, Any], *files: Path) -> Ma
     values: dict[str, Any] = {}
     for path in files:
         values |= _fields_of_yaml(kind, path)
+    for spec in specs:
+        if spec.metadata.get("names_code") and spec.name not in given:
+            _refuse_code(kind, spec.name, values.get(spec.name))
     values |= given
     for spec in specs:
         if spec.name not in values and spec.default is spec.default_factory is dataclasses.MISSING:
             raise _needed(kind, spec.name)
     return kind(**values)
+
+
+def _refuse_code(kind: type[Config], name: str, value: Any) -> None:
+    """Raise a UserError for code that only a file names: reading a file must not decide which code is run."""
+    named = [one for one in (value if isinstance(value, list) else [value]) if ":" in str(one)]
+    if named:
+        shown = flag(kind, name)
+        raise UserError(
+            f"{shown} {named[0]} comes from a file, and would be imported",
+            "if you trust that code, give it on the command line: " + " ".join(f"{shown} {one}" for one in named),
+        )
 
 
 def current_names(kind: type[Config], settings: Mapping[str, Any]) -> dict[str, Any]:
