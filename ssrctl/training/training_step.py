@@ -29,6 +29,7 @@ from ssrctl.core.seeds import derive_seed
 from ssrctl.core.topk import NonFiniteGradient
 from ssrctl.core.units import Unit, plan_units, steps_with_signal
 from ssrctl.critics.base import Critic
+from ssrctl.critics.rewards import Rewards
 from ssrctl.critics.scoring import score_groups
 from ssrctl.distributed.dealing import deal
 from ssrctl.distributed.world import ALONE, World
@@ -176,6 +177,7 @@ class TrainingStep:
         observer: reads gradients for the logs; None reads none.
         engine: samples the responses; None is transformers in this process.
         world: the processes that share a batch.
+        rewards: rewards of the responses in place of the scores of their final answers.
     """
 
     def __init__(
@@ -188,7 +190,9 @@ class TrainingStep:
         observer: UnitObserver | None = None,
         engine: Engine | None = None,
         world: World = ALONE,
+        rewards: Rewards | None = None,
     ) -> None:
+        self.rewards = rewards
         self.world, self.work = world, ProcessWork(world)
         self.loaded, self.critic, self.updater, self.config, self.curve = loaded, critic, updater, config, curve
         self.observer, self.engine = observer, engine or TransformersEngine(loaded, config)
@@ -323,14 +327,14 @@ class TrainingStep:
         if config.critic == "rollout" and config.sample_together == "question":
             assert self.critic is not None
             for group in mine.values():
-                score_groups([group], self.critic, config.answer_extraction)
+                score_groups([group], self.critic, config.answer_extraction, self.rewards)
             return _in_order(world.gather(mine))
         parts = world.gather_on_main(mine)
 
         def score() -> list[Group]:
             assert self.critic is not None
             groups = _in_order(parts)
-            score_groups(groups, self.critic, config.answer_extraction)
+            score_groups(groups, self.critic, config.answer_extraction, self.rewards)
             return groups
 
         return world.on_main(score)
