@@ -18,7 +18,7 @@ from ssrctl.core.seeds import derive_seed
 from ssrctl.critics.base import Critic
 from ssrctl.critics.registry import CriticResources, make_critic
 from ssrctl.distributed.sharding import ShardedModel
-from ssrctl.distributed.traffic import dense_bytes_sent, kept_bytes_sent
+from ssrctl.distributed.traffic import dense_bytes_sent, kept_bytes_sent, sharded_bytes_sent
 from ssrctl.distributed.world import World, joined_world
 from ssrctl.errors import UserError
 from ssrctl.io import console
@@ -125,8 +125,9 @@ def _run(config: TrainConfig, run_dir: RunDir, world: World) -> dict[str, Any] |
     _warn_about_sampling(config)
     if config.dry_run:
         plan = _plan(config, loaded, protected, mask, profile_name, grants, len(prompts) or len(problems), run_dir)
-        plan |= memory_facts(config, loaded, longest, trained_frac)
-        plan |= _exchange_plan(config, loaded, max(world.size, config.num_processes or 1))
+        processes = max(world.size, config.num_processes or 1)
+        plan |= memory_facts(config, loaded, longest, trained_frac, 1 if config.sharding == "none" else processes)
+        plan |= _exchange_plan(config, loaded, processes)
         plan["first_prompt"] = first_prompt
         console.show_plan("plan", plan)
         return plan
@@ -353,6 +354,24 @@ def _exchange_plan(config: TrainConfig, loaded: LoadedModel, processes: int) -> 
     stored, count = itemsize_of(config, loaded.model), loaded.num_parameters
     dense = dense_bytes_sent(count, itemsize=stored, processes=processes)
     sent, held = dense, 0.0
+    if config.sharding != "none":
+        one_unit = config.optimizer == "adamw" or config.allocation == "pooled"
+        whole = config.sampling_weights == "whole"
+        sent = sharded_bytes_sent(
+            count,
+            itemsize=stored,
+            questions=config.questions_per_step,
+            units=1 if one_unit else max(1, round(config.budget / config.max_step_budget)),
+            sampling_passes=1 if whole else math.ceil(config.questions_per_step / processes) * config.max_new_tokens,
+            processes=processes,
+        )
+        return {
+            "num_processes": processes,
+            "sharding": config.sharding,
+            "gib_per_process": round(count * (stored + _update_bytes(config, stored)) / processes / 2**30, 3),
+            "gib_of_whole_weights_in_sampling": round(count * stored / 2**30, 3) if whole else 0.0,
+            "mib_sent_per_step_and_process": round(sent / 2**20, 3),
+        }
     if config.optimizer == "kronos":
         sent = kept_bytes_sent(
             count,
