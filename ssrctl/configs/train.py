@@ -22,6 +22,7 @@ from ssrctl.configs.building import (
 )
 from ssrctl.configs.common import CommonConfig, DatasetConfig, ModelConfig, ProcessOptions, SamplingConfig
 from ssrctl.configs.critic import CriticOptions
+from ssrctl.configs.engines import EngineOptions
 from ssrctl.configs.names import flag
 from ssrctl.configs.segment import SegmentOptions
 from ssrctl.errors import UserError
@@ -267,6 +268,7 @@ class TrainConfig(
     MethodOptions,
     OptimizerOptions,
     SamplingConfig,
+    EngineOptions,
     SegmentOptions,
     CriticOptions,
     CheckpointOptions,
@@ -307,6 +309,11 @@ class TrainConfig(
                 f"--loss-type {self.loss_type} sums over tokens, --importance-level sequence has one ratio per response: long "
                 "responses would weigh more",
                 "use --importance-level token, or --loss-type grpo",
+            )
+        if self.importance_level == "step" and self.correction_level == "token" and self.engine_correction != "none":
+            raise UserError(
+                "--engine-correction-level token weighs tokens, and --importance-level step has one term per step",
+                "use --engine-correction-level step or sequence",
             )
         self._check_optimizer()
         self._check_passes()
@@ -390,6 +397,11 @@ class TrainConfig(
         if odd := [name for name in kronos_only if getattr(self, name) != defaults[name]]:
             flags = ", ".join(flag(type(self), name) for name in odd)
             raise UserError(f"{flags} has no meaning for adamw", "use --optimizer kronos")
+
+    @property
+    def correction_level(self) -> str:
+        """The level of the engine's correction in force."""
+        return self.engine_correction_level or ("step" if self.optimizer == "kronos" else self.importance_level)
 
     @property
     def resolved_learning_rate(self) -> float:

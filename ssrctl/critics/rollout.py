@@ -247,15 +247,15 @@ class RolloutCritic:
 
     def _estimate(self, prefixes: Sequence[_Prefix]) -> list[_Value]:
         from ssrctl.sampling.continuations import decode_continuation
-        from ssrctl.sampling.generate import TransformersSampler
-        from ssrctl.sampling.sampler import Request, sample_all
+        from ssrctl.sampling.engines.base import Request, sample_all
+        from ssrctl.sampling.engines.transformers_engine import TransformersEngine
 
         num = self.options.critic_rollouts
         seed = derive_seed(self.seed, "repeat", self.repeat) if self.repeat else self.seed
         requests = [
             Request(prefix.ids, prefix.limit, one) for prefix in prefixes for one in prefix_seeds(seed, prefix.ids, num)
         ]
-        drawn = sample_all(TransformersSampler(self.loaded, self.sampling), requests)
+        drawn = sample_all(TransformersEngine(self.loaded, self.sampling), requests)
         self.num_prefixes += len(prefixes)
         self.num_tokens += sum(len(made.response_ids) for made in drawn)
         self.num_unfinished += sum(not made.finished for made in drawn)

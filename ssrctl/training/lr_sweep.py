@@ -17,7 +17,7 @@ from ssrctl.critics.base import Critic
 from ssrctl.errors import UserError
 from ssrctl.io import console
 from ssrctl.models.loading import LoadedModel
-from ssrctl.sampling.generate import NonFiniteLogits
+from ssrctl.sampling.engines.transformers_engine import NonFiniteLogits
 from ssrctl.sampling.groups import Prompted
 from ssrctl.training.training_step import NonFiniteBatch, TrainingStep
 from ssrctl.training.unit_gradients import trainable

@@ -26,9 +26,10 @@ from ssrctl.io.jsonl import JsonlLog, write_jsonl
 from ssrctl.io.mask_log import StepMaskLog, save_mask_log
 from ssrctl.models.loading import LoadedModel
 from ssrctl.models.precision import precision_of
-from ssrctl.sampling.generate import NonFiniteLogits
+from ssrctl.sampling.engines.transformers_engine import NonFiniteLogits
 from ssrctl.sampling.groups import Prompted
 from ssrctl.training.exact_changes import exact_changes
+from ssrctl.training.gap_warning import GapWarning
 from ssrctl.training.obstacles import Obstacles
 from ssrctl.training.tracking import tracking
 from ssrctl.training.training_step import NonFiniteBatch, StepResult, TrainingStep
@@ -64,6 +65,7 @@ class Trainer:
         self.step = self.last_saved = self.num_changed = 0
         self.recent: list[dict[str, Any]] = []
         self.obstacles = Obstacles(config)
+        self.gap_warning = GapWarning(loaded.model.dtype, corrected=config.engine_correction != "none")
 
     def start(self, profile_name: str) -> None:
         """Write the config and the manifest of a new run; one that stopped before its first checkpoint is dropped."""
@@ -166,6 +168,7 @@ class Trainer:
                         log.append(row)
                     track(row)
                     self.obstacles.add(row)
+                    self.gap_warning.add(row)
                     bar.update(task, completed=self.step, status=_status(row))
                     if not console.console().is_terminal and self.step % config.logging_steps == 0:
                         console.note(f"step {self.step}/{config.max_steps}  {_status(row)}")
@@ -289,6 +292,7 @@ class Trainer:
     def _summary(self) -> dict[str, Any]:
         changed_frac = self.num_changed / self.training_step.num_coordinates
         self.obstacles.warn()
+        self.gap_warning.summarize()
         console.note(
             f"done: {self.step} steps, {changed_frac:.1%} of the weights changed; run directory: {self.run_dir.path}"
         )

@@ -23,6 +23,7 @@ from torch import Tensor
 from ssrctl.configs import TrainConfig
 from ssrctl.core.budget import step_budgets
 from ssrctl.core.claims import KeptUnit
+from ssrctl.core.engine_gap import Gap, engine_correction, measure_gap
 from ssrctl.core.losses import k3, response_weights
 from ssrctl.core.mask import BlockMask
 from ssrctl.core.seeds import derive_seed
@@ -36,14 +37,17 @@ from ssrctl.distributed.world import ALONE, World
 from ssrctl.errors import UserError
 from ssrctl.io.mask_log import QuestionLog, UnitLog
 from ssrctl.models.loading import LoadedModel
+from ssrctl.sampling.engines.base import Engine
+from ssrctl.sampling.engines.transformers_engine import TransformersEngine
 from ssrctl.sampling.groups import Group, Prompted, sample_groups
-from ssrctl.sampling.sampler import Sampler
 from ssrctl.training.credit import group_advantages
 from ssrctl.training.process_work import ProcessWork
 from ssrctl.training.reference import StartWeights
-from ssrctl.training.step_gradients.batch import group_batch
+from ssrctl.training.step_gradients.accumulated import fixed_logprobs
+from ssrctl.training.step_gradients.batch import group_batch, response_logprobs
+from ssrctl.training.step_gradients.head import HeadSettings
 from ssrctl.training.step_gradients.task import Dials
-from ssrctl.training.unit_gradients import GroupBatch, NonFiniteLoss, response_logprobs, unit_gradients
+from ssrctl.training.unit_gradients import GroupBatch, NonFiniteLoss, unit_gradients
 from ssrctl.training.unit_observer import QuestionView, UnitObserver, Wanted
 from ssrctl.training.updaters import QuestionUpdate, Updater
 
@@ -90,9 +94,10 @@ class _StepTotals:
     losses: list[float] = field(default_factory=list)
     terms: int = 0
     clipped: int = 0
-    gap_sum: float = 0.0
-    gap_tokens: int = 0
-    gap_max: float = 0.0
+    gaps: list[Tensor] = field(default_factory=list)
+    tokens: int = 0
+    corrected: int = 0
+    correction_hits: int = 0
     entropy_sum: float = 0.0
     num_units: int = 0
     granted_frac: list[float] = field(default_factory=list)
@@ -102,13 +107,19 @@ class _StepTotals:
     resampled: int = 0
     batch_tokens: float = 0.0
     kl_sum: float = 0.0
-    seconds: dict[str, float] = field(default_factory=lambda: {"sample": 0.0, "score": 0.0, "reference": 0.0})
+    seconds: dict[str, float] = field(
+        default_factory=lambda: {"sample": 0.0, "score": 0.0, "reference": 0.0, "old_logprobs": 0.0}
+    )
 
-    def add_gap(self, logprobs: Tensor, batch: GroupBatch) -> None:
-        gap = (logprobs - batch.old_logprobs).abs()[batch.known]
-        self.gap_sum += float(gap.double().sum())
-        self.gap_tokens += gap.numel()
-        self.gap_max = max(self.gap_max, float(gap.max()) if gap.numel() else 0.0)
+    def add_first_pass(self, logprobs: Tensor, batch: GroupBatch) -> None:
+        """Add what the first pass over a question shows, before any update."""
+        assert batch.engine_logprobs is not None
+        apart = (logprobs - batch.engine_logprobs)[batch.known]
+        self.gaps.append(apart[~apart.isnan()].cpu())
+        self.tokens += apart.numel()
+        if batch.correction is not None:
+            self.corrected += batch.correction.num_spans
+            self.correction_hits += batch.correction.num_hit
         if batch.reference is not None:
             self.kl_sum += float(k3(logprobs, batch.reference, batch.known).double().sum())
 
@@ -116,9 +127,7 @@ class _StepTotals:
         """Add those of one question; sums of floats depend on the order of the questions."""
         for spec in dataclasses.fields(self):
             mine, theirs = getattr(self, spec.name), getattr(other, spec.name)
-            if spec.name == "gap_max":
-                self.gap_max = max(mine, theirs)
-            elif spec.name not in ("batch_tokens", "seconds"):  # of the whole step
+            if spec.name not in ("batch_tokens", "seconds"):  # of the whole step
                 setattr(self, spec.name, mine + theirs)
 
     @contextlib.contextmanager
@@ -128,7 +137,7 @@ class _StepTotals:
         self.seconds[phase] += time.perf_counter() - started
 
     def add_entropy(self, entropy: Tensor) -> None:
-        """Add entropies ``[G, R]``, 0 in the padding, of the tokens whose gap ``add_gap`` counts."""
+        """Add entropies ``[G, R]``, 0 in the padding, of the tokens that ``add_first_pass`` counts."""
         self.entropy_sum += float(entropy.double().sum())
 
     def add_update(self, update: QuestionUpdate, num_unprotected: int) -> None:
@@ -167,7 +176,7 @@ class TrainingStep:
         config: the run's settings.
         curve: the budget profile v_1..; ``[1.0]`` for equal budgets.
         observer: reads gradients for the logs; None reads none.
-        sampler: samples the responses; None is transformers in this process.
+        engine: samples the responses; None is transformers in this process.
         world: the processes that share a batch.
         sharded: the model, where each of the processes has a shard of it: all learn from every question then, each
             from some of its responses. None where each has the whole model.
@@ -181,13 +190,13 @@ class TrainingStep:
         config: TrainConfig,
         curve: Sequence[float],
         observer: UnitObserver | None = None,
-        sampler: Sampler | None = None,
+        engine: Engine | None = None,
         world: World = ALONE,
         sharded: ShardedModel | None = None,
     ) -> None:
         self.world, self.work, self.sharded = world, ProcessWork(world), sharded
         self.loaded, self.critic, self.updater, self.config, self.curve = loaded, critic, updater, config, curve
-        self.observer, self.sampler = observer, sampler
+        self.observer, self.engine = observer, engine or TransformersEngine(loaded, config)
         named = dict(loaded.model.named_parameters() if sharded is None else sharded.local_parameters())
         self.start_weights = StartWeights(named, copies=sharded is not None) if config.beta else None
         self.exchanges = world.size > 1 and sharded is None
@@ -221,7 +230,7 @@ class TrainingStep:
         if self.exchanges:
             costs = [_cost(group, units) for group, units in zip(groups, plans, strict=True)]
             mine = deal(costs, world.size)[world.rank]
-        references = {number: self._reference(groups[number], totals) if plans[number] else None for number in mine}
+        batches = {number: self._prepared(groups[number], totals) for number in mine if plans[number]}
         mask_log: list[QuestionLog] = []
         gradient: Tensor | None = None
         update_metrics: dict[str, float | None] = {}
@@ -235,9 +244,16 @@ class TrainingStep:
                     group = groups[number]
                     own = learned[number] = _Learned(_StepTotals(batch_tokens=totals.batch_tokens))
                     view = self.observer.question(wanted) if self.observer is not None and wanted else None
-                    reference, is_first = references[number], iteration == 0
+                    if number not in batches:
+                        continue
                     update = self._learn(
-                        group, plans[number], len(groups), own.totals, view, reference, is_first=is_first
+                        group,
+                        batches[number],
+                        plans[number],
+                        len(groups),
+                        own.totals,
+                        view,
+                        is_first=iteration == 0,
                     )
                     if update is None:
                         continue
@@ -264,7 +280,8 @@ class TrainingStep:
                 raise NonFiniteBatch(
                     f"summed over the batch, {error}", LOWER_RATE, weights_changed=iteration > 0
                 ) from error
-        totals.seconds["update"] = time.perf_counter() - scored - totals.seconds["reference"]
+        before = totals.seconds["reference"] + totals.seconds["old_logprobs"]
+        totals.seconds["update"] = time.perf_counter() - scored - before
         metrics = self._metrics(groups, totals, totals.seconds) | update_metrics
         shares = self.work.shares(self.loaded.model.parameters() if self.sharded is None else None)
         return StepResult(metrics | shares, groups, mask_log, gradient)
@@ -302,7 +319,7 @@ class TrainingStep:
                 num_generations=config.num_generations,
                 seed=own_seed,
                 segmentation=config,
-                sampler=self.sampler,
+                engine=self.engine,
             )
 
         with self.work.sampling(), self._passes_together():
@@ -355,29 +372,52 @@ class TrainingStep:
         masks = self.config.mask_truncated
         return [0 if masks and not sample.finished else len(sample.response_ids) for sample in group.samples]
 
-    def _batch(self, group: Group) -> GroupBatch:
-        return group_batch(self.loaded, group, whole_response=self.config.credit != "step")
+    def _prepared(self, group: Group, totals: _StepTotals) -> GroupBatch:
+        """Return the group as tensors, with what stays the same in all passes over it.
 
-    def _reference(self, group: Group, totals: _StepTotals) -> Tensor | None:
-        """Return the log-probabilities ``[G, R]`` under the start weights; None without a KL term."""
-        if self.start_weights is None:
-            return None
-        batch, temperature = self._batch(group), self.config.temperature
-        with totals.timed("reference"):
-            if self.sharded is None:
-                with self.start_weights.in_place():
-                    return response_logprobs(self.loaded.model, batch, temperature)
-            self.sharded.settle()
-            share = self._share(group)
-            with self.start_weights.in_place():
-                own = response_logprobs(self.loaded.model, batch, temperature, rows=share.rows)
-                self.sharded.settle()
-            return share.whole(own, own.shape[1])
+        A log-probability that the engine did not give is the trainer's own, as all are with ``--old-logprobs trainer``.
+        """
+        config = self.config
+        batch = group_batch(self.loaded, group, whole_response=config.credit != "step")
+        engine = batch.engine_logprobs
+        assert engine is not None
+        missing = engine.isnan()
+        if config.resolved_old_logprobs == "trainer" or bool(missing.any()):
+            with totals.timed("old_logprobs"):
+                own = self._logprobs(batch)
+            from_trainer = missing if config.resolved_old_logprobs == "engine" else torch.ones_like(missing)
+            batch = dataclasses.replace(batch, old_logprobs=torch.where(from_trainer, own, batch.old_logprobs))
+        if config.engine_correction != "none":
+            correction = engine_correction(
+                batch.old_logprobs,
+                engine,
+                batch.step_ids,
+                kind=config.engine_correction,
+                level=config.correction_level,
+                cap=config.engine_correction_cap,
+            )
+            batch = dataclasses.replace(batch, correction=correction)
+        if self.start_weights is not None:
+            with totals.timed("reference"), self.start_weights.in_place():
+                batch = dataclasses.replace(batch, reference=self._logprobs(batch))
+        return batch
 
-    def _share(self, group: Group) -> ResponseShare:
+    def _logprobs(self, batch: GroupBatch) -> Tensor:
+        config = self.config
+        settings = HeadSettings(config.temperature, config.logit_chunk_tokens)
+        if self.sharded is None:
+            return fixed_logprobs(self.loaded.model, batch, settings, config.micro_batch_tokens)
+        self.sharded.settle()
+        share = self._share(batch)
+        with torch.no_grad():
+            own = response_logprobs(self.loaded.model, batch, settings=settings, rows=share.rows)
+        self.sharded.settle()
+        return share.whole(own, own.shape[1])
+
+    def _share(self, batch: GroupBatch) -> ResponseShare:
         """Return the responses of a question that this process runs through the sharded model."""
         assert self.sharded is not None
-        return self.sharded.share([len(sample.response_ids) for sample in group.samples])
+        return self.sharded.share(batch.known.sum(1).tolist())
 
     def _passes_together(self) -> contextlib.AbstractContextManager[None]:
         """Let each process run the model as often as it needs."""
@@ -410,11 +450,11 @@ class TrainingStep:
     def _learn(
         self,
         group: Group,
+        batch: GroupBatch,
         units: list[Unit],
         num_questions: int,
         totals: _StepTotals,
         view: QuestionView | None,
-        reference: Tensor | None,
         *,
         is_first: bool,
     ) -> QuestionUpdate | None:
@@ -428,9 +468,6 @@ class TrainingStep:
                 view.before_unit(unit)
             self.updater.before_unit(unit)
 
-        if not units:
-            return None
-        batch = dataclasses.replace(self._batch(group), reference=reference)
         lengths = torch.tensor(self._trained_lengths(group), device=self.loaded.device)
         gradients = unit_gradients(
             self.loaded.model,
@@ -444,7 +481,7 @@ class TrainingStep:
             micro_batch_tokens=self.config.micro_batch_tokens,
             logit_chunk_tokens=self.config.logit_chunk_tokens,
             dials=Dials(self.config.units_at_once, self.config.gradient_chunk_tokens),
-            on_logprobs=lambda logprobs: totals.add_gap(logprobs, batch) if is_first else None,
+            on_logprobs=lambda logprobs: totals.add_first_pass(logprobs, batch) if is_first else None,
             on_entropy=totals.add_entropy if is_first else None,
             on_unit=before_unit,
             epsilon_high=self.config.epsilon_high,
@@ -452,7 +489,7 @@ class TrainingStep:
                 self.config.loss_type, lengths, longest=self.config.max_new_tokens, batch_tokens=totals.batch_tokens
             ),
             beta=self.config.beta,
-            share=None if self.sharded is None else self._share(group),
+            share=None if self.sharded is None else self._share(batch),
         )
         with contextlib.ExitStack() as stack:
             if view is not None:
@@ -509,7 +546,7 @@ class TrainingStep:
         num_tokens = sum(lengths)
         kl = {}
         if self.config.beta:
-            kl["kl_to_start"] = totals.kl_sum / totals.gap_tokens if totals.gap_tokens else None
+            kl["kl_to_start"] = totals.kl_sum / totals.tokens if totals.tokens else None
             kl["reference_seconds"] = seconds["reference"]
         return {
             "reward": statistics.fmean(known) if known else None,
@@ -525,9 +562,8 @@ class TrainingStep:
             "non_finite_questions": totals.non_finite,
             "loss": statistics.fmean(totals.losses) if totals.losses else None,
             "clip_frac": totals.clipped / totals.terms if totals.terms else 0.0,
-            "logprob_gap_mean": totals.gap_sum / totals.gap_tokens if totals.gap_tokens else None,
-            "logprob_gap_max": totals.gap_max,
-            "entropy": totals.entropy_sum / totals.gap_tokens if totals.gap_tokens else None,
+            **self._engine_metrics(totals),
+            "entropy": totals.entropy_sum / totals.tokens if totals.tokens else None,
             "num_units": totals.num_units,
             "granted_frac": statistics.fmean(totals.granted_frac) if totals.granted_frac else 0.0,
             "granted_budget_frac": (
@@ -543,6 +579,23 @@ class TrainingStep:
             "update_seconds": seconds["update"],
             "peak_memory_bytes": _peak_memory_bytes(),
         }
+
+    def _engine_metrics(self, totals: _StepTotals) -> dict[str, float | None]:
+        """Return the metrics of the gap between engine and trainer, and of its correction."""
+        config = self.config
+        above = config.clip_epsilon if config.epsilon_high is None else config.epsilon_high
+        gap = measure_gap(torch.cat([*totals.gaps, torch.empty(0)]), low=1 - config.clip_epsilon, high=1 + above)
+        known = sum(len(part) for part in totals.gaps)
+        found: dict[str, float | None] = {
+            f"logprob_gap_{spec.name}": None if gap is None else getattr(gap, spec.name)
+            for spec in dataclasses.fields(Gap)
+        }
+        found["missing_logprob_frac"] = 1 - known / totals.tokens if totals.tokens else None
+        if config.resolved_old_logprobs == "trainer":
+            found["old_logprobs_seconds"] = totals.seconds["old_logprobs"]
+        if config.engine_correction != "none":
+            found["correction_hit_frac"] = totals.correction_hits / totals.corrected if totals.corrected else None
+        return found
 
 
 def _in_order(parts: Sequence[dict[int, T]]) -> list[T]:

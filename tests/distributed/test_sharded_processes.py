@@ -103,7 +103,8 @@ VARIANTS = {
     "adam, truncated": (2, ["--update-rule", "adam", "--step-gradient", "truncated"]),
     "rms, by tensor": (3, ["--update-rule", "rms", "--scope", "tensor"]),
     "KL, checkpointed, two passes": (
-        2, ["--beta", "0.05", "--gradient-checkpointing", "--num-iterations", "2", "--resample-without-signal", "1"],
+        2, ["--beta", "0.05", "--gradient-checkpointing", "--num-iterations", "2", "--resample-without-signal", "1",
+            "--engine-correction", "truncate"],
     ),
     "pooled, token loss": (3, ["--allocation", "pooled", "--loss-type", "dapo", "--importance-level", "token"]),
     "shuffled, fused": (4, ["--allocation", "shuffled", "--fuse-tol", "0.3", "--max-units", "2"]),
