@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import gc
 import os
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -64,7 +65,10 @@ def main() -> None:
         whole["weights"], itemsize=2, questions=1, units=UNITS, sampling_passes=0, processes=given.processes
     )
     each = shard["bytes"] / given.processes
-    print(f"\nsent per process: {each / 2**20:.0f} MiB; by the formula of --dry-run {formula / 2**20:.0f}")
+    print(
+        f"\nsent per process: {each / 2**20:.0f} MiB; by the formula of --dry-run {formula / 2**20:.0f}, and with gloo, which "
+        f"scatters sums by an all-reduce, {formula * (1 + 3 * UNITS) / (1 + 2 * UNITS) / 2**20:.0f}"
+    )
     print(
         f"seconds: {whole['seconds']:.1f} alone, {shard['seconds']:.1f} in {given.processes} processes on these cores"
     )
@@ -78,6 +82,8 @@ def worker(rank: int, store: str, given: argparse.Namespace, shards: bool, queue
         "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=LONGEST_WAIT
     )
     world = World(rank, size)
+    import transformers.models.llama.modeling_llama  # noqa: F401 (it takes memory of its own)
+
     before = resident()
     sharded = None
     for turn in range(size):
@@ -139,5 +145,8 @@ def reset_peak() -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # freed tensors go back to the system at once, so that the resident set is what is in use
+    if "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+        small = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **small})
     main()

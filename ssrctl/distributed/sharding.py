@@ -112,6 +112,9 @@ class ShardedModel:
         # experts that only some processes' tokens reach
         model.set_reduce_scatter_unused_params(True)
         self.rows: dict[str, Rows] = {}
+        self._weight_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+        self._holds_whole = False
+        model.register_forward_pre_hook(lambda *_: self._count_moves(0 if self._holds_whole else 1))
 
     def begin(self) -> None:
         """Run the model once, which lets FSDP lay out its shards, and find this process's rows; all processes call it."""
@@ -147,6 +150,7 @@ class ShardedModel:
 
     def backward(self, outputs: Tensor, gradient: Tensor, *, retain: bool = False) -> None:
         """Backpropagate; all processes call it, and ``take_gradients`` has the sum over them."""
+        self._count_moves(2)
         self.model.unshard()  # the root's weights, which the output projection needs; layers gather their own
         outputs.backward(gradient, retain_graph=retain)
 
@@ -184,9 +188,12 @@ class ShardedModel:
         for part in parts:
             part.set_reshard_after_forward(False, recurse=False)
             part.unshard()
+        self._count_moves(1)
+        self._holds_whole = True
         try:
             yield
         finally:
+            self._holds_whole = False
             for part in parts:
                 part.set_reshard_after_forward(part is not self.model, recurse=False)
                 part.reshard()
@@ -203,6 +210,12 @@ class ShardedModel:
             hook.remove()
         while self.world.any(False):
             self._dummy_pass()
+
+    def _count_moves(self, times: int) -> None:
+        """Add to the traffic: the weights gathered, or a gradient of their size scattered, that often."""
+        moved = times * self._weight_bytes * (self.world.size - 1) // self.world.size
+        self.world.bytes_sent += moved
+        self.world.bytes_received += moved
 
     def _dummy_pass(self) -> None:
         with torch.no_grad():

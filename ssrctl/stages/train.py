@@ -81,9 +81,9 @@ def _check_processes(config: TrainConfig, world: World) -> None:
     """Raise a UserError for what several processes cannot divide."""
     processes = max(world.size, config.num_processes or 1)
     if config.sharding != "none" and processes > (responses := config.num_generations):
-        raise UserError(
-            f"{processes} processes for {responses} responses to a question, which are divided among the shards",
-            f"use --num-generations {processes} or more, or fewer processes",
+        console.warn(
+            f"{processes} processes for {responses} responses to a question: {processes - responses} hold a shard and have no "
+            f"response to learn from (--num-generations {processes} would give each one)"
         )
     if config.sharding == "none" and processes > config.questions_per_step:
         raise UserError(
