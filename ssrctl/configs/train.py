@@ -24,6 +24,7 @@ from ssrctl.configs.common import CommonConfig, DatasetConfig, ModelConfig, Proc
 from ssrctl.configs.critic import CriticOptions
 from ssrctl.configs.engines import EngineOptions
 from ssrctl.configs.names import flag
+from ssrctl.configs.own_code import REWARDS, check_name, names_code
 from ssrctl.configs.segment import SegmentOptions
 from ssrctl.errors import UserError
 from ssrctl.process_rank import num_launched
@@ -50,6 +51,10 @@ class MethodOptions(Config):
     credit: Literal["step", "final", "cot"] = "step"
     """step: each step its advantage (SSR); final, cot: one advantage per response from the final answer or
     from the mean step reward (the GSPO baselines)."""
+
+    reward: list[str] = names_code(default_factory=list)
+    """Reward of a response in place of the score of its final answer: module:function of your own, with the signature of
+    TRL's reward_funcs (docs/critics.md). Give it again for several, which are added."""
 
     advantage: Literal["paper", "group", "hybrid"] = "group"
     """paper is eq. 9, whose advantages sum to zero within every response, good or bad; group is eq. 6 alone;
@@ -281,6 +286,8 @@ class TrainConfig(
     Example: ssrctl train --model Qwen/Qwen2.5-0.5B-Instruct --dataset problems.jsonl --output-dir runs/first
     """
 
+    has_recipes = True
+
     output_dir: Path | None = output(None)
     """Run directory; by default a new one under runs/."""
 
@@ -291,6 +298,8 @@ class TrainConfig(
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in self.reward:
+            check_name("--reward", name, REWARDS)
         if self.sample_together is None:
             self.sample_together = "question" if num_launched() > 1 or (self.num_processes or 1) > 1 else "step"
         if self.optimizer is None:

@@ -16,14 +16,17 @@ import torch
 from ssrctl.checkpoints.delta import Delta, apply_delta
 from ssrctl.checkpoints.run_dir import Checkpoint, RunDir, prune_checkpoints, save_checkpoint
 from ssrctl.configs import TrainConfig
+from ssrctl.configs.names import flag
+from ssrctl.configs.own_code import imported_names
 from ssrctl.core.seeds import derive_seed
 from ssrctl.errors import Interrupted, Stopped, UserError
 from ssrctl.io import console, manifest
 from ssrctl.io.files import CannotWrite, write_text
 from ssrctl.io.gradient_log import GradientHeader, gradient_log_path, save_gradient_log
 from ssrctl.io.interrupts import deferred_interrupt
-from ssrctl.io.jsonl import JsonlLog, write_jsonl
+from ssrctl.io.jsonl import JsonlLog
 from ssrctl.io.mask_log import StepMaskLog, save_mask_log
+from ssrctl.io.records import write_rollouts
 from ssrctl.models.loading import LoadedModel
 from ssrctl.models.precision import precision_of
 from ssrctl.sampling.engines.transformers_engine import NonFiniteLogits
@@ -206,8 +209,8 @@ class Trainer:
         return row
 
     def _write_logs(self, result: StepResult) -> None:
-        rows = (rollout.to_dict() for group in result.groups for rollout in group.rollouts)
-        write_jsonl(self.run_dir.rollouts(self.step), rows)
+        rollouts = (rollout for group in result.groups for rollout in group.rollouts)
+        write_rollouts(self.run_dir.rollouts(self.step), rollouts)
         if result.mask_log:
             log = StepMaskLog(
                 step=self.step,
@@ -287,7 +290,10 @@ class Trainer:
             return "run the same command again, it starts from the model's weights"
         run = shlex.quote(str(self.run_dir.path))
         config = shlex.quote(str(self.run_dir.config))
-        return f"ssrctl train --config {config} --output-dir {run} --resume-from-checkpoint latest"
+        # Code is not imported because a file names it.
+        named = imported_names(self.config).items()
+        code = "".join(f" {flag(TrainConfig, name)} {shlex.quote(value)}" for name, values in named for value in values)
+        return f"ssrctl train --config {config} --output-dir {run} --resume-from-checkpoint latest{code}"
 
     def _summary(self) -> dict[str, Any]:
         changed_frac = self.num_changed / self.training_step.num_coordinates

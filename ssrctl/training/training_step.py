@@ -30,6 +30,7 @@ from ssrctl.core.seeds import derive_seed
 from ssrctl.core.topk import NonFiniteGradient
 from ssrctl.core.units import Unit, plan_units, steps_with_signal
 from ssrctl.critics.base import Critic
+from ssrctl.critics.rewards import Rewards
 from ssrctl.critics.scoring import score_groups
 from ssrctl.distributed.dealing import deal
 from ssrctl.distributed.sharding import ResponseShare, ShardedModel, noticing_lost_processes
@@ -180,6 +181,7 @@ class TrainingStep:
         world: the processes that share a batch.
         sharded: the model, where each of the processes has a shard of it: all learn from every question then, each
             from some of its responses. None where each has the whole model.
+        rewards: rewards of the responses in place of the scores of their final answers.
     """
 
     def __init__(
@@ -193,7 +195,9 @@ class TrainingStep:
         engine: Engine | None = None,
         world: World = ALONE,
         sharded: ShardedModel | None = None,
+        rewards: Rewards | None = None,
     ) -> None:
+        self.rewards = rewards
         self.world, self.work, self.sharded = world, ProcessWork(world), sharded
         self.loaded, self.critic, self.updater, self.config, self.curve = loaded, critic, updater, config, curve
         self.observer, self.engine = observer, engine or TransformersEngine(loaded, config)
@@ -339,14 +343,14 @@ class TrainingStep:
             assert self.critic is not None
             with self._passes_together():
                 for group in mine.values():
-                    score_groups([group], self.critic, config.answer_extraction)
+                    score_groups([group], self.critic, config.answer_extraction, self.rewards)
             return _in_order(world.gather(mine))
         parts = world.gather_on_main(mine)
 
         def score() -> list[Group]:
             assert self.critic is not None
             groups = _in_order(parts)
-            score_groups(groups, self.critic, config.answer_extraction)
+            score_groups(groups, self.critic, config.answer_extraction, self.rewards)
             return groups
 
         return world.on_main(score)

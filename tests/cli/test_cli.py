@@ -35,6 +35,7 @@ COMMANDS = {
     "eval": configs.EvalConfig,
     "diagnose": configs.DiagnoseConfig,
     "env": configs.EnvConfig,
+    "recipes": configs.RecipesConfig,
     "delta diff": configs.DeltaDiffConfig,
     "delta apply": configs.DeltaApplyConfig,
     "delta info": configs.DeltaInfoConfig,
