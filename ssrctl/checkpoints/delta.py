@@ -270,6 +270,11 @@ class DeltaFile:
         except ValueError as error:
             raise UserError(f"{self.path}: {name}: {error}", DAMAGED) from error
 
+    def check(self, name: str) -> None:
+        """Read a tensor's changes for their errors, which are those of ``blocks``; values are not looked at."""
+        for _ in self.blocks(name):
+            pass
+
     def _plain_blocks(self, name: str, numel: int) -> Iterator[tuple[Tensor, Tensor]]:
         entries, last = self._entries[name], -1
         pieces = (read_pieces(self.path, one, BLOCK_ENTRIES) for one in (entries.indices, entries.values))
@@ -339,18 +344,23 @@ def load_delta(path: str | Path, before: BaseValues | None = None) -> Delta:
     return DeltaFile(path).load(before)
 
 
-def apply_delta(delta: DeltaFile, tensors: Mapping[str, Tensor], fingerprint: str) -> None:
+def apply_delta(
+    delta: DeltaFile, tensors: Mapping[str, Tensor], fingerprint: str, starts: Mapping[str, int] | None = None
+) -> None:
     """Write a delta's values into a model's tensors, in place, after checking that it belongs to it.
 
     Args:
         delta: what to apply.
         tensors: the base model's tensors by name, unchanged, in the dtype that the delta's values have.
         fingerprint: the base model's.
+        starts: of tensors that are rows of the base's, the flat index there of their first coordinate; None: of whole ones.
 
     Raises:
         UserError: another base, other shapes, or another dtype, and nothing is written then; or corrupt entries, after
             which the model is of no use.
     """
+    import torch
+
     from ssrctl.core.bits import bit_patterns
 
     if fingerprint != delta.base.fingerprint:
@@ -360,7 +370,8 @@ def apply_delta(delta: DeltaFile, tensors: Mapping[str, Tensor], fingerprint: st
         )
     for name in delta.counts:
         tensor, dtype = tensors.get(name), delta.dtype(name)
-        if tensor is None or tuple(tensor.shape) != delta.shapes[name]:
+        rows = 0 if starts is None else 1  # the number of rows is a process's own
+        if tensor is None or tuple(tensor.shape)[rows:] != delta.shapes[name][rows:]:
             raise UserError(f"{delta.path}: {name} is absent or has another shape in the model")
         if dtype is not None and tensor.dtype != dtype:
             raise UserError(
@@ -371,8 +382,10 @@ def apply_delta(delta: DeltaFile, tensors: Mapping[str, Tensor], fingerprint: st
     def put(name: str) -> None:
         tensor = tensors[name].detach().view(-1)
         flat = bit_patterns(tensor)  # integers are copied twice as fast, and 8-bit floats not at all
+        start = 0 if starts is None else starts[name]
         for indices, coded in delta.blocks(name):
-            indices = indices.to(flat.device)
+            first, last = torch.searchsorted(indices, torch.tensor([start, start + len(flat)])).tolist()
+            indices, coded = (indices[first:last] - start).to(flat.device), coded[first:last]
             before = flat.index_select(0, indices).cpu().view(tensor.dtype)
             flat.index_copy_(0, indices, bit_patterns(delta.values(name, coded, before)).to(flat.device))
 

@@ -134,7 +134,7 @@ class Checkpoint:
 
     Attributes:
         path: its folder.
-        delta: what differs from the base model, its header checked.
+        delta: what differs from the base model, checked.
         optimizer: the updater's tensors.
         state: step, learning-rate schedule, and whatever else json holds.
     """
@@ -174,7 +174,10 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             f"{folder / 'state.json'} cannot be read: {error}", "continue from an earlier checkpoint of the run"
         ) from error
     optimizer, _ = load_tensors(folder / "optimizer.safetensors", OPTIMIZER_KIND)
-    return Checkpoint(folder, DeltaFile(folder / DELTA_FILE), optimizer, state)
+    delta = DeltaFile(folder / DELTA_FILE)
+    for name in delta.counts:
+        delta.check(name)
+    return Checkpoint(folder, delta, optimizer, state)
 
 
 def newest_checkpoint(run: Path) -> Path:

@@ -225,8 +225,7 @@ def run_info(config: DeltaInfoConfig) -> dict[str, Any]:
     delta = DeltaFile(_delta_file(config.delta))
     with _one_thread():
         for name in console.tracked(list(delta.counts), "checking"):
-            for _ in delta.blocks(name):  # reading is what checks them
-                pass
+            delta.check(name)
     listed = {delta.dtype(name) for name in delta.counts}
     common = listed.pop() if len(listed) == 1 else None
     dtypes = dict.fromkeys(delta.shapes, common) | {name: delta.dtype(name) for name in delta.counts}

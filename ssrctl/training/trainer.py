@@ -95,13 +95,19 @@ class Trainer:
                 "num_coordinates": self.training_step.num_coordinates,
                 "num_protected": self.updater.num_protected,
                 "num_processes": self.world.size,
+                "sharding": self.config.sharding,
             }
         )
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Restore weights, optimizer, schedule and logs to the state of a checkpoint."""
-        parameters = dict(self.loaded.model.named_parameters())
-        apply_delta(checkpoint.delta, parameters, self.loaded.identity.fingerprint)
+        sharded = self.training_step.sharded
+        apply_delta(
+            checkpoint.delta,
+            dict(self.loaded.model.named_parameters() if sharded is None else sharded.local_parameters()),
+            self.loaded.identity.fingerprint,
+            None if sharded is None else {name: rows.start for name, rows in sharded.rows.items()},
+        )
         self.num_changed = checkpoint.delta.count
         self.updater.load_state(checkpoint.optimizer)
         self.step = self.last_saved = checkpoint.state["step"]
@@ -240,13 +246,17 @@ class Trainer:
             log.sync()
         if self.step == self.last_saved:
             return
-        if self.world.is_main:
+        if self.world.is_main or self.training_step.sharded is not None:
             self._write_checkpoint()
         self.last_saved = self.step
         self.world.wait()
 
     def _write_checkpoint(self) -> None:
-        changes, before = exact_changes(self.updater.changes(), self.config)
+        """Write what the updater has; of a sharded model the main process has it all, once every process was asked."""
+        touched, updater_state = self.updater.changes(), self.updater.state()
+        if not self.world.is_main:
+            return
+        changes, before = exact_changes(touched, self.config)
         delta = Delta(self.loaded.identity, self.loaded.shapes(), dict(changes), before)
         state = {
             "step": self.step,
@@ -256,10 +266,16 @@ class Trainer:
         # A resumed run writes the same bytes as an uninterrupted one, and any number of processes the same as one.
         settings = manifest.published_settings(
             dataclasses.replace(
-                self.config, resume_from_checkpoint=None, force=False, num_processes=None, accelerate_config=None
+                self.config,
+                resume_from_checkpoint=None,
+                force=False,
+                num_processes=None,
+                accelerate_config=None,
+                sharding="none",
+                sampling_weights="whole",
             )
         )
-        save_checkpoint(self.run_dir.checkpoint(self.step), delta, self.updater.state(), state, settings)
+        save_checkpoint(self.run_dir.checkpoint(self.step), delta, updater_state, state, settings)
         prune_checkpoints(self.run_dir, self.config.save_total_limit)
         self.num_changed = delta.count
 
