@@ -17,12 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ssrctl.checkpoints.delta import Delta, load_delta, save_delta
+from ssrctl.checkpoints.delta import Delta, DeltaFile, save_delta
 from ssrctl.configs import TrainConfig, current_names
 from ssrctl.errors import UserError
 from ssrctl.io.artifacts import load_tensors, save_tensors
 from ssrctl.io.files import remove_parts_of_dead_processes, write_text
 from ssrctl.io.jsonl import read_jsonl, write_jsonl
+from ssrctl.io.manifest import write_settings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,9 +78,7 @@ class RunDir:
 
     def write_config(self, settings: Mapping[str, Any]) -> None:
         """Write the resolved settings as yaml that ``--config`` reads back."""
-        import yaml
-
-        write_text(self.config, yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True))
+        write_settings(self.config, settings)
 
     def read_config(self) -> dict[str, Any]:
         """Return the run's settings, by today's field names."""
@@ -135,13 +134,13 @@ class Checkpoint:
 
     Attributes:
         path: its folder.
-        delta: what differs from the base model.
+        delta: what differs from the base model, checked.
         optimizer: the updater's tensors.
         state: step, learning-rate schedule, and whatever else json holds.
     """
 
     path: Path
-    delta: Delta
+    delta: DeltaFile
     optimizer: dict[str, Tensor]
     state: dict[str, Any]
 
@@ -175,7 +174,10 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             f"{folder / 'state.json'} cannot be read: {error}", "continue from an earlier checkpoint of the run"
         ) from error
     optimizer, _ = load_tensors(folder / "optimizer.safetensors", OPTIMIZER_KIND)
-    return Checkpoint(folder, load_delta(folder / DELTA_FILE), optimizer, state)
+    delta = DeltaFile(folder / DELTA_FILE)
+    for name in delta.counts:
+        delta.check(name)
+    return Checkpoint(folder, delta, optimizer, state)
 
 
 def newest_checkpoint(run: Path) -> Path:

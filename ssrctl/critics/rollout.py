@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from ssrctl.configs import CriticOptions, SamplingConfig
 from ssrctl.core.seeds import derive_seed
-from ssrctl.critics.base import missing, scored
+from ssrctl.critics.base import CriticResources, missing, scored
 from ssrctl.errors import UserError
 from ssrctl.io import console
 from ssrctl.io.records import Rollout, StepScore
@@ -38,7 +38,6 @@ from ssrctl.text.answers import check_answer, check_answers
 from ssrctl.text.prompts import PromptFormat, build_prompt, encode_prompt
 
 if TYPE_CHECKING:
-    from ssrctl.critics.registry import CriticResources
     from ssrctl.models.loading import LoadedModel
 
 # Rollouts are collected until this many batches of continuations are pending: enough to sort them by length, and

@@ -39,12 +39,14 @@ class Group:
         samples: tokens and log-probabilities.
         rollouts: the records, in the same order, with ``steps`` filled and, after scoring, ``scores``.
         token_steps: per response, the step of each token (-1 throughout where the response has no step).
+        response_rewards: per response, the reward of ``--reward``; None without one.
     """
 
     prompted: Prompted
     samples: list[Sample]
     rollouts: list[Rollout]
     token_steps: list[list[int]]
+    response_rewards: list[float | None] | None = None
 
     @property
     def id(self) -> str:

@@ -16,14 +16,17 @@ import torch
 from ssrctl.checkpoints.delta import Delta, apply_delta
 from ssrctl.checkpoints.run_dir import Checkpoint, RunDir, prune_checkpoints, save_checkpoint
 from ssrctl.configs import TrainConfig
+from ssrctl.configs.names import flag
+from ssrctl.configs.own_code import imported_names
 from ssrctl.core.seeds import derive_seed
 from ssrctl.errors import Interrupted, Stopped, UserError
 from ssrctl.io import console, manifest
 from ssrctl.io.files import CannotWrite, write_text
 from ssrctl.io.gradient_log import GradientHeader, gradient_log_path, save_gradient_log
 from ssrctl.io.interrupts import deferred_interrupt
-from ssrctl.io.jsonl import JsonlLog, write_jsonl
+from ssrctl.io.jsonl import JsonlLog
 from ssrctl.io.mask_log import StepMaskLog, save_mask_log
+from ssrctl.io.records import write_rollouts
 from ssrctl.models.loading import LoadedModel
 from ssrctl.models.precision import precision_of
 from ssrctl.sampling.engines.transformers_engine import NonFiniteLogits
@@ -92,13 +95,19 @@ class Trainer:
                 "num_coordinates": self.training_step.num_coordinates,
                 "num_protected": self.updater.num_protected,
                 "num_processes": self.world.size,
+                "sharding": self.config.sharding,
             }
         )
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Restore weights, optimizer, schedule and logs to the state of a checkpoint."""
-        parameters = dict(self.loaded.model.named_parameters())
-        apply_delta(checkpoint.delta, parameters, self.loaded.identity.fingerprint, checkpoint.path)
+        sharded = self.training_step.sharded
+        apply_delta(
+            checkpoint.delta,
+            dict(self.loaded.model.named_parameters() if sharded is None else sharded.local_parameters()),
+            self.loaded.identity.fingerprint,
+            None if sharded is None else {name: rows.start for name, rows in sharded.rows.items()},
+        )
         self.num_changed = checkpoint.delta.count
         self.updater.load_state(checkpoint.optimizer)
         self.step = self.last_saved = checkpoint.state["step"]
@@ -200,8 +209,8 @@ class Trainer:
         return row
 
     def _write_logs(self, result: StepResult) -> None:
-        rows = (rollout.to_dict() for group in result.groups for rollout in group.rollouts)
-        write_jsonl(self.run_dir.rollouts(self.step), rows)
+        rollouts = (rollout for group in result.groups for rollout in group.rollouts)
+        write_rollouts(self.run_dir.rollouts(self.step), rollouts)
         if result.mask_log:
             log = StepMaskLog(
                 step=self.step,
@@ -237,15 +246,18 @@ class Trainer:
             log.sync()
         if self.step == self.last_saved:
             return
-        if self.world.is_main:
+        if self.world.is_main or self.training_step.sharded is not None:
             self._write_checkpoint()
         self.last_saved = self.step
         self.world.wait()
 
     def _write_checkpoint(self) -> None:
-        delta = Delta(
-            self.loaded.identity, self.loaded.shapes(), dict(exact_changes(self.updater.changes(), self.config))
-        )
+        """Write what the updater has; of a sharded model the main process has it all, once every process was asked."""
+        touched, updater_state = self.updater.changes(), self.updater.state()
+        if not self.world.is_main:
+            return
+        changes, before = exact_changes(touched, self.config)
+        delta = Delta(self.loaded.identity, self.loaded.shapes(), dict(changes), before)
         state = {
             "step": self.step,
             "scheduler": self.scheduler.state_dict(),
@@ -254,10 +266,16 @@ class Trainer:
         # A resumed run writes the same bytes as an uninterrupted one, and any number of processes the same as one.
         settings = manifest.published_settings(
             dataclasses.replace(
-                self.config, resume_from_checkpoint=None, force=False, num_processes=None, accelerate_config=None
+                self.config,
+                resume_from_checkpoint=None,
+                force=False,
+                num_processes=None,
+                accelerate_config=None,
+                sharding="none",
+                sampling_weights="whole",
             )
         )
-        save_checkpoint(self.run_dir.checkpoint(self.step), delta, self.updater.state(), state, settings)
+        save_checkpoint(self.run_dir.checkpoint(self.step), delta, updater_state, state, settings)
         prune_checkpoints(self.run_dir, self.config.save_total_limit)
         self.num_changed = delta.count
 
@@ -273,7 +291,10 @@ class Trainer:
             return "run the same command again, it starts from the model's weights"
         run = shlex.quote(str(self.run_dir.path))
         config = shlex.quote(str(self.run_dir.config))
-        return f"ssrctl train --config {config} --output-dir {run} --resume-from-checkpoint latest"
+        # Code is not imported because a file names it.
+        named = imported_names(self.config).items()
+        code = "".join(f" {flag(TrainConfig, name)} {shlex.quote(value)}" for name, values in named for value in values)
+        return f"ssrctl train --config {config} --output-dir {run} --resume-from-checkpoint latest{code}"
 
     def _summary(self) -> dict[str, Any]:
         changed_frac = self.num_changed / self.training_step.num_coordinates

@@ -36,6 +36,7 @@ COMMANDS = {
     "diagnose": configs.DiagnoseConfig,
     "serve-rollouts": configs.ServeRolloutsConfig,
     "env": configs.EnvConfig,
+    "recipes": configs.RecipesConfig,
     "delta diff": configs.DeltaDiffConfig,
     "delta apply": configs.DeltaApplyConfig,
     "delta info": configs.DeltaInfoConfig,

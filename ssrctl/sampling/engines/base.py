@@ -115,7 +115,10 @@ class ServedEngine(Engine, Protocol):
 
     Attributes:
         full_bytes: of all weights.
+        full_seconds: of the last push of these; None before one.
     """
+
+    full_seconds: float | None
 
     @property
     def full_bytes(self) -> int: ...

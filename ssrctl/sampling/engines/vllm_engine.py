@@ -69,6 +69,8 @@ class VllmServerEngine:
 
     Attributes:
         version: number of pushes so far.
+        full_seconds: of the last push of all weights.
+        block_size: tokens of a block of the servers' caches, once connected.
 
     Raises:
         UserError: an address that cannot be one.
@@ -93,6 +95,7 @@ class VllmServerEngine:
         if options.rollout_push == "auto":
             self._inline = not all(server.is_local for server in self.servers)
         self.block_size = 0
+        self.full_seconds: float | None = None
 
     @property
     def full_bytes(self) -> int:
@@ -222,6 +225,7 @@ class VllmServerEngine:
 
     def _push_all(self, servers: Sequence[VllmServer]) -> int:
         """Push all weights; return their bytes."""
+        started = time.perf_counter()
         tensors = {name: tensor.cpu().contiguous() for name, tensor in self._weights().items()}
         with self._carried(tensors, {}) as cargo:
             update = {"base": None, "version": self._label, **cargo}
@@ -230,6 +234,7 @@ class VllmServerEngine:
                     self._patiently(server, lambda server=server: server.push(update))  # type: ignore[misc]
                 except Refused as error:
                     raise Stopped(f"{server.url} does not take the weights: {error}") from error
+        self.full_seconds = time.perf_counter() - started
         return num_bytes(tensors) * len(servers)
 
     @contextlib.contextmanager
