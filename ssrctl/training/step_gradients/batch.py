@@ -45,6 +45,20 @@ class GroupBatch:
         """bool ``[G, R]``: True at response tokens, False in the padding."""
         return self.attention_mask[:, self.prompt_length :].bool()
 
+    def of_responses(self, rows: Sequence[int]) -> GroupBatch:
+        """Return some of the responses, in this order, as wide as the longest of them needs."""
+        places = torch.tensor(list(rows), device=self.input_ids.device)
+        width = int(self.known[places].sum(1).max())
+        end = self.prompt_length + width
+        return GroupBatch(
+            self.input_ids[places, :end],
+            self.attention_mask[places, :end],
+            self.prompt_length,
+            self.old_logprobs[places, :width],
+            self.step_ids[places, :width],
+            None if self.reference is None else self.reference[places, :width],
+        )
+
     @property
     def targets(self) -> Tensor:
         """int64 ``[G, R]``: the response tokens; the logits at column P - 1 + t predict the t-th."""
