@@ -89,6 +89,22 @@ class World:
         result: T = outcome[0]
         return result
 
+    def together(self, call: Callable[[], T]) -> T:
+        """Return this process's result of ``call``; a UserError in one process is raised in all."""
+        if self.size == 1:
+            return call()
+        result: Any = None
+        failed: UserError | None = None
+        try:
+            result = call()
+        except UserError as error:
+            failed = error
+        for of_process in self.gather(failed):
+            if of_process is not None:
+                raise of_process
+        mine: T = result
+        return mine
+
     def any(self, flag: bool) -> bool:
         """Return True in all processes if ``flag`` is True in one."""
         return any(self.gather(flag)) if self.size > 1 else flag

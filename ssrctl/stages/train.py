@@ -74,10 +74,6 @@ def _check_processes(config: TrainConfig, world: World) -> None:
             f"{processes} processes for {config.questions_per_step} questions in a step: some would have none",
             f"use --questions-per-step {processes} or more, or fewer processes",
         )
-    if world.size > 1 and config.find_lr:
-        raise UserError(
-            f"--find-lr runs in one process, {world.size} were launched", "run it without a launcher, then train with N"
-        )
 
 
 def _run(config: TrainConfig, run_dir: RunDir, world: World) -> dict[str, Any] | None:
@@ -114,15 +110,7 @@ def _run(config: TrainConfig, run_dir: RunDir, world: World) -> dict[str, Any] |
         plan["first_prompt"] = first_prompt
         console.show_plan("plan", plan)
         return plan
-    if config.find_lr:
-        questions = functools.partial(questions_of_step, prompts=prompts, config=config)
-        with contextlib.closing(_critic(config, loaded)) as critic:
-            return find_lr(loaded, critic, config, questions, curve, protected, mask)
     settled = settle_step_gradient(config, loaded, longest, trained_frac)
-    parameters = trainable(loaded.model)
-    updater = make_updater(parameters, config, protected, mask, world)
-    observer = UnitObserver(parameters, config, frozen_coordinates(protected, mask))
-    ledger = run_dir.path / CRITIC_CALLS if config.critic == "llm" else None
     more = {
         **{f"contents of {name}": found for name, found in input_hashes(config).items()},
         "budget curve": list(curve),
@@ -132,7 +120,14 @@ def _run(config: TrainConfig, run_dir: RunDir, world: World) -> dict[str, Any] |
     }
     agree(world, config, loaded, prompts, more)
     scores_here = world.is_main or config.critic == "rollout"
+    ledger = run_dir.path / CRITIC_CALLS if config.critic == "llm" and not config.find_lr else None
     with contextlib.closing(_critic(config, loaded, ledger)) if scores_here else contextlib.nullcontext() as critic:
+        if config.find_lr:
+            questions = functools.partial(questions_of_step, prompts=prompts, config=config)
+            return find_lr(loaded, critic, settled, questions, curve, protected, mask, world)
+        parameters = trainable(loaded.model)
+        updater = make_updater(parameters, config, protected, mask, world)
+        observer = UnitObserver(parameters, config, frozen_coordinates(protected, mask))
         step = TrainingStep(loaded, critic, updater, settled, curve, observer, world=world)
         trainer = Trainer(config, loaded, run_dir, prompts, step)
         if checkpoint is None:

@@ -14,6 +14,7 @@ from ssrctl.configs import TrainConfig
 from ssrctl.core.mask import BlockMask
 from ssrctl.core.seeds import derive_seed
 from ssrctl.critics.base import Critic
+from ssrctl.distributed.world import ALONE, World
 from ssrctl.errors import UserError
 from ssrctl.io import console
 from ssrctl.models.loading import LoadedModel
@@ -57,12 +58,13 @@ class RateResult:
 
 def find_lr(
     loaded: LoadedModel,
-    critic: Critic,
+    critic: Critic | None,
     config: TrainConfig,
     questions: Callable[[int], Sequence[Prompted]],
     curve: Sequence[float],
     protected: BlockMask | None,
     mask: BlockMask | None,
+    world: World = ALONE,
 ) -> dict[str, Any]:
     """Try each learning rate, print the curve, and return it with the rate of the highest late reward.
 
@@ -74,7 +76,8 @@ def find_lr(
     results = []
     with console.progress(unit="rates") as bar:
         task = bar.add_task("find-lr", total=len(SPREAD), status="")
-        for result in sweep(loaded, critic, config, questions, curve, protected, mask, num_steps=config.find_lr_steps):
+        num_steps = config.find_lr_steps
+        for result in sweep(loaded, critic, config, questions, curve, protected, mask, world, num_steps=num_steps):
             results.append(result)
             bar.update(task, advance=1, status=f"{result.learning_rate:.1e}")
     known = [(result.late_reward, result) for result in results if result.late_reward is not None]
@@ -92,12 +95,13 @@ def find_lr(
 
 def sweep(
     loaded: LoadedModel,
-    critic: Critic,
+    critic: Critic | None,
     config: TrainConfig,
     questions: Callable[[int], Sequence[Prompted]],
     curve: Sequence[float],
     protected: BlockMask | None,
     mask: BlockMask | None,
+    world: World = ALONE,
     *,
     num_steps: int,
 ) -> Iterator[RateResult]:
@@ -105,19 +109,20 @@ def sweep(
 
     Args:
         loaded: the model.
-        critic: scores the responses.
+        critic: scores the responses; None in a process that scores none.
         config: the run's settings; its learning rate is the middle of the sweep.
         questions: the questions of step 1, 2, ...; the same for every rate, as are the seeds.
         curve: the budget profile.
         protected, mask: see ``make_updater``.
+        world: the processes that share each batch; all get the same results.
         num_steps: training steps at each rate.
     """
     parameters = trainable(loaded.model)
     original = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters}
     for factor in SPREAD:
         rate = config.resolved_learning_rate * factor
-        updater = make_updater(parameters, dataclasses.replace(config, learning_rate=rate), protected, mask)
-        step = TrainingStep(loaded, critic, updater, config, curve)
+        updater = make_updater(parameters, dataclasses.replace(config, learning_rate=rate), protected, mask, world)
+        step = TrainingStep(loaded, critic, updater, config, curve, world=world)
         try:
             yield _at_rate(rate, step, config, questions, num_steps)
         finally:

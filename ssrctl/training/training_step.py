@@ -259,7 +259,7 @@ class TrainingStep:
 
         def made(wanted: Sequence[Prompted], seed: int) -> list[Group]:
             with totals.timed("sample"):
-                mine = self._sample(wanted, seed)
+                mine = self.world.together(lambda: self._sample(wanted, seed))
             with totals.timed("score"):
                 return self._scored(mine)
 
