@@ -34,6 +34,11 @@ def kept_bytes_sent(
     return kept * bits_per_coordinate(unit_share, itemsize) / 8 * (processes - 1) / processes
 
 
+def scattered_bytes_sent(num_coordinates: int, *, itemsize: int, processes: int) -> float:
+    """Return the bytes that a process sends in a reduce-scatter of the whole gradient around a ring."""
+    return num_coordinates * itemsize * (processes - 1) / processes
+
+
 def dense_bytes_sent(num_coordinates: int, *, itemsize: int, processes: int) -> float:
     """Return the bytes that a process sends in an all-reduce of the whole gradient around a ring."""
-    return 2 * num_coordinates * itemsize * (processes - 1) / processes
+    return 2 * scattered_bytes_sent(num_coordinates, itemsize=itemsize, processes=processes)

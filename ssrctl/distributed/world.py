@@ -10,7 +10,7 @@ import datetime
 import os
 import pickle
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -37,16 +37,43 @@ class World:
         size: number of processes; 1 exchanges nothing.
         device: where tensors that are exchanged live; a GPU has NCCL for these, and gloo for objects.
 
+        ranks: the ranks in the whole job; None for all.
+
     Attributes:
-        bytes_sent, bytes_received: of ``broadcast_bytes`` and ``add_up``, since ``take_traffic``.
+        group: of the tensors; None with one process.
+        bytes_sent, bytes_received: of tensors, since ``take_traffic``.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        rank: int = 0,
+        size: int = 1,
+        device: torch.device | str = "cpu",
+        ranks: Sequence[int] | None = None,
+    ) -> None:
         self.rank, self.size, self.device = rank, size, torch.device(device)
         self.bytes_sent = self.bytes_received = 0
         self.seconds = 0.0
-        # objects and flags go through the CPU, also where tensors go from GPU to GPU
-        self._objects = dist.new_group(backend="gloo", timeout=LONGEST_WAIT) if size > 1 else None
+        self._teams: dict[tuple[range, ...], World] = {}
+        self.group: Any = None
+        self._objects: Any = None
+        if size > 1:  # objects and flags go through the CPU, also where tensors go from GPU to GPU
+            self._objects = dist.new_group(None if ranks is None else list(ranks), LONGEST_WAIT, "gloo")
+            if ranks is None:
+                self.group = dist.group.WORLD
+            else:
+                self.group = self._objects if self.device.type == "cpu" else dist.new_group(list(ranks), LONGEST_WAIT)
+
+    def team(self, teams: Sequence[range]) -> World:
+        """Return the processes of this one's team; every process calls this with the same teams, which hold all ranks."""
+        key = tuple(teams)
+        if key not in self._teams:
+            for team in teams:  # a group is made by all processes together, also by those outside it
+                size = len(team)
+                found = World(self.rank - team.start, size, self.device, team)
+                if self.rank in team:
+                    self._teams[key] = found
+        return self._teams[key]
 
     @property
     def is_main(self) -> bool:
@@ -132,18 +159,32 @@ class World:
         """Replace ``tensor`` by its sum over all processes, the same bits in each; return it."""
         if self.size > 1:
             with self._exchange():
-                dist.all_reduce(tensor)
-            moved = 2 * tensor.numel() * tensor.element_size() * (self.size - 1) // self.size  # a ring's
-            self.bytes_sent, self.bytes_received = self.bytes_sent + moved, self.bytes_received + moved
+                dist.all_reduce(tensor, group=self.group)
+            self._count_ring(2 * tensor.numel() * tensor.element_size())
         return tensor
 
+    def scatter_sum(self, tensor: Tensor) -> Tensor:
+        """Return this process's part ``[n / size]``, by rank, of the sum of ``tensor`` ``[n]`` over all processes."""
+        part = tensor.new_empty(tensor.numel() // self.size)
+        with self._exchange():
+            dist.reduce_scatter_tensor(part, tensor, group=self.group)
+        self._count_ring(tensor.numel() * tensor.element_size())
+        return part
+
+    def _count_ring(self, num_bytes: int) -> None:
+        """Count the traffic of an exchange around a ring, each part of the bytes ``size - 1`` times."""
+        moved = num_bytes * (self.size - 1) // self.size
+        self.bytes_sent, self.bytes_received = self.bytes_sent + moved, self.bytes_received + moved
+
     def take_traffic(self) -> dict[str, float]:
-        """Return bytes and seconds of the exchanges since the last call."""
+        """Return bytes and seconds of the exchanges since the last call, those of the team included."""
         made = {
             "bytes_sent": self.bytes_sent,
             "bytes_received": self.bytes_received,
             "exchange_seconds": self.seconds,
         }
+        for team in self._teams.values():
+            made = {key: value + made[key] for key, value in team.take_traffic().items()}
         self.bytes_sent = self.bytes_received = 0
         self.seconds = 0.0
         return made
@@ -155,7 +196,7 @@ class World:
             yield
         except RuntimeError as error:  # every failure of a collective, with any backend
             raise LostProcess(
-                f"process {self.rank} of {self.size} lost the others: one of them has ended",
+                f"process {rank()} of {num_launched()} lost the others: one of them has ended",
                 "see the first error above; a process that was killed leaves none (out of memory?)",
             ) from error
         finally:

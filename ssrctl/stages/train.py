@@ -16,7 +16,8 @@ from ssrctl.core.mask import BlockMask
 from ssrctl.core.seeds import derive_seed
 from ssrctl.critics.base import Critic
 from ssrctl.critics.registry import CriticResources, make_critic
-from ssrctl.distributed.traffic import dense_bytes_sent, kept_bytes_sent
+from ssrctl.distributed.dealing import teams
+from ssrctl.distributed.traffic import dense_bytes_sent, kept_bytes_sent, scattered_bytes_sent
 from ssrctl.distributed.world import World, joined_world
 from ssrctl.errors import UserError
 from ssrctl.io import console
@@ -26,7 +27,7 @@ from ssrctl.io.locks import locked_folder
 from ssrctl.io.package_data import profile_path
 from ssrctl.io.problems import load_problems
 from ssrctl.models.loading import UNREAD, LoadedModel, describe_model, folder_of, load_model, load_skeleton
-from ssrctl.models.precision import describe_precision, itemsize_of, settle_dtype
+from ssrctl.models.precision import describe_precision, itemsize_of, resolve_device, settle_dtype
 from ssrctl.models.stored_parameters import check_exportable
 from ssrctl.sampling.agreement import agree
 from ssrctl.sampling.groups import Prompted, describe_prompt, prepare_prompts
@@ -35,6 +36,7 @@ from ssrctl.training.checkpointing import enable_checkpointing
 from ssrctl.training.lr_sweep import find_lr
 from ssrctl.training.memory_plan import memory_facts, settle_step_gradient
 from ssrctl.training.resuming import open_run, run_folder
+from ssrctl.training.time_plan import num_units, time_shares
 from ssrctl.training.tracking import check_tracker
 from ssrctl.training.trainer import Trainer, input_hashes, questions_of_step
 from ssrctl.training.training_step import TrainingStep
@@ -69,10 +71,25 @@ def run(config: TrainConfig) -> dict[str, Any] | None:
 def _check_processes(config: TrainConfig, world: World) -> None:
     """Raise a UserError for what several processes cannot divide."""
     processes = max(world.size, config.num_processes or 1)
-    if processes > config.questions_per_step:
+    questions, responses = config.questions_per_step, config.questions_per_step * config.num_generations
+    if processes > responses:
         raise UserError(
-            f"{processes} processes for {config.questions_per_step} questions in a step: some would have none",
-            f"use --questions-per-step {processes} or more, or fewer processes",
+            f"{processes} processes for {responses} responses in a step ({questions} questions of "
+            f"{config.num_generations}): some would have none",
+            f"use {responses} processes or fewer, or more --questions-per-step or --num-generations",
+        )
+    if processes <= questions:
+        return
+    split = f"{processes} processes for {questions} questions in a step share the responses of a question"
+    if config.scope == "tensor":
+        raise UserError(
+            f"{split}, whose gradients are summed first, and --scope tensor selects before that",
+            f"use --scope global, or --questions-per-step {processes} or more",
+        )
+    if config.step_gradient == "local":
+        raise UserError(
+            f"{split}, and --step-gradient local depends on all of them",
+            f"use an exact way, or --questions-per-step {processes} or more",
         )
 
 
@@ -106,7 +123,7 @@ def _run(config: TrainConfig, run_dir: RunDir, world: World) -> dict[str, Any] |
     if config.dry_run:
         plan = _plan(config, loaded, protected, mask, profile_name, grants, len(prompts) or len(problems), run_dir)
         plan |= memory_facts(config, loaded, longest, trained_frac)
-        plan |= _exchange_plan(config, loaded, max(world.size, config.num_processes or 1))
+        plan |= _step_plan(config, loaded, longest, max(world.size, config.num_processes or 1))
         plan["first_prompt"] = first_prompt
         console.show_plan("plan", plan)
         return plan
@@ -290,27 +307,42 @@ def _plan(
     }
 
 
-def _exchange_plan(config: TrainConfig, loaded: LoadedModel, processes: int) -> dict[str, Any]:
-    """Return the part of the plan about several processes; with one, nothing is sent."""
-    if processes == 1:
-        return {"num_processes": 1}
-    stored, count = itemsize_of(config, loaded.model), loaded.num_parameters
-    dense = dense_bytes_sent(count, itemsize=stored, processes=processes)
-    sent, held = dense, 0.0
-    if config.optimizer == "kronos":
-        sent = kept_bytes_sent(
-            count,
-            itemsize=stored,
-            questions=config.questions_per_step,
-            budget=config.budget,
-            unit_share=min(config.max_step_budget, config.budget),
-            processes=processes,
-        )
-        # its own questions wait for the others', packed and not, and one that is received is unpacked
-        held = (2 * math.ceil(config.questions_per_step / processes) + 2) * config.budget * count * (2 + stored)
-    return {
-        "num_processes": processes,
-        "gib_per_process": round((count * (stored + _update_bytes(config, stored)) + held) / 2**30, 3),
-        "mib_sent_per_step_and_process": round(sent / 2**20, 3),
-        "mib_of_a_dense_all_reduce": round(dense / 2**20, 3),
-    }
+def _step_plan(config: TrainConfig, loaded: LoadedModel, prompt_tokens: int, processes: int) -> dict[str, Any]:
+    """Return the part of the plan about several processes, and where the time of a step goes; one process sends nothing."""
+    stored, count, questions = itemsize_of(config, loaded.model), loaded.num_parameters, config.questions_per_step
+    plan: dict[str, Any] = {"num_processes": processes}
+    sent = 0.0
+    if processes > 1:
+        dense = sent = dense_bytes_sent(count, itemsize=stored, processes=processes)
+        held = 0.0
+        if config.optimizer == "kronos":
+            unit_share = min(config.max_step_budget, config.budget)
+            sent = kept_bytes_sent(
+                count,
+                itemsize=stored,
+                questions=questions,
+                budget=config.budget,
+                unit_share=unit_share,
+                processes=processes,
+            )
+            # its own questions wait for the others', packed and not, and one that is received is unpacked
+            held = (2 * math.ceil(questions / processes) + 2) * config.budget * count * (2 + stored)
+            if processes > questions:  # a unit's gradient is summed over those who share the question
+                plan["processes_per_question"] = team = len(teams(questions, processes)[0])
+                sent += num_units(config) * scattered_bytes_sent(count, itemsize=stored, processes=team)
+                held += count * stored
+        plan |= {
+            "gib_per_process": round((count * (stored + _update_bytes(config, stored)) + held) / 2**30, 3),
+            "mib_sent_per_step_and_process": round(sent / 2**20, 3),
+            "mib_of_a_dense_all_reduce": round(dense / 2**20, 3),
+        }
+    shares = time_shares(
+        config,
+        loaded.model,
+        prompt_tokens,
+        device=resolve_device(config.device).type,
+        itemsize=stored,
+        processes=processes,
+        sent=sent,
+    )
+    return plan | {"shares_of_a_step": {name: round(share, 3) for name, share in shares.items()}}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import statistics
 import sys
@@ -29,23 +30,26 @@ from ssrctl.core.topk import NonFiniteGradient
 from ssrctl.core.units import Unit, plan_units, steps_with_signal
 from ssrctl.critics.base import Critic
 from ssrctl.critics.scoring import score_groups
-from ssrctl.distributed.dealing import deal
+from ssrctl.distributed.dealing import Share, deal_questions, teams
 from ssrctl.distributed.world import ALONE, World
 from ssrctl.errors import UserError
 from ssrctl.io.mask_log import QuestionLog, UnitLog
 from ssrctl.models.loading import LoadedModel
-from ssrctl.sampling.groups import Group, Prompted, sample_groups
+from ssrctl.sampling.groups import Group, Prompted, join_groups, sample_groups
 from ssrctl.sampling.sampler import Sampler
 from ssrctl.training.credit import group_advantages
 from ssrctl.training.process_work import ProcessWork
 from ssrctl.training.reference import StartWeights
 from ssrctl.training.step_gradients.batch import group_batch
+from ssrctl.training.step_gradients.parts import QuestionPart, units_of_parts
 from ssrctl.training.step_gradients.task import Dials
 from ssrctl.training.unit_gradients import GroupBatch, NonFiniteLoss, response_logprobs, unit_gradients
 from ssrctl.training.unit_observer import QuestionView, UnitObserver, Wanted
 from ssrctl.training.updaters import QuestionUpdate, Updater
 
 T = TypeVar("T")
+_Key = tuple[int, int]  # number of a question, and rank of a process
+_Sampled = tuple[Share, Group]
 
 LOWER_RATE = "start from an earlier checkpoint with a lower --learning-rate, or use --dtype float32"
 
@@ -139,7 +143,7 @@ class _StepTotals:
 
 @dataclass
 class _Learned:
-    """The records of one question in one pass over the batch.
+    """The records of one question in one pass over the batch, of those processes that share it.
 
     Attributes:
         totals: of this question.
@@ -206,24 +210,37 @@ class TrainingStep:
         scored = time.perf_counter()
         plans = [self._credit(group, totals) for group in groups]
         totals.batch_tokens = sum(sum(self._trained_lengths(group)) for group in groups) / len(groups)
-        mine = deal([_cost(group, units) for group, units in zip(groups, plans, strict=True)], world.size)[world.rank]
-        references = {number: self._reference(groups[number], totals) if plans[number] else None for number in mine}
+        mine = deal_questions([_costs(group, units) for group, units in zip(groups, plans, strict=True)], world.size)[
+            world.rank
+        ]
+        references = [
+            self._reference(groups[share.question], share, totals) if plans[share.question] else None for share in mine
+        ]
         mask_log: list[QuestionLog] = []
         gradient: Tensor | None = None
         update_metrics: dict[str, float | None] = {}
         for iteration in range(config.num_iterations):
             wanted = self._wanted(log_masks, log_gradient) if iteration == 0 else Wanted()
             dropped_before = totals.non_finite
-            learned: dict[int, _Learned] = {}
+            learned: dict[_Key, _Learned] = {}
             updates: dict[int, QuestionUpdate] = {}
-            with self.work.learning(len(mine)):
-                for number in mine:
+            with self.work.learning(mine):
+                for share, reference in zip(mine, references, strict=True):
+                    number = share.question
                     group = groups[number]
-                    own = learned[number] = _Learned(_StepTotals(batch_tokens=totals.batch_tokens))
-                    view = self.observer.question(wanted) if self.observer is not None and wanted else None
-                    reference, is_first = references[number], iteration == 0
+                    own = learned[number, world.rank] = _Learned(_StepTotals(batch_tokens=totals.batch_tokens))
+                    observes = self.observer is not None and bool(wanted)
+                    view = self.observer.question(wanted) if self.observer and observes and share.leads else None
                     update = self._learn(
-                        group, plans[number], len(groups), own.totals, view, reference, is_first=is_first
+                        group,
+                        share,
+                        plans[number],
+                        len(groups),
+                        own.totals,
+                        view,
+                        reference,
+                        is_first=iteration == 0,
+                        observed=observes,
                     )
                     if update is None:
                         continue
@@ -274,29 +291,33 @@ class TrainingStep:
                 groups[place] = group
         return groups
 
-    def _sample(self, prompts: Sequence[Prompted], seed: int) -> dict[int, Group]:
-        """Sample the responses to this process's questions; return the groups by the questions' numbers."""
+    def _sample(self, prompts: Sequence[Prompted], seed: int) -> list[_Sampled]:
+        """Sample this process's responses."""
         config, world = self.config, self.world
-        mine = deal([len(prompt.prompt_ids) for prompt in prompts], world.size)[world.rank]
+        count = config.num_generations
+        mine = deal_questions([[float(len(prompt.prompt_ids))] * count for prompt in prompts], world.size)[world.rank]
 
-        def sample(numbers: list[int], own_seed: int) -> list[Group]:
-            return sample_groups(
+        def sample(shares: Sequence[Share], own_seed: int, numbers: Sequence[int] | None = None) -> list[_Sampled]:
+            groups = sample_groups(
                 self.loaded,
-                [prompts[number] for number in numbers],
+                [prompts[share.question] for share in shares],
                 config,
-                num_generations=config.num_generations,
+                num_generations=count,
                 seed=own_seed,
                 segmentation=config,
                 sampler=self.sampler,
+                numbers=numbers,
             )
+            return list(zip(shares, groups, strict=True))
 
         with self.work.sampling():
-            if config.sample_together == "question":
-                return {number: sample([number], derive_seed(seed, "question", number))[0] for number in mine}
+            if config.sample_together == "question" or world.size > len(prompts):
+                seeds = [derive_seed(seed, "question", share.question) for share in mine]
+                return [sample([one], own, one.responses)[0] for one, own in zip(mine, seeds, strict=True)]
             own_seed = seed if world.size == 1 else derive_seed(seed, "process", world.rank)
-            return dict(zip(mine, sample(mine, own_seed), strict=True)) if mine else {}
+            return sample(mine, own_seed) if mine else []
 
-    def _scored(self, mine: dict[int, Group]) -> list[Group]:
+    def _scored(self, mine: list[_Sampled]) -> list[Group]:
         """Return the groups of all processes with scores, in the order of the questions.
 
         The main process asks the critic for all, so that there is one budget, cache and log of calls. The rollout critic
@@ -305,22 +326,22 @@ class TrainingStep:
         config, world = self.config, self.world
         if config.critic == "rollout" and config.sample_together == "question":
             assert self.critic is not None
-            for group in mine.values():
+            for _, group in mine:
                 score_groups([group], self.critic, config.answer_extraction)
-            return _in_order(world.gather(mine))
+            return _whole_groups(world.gather(mine))
         parts = world.gather_on_main(mine)
 
         def score() -> list[Group]:
             assert self.critic is not None
-            groups = _in_order(parts)
+            groups = _whole_groups(parts)
             score_groups(groups, self.critic, config.answer_extraction)
             return groups
 
         return world.on_main(score)
 
-    def _gathered(self, mine: dict[int, _Learned], totals: _StepTotals) -> tuple[list[QuestionLog], list[Tensor]]:
+    def _gathered(self, mine: dict[_Key, _Learned], totals: _StepTotals) -> tuple[list[QuestionLog], list[Tensor]]:
         """Add the questions of all processes to ``totals``; return their logs and sketches, in the main process."""
-        for one in _in_order(self.world.gather({number: found.totals for number, found in mine.items()})):
+        for one in _in_order(self.world.gather({key: found.totals for key, found in mine.items()})):
             totals.add(one)
         records = _in_order(self.world.gather_on_main({n: (found.log, found.sketch) for n, found in mine.items()}))
         return [log for log, _ in records if log is not None], [one for _, one in records if one is not None]
@@ -337,12 +358,14 @@ class TrainingStep:
     def _batch(self, group: Group) -> GroupBatch:
         return group_batch(self.loaded, group, whole_response=self.config.credit != "step")
 
-    def _reference(self, group: Group, totals: _StepTotals) -> Tensor | None:
-        """Return the log-probabilities ``[G, R]`` under the start weights; None without a KL term."""
+    def _reference(self, group: Group, share: Share, totals: _StepTotals) -> Tensor | None:
+        """Return the log-probabilities ``[r, R]`` of the share under the start weights; None without a KL term."""
         if self.start_weights is None:
             return None
         with totals.timed("reference"), self.start_weights.in_place():
-            return response_logprobs(self.loaded.model, self._batch(group), self.config.temperature)
+            batch = self._batch(group)
+            batch = batch if len(share.team) == 1 else batch.of_responses(share.responses)
+            return response_logprobs(self.loaded.model, batch, self.config.temperature)
 
     def _wanted(self, log_masks: bool, log_gradient: bool) -> Wanted:
         sets = log_masks and self.config.optimizer == "kronos"
@@ -369,6 +392,7 @@ class TrainingStep:
     def _learn(
         self,
         group: Group,
+        share: Share,
         units: list[Unit],
         num_questions: int,
         totals: _StepTotals,
@@ -376,10 +400,12 @@ class TrainingStep:
         reference: Tensor | None,
         *,
         is_first: bool,
+        observed: bool,
     ) -> QuestionUpdate | None:
         """Backpropagate one question; drop and count it if a loss or gradient is NaN or infinite.
 
         Only the first pass over a batch measures the gap of the log-probabilities: later ones see updated weights.
+        Processes that share the question all call this; the first of them returns the update and counts it.
         """
 
         def before_unit(unit: Unit) -> None:
@@ -389,12 +415,18 @@ class TrainingStep:
 
         if not units:
             return None
-        batch = dataclasses.replace(self._batch(group), reference=reference)
+        batch = self._batch(group)
         lengths = torch.tensor(self._trained_lengths(group), device=self.loaded.device)
+        weights = response_weights(
+            self.config.loss_type, lengths, longest=self.config.max_new_tokens, batch_tokens=totals.batch_tokens
+        )
+        alone = len(share.team) == 1
+        part = None if alone else QuestionPart.of(batch, units, share.responses, weights)
+        batch = dataclasses.replace(batch if part is None else part.batch, reference=reference)
         gradients = unit_gradients(
             self.loaded.model,
             batch,
-            units,
+            units if part is None else part.own_units,
             temperature=self.config.temperature,
             clip_epsilon=self.config.clip_epsilon,
             level=self.config.importance_level,
@@ -405,21 +437,26 @@ class TrainingStep:
             dials=Dials(self.config.units_at_once, self.config.gradient_chunk_tokens),
             on_logprobs=lambda logprobs: totals.add_gap(logprobs, batch) if is_first else None,
             on_entropy=totals.add_entropy if is_first else None,
-            on_unit=before_unit,
+            on_unit=before_unit if part is None else None,
             epsilon_high=self.config.epsilon_high,
-            token_weights=response_weights(
-                self.config.loss_type, lengths, longest=self.config.max_new_tokens, batch_tokens=totals.batch_tokens
-            ),
+            token_weights=weights if part is None else part.token_weights,
             beta=self.config.beta,
+            num_responses=None if part is None else part.num_responses,
         )
+        if part is not None:
+            team = self.world.team(teams(num_questions, self.world.size))
+            combine = functools.partial(self.updater.combine, team, whole=observed)
+            gradients = units_of_parts(part, gradients, team, combine=combine, on_unit=before_unit)
         with contextlib.ExitStack() as stack:
             if view is not None:
                 gradients = stack.enter_context(contextlib.closing(view.watch(gradients)))
             try:
                 update = self.updater.add_question(gradients)
             except (NonFiniteLoss, NonFiniteGradient):
-                totals.non_finite += 1
+                totals.non_finite += share.leads
                 return None
+        if not share.leads:
+            return None
         totals.add_update(update, self.num_unprotected)
         if update.granted and self._fills_budget(group):
             totals.granted_budget_frac.append(sum(update.granted) / (self.config.budget * self.num_unprotected))
@@ -498,15 +535,23 @@ class TrainingStep:
         }
 
 
-def _in_order(parts: Sequence[dict[int, T]]) -> list[T]:
-    """Return the values of all processes by ascending number."""
+def _in_order(parts: Sequence[dict[_Key, T]]) -> list[T]:
+    """Return the values of all processes by ascending key."""
     return [found for _, found in sorted(itertools.chain(*(part.items() for part in parts)), key=lambda item: item[0])]
 
 
-def _cost(group: Group, units: Sequence[Unit]) -> float:
-    """Predict the cost of a question's update: tokens that go forward once, and backward for each unit."""
-    tokens = sum(len(group.prompted.prompt_ids) + len(sample.response_ids) for sample in group.samples)
-    return tokens * (1 + 2 * len(units))
+def _whole_groups(parts: Sequence[list[_Sampled]]) -> list[Group]:
+    """Return the groups of all questions, in order, from what each process has sampled."""
+    found: dict[int, list[tuple[Sequence[int], Group]]] = {}
+    for share, group in itertools.chain(*parts):
+        found.setdefault(share.question, []).append((share.responses, group))
+    return [join_groups(found[question]) for question in sorted(found)]
+
+
+def _costs(group: Group, units: Sequence[Unit]) -> list[float]:
+    """Predict the cost of each response's update: tokens that go forward once, and backward for each unit."""
+    tokens = [len(group.prompted.prompt_ids) + len(sample.response_ids) for sample in group.samples]
+    return [float(count * (1 + 2 * len(units))) for count in tokens]
 
 
 def _peak_memory_bytes() -> int | None:

@@ -12,7 +12,13 @@ from ssrctl.core.topk import NonFiniteGradient
 from ssrctl.core.units import Unit
 from ssrctl.distributed.world import ALONE, World
 from ssrctl.training.unit_gradients import UnitGradient
-from ssrctl.training.updaters.base import QuestionUpdate, joined, load_state_tensors, state_tensors
+from ssrctl.training.updaters.base import (
+    QuestionUpdate,
+    joined,
+    load_state_tensors,
+    state_tensors,
+    sum_gradients,
+)
 
 
 class DenseGradients:
@@ -42,21 +48,34 @@ class DenseGradients:
 
     def add_question(self, gradients: Iterator[UnitGradient]) -> QuestionUpdate:
         update = QuestionUpdate()
-        found: dict[str, Tensor] = {}
         try:
             for made in gradients:
                 update.gradients.append(made)
-            for name, parameter in self.named.items():
-                if parameter.grad is not None:
-                    if bad := int((~parameter.grad.isfinite()).sum()):
-                        raise NonFiniteGradient(name, bad)
-                    found[name] = parameter.grad
+            found = {name: parameter.grad for name, parameter in self.named.items() if parameter.grad is not None}
+            if broken := _first_broken(found):
+                raise NonFiniteGradient(*broken)
         finally:
-            for parameter in self.named.values():
-                parameter.grad = None
+            self._drop_gradients()
         for name, gradient in found.items():
             self.sum[name] = self.sum[name].add_(gradient) if name in self.sum else gradient
         return update
+
+    def combine(self, team: World, *, whole: bool) -> None:
+        """Let each process add the gradient of its own responses to its sum; ``exchange`` adds up all.
+
+        A gradient that is observed is summed now, and added by the first process.
+        """
+        broken = _first_broken({name: p.grad for name, p in self.named.items() if p.grad is not None})
+        if somewhere := next(filter(None, team.gather(broken)), None):
+            raise NonFiniteGradient(*somewhere)
+        if whole:
+            sum_gradients(self.named, team)
+            if not team.is_main:
+                self._drop_gradients()
+
+    def _drop_gradients(self) -> None:
+        for parameter in self.named.values():
+            parameter.grad = None
 
     def exchange(self, mine: Mapping[int, QuestionUpdate]) -> None:
         """Sum the gradients over the processes, tensor by tensor, in the gradients' dtype.
@@ -84,11 +103,16 @@ class DenseGradients:
         """
         if math.isfinite(norm):
             return
-        bad = {name: int((~p.grad.isfinite()).sum()) for name, p in self.named.items() if p.grad is not None}
-        if name := next((name for name, count in bad.items() if count), None):
+        if broken := _first_broken({name: p.grad for name, p in self.named.items() if p.grad is not None}):
             self.optimizer.zero_grad(set_to_none=True)
-            raise NonFiniteGradient(name, bad[name])
+            raise NonFiniteGradient(*broken)
 
     def clip_scale(self, norm: float) -> float:
         """Return the factor, in (0, 1], by which the clip scales a gradient of this norm."""
         return min(1.0, self.max_grad_norm / norm) if self.max_grad_norm and norm > 0 else 1.0
+
+
+def _first_broken(gradients: Mapping[str, Tensor]) -> tuple[str, int] | None:
+    """Return the first gradient with a NaN or infinity, and the number of these in it; None without one."""
+    counts = ((name, int((~gradient.isfinite()).sum())) for name, gradient in gradients.items())
+    return next((found for found in counts if found[1]), None)
