@@ -24,6 +24,9 @@ from ssrctl.process_rank import is_launched, num_launched, rank
 
 T = TypeVar("T")
 
+# torch 2.13 has renamed it, and warns of the old name
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 # Longer than a step of the others: a critic's server may need long, and a process that ends is noticed at once.
 LONGEST_WAIT = datetime.timedelta(hours=2)
 STORE_SECONDS = 5.0
@@ -167,7 +170,7 @@ class World:
         """Return this process's part ``[n / size]``, by rank, of the sum of ``tensor`` ``[n]`` over all processes."""
         part = tensor.new_empty(tensor.numel() // self.size)
         with self._exchange():
-            dist.reduce_scatter_tensor(part, tensor, group=self.group)
+            _reduce_scatter(part, tensor, group=self.group)
         self._count_ring(tensor.numel() * tensor.element_size())
         return part
 
