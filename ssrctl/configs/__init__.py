@@ -30,6 +30,7 @@ from ssrctl.configs.mask import (
     MaskUnionConfig,
 )
 from ssrctl.configs.profile_budget import ProfileBudgetConfig
+from ssrctl.configs.recipes import RecipesConfig
 from ssrctl.configs.segment import SegmentConfig, SegmentOptions
 from ssrctl.configs.superweights import SuperweightsConfig
 from ssrctl.configs.train import TrainConfig
@@ -63,6 +64,7 @@ __all__ = [
     "ProcessOptions",
     "ProfileBudgetConfig",
     "PromptOptions",
+    "RecipesConfig",
     "SamplingConfig",
     "SegmentConfig",
     "SegmentOptions",

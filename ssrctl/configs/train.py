@@ -22,7 +22,9 @@ from ssrctl.configs.building import (
 )
 from ssrctl.configs.common import CommonConfig, DatasetConfig, ModelConfig, ProcessOptions, SamplingConfig
 from ssrctl.configs.critic import CriticOptions
+from ssrctl.configs.engines import EngineOptions
 from ssrctl.configs.names import flag
+from ssrctl.configs.own_code import REWARDS, check_name, names_code
 from ssrctl.configs.segment import SegmentOptions
 from ssrctl.errors import UserError
 from ssrctl.process_rank import num_launched
@@ -49,6 +51,10 @@ class MethodOptions(Config):
     credit: Literal["step", "final", "cot"] = "step"
     """step: each step its advantage (SSR); final, cot: one advantage per response from the final answer or
     from the mean step reward (the GSPO baselines)."""
+
+    reward: list[str] = names_code(default_factory=list)
+    """Reward of a response in place of the score of its final answer: module:function of your own, with the signature of
+    TRL's reward_funcs (docs/critics.md). Give it again for several, which are added."""
 
     advantage: Literal["paper", "group", "hybrid"] = "group"
     """paper is eq. 9, whose advantages sum to zero within every response, good or bad; group is eq. 6 alone;
@@ -253,6 +259,7 @@ class TrainConfig(
     MethodOptions,
     OptimizerOptions,
     SamplingConfig,
+    EngineOptions,
     SegmentOptions,
     CriticOptions,
     CheckpointOptions,
@@ -265,6 +272,8 @@ class TrainConfig(
     Example: ssrctl train --model Qwen/Qwen2.5-0.5B-Instruct --dataset problems.jsonl --output-dir runs/first
     """
 
+    has_recipes = True
+
     output_dir: Path | None = output(None)
     """Run directory; by default a new one under runs/."""
 
@@ -275,6 +284,8 @@ class TrainConfig(
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in self.reward:
+            check_name("--reward", name, REWARDS)
         if self.sample_together is None:
             self.sample_together = "question" if num_launched() > 1 or (self.num_processes or 1) > 1 else "step"
         if self.optimizer is None:
@@ -293,6 +304,11 @@ class TrainConfig(
                 f"--loss-type {self.loss_type} sums over tokens, --importance-level sequence has one ratio per response: long "
                 "responses would weigh more",
                 "use --importance-level token, or --loss-type grpo",
+            )
+        if self.importance_level == "step" and self.correction_level == "token" and self.engine_correction != "none":
+            raise UserError(
+                "--engine-correction-level token weighs tokens, and --importance-level step has one term per step",
+                "use --engine-correction-level step or sequence",
             )
         self._check_optimizer()
         self._check_passes()
@@ -349,6 +365,11 @@ class TrainConfig(
         if odd := [name for name in kronos_only if getattr(self, name) != defaults[name]]:
             flags = ", ".join(flag(type(self), name) for name in odd)
             raise UserError(f"{flags} has no meaning for adamw", "use --optimizer kronos")
+
+    @property
+    def correction_level(self) -> str:
+        """The level of the engine's correction in force."""
+        return self.engine_correction_level or ("step" if self.optimizer == "kronos" else self.importance_level)
 
     @property
     def resolved_learning_rate(self) -> float:

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 from ssrctl.configs import CriticOptions, SamplingConfig
 from ssrctl.core.seeds import derive_seed
-from ssrctl.critics.base import missing, scored
+from ssrctl.critics.base import CriticResources, missing, scored
 from ssrctl.errors import UserError
 from ssrctl.io import console
 from ssrctl.io.records import Rollout, StepScore
@@ -40,7 +40,6 @@ from ssrctl.text.answers import check_answer, check_answers
 from ssrctl.text.prompts import PromptFormat, build_prompt, encode_prompt
 
 if TYPE_CHECKING:
-    from ssrctl.critics.registry import CriticResources
     from ssrctl.distributed.dividing import Spread
     from ssrctl.models.loading import LoadedModel
 
@@ -285,15 +284,15 @@ class RolloutCritic:
     def estimate(self, job: EstimateJob) -> Iterator[Estimates]:
         """Yield the values of a job's prefixes; they depend on nothing else, and are the same in any process."""
         from ssrctl.sampling.continuations import decode_continuation
-        from ssrctl.sampling.generate import TransformersSampler
-        from ssrctl.sampling.sampler import Request, sample_all
+        from ssrctl.sampling.engines.base import Request, sample_all
+        from ssrctl.sampling.engines.transformers_engine import TransformersEngine
 
         num, prefixes = self.options.critic_rollouts, job.prefixes
         seed = derive_seed(self.seed, "repeat", job.repeat) if job.repeat else self.seed
         requests = [
             Request(prefix.ids, prefix.limit, one) for prefix in prefixes for one in prefix_seeds(seed, prefix.ids, num)
         ]
-        drawn = sample_all(TransformersSampler(self.loaded, self.sampling), requests)
+        drawn = sample_all(TransformersEngine(self.loaded, self.sampling), requests)
         pairs: list[tuple[str, Reference | None]] = []
         for number, made in enumerate(drawn):
             prefix = prefixes[number // num]

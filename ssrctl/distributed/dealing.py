@@ -55,18 +55,20 @@ def teams(num_questions: int, num_processes: int) -> list[range]:
     return [range(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def deal_questions(costs: Sequence[Sequence[float]], num_processes: int) -> list[list[Share]]:
+def deal_questions(costs: Sequence[Sequence[float]], num_processes: int, *, split: bool = True) -> list[list[Share]]:
     """Deal the questions of a step; with more processes than questions, split each question's responses over a team.
 
     Args:
         costs: by question, of each of its responses, in any unit above 0.
-        num_processes: at least 1; at most as many as there are responses, if all questions have equally many.
+        num_processes: at least 1.
+        split: False keeps the responses of a question together, though processes then have none.
 
     Returns:
-        By process, its shares in ascending order of the questions; every process finds the same.
+        By process, its shares in ascending order of the questions, none where there are fewer responses than processes;
+        every process finds the same.
     """
     totals = [sum(of_question) for of_question in costs]
-    if num_processes <= len(costs):
+    if num_processes <= len(costs) or not split:
         return [
             [Share(job, list(range(len(costs[job]))), range(rank, rank + 1), leads=True) for job in jobs]
             for rank, jobs in enumerate(deal(totals, num_processes))
@@ -75,5 +77,6 @@ def deal_questions(costs: Sequence[Sequence[float]], num_processes: int) -> list
     costliest = sorted(range(len(costs)), key=lambda question: (-totals[question], question))
     for question, team in zip(costliest, teams(len(costs), num_processes), strict=True):
         for rank, responses in zip(team, deal(costs[question], len(team)), strict=True):
-            dealt[rank].append(Share(question, responses, team, leads=rank == team.start))
+            if responses:
+                dealt[rank].append(Share(question, responses, team, leads=rank == team.start))
     return dealt

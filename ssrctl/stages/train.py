@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
+import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +17,10 @@ from ssrctl.configs import TINY, TrainConfig
 from ssrctl.core.budget import SHOWN_STEPS, Grant, grant
 from ssrctl.core.mask import BlockMask
 from ssrctl.core.seeds import derive_seed
-from ssrctl.critics.base import Critic
-from ssrctl.critics.registry import CriticResources, make_critic
+from ssrctl.critics.base import Critic, CriticResources
+from ssrctl.critics.own_code import OwnCritic
+from ssrctl.critics.registry import CRITICS, find_critic, make_critic
+from ssrctl.critics.rewards import RewardFunction, Rewards, load_rewards, make_rewards
 from ssrctl.distributed.dealing import teams
 from ssrctl.distributed.traffic import dense_bytes_sent, kept_bytes_sent, scattered_bytes_sent
 from ssrctl.distributed.world import World, joined_world
@@ -56,16 +61,87 @@ def run(config: TrainConfig) -> dict[str, Any] | None:
         UserError: settings or inputs that cannot be used.
         Interrupted: after Ctrl-C or SIGTERM, with a checkpoint of the last whole step written.
     """
+    if config.critic not in CRITICS:
+        find_critic(config.critic)  # an error of a user's module is to be known now
+    return _start(config, _Judges(load_rewards(config.reward)))
+
+
+def train(
+    config: TrainConfig, *, critic: Critic | None = None, rewards: Sequence[RewardFunction] = ()
+) -> dict[str, Any] | None:
+    """Train as ``ssrctl train`` does, with a critic and rewards that may be objects of the caller.
+
+    Args:
+        config: the run's settings. With ``critic`` or ``rewards`` its settings of that name become the names of these.
+        critic: scores the steps, in place of ``config.critic``; it is closed at the end.
+        rewards: their sum is the reward of a response, in place of ``config.reward``.
+
+    Returns:
+        ``run`` (the run directory), ``steps``, ``accuracy_last_10``, ``changed_frac``; with ``dry_run`` the plan, with
+        ``find_lr`` the rates that were tried; None in the processes of a job that are not the main one.
+
+    Raises:
+        UserError: settings or inputs that cannot be used.
+        Stopped: the critic or a reward failed, or a limit was reached; a checkpoint of the last whole step is written.
+        Interrupted: after Ctrl-C or SIGTERM, with a checkpoint of the last whole step written.
+    """
+    if critic is not None:
+        config = dataclasses.replace(config, critic=_name_of(type(critic)))
+    if rewards:
+        config = dataclasses.replace(config, reward=[_name_of(function) for function in rewards])
+        own = make_rewards(list(zip(config.reward, rewards, strict=True)))
+    else:
+        own = load_rewards(config.reward)
+    return _start(config, _Judges(own, None if critic is None else OwnCritic(config.critic, critic)))
+
+
+def _name_of(part: Any) -> str:
+    """Return ``module:name`` of a class or function; of another object, the name of its class."""
+    name = getattr(part, "__name__", type(part).__name__)
+    return f"{getattr(part, '__module__', '') or type(part).__module__}:{name if name.isidentifier() else 'function'}"
+
+
+@dataclass(frozen=True)
+class _Judges:
+    """Objects that judge the responses: the rewards, and the caller's critic in place of the one of the settings."""
+
+    rewards: Rewards | None
+    critic: Critic | None = None
+
+    def make_critic(self, config: TrainConfig, loaded: LoadedModel, ledger: Path | None = None) -> Critic:
+        """Return the caller's critic, or make the one of ``--critic``."""
+        if self.critic is not None:
+            return self.critic
+        seed = derive_seed(config.seed, "critic")
+        resources = CriticResources(
+            policy=lambda: loaded, sampling=config, seed=seed, device=str(loaded.device), ledger=ledger
+        )
+        return make_critic(config, resources)
+
+
+def _start(config: TrainConfig, judges: _Judges) -> dict[str, Any] | None:
     console.note(describe_model(config))
+    _check_masks_exist(config)
     check_tracker(config.report_to)
     with joined_world(config.device) as world:
         config = settle_dtype(config)
         _check_processes(config, world)
         run_dir = world.on_main(lambda: run_folder(config))
         if config.dry_run or config.find_lr or not world.is_main:
-            return _run(config, run_dir, world)
+            return _run(config, run_dir, world, judges)
         with locked_folder(run_dir.path):
-            return _run(config, run_dir, world)
+            return _run(config, run_dir, world, judges)
+
+
+def _check_masks_exist(config: TrainConfig) -> None:
+    """Raise a UserError for a mask that is not there, before a model or a data set is fetched."""
+    for name in ("protect", "mask"):
+        path = getattr(config, name)
+        if path is not None and not os.path.exists(path):  # noqa: PTH110 (Path.exists raises for names that are too long)
+            raise UserError(
+                f"--{name} {path} not found",
+                "make it with `ssrctl superweights` or `ssrctl mask`; `ssrctl recipes NAME` prints the commands of a recipe",
+            )
 
 
 def _check_processes(config: TrainConfig, world: World) -> None:
@@ -93,7 +169,7 @@ def _check_processes(config: TrainConfig, world: World) -> None:
         )
 
 
-def _run(config: TrainConfig, run_dir: RunDir, world: World) -> dict[str, Any] | None:
+def _run(config: TrainConfig, run_dir: RunDir, world: World, judges: _Judges) -> dict[str, Any] | None:
     checkpoint = open_run(config, run_dir)
     prompt_format = load_prompt_format(config)
     problems = load_problems(config, "train", derive_seed(config.seed, "problems"))
@@ -138,14 +214,15 @@ def _run(config: TrainConfig, run_dir: RunDir, world: World) -> dict[str, Any] |
     agree(world, config, loaded, prompts, more)
     scores_here = world.is_main or config.critic == "rollout"
     ledger = run_dir.path / CRITIC_CALLS if config.critic == "llm" and not config.find_lr else None
-    with contextlib.closing(_critic(config, loaded, ledger)) if scores_here else contextlib.nullcontext() as critic:
+    made = contextlib.closing(judges.make_critic(config, loaded, ledger)) if scores_here else contextlib.nullcontext()
+    with made as critic:
         if config.find_lr:
             questions = functools.partial(questions_of_step, prompts=prompts, config=config)
-            return find_lr(loaded, critic, settled, questions, curve, protected, mask, world)
+            return find_lr(loaded, critic, settled, questions, curve, protected, mask, judges.rewards, world)
         parameters = trainable(loaded.model)
         updater = make_updater(parameters, config, protected, mask, world)
         observer = UnitObserver(parameters, config, frozen_coordinates(protected, mask))
-        step = TrainingStep(loaded, critic, updater, settled, curve, observer, world=world)
+        step = TrainingStep(loaded, critic, updater, settled, curve, observer, world=world, rewards=judges.rewards)
         trainer = Trainer(config, loaded, run_dir, prompts, step)
         if checkpoint is None:
             trainer.start(profile_name)
@@ -171,14 +248,6 @@ def _load(config: TrainConfig) -> LoadedModel:
 def _update_bytes(config: TrainConfig, itemsize: int) -> float:
     """Return the bytes per weight of the update's gradient and state, and of the start weights that ``--beta`` keeps."""
     return updater_kind(config).bytes_per_parameter(config, itemsize) + (itemsize if config.beta else 0)
-
-
-def _critic(config: TrainConfig, loaded: LoadedModel, ledger: Path | None = None) -> Critic:
-    seed = derive_seed(config.seed, "critic")
-    resources = CriticResources(
-        policy=lambda: loaded, sampling=config, seed=seed, device=str(loaded.device), ledger=ledger
-    )
-    return make_critic(config, resources)
 
 
 def _budget_curve(config: TrainConfig, model: ModelIdentity) -> tuple[Sequence[float], str]:
@@ -291,6 +360,7 @@ def _plan(
         "most_response_tokens": responses * config.max_new_tokens,
         "critic": config.critic,
         "critic_calls": responses if config.critic == "llm" else 0,
+        "reward": config.reward or "of the final answer",
         "learning_rate": config.resolved_learning_rate,
         "budget_profile": profile_name,
         "budget_rule": config.budget_rule,

@@ -14,11 +14,12 @@ from ssrctl.configs import TrainConfig
 from ssrctl.core.mask import BlockMask
 from ssrctl.core.seeds import derive_seed
 from ssrctl.critics.base import Critic
+from ssrctl.critics.rewards import Rewards
 from ssrctl.distributed.world import ALONE, World
 from ssrctl.errors import UserError
 from ssrctl.io import console
 from ssrctl.models.loading import LoadedModel
-from ssrctl.sampling.generate import NonFiniteLogits
+from ssrctl.sampling.engines.transformers_engine import NonFiniteLogits
 from ssrctl.sampling.groups import Prompted
 from ssrctl.training.training_step import NonFiniteBatch, TrainingStep
 from ssrctl.training.unit_gradients import trainable
@@ -64,6 +65,7 @@ def find_lr(
     curve: Sequence[float],
     protected: BlockMask | None,
     mask: BlockMask | None,
+    rewards: Rewards | None = None,
     world: World = ALONE,
 ) -> dict[str, Any]:
     """Try each learning rate, print the curve, and return it with the rate of the highest late reward.
@@ -76,8 +78,19 @@ def find_lr(
     results = []
     with console.progress(unit="rates") as bar:
         task = bar.add_task("find-lr", total=len(SPREAD), status="")
-        num_steps = config.find_lr_steps
-        for result in sweep(loaded, critic, config, questions, curve, protected, mask, world, num_steps=num_steps):
+        tried = sweep(
+            loaded,
+            critic,
+            config,
+            questions,
+            curve,
+            protected,
+            mask,
+            num_steps=config.find_lr_steps,
+            rewards=rewards,
+            world=world,
+        )
+        for result in tried:
             results.append(result)
             bar.update(task, advance=1, status=f"{result.learning_rate:.1e}")
     known = [(result.late_reward, result) for result in results if result.late_reward is not None]
@@ -101,9 +114,10 @@ def sweep(
     curve: Sequence[float],
     protected: BlockMask | None,
     mask: BlockMask | None,
-    world: World = ALONE,
     *,
     num_steps: int,
+    rewards: Rewards | None = None,
+    world: World = ALONE,
 ) -> Iterator[RateResult]:
     """Train ``num_steps`` steps at each rate, lowest first; the weights are restored after each, bit for bit.
 
@@ -114,15 +128,16 @@ def sweep(
         questions: the questions of step 1, 2, ...; the same for every rate, as are the seeds.
         curve: the budget profile.
         protected, mask: see ``make_updater``.
-        world: the processes that share each batch; all get the same results.
         num_steps: training steps at each rate.
+        rewards: see ``TrainingStep``.
+        world: the processes that share each batch; all get the same results.
     """
     parameters = trainable(loaded.model)
     original = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters}
     for factor in SPREAD:
         rate = config.resolved_learning_rate * factor
         updater = make_updater(parameters, dataclasses.replace(config, learning_rate=rate), protected, mask, world)
-        step = TrainingStep(loaded, critic, updater, config, curve, world=world)
+        step = TrainingStep(loaded, critic, updater, config, curve, world=world, rewards=rewards)
         try:
             yield _at_rate(rate, step, config, questions, num_steps)
         finally:

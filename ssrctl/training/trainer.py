@@ -16,19 +16,23 @@ import torch
 from ssrctl.checkpoints.delta import Delta, apply_delta
 from ssrctl.checkpoints.run_dir import Checkpoint, RunDir, prune_checkpoints, save_checkpoint
 from ssrctl.configs import TrainConfig
+from ssrctl.configs.names import flag
+from ssrctl.configs.own_code import imported_names
 from ssrctl.core.seeds import derive_seed
 from ssrctl.errors import Interrupted, Stopped, UserError
 from ssrctl.io import console, manifest
 from ssrctl.io.files import CannotWrite, write_text
 from ssrctl.io.gradient_log import GradientHeader, gradient_log_path, save_gradient_log
 from ssrctl.io.interrupts import deferred_interrupt
-from ssrctl.io.jsonl import JsonlLog, write_jsonl
+from ssrctl.io.jsonl import JsonlLog
 from ssrctl.io.mask_log import StepMaskLog, save_mask_log
+from ssrctl.io.records import write_rollouts
 from ssrctl.models.loading import LoadedModel
 from ssrctl.models.precision import precision_of
-from ssrctl.sampling.generate import NonFiniteLogits
+from ssrctl.sampling.engines.transformers_engine import NonFiniteLogits
 from ssrctl.sampling.groups import Prompted
 from ssrctl.training.exact_changes import exact_changes
+from ssrctl.training.gap_warning import GapWarning
 from ssrctl.training.obstacles import Obstacles
 from ssrctl.training.tracking import tracking
 from ssrctl.training.training_step import NonFiniteBatch, StepResult, TrainingStep
@@ -64,6 +68,7 @@ class Trainer:
         self.step = self.last_saved = self.num_changed = 0
         self.recent: list[dict[str, Any]] = []
         self.obstacles = Obstacles(config)
+        self.gap_warning = GapWarning(loaded.model.dtype, corrected=config.engine_correction != "none")
 
     def start(self, profile_name: str) -> None:
         """Write the config and the manifest of a new run; one that stopped before its first checkpoint is dropped."""
@@ -160,6 +165,7 @@ class Trainer:
                         log.append(row)
                     track(row)
                     self.obstacles.add(row)
+                    self.gap_warning.add(row)
                     bar.update(task, completed=self.step, status=_status(row))
                     if not console.console().is_terminal and self.step % config.logging_steps == 0:
                         console.note(f"step {self.step}/{config.max_steps}  {_status(row)}")
@@ -197,8 +203,8 @@ class Trainer:
         return row
 
     def _write_logs(self, result: StepResult) -> None:
-        rows = (rollout.to_dict() for group in result.groups for rollout in group.rollouts)
-        write_jsonl(self.run_dir.rollouts(self.step), rows)
+        rollouts = (rollout for group in result.groups for rollout in group.rollouts)
+        write_rollouts(self.run_dir.rollouts(self.step), rollouts)
         if result.mask_log:
             log = StepMaskLog(
                 step=self.step,
@@ -268,11 +274,15 @@ class Trainer:
             return "run the same command again, it starts from the model's weights"
         run = shlex.quote(str(self.run_dir.path))
         config = shlex.quote(str(self.run_dir.config))
-        return f"ssrctl train --config {config} --output-dir {run} --resume-from-checkpoint latest"
+        # Code is not imported because a file names it.
+        named = imported_names(self.config).items()
+        code = "".join(f" {flag(TrainConfig, name)} {shlex.quote(value)}" for name, values in named for value in values)
+        return f"ssrctl train --config {config} --output-dir {run} --resume-from-checkpoint latest{code}"
 
     def _summary(self) -> dict[str, Any]:
         changed_frac = self.num_changed / self.training_step.num_coordinates
         self.obstacles.warn()
+        self.gap_warning.summarize()
         console.note(
             f"done: {self.step} steps, {changed_frac:.1%} of the weights changed; run directory: {self.run_dir.path}"
         )

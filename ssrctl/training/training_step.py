@@ -23,27 +23,32 @@ from torch import Tensor
 
 from ssrctl.configs import TrainConfig
 from ssrctl.core.budget import step_budgets
+from ssrctl.core.engine_gap import Gap, engine_correction, measure_gap
 from ssrctl.core.losses import k3, response_weights
 from ssrctl.core.mask import BlockMask
 from ssrctl.core.seeds import derive_seed
 from ssrctl.core.topk import NonFiniteGradient
 from ssrctl.core.units import Unit, plan_units, steps_with_signal
 from ssrctl.critics.base import Critic
+from ssrctl.critics.rewards import Rewards
 from ssrctl.critics.scoring import score_groups
 from ssrctl.distributed.dealing import Share, deal_questions, teams
 from ssrctl.distributed.world import ALONE, World
 from ssrctl.errors import UserError
 from ssrctl.io.mask_log import QuestionLog, UnitLog
 from ssrctl.models.loading import LoadedModel
+from ssrctl.sampling.engines.base import Engine
+from ssrctl.sampling.engines.transformers_engine import TransformersEngine
 from ssrctl.sampling.groups import Group, Prompted, join_groups, sample_groups
-from ssrctl.sampling.sampler import Sampler
 from ssrctl.training.credit import group_advantages
 from ssrctl.training.process_work import ProcessWork
 from ssrctl.training.reference import StartWeights
+from ssrctl.training.step_gradients.accumulated import fixed_logprobs
 from ssrctl.training.step_gradients.batch import group_batch
+from ssrctl.training.step_gradients.head import HeadSettings
 from ssrctl.training.step_gradients.parts import QuestionPart, units_of_parts
 from ssrctl.training.step_gradients.task import Dials
-from ssrctl.training.unit_gradients import GroupBatch, NonFiniteLoss, response_logprobs, unit_gradients
+from ssrctl.training.unit_gradients import GroupBatch, NonFiniteLoss, unit_gradients
 from ssrctl.training.unit_observer import QuestionView, UnitObserver, Wanted
 from ssrctl.training.updaters import QuestionUpdate, Updater
 
@@ -92,9 +97,10 @@ class _StepTotals:
     losses: list[float] = field(default_factory=list)
     terms: int = 0
     clipped: int = 0
-    gap_sum: float = 0.0
-    gap_tokens: int = 0
-    gap_max: float = 0.0
+    gaps: list[Tensor] = field(default_factory=list)
+    tokens: int = 0
+    corrected: int = 0
+    correction_hits: int = 0
     entropy_sum: float = 0.0
     num_units: int = 0
     granted_frac: list[float] = field(default_factory=list)
@@ -104,13 +110,19 @@ class _StepTotals:
     resampled: int = 0
     batch_tokens: float = 0.0
     kl_sum: float = 0.0
-    seconds: dict[str, float] = field(default_factory=lambda: {"sample": 0.0, "score": 0.0, "reference": 0.0})
+    seconds: dict[str, float] = field(
+        default_factory=lambda: {"sample": 0.0, "score": 0.0, "reference": 0.0, "old_logprobs": 0.0}
+    )
 
-    def add_gap(self, logprobs: Tensor, batch: GroupBatch) -> None:
-        gap = (logprobs - batch.old_logprobs).abs()[batch.known]
-        self.gap_sum += float(gap.double().sum())
-        self.gap_tokens += gap.numel()
-        self.gap_max = max(self.gap_max, float(gap.max()) if gap.numel() else 0.0)
+    def add_first_pass(self, logprobs: Tensor, batch: GroupBatch) -> None:
+        """Add what the first pass over a question shows, before any update."""
+        assert batch.engine_logprobs is not None
+        apart = (logprobs - batch.engine_logprobs)[batch.known]
+        self.gaps.append(apart[~apart.isnan()].cpu())
+        self.tokens += apart.numel()
+        if batch.correction is not None:
+            self.corrected += batch.correction.num_spans
+            self.correction_hits += batch.correction.num_hit
         if batch.reference is not None:
             self.kl_sum += float(k3(logprobs, batch.reference, batch.known).double().sum())
 
@@ -118,9 +130,7 @@ class _StepTotals:
         """Add those of one question; sums of floats depend on the order of the questions."""
         for spec in dataclasses.fields(self):
             mine, theirs = getattr(self, spec.name), getattr(other, spec.name)
-            if spec.name == "gap_max":
-                self.gap_max = max(mine, theirs)
-            elif spec.name not in ("batch_tokens", "seconds"):  # of the whole step
+            if spec.name not in ("batch_tokens", "seconds"):  # of the whole step
                 setattr(self, spec.name, mine + theirs)
 
     @contextlib.contextmanager
@@ -130,7 +140,7 @@ class _StepTotals:
         self.seconds[phase] += time.perf_counter() - started
 
     def add_entropy(self, entropy: Tensor) -> None:
-        """Add entropies ``[G, R]``, 0 in the padding, of the tokens whose gap ``add_gap`` counts."""
+        """Add entropies ``[G, R]``, 0 in the padding, of the tokens that ``add_first_pass`` counts."""
         self.entropy_sum += float(entropy.double().sum())
 
     def add_update(self, update: QuestionUpdate, num_unprotected: int) -> None:
@@ -139,6 +149,20 @@ class _StepTotals:
         self.clipped += sum(made.num_clipped for made in update.gradients)
         self.num_units += len(update.gradients)
         self.granted_frac.append(sum(update.granted) / num_unprotected)
+
+
+@dataclass(frozen=True)
+class _Own:
+    """This process's share of a question.
+
+    Attributes:
+        batch: its responses.
+        part: their place in the question; None where all are this process's.
+    """
+
+    share: Share
+    batch: GroupBatch
+    part: QuestionPart | None
 
 
 @dataclass
@@ -169,8 +193,9 @@ class TrainingStep:
         config: the run's settings.
         curve: the budget profile v_1..; ``[1.0]`` for equal budgets.
         observer: reads gradients for the logs; None reads none.
-        sampler: samples the responses; None is transformers in this process.
+        engine: samples the responses; None is transformers in this process.
         world: the processes that share a batch.
+        rewards: rewards of the responses in place of the scores of their final answers.
     """
 
     def __init__(
@@ -181,12 +206,14 @@ class TrainingStep:
         config: TrainConfig,
         curve: Sequence[float],
         observer: UnitObserver | None = None,
-        sampler: Sampler | None = None,
+        engine: Engine | None = None,
         world: World = ALONE,
+        rewards: Rewards | None = None,
     ) -> None:
+        self.rewards = rewards
         self.world, self.work = world, ProcessWork(world)
         self.loaded, self.critic, self.updater, self.config, self.curve = loaded, critic, updater, config, curve
-        self.observer, self.sampler = observer, sampler
+        self.observer, self.engine = observer, engine or TransformersEngine(loaded, config)
         self.start_weights = StartWeights(loaded.model) if config.beta else None
         self.num_coordinates = loaded.num_parameters
         self.num_unprotected = self.num_coordinates - updater.num_protected
@@ -210,11 +237,10 @@ class TrainingStep:
         scored = time.perf_counter()
         plans = [self._credit(group, totals) for group in groups]
         totals.batch_tokens = sum(sum(self._trained_lengths(group)) for group in groups) / len(groups)
-        mine = deal_questions([_costs(group, units) for group, units in zip(groups, plans, strict=True)], world.size)[
-            world.rank
-        ]
-        references = [
-            self._reference(groups[share.question], share, totals) if plans[share.question] else None for share in mine
+        costs = [_costs(group, units) for group, units in zip(groups, plans, strict=True)]
+        mine = [
+            self._own(share, groups[share.question], plans[share.question], totals)
+            for share in deal_questions(costs, world.size)[world.rank]
         ]
         mask_log: list[QuestionLog] = []
         gradient: Tensor | None = None
@@ -224,23 +250,24 @@ class TrainingStep:
             dropped_before = totals.non_finite
             learned: dict[_Key, _Learned] = {}
             updates: dict[int, QuestionUpdate] = {}
-            with self.work.learning(mine):
-                for share, reference in zip(mine, references, strict=True):
-                    number = share.question
+            with self.work.learning([one.share for one in mine]):
+                for one in mine:
+                    share, number = one.share, one.share.question
                     group = groups[number]
                     own = learned[number, world.rank] = _Learned(_StepTotals(batch_tokens=totals.batch_tokens))
-                    observes = self.observer is not None and bool(wanted)
-                    view = self.observer.question(wanted) if self.observer and observes and share.leads else None
+                    observed = self.observer is not None and bool(wanted)
+                    view = self.observer.question(wanted) if self.observer and observed and share.leads else None
+                    if not plans[number]:
+                        continue
                     update = self._learn(
                         group,
-                        share,
+                        one,
                         plans[number],
                         len(groups),
                         own.totals,
                         view,
-                        reference,
                         is_first=iteration == 0,
-                        observed=observes,
+                        observed=observed,
                     )
                     if update is None:
                         continue
@@ -267,7 +294,8 @@ class TrainingStep:
                 raise NonFiniteBatch(
                     f"summed over the batch, {error}", LOWER_RATE, weights_changed=iteration > 0
                 ) from error
-        totals.seconds["update"] = time.perf_counter() - scored - totals.seconds["reference"]
+        before = totals.seconds["reference"] + totals.seconds["old_logprobs"]
+        totals.seconds["update"] = time.perf_counter() - scored - before
         metrics = self._metrics(groups, totals, totals.seconds) | update_metrics
         return StepResult(metrics | self.work.shares(self.loaded.model.parameters()), groups, mask_log, gradient)
 
@@ -295,7 +323,9 @@ class TrainingStep:
         """Sample this process's responses."""
         config, world = self.config, self.world
         count = config.num_generations
-        mine = deal_questions([[float(len(prompt.prompt_ids))] * count for prompt in prompts], world.size)[world.rank]
+        splits = world.size > config.questions_per_step  # also where only some of them are sampled again
+        costs = [[float(len(prompt.prompt_ids))] * count for prompt in prompts]
+        mine = deal_questions(costs, world.size, split=splits)[world.rank]
 
         def sample(shares: Sequence[Share], own_seed: int, numbers: Sequence[int] | None = None) -> list[_Sampled]:
             groups = sample_groups(
@@ -305,13 +335,13 @@ class TrainingStep:
                 num_generations=count,
                 seed=own_seed,
                 segmentation=config,
-                sampler=self.sampler,
+                engine=self.engine,
                 numbers=numbers,
             )
             return list(zip(shares, groups, strict=True))
 
         with self.work.sampling():
-            if config.sample_together == "question" or world.size > len(prompts):
+            if config.sample_together == "question" or splits:
                 seeds = [derive_seed(seed, "question", share.question) for share in mine]
                 return [sample([one], own, one.responses)[0] for one, own in zip(mine, seeds, strict=True)]
             own_seed = seed if world.size == 1 else derive_seed(seed, "process", world.rank)
@@ -327,14 +357,14 @@ class TrainingStep:
         if config.critic == "rollout" and config.sample_together == "question":
             assert self.critic is not None
             for _, group in mine:
-                score_groups([group], self.critic, config.answer_extraction)
+                score_groups([group], self.critic, config.answer_extraction, self.rewards)
             return _whole_groups(world.gather(mine))
         parts = world.gather_on_main(mine)
 
         def score() -> list[Group]:
             assert self.critic is not None
             groups = _whole_groups(parts)
-            score_groups(groups, self.critic, config.answer_extraction)
+            score_groups(groups, self.critic, config.answer_extraction, self.rewards)
             return groups
 
         return world.on_main(score)
@@ -355,17 +385,46 @@ class TrainingStep:
         masks = self.config.mask_truncated
         return [0 if masks and not sample.finished else len(sample.response_ids) for sample in group.samples]
 
-    def _batch(self, group: Group) -> GroupBatch:
-        return group_batch(self.loaded, group, whole_response=self.config.credit != "step")
+    def _own(self, share: Share, group: Group, units: list[Unit], totals: _StepTotals) -> _Own:
+        """Return this process's share of a question as tensors; those of a question without a unit are not needed."""
+        batch = group_batch(self.loaded, group, whole_response=self.config.credit != "step")
+        part = None if len(share.team) == 1 else QuestionPart.of(batch, units, share.responses)
+        batch = batch if part is None else part.batch
+        return _Own(share, self._prepared(batch, totals) if units else batch, part)
 
-    def _reference(self, group: Group, share: Share, totals: _StepTotals) -> Tensor | None:
-        """Return the log-probabilities ``[r, R]`` of the share under the start weights; None without a KL term."""
-        if self.start_weights is None:
-            return None
-        with totals.timed("reference"), self.start_weights.in_place():
-            batch = self._batch(group)
-            batch = batch if len(share.team) == 1 else batch.of_responses(share.responses)
-            return response_logprobs(self.loaded.model, batch, self.config.temperature)
+    def _prepared(self, batch: GroupBatch, totals: _StepTotals) -> GroupBatch:
+        """Return a batch with what stays the same in all passes over it.
+
+        A log-probability that the engine did not give is the trainer's own, as all are with ``--old-logprobs trainer``.
+        """
+        config = self.config
+        engine = batch.engine_logprobs
+        assert engine is not None
+        missing = engine.isnan()
+        if config.resolved_old_logprobs == "trainer" or bool(missing.any()):
+            with totals.timed("old_logprobs"):
+                own = self._logprobs(batch)
+            from_trainer = missing if config.resolved_old_logprobs == "engine" else torch.ones_like(missing)
+            batch = dataclasses.replace(batch, old_logprobs=torch.where(from_trainer, own, batch.old_logprobs))
+        if config.engine_correction != "none":
+            correction = engine_correction(
+                batch.old_logprobs,
+                engine,
+                batch.step_ids,
+                kind=config.engine_correction,
+                level=config.correction_level,
+                cap=config.engine_correction_cap,
+            )
+            batch = dataclasses.replace(batch, correction=correction)
+        if self.start_weights is not None:
+            with totals.timed("reference"), self.start_weights.in_place():
+                batch = dataclasses.replace(batch, reference=self._logprobs(batch))
+        return batch
+
+    def _logprobs(self, batch: GroupBatch) -> Tensor:
+        config = self.config
+        settings = HeadSettings(config.temperature, config.logit_chunk_tokens)
+        return fixed_logprobs(self.loaded.model, batch, settings, config.micro_batch_tokens)
 
     def _wanted(self, log_masks: bool, log_gradient: bool) -> Wanted:
         sets = log_masks and self.config.optimizer == "kronos"
@@ -392,12 +451,11 @@ class TrainingStep:
     def _learn(
         self,
         group: Group,
-        share: Share,
+        own: _Own,
         units: list[Unit],
         num_questions: int,
         totals: _StepTotals,
         view: QuestionView | None,
-        reference: Tensor | None,
         *,
         is_first: bool,
         observed: bool,
@@ -413,19 +471,14 @@ class TrainingStep:
                 view.before_unit(unit)
             self.updater.before_unit(unit)
 
-        if not units:
-            return None
-        batch = self._batch(group)
         lengths = torch.tensor(self._trained_lengths(group), device=self.loaded.device)
         weights = response_weights(
             self.config.loss_type, lengths, longest=self.config.max_new_tokens, batch_tokens=totals.batch_tokens
         )
-        alone = len(share.team) == 1
-        part = None if alone else QuestionPart.of(batch, units, share.responses, weights)
-        batch = dataclasses.replace(batch if part is None else part.batch, reference=reference)
+        part = own.part
         gradients = unit_gradients(
             self.loaded.model,
-            batch,
+            own.batch,
             units if part is None else part.own_units,
             temperature=self.config.temperature,
             clip_epsilon=self.config.clip_epsilon,
@@ -435,11 +488,11 @@ class TrainingStep:
             micro_batch_tokens=self.config.micro_batch_tokens,
             logit_chunk_tokens=self.config.logit_chunk_tokens,
             dials=Dials(self.config.units_at_once, self.config.gradient_chunk_tokens),
-            on_logprobs=lambda logprobs: totals.add_gap(logprobs, batch) if is_first else None,
+            on_logprobs=lambda logprobs: totals.add_first_pass(logprobs, own.batch) if is_first else None,
             on_entropy=totals.add_entropy if is_first else None,
             on_unit=before_unit if part is None else None,
             epsilon_high=self.config.epsilon_high,
-            token_weights=weights if part is None else part.token_weights,
+            token_weights=weights if part is None or weights is None else weights[own.share.responses],
             beta=self.config.beta,
             num_responses=None if part is None else part.num_responses,
         )
@@ -453,9 +506,9 @@ class TrainingStep:
             try:
                 update = self.updater.add_question(gradients)
             except (NonFiniteLoss, NonFiniteGradient):
-                totals.non_finite += share.leads
+                totals.non_finite += own.share.leads
                 return None
-        if not share.leads:
+        if not own.share.leads:
             return None
         totals.add_update(update, self.num_unprotected)
         if update.granted and self._fills_budget(group):
@@ -499,7 +552,7 @@ class TrainingStep:
         num_tokens = sum(lengths)
         kl = {}
         if self.config.beta:
-            kl["kl_to_start"] = totals.kl_sum / totals.gap_tokens if totals.gap_tokens else None
+            kl["kl_to_start"] = totals.kl_sum / totals.tokens if totals.tokens else None
             kl["reference_seconds"] = seconds["reference"]
         return {
             "reward": statistics.fmean(known) if known else None,
@@ -515,9 +568,8 @@ class TrainingStep:
             "non_finite_questions": totals.non_finite,
             "loss": statistics.fmean(totals.losses) if totals.losses else None,
             "clip_frac": totals.clipped / totals.terms if totals.terms else 0.0,
-            "logprob_gap_mean": totals.gap_sum / totals.gap_tokens if totals.gap_tokens else None,
-            "logprob_gap_max": totals.gap_max,
-            "entropy": totals.entropy_sum / totals.gap_tokens if totals.gap_tokens else None,
+            **self._engine_metrics(totals),
+            "entropy": totals.entropy_sum / totals.tokens if totals.tokens else None,
             "num_units": totals.num_units,
             "granted_frac": statistics.fmean(totals.granted_frac) if totals.granted_frac else 0.0,
             "granted_budget_frac": (
@@ -533,6 +585,23 @@ class TrainingStep:
             "update_seconds": seconds["update"],
             "peak_memory_bytes": _peak_memory_bytes(),
         }
+
+    def _engine_metrics(self, totals: _StepTotals) -> dict[str, float | None]:
+        """Return the metrics of the gap between engine and trainer, and of its correction."""
+        config = self.config
+        above = config.clip_epsilon if config.epsilon_high is None else config.epsilon_high
+        gap = measure_gap(torch.cat([*totals.gaps, torch.empty(0)]), low=1 - config.clip_epsilon, high=1 + above)
+        known = sum(len(part) for part in totals.gaps)
+        found: dict[str, float | None] = {
+            f"logprob_gap_{spec.name}": None if gap is None else getattr(gap, spec.name)
+            for spec in dataclasses.fields(Gap)
+        }
+        found["missing_logprob_frac"] = 1 - known / totals.tokens if totals.tokens else None
+        if config.resolved_old_logprobs == "trainer":
+            found["old_logprobs_seconds"] = totals.seconds["old_logprobs"]
+        if config.engine_correction != "none":
+            found["correction_hit_frac"] = totals.correction_hits / totals.corrected if totals.corrected else None
+        return found
 
 
 def _in_order(parts: Sequence[dict[_Key, T]]) -> list[T]:

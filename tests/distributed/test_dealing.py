@@ -37,6 +37,8 @@ def test_more_processes_than_questions_split_responses() -> None:
         assert [share.question for mine in dealt for share in mine if share.leads] == ([0, 1] if size == 1 else [1, 0])
         assert all(rank in share.team for rank, mine in enumerate(dealt) for share in mine)
     assert [share.team for mine in deal_questions(costs, 3) for share in mine] == [range(2), range(2), range(2, 3)]
+    assert [len(mine) for mine in deal_questions(costs, 3, split=False)] == [1, 1, 0]
+    assert sum(map(bool, deal_questions([[1.0, 1.0]], 4))) == 2, "no process has an empty share"
     assert deal_questions(costs, 3)[0][0] == Share(1, [0], range(2), leads=True), "the costliest has the larger team"
 
 

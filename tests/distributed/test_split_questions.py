@@ -29,7 +29,7 @@ CASES = {
     ),
     "reuse, micro-batches": (1, ["--reuse-factor", "1.5", "--micro-batch-tokens", "60"]),
     "rollout critic": (2, ["--critic", "rollout", "--critic-rollouts", "2"]),
-    "dense": (3, ["--optimizer", "adamw", "--log-gradients", "2"]),
+    "dense, again": (3, ["--optimizer", "adamw", "--log-gradients", "2", "--resample-without-signal", "1"]),
     "dense, masked": (1, ["--optimizer", "adamw", "--mask", "MASK"]),
 }
 

@@ -32,13 +32,13 @@ def test_the_parts_sum_to_the_whole(qwen, case, method, kind) -> None:
     (shares,) = zip(*deal_questions([lengths], len(lengths) - (len(lengths) > 2)), strict=True)
     assert sorted(row for share in shares for row in share.responses) == list(range(len(lengths)))
     for share in shares:
-        part = QuestionPart.of(batch, case.units, share.responses, weights)
+        part = QuestionPart.of(batch, case.units, share.responses)
         assert [unit.steps for unit in part.units] == list(whole)
         for made in unit_gradients(
             qwen,
             part.batch,
             part.own_units,
-            token_weights=part.token_weights,
+            token_weights=None if weights is None else weights[share.responses],
             num_responses=part.num_responses,
             **settings,
         ):

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from torch import Tensor
-
 from ssrctl.core.units import Unit
 from ssrctl.distributed.world import World
 from ssrctl.training.step_gradients.batch import GroupBatch
@@ -26,19 +24,15 @@ class QuestionPart:
         units: those of the whole question that have a loss, in order, with the advantages of all responses.
         own: of each of them, the same with the advantages of these responses; None where these have no token of it.
         num_responses: by step, the responses of the whole question that have it with a known advantage.
-        token_weights: float64, of these responses; None where the whole has none.
     """
 
     batch: GroupBatch
     units: list[Unit]
     own: list[Unit | None]
     num_responses: dict[int, int]
-    token_weights: Tensor | None
 
     @classmethod
-    def of(
-        cls, batch: GroupBatch, units: Sequence[Unit], rows: Sequence[int], token_weights: Tensor | None = None
-    ) -> QuestionPart:
+    def of(cls, batch: GroupBatch, units: Sequence[Unit], rows: Sequence[int]) -> QuestionPart:
         """Return the part of the responses ``rows``; every process of a question passes the same but for these."""
         active = GradientTask(None, batch, units).active
         return cls(
@@ -50,7 +44,6 @@ class QuestionPart:
                 for one in active
                 for step, column in zip(one.unit.steps, one.unit.advantages, strict=True)
             },
-            None if token_weights is None else token_weights[list(rows)],
         )
 
     @property

@@ -171,6 +171,7 @@ class GradientTask:
                 beta=self.beta,
                 reference=self.batch.reference,
                 num_responses=None if self.num_responses is None else self.num_responses[step],
+                correction=None if self.batch.correction is None else self.batch.correction.weights,
             )
             if made.loss is not None:
                 losses.append(made.loss)
