@@ -253,6 +253,20 @@ class LoggingOptions(Config):
 
 
 @dataclass(kw_only=True)
+class ShardingOptions(ProcessOptions):
+    """Settings of the division of one model over processes."""
+
+    sharding: Literal["none", "fsdp2"] = "none"
+    """none: each process has the whole model, and questions are divided. fsdp2: each has a shard of every weight, gradient
+    and state, for models larger than a device; the responses of each question are divided (step gradients kept or
+    truncated)."""
+
+    sampling_weights: Literal["whole", "shards"] = "whole"
+    """With fsdp2. whole: gather the whole weights once before sampling, and free them after it; shards: gather each layer
+    for every token, for a model whose weights alone exceed a device. The samples are the same."""
+
+
+@dataclass(kw_only=True)
 class TrainConfig(
     ModelConfig,
     DatasetConfig,
@@ -264,7 +278,7 @@ class TrainConfig(
     CriticOptions,
     CheckpointOptions,
     LoggingOptions,
-    ProcessOptions,
+    ShardingOptions,
     CommonConfig,
 ):
     """Train with step-wise reinforcement learning and masked updates (SSR section 2.3).
@@ -312,6 +326,33 @@ class TrainConfig(
             )
         self._check_optimizer()
         self._check_passes()
+        if self.sharding != "none":
+            self._check_sharding()
+        elif self.sampling_weights != "whole":
+            raise UserError(f"--sampling-weights {self.sampling_weights} is for --sharding fsdp2", "leave it out")
+
+    def _check_sharding(self) -> None:
+        """Refuse what does not work on shards."""
+        if num_launched() == 1 and not self.launches:
+            raise UserError(
+                f"--sharding {self.sharding} divides the model over processes, and there is one",
+                "give --num-processes N, or start it with torchrun or accelerate launch",
+            )
+        whole = {
+            f"--step-gradient {self.step_gradient}": self.step_gradient not in ("auto", "kept", "truncated"),
+            "--micro-batch-tokens": self.micro_batch_tokens is not None,
+            "--selection block": self.selection == "block",
+            "--reuse-factor": self.reuse_factor is not None,
+            "--optimizer adamw with --mask": self.optimizer == "adamw" and self.mask is not None,
+            "--log-gradients": self.log_gradients > 0,
+            "--log-gradient-cosine": self.log_gradient_cosine,
+            "--find-lr": self.find_lr,
+            "--critic rollout with --sample-together step": (
+                self.critic == "rollout" and self.sample_together == "step"
+            ),
+        }
+        if odd := [name for name, given in whole.items() if given]:
+            raise UserError(f"{', '.join(odd)} does not work with --sharding {self.sharding}", "leave one of them out")
 
     def _check_passes(self) -> None:
         """Refuse ways to the step gradients that exclude each other."""

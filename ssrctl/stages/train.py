@@ -22,7 +22,8 @@ from ssrctl.critics.own_code import OwnCritic
 from ssrctl.critics.registry import CRITICS, find_critic, make_critic
 from ssrctl.critics.rewards import RewardFunction, Rewards, load_rewards, make_rewards
 from ssrctl.distributed.dealing import teams
-from ssrctl.distributed.traffic import dense_bytes_sent, kept_bytes_sent, scattered_bytes_sent
+from ssrctl.distributed.sharding import ShardedModel
+from ssrctl.distributed.traffic import dense_bytes_sent, kept_bytes_sent, scattered_bytes_sent, sharded_bytes_sent
 from ssrctl.distributed.world import World, joined_world
 from ssrctl.errors import UserError
 from ssrctl.io import console
@@ -31,13 +32,22 @@ from ssrctl.io.budget_file import MIN_PROBLEMS, load_budget_profile, shipped_bud
 from ssrctl.io.locks import locked_folder
 from ssrctl.io.package_data import profile_path
 from ssrctl.io.problems import load_problems
-from ssrctl.models.loading import UNREAD, LoadedModel, describe_model, folder_of, load_model, load_skeleton
-from ssrctl.models.precision import describe_precision, itemsize_of, resolve_device, settle_dtype
+from ssrctl.models.loading import (
+    UNREAD,
+    LoadedModel,
+    describe_model,
+    folder_of,
+    free_bytes,
+    load_model,
+    load_skeleton,
+)
+from ssrctl.models.precision import describe_precision, itemsize_of, repeat_sums, resolve_device, settle_dtype
 from ssrctl.models.stored_parameters import check_exportable
+from ssrctl.process_rank import local_rank
 from ssrctl.sampling.agreement import agree
 from ssrctl.sampling.groups import Prompted, describe_prompt, prepare_prompts
 from ssrctl.text.prompts import load_prompt_format
-from ssrctl.training.checkpointing import enable_checkpointing
+from ssrctl.training.checkpointing import enable_checkpointing, outer_layers
 from ssrctl.training.lr_sweep import find_lr
 from ssrctl.training.memory_plan import memory_facts, settle_step_gradient
 from ssrctl.training.resuming import open_run, run_folder
@@ -148,6 +158,14 @@ def _check_processes(config: TrainConfig, world: World) -> None:
     """Raise a UserError for what several processes cannot divide."""
     processes = max(world.size, config.num_processes or 1)
     questions, responses = config.questions_per_step, config.questions_per_step * config.num_generations
+    if config.sharding != "none":
+        if processes > config.num_generations:
+            console.warn(
+                f"{processes} processes for {config.num_generations} responses to a question: "
+                f"{processes - config.num_generations} hold a shard and have no response to learn from "
+                f"(--num-generations {processes} would give each one)"
+            )
+        return
     if processes > responses:
         raise UserError(
             f"{processes} processes for {responses} responses in a step ({questions} questions of "
@@ -173,7 +191,7 @@ def _run(config: TrainConfig, run_dir: RunDir, world: World, judges: _Judges) ->
     checkpoint = open_run(config, run_dir)
     prompt_format = load_prompt_format(config)
     problems = load_problems(config, "train", derive_seed(config.seed, "problems"))
-    loaded = _load(config)
+    loaded, sharded = _load(config, world)
     protected = _mask_at(config.protect, config, loaded)
     mask = _mask_at(config.mask, config, loaded)
     _check_trainable(config, loaded, protected, mask)
@@ -198,12 +216,13 @@ def _run(config: TrainConfig, run_dir: RunDir, world: World, judges: _Judges) ->
     _warn_about_sampling(config)
     if config.dry_run:
         plan = _plan(config, loaded, protected, mask, profile_name, grants, len(prompts) or len(problems), run_dir)
-        plan |= memory_facts(config, loaded, longest, trained_frac)
-        plan |= _step_plan(config, loaded, longest, max(world.size, config.num_processes or 1))
+        processes = max(world.size, config.num_processes or 1)
+        plan |= memory_facts(config, loaded, longest, trained_frac, 1 if config.sharding == "none" else processes)
+        plan |= _step_plan(config, loaded, longest, processes)
         plan["first_prompt"] = first_prompt
         console.show_plan("plan", plan)
         return plan
-    settled = settle_step_gradient(config, loaded, longest, trained_frac)
+    settled = config if sharded is not None else settle_step_gradient(config, loaded, longest, trained_frac)
     more = {
         **{f"contents of {name}": found for name, found in input_hashes(config).items()},
         "budget curve": list(curve),
@@ -220,9 +239,13 @@ def _run(config: TrainConfig, run_dir: RunDir, world: World, judges: _Judges) ->
             questions = functools.partial(questions_of_step, prompts=prompts, config=config)
             return find_lr(loaded, critic, settled, questions, curve, protected, mask, judges.rewards, world)
         parameters = trainable(loaded.model)
-        updater = make_updater(parameters, config, protected, mask, world)
-        observer = UnitObserver(parameters, config, frozen_coordinates(protected, mask))
-        step = TrainingStep(loaded, critic, updater, settled, curve, observer, world=world, rewards=judges.rewards)
+        observer = None
+        if sharded is None:
+            observer = UnitObserver(parameters, config, frozen_coordinates(protected, mask))
+        updater = make_updater(parameters, config, protected, mask, world, sharded)
+        step = TrainingStep(
+            loaded, critic, updater, settled, curve, observer, world=world, sharded=sharded, rewards=judges.rewards
+        )
         trainer = Trainer(config, loaded, run_dir, prompts, step)
         if checkpoint is None:
             trainer.start(profile_name)
@@ -231,13 +254,46 @@ def _run(config: TrainConfig, run_dir: RunDir, world: World, judges: _Judges) ->
         return trainer.train()
 
 
-def _load(config: TrainConfig) -> LoadedModel:
+def _load(config: TrainConfig, world: World) -> tuple[LoadedModel, ShardedModel | None]:
     """Load the model; for a plan read its config only, unless it is the one that comes with the package."""
     if config.dry_run and config.model != TINY:
-        return load_skeleton(config)
-    loaded = load_model(
-        config, bytes_per_parameter=_update_bytes(config, itemsize_of(config)) + ACTIVATION_BYTES_PER_PARAMETER
-    )
+        return load_skeleton(config), None
+    beside = _update_bytes(config, itemsize_of(config)) + ACTIVATION_BYTES_PER_PARAMETER
+    if config.sharding == "none" or world.size == 1:
+        loaded = load_model(config, bytes_per_parameter=beside)
+        return _prepared(config, loaded), None
+    sharded = None
+    for turn in range(1 + max(world.gather(local_rank()))):  # a machine holds one whole model at a time
+        if turn == local_rank():
+            on_cpu = dataclasses.replace(config, device="cpu")
+            loaded = _prepared(config, load_model(on_cpu, bytes_per_parameter=beside / world.size))
+            sharded = ShardedModel(loaded.model, outer_layers(loaded.model), world)
+        world.wait()
+    assert sharded is not None
+    repeat_sums(world.device)
+    sharded.begin()
+    console.note(f"weights, gradients and state are sharded over {world.size} processes (FSDP2)")
+    _check_whole_weights(config, loaded, world)
+    return loaded, sharded
+
+
+def _check_whole_weights(config: TrainConfig, loaded: LoadedModel, world: World) -> None:
+    """Refuse to gather the whole weights for sampling where they do not fit beside the shards."""
+    found = free_bytes(world.device)
+    sharing = (
+        1 if world.device.type == "cuda" else 1 + max(world.gather(local_rank()))
+    )  # the machine's memory is shared
+    free = min(world.gather(math.inf if found is None else found / sharing))
+    needed = loaded.num_parameters * itemsize_of(config, loaded.model)
+    if config.sampling_weights == "whole" and needed > free:
+        raise UserError(
+            f"sampling would gather {needed / 2**30:.3g} GiB of weights in each process, {max(free, 0) / 2**30:.3g} GiB are "
+            "free",
+            "use --sampling-weights shards, or --dtype bfloat16",
+        )
+
+
+def _prepared(config: TrainConfig, loaded: LoadedModel) -> LoadedModel:
     console.note(describe_precision(loaded.model))
     if config.gradient_checkpointing:
         enable_checkpointing(loaded.model)
@@ -379,32 +435,16 @@ def _plan(
 
 def _step_plan(config: TrainConfig, loaded: LoadedModel, prompt_tokens: int, processes: int) -> dict[str, Any]:
     """Return the part of the plan about several processes, and where the time of a step goes; one process sends nothing."""
-    stored, count, questions = itemsize_of(config, loaded.model), loaded.num_parameters, config.questions_per_step
+    stored, count = itemsize_of(config, loaded.model), loaded.num_parameters
     plan: dict[str, Any] = {"num_processes": processes}
     sent = 0.0
     if processes > 1:
-        dense = sent = dense_bytes_sent(count, itemsize=stored, processes=processes)
-        held = 0.0
-        if config.optimizer == "kronos":
-            unit_share = min(config.max_step_budget, config.budget)
-            sent = kept_bytes_sent(
-                count,
-                itemsize=stored,
-                questions=questions,
-                budget=config.budget,
-                unit_share=unit_share,
-                processes=processes,
-            )
-            # its own questions wait for the others', packed and not, and one that is received is unpacked
-            held = (2 * math.ceil(questions / processes) + 2) * config.budget * count * (2 + stored)
-            if processes > questions:  # a unit's gradient is summed over those who share the question
-                plan["processes_per_question"] = team = len(teams(questions, processes)[0])
-                sent += num_units(config) * scattered_bytes_sent(count, itemsize=stored, processes=team)
-                held += count * stored
+        exchange = _exchange_of_replicas if config.sharding == "none" else _exchange_of_shards
+        sent, held, more = exchange(config, count, stored, processes)
         plan |= {
-            "gib_per_process": round((count * (stored + _update_bytes(config, stored)) + held) / 2**30, 3),
+            **more,
+            "gib_per_process": round(held / 2**30, 3),
             "mib_sent_per_step_and_process": round(sent / 2**20, 3),
-            "mib_of_a_dense_all_reduce": round(dense / 2**20, 3),
         }
     shares = time_shares(
         config,
@@ -416,3 +456,51 @@ def _step_plan(config: TrainConfig, loaded: LoadedModel, prompt_tokens: int, pro
         sent=sent,
     )
     return plan | {"shares_of_a_step": {name: round(share, 3) for name, share in shares.items()}}
+
+
+def _exchange_of_shards(
+    config: TrainConfig, count: int, itemsize: int, processes: int
+) -> tuple[float, float, dict[str, Any]]:
+    """Return the bytes that a process sends per step, those that it holds, and further facts, with ``--sharding``."""
+    whole = config.sampling_weights == "whole"
+    sent = sharded_bytes_sent(
+        count,
+        itemsize=itemsize,
+        questions=config.questions_per_step,
+        units=num_units(config),
+        sampling_passes=1 if whole else math.ceil(config.questions_per_step / processes) * config.max_new_tokens,
+        processes=processes,
+    )
+    facts = {"gib_of_whole_weights_in_sampling": round(count * itemsize / 2**30, 3) if whole else 0.0}
+    return (
+        sent,
+        count * (itemsize + _update_bytes(config, itemsize)) / processes,
+        {"sharding": config.sharding, **facts},
+    )
+
+
+def _exchange_of_replicas(
+    config: TrainConfig, count: int, itemsize: int, processes: int
+) -> tuple[float, float, dict[str, Any]]:
+    """As ``_exchange_of_shards``, of processes that each hold the whole model."""
+    questions = config.questions_per_step
+    held = count * (itemsize + _update_bytes(config, itemsize))
+    dense = dense_bytes_sent(count, itemsize=itemsize, processes=processes)
+    facts: dict[str, Any] = {"mib_of_a_dense_all_reduce": round(dense / 2**20, 3)}
+    if config.optimizer == "adamw":
+        return dense, held, facts
+    sent = kept_bytes_sent(
+        count,
+        itemsize=itemsize,
+        questions=questions,
+        budget=config.budget,
+        unit_share=min(config.max_step_budget, config.budget),
+        processes=processes,
+    )
+    # its own questions wait for the others', packed and not, and one that is received is unpacked
+    held += (2 * math.ceil(questions / processes) + 2) * config.budget * count * (2 + itemsize)
+    if processes > questions:  # a unit's gradient is summed over those who share the question
+        facts["processes_per_question"] = team = len(teams(questions, processes)[0])
+        sent += num_units(config) * scattered_bytes_sent(count, itemsize=itemsize, processes=team)
+        held += count * itemsize
+    return sent, held, facts

@@ -76,21 +76,25 @@ def time_shares(
     moving = MOVING_COSTS.get(device, MOVING_COSTS["cuda"])
     read = DEVICE_COSTS.get(device, DEVICE_COSTS["cuda"]).forward_weights
     per_byte = read / (body_parameters(model) * moving.itemsize)
-    questions = math.ceil(config.questions_per_step / processes)
-    team = len(teams(config.questions_per_step, processes)[-1])  # of those with fewer processes for a question
+    sharded = config.sharding != "none" and processes > 1
+    # the processes that share a question, of the teams with fewer of them, and each state
+    team = processes if sharded else len(teams(config.questions_per_step, processes)[-1])
+    holders = processes if sharded else 1
+    sampled = math.ceil(config.questions_per_step / processes)
+    learned = config.questions_per_step if sharded else sampled
     rows = math.ceil(config.num_generations / team)
     parts = {
-        "sampling": _sampling(config, costs, prompt_tokens, questions, rows),
-        "passes": questions * _passes(config, costs, prompt_tokens, rows, chunks=cache_obstacle(model) is None),
+        "sampling": _sampling(config, costs, prompt_tokens, sampled, config.num_generations if sharded else rows),
+        "passes": learned * _passes(config, costs, prompt_tokens, rows, chunks=cache_obstacle(model) is None),
     }
     kept = config.questions_per_step * config.budget * count
     if config.optimizer == "kronos":
-        parts["selection"] = questions * num_units(config) * moving.reads * count * itemsize / team * per_byte
-        parts["update"] = kept * moving.kept * per_byte
+        parts["selection"] = learned * num_units(config) * moving.reads * count * itemsize / team * per_byte
+        parts["update"] = kept * moving.kept / holders * per_byte
     else:
-        parts["update"] = count * moving.dense * per_byte
+        parts["update"] = count * moving.dense / holders * per_byte
     if processes > 1:
-        packed = kept * moving.packed if config.optimizer == "kronos" else 0.0
+        packed = kept * moving.packed if config.optimizer == "kronos" and not sharded else 0.0
         parts["exchange"] = (packed + sent * moving.wire) * per_byte
     for name in parts.keys() - {"sampling"}:
         parts[name] *= config.num_iterations

@@ -95,13 +95,19 @@ class Trainer:
                 "num_coordinates": self.training_step.num_coordinates,
                 "num_protected": self.updater.num_protected,
                 "num_processes": self.world.size,
+                "sharding": self.config.sharding,
             }
         )
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Restore weights, optimizer, schedule and logs to the state of a checkpoint."""
-        parameters = dict(self.loaded.model.named_parameters())
-        apply_delta(checkpoint.delta, parameters, self.loaded.identity.fingerprint, checkpoint.path)
+        delta, parameters = checkpoint.delta, dict(self.loaded.model.named_parameters())
+        if (sharded := self.training_step.sharded) is not None:
+            delta = dataclasses.replace(
+                delta, shapes=sharded.shapes(), changes=sharded.changes_of_rows(checkpoint.delta.changes)
+            )
+            parameters = dict(sharded.local_parameters())
+        apply_delta(delta, parameters, self.loaded.identity.fingerprint, checkpoint.path)
         self.num_changed = checkpoint.delta.count
         self.updater.load_state(checkpoint.optimizer)
         self.step = self.last_saved = checkpoint.state["step"]
@@ -240,15 +246,17 @@ class Trainer:
             log.sync()
         if self.step == self.last_saved:
             return
-        if self.world.is_main:
+        if self.world.is_main or self.training_step.sharded is not None:
             self._write_checkpoint()
         self.last_saved = self.step
         self.world.wait()
 
     def _write_checkpoint(self) -> None:
-        delta = Delta(
-            self.loaded.identity, self.loaded.shapes(), dict(exact_changes(self.updater.changes(), self.config))
-        )
+        """Write what the updater has; of a sharded model the main process has it all, once every process was asked."""
+        changes, updater_state = self.updater.changes(), self.updater.state()
+        if not self.world.is_main:
+            return
+        delta = Delta(self.loaded.identity, self.loaded.shapes(), dict(exact_changes(changes, self.config)))
         state = {
             "step": self.step,
             "scheduler": self.scheduler.state_dict(),
@@ -256,9 +264,11 @@ class Trainer:
         }
         # A resumed run writes the same bytes as an uninterrupted one.
         settings = manifest.published_settings(
-            dataclasses.replace(self.config, resume_from_checkpoint=None, force=False)
+            dataclasses.replace(
+                self.config, resume_from_checkpoint=None, force=False, sharding="none", sampling_weights="whole"
+            )
         )
-        save_checkpoint(self.run_dir.checkpoint(self.step), delta, self.updater.state(), state, settings)
+        save_checkpoint(self.run_dir.checkpoint(self.step), delta, updater_state, state, settings)
         prune_checkpoints(self.run_dir, self.config.save_total_limit)
         self.num_changed = delta.count
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ssrctl.configs import TrainConfig
 from ssrctl.core.budget import step_budgets
+from ssrctl.core.claims import KeptUnit
 from ssrctl.core.engine_gap import Gap, engine_correction, measure_gap
 from ssrctl.core.losses import k3, response_weights
 from ssrctl.core.mask import BlockMask
@@ -33,6 +34,7 @@ from ssrctl.critics.base import Critic
 from ssrctl.critics.rewards import Rewards
 from ssrctl.critics.scoring import score_groups
 from ssrctl.distributed.dealing import Share, deal_questions, teams
+from ssrctl.distributed.sharding import ResponseShare, ShardedModel, noticing_lost_processes
 from ssrctl.distributed.world import ALONE, World
 from ssrctl.errors import UserError
 from ssrctl.io.mask_log import QuestionLog, UnitLog
@@ -44,7 +46,7 @@ from ssrctl.training.credit import group_advantages
 from ssrctl.training.process_work import ProcessWork
 from ssrctl.training.reference import StartWeights
 from ssrctl.training.step_gradients.accumulated import fixed_logprobs
-from ssrctl.training.step_gradients.batch import group_batch
+from ssrctl.training.step_gradients.batch import group_batch, response_logprobs
 from ssrctl.training.step_gradients.head import HeadSettings
 from ssrctl.training.step_gradients.parts import QuestionPart, units_of_parts
 from ssrctl.training.step_gradients.task import Dials
@@ -195,6 +197,8 @@ class TrainingStep:
         observer: reads gradients for the logs; None reads none.
         engine: samples the responses; None is transformers in this process.
         world: the processes that share a batch.
+        sharded: the model, where each of the processes has a shard of it: all learn from every question then, each
+            from some of its responses. None where each has the whole model.
         rewards: rewards of the responses in place of the scores of their final answers.
     """
 
@@ -208,13 +212,16 @@ class TrainingStep:
         observer: UnitObserver | None = None,
         engine: Engine | None = None,
         world: World = ALONE,
+        sharded: ShardedModel | None = None,
         rewards: Rewards | None = None,
     ) -> None:
         self.rewards = rewards
-        self.world, self.work = world, ProcessWork(world)
+        self.world, self.work, self.sharded = world, ProcessWork(world), sharded
         self.loaded, self.critic, self.updater, self.config, self.curve = loaded, critic, updater, config, curve
         self.observer, self.engine = observer, engine or TransformersEngine(loaded, config)
-        self.start_weights = StartWeights(loaded.model) if config.beta else None
+        named = dict(loaded.model.named_parameters() if sharded is None else sharded.local_parameters())
+        self.start_weights = StartWeights(named, copies=sharded is not None) if config.beta else None
+        self.exchanges = world.size > 1 and sharded is None
         self.num_coordinates = loaded.num_parameters
         self.num_unprotected = self.num_coordinates - updater.num_protected
 
@@ -230,6 +237,10 @@ class TrainingStep:
         Raises:
             NonFiniteBatch: every question of the batch gave a NaN or infinite loss or gradient in a pass over it.
         """
+        with noticing_lost_processes(self.world):
+            return self._run(prompts, seed, log_masks, log_gradient)
+
+    def _run(self, prompts: Sequence[Prompted], seed: int, log_masks: bool, log_gradient: bool) -> StepResult:
         config, totals, world = self.config, _StepTotals(), self.world
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
@@ -238,10 +249,11 @@ class TrainingStep:
         plans = [self._credit(group, totals) for group in groups]
         totals.batch_tokens = sum(sum(self._trained_lengths(group)) for group in groups) / len(groups)
         costs = [_costs(group, units) for group, units in zip(groups, plans, strict=True)]
-        mine = [
-            self._own(share, groups[share.question], plans[share.question], totals)
-            for share in deal_questions(costs, world.size)[world.rank]
-        ]
+        if self.sharded is None:
+            shares = deal_questions(costs, world.size)[world.rank]
+        else:  # every process has a shard of every question's gradient
+            shares = deal_questions(costs, 1)[0]
+        mine = [self._own(share, groups[share.question], plans[share.question], totals) for share in shares]
         mask_log: list[QuestionLog] = []
         gradient: Tensor | None = None
         update_metrics: dict[str, float | None] = {}
@@ -275,7 +287,7 @@ class TrainingStep:
                         own.log = self._question_log(group, update, view)
                     if view is not None and view.sketched is not None:
                         own.sketch = view.sketched if world.size == 1 else view.sketched.cpu()
-                    if world.size > 1:  # to be exchanged; one process has added it already
+                    if self.exchanges:  # to be exchanged; one process has added it already
                         updates[number] = update
             logs, sketches = self._gathered(learned, totals)
             mask_log += logs
@@ -297,7 +309,8 @@ class TrainingStep:
         before = totals.seconds["reference"] + totals.seconds["old_logprobs"]
         totals.seconds["update"] = time.perf_counter() - scored - before
         metrics = self._metrics(groups, totals, totals.seconds) | update_metrics
-        return StepResult(metrics | self.work.shares(self.loaded.model.parameters()), groups, mask_log, gradient)
+        work = self.work.shares(self.loaded.model.parameters() if self.sharded is None else None)
+        return StepResult(metrics | work, groups, mask_log, gradient)
 
     def _scored_groups(self, prompts: Sequence[Prompted], seed: int, totals: _StepTotals) -> list[Group]:
         """Sample and score the questions; sample those without a signal again, as often as the settings allow."""
@@ -323,7 +336,8 @@ class TrainingStep:
         """Sample this process's responses."""
         config, world = self.config, self.world
         count = config.num_generations
-        splits = world.size > config.questions_per_step  # also where only some of them are sampled again
+        # also where only some of them are sampled again
+        splits = self.sharded is None and world.size > config.questions_per_step
         costs = [[float(len(prompt.prompt_ids))] * count for prompt in prompts]
         mine = deal_questions(costs, world.size, split=splits)[world.rank]
 
@@ -340,7 +354,7 @@ class TrainingStep:
             )
             return list(zip(shares, groups, strict=True))
 
-        with self.work.sampling():
+        with self.work.sampling(), self._passes_together():
             if config.sample_together == "question" or splits:
                 seeds = [derive_seed(seed, "question", share.question) for share in mine]
                 return [sample([one], own, one.responses)[0] for one, own in zip(mine, seeds, strict=True)]
@@ -356,8 +370,9 @@ class TrainingStep:
         config, world = self.config, self.world
         if config.critic == "rollout" and config.sample_together == "question":
             assert self.critic is not None
-            for _, group in mine:
-                score_groups([group], self.critic, config.answer_extraction, self.rewards)
+            with self._passes_together():
+                for _, group in mine:
+                    score_groups([group], self.critic, config.answer_extraction, self.rewards)
             return _whole_groups(world.gather(mine))
         parts = world.gather_on_main(mine)
 
@@ -371,6 +386,11 @@ class TrainingStep:
 
     def _gathered(self, mine: dict[_Key, _Learned], totals: _StepTotals) -> tuple[list[QuestionLog], list[Tensor]]:
         """Add the questions of all processes to ``totals``; return their logs and sketches, in the main process."""
+        if not self.exchanges:
+            for found in mine.values():
+                totals.add(found.totals)
+            records = [(found.log, found.sketch) for found in mine.values()]
+            return [log for log, _ in records if log is not None], [one for _, one in records if one is not None]
         for one in _in_order(self.world.gather({key: found.totals for key, found in mine.items()})):
             totals.add(one)
         records = _in_order(self.world.gather_on_main({n: (found.log, found.sketch) for n, found in mine.items()}))
@@ -424,7 +444,25 @@ class TrainingStep:
     def _logprobs(self, batch: GroupBatch) -> Tensor:
         config = self.config
         settings = HeadSettings(config.temperature, config.logit_chunk_tokens)
-        return fixed_logprobs(self.loaded.model, batch, settings, config.micro_batch_tokens)
+        if self.sharded is None:
+            return fixed_logprobs(self.loaded.model, batch, settings, config.micro_batch_tokens)
+        self.sharded.settle()
+        share = self._share(batch)
+        with torch.no_grad():
+            own = response_logprobs(self.loaded.model, batch, settings=settings, rows=share.rows)
+        self.sharded.settle()
+        return share.whole(own, own.shape[1])
+
+    def _share(self, batch: GroupBatch) -> ResponseShare:
+        """Return the responses of a question that this process runs through the sharded model."""
+        assert self.sharded is not None
+        return self.sharded.share(batch.known.sum(1).tolist())
+
+    def _passes_together(self) -> contextlib.AbstractContextManager[None]:
+        """Let each process run the model as often as it needs."""
+        if self.sharded is None:
+            return contextlib.nullcontext()
+        return self.sharded.each_as_often(whole=self.config.sampling_weights == "whole")
 
     def _wanted(self, log_masks: bool, log_gradient: bool) -> Wanted:
         sets = log_masks and self.config.optimizer == "kronos"
@@ -495,6 +533,7 @@ class TrainingStep:
             token_weights=weights if part is None or weights is None else weights[own.share.responses],
             beta=self.config.beta,
             num_responses=None if part is None else part.num_responses,
+            share=None if self.sharded is None else self._share(own.batch),
         )
         if part is not None:
             team = self.world.team(teams(num_questions, self.world.size))
@@ -520,6 +559,11 @@ class TrainingStep:
         heard = len(steps_with_signal([rollout.advantages or () for rollout in group.rollouts]))
         return heard * self.config.max_step_budget >= self.config.budget * (1 - 1e-9)
 
+    def _kept_sets(self, kept: KeptUnit) -> dict[str, Tensor]:
+        """Return a unit's set: ascending flat indices by name, in a sharded run those of all processes, on the main one."""
+        sets = {name: indices.to_indices().cpu() for name, indices in kept.sets.items()}
+        return sets if self.sharded is None else self.sharded.whole_indices(sets)
+
     def _question_log(self, group: Group, update: QuestionUpdate, view: QuestionView | None) -> QuestionLog:
         shapes = self.loaded.shapes()
         units = []
@@ -528,7 +572,7 @@ class TrainingStep:
                 steps=list(made.unit.steps),
                 budget=made.unit.budget,
                 advantages=[a for column in made.unit.advantages for a in column if a is not None],
-                mask=BlockMask.from_indices(shapes, {name: s.to_indices().cpu() for name, s in kept.sets.items()}),
+                mask=BlockMask.from_indices(shapes, self._kept_sets(kept)),
             )
             if view is not None:
                 seen = view.units[place]

@@ -211,6 +211,7 @@ class TransformersEngine:
                 input_ids=batch.input_ids,
                 attention_mask=batch.attention_mask,
                 generation_config=generation,
+                synced_gpus=False,  # of a sharded model too: its passes are counted elsewhere
                 logits_processor=warpers(self.sampling, drawing),
                 stopping_criteria=StoppingCriteriaList([_Stopping(drawing)]),
                 **({} if batch.cache is None else {"past_key_values": batch.cache}),
