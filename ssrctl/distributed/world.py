@@ -39,8 +39,7 @@ class World:
         rank: number of this process, from 0.
         size: number of processes; 1 exchanges nothing.
         device: where tensors that are exchanged live; a GPU has NCCL for these, and gloo for objects.
-
-        ranks: the ranks in the whole job; None for all.
+        ranks: of a team, whose processes gather objects and sum tensors; None is the whole job.
 
     Attributes:
         group: of the tensors; None with one process.

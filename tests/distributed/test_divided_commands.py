@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
+import time
 from pathlib import Path
 
 import pytest
 from processes import run_processes
+from test_slow_processes import launched
 
 from ssrctl.cli import main
 from ssrctl.errors import UserError
@@ -124,3 +127,27 @@ def test_find_lr_tries_the_rates_of_one_process(tmp_path: Path, capfd) -> None:
     ended = run_processes([*words, "-o", str(tmp_path / "two")], 2, tmp_path / "logs")
     assert [process.code for process in ended] == [0, 0], ended
     assert json.loads(ended[0].out) == found and ended[1].err == ""
+
+
+def test_sigterm_breaks_off_the_jobs_and_keeps_the_results(tmp_path: Path) -> None:
+    samples = tmp_path / "eval" / "samples.jsonl"
+    words = [
+        "--num-samples",
+        "64",
+        "--max-new-tokens",
+        "48",
+        "--sampling-batch-size",
+        "2",
+        "-o",
+        str(tmp_path / "eval"),
+    ]
+    process = launched(["ssrctl", "eval", "--num-processes", "2", *words])
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (samples.is_file() and samples.stat().st_size):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    said = [line for line in err.splitlines() if line.startswith(("error: ", "stopped: "))]
+    assert process.returncode == 3 and "Traceback" not in err, err
+    assert said == [f"stopped: SIGTERM: the samples drawn so far are kept in {samples}"]
+    assert [json.loads(line)["id"] for line in samples.read_text().splitlines()]
