@@ -7,6 +7,7 @@ from ssrctl.configs.common import (
     CommonConfig,
     DatasetConfig,
     ModelConfig,
+    ProcessOptions,
     PromptOptions,
     SamplingConfig,
 )
@@ -60,6 +61,7 @@ __all__ = [
     "MaskRandomConfig",
     "MaskUnionConfig",
     "ModelConfig",
+    "ProcessOptions",
     "ProfileBudgetConfig",
     "PromptOptions",
     "RecipesConfig",

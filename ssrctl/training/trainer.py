@@ -263,16 +263,10 @@ class Trainer:
             "scheduler": self.scheduler.state_dict(),
             "learning_rates": [group["lr"] for group in self.updater.optimizer.param_groups],
         }
-        # A resumed run writes the same bytes as an uninterrupted one, and any number of processes the same as one.
+        # A resumed run writes the same bytes as an uninterrupted one.
         settings = manifest.published_settings(
             dataclasses.replace(
-                self.config,
-                resume_from_checkpoint=None,
-                force=False,
-                num_processes=None,
-                accelerate_config=None,
-                sharding="none",
-                sampling_weights="whole",
+                self.config, resume_from_checkpoint=None, force=False, sharding="none", sampling_weights="whole"
             )
         )
         save_checkpoint(self.run_dir.checkpoint(self.step), delta, updater_state, state, settings)
