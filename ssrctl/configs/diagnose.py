@@ -43,6 +43,9 @@ class MeasureOptions(Config):
     mask_density: Fraction = 0.5
     """Share of each matrix in the principal and in the low-magnitude mask (Zhu et al. 2025, alpha)."""
 
+    picture: str | None = None
+    """Matrix of which landing and overlap show a picture, by its tensor's name; by default one of the middle layer."""
+
 
 @dataclass(kw_only=True)
 class CheckOptions(Config):

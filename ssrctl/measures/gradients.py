@@ -439,5 +439,4 @@ def _eigenvalue_table(spectra: ComparedSpectrum) -> Table:
         columns=["number", Column("eigenvalue", number), *(Column(name, percent) for name in shares)],
         rows=list(zip(places, values, _shares(values), _shares(expected), _cumulative(values), strict=True)),
         terminal_rows=0,
-        collapsed=len(values) > _TOP_ROWS,
     )

@@ -373,7 +373,7 @@ def over_time_section(result: OverTimeResult, published: PublishedKey | None = N
         tables=[
             _step_table(result.steps, rows.total),
             row_table("The end of the run by kind of matrix", "kind", rows.kinds, _AT_END, _END_NOTE),
-            row_table("The end of the run by tensor", "tensor", rows.tensors, _AT_END, _END_NOTE, detail=True),
+            row_table("The end of the run by tensor", "tensor", rows.tensors, _AT_END, _END_NOTE, terminal_rows=0),
         ],
     )
 
@@ -458,5 +458,4 @@ def _step_table(steps: Sequence[float], total: TimeRow) -> Table:
         rows=[[step, *(getattr(total, key)[place] for _, key, _ in _AT_STEP)] for place, step in enumerate(steps)],
         note="Shares of all weights but for the share of changed ones. The first checkpoint's neighbour is the base. "
         "Rows, columns: rank correlation of the changes per row, per column with the last checkpoint's.",
-        terminal_rows=24,
     )

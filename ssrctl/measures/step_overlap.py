@@ -13,11 +13,11 @@ from typing import Any
 
 from ssrctl.io.mask_log import StepMaskLog
 from ssrctl.measures.base import Findings, StepMeasure
-from ssrctl.measures.group_tables import RowColumn, row_bars, row_table
+from ssrctl.measures.group_tables import RowColumn, row_dots, row_table
 from ssrctl.measures.maths.averages import means, plain_mean
 from ssrctl.measures.maths.grouping import by_key
 from ssrctl.measures.maths.step_sets import PairOverlap, PairSets, StepOverlap, UnitOverlap, UnitSet, measure_step
-from ssrctl.measures.step_figures import MOST_OPEN_ROWS, by_unit, jaccard_maps, pair_map, pair_table, training_lines
+from ssrctl.measures.step_figures import by_unit, jaccard_maps, pair_map, pair_table, training_lines
 from ssrctl.report.document import Cell, Column, Format, Section, Table
 from ssrctl.report.formats import count, number, percent, signed, times
 
@@ -337,7 +337,7 @@ def _cosine_section(summary: RunOverlap) -> Section:
 def _position_section(summary: RunOverlap) -> Section:
     title, units = "Uniqueness by unit", by_unit(summary.by_position)
     series = {"measured": "uniqueness", _EXPECTED: "expected_uniqueness"}
-    bars = row_bars(title, units, series, "share of the set that no other unit selected")
+    bars = row_dots(title, units, series, "share of the set that no other unit selected")
     table = row_table(
         title,
         "unit",
@@ -345,7 +345,6 @@ def _position_section(summary: RunOverlap) -> Section:
         _UNIT_COLUMNS,
         "Uniqueness: the share of a unit's set that no other unit of its question selected.",
         terminal_rows=0,
-        collapsed=len(units) > MOST_OPEN_ROWS,
     )
     return Section(title="How much of each set is its own", figures=[bars] if units else [], tables=[table])
 
@@ -358,8 +357,6 @@ def _training_section(summary: RunOverlap) -> Section:
         points,
         _TRAINING_COLUMNS,
         "Across questions: Jaccard index of the unions of two questions' sets, mean over the pairs of a batch.",
-        terminal_rows=16,
-        collapsed=len(points) > MOST_OPEN_ROWS,
     )
     pairs = {"measured": "pairs.jaccard", _EXPECTED: "pairs.expected_jaccard"}
     unique = {"measured": "units.uniqueness", _EXPECTED: "units.expected_uniqueness"}
@@ -407,6 +404,5 @@ def _question_section(steps: Sequence[StepOverlap]) -> Section:
         rows=rows,
         note=f"Means over the question's pairs and units; the pairs themselves are in report.json.{shown}",
         terminal_rows=0,
-        collapsed=True,
     )
     return Section(title="Question by question", tables=[table])

@@ -12,8 +12,9 @@ from ssrctl.io.console import note
 from ssrctl.io.files import write_text
 from ssrctl.report.document import Document
 from ssrctl.report.formats import json_safe
-from ssrctl.report.render import html_page, missing_libraries, show_document
+from ssrctl.report.render import html_page, missing_libraries
 from ssrctl.report.tables import FOLDER, write_tables
+from ssrctl.report.terminal import show_document
 from ssrctl.version import __version__
 
 

@@ -181,6 +181,17 @@ def test_changes_of_small_weights_are_found_to_land_there(tmp_path: Path, shell:
     assert found["principal_not_low"]["overlap"] == 0.0
     assert set(by_name(report["landing"]["tensors"])) == {name}
     assert len(report["landing"]["unmeasured"]) == 2 * LAYERS - 1
+    assert [one["name"] for one in report["landing"]["examples"]] == [name]  # the only matrix that changed
+
+
+def test_the_matrix_that_is_pictured_can_be_chosen(tmp_path: Path, shell: Shell, base: Weights) -> None:
+    names = [name for name, tensor in base.items() if tensor.dim() == 2 and "layers" in name]
+    tuned = {name: tensor + 0.01 for name, tensor in base.items()}
+    paths = folder(tmp_path / "base", base), folder(tmp_path / "tuned", tuned)
+    assert "name one of" in shell.refused(*paths, "--picture", names[-1] + "x")
+    assert "no effect without landing" in shell.refused(*paths, "--picture", names[-1], "--measures", "sparsity")
+    report = shell(*paths, "--measures", "landing", "--picture", names[-1])
+    assert [one["name"] for one in report["landing"]["examples"]] == [names[-1]]
 
 
 @pytest.mark.parametrize("measure", PAIRWISE)
