@@ -77,10 +77,11 @@ class Key:
 def series_styles(names: Sequence[str]) -> dict[str, Style]:
     """Return a colour and a marker for each series; the seventh measured one has the first's again."""
     looks = itertools.cycle(zip(SERIES, MARKERS, strict=True))
+    markers = itertools.cycle(MARKERS)
     styles = {}
     for name in names:
         yardstick = is_expected(name)
-        colour, marker = (MUTED, "o") if yardstick else next(looks)
+        colour, marker = (MUTED, next(markers)) if yardstick else next(looks)
         styles[name] = Style(colour=colour, marker=marker, yardstick=yardstick)
     return styles
 

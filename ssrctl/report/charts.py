@@ -135,7 +135,7 @@ def _dots(axes: Any, figure: Dots) -> None:
     axes.set_ylim(len(figure.labels) - 0.4, -0.6)
     axes.hlines(range(len(figure.labels)), 0, 1, transform=axes.get_yaxis_transform(), color=GRID, linewidth=0.6)
     axes.set_xlabel(label_lines(figure.axis, _AXIS_CHARACTERS))
-    axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="y", length=0, pad=7)  # room for a dot at the end of the axis
     _finish(axes, figure, "x")
 
 
