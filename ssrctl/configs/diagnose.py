@@ -78,7 +78,7 @@ class DiagnoseConfig(MeasureOptions, PairOptions, CheckOptions, CommonConfig):
     """A run directory (with --jaccard; the newest under runs/ when omitted), or a base and tuned checkpoints."""
 
     output_dir: Path | None = output(None)
-    """Folder for report.json, report.html and the tables as csv; by default the run itself, or diagnose/."""
+    """Folder for the page, its numbers as json and the tables as csv; by default the run itself, or diagnose/."""
 
     jaccard: bool = False
     """Overlap of the coordinates that the steps of each question selected."""

@@ -93,7 +93,7 @@ class AuditResult:
     not_compared: Mapping[str, int] = field(default_factory=dict)
 
     def numbers(self) -> dict[str, Any]:
-        """Return the numbers of report.json."""
+        """Return the numbers of the json report."""
         return self.rows.numbers() | {
             "spikes": [one.numbers() for one in self.spikes],
             "not_compared": [{"name": name, "num_protected": size} for name, size in self.not_compared.items()],

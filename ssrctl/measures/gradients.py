@@ -151,7 +151,7 @@ class ComparedSpectrum:
         return sum(value > largest for value in self.found.eigenvalues)
 
     def numbers(self) -> dict[str, Any]:
-        """Return the form that report.json holds."""
+        """Return the form of the json report."""
         expected = {f"expected_{key}": value for key, value in asdict(self.chance).items()}
         return asdict(self.found) | expected | {"num_shared": self.num_shared}
 
@@ -190,7 +190,7 @@ class GradientsResult:
     cosines: list[list[float | None]]
 
     def numbers(self) -> dict[str, Any]:
-        """Return the form that report.json holds."""
+        """Return the form of the json report."""
         spectra = {"gradients": self.gradients.numbers(), "directions": self.directions.numbers()}
         return asdict(self) | spectra
 

@@ -162,7 +162,7 @@ class LandingResult:
     examples: list[Picture]
 
     def numbers(self) -> dict[str, Any]:
-        """Return the form that report.json holds."""
+        """Return the form of the json report."""
         return {
             "rank_share": self.rank_share,
             "density": self.density,

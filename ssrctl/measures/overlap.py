@@ -157,7 +157,7 @@ class OverlapResult:
     examples: list[Consensus]
 
     def numbers(self) -> dict[str, Any]:
-        """Return the form that report.json holds."""
+        """Return the form of the json report."""
         whole = {key: value for key, value in asdict(self).items() if key != "rows"}
         return whole | self.rows.numbers()
 

@@ -13,6 +13,7 @@ changes where they are small (Zhu et al. 2025, app. E.1).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,7 @@ from ssrctl.measures.maths.grouping import Grouped, group
 from ssrctl.measures.maths.largest_changes import LargestChanges, WeightChange
 from ssrctl.measures.maths.piece_pair import piece_pairs
 from ssrctl.measures.published import PublishedKey, references
-from ssrctl.report.document import Column, Figure, Histogram, Section, Table
+from ssrctl.report.document import Column, Figure, Heatmap, Histogram, Section, Table, spans_decades
 from ssrctl.report.formats import count, number, percent
 
 _PUBLISHED: tuple[PublishedKey, ...] = ("sparsity_1e-8", "sparsity_1e-7", "sparsity_1e-6", "sparsity_1e-5")
@@ -47,7 +48,7 @@ class SparsityResult:
     shapes: Mapping[str, tuple[int, ...]]
 
     def numbers(self) -> dict[str, Any]:
-        """Return the numbers of report.json; cells are in the order of the tensors."""
+        """Return the numbers of the json report; cells are in the order of the tensors."""
         cells = dict.fromkeys((layer_index(name), matrix_kind(name)) for name in self.changes.tensors)
         return self.changes.numbers(Change.numbers) | {
             "cells": [
@@ -130,7 +131,20 @@ class Sparsity(PairMeasure[tuple[list[Change], LargestChanges], SparsityResult])
         totals = {label: result.changes.total for label, result in results.items()}
         note = "Shares of unchanged weights by three rules; norm of the update over that of the base."
         table = row_table("Against the base", "checkpoint", totals, columns, note)
-        return [Section(title="The checkpoints side by side", tables=[table])]
+        kinds = [kind for kind, row in next(iter(results.values())).changes.kinds.items() if row.numel]
+        shares = [[result.changes.kinds[kind].bit_changed_frac for kind in kinds] for result in results.values()]
+        heat = Heatmap(
+            title="Changed weights by checkpoint and kind, bit for bit",
+            values=shares,
+            row_labels=list(results),
+            column_labels=kinds,
+            row_axis="checkpoint",
+            column_axis="kind",
+            shares=True,
+            decimals=1,
+            log=spans_decades(itertools.chain(*shares)),
+        )
+        return [Section(title="The checkpoints side by side", figures=[heat], tables=[table])]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -312,7 +312,8 @@ def _pair_section(summary: RunOverlap) -> Section:
         title="Which steps overlap",
         text="Units are the steps of a question in the order in which they claimed coordinates, numbered from 1; "
         "fused steps are one unit, and steps that claimed nothing are passed over.",
-        figures=jaccard_maps(summary.by_pair, maps, len(summary.by_position)),
+        # Of disjoint sets they would show zeros only.
+        figures=[] if summary.all_disjoint else jaccard_maps(summary.by_pair, maps, len(summary.by_position)),
         tables=[pair_table("Overlap by pair of units (i, j)", summary.by_pair, _PAIR_COLUMNS, note)],
     )
 
@@ -372,7 +373,7 @@ def _training_section(summary: RunOverlap) -> Section:
     return Section(title="Over training", figures=training_lines(points, figures), tables=[table])
 
 
-# More rows make the page slow; report.json has all.
+# More rows make the page slow; the json report has all.
 _MOST_QUESTIONS = 200
 
 
@@ -402,7 +403,7 @@ def _question_section(steps: Sequence[StepOverlap]) -> Section:
         title="All questions",
         columns=["question", *(Column(name, show) for name, show in formats.items()), Column("uniqueness", percent)],
         rows=rows,
-        note=f"Means over the question's pairs and units; the pairs themselves are in report.json.{shown}",
+        note=f"Means over the question's pairs and units; the pairs themselves are in the json report.{shown}",
         terminal_rows=0,
     )
     return Section(title="Question by question", tables=[table])

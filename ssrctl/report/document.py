@@ -265,9 +265,22 @@ def _check_lengths(title: str, along: Sequence[Any], series: Mapping[str, Sequen
             raise ValueError(f"figure {title!r}: {name!r} has {len(values)} values for {len(along)} places")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Transcript:
+    """A response whose parts are coloured by their score; only the page shows it.
+
+    Attributes:
+        parts: (text, score in [-1, 1]); None for a part without a score.
+    """
+
+    title: str
+    question: str
+    parts: Sequence[tuple[str, float | None]]
+
+
 @dataclass(kw_only=True)
 class Section:
-    """A heading with text, figures and tables.
+    """A heading with text, figures, tables and transcripts.
 
     Attributes:
         collapsed: a detail that the page shows only when asked to.
@@ -277,6 +290,7 @@ class Section:
     text: str = ""
     figures: list[Figure] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
+    transcripts: list[Transcript] = field(default_factory=list)
     collapsed: bool = False
 
 

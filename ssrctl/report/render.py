@@ -40,12 +40,14 @@ def _installed(name: str) -> bool:
         return False
 
 
-def html_page(document: Document, version: str, *, table_files: bool = False) -> str:
+def html_page(document: Document, version: str, *, name: str | None = None, refresh_seconds: int | None = None) -> str:
     """Return the page: styles, figures (inline SVG) and text in one file; everything from files is escaped.
 
     Args:
         version: of ssrctl, for the footer.
-        table_files: True = link to the files of ``tables.write_tables``, which lie next to the page.
+        name: of the json file and the tables' folder (``tables.write_tables``) that lie next to the page, which links
+            to them; None = there are none.
+        refresh_seconds: the open page loads itself again; None is never.
 
     Raises:
         ImportError: jinja2 or matplotlib is not installed.
@@ -60,18 +62,22 @@ def html_page(document: Document, version: str, *, table_files: bool = False) ->
         lstrip_blocks=True,
     )
     environment.filters["breakable"] = _breakable
-    files = {id(table): name for name, _, table in table_names(document)} if table_files else {}
+    files = {id(table): stem for stem, _, table in table_names(document)} if name else {}
     anchors = unique_slugs([section.title for section in document.sections], taken=["contents"])
     sections = [
         _section_view(section, anchor, files) for section, anchor in zip(document.sections, anchors, strict=True)
     ]
-    lead = sections[0]["figures"].pop(0) if sections and sections[0]["figures"] else None
+    lead = next(
+        (view["figures"].pop(0) for view in sections if view["figures"] and not view["section"].collapsed), None
+    )
     page = environment.get_template(_TEMPLATE).render(
         document=document,
         lead=lead,
         sections=sections,
         contents=len(sections) > _FEW_SECTIONS,
-        tables_folder=FOLDER if table_files else None,
+        name=name,
+        tables_folder=f"{name}-{FOLDER}" if name else None,
+        refresh_seconds=refresh_seconds,
         version=version,
     )
     return visible(text_safe(page))

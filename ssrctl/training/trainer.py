@@ -26,6 +26,7 @@ from ssrctl.io.jsonl import JsonlLog, write_jsonl
 from ssrctl.io.mask_log import StepMaskLog, save_mask_log
 from ssrctl.models.loading import LoadedModel
 from ssrctl.models.precision import precision_of
+from ssrctl.report.formats import duration, number, sparkline
 from ssrctl.sampling.generate import NonFiniteLogits
 from ssrctl.sampling.groups import Prompted
 from ssrctl.training.exact_changes import exact_changes
@@ -63,6 +64,7 @@ class Trainer:
         )
         self.step = self.last_saved = self.num_changed = 0
         self.recent: list[dict[str, Any]] = []
+        self.rewards: list[float | None] = []
         self.obstacles = Obstacles(config)
 
     def start(self, profile_name: str) -> None:
@@ -160,9 +162,12 @@ class Trainer:
                         log.append(row)
                     track(row)
                     self.obstacles.add(row)
-                    bar.update(task, completed=self.step, status=_status(row))
+                    status = _status(row, self.rewards)
+                    bar.update(task, completed=self.step, status=status)
                     if not console.console().is_terminal and self.step % config.logging_steps == 0:
-                        console.note(f"step {self.step}/{config.max_steps}  {_status(row)}")
+                        left = bar.tasks[0].time_remaining
+                        said = "" if left is None else f"  {duration(left)} left"
+                        console.note(f"step {self.step}/{config.max_steps}  {status}{said}")
                     if self.step % config.save_steps == 0:
                         self._save_checkpoint(log)
                 self._save_checkpoint(log)
@@ -194,6 +199,7 @@ class Trainer:
         epoch = step * config.questions_per_step / len(self.prompts)
         row = {"step": step, "epoch": round(epoch, 4), "learning_rate": rate, **result.metrics}
         self.recent = [*self.recent[-9:], row]
+        self.rewards.append(row["reward"])
         return row
 
     def _write_logs(self, result: StepResult) -> None:
@@ -251,7 +257,12 @@ class Trainer:
         # A resumed run writes the same bytes as an uninterrupted one, and any number of processes the same as one.
         settings = manifest.published_settings(
             dataclasses.replace(
-                self.config, resume_from_checkpoint=None, force=False, num_processes=None, accelerate_config=None
+                self.config,
+                resume_from_checkpoint=None,
+                force=False,
+                report=True,
+                num_processes=None,
+                accelerate_config=None,
             )
         )
         save_checkpoint(self.run_dir.checkpoint(self.step), delta, self.updater.state(), state, settings)
@@ -306,6 +317,11 @@ def questions_of_step(step: int, prompts: Sequence[Prompted], config: TrainConfi
     return chosen
 
 
-def _status(row: dict[str, Any]) -> str:
+def _status(row: dict[str, Any], rewards: Sequence[float | None]) -> str:
+    """Return the numbers that the run's page begins with, and the course of the reward since the command began."""
     reward = "   -  " if row["reward"] is None else f"{row['reward']:+.3f}"
-    return f"reward {reward}  accuracy {row['accuracy']:.3f}  {row['tokens_per_second']:.0f} tok/s"
+    length, entropy = number(row.get("response_tokens_mean")), number(row.get("entropy"))
+    return (
+        f"reward {reward} {sparkline(rewards)}  accuracy {row['accuracy']:.3f}  length {length}  entropy {entropy}  "
+        f"{row['tokens_per_second']:.0f} tok/s"
+    )

@@ -34,6 +34,7 @@ COMMANDS = {
     "train": configs.TrainConfig,
     "eval": configs.EvalConfig,
     "diagnose": configs.DiagnoseConfig,
+    "report": configs.ReportConfig,
     "env": configs.EnvConfig,
     "delta diff": configs.DeltaDiffConfig,
     "delta apply": configs.DeltaApplyConfig,

@@ -58,7 +58,7 @@ def assert_self_contained(html: str) -> None:
     page = Page(html)
     assert not {"script", "link", "iframe", "object", "embed", "img", "base", "form", "image"} & set(page.tags)
     assert page.handlers == []
-    assert all(re.fullmatch(r"#.*|tables/[a-z0-9-]+\.(csv|json)", link) for link in page.links)
+    assert all(re.fullmatch(r"#.*|report-tables/[a-z0-9-]+\.(csv|json)", link) for link in page.links)
     assert all(target.strip("'\"").startswith("#") for target in re.findall(r"url\(([^)]*)\)", html))
     assert "@import" not in html
     without_namespaces = re.sub(r'xmlns(:\w+)?="[^"]*"', "", html)
@@ -99,7 +99,7 @@ def html() -> str:
 
 @pytest.fixture(scope="module")
 def example() -> str:
-    return html_page(example_document(), "1.2.3", table_files=True)
+    return html_page(example_document(), "1.2.3", name="report")
 
 
 def test_page_is_self_contained_and_complete(html: str) -> None:
@@ -124,7 +124,7 @@ def test_page_may_not_fetch_or_run_anything(html: str) -> None:
 def test_what_comes_from_files_is_escaped_wherever_it_appears() -> None:
     shown = document(ATTACK, ATTACK)
     shown.unusual = [ATTACK]
-    html = html_page(shown, ATTACK, table_files=True)
+    html = html_page(shown, ATTACK, name="report")
     assert_self_contained(html)
     assert "<script" not in html and "<img" not in html
     text = "".join(Page(html).text)
@@ -139,7 +139,7 @@ def test_lone_surrogates_do_not_stop_a_page() -> None:
 
 def test_page_is_the_same_every_time(html: str, example: str) -> None:
     assert html_page(document(), "1.2.3") == html
-    assert html_page(example_document(), "1.2.3", table_files=True) == example
+    assert html_page(example_document(), "1.2.3", name="report") == example
 
 
 def test_page_answers_before_it_details(example: str) -> None:
@@ -192,10 +192,10 @@ def test_long_tables_are_collapsed_cut_and_linked(html: str, example: str) -> No
     assert body.index("<details>") < body.index("<table>") < body.index("</table>") < body.index("</details>")
     assert body[: body.index("</table>")].count("<tr>") == MOST_PAGE_ROWS + 1
     assert name in body.replace("<wbr>", "") and "layers.<wbr>71.<wbr>mlp.<wbr>experts" in body
-    links = [link for link in Page(example).links if link.startswith("tables/")]
-    assert links[:2] == ["tables/largest-changes.csv", "tables/largest-changes.json"]
-    assert len(links) == len(set(links)) == 2 * 5 and "tables/largest-changes-2.csv" in links
-    assert "tables/" not in html  # unless the files are written
+    links = [link for link in Page(example).links if link.startswith("report-tables/")]
+    assert links[:2] == ["report-tables/largest-changes.csv", "report-tables/largest-changes.json"]
+    assert len(links) == len(set(links)) == 2 * 5 and "report-tables/largest-changes-2.csv" in links
+    assert "-tables/" not in html  # unless the files are written
 
 
 def test_columns_of_numbers_are_told_from_columns_of_words() -> None:

@@ -144,7 +144,7 @@ class Change:
         return math.sqrt(self.sum_sq / self.base_sum_sq) if self.base_sum_sq else None
 
     def numbers(self) -> dict[str, Any]:
-        """Return the numbers of report.json: counts as stored, shares and norms derived."""
+        """Return the numbers of the json report: counts as stored, shares and norms derived."""
         return {
             **{key: getattr(self, key) for key in _REPORTED},
             **{f"sparsity_{atol:.0e}": share for atol, share in self.fixed_sparsity.items()},

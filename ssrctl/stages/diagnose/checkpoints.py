@@ -40,6 +40,8 @@ def diagnose_checkpoints(config: DiagnoseConfig) -> dict[str, Any]:
     mode: Mode = "pair" if len(paths) == 1 else "series" if config.series else "several"
     if run is not None:
         mode = "run"
+    # Reports on a run lie next to one another in its folder.
+    name = "diagnose" if run is None else "diagnose-run"
     chosen = _chosen(config, mode)
     if output.exists() and not output.is_dir():  # said now, not when everything is measured
         raise UserError(f"{output} is a file", "name a folder for the report")
@@ -48,7 +50,7 @@ def diagnose_checkpoints(config: DiagnoseConfig) -> dict[str, Any]:
         _check_picture(config, comparison, chosen)
         measures = [measure(comparison, config, run) for measure in chosen]
         if config.dry_run:
-            return show_plan(_files(comparison, paths), output, show=not config.json)
+            return show_plan(_files(comparison, paths), output, name, show=not config.json)
         taken = take(comparison, measures, mode, config.num_workers)
         report = _arranged(taken, comparison, mode)
         labels = [tuned.label for tuned in comparison.tuned]
@@ -66,7 +68,7 @@ def diagnose_checkpoints(config: DiagnoseConfig) -> dict[str, Any]:
             **report.numbers,
         }
         document = _document(report, comparison, config)
-    written = write_report(numbers, document, output, show=not config.json)
+    written = write_report(numbers, document, output, name, show=not config.json)
     if report.failed:
         raise CheckFailed(" ".join(report.failed))
     return written
