@@ -29,6 +29,7 @@ from ssrctl.configs.mask import (
     MaskUnionConfig,
 )
 from ssrctl.configs.profile_budget import ProfileBudgetConfig
+from ssrctl.configs.recipes import RecipesConfig
 from ssrctl.configs.report import ReportConfig
 from ssrctl.configs.segment import SegmentConfig, SegmentOptions
 from ssrctl.configs.superweights import SuperweightsConfig
@@ -62,6 +63,7 @@ __all__ = [
     "ModelConfig",
     "ProfileBudgetConfig",
     "PromptOptions",
+    "RecipesConfig",
     "ReportConfig",
     "SamplingConfig",
     "SegmentConfig",

@@ -36,6 +36,7 @@ COMMANDS = {
     "diagnose": configs.DiagnoseConfig,
     "report": configs.ReportConfig,
     "env": configs.EnvConfig,
+    "recipes": configs.RecipesConfig,
     "delta diff": configs.DeltaDiffConfig,
     "delta apply": configs.DeltaApplyConfig,
     "delta info": configs.DeltaInfoConfig,
@@ -116,8 +117,9 @@ def test_flags_stand_in_panels_that_begin_with_the_common_ones(
     def panels(name: str) -> list[str]:
         return re.findall(r"^╭─ (\w+) ", shown_help(name, 100, capsys, monkeypatch), re.MULTILINE)
 
-    training = ["Method", "Optimizer", "Sampling", "Segmentation", "Critic", "Checkpoints", "Logging", "Processes"]
-    assert panels("train") == ["Options", "Model", "Data", "Prompt", *training]
+    parts = ["Method", "Optimizer", "Sampling", "Engine", "Segmentation", "Critic"]
+    parts += ["Checkpoints", "Logging", "Processes"]
+    assert panels("train") == ["Options", "Model", "Data", "Prompt", *parts]
     assert panels("critic") == ["Arguments", "Options", "Critic", "Model", "Prompt", "Sampling"]
 
 
