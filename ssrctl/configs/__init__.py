@@ -31,6 +31,7 @@ from ssrctl.configs.mask import (
 )
 from ssrctl.configs.profile_budget import ProfileBudgetConfig
 from ssrctl.configs.recipes import RecipesConfig
+from ssrctl.configs.report import ReportConfig
 from ssrctl.configs.segment import SegmentConfig, SegmentOptions
 from ssrctl.configs.superweights import SuperweightsConfig
 from ssrctl.configs.train import TrainConfig
@@ -65,6 +66,7 @@ __all__ = [
     "ProfileBudgetConfig",
     "PromptOptions",
     "RecipesConfig",
+    "ReportConfig",
     "SamplingConfig",
     "SegmentConfig",
     "SegmentOptions",

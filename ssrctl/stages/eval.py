@@ -16,6 +16,8 @@ from ssrctl.configs import TINY, TINY_DATASET, EvalConfig, current_names
 from ssrctl.core.seeds import derive_seed
 from ssrctl.errors import Interrupted, UserError
 from ssrctl.evaluation.accuracy import GROUP_COLUMNS, compare, compare_all, summarise, with_reference
+from ssrctl.evaluation.eval_page import SAMPLES, SUMMARY, eval_document, read_evaluation
+from ssrctl.evaluation.run_page import PAGE
 from ssrctl.io import console, manifest
 from ssrctl.io.files import existing_file, write_text
 from ssrctl.io.formats.registry import read_formatted
@@ -26,6 +28,7 @@ from ssrctl.io.records import Rollout, read_rollouts
 from ssrctl.io.row_fields import Reference
 from ssrctl.process_rank import num_launched
 from ssrctl.report.formats import times
+from ssrctl.report.write import write_last_page
 from ssrctl.text.answers import check_answers
 
 if TYPE_CHECKING:  # grading given responses loads no torch
@@ -35,7 +38,7 @@ if TYPE_CHECKING:  # grading given responses loads no torch
     from ssrctl.models.loading import LoadedModel
     from ssrctl.sampling.groups import Prompted
 
-SAMPLES, SUMMARY, SETTINGS = "samples.jsonl", "summary.json", "settings.json"
+SETTINGS = "settings.json"
 _COUNTED = ("num_tokens", "finished", *GROUP_COLUMNS)  # what the summary reads of a record besides its verdict
 MOST_BATCHES = 8  # in a chunk, the part that one process draws at a time; a small evaluation has as many chunks
 GRADING_BATCH = 256  # responses read, compared in parallel and written at once
@@ -100,6 +103,9 @@ def _run(config: EvalConfig, found: _Found, baseline: list[Rollout] | None, *, i
     write_text(config.output_dir / SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     if not config.json:
         _show(summary, config)
+    if config.report:
+        folder = config.output_dir
+        write_last_page(lambda: eval_document([read_evaluation(folder, folder.resolve().name)]), folder / PAGE)
     return summary
 
 

@@ -26,6 +26,7 @@ from ssrctl.distributed.sharding import ShardedModel
 from ssrctl.distributed.traffic import dense_bytes_sent, kept_bytes_sent, scattered_bytes_sent, sharded_bytes_sent
 from ssrctl.distributed.world import World, joined_world
 from ssrctl.errors import UserError
+from ssrctl.evaluation.run_page import CRITIC_CALLS, PAGE, read_run, run_document
 from ssrctl.io import console
 from ssrctl.io.artifacts import ModelIdentity, load_mask_for
 from ssrctl.io.budget_file import MIN_PROBLEMS, load_budget_profile, shipped_budget_profile
@@ -44,6 +45,7 @@ from ssrctl.models.loading import (
 from ssrctl.models.precision import describe_precision, itemsize_of, repeat_sums, resolve_device, settle_dtype
 from ssrctl.models.stored_parameters import check_exportable
 from ssrctl.process_rank import local_rank
+from ssrctl.report.write import write_last_page
 from ssrctl.sampling.agreement import agree
 from ssrctl.sampling.groups import Prompted, describe_prompt, prepare_prompts
 from ssrctl.text.prompts import load_prompt_format
@@ -59,7 +61,6 @@ from ssrctl.training.unit_gradients import trainable
 from ssrctl.training.unit_observer import UnitObserver
 from ssrctl.training.updaters import frozen_coordinates, make_updater, updater_kind
 
-CRITIC_CALLS = "critic_calls.jsonl"
 ASSUMED_PROMPT_TOKENS = 256  # in plans for a model without a tokenizer
 ACTIVATION_BYTES_PER_PARAMETER = 2.0  # a rough allowance for graphs and caches in the memory check
 
@@ -251,7 +252,11 @@ def _run(config: TrainConfig, run_dir: RunDir, world: World, judges: _Judges) ->
             trainer.start(profile_name)
         else:
             trainer.resume(checkpoint)
-        return trainer.train()
+        summary = trainer.train()
+    if config.report and world.is_main:
+        folder = run_dir.path
+        write_last_page(lambda: run_document([read_run(folder, folder.resolve().name)]), folder / PAGE)
+    return summary
 
 
 def _load(config: TrainConfig, world: World) -> tuple[LoadedModel, ShardedModel | None]:
