@@ -233,14 +233,6 @@ class ShardedModel:
             indices[name] = whole[rows.own(whole)] - rows.start
         return BlockMask.from_indices(self.shapes(), indices)
 
-    def changes_of_rows(self, changes: Indexed) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return the part of whole parameters' (ascending flat indices, values) that lies in the rows of this process."""
-        found = {}
-        for name, (indices, values) in changes.items():
-            mine = self.rows[name].own(indices)
-            found[name] = indices[mine] - self.rows[name].start, values[mine]
-        return found
-
     def whole_indices(self, indices: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Join the processes' flat indices on the main one, tensor by tensor; empty on the others."""
         return {name: whole for name, (whole, _) in self._joined_changes({n: (i, i) for n, i in indices.items()})}

@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ssrctl.checkpoints.delta import apply_delta, load_delta
+from ssrctl.checkpoints.delta import DeltaFile, apply_delta
 from ssrctl.checkpoints.run_dir import RunDir, find_delta
 from ssrctl.configs import TINY, TINY_DATASET, EvalConfig, current_names
 from ssrctl.core.seeds import derive_seed
@@ -354,9 +354,8 @@ def _with_checkpoint(config: EvalConfig) -> EvalConfig:
 def _apply_checkpoint(config: EvalConfig, loaded: LoadedModel) -> int:
     if config.checkpoint is None:
         return 0
-    path = find_delta(config.checkpoint)
-    delta = load_delta(path)
-    apply_delta(delta, dict(loaded.model.named_parameters()), loaded.identity.fingerprint, path)
+    delta = DeltaFile(find_delta(config.checkpoint))
+    apply_delta(delta, dict(loaded.model.named_parameters()), loaded.identity.fingerprint)
     return delta.count
 
 

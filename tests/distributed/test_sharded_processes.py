@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 from processes import run_processes
+from safetensors.torch import load_file
 
+from ssrctl import tiny_reasoner
 from ssrctl.checkpoints.run_dir import RunDir, load_checkpoint
 from ssrctl.cli import main
 from ssrctl.io.mask_log import load_mask_log
@@ -56,8 +58,10 @@ def assert_same_training(one: Path, other: Path, steps: int, *, atol: float = 1e
                 assert mine.count() == its.count() and (mine & its).count() > 0.998 * mine.count() > 0
     first, second = (load_checkpoint(RunDir(run).checkpoint(steps)) for run in (one, other))
     assert first.optimizer.keys() == second.optimizer.keys() and first.delta.count > 1000
-    for name, (indices, values) in first.delta.changes.items():
-        theirs, found = second.delta.changes[name]
+    base = load_file(tiny_reasoner.path() / "model.safetensors")
+    mine, others = (each.delta.load(lambda name, at: base[name].flatten()[at]).changes for each in (first, second))
+    for name, (indices, values) in mine.items():
+        theirs, found = others[name]
         assert overlap(set(indices.tolist()), set(theirs.tolist())) > 0.995
         ours, its = values[torch.isin(indices, theirs)], found[torch.isin(theirs, indices)]
         assert float(torch.isclose(ours, its, rtol=1e-3, atol=atol).double().mean()) > 0.998, name
