@@ -23,6 +23,7 @@ from ssrctl.errors import UserError
 from ssrctl.io.artifacts import load_tensors, save_tensors
 from ssrctl.io.files import remove_parts_of_dead_processes, write_text
 from ssrctl.io.jsonl import read_jsonl, write_jsonl
+from ssrctl.io.manifest import write_settings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,9 +78,7 @@ class RunDir:
 
     def write_config(self, settings: Mapping[str, Any]) -> None:
         """Write the resolved settings as yaml that ``--config`` reads back."""
-        import yaml
-
-        write_text(self.config, yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True))
+        write_settings(self.config, settings)
 
     def read_config(self) -> dict[str, Any]:
         """Return the run's settings, by today's field names."""

@@ -29,6 +29,7 @@ from ssrctl.configs.mask import (
     MaskUnionConfig,
 )
 from ssrctl.configs.profile_budget import ProfileBudgetConfig
+from ssrctl.configs.recipes import RecipesConfig
 from ssrctl.configs.segment import SegmentConfig, SegmentOptions
 from ssrctl.configs.superweights import SuperweightsConfig
 from ssrctl.configs.train import TrainConfig
@@ -61,6 +62,7 @@ __all__ = [
     "ModelConfig",
     "ProfileBudgetConfig",
     "PromptOptions",
+    "RecipesConfig",
     "SamplingConfig",
     "SegmentConfig",
     "SegmentOptions",

@@ -24,6 +24,7 @@ from ssrctl.configs.building import (
 from ssrctl.configs.common import CommonConfig, InputFormat, ModelConfig, PromptOptions, RecordFormat, SamplingConfig
 from ssrctl.configs.credentials import credential_in_address, credential_in_json
 from ssrctl.configs.json_object import as_json_text, parse_json_object
+from ssrctl.configs.own_code import CRITICS, check_name, names_code
 from ssrctl.errors import UserError
 
 # Parts of a request's body that settings of their own decide, and those that change the form of the reply.
@@ -35,6 +36,7 @@ _OWN_BODY: dict[str, str | None] = {
     "reasoning_effort": "--critic-reasoning-effort",
     **dict.fromkeys(("messages", "response_format", "stream", "stream_options", "n", "tools", "functions"), None),
 }
+BUILT_IN = ("rule", "llm", "rollout", "prm")
 _EFFORT = re.compile(r"[A-Za-z][\w-]{0,39}", re.ASCII)
 
 
@@ -44,9 +46,10 @@ class CriticOptions(Config):
 
     panel = "Critic"
 
-    critic: Literal["rule", "llm", "rollout", "prm"] = "rule"
+    critic: str = names_code("rule")
     """rule checks arithmetic and the origin of its numbers; llm asks a model through litellm; rollout lets the
-    policy itself continue from each step and counts how often the answer is right; prm is a process reward model."""
+    policy itself continue from each step and counts how often the answer is right; prm is a process reward model;
+    module:Class is a critic of your own (docs/critics.md)."""
 
     critic_model: str | None = None
     """Model of the critic: for llm a litellm name, such as openai/gpt-oss-120b; for prm a name on the hub or a local
@@ -148,6 +151,7 @@ class CriticOptions(Config):
     def __post_init__(self) -> None:
         self.critic_extra_body = as_json_text(self.critic_extra_body)
         super().__post_init__()
+        check_name("--critic", self.critic, CRITICS, BUILT_IN)
         if self.critic == "llm" and not self.critic_model:
             raise UserError("the llm critic needs a model", "give --critic-model, such as openai/gpt-oss-120b")
         if self.critic == "prm" and not self.critic_model:

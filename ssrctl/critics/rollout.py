@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from ssrctl.configs import CriticOptions, SamplingConfig
 from ssrctl.core.seeds import derive_seed
-from ssrctl.critics.base import missing, scored
+from ssrctl.critics.base import CriticResources, missing, scored
 from ssrctl.errors import UserError
 from ssrctl.io import console
 from ssrctl.io.records import Rollout, StepScore
@@ -38,7 +38,6 @@ from ssrctl.text.answers import check_answer, check_answers
 from ssrctl.text.prompts import PromptFormat, build_prompt, encode_prompt
 
 if TYPE_CHECKING:
-    from ssrctl.critics.registry import CriticResources
     from ssrctl.models.loading import LoadedModel
 
 # Rollouts are collected until this many batches of continuations are pending: enough to sort them by length, and
@@ -247,15 +246,15 @@ class RolloutCritic:
 
     def _estimate(self, prefixes: Sequence[_Prefix]) -> list[_Value]:
         from ssrctl.sampling.continuations import decode_continuation
-        from ssrctl.sampling.generate import TransformersSampler
-        from ssrctl.sampling.sampler import Request, sample_all
+        from ssrctl.sampling.engines.base import Request, sample_all
+        from ssrctl.sampling.engines.transformers_engine import TransformersEngine
 
         num = self.options.critic_rollouts
         seed = derive_seed(self.seed, "repeat", self.repeat) if self.repeat else self.seed
         requests = [
             Request(prefix.ids, prefix.limit, one) for prefix in prefixes for one in prefix_seeds(seed, prefix.ids, num)
         ]
-        drawn = sample_all(TransformersSampler(self.loaded, self.sampling), requests)
+        drawn = sample_all(TransformersEngine(self.loaded, self.sampling), requests)
         self.num_prefixes += len(prefixes)
         self.num_tokens += sum(len(made.response_ids) for made in drawn)
         self.num_unfinished += sum(not made.finished for made in drawn)

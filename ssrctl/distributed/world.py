@@ -91,7 +91,12 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """Return True in all processes if ``flag`` is True in one."""
-        return any(self.gather(flag)) if self.size > 1 else flag
+        if self.size == 1:
+            return flag
+        found = torch.tensor(int(flag))
+        with self._exchange():
+            dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self._objects)
+        return bool(found)
 
     def wait(self) -> None:
         """Return when all processes have called this."""

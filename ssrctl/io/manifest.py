@@ -6,10 +6,11 @@ import dataclasses
 import importlib.metadata
 import platform
 import urllib.parse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ssrctl.io.files import existing_file
+from ssrctl.io.files import existing_file, write_text
 from ssrctl.version import __version__
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "safetensors", "litellm")
@@ -19,6 +20,13 @@ def settings_of(config: Any) -> dict[str, Any]:
     """Return a config as plain json values; paths become text, and addresses lose the parts that may hold a key."""
     settings = {key: _plain(value) for key, value in dataclasses.asdict(config).items()}
     return {key: _without_secrets(value) if key.endswith("_base") else value for key, value in settings.items()}
+
+
+def write_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    """Write settings as yaml that ``--config`` reads back."""
+    import yaml
+
+    write_text(path, yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True))
 
 
 def published_settings(config: Any) -> dict[str, Any]:

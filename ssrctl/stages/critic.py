@@ -13,12 +13,12 @@ from typing import Any
 
 from ssrctl.configs import CriticConfig, PromptOptions
 from ssrctl.configs.building import default_of
-from ssrctl.critics.base import PERMANENT_ERRORS, SETTINGS_ERRORS, Critic, should_retry
+from ssrctl.critics.base import PERMANENT_ERRORS, SETTINGS_ERRORS, Critic, CriticResources, should_retry
 from ssrctl.critics.calibration.calibrate import calibrate
 from ssrctl.critics.calibration.judgements import Judgements
 from ssrctl.critics.calibration.table import show_calibration
 from ssrctl.critics.llm.estimate import Estimate
-from ssrctl.critics.registry import CriticResources, make_critic
+from ssrctl.critics.registry import make_critic
 from ssrctl.critics.score_summary import ScoreSummary
 from ssrctl.errors import CheckFailed, Stopped, UserError
 from ssrctl.io import console

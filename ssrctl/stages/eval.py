@@ -305,14 +305,14 @@ def _chunk(
     config: EvalConfig, loaded: LoadedModel, chunk: Sequence[tuple[Prompted, int]]
 ) -> Iterator[list[dict[str, Any]]]:
     """Yield the graded records of a chunk of samples, a batch at a time, in the order in which they are complete."""
-    from ssrctl.sampling.generate import TransformersSampler
+    from ssrctl.sampling.engines.transformers_engine import TransformersEngine
     from ssrctl.sampling.groups import record_of, response_request
 
     requests = [
         response_request(loaded, p, config, derive_seed(config.seed, "eval", p.problem.id, number))
         for p, number in chunk
     ]
-    drawn = TransformersSampler(loaded, config).sample(requests)
+    drawn = TransformersEngine(loaded, config).sample(requests)
     while batch := list(itertools.islice(drawn, config.sampling_batch_size)):
         pairs = [(sample.text, chunk[place][0].problem.answer) for place, sample in batch]
         finals = check_answers(pairs, extraction=config.answer_extraction)

@@ -14,10 +14,11 @@ from ssrctl.configs import TrainConfig
 from ssrctl.core.mask import BlockMask
 from ssrctl.core.seeds import derive_seed
 from ssrctl.critics.base import Critic
+from ssrctl.critics.rewards import Rewards
 from ssrctl.errors import UserError
 from ssrctl.io import console
 from ssrctl.models.loading import LoadedModel
-from ssrctl.sampling.generate import NonFiniteLogits
+from ssrctl.sampling.engines.transformers_engine import NonFiniteLogits
 from ssrctl.sampling.groups import Prompted
 from ssrctl.training.training_step import NonFiniteBatch, TrainingStep
 from ssrctl.training.unit_gradients import trainable
@@ -63,6 +64,7 @@ def find_lr(
     curve: Sequence[float],
     protected: BlockMask | None,
     mask: BlockMask | None,
+    rewards: Rewards | None = None,
 ) -> dict[str, Any]:
     """Try each learning rate, print the curve, and return it with the rate of the highest late reward.
 
@@ -74,7 +76,10 @@ def find_lr(
     results = []
     with console.progress(unit="rates") as bar:
         task = bar.add_task("find-lr", total=len(SPREAD), status="")
-        for result in sweep(loaded, critic, config, questions, curve, protected, mask, num_steps=config.find_lr_steps):
+        tried = sweep(
+            loaded, critic, config, questions, curve, protected, mask, num_steps=config.find_lr_steps, rewards=rewards
+        )
+        for result in tried:
             results.append(result)
             bar.update(task, advance=1, status=f"{result.learning_rate:.1e}")
     known = [(result.late_reward, result) for result in results if result.late_reward is not None]
@@ -100,6 +105,7 @@ def sweep(
     mask: BlockMask | None,
     *,
     num_steps: int,
+    rewards: Rewards | None = None,
 ) -> Iterator[RateResult]:
     """Train ``num_steps`` steps at each rate, lowest first; the weights are restored after each, bit for bit.
 
@@ -111,13 +117,14 @@ def sweep(
         curve: the budget profile.
         protected, mask: see ``make_updater``.
         num_steps: training steps at each rate.
+        rewards: see ``TrainingStep``.
     """
     parameters = trainable(loaded.model)
     original = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters}
     for factor in SPREAD:
         rate = config.resolved_learning_rate * factor
         updater = make_updater(parameters, dataclasses.replace(config, learning_rate=rate), protected, mask)
-        step = TrainingStep(loaded, critic, updater, config, curve)
+        step = TrainingStep(loaded, critic, updater, config, curve, rewards=rewards)
         try:
             yield _at_rate(rate, step, config, questions, num_steps)
         finally:

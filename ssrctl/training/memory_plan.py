@@ -135,12 +135,18 @@ class MemoryPlanner:
         model: built from its config, on the meta device or any other.
         prompt_tokens: tokens of the longest prompt.
         trained_frac: share of the weights that a static mask trains; 1 without one.
+        shards: processes that each hold a shard of the model and run a share of each question's responses.
 
     Methods raise ``UnknownActivations`` for a model whose layers cannot run on tensors without data.
     """
 
-    def __init__(self, model: Any, prompt_tokens: int, trained_frac: float = 1.0) -> None:
-        self.config, self.prompt_tokens, self.trained_frac = model.config, prompt_tokens, trained_frac
+    def __init__(self, model: Any, prompt_tokens: int, trained_frac: float = 1.0, shards: int = 1) -> None:
+        self.config, self.prompt_tokens, self.trained_frac, self.shards = (
+            model.config,
+            prompt_tokens,
+            trained_frac,
+            shards,
+        )
         self.may_recompute = cache_obstacle(model) is None
         self._sizes = functools.cache(lambda itemsize: ModelSizes.of(model, itemsize))
         self._layers = functools.cache(functools.partial(_layer_bytes, model.config))
@@ -150,7 +156,7 @@ class MemoryPlanner:
         dtype = torch.float32 if config.dtype == "stored" else getattr(torch, config.dtype)
         sizes = self._sizes(dtype.itemsize)
         tokens = self.prompt_tokens + config.max_new_tokens
-        rows = config.num_generations
+        rows = -(-config.num_generations // self.shards)
         if config.micro_batch_tokens is not None:
             rows = max(1, min(rows, config.micro_batch_tokens // tokens))
         recomputed = config.step_gradient == "recomputed"
@@ -169,6 +175,12 @@ class MemoryPlanner:
         piecemeal = config.optimizer == "kronos" and config.scope == "tensor"
         # a tied table's gradient waits for the embedding's part until the end, where both exist
         gradients = (1 + sizes.tied) * table if piecemeal else whole + sizes.tied * table
+        gathered = 0
+        if self.shards > 1:
+            tables = (2 - sizes.tied) * table
+            # beside the shards, the tables' whole weights, and two layers': FSDP gathers the next one early
+            gathered = tables + 2 * (whole - tables) // sizes.num_layers
+            gradients = whole // self.shards + gathered
         several_units = config.optimizer == "kronos" and config.allocation != "pooled"
         several_units &= config.micro_batch_tokens is None and config.step_gradient != "truncated"
         last = kept if several_units else rows_at_once * (layer.base + layer.kept)
@@ -183,16 +195,18 @@ class MemoryPlanner:
         ]
         at_peak = max(moments, key=sum)
         sampled = min(config.sampling_batch_size, config.questions_per_step * config.num_generations)
+        sampled = -(-sampled // self.shards)
         cache = sampled * tokens * sizes.cache_width * sizes.itemsize
         held = updater_kind(config).held_bytes(config, sizes.itemsize, self.trained_frac)
         held += sizes.itemsize if config.beta else 0  # the start weights
         return Breakdown(
-            weights=whole,
-            state=int(sizes.num_parameters * held),
+            weights=whole // self.shards + gathered,
+            state=int(sizes.num_parameters * held) // self.shards,
             gradients=at_peak[0],
             activations=at_peak[1],
             logits=at_peak[2],
-            sampling=int(cache * (1 + 2 / sizes.num_layers) + sampled * sizes.vocabulary * 4 * LOGIT_COPIES),
+            sampling=int(cache * (1 + 2 / sizes.num_layers) + sampled * sizes.vocabulary * 4 * LOGIT_COPIES)
+            + (whole if self.shards > 1 and config.sampling_weights == "whole" else 0),
         )
 
     def cheapest(self, config: TrainConfig, limit: int) -> TrainConfig | None:
@@ -466,7 +480,9 @@ def _shallow(described: Any, num_layers: int, dtype: torch.dtype, attention: str
     return model.eval()
 
 
-def memory_facts(config: TrainConfig, loaded: LoadedModel, prompt_tokens: int, trained_frac: float) -> dict[str, Any]:
+def memory_facts(
+    config: TrainConfig, loaded: LoadedModel, prompt_tokens: int, trained_frac: float, shards: int = 1
+) -> dict[str, Any]:
     """Return the part of a plan that is about memory, for ``--memory-limit`` or what is free on the device.
 
     Args:
@@ -474,11 +490,12 @@ def memory_facts(config: TrainConfig, loaded: LoadedModel, prompt_tokens: int, t
         loaded: the model; only its config and shapes are used.
         prompt_tokens: tokens of the longest prompt.
         trained_frac: share of the weights that a mask trains; 1 without one.
+        shards: processes that each hold a shard of the model; the plan is that of one of them.
 
     Raises:
         UserError: ``--memory-limit`` cannot be met.
     """
-    planner = MemoryPlanner(loaded.model, prompt_tokens, trained_frac)
+    planner = MemoryPlanner(loaded.model, prompt_tokens, trained_frac, shards)
     try:
         found = planner.breakdown(config)
     except UnknownActivations as error:
@@ -489,12 +506,14 @@ def memory_facts(config: TrainConfig, loaded: LoadedModel, prompt_tokens: int, t
     facts: dict[str, Any] = {"planned_gib": round(found.total / GIB, 3), "planned_gib_by_part": parts}
     if limit is None:
         return facts
+    facts["memory_limit_gib"] = round(limit / GIB, 3)
+    facts["fits"] = f"{'yes' if planner.fits(config, limit) else 'no'}, with {MARGIN:.0%} of the limit kept free"
+    if shards > 1:  # the other dials are not those of shards
+        return facts
     made = planner.cheapest(config, limit) if config.memory_limit is None else require_fit(planner, config, limit)
     room = max(1, (loaded.context_length or MOST_TOKENS) - prompt_tokens)
     longest = {name: planner.longest(one, limit, room) for name, one in updates(config)}
     return facts | {
-        "memory_limit_gib": round(limit / GIB, 3),
-        "fits": f"{'yes' if planner.fits(config, limit) else 'no'}, with {MARGIN:.0%} of the limit kept free",
         "cheapest_settings_that_fit": "none" if made is None else describe_dials(made, config),
         "longest_response_that_fits": longest,
     }

@@ -44,8 +44,11 @@ class ProcessWork:
         yield
         self.learn_seconds += time.perf_counter() - started
 
-    def shares(self, weights: Iterable[Tensor]) -> dict[str, Any]:
+    def shares(self, weights: Iterable[Tensor] | None) -> dict[str, Any]:
         """End the step: compare the processes' weights, and return the part of its metrics that says who did what.
+
+        Args:
+            weights: of this process's replica; None where each has a shard of its own.
 
         Returns:
             Empty with one process.
@@ -58,6 +61,6 @@ class ProcessWork:
         if self.world.size == 1:
             return {}
         work = {"rank": self.world.rank, "questions": self.questions, **seconds, **self.world.take_traffic()}
-        everyone = self.world.gather((weights_fingerprint(list(weights)), work))
+        everyone = self.world.gather((0 if weights is None else weights_fingerprint(list(weights)), work))
         check_replicas([found for found, _ in everyone], "after this step")
         return {"num_processes": self.world.size, "processes": [work for _, work in everyone]}

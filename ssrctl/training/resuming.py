@@ -18,7 +18,7 @@ FREE_ON_RESUME = {
     "report_to", "critic_max_concurrency", "critic_timeout", "critic_retries", "critic_requests_per_minute",
     "critic_input_price", "critic_output_price", "critic_budget_usd", "critic_cache", "critic_cache_dir",
     "critic_thinking_tokens", "critic_max_tokens",
-    "num_processes", "accelerate_config",
+    "num_processes", "accelerate_config", "sharding", "sampling_weights",
 }  # fmt: skip
 
 

@@ -22,26 +22,33 @@ from torch import Tensor
 
 from ssrctl.configs import TrainConfig
 from ssrctl.core.budget import step_budgets
+from ssrctl.core.claims import KeptUnit
+from ssrctl.core.engine_gap import Gap, engine_correction, measure_gap
 from ssrctl.core.losses import k3, response_weights
 from ssrctl.core.mask import BlockMask
 from ssrctl.core.seeds import derive_seed
 from ssrctl.core.topk import NonFiniteGradient
 from ssrctl.core.units import Unit, plan_units, steps_with_signal
 from ssrctl.critics.base import Critic
+from ssrctl.critics.rewards import Rewards
 from ssrctl.critics.scoring import score_groups
 from ssrctl.distributed.dealing import deal
+from ssrctl.distributed.sharding import ResponseShare, ShardedModel, noticing_lost_processes
 from ssrctl.distributed.world import ALONE, World
 from ssrctl.errors import UserError
 from ssrctl.io.mask_log import QuestionLog, UnitLog
 from ssrctl.models.loading import LoadedModel
+from ssrctl.sampling.engines.base import Engine
+from ssrctl.sampling.engines.transformers_engine import TransformersEngine
 from ssrctl.sampling.groups import Group, Prompted, sample_groups
-from ssrctl.sampling.sampler import Sampler
 from ssrctl.training.credit import group_advantages
 from ssrctl.training.process_work import ProcessWork
 from ssrctl.training.reference import StartWeights
-from ssrctl.training.step_gradients.batch import group_batch
+from ssrctl.training.step_gradients.accumulated import fixed_logprobs
+from ssrctl.training.step_gradients.batch import group_batch, response_logprobs
+from ssrctl.training.step_gradients.head import HeadSettings
 from ssrctl.training.step_gradients.task import Dials
-from ssrctl.training.unit_gradients import GroupBatch, NonFiniteLoss, response_logprobs, unit_gradients
+from ssrctl.training.unit_gradients import GroupBatch, NonFiniteLoss, unit_gradients
 from ssrctl.training.unit_observer import QuestionView, UnitObserver, Wanted
 from ssrctl.training.updaters import QuestionUpdate, Updater
 
@@ -88,9 +95,10 @@ class _StepTotals:
     losses: list[float] = field(default_factory=list)
     terms: int = 0
     clipped: int = 0
-    gap_sum: float = 0.0
-    gap_tokens: int = 0
-    gap_max: float = 0.0
+    gaps: list[Tensor] = field(default_factory=list)
+    tokens: int = 0
+    corrected: int = 0
+    correction_hits: int = 0
     entropy_sum: float = 0.0
     num_units: int = 0
     granted_frac: list[float] = field(default_factory=list)
@@ -100,13 +108,19 @@ class _StepTotals:
     resampled: int = 0
     batch_tokens: float = 0.0
     kl_sum: float = 0.0
-    seconds: dict[str, float] = field(default_factory=lambda: {"sample": 0.0, "score": 0.0, "reference": 0.0})
+    seconds: dict[str, float] = field(
+        default_factory=lambda: {"sample": 0.0, "score": 0.0, "reference": 0.0, "old_logprobs": 0.0}
+    )
 
-    def add_gap(self, logprobs: Tensor, batch: GroupBatch) -> None:
-        gap = (logprobs - batch.old_logprobs).abs()[batch.known]
-        self.gap_sum += float(gap.double().sum())
-        self.gap_tokens += gap.numel()
-        self.gap_max = max(self.gap_max, float(gap.max()) if gap.numel() else 0.0)
+    def add_first_pass(self, logprobs: Tensor, batch: GroupBatch) -> None:
+        """Add what the first pass over a question shows, before any update."""
+        assert batch.engine_logprobs is not None
+        apart = (logprobs - batch.engine_logprobs)[batch.known]
+        self.gaps.append(apart[~apart.isnan()].cpu())
+        self.tokens += apart.numel()
+        if batch.correction is not None:
+            self.corrected += batch.correction.num_spans
+            self.correction_hits += batch.correction.num_hit
         if batch.reference is not None:
             self.kl_sum += float(k3(logprobs, batch.reference, batch.known).double().sum())
 
@@ -114,9 +128,7 @@ class _StepTotals:
         """Add those of one question; sums of floats depend on the order of the questions."""
         for spec in dataclasses.fields(self):
             mine, theirs = getattr(self, spec.name), getattr(other, spec.name)
-            if spec.name == "gap_max":
-                self.gap_max = max(mine, theirs)
-            elif spec.name not in ("batch_tokens", "seconds"):  # of the whole step
+            if spec.name not in ("batch_tokens", "seconds"):  # of the whole step
                 setattr(self, spec.name, mine + theirs)
 
     @contextlib.contextmanager
@@ -126,7 +138,7 @@ class _StepTotals:
         self.seconds[phase] += time.perf_counter() - started
 
     def add_entropy(self, entropy: Tensor) -> None:
-        """Add entropies ``[G, R]``, 0 in the padding, of the tokens whose gap ``add_gap`` counts."""
+        """Add entropies ``[G, R]``, 0 in the padding, of the tokens that ``add_first_pass`` counts."""
         self.entropy_sum += float(entropy.double().sum())
 
     def add_update(self, update: QuestionUpdate, num_unprotected: int) -> None:
@@ -165,8 +177,11 @@ class TrainingStep:
         config: the run's settings.
         curve: the budget profile v_1..; ``[1.0]`` for equal budgets.
         observer: reads gradients for the logs; None reads none.
-        sampler: samples the responses; None is transformers in this process.
+        engine: samples the responses; None is transformers in this process.
         world: the processes that share a batch.
+        sharded: the model, where each of the processes has a shard of it: all learn from every question then, each
+            from some of its responses. None where each has the whole model.
+        rewards: rewards of the responses in place of the scores of their final answers.
     """
 
     def __init__(
@@ -177,13 +192,18 @@ class TrainingStep:
         config: TrainConfig,
         curve: Sequence[float],
         observer: UnitObserver | None = None,
-        sampler: Sampler | None = None,
+        engine: Engine | None = None,
         world: World = ALONE,
+        sharded: ShardedModel | None = None,
+        rewards: Rewards | None = None,
     ) -> None:
-        self.world, self.work = world, ProcessWork(world)
+        self.rewards = rewards
+        self.world, self.work, self.sharded = world, ProcessWork(world), sharded
         self.loaded, self.critic, self.updater, self.config, self.curve = loaded, critic, updater, config, curve
-        self.observer, self.sampler = observer, sampler
-        self.start_weights = StartWeights(loaded.model) if config.beta else None
+        self.observer, self.engine = observer, engine or TransformersEngine(loaded, config)
+        named = dict(loaded.model.named_parameters() if sharded is None else sharded.local_parameters())
+        self.start_weights = StartWeights(named, copies=sharded is not None) if config.beta else None
+        self.exchanges = world.size > 1 and sharded is None
         self.num_coordinates = loaded.num_parameters
         self.num_unprotected = self.num_coordinates - updater.num_protected
 
@@ -199,6 +219,10 @@ class TrainingStep:
         Raises:
             NonFiniteBatch: every question of the batch gave a NaN or infinite loss or gradient in a pass over it.
         """
+        with noticing_lost_processes(self.world):
+            return self._run(prompts, seed, log_masks, log_gradient)
+
+    def _run(self, prompts: Sequence[Prompted], seed: int, log_masks: bool, log_gradient: bool) -> StepResult:
         config, totals, world = self.config, _StepTotals(), self.world
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
@@ -206,8 +230,11 @@ class TrainingStep:
         scored = time.perf_counter()
         plans = [self._credit(group, totals) for group in groups]
         totals.batch_tokens = sum(sum(self._trained_lengths(group)) for group in groups) / len(groups)
-        mine = deal([_cost(group, units) for group, units in zip(groups, plans, strict=True)], world.size)[world.rank]
-        references = {number: self._reference(groups[number], totals) if plans[number] else None for number in mine}
+        mine = list(range(len(groups)))
+        if self.exchanges:
+            costs = [_cost(group, units) for group, units in zip(groups, plans, strict=True)]
+            mine = deal(costs, world.size)[world.rank]
+        batches = {number: self._prepared(groups[number], totals) for number in mine if plans[number]}
         mask_log: list[QuestionLog] = []
         gradient: Tensor | None = None
         update_metrics: dict[str, float | None] = {}
@@ -221,9 +248,16 @@ class TrainingStep:
                     group = groups[number]
                     own = learned[number] = _Learned(_StepTotals(batch_tokens=totals.batch_tokens))
                     view = self.observer.question(wanted) if self.observer is not None and wanted else None
-                    reference, is_first = references[number], iteration == 0
+                    if number not in batches:
+                        continue
                     update = self._learn(
-                        group, plans[number], len(groups), own.totals, view, reference, is_first=is_first
+                        group,
+                        batches[number],
+                        plans[number],
+                        len(groups),
+                        own.totals,
+                        view,
+                        is_first=iteration == 0,
                     )
                     if update is None:
                         continue
@@ -231,7 +265,7 @@ class TrainingStep:
                         own.log = self._question_log(group, update, view)
                     if view is not None and view.sketched is not None:
                         own.sketch = view.sketched if world.size == 1 else view.sketched.cpu()
-                    if world.size > 1:  # to be exchanged; one process has added it already
+                    if self.exchanges:  # to be exchanged; one process has added it already
                         updates[number] = update
             logs, sketches = self._gathered(learned, totals)
             mask_log += logs
@@ -250,9 +284,11 @@ class TrainingStep:
                 raise NonFiniteBatch(
                     f"summed over the batch, {error}", LOWER_RATE, weights_changed=iteration > 0
                 ) from error
-        totals.seconds["update"] = time.perf_counter() - scored - totals.seconds["reference"]
+        before = totals.seconds["reference"] + totals.seconds["old_logprobs"]
+        totals.seconds["update"] = time.perf_counter() - scored - before
         metrics = self._metrics(groups, totals, totals.seconds) | update_metrics
-        return StepResult(metrics | self.work.shares(self.loaded.model.parameters()), groups, mask_log, gradient)
+        shares = self.work.shares(self.loaded.model.parameters() if self.sharded is None else None)
+        return StepResult(metrics | shares, groups, mask_log, gradient)
 
     def _scored_groups(self, prompts: Sequence[Prompted], seed: int, totals: _StepTotals) -> list[Group]:
         """Sample and score the questions; sample those without a signal again, as often as the settings allow."""
@@ -287,10 +323,10 @@ class TrainingStep:
                 num_generations=config.num_generations,
                 seed=own_seed,
                 segmentation=config,
-                sampler=self.sampler,
+                engine=self.engine,
             )
 
-        with self.work.sampling():
+        with self.work.sampling(), self._passes_together():
             if config.sample_together == "question":
                 return {number: sample([number], derive_seed(seed, "question", number))[0] for number in mine}
             own_seed = seed if world.size == 1 else derive_seed(seed, "process", world.rank)
@@ -305,21 +341,27 @@ class TrainingStep:
         config, world = self.config, self.world
         if config.critic == "rollout" and config.sample_together == "question":
             assert self.critic is not None
-            for group in mine.values():
-                score_groups([group], self.critic, config.answer_extraction)
+            with self._passes_together():
+                for group in mine.values():
+                    score_groups([group], self.critic, config.answer_extraction, self.rewards)
             return _in_order(world.gather(mine))
         parts = world.gather_on_main(mine)
 
         def score() -> list[Group]:
             assert self.critic is not None
             groups = _in_order(parts)
-            score_groups(groups, self.critic, config.answer_extraction)
+            score_groups(groups, self.critic, config.answer_extraction, self.rewards)
             return groups
 
         return world.on_main(score)
 
     def _gathered(self, mine: dict[int, _Learned], totals: _StepTotals) -> tuple[list[QuestionLog], list[Tensor]]:
         """Add the questions of all processes to ``totals``; return their logs and sketches, in the main process."""
+        if not self.exchanges:
+            for found in mine.values():
+                totals.add(found.totals)
+            records = [(found.log, found.sketch) for found in mine.values()]
+            return [log for log, _ in records if log is not None], [one for _, one in records if one is not None]
         for one in _in_order(self.world.gather({number: found.totals for number, found in mine.items()})):
             totals.add(one)
         records = _in_order(self.world.gather_on_main({n: (found.log, found.sketch) for n, found in mine.items()}))
@@ -334,15 +376,58 @@ class TrainingStep:
         masks = self.config.mask_truncated
         return [0 if masks and not sample.finished else len(sample.response_ids) for sample in group.samples]
 
-    def _batch(self, group: Group) -> GroupBatch:
-        return group_batch(self.loaded, group, whole_response=self.config.credit != "step")
+    def _prepared(self, group: Group, totals: _StepTotals) -> GroupBatch:
+        """Return the group as tensors, with what stays the same in all passes over it.
 
-    def _reference(self, group: Group, totals: _StepTotals) -> Tensor | None:
-        """Return the log-probabilities ``[G, R]`` under the start weights; None without a KL term."""
-        if self.start_weights is None:
-            return None
-        with totals.timed("reference"), self.start_weights.in_place():
-            return response_logprobs(self.loaded.model, self._batch(group), self.config.temperature)
+        A log-probability that the engine did not give is the trainer's own, as all are with ``--old-logprobs trainer``.
+        """
+        config = self.config
+        batch = group_batch(self.loaded, group, whole_response=config.credit != "step")
+        engine = batch.engine_logprobs
+        assert engine is not None
+        missing = engine.isnan()
+        if config.resolved_old_logprobs == "trainer" or bool(missing.any()):
+            with totals.timed("old_logprobs"):
+                own = self._logprobs(batch)
+            from_trainer = missing if config.resolved_old_logprobs == "engine" else torch.ones_like(missing)
+            batch = dataclasses.replace(batch, old_logprobs=torch.where(from_trainer, own, batch.old_logprobs))
+        if config.engine_correction != "none":
+            correction = engine_correction(
+                batch.old_logprobs,
+                engine,
+                batch.step_ids,
+                kind=config.engine_correction,
+                level=config.correction_level,
+                cap=config.engine_correction_cap,
+            )
+            batch = dataclasses.replace(batch, correction=correction)
+        if self.start_weights is not None:
+            with totals.timed("reference"), self.start_weights.in_place():
+                batch = dataclasses.replace(batch, reference=self._logprobs(batch))
+        return batch
+
+    def _logprobs(self, batch: GroupBatch) -> Tensor:
+        config = self.config
+        settings = HeadSettings(config.temperature, config.logit_chunk_tokens)
+        if self.sharded is None:
+            return fixed_logprobs(self.loaded.model, batch, settings, config.micro_batch_tokens)
+        self.sharded.settle()
+        share = self._share(batch)
+        with torch.no_grad():
+            own = response_logprobs(self.loaded.model, batch, settings=settings, rows=share.rows)
+        self.sharded.settle()
+        return share.whole(own, own.shape[1])
+
+    def _share(self, batch: GroupBatch) -> ResponseShare:
+        """Return the responses of a question that this process runs through the sharded model."""
+        assert self.sharded is not None
+        return self.sharded.share(batch.known.sum(1).tolist())
+
+    def _passes_together(self) -> contextlib.AbstractContextManager[None]:
+        """Let each process run the model as often as it needs."""
+        if self.sharded is None:
+            return contextlib.nullcontext()
+        return self.sharded.each_as_often(whole=self.config.sampling_weights == "whole")
 
     def _wanted(self, log_masks: bool, log_gradient: bool) -> Wanted:
         sets = log_masks and self.config.optimizer == "kronos"
@@ -369,11 +454,11 @@ class TrainingStep:
     def _learn(
         self,
         group: Group,
+        batch: GroupBatch,
         units: list[Unit],
         num_questions: int,
         totals: _StepTotals,
         view: QuestionView | None,
-        reference: Tensor | None,
         *,
         is_first: bool,
     ) -> QuestionUpdate | None:
@@ -387,9 +472,6 @@ class TrainingStep:
                 view.before_unit(unit)
             self.updater.before_unit(unit)
 
-        if not units:
-            return None
-        batch = dataclasses.replace(self._batch(group), reference=reference)
         lengths = torch.tensor(self._trained_lengths(group), device=self.loaded.device)
         gradients = unit_gradients(
             self.loaded.model,
@@ -403,7 +485,7 @@ class TrainingStep:
             micro_batch_tokens=self.config.micro_batch_tokens,
             logit_chunk_tokens=self.config.logit_chunk_tokens,
             dials=Dials(self.config.units_at_once, self.config.gradient_chunk_tokens),
-            on_logprobs=lambda logprobs: totals.add_gap(logprobs, batch) if is_first else None,
+            on_logprobs=lambda logprobs: totals.add_first_pass(logprobs, batch) if is_first else None,
             on_entropy=totals.add_entropy if is_first else None,
             on_unit=before_unit,
             epsilon_high=self.config.epsilon_high,
@@ -411,6 +493,7 @@ class TrainingStep:
                 self.config.loss_type, lengths, longest=self.config.max_new_tokens, batch_tokens=totals.batch_tokens
             ),
             beta=self.config.beta,
+            share=None if self.sharded is None else self._share(batch),
         )
         with contextlib.ExitStack() as stack:
             if view is not None:
@@ -430,6 +513,11 @@ class TrainingStep:
         heard = len(steps_with_signal([rollout.advantages or () for rollout in group.rollouts]))
         return heard * self.config.max_step_budget >= self.config.budget * (1 - 1e-9)
 
+    def _kept_sets(self, kept: KeptUnit) -> dict[str, Tensor]:
+        """Return a unit's set: ascending flat indices by name, in a sharded run those of all processes, on the main one."""
+        sets = {name: indices.to_indices().cpu() for name, indices in kept.sets.items()}
+        return sets if self.sharded is None else self.sharded.whole_indices(sets)
+
     def _question_log(self, group: Group, update: QuestionUpdate, view: QuestionView | None) -> QuestionLog:
         shapes = self.loaded.shapes()
         units = []
@@ -438,7 +526,7 @@ class TrainingStep:
                 steps=list(made.unit.steps),
                 budget=made.unit.budget,
                 advantages=[a for column in made.unit.advantages for a in column if a is not None],
-                mask=BlockMask.from_indices(shapes, {name: s.to_indices().cpu() for name, s in kept.sets.items()}),
+                mask=BlockMask.from_indices(shapes, self._kept_sets(kept)),
             )
             if view is not None:
                 seen = view.units[place]
@@ -462,7 +550,7 @@ class TrainingStep:
         num_tokens = sum(lengths)
         kl = {}
         if self.config.beta:
-            kl["kl_to_start"] = totals.kl_sum / totals.gap_tokens if totals.gap_tokens else None
+            kl["kl_to_start"] = totals.kl_sum / totals.tokens if totals.tokens else None
             kl["reference_seconds"] = seconds["reference"]
         return {
             "reward": statistics.fmean(known) if known else None,
@@ -478,9 +566,8 @@ class TrainingStep:
             "non_finite_questions": totals.non_finite,
             "loss": statistics.fmean(totals.losses) if totals.losses else None,
             "clip_frac": totals.clipped / totals.terms if totals.terms else 0.0,
-            "logprob_gap_mean": totals.gap_sum / totals.gap_tokens if totals.gap_tokens else None,
-            "logprob_gap_max": totals.gap_max,
-            "entropy": totals.entropy_sum / totals.gap_tokens if totals.gap_tokens else None,
+            **self._engine_metrics(totals),
+            "entropy": totals.entropy_sum / totals.tokens if totals.tokens else None,
             "num_units": totals.num_units,
             "granted_frac": statistics.fmean(totals.granted_frac) if totals.granted_frac else 0.0,
             "granted_budget_frac": (
@@ -496,6 +583,23 @@ class TrainingStep:
             "update_seconds": seconds["update"],
             "peak_memory_bytes": _peak_memory_bytes(),
         }
+
+    def _engine_metrics(self, totals: _StepTotals) -> dict[str, float | None]:
+        """Return the metrics of the gap between engine and trainer, and of its correction."""
+        config = self.config
+        above = config.clip_epsilon if config.epsilon_high is None else config.epsilon_high
+        gap = measure_gap(torch.cat([*totals.gaps, torch.empty(0)]), low=1 - config.clip_epsilon, high=1 + above)
+        known = sum(len(part) for part in totals.gaps)
+        found: dict[str, float | None] = {
+            f"logprob_gap_{spec.name}": None if gap is None else getattr(gap, spec.name)
+            for spec in dataclasses.fields(Gap)
+        }
+        found["missing_logprob_frac"] = 1 - known / totals.tokens if totals.tokens else None
+        if config.resolved_old_logprobs == "trainer":
+            found["old_logprobs_seconds"] = totals.seconds["old_logprobs"]
+        if config.engine_correction != "none":
+            found["correction_hit_frac"] = totals.correction_hits / totals.corrected if totals.corrected else None
+        return found
 
 
 def _in_order(parts: Sequence[dict[int, T]]) -> list[T]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ssrctl.core.units import Unit
+from ssrctl.distributed.sharding import ResponseShare
 from ssrctl.errors import UserError
 from ssrctl.training.step_gradients.accumulated import accumulated_gradients
 from ssrctl.training.step_gradients.batch import GroupBatch, make_batch, response_logprobs
@@ -25,6 +26,7 @@ from ssrctl.training.step_gradients.head import LOGIT_CHUNK_TOKENS
 from ssrctl.training.step_gradients.kept import kept_gradients
 from ssrctl.training.step_gradients.local import layout_obstacle, local_gradients
 from ssrctl.training.step_gradients.shape import group_shape
+from ssrctl.training.step_gradients.sharded import SHARED
 from ssrctl.training.step_gradients.task import Dials, GradientTask, NonFiniteLoss, UnitGradient
 from ssrctl.training.step_gradients.truncated import truncated_gradients
 
@@ -69,10 +71,12 @@ METHODS: dict[str, Callable[[GradientTask], Iterator[UnitGradient]]] = {
     "accumulated": accumulated_gradients,
 }
 
+AUTOMATIC = ("auto", "piecemeal")
+
 
 def method_obstacle(task: GradientTask, method: str) -> str | None:
     """Return the reason why this model cannot compute its gradients by ``method``; None if it can."""
-    if method not in ("auto", "piecemeal", "kept") and (obstacle := position_obstacle(task)) is not None:
+    if method not in (*AUTOMATIC, "kept") and (obstacle := position_obstacle(task)) is not None:
         return obstacle
     if method not in ("chunked", "recomputed", "local"):
         return None
@@ -106,6 +110,7 @@ def unit_gradients(
     epsilon_high: float | None = None,
     token_weights: Tensor | None = None,
     beta: float = 0.0,
+    share: ResponseShare | None = None,
 ) -> Iterator[UnitGradient]:
     """Backpropagate the units' losses one after the other.
 
@@ -133,6 +138,8 @@ def unit_gradients(
             distributions that the tokens were drawn from, before the first unit.
         on_unit: called with each unit right before its backward pass; with several units at once after their shared
             one, before the unit's gradient is handed over.
+        share: of a sharded model, the responses that this process runs; all processes call with the same batch. The
+            gradients are those of the shards (``ShardedModel.take_gradients``), by ``kept`` or ``truncated``.
 
     Raises:
         NonFiniteLoss: a loss is NaN or infinite; nothing was backpropagated for it.
@@ -158,6 +165,8 @@ def unit_gradients(
         token_weights=token_weights,
         beta=beta,
     )
+    if share is not None:
+        return SHARED[automatic_method(task, list(SHARED)) if method in AUTOMATIC else method](task, share)
     obstacle = method_obstacle(task, method)
     if obstacle is not None:
         raise UserError(

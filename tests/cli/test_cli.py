@@ -35,6 +35,7 @@ COMMANDS = {
     "eval": configs.EvalConfig,
     "diagnose": configs.DiagnoseConfig,
     "env": configs.EnvConfig,
+    "recipes": configs.RecipesConfig,
     "delta diff": configs.DeltaDiffConfig,
     "delta apply": configs.DeltaApplyConfig,
     "delta info": configs.DeltaInfoConfig,
@@ -115,8 +116,9 @@ def test_flags_stand_in_panels_that_begin_with_the_common_ones(
     def panels(name: str) -> list[str]:
         return re.findall(r"^╭─ (\w+) ", shown_help(name, 100, capsys, monkeypatch), re.MULTILINE)
 
-    training = ["Method", "Optimizer", "Sampling", "Segmentation", "Critic", "Checkpoints", "Logging", "Processes"]
-    assert panels("train") == ["Options", "Model", "Data", "Prompt", *training]
+    parts = ["Method", "Optimizer", "Sampling", "Engine", "Segmentation", "Critic"]
+    parts += ["Checkpoints", "Logging", "Processes"]
+    assert panels("train") == ["Options", "Model", "Data", "Prompt", *parts]
     assert panels("critic") == ["Arguments", "Options", "Critic", "Model", "Prompt", "Sampling"]
 
 

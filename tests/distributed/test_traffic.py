@@ -43,6 +43,25 @@ def test_the_plan_of_several_processes_starts_none(capsys: pytest.CaptureFixture
     assert plan["mib_sent_per_step_and_process"] < plan["mib_of_a_dense_all_reduce"] / 8
 
 
+def test_the_plan_of_shards_divides_memory_and_counts_gathered_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    plans = {}
+    for size in (2, 8):
+        for weights in ("whole", "shards"):
+            words = ["--sharding", "fsdp2", "--sampling-weights", weights, "--num-processes", str(size)]
+            assert main(["train", "--dry-run", "--json", "--dtype", "bfloat16", "--max-new-tokens", "64", *words]) == 0
+            plans[size, weights] = json.loads(capsys.readouterr().out)
+    one, eight = plans[2, "whole"], plans[8, "whole"]
+    assert one["gib_per_process"] == pytest.approx(4 * eight["gib_per_process"], abs=2e-3)
+    # a forward pass, five units and the sampling's for each of four questions: 4 * (1 + 2 * 5) + 1 times the weights
+    weights = one["parameters"] * 2 / 2**20
+    assert one["mib_sent_per_step_and_process"] == pytest.approx(45 * weights / 2, abs=1e-3)
+    assert plans[2, "shards"]["mib_sent_per_step_and_process"] == pytest.approx((44 + 2 * 64) * weights / 2, abs=1e-3)
+    assert plans[2, "shards"]["gib_of_whole_weights_in_sampling"] == 0
+    parts = [plans[key]["planned_gib_by_part"] for key in ((2, "whole"), (2, "shards"), (8, "shards"))]
+    assert parts[0]["sampling"] > parts[1]["sampling"] > parts[2]["sampling"]
+    assert parts[1]["activations"] == pytest.approx(4 * parts[2]["activations"], abs=5e-3)
+
+
 @pytest.mark.parametrize(("dtype", "itemsize"), [("float32", 4), ("bfloat16", 2), ("stored", 2)])
 def test_the_plan_counts_the_dtype_of_the_run_not_of_the_checkpoint(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: str, itemsize: int

@@ -163,6 +163,7 @@ class GradientTask:
                 token_weights=self.token_weights,
                 beta=self.beta,
                 reference=self.batch.reference,
+                correction=None if self.batch.correction is None else self.batch.correction.weights,
             )
             if made.loss is not None:
                 losses.append(made.loss)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -28,6 +29,9 @@ from ssrctl.training.updaters.base import (
     values_at,
 )
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 
 class KronosUpdater:
     """SSR algorithm 2: sequential, disjoint, exactly selected claims."""
@@ -41,6 +45,7 @@ class KronosUpdater:
         protected: BlockMask | None = None,
         mask: BlockMask | None = None,
         world: World = ALONE,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         self.optimizer = KronosOpt(
             parameters,
@@ -58,7 +63,9 @@ class KronosUpdater:
             budget=config.budget,
             max_step_budget=config.max_step_budget,
             master_weights=config.master_weights,
+            process_group=process_group,
         )
+        self.num_coordinates = self.optimizer.num_coordinates
         self.world = world
         self.pools = config.allocation == "pooled"
         self.num_protected = self.optimizer.num_protected
@@ -126,7 +133,7 @@ class KronosUpdater:
         return {
             "grad_norm": stats.grad_norm,
             "clip_scale": stats.clip_scale,
-            "updated_frac": stats.num_updated / self.optimizer.num_coordinates,
+            "updated_frac": stats.num_updated / self.num_coordinates,
             "lost_update_frac": stats.lost_frac,
             "missing_coordinates": stats.num_missing,
             "reused_coordinates": stats.num_reused,

@@ -1,10 +1,10 @@
-"""The interface between the stages and the engine that samples responses."""
+"""The interface of the engines that sample responses."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor
 
@@ -33,38 +33,50 @@ class Sample:
     Attributes:
         response_ids: the sampled tokens, through the end token, or the token that completes a text of ``--stop``.
         logprobs: float32 ``[len(response_ids)]`` on the CPU: log-probability of each sampled token under the
-            temperature-scaled logits, before top-p or top-k.
+            temperature-scaled logits, before top-p or top-k; NaN where the engine gave none.
         text: the response without special tokens; a text of ``--stop`` stays in it, with the rest of its last token.
-        finished: True if an end token or a text of ``--stop`` was sampled within the limit.
+        finish_reason: ``stop`` if an end token or a text of ``--stop`` was sampled, ``length`` if the limit came first.
+        version: of the weights that it was sampled from.
     """
 
     response_ids: list[int]
     logprobs: Tensor
     text: str
-    finished: bool
+    finish_reason: Literal["stop", "length"]
+    version: int
+
+    @property
+    def finished(self) -> bool:
+        """True if the response ended by itself within the limit."""
+        return self.finish_reason == "stop"
 
 
-class Sampler(Protocol):
+class Engine(Protocol):
     """An engine that samples responses from a model.
 
     A response is decided by the model, the settings, its tokens and its seed, not by the other requests, as far as the
-    engine allows. ``generate.TransformersSampler`` is the engine in use; one that talks to a server has the same method.
+    engine allows.
+
+    Attributes:
+        version: of the weights that it samples from; 0 at the start.
     """
+
+    version: int
 
     def sample(self, requests: Sequence[Request]) -> Iterator[tuple[int, Sample]]:
         """Yield (place in ``requests``, sample), each place once, in the order in which the samples are complete."""
 
 
-def sample_all(sampler: Sampler, requests: Sequence[Request]) -> list[Sample]:
+def sample_all(engine: Engine, requests: Sequence[Request]) -> list[Sample]:
     """Return one sample per request, in their order.
 
     Raises:
         UserError: the engine gave fewer samples than requests, or one without a token.
     """
-    found = {place: sample for place, sample in sampler.sample(requests) if sample.response_ids}
+    found = {place: sample for place, sample in engine.sample(requests) if sample.response_ids}
     if len(found) < len(requests):
         raise UserError(
-            f"{type(sampler).__name__} returned {len(found)} responses with at least one token, {len(requests)} were asked "
+            f"{type(engine).__name__} returned {len(found)} responses with at least one token, {len(requests)} were asked "
             "for",
             "look for errors of the engine that samples; nothing was learned from this batch",
         )
