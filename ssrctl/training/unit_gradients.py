@@ -133,7 +133,7 @@ def unit_gradients(
             ``piecemeal`` the cheapest that never needs a whole dense gradient to exist.
         micro_batch_tokens: most tokens of a micro-batch of ``accumulated``; None for one batch.
         logit_chunk_tokens: positions whose whole logits may exist at once.
-        dials: of ``chunked`` and ``recomputed``.
+        dials: of ``recomputed``.
         on_logprobs: called with the detached log-probabilities ``[G, R]`` of this pass, before the first unit.
         on_entropy: called with the entropies (nats, float32 ``[G, R]``, 0 in the padding) of the temperature-scaled
             distributions that the tokens were drawn from, before the first unit.

@@ -19,12 +19,11 @@ from ssrctl.training.step_gradients.head import LOGIT_CHUNK_TOKENS, HeadSettings
 
 @dataclass(frozen=True)
 class Dials:
-    """The choices of the walk through chunks; see ``chunks.walk_chunks``.
+    """The choices of recomputed gradients; see ``chunked.recomputed_gradients``.
 
     Attributes:
-        units_at_once: units that share a recomputed forward pass, whose gradients exist together; None for one, or
-            for the planner's choice.
-        chunk_tokens: most columns of a chunk; None for no limit but the units' ends, or for the planner's choice.
+        units_at_once: units that share a recomputed forward pass, whose gradients exist together; None for one.
+        chunk_tokens: most tokens of a chunk; None for ``RECOMPUTED_CHUNK_TOKENS``.
     """
 
     units_at_once: int | None = None
