@@ -7,6 +7,7 @@ from ssrctl.configs.common import (
     CommonConfig,
     DatasetConfig,
     ModelConfig,
+    ProcessOptions,
     PromptOptions,
     SamplingConfig,
 )
@@ -30,6 +31,7 @@ from ssrctl.configs.mask import (
 )
 from ssrctl.configs.profile_budget import ProfileBudgetConfig
 from ssrctl.configs.recipes import RecipesConfig
+from ssrctl.configs.report import ReportConfig
 from ssrctl.configs.segment import SegmentConfig, SegmentOptions
 from ssrctl.configs.serve_rollouts import ServeRolloutsConfig
 from ssrctl.configs.superweights import SuperweightsConfig
@@ -61,9 +63,11 @@ __all__ = [
     "MaskRandomConfig",
     "MaskUnionConfig",
     "ModelConfig",
+    "ProcessOptions",
     "ProfileBudgetConfig",
     "PromptOptions",
     "RecipesConfig",
+    "ReportConfig",
     "SamplingConfig",
     "SegmentConfig",
     "SegmentOptions",

@@ -206,10 +206,10 @@ class ShardedModel:
         hook = self.model.register_forward_pre_hook(say_so, prepend=True)
         try:
             yield
-        finally:
+        finally:  # after an error too, which ends the others' passes otherwise
             hook.remove()
-        while self.world.any(False):
-            self._dummy_pass()
+            while self.world.any(False):
+                self._dummy_pass()
 
     def _count_moves(self, times: int) -> None:
         """Add to the traffic: the weights gathered, or a gradient of their size scattered, that often."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from ssrctl.report.chart_style import cell_text, finite, label_text
-from ssrctl.report.document import Bars, Figure, Heatmap, Histogram, Ranges, Reference
+from ssrctl.report.document import Dots, Figure, Heatmap, Histogram, Ranges, Reference
 from ssrctl.report.formats import number, percent, times
 
 _MOST_SERIES = 8
@@ -18,8 +18,8 @@ def describe(figure: Figure) -> str:
     if isinstance(figure, Ranges):
         return _ranges(figure)
     write = percent if figure.shares else _plain
-    if isinstance(figure, Bars):
-        kind = f"Bars of {figure.axis}"
+    if isinstance(figure, Dots):
+        kind = f"Dots of {figure.axis}"
     elif isinstance(figure, Histogram):
         kind = f"Histogram of {figure.y_label} by {figure.x_label}"
     else:

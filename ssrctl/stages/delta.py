@@ -21,7 +21,7 @@ from ssrctl.io import console, manifest
 from ssrctl.measures.maths.grouping import by_layer
 from ssrctl.report.document import Column, Document, Section, Table
 from ssrctl.report.formats import count, percent, times
-from ssrctl.report.render import show_document
+from ssrctl.report.terminal import show_document
 from ssrctl.version import __version__
 
 if TYPE_CHECKING:
@@ -327,8 +327,7 @@ def _largest(rows: Sequence[TensorRow]) -> Table:
     return Table(
         title="Tensors with the most changes",
         columns=["tensor", Column("changed", count), Column("share", percent)],
-        rows=[[row.name, row.changed, row.changed / row.numel] for row in changed],
-        terminal_rows=TOP_TENSORS,
+        rows=[[row.name, row.changed, row.changed / row.numel] for row in changed[:TOP_TENSORS]],
     )
 
 

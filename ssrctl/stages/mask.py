@@ -291,7 +291,7 @@ def run_compare(config: MaskCompareConfig) -> dict[str, Any]:
         UserError: masks of different models.
     """
     from ssrctl.masks.comparison import compare_masks, comparison_document
-    from ssrctl.report.render import show_document
+    from ssrctl.report.terminal import show_document
 
     headers = [read_mask_header(path) for path in config.masks]
     for one in headers[1:]:
@@ -402,6 +402,6 @@ def _report(
 
 def _show(report: Mapping[str, Any]) -> None:
     from ssrctl.masks.table import mask_document
-    from ssrctl.report.render import show_document
+    from ssrctl.report.terminal import show_document
 
     show_document(mask_document(report), "the output of --json")

@@ -29,6 +29,7 @@ from ssrctl.io.mask_log import StepMaskLog, save_mask_log
 from ssrctl.io.records import write_rollouts
 from ssrctl.models.loading import LoadedModel
 from ssrctl.models.precision import precision_of
+from ssrctl.report.formats import duration, number, sparkline
 from ssrctl.sampling.engines.transformers_engine import NonFiniteLogits
 from ssrctl.sampling.groups import Prompted
 from ssrctl.training.exact_changes import exact_changes
@@ -67,6 +68,7 @@ class Trainer:
         )
         self.step = self.last_saved = self.num_changed = 0
         self.recent: list[dict[str, Any]] = []
+        self.rewards: list[float | None] = []
         self.obstacles = Obstacles(config)
         self.gap_warning = GapWarning(loaded.model.dtype, corrected=config.engine_correction != "none")
 
@@ -172,9 +174,12 @@ class Trainer:
                     track(row)
                     self.obstacles.add(row)
                     self.gap_warning.add(row)
-                    bar.update(task, completed=self.step, status=_status(row))
+                    status = _status(row, self.rewards)
+                    bar.update(task, completed=self.step, status=status)
                     if not console.console().is_terminal and self.step % config.logging_steps == 0:
-                        console.note(f"step {self.step}/{config.max_steps}  {_status(row)}")
+                        left = bar.tasks[0].time_remaining
+                        said = "" if left is None else f"  {duration(left)} left"
+                        console.note(f"step {self.step}/{config.max_steps}  {status}{said}")
                     if self.step % config.save_steps == 0:
                         self._save_checkpoint(log)
                 self._save_checkpoint(log)
@@ -206,6 +211,7 @@ class Trainer:
         epoch = step * config.questions_per_step / len(self.prompts)
         row = {"step": step, "epoch": round(epoch, 4), "learning_rate": rate, **result.metrics}
         self.recent = [*self.recent[-9:], row]
+        self.rewards.append(row["reward"])
         return row
 
     def _write_logs(self, result: StepResult) -> None:
@@ -263,14 +269,13 @@ class Trainer:
             "scheduler": self.scheduler.state_dict(),
             "learning_rates": [group["lr"] for group in self.updater.optimizer.param_groups],
         }
-        # A resumed run writes the same bytes as an uninterrupted one, and any number of processes the same as one.
+        # A resumed run writes the same bytes as an uninterrupted one.
         settings = manifest.published_settings(
             dataclasses.replace(
                 self.config,
                 resume_from_checkpoint=None,
                 force=False,
-                num_processes=None,
-                accelerate_config=None,
+                report=True,
                 sharding="none",
                 sampling_weights="whole",
             )
@@ -331,6 +336,11 @@ def questions_of_step(step: int, prompts: Sequence[Prompted], config: TrainConfi
     return chosen
 
 
-def _status(row: dict[str, Any]) -> str:
+def _status(row: dict[str, Any], rewards: Sequence[float | None]) -> str:
+    """Return the numbers that the run's page begins with, and the course of the reward since the command began."""
     reward = "   -  " if row["reward"] is None else f"{row['reward']:+.3f}"
-    return f"reward {reward}  accuracy {row['accuracy']:.3f}  {row['tokens_per_second']:.0f} tok/s"
+    length, entropy = number(row.get("response_tokens_mean")), number(row.get("entropy"))
+    return (
+        f"reward {reward} {sparkline(rewards)}  accuracy {row['accuracy']:.3f}  length {length}  entropy {entropy}  "
+        f"{row['tokens_per_second']:.0f} tok/s"
+    )

@@ -35,6 +35,7 @@ COMMANDS = {
     "eval": configs.EvalConfig,
     "diagnose": configs.DiagnoseConfig,
     "serve-rollouts": configs.ServeRolloutsConfig,
+    "report": configs.ReportConfig,
     "env": configs.EnvConfig,
     "recipes": configs.RecipesConfig,
     "delta diff": configs.DeltaDiffConfig,

@@ -7,9 +7,9 @@ import random
 
 from ssrctl.measures.published import published, published_section, references, unusual
 from ssrctl.report.document import (
-    Bars,
     Column,
     Document,
+    Dots,
     Figure,
     Heatmap,
     Histogram,
@@ -119,7 +119,7 @@ def bars_and_counts() -> list[Figure]:
     jaccard = {one.model.split()[0]: (one.value, one.baseline) for one in published() if one.measure == "run_jaccard"}
     bins = ["1", "2", "3-4", "5-8", "9-16", "17-32", "33-64", ">64"]
     return [
-        Bars(
+        Dots(
             title="Unchanged by kind",
             labels=KINDS,
             series={
@@ -129,7 +129,7 @@ def bars_and_counts() -> list[Figure]:
             axis="share unchanged",
             references=BANDS,
         ),
-        Bars(
+        Dots(
             title="Jaccard index of five runs, layer 13",
             labels=list(jaccard),
             series={
@@ -148,7 +148,7 @@ def bars_and_counts() -> list[Figure]:
             y_label="changed weights",
             log=True,
         ),
-        Bars(
+        Dots(
             title="Relative size of the update",
             labels=["model.layers.17.self_attn.q_proj.weight", "lm_head.weight", "model.norm.weight"],
             series={"relative L2": [3e-3, 4e-4, None]},
@@ -169,7 +169,6 @@ def tensor_table(rows: int, rng: random.Random) -> Table:
         columns=["tensor", Column("weights", count), Column("unchanged", percent), Column("relative L2", number)],
         rows=values,
         terminal_rows=0,
-        collapsed=True,
     )
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ssrctl.core.units import Unit
 from ssrctl.distributed.sharding import ShardedModel
+from ssrctl.distributed.world import World
 from ssrctl.training.unit_gradients import UnitGradient
 from ssrctl.training.updaters.base import Changes, QuestionUpdate, Updater
 
@@ -45,6 +46,9 @@ class ShardedUpdater:
         for made in gradients:
             self.sharded.take_gradients()
             yield made
+
+    def combine(self, team: World, *, whole: bool) -> None:
+        """Combine nothing: the gradients of the rows are sums over all processes already."""
 
     def exchange(self, mine: Mapping[int, QuestionUpdate]) -> None:
         """Exchange nothing: every process has its rows of every question."""
