@@ -11,7 +11,7 @@ from torch import Tensor
 from ssrctl.core.bits import bit_patterns
 from ssrctl.errors import Stopped
 from ssrctl.io import console
-from ssrctl.sampling.engines.base import Probe, ServedEngine
+from ssrctl.sampling.engines.base import ServedEngine
 from ssrctl.training.updaters.base import Updater, values_at
 
 
@@ -32,7 +32,6 @@ class WeightPushes:
         self._written: dict[str, list[Tensor]] = {}
         self._all = False  # any coordinate may have changed
         self._steps = 0
-        self._probe: Probe | None = None
 
     @torch.no_grad()
     def step(self) -> dict[str, float | None]:
@@ -62,10 +61,11 @@ class WeightPushes:
         done = self.engine.push(changes)
         self._written, self._all = {}, False
         if done.kind != "none":
-            self._probe = self.engine.check()
+            self.engine.check()
         self._steps += 1
         if self.verify_every and self._steps % self.verify_every == 0 and done.kind == "changes":
             self._verify()
+        probe = self.engine.probe
         return {
             "push_kind": done.kind,
             "push_coordinates": done.num_coordinates,
@@ -73,8 +73,8 @@ class WeightPushes:
             "push_seconds": done.seconds,
             "full_push_bytes": self.engine.full_bytes,
             "full_push_seconds": self.engine.full_seconds,
-            "probe_gap_mean": None if self._probe is None else self._probe.gap_mean,
-            "probe_gap_max": None if self._probe is None else self._probe.gap_max,
+            "probe_gap_mean": probe and probe.gap_mean,
+            "probe_gap_max": probe and probe.gap_max,
         }
 
     def _verify(self) -> None:
@@ -82,10 +82,9 @@ class WeightPushes:
 
         The cache that it has then is empty: reading a part of a prompt from it changes the rounding in half precision.
         """
+        before = self.engine.probe
         full = self.engine.push(None)
-        probe = self.engine.check()
-        assert self._probe is not None
-        if not probe.same_as(self._probe):
+        if before is None or not self.engine.check().same_as(before):
             raise Stopped(
                 f"after a push of all {full.num_bytes} bytes the engine computes other log-probabilities than after the push "
                 "of changes before it, which was not applied as it was sent"

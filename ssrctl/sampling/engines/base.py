@@ -116,9 +116,11 @@ class ServedEngine(Engine, Protocol):
     Attributes:
         full_bytes: of all weights.
         full_seconds: of the last push of these; None before one.
+        probe: the last one; None before one.
     """
 
     full_seconds: float | None
+    probe: Probe | None
 
     @property
     def full_bytes(self) -> int: ...

@@ -70,6 +70,7 @@ class VllmServerEngine:
     Attributes:
         version: number of pushes so far.
         full_seconds: of the last push of all weights.
+        probe: the last one.
         block_size: tokens of a block of the servers' caches, once connected.
 
     Raises:
@@ -96,6 +97,7 @@ class VllmServerEngine:
             self._inline = not all(server.is_local for server in self.servers)
         self.block_size = 0
         self.full_seconds: float | None = None
+        self.probe: Probe | None = None
 
     @property
     def full_bytes(self) -> int:
@@ -202,7 +204,8 @@ class VllmServerEngine:
                 )
             probes.append(probe)
         answers = [answer for probe in probes for answer in probe.answers]
-        return Probe(max(one.gap_mean for one in probes), max(one.gap_max for one in probes), answers)
+        self.probe = Probe(max(one.gap_mean for one in probes), max(one.gap_max for one in probes), answers)
+        return self.probe
 
     def close(self) -> None:
         """Hold nothing open: a server goes on without the trainer."""
