@@ -33,6 +33,7 @@ from ssrctl.configs.profile_budget import ProfileBudgetConfig
 from ssrctl.configs.recipes import RecipesConfig
 from ssrctl.configs.report import ReportConfig
 from ssrctl.configs.segment import SegmentConfig, SegmentOptions
+from ssrctl.configs.serve_rollouts import ServeRolloutsConfig
 from ssrctl.configs.superweights import SuperweightsConfig
 from ssrctl.configs.train import TrainConfig
 
@@ -70,6 +71,7 @@ __all__ = [
     "SamplingConfig",
     "SegmentConfig",
     "SegmentOptions",
+    "ServeRolloutsConfig",
     "SuperweightsConfig",
     "TrainConfig",
     "build_config",

@@ -197,6 +197,14 @@ class KronosOpt(torch.optim.Optimizer):
         """Bits (as in ``core.bits``) of every coordinate that was ever updated, by parameter name."""
         return self._shards.bits([self._state_of(number).bits for number in range(len(self._shards.layouts))])
 
+    @property
+    def pending(self) -> dict[str, Tensor]:
+        """Ascending flat indices (int64) of the coordinates that ``step`` will update, by parameter name."""
+        found: dict[str, Tensor] = {}
+        for number, pending in self._pending.items():
+            found |= self._shards.layouts[number].split(pending.indices())
+        return found
+
     def begin_question(self, units: int | Sequence[float] | None = None) -> None:
         """Forget the claims of the question before; what it kept stays for ``step``.
 

@@ -47,6 +47,7 @@ from ssrctl.models.stored_parameters import check_exportable
 from ssrctl.process_rank import local_rank
 from ssrctl.report.write import write_last_page
 from ssrctl.sampling.agreement import agree
+from ssrctl.sampling.engines.vllm_engine import served_engine
 from ssrctl.sampling.groups import Prompted, describe_prompt, prepare_prompts
 from ssrctl.text.prompts import load_prompt_format
 from ssrctl.training.checkpointing import enable_checkpointing, outer_layers
@@ -60,6 +61,7 @@ from ssrctl.training.training_step import TrainingStep
 from ssrctl.training.unit_gradients import trainable
 from ssrctl.training.unit_observer import UnitObserver
 from ssrctl.training.updaters import frozen_coordinates, make_updater, updater_kind
+from ssrctl.training.weight_pushes import WeightPushes
 
 ASSUMED_PROMPT_TOKENS = 256  # in plans for a model without a tokenizer
 ACTIVATION_BYTES_PER_PARAMETER = 2.0  # a rough allowance for graphs and caches in the memory check
@@ -159,6 +161,11 @@ def _check_processes(config: TrainConfig, world: World) -> None:
     """Raise a UserError for what several processes cannot divide."""
     processes = max(world.size, config.num_processes or 1)
     questions, responses = config.questions_per_step, config.questions_per_step * config.num_generations
+    if config.rollout_engine != "transformers" and (processes > 1 or config.find_lr):
+        raise UserError(
+            f"--rollout-engine {config.rollout_engine} samples for a run of one process, without --find-lr",
+            "use --rollout-engine transformers there",
+        )
     if config.sharding != "none":
         if processes > config.num_generations:
             console.warn(
@@ -244,14 +251,29 @@ def _run(config: TrainConfig, run_dir: RunDir, world: World, judges: _Judges) ->
         if sharded is None:
             observer = UnitObserver(parameters, config, frozen_coordinates(protected, mask))
         updater = make_updater(parameters, config, protected, mask, world, sharded)
+        engine = served_engine(config, loaded)
+        pushes = None
+        if engine is not None:
+            pushes = WeightPushes(engine, updater, dict(parameters), verify_every=config.verify_engine_every)
         step = TrainingStep(
-            loaded, critic, updater, settled, curve, observer, world=world, sharded=sharded, rewards=judges.rewards
+            loaded,
+            critic,
+            updater,
+            settled,
+            curve,
+            observer,
+            pushes,
+            world=world,
+            sharded=sharded,
+            rewards=judges.rewards,
         )
         trainer = Trainer(config, loaded, run_dir, prompts, step)
         if checkpoint is None:
             trainer.start(profile_name)
         else:
             trainer.resume(checkpoint)
+        if engine is not None:
+            engine.connect()
         summary = trainer.train()
     if config.report and world.is_main:
         folder = run_dir.path

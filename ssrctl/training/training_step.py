@@ -53,6 +53,7 @@ from ssrctl.training.step_gradients.task import Dials
 from ssrctl.training.unit_gradients import GroupBatch, NonFiniteLoss, unit_gradients
 from ssrctl.training.unit_observer import QuestionView, UnitObserver, Wanted
 from ssrctl.training.updaters import QuestionUpdate, Updater
+from ssrctl.training.weight_pushes import WeightPushes
 
 T = TypeVar("T")
 _Key = tuple[int, int]  # number of a question, and rank of a process
@@ -113,7 +114,7 @@ class _StepTotals:
     batch_tokens: float = 0.0
     kl_sum: float = 0.0
     seconds: dict[str, float] = field(
-        default_factory=lambda: {"sample": 0.0, "score": 0.0, "reference": 0.0, "old_logprobs": 0.0}
+        default_factory=lambda: {"push": 0.0, "sample": 0.0, "score": 0.0, "reference": 0.0, "old_logprobs": 0.0}
     )
 
     def add_first_pass(self, logprobs: Tensor, batch: GroupBatch) -> None:
@@ -195,7 +196,7 @@ class TrainingStep:
         config: the run's settings.
         curve: the budget profile v_1..; ``[1.0]`` for equal budgets.
         observer: reads gradients for the logs; None reads none.
-        engine: samples the responses; None is transformers in this process.
+        pushes: the engine that samples the responses, and its weights; None is transformers in this process.
         world: the processes that share a batch.
         sharded: the model, where each of the processes has a shard of it: all learn from every question then, each
             from some of its responses. None where each has the whole model.
@@ -210,7 +211,7 @@ class TrainingStep:
         config: TrainConfig,
         curve: Sequence[float],
         observer: UnitObserver | None = None,
-        engine: Engine | None = None,
+        pushes: WeightPushes | None = None,
         world: World = ALONE,
         sharded: ShardedModel | None = None,
         rewards: Rewards | None = None,
@@ -218,7 +219,8 @@ class TrainingStep:
         self.rewards = rewards
         self.world, self.work, self.sharded = world, ProcessWork(world), sharded
         self.loaded, self.critic, self.updater, self.config, self.curve = loaded, critic, updater, config, curve
-        self.observer, self.engine = observer, engine or TransformersEngine(loaded, config)
+        self.observer, self.pushes = observer, pushes
+        self.engine: Engine = TransformersEngine(loaded, config) if pushes is None else pushes.engine
         named = dict(loaded.model.named_parameters() if sharded is None else sharded.local_parameters())
         self.start_weights = StartWeights(named, copies=sharded is not None) if config.beta else None
         self.exchanges = world.size > 1 and sharded is None
@@ -236,12 +238,17 @@ class TrainingStep:
 
         Raises:
             NonFiniteBatch: every question of the batch gave a NaN or infinite loss or gradient in a pass over it.
+            Stopped: the engine that samples is gone, or has other weights than these; none has changed since the step before.
         """
         with noticing_lost_processes(self.world):
             return self._run(prompts, seed, log_masks, log_gradient)
 
     def _run(self, prompts: Sequence[Prompted], seed: int, log_masks: bool, log_gradient: bool) -> StepResult:
         config, totals, world = self.config, _StepTotals(), self.world
+        pushed: dict[str, Any] = {}
+        if self.pushes is not None:
+            with totals.timed("push"):
+                pushed = self.pushes.push()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         groups = self._scored_groups(prompts, seed, totals)
@@ -301,14 +308,14 @@ class TrainingStep:
                 )
             self.updater.exchange(updates)
             try:
-                update_metrics = self.updater.step()
+                update_metrics = (self.pushes or self.updater).step()
             except NonFiniteGradient as error:
                 raise NonFiniteBatch(
                     f"summed over the batch, {error}", LOWER_RATE, weights_changed=iteration > 0
                 ) from error
         before = totals.seconds["reference"] + totals.seconds["old_logprobs"]
         totals.seconds["update"] = time.perf_counter() - scored - before
-        metrics = self._metrics(groups, totals, totals.seconds) | update_metrics
+        metrics = self._metrics(groups, totals, totals.seconds) | update_metrics | pushed
         work = self.work.shares(self.loaded.model.parameters() if self.sharded is None else None)
         return StepResult(metrics | work, groups, mask_log, gradient)
 

@@ -34,6 +34,7 @@ COMMANDS = {
     "train": configs.TrainConfig,
     "eval": configs.EvalConfig,
     "diagnose": configs.DiagnoseConfig,
+    "serve-rollouts": configs.ServeRolloutsConfig,
     "report": configs.ReportConfig,
     "env": configs.EnvConfig,
     "recipes": configs.RecipesConfig,

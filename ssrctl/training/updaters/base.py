@@ -14,10 +14,8 @@ from ssrctl.core.mask import BlockMask
 from ssrctl.core.units import Unit
 from ssrctl.distributed.world import World
 from ssrctl.errors import UserError
+from ssrctl.sampling.engines.base import Changes as Changes
 from ssrctl.training.unit_gradients import UnitGradient
-
-# By parameter name: ascending flat indices (int64) and the values there, on the CPU.
-Changes = Mapping[str, tuple[Tensor, Tensor]]
 
 
 @dataclass
@@ -68,6 +66,9 @@ class Updater(Protocol):
 
     def exchange(self, mine: Mapping[int, QuestionUpdate]) -> None:
         """With several processes, add the questions of all to the batch; ``mine`` are this one's, by number."""
+
+    def pending(self) -> Mapping[str, Tensor] | None:
+        """Return the flat indices (int64) that ``step`` may write, by parameter name; None if that is any."""
 
     def step(self) -> dict[str, float | None]:
         """Apply the questions added since the last step; return metrics."""

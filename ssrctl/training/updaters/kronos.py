@@ -156,6 +156,9 @@ class KronosUpdater:
         for question in exchange_questions(self.world, kept, numbering):
             self.optimizer.add_question(question)
 
+    def pending(self) -> dict[str, Tensor]:
+        return self.optimizer.pending
+
     def step(self) -> dict[str, float | None]:
         stats = self.optimizer.step()
         return {

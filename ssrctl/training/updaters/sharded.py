@@ -53,6 +53,10 @@ class ShardedUpdater:
     def exchange(self, mine: Mapping[int, QuestionUpdate]) -> None:
         """Exchange nothing: every process has its rows of every question."""
 
+    def pending(self) -> Mapping[str, Tensor] | None:
+        """As of this process's rows."""
+        return self.inner.pending()
+
     def step(self) -> dict[str, float | None]:
         self.sharded.settle()
         return self.inner.step()
