@@ -72,9 +72,6 @@ class VllmServerEngine:
         full_seconds: of the last push of all weights.
         probe: the last one.
         block_size: tokens of a block of the servers' caches, once connected.
-
-    Raises:
-        UserError: an address that cannot be one.
     """
 
     def __init__(
