@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ssrctl.checkpoints.delta import Delta, load_delta, save_delta
+from ssrctl.checkpoints.delta import Delta, DeltaFile, save_delta
 from ssrctl.configs import TrainConfig, current_names
 from ssrctl.errors import UserError
 from ssrctl.io.artifacts import load_tensors, save_tensors
@@ -137,13 +137,13 @@ class Checkpoint:
 
     Attributes:
         path: its folder.
-        delta: what differs from the base model.
+        delta: what differs from the base model, checked.
         optimizer: the updater's tensors.
         state: step, learning-rate schedule, and whatever else json holds.
     """
 
     path: Path
-    delta: Delta
+    delta: DeltaFile
     optimizer: dict[str, Tensor]
     state: dict[str, Any]
 
@@ -177,7 +177,10 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             f"{folder / 'state.json'} cannot be read: {error}", "continue from an earlier checkpoint of the run"
         ) from error
     optimizer, _ = load_tensors(folder / "optimizer.safetensors", OPTIMIZER_KIND)
-    return Checkpoint(folder, load_delta(folder / DELTA_FILE), optimizer, state)
+    delta = DeltaFile(folder / DELTA_FILE)
+    for name in delta.counts:
+        delta.check(name)
+    return Checkpoint(folder, delta, optimizer, state)
 
 
 def newest_run(example: str) -> Path:

@@ -50,6 +50,7 @@ command(app, "superweights", configs.SuperweightsConfig, "ssrctl.stages.superwei
 command(app, "profile-budget", configs.ProfileBudgetConfig, "ssrctl.stages.profile_budget:run")
 command(app, "segment", configs.SegmentConfig, "ssrctl.stages.segment:run")
 command(app, "critic", configs.CriticConfig, "ssrctl.stages.critic:run")
+command(app, "serve-rollouts", configs.ServeRolloutsConfig, "ssrctl.stages.serve_rollouts:run")
 command(app, "recipes", configs.RecipesConfig, "ssrctl.stages.recipes:run")
 command(app, "env", configs.EnvConfig, "ssrctl.stages.env:run")
 

@@ -7,6 +7,7 @@ from ssrctl.configs.common import (
     CommonConfig,
     DatasetConfig,
     ModelConfig,
+    ProcessOptions,
     PromptOptions,
     SamplingConfig,
 )
@@ -32,6 +33,7 @@ from ssrctl.configs.profile_budget import ProfileBudgetConfig
 from ssrctl.configs.recipes import RecipesConfig
 from ssrctl.configs.report import ReportConfig
 from ssrctl.configs.segment import SegmentConfig, SegmentOptions
+from ssrctl.configs.serve_rollouts import ServeRolloutsConfig
 from ssrctl.configs.superweights import SuperweightsConfig
 from ssrctl.configs.train import TrainConfig
 
@@ -61,6 +63,7 @@ __all__ = [
     "MaskRandomConfig",
     "MaskUnionConfig",
     "ModelConfig",
+    "ProcessOptions",
     "ProfileBudgetConfig",
     "PromptOptions",
     "RecipesConfig",
@@ -68,6 +71,7 @@ __all__ = [
     "SamplingConfig",
     "SegmentConfig",
     "SegmentOptions",
+    "ServeRolloutsConfig",
     "SuperweightsConfig",
     "TrainConfig",
     "build_config",

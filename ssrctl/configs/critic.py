@@ -21,7 +21,15 @@ from ssrctl.configs.building import (
     output,
     positional,
 )
-from ssrctl.configs.common import CommonConfig, InputFormat, ModelConfig, PromptOptions, RecordFormat, SamplingConfig
+from ssrctl.configs.common import (
+    CommonConfig,
+    InputFormat,
+    ModelConfig,
+    ProcessOptions,
+    PromptOptions,
+    RecordFormat,
+    SamplingConfig,
+)
 from ssrctl.configs.credentials import credential_in_address, credential_in_json
 from ssrctl.configs.json_object import as_json_text, parse_json_object
 from ssrctl.configs.own_code import CRITICS, check_name, names_code
@@ -211,7 +219,7 @@ def _check_endpoint(endpoint: str, model: str | None) -> None:
 
 
 @dataclass(kw_only=True)
-class CriticConfig(CriticOptions, ModelConfig, PromptOptions, SamplingConfig, CommonConfig):
+class CriticConfig(CriticOptions, ModelConfig, PromptOptions, SamplingConfig, ProcessOptions, CommonConfig):
     """Score each reasoning step; a step that cannot be judged has no score, never 0.
 
     --model, --temperature, --chat-template and the other settings of sampling and prompts are those of the rollout
@@ -271,6 +279,11 @@ class CriticConfig(CriticOptions, ModelConfig, PromptOptions, SamplingConfig, Co
             raise UserError("--calibrate keeps judgements as records", "leave out --output-format")
         if self.calibrate is None and self.repeats > 1:
             raise UserError("--repeats measures the noise of scores", "use it with --calibrate")
+        if self.launches and self.critic != "rollout":
+            raise UserError(
+                f"the {self.critic} critic runs in one process",
+                "leave out --num-processes and --accelerate-config; they divide the continuations of --critic rollout",
+            )
 
 
 def _same_file(one: str, other: Path) -> bool:

@@ -137,8 +137,7 @@ class MethodOptions(Config):
     """Recomputed: steps that share a second forward pass. Each costs the memory of a gradient; auto plans it, else 1."""
 
     gradient_chunk_tokens: AtLeastOne | None = None
-    """Chunked and recomputed: most tokens of each response that go through the model together; auto plans it, else those
-    of a step."""
+    """Recomputed: most tokens that go through the model together the second time; auto plans it, else 1,024."""
 
     logit_chunk_tokens: AtLeastOne = 128
     """Tokens whose logits over the whole vocabulary may exist at once."""
@@ -357,6 +356,12 @@ class TrainConfig(
 
     def _check_passes(self) -> None:
         """Refuse ways to the step gradients that exclude each other."""
+        for name in ("units_at_once", "gradient_chunk_tokens"):
+            if getattr(self, name) is not None and self.step_gradient not in ("auto", "recomputed"):
+                raise UserError(
+                    f"{flag(type(self), name)} has no meaning for --step-gradient {self.step_gradient}",
+                    "use --step-gradient recomputed or auto",
+                )
         if self.gradient_checkpointing and self.step_gradient not in ("auto", "kept", "truncated"):
             raise UserError(
                 f"--step-gradient {self.step_gradient} keeps keys and values in a cache, which --gradient-checkpointing "

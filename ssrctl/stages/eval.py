@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import json
@@ -11,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ssrctl.checkpoints.delta import apply_delta, load_delta
+from ssrctl.checkpoints.delta import DeltaFile, apply_delta
 from ssrctl.checkpoints.run_dir import RunDir, find_delta
 from ssrctl.configs import TINY, TINY_DATASET, EvalConfig, current_names
 from ssrctl.core.seeds import derive_seed
@@ -273,38 +272,31 @@ def _draw(config: EvalConfig, loaded: LoadedModel, prompts: Sequence[Prompted], 
     Each sample has its own seed, so a continuation draws the same. What goes through the model together is a chunk's,
     whatever the number of processes.
     """
+    from ssrctl.distributed.dividing import Spread, divide
+
     per_run = config.num_samples
     jobs = [(p, run * per_run + number) for run in range(config.runs) for p in prompts for number in range(per_run)]
+    size = config.sampling_batch_size
+    width = max(size, min(MOST_BATCHES * size, len(jobs) // MOST_BATCHES))
     path = config.output_dir / SAMPLES
-    with contextlib.ExitStack() as stack:
-        log = stack.enter_context(JsonlLog(path)) if world.is_main else None
-        done = world.on_main(lambda: {s.id for s in _read_samples(path.parent)} if path.stat().st_size else set())
-        if done:
-            console.note(f"{len(done)} of {len(jobs)} samples are already in {path}")
-        bar = stack.enter_context(console.progress(unit="samples"))
-        task = bar.add_task("eval", total=len(jobs), completed=len(done), status="")
 
-        def write(rows: Sequence[dict[str, Any]]) -> None:
-            assert log is not None
-            for row in rows:
-                log.append(row)
-            bar.update(task, advance=len(rows))
+    def draw(spread: Spread[list[int], list[dict[str, Any]]]) -> None:
+        with JsonlLog(path) as log, console.progress(unit="samples") as bar:
+            done = {s.id for s in _read_samples(path.parent)} if path.stat().st_size else set()
+            if done:
+                console.note(f"{len(done)} of {len(jobs)} samples are already in {path}")
+            task = bar.add_task("eval", total=len(jobs), completed=len(done), status="")
+            missing = [f"{p.problem.id}/{number}" not in done for p, number in jobs]
+            chunks = (
+                [place for place in range(start, min(start + width, len(jobs))) if missing[place]]
+                for start in range(0, len(jobs), width)
+            )
+            for rows in spread(filter(None, chunks)):
+                for row in rows:
+                    log.append(row)
+                bar.update(task, advance=len(rows))
 
-        size = config.sampling_batch_size
-        width = max(size, min(MOST_BATCHES * size, len(jobs) // MOST_BATCHES))
-        chunks = [jobs[start : start + width] for start in range(0, len(jobs), width)]
-        missing = [[(p, number) for p, number in chunk if f"{p.problem.id}/{number}" not in done] for chunk in chunks]
-        chunks = [chunk for chunk in missing if chunk]
-        for first in range(0, len(chunks), world.size):
-            mine = chunks[first : first + world.size][world.rank :][:1]
-            rows = itertools.chain(*(_chunk(config, loaded, chunk) for chunk in mine))
-            if world.size == 1:
-                for batch in rows:
-                    write(batch)
-            else:
-                for found in world.gather_on_main(list(rows)):
-                    for batch in found:
-                        write(batch)
+    divide(world, lambda chunk: _chunk(config, loaded, [jobs[place] for place in chunk]), draw)
 
 
 def _chunk(
@@ -360,9 +352,8 @@ def _with_checkpoint(config: EvalConfig) -> EvalConfig:
 def _apply_checkpoint(config: EvalConfig, loaded: LoadedModel) -> int:
     if config.checkpoint is None:
         return 0
-    path = find_delta(config.checkpoint)
-    delta = load_delta(path)
-    apply_delta(delta, dict(loaded.model.named_parameters()), loaded.identity.fingerprint, path)
+    delta = DeltaFile(find_delta(config.checkpoint))
+    apply_delta(delta, dict(loaded.model.named_parameters()), loaded.identity.fingerprint)
     return delta.count
 
 

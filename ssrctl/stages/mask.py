@@ -370,7 +370,8 @@ def _deliver(
 
     when_empty = "choose other masks" if what else "name checkpoints that differ, or another --changed-by"
     _check_proper(what or f"the {kind} mask", mask.count(), mask.numel, when_empty)
-    save_mask(config.output, mask, mask_kind=kind, model=model, settings=settings)
+    small = config.format == "small"
+    save_mask(config.output, mask, mask_kind=kind, model=model, settings=settings, small=small)
     report = _report(config.output, kind, mask, model, settings, notes)
     if not config.json:
         _show(report)

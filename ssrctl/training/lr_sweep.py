@@ -15,6 +15,7 @@ from ssrctl.core.mask import BlockMask
 from ssrctl.core.seeds import derive_seed
 from ssrctl.critics.base import Critic
 from ssrctl.critics.rewards import Rewards
+from ssrctl.distributed.world import ALONE, World
 from ssrctl.errors import UserError
 from ssrctl.io import console
 from ssrctl.models.loading import LoadedModel
@@ -58,13 +59,14 @@ class RateResult:
 
 def find_lr(
     loaded: LoadedModel,
-    critic: Critic,
+    critic: Critic | None,
     config: TrainConfig,
     questions: Callable[[int], Sequence[Prompted]],
     curve: Sequence[float],
     protected: BlockMask | None,
     mask: BlockMask | None,
     rewards: Rewards | None = None,
+    world: World = ALONE,
 ) -> dict[str, Any]:
     """Try each learning rate, print the curve, and return it with the rate of the highest late reward.
 
@@ -77,7 +79,16 @@ def find_lr(
     with console.progress(unit="rates") as bar:
         task = bar.add_task("find-lr", total=len(SPREAD), status="")
         tried = sweep(
-            loaded, critic, config, questions, curve, protected, mask, num_steps=config.find_lr_steps, rewards=rewards
+            loaded,
+            critic,
+            config,
+            questions,
+            curve,
+            protected,
+            mask,
+            num_steps=config.find_lr_steps,
+            rewards=rewards,
+            world=world,
         )
         for result in tried:
             results.append(result)
@@ -97,7 +108,7 @@ def find_lr(
 
 def sweep(
     loaded: LoadedModel,
-    critic: Critic,
+    critic: Critic | None,
     config: TrainConfig,
     questions: Callable[[int], Sequence[Prompted]],
     curve: Sequence[float],
@@ -106,25 +117,27 @@ def sweep(
     *,
     num_steps: int,
     rewards: Rewards | None = None,
+    world: World = ALONE,
 ) -> Iterator[RateResult]:
     """Train ``num_steps`` steps at each rate, lowest first; the weights are restored after each, bit for bit.
 
     Args:
         loaded: the model.
-        critic: scores the responses.
+        critic: scores the responses; None in a process that scores none.
         config: the run's settings; its learning rate is the middle of the sweep.
         questions: the questions of step 1, 2, ...; the same for every rate, as are the seeds.
         curve: the budget profile.
         protected, mask: see ``make_updater``.
         num_steps: training steps at each rate.
         rewards: see ``TrainingStep``.
+        world: the processes that share each batch; all get the same results.
     """
     parameters = trainable(loaded.model)
     original = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters}
     for factor in SPREAD:
         rate = config.resolved_learning_rate * factor
-        updater = make_updater(parameters, dataclasses.replace(config, learning_rate=rate), protected, mask)
-        step = TrainingStep(loaded, critic, updater, config, curve, rewards=rewards)
+        updater = make_updater(parameters, dataclasses.replace(config, learning_rate=rate), protected, mask, world)
+        step = TrainingStep(loaded, critic, updater, config, curve, world=world, rewards=rewards)
         try:
             yield _at_rate(rate, step, config, questions, num_steps)
         finally:

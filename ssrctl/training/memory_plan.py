@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from ssrctl.models.loading import LoadedModel, free_bytes
 from ssrctl.models.precision import resolve_device
 from ssrctl.training.checkpointing import enable_checkpointing
 from ssrctl.training.live_bytes import LiveBytes
+from ssrctl.training.step_gradients.chunked import RECOMPUTED_CHUNK_TOKENS
 from ssrctl.training.step_gradients.chunks import cache_obstacle
 from ssrctl.training.updaters import updater_kind
 
@@ -35,7 +37,7 @@ MARGIN = 0.08
 # Dials of recomputed step gradients that are tried, the cheaper first: more steps at once save forward passes, smaller chunks
 # cost more of them, each with its own overhead.
 STEPS_AT_ONCE = (8, 4, 2, 1)
-CHUNK_TOKENS = (256, 64)
+CHUNK_TOKENS = (1024, 256)
 PROBED = (128, 512, 2048)  # tokens, at which the layers run without data
 GIB = 2**30
 MOST_TOKENS = 1 << 20  # planned for where the config names no context
@@ -158,12 +160,15 @@ class MemoryPlanner:
         if config.micro_batch_tokens is not None:
             rows = max(1, min(rows, config.micro_batch_tokens // tokens))
         recomputed = config.step_gradient == "recomputed"
-        held_at_once = min(tokens, config.gradient_chunk_tokens or tokens) if recomputed else tokens
+        # recomputed chunks have one response's tokens, or several whole responses
+        chunk = config.gradient_chunk_tokens or RECOMPUTED_CHUNK_TOKENS
+        rows_at_once = max(1, min(rows, chunk // tokens)) if recomputed else rows
+        held_at_once = min(tokens, chunk) if recomputed else tokens
         layer = _at(self._layers(config.gradient_checkpointing, dtype, config.attn_implementation), held_at_once)
-        kept = rows * (layer.base + sizes.num_layers * layer.kept)
+        kept = rows_at_once * (layer.base + sizes.num_layers * layer.kept)
         steps_at_once = (config.units_at_once or 1) if recomputed else 1
         if config.step_gradient in ("recomputed", "chunked"):  # keys and values, and their gradients
-            kept += (1 + steps_at_once) * rows * tokens * sizes.cache_width * sizes.itemsize
+            kept += (rows + steps_at_once * rows_at_once) * tokens * sizes.cache_width * sizes.itemsize
         whole, table = sizes.num_parameters * sizes.itemsize, sizes.table * sizes.itemsize
         at_once = min(rows * config.max_new_tokens, config.logit_chunk_tokens)
         logits = int(at_once * sizes.vocabulary * 4 * LOGIT_COPIES)
@@ -178,15 +183,15 @@ class MemoryPlanner:
             gradients = whole // self.shards + gathered
         several_units = config.optimizer == "kronos" and config.allocation != "pooled"
         several_units &= config.micro_batch_tokens is None and config.step_gradient != "truncated"
-        last = kept if several_units else rows * (layer.base + layer.kept)
+        last = kept if several_units else rows_at_once * (layer.base + layer.kept)
         # of the micro-batches that are done; of later chunks, and of other steps
         before = steps_at_once * whole if recomputed else whole if rows < config.num_generations else 0
         first = 0 if not sizes.tied and piecemeal else table
         moments = [
             (before, kept, logits),  # at the logits
-            (before + first, kept + rows * layer.backward, 0),  # at the last layer
+            (before + first, kept + rows_at_once * layer.backward, 0),  # at the last layer
             # at the first layer; the embedding's gradient is new in every micro-batch
-            (max(gradients, before) + (table if before else 0), last + rows * layer.backward, 0),
+            (max(gradients, before) + (table if before else 0), last + rows_at_once * layer.backward, 0),
         ]
         at_peak = max(moments, key=sum)
         sampled = min(config.sampling_batch_size, config.questions_per_step * config.num_generations)
@@ -262,15 +267,12 @@ class MemoryPlanner:
                     yield self._with_sampling(made)
 
     def _recomputed(self, config: TrainConfig) -> Iterator[TrainConfig]:
-        """Yield the settings with recomputed step gradients, from the most memory to the least; none if they cannot be."""
+        """Yield the settings with recomputed step gradients, the cheaper first; none if they cannot be."""
         if not (self.may_recompute and recomputes_if_needed(config)):
             return
         steps = STEPS_AT_ONCE if config.units_at_once is None else (config.units_at_once,)
         chunks = CHUNK_TOKENS if config.gradient_chunk_tokens is None else (config.gradient_chunk_tokens,)
-        for count, tokens in [
-            *((count, chunks[0]) for count in steps),
-            *((steps[-1], tokens) for tokens in chunks[1:]),
-        ]:
+        for count, tokens in itertools.product(steps, chunks):
             yield dataclasses.replace(
                 config, step_gradient="recomputed", units_at_once=count, gradient_chunk_tokens=tokens
             )
@@ -333,7 +335,7 @@ def settle_step_gradient(
     if settled.step_gradient == "recomputed":
         console.note(
             f"step gradients: recomputed, steps at once: {settled.units_at_once}, chunks of "
-            f"{settled.gradient_chunk_tokens or 'all'} tokens (planned peak {planner.breakdown(settled).total / GIB:.3g} of "
+            f"{settled.gradient_chunk_tokens} tokens (planned peak {planner.breakdown(settled).total / GIB:.3g} of "
             f"{limit / GIB:.3g} GiB)"
         )
     return settled

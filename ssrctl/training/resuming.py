@@ -19,6 +19,7 @@ FREE_ON_RESUME = {
     "critic_input_price", "critic_output_price", "critic_budget_usd", "critic_cache", "critic_cache_dir",
     "critic_thinking_tokens", "critic_max_tokens",
     "num_processes", "accelerate_config", "sharding", "sampling_weights",
+    "rollout_server_url", "rollout_server_timeout", "rollout_server_return", "rollout_push", "verify_engine_every",
 }  # fmt: skip
 
 

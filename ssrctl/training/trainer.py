@@ -103,13 +103,13 @@ class Trainer:
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Restore weights, optimizer, schedule and logs to the state of a checkpoint."""
-        delta, parameters = checkpoint.delta, dict(self.loaded.model.named_parameters())
-        if (sharded := self.training_step.sharded) is not None:
-            delta = dataclasses.replace(
-                delta, shapes=sharded.shapes(), changes=sharded.changes_of_rows(checkpoint.delta.changes)
-            )
-            parameters = dict(sharded.local_parameters())
-        apply_delta(delta, parameters, self.loaded.identity.fingerprint, checkpoint.path)
+        sharded = self.training_step.sharded
+        apply_delta(
+            checkpoint.delta,
+            dict(self.loaded.model.named_parameters() if sharded is None else sharded.local_parameters()),
+            self.loaded.identity.fingerprint,
+            None if sharded is None else {name: rows.start for name, rows in sharded.rows.items()},
+        )
         self.num_changed = checkpoint.delta.count
         self.updater.load_state(checkpoint.optimizer)
         self.step = self.last_saved = checkpoint.state["step"]
@@ -259,24 +259,23 @@ class Trainer:
 
     def _write_checkpoint(self) -> None:
         """Write what the updater has; of a sharded model the main process has it all, once every process was asked."""
-        changes, updater_state = self.updater.changes(), self.updater.state()
+        touched, updater_state = self.updater.changes(), self.updater.state()
         if not self.world.is_main:
             return
-        delta = Delta(self.loaded.identity, self.loaded.shapes(), dict(exact_changes(changes, self.config)))
+        changes, before = exact_changes(touched, self.config)
+        delta = Delta(self.loaded.identity, self.loaded.shapes(), dict(changes), before)
         state = {
             "step": self.step,
             "scheduler": self.scheduler.state_dict(),
             "learning_rates": [group["lr"] for group in self.updater.optimizer.param_groups],
         }
-        # A resumed run writes the same bytes as an uninterrupted one, and any number of processes the same as one.
+        # A resumed run writes the same bytes as an uninterrupted one.
         settings = manifest.published_settings(
             dataclasses.replace(
                 self.config,
                 resume_from_checkpoint=None,
                 force=False,
                 report=True,
-                num_processes=None,
-                accelerate_config=None,
                 sharding="none",
                 sampling_weights="whole",
             )

@@ -67,6 +67,9 @@ class MaskedAdamWUpdater(DenseGradients):
         state = 10 + (2 if config.master_weights and itemsize == 2 else 0)
         return trained_frac * state + (itemsize if config.questions_per_step > 1 else 0)
 
+    def pending(self) -> dict[str, Tensor]:
+        return {name: self._trained(name) for name in self.sum}
+
     @torch.no_grad()
     def step(self) -> dict[str, float | None]:
         square = 0.0
