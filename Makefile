@@ -9,7 +9,7 @@ STAMP  := $(VENV)/.installed-$(EXTRAS)
 WORKERS ?= logical
 PYTEST  := $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test test-all check format docs picture clean
+.PHONY: demo test test-all check format docs dist picture clean
 
 demo: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/quickstart.sh
@@ -34,6 +34,10 @@ format: $(STAMP)
 # The documentation as a site, in build/site.
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --site-dir build/site
+
+# The sdist and the wheel in dist, tried in an environment of their own.
+dist: $(STAMP)
+	.ci/dist $(BIN)/python
 
 # The README's picture, from the report of `make demo`; needs chromium.
 picture: $(STAMP)
