@@ -164,7 +164,8 @@ class TransformersSampler:
             for row in batch.rows:
                 if row.done:
                     text = decode(self.loaded.tokenizer, row.ids)
-                    yield row.place, Sample(row.ids, torch.tensor(row.logprobs), text, row.finished)
+                    stopped = row.finished and row.ids[-1] not in self._ends
+                    yield row.place, Sample(row.ids, torch.tensor(row.logprobs), text, row.finished, stopped)
             batch = self._without_done(batch)
 
     def _row(self, place: int, request: Request) -> _Row:

@@ -36,12 +36,14 @@ class Sample:
             temperature-scaled logits, before top-p or top-k.
         text: the response without special tokens; a text of ``--stop`` stays in it, with the rest of its last token.
         finished: True if an end token or a text of ``--stop`` was sampled within the limit.
+        stopped: True if it is the text that ended the response; no end token was sampled then.
     """
 
     response_ids: list[int]
     logprobs: Tensor
     text: str
     finished: bool
+    stopped: bool = False
 
 
 class Sampler(Protocol):

@@ -28,19 +28,24 @@ def enable_checkpointing(model: Any) -> None:
     Raises:
         UserError: the model has no such layer.
     """
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
     if is_checkpointed(model):
         return
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = outer_layers(model)
     if not layers:
         raise UserError(
             f"{type(model).__name__} has no layers that can be checkpointed", "leave out --gradient-checkpointing"
         )
-    inner = {id(part) for layer in layers for part in layer.modules() if part is not layer}
     for layer in layers:
-        if id(layer) not in inner:
-            layer.forward = _Checkpointed(layer.forward)
+        layer.forward = _Checkpointed(layer.forward)
+
+
+def outer_layers(model: Any) -> list[torch.nn.Module]:
+    """Return the layers of a model of transformers, in order, without those inside another."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    inner = {id(part) for layer in layers for part in layer.modules() if part is not layer}
+    return [layer for layer in layers if id(layer) not in inner]
 
 
 def is_checkpointed(model: Any) -> bool:
