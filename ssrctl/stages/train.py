@@ -32,7 +32,7 @@ from ssrctl.sampling.agreement import agree
 from ssrctl.sampling.groups import Prompted, describe_prompt, prepare_prompts
 from ssrctl.text.prompts import load_prompt_format
 from ssrctl.training.checkpointing import enable_checkpointing
-from ssrctl.training.lr_sweep import find_lr
+from ssrctl.training.lr_sweep import find_lr, sweep
 from ssrctl.training.memory_plan import memory_facts, settle_step_gradient
 from ssrctl.training.resuming import open_run, run_folder
 from ssrctl.training.tracking import check_tracker
@@ -117,7 +117,7 @@ def _run(config: TrainConfig, run_dir: RunDir, world: World) -> dict[str, Any] |
     if config.find_lr:
         questions = functools.partial(questions_of_step, prompts=prompts, config=config)
         with contextlib.closing(_critic(config, loaded)) as critic:
-            return find_lr(loaded, critic, config, questions, curve, protected, mask)
+            return find_lr(sweep(loaded, critic, config, questions, curve, protected, mask))
     settled = settle_step_gradient(config, loaded, longest, trained_frac)
     parameters = trainable(loaded.model)
     updater = make_updater(parameters, config, protected, mask, world)

@@ -118,8 +118,8 @@ class MemoryPlanner:
             (before + (0 if piecemeal and not self.tied else table), kept + layers.backward, 0),
             # the first layer
             (max(table * self.tied if piecemeal else whole, before), first + layers.backward, 0),
-            # the embedding, whose gradient is new before it is added
-            (max(table if piecemeal else whole, before) + table * (self.tied or before > 0), first, 0),
+            # the embedding: its gradient, that of a tied head, and their sum, before it is added to earlier ones
+            (max(table if piecemeal else whole, before) + table * (2 * self.tied + (before > 0)), first, 0),
         ]
         at_peak = [int(size) for size in max(moments, key=sum)]
         sampled = min(config.sampling_batch_size, config.questions_per_step * config.num_generations)
