@@ -37,7 +37,7 @@ docs: $(VENV)/.installed-docs
 
 # The README's picture, from the report of `make demo`; needs chromium.
 picture: $(STAMP)
-	$(BIN)/python docs/images/take.py demo/diagnose/report.html docs/images/diagnose.png --section where-changes-landed-1-title --height 1028
+	$(BIN)/python docs/images/take.py demo/diagnose/diagnose.html docs/images/diagnose.png --height 845
 
 # torch comes first and pinned: without a version, pip would fetch its CUDA build of several GB.
 $(VENV)/.installed-%: pyproject.toml constraints.txt

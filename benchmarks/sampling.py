@@ -18,8 +18,8 @@ from common import machine, table
 
 from ssrctl.configs import SamplingConfig, TrainConfig
 from ssrctl.models.loading import load_model
-from ssrctl.sampling.generate import TransformersSampler
-from ssrctl.sampling.sampler import Request, Sample, sample_all
+from ssrctl.sampling.engines.base import Request, Sample, sample_all
+from ssrctl.sampling.engines.transformers_engine import TransformersEngine
 
 
 def main() -> None:
@@ -41,16 +41,16 @@ def main() -> None:
     useful = int(lengths.sum())
     config = SamplingConfig(sampling_batch_size=args.batch)
     arms = {
-        "static batches": TransformersSampler(loaded, config, refill=False, leave=False),
-        "rows leave": TransformersSampler(loaded, config, refill=False),
-        "rows leave and join": TransformersSampler(loaded, config),
+        "static batches": TransformersEngine(loaded, config, refill=False, leave=False),
+        "rows leave": TransformersEngine(loaded, config, refill=False),
+        "rows leave and join": TransformersEngine(loaded, config),
     }
     sample_all(arms["static batches"], requests[: args.batch // 4])
     rates, found = dict.fromkeys(arms, 0.0), {}
     for _ in range(args.repeats):
-        for name, sampler in arms.items():
+        for name, engine in arms.items():
             began = time.process_time()
-            found[name] = sample_all(sampler, requests)
+            found[name] = sample_all(engine, requests)
             rates[name] = max(rates[name], useful / (time.process_time() - began))
     base = found["static batches"]
     computed = sum(int(part.max()) * len(part) for part in lengths.split(args.batch))

@@ -2,7 +2,8 @@
 
 One question of 8 samples x 256 tokens in T = 8 steps on a model of 135M float32 weights. Both optimizers get the same
 backward passes. Besides these, the times are, for Kronos, of all claims, the end of the question and the step; for AdamW,
-of its step. Sampling is not part of the step here: it would make the share look smaller.
+of its step. Sampling is not part of the step here: it would make the share look smaller. On a CPU the times are CPU
+seconds of one thread, which busy neighbours disturb least.
 
     python benchmarks/step_overhead.py [--model FOLDER] [--samples 8] [--tokens 256] [--units 8]
 """
@@ -29,6 +30,7 @@ def main() -> None:
     options.add_argument("--units", type=int, default=8)
     options.add_argument("--method", default="auto", help="way of computing the per-step gradients")
     given = options.parse_args()
+    torch.set_num_threads(1)
     print(machine())
     model = load(given.model, getattr(torch, given.dtype)).to(given.device)
     count = sum(p.numel() for p in model.parameters())

@@ -17,6 +17,11 @@ def num_launched() -> int:
     return _number("WORLD_SIZE", 1)
 
 
+def local_rank() -> int:
+    """Return the number of this process among those on this machine."""
+    return _number("LOCAL_RANK", rank())
+
+
 def is_launched() -> bool:
     """Return True if a launcher started this process as one of several."""
     return num_launched() > 1

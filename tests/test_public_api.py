@@ -1,6 +1,7 @@
 """What ``import ssrctl`` offers and costs, and that docs/optimizer.md is right about it."""
 
 import ast
+import inspect
 import re
 import subprocess
 import sys
@@ -13,13 +14,10 @@ import torch
 import ssrctl
 from ssrctl import BlockMask, KronosOpt
 
-HOMES = {
-    "BlockMask": "ssrctl.core.mask",
-    "KronosOpt": "ssrctl.core.kronos",
-    "segment": "ssrctl.text.segment",
-    "select_topk": "ssrctl.core.topk",
-    "two_level_advantages": "ssrctl.core.advantages",
-}
+DOCS = Path(__file__).parent.parent / "docs"
+# The names of docs/api.md, which are the public ones, and their modules.
+LISTED = re.findall(r"^::: (\S+)\.(\w+)$", (DOCS / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
+HOMES = {name: module for module, name in LISTED}
 
 
 def run(code: str) -> list[str]:
@@ -67,6 +65,30 @@ def test_what_is_not_there_is_an_attribute_error_that_names_what_is() -> None:
     assert not hasattr(ssrctl, "_no_such_name")
 
 
+# A change here breaks the programs of users: it needs a major version and a line in the changelog.
+SIGNATURES = {
+    "check_answer": "response reference extraction timeout",
+    "make_critic": "options resources",
+    "missing": "error rationale",
+    "read_rollouts": "path needs on_torn",
+    "score_all": "critic rollouts",
+    "scored": "score kind rationale",
+    "segment": "text style max_steps min_chars max_chars",
+    "train": "config critic rewards",
+    "write_rollouts": "path rollouts",
+    "Rollout": "id question answer prompt response steps scores final advantages extra",
+    "StepScore": "score reward rationale error",
+    "StepSpan": "start end kind",
+}
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_arguments_are_typed_and_stay(name: str) -> None:
+    signature = inspect.signature(getattr(ssrctl, name))
+    assert " ".join(signature.parameters) == SIGNATURES[name]
+    assert all(one.annotation is not one.empty for one in signature.parameters.values())
+
+
 def test_submodules_are_imported_as_from_any_package() -> None:
     assert run("from ssrctl import errors\nprint(errors.__name__)") == ["ssrctl.errors"]
 
@@ -84,7 +106,7 @@ def test_type_checkers_see_the_same_names() -> None:
 
 # docs/optimizer.md
 
-PAGE = (Path(__file__).parent.parent / "docs" / "optimizer.md").read_text(encoding="utf-8")
+PAGE = (DOCS / "optimizer.md").read_text(encoding="utf-8")
 
 
 def small_model() -> torch.nn.Linear:

@@ -24,7 +24,10 @@ from ssrctl.configs import Config, build_config
 from ssrctl.configs.building import field_types, ranges
 from ssrctl.configs.names import accepted_names, flag, old_names
 from ssrctl.errors import CheckFailed, Failed, Interrupted, LostProcess, Stopped, UserError
+from ssrctl.io.console import note
 from ssrctl.io.interrupts import termination_as_interrupt
+from ssrctl.io.manifest import settings_of, write_settings
+from ssrctl.io.package_data import profile_path
 from ssrctl.io.visible import visible
 from ssrctl.process_rank import comes_from_launcher, is_ours, num_launched, rank
 
@@ -66,10 +69,15 @@ def command(app: typer.Typer, name: str, config: type[Config], stage: str) -> No
             warn(f"the model is now given as {flag(config, movable[0])} {given[movable[0]]}")
         if ctx.args:
             ctx.fail(f"Got unexpected extra argument(s) ({' '.join(ctx.args)})")
-        config_path = given.pop("config", None)
+        recipe, config_path, save_to = (given.pop(name, None) for name in ("recipe", "config", "save_config"))
 
         def run() -> int:
-            made: Any = build_config(config, given, config_path)
+            files = [] if recipe is None else [profile_path("recipes", recipe, ".yaml")]
+            made: Any = build_config(config, given, *files, *([] if config_path is None else [config_path]))
+            if save_to is not None:
+                write_settings(save_to, settings_of(made))
+                note(f"settings -> {save_to}")
+                return 0
             if num_launched() > 1 and not made.several_processes:
                 raise UserError(
                     f"`ssrctl {name}` runs in one process, {num_launched()} were launched",
@@ -117,8 +125,14 @@ def _parameters(config: type[Config]) -> list[inspect.Parameter]:
             if name in specs and name not in seen:
                 seen.add(name)
                 parameters.append(_parameter(config, specs[name], vars(base).get("panel")))
-    info = typer.Option("--config", help="Read settings from this yaml file; flags win over it.", metavar="PATH")
-    return [*parameters, _keyword("config", None, Path | None, info)]
+    read = typer.Option("--config", help="Read settings from this yaml file; flags win over it.", metavar="PATH")
+    save = typer.Option("--save-config", help="Write all settings to this yaml file and stop.", metavar="PATH")
+    parameters += [_keyword("config", None, Path | None, read), _keyword("save_config", None, Path | None, save)]
+    if config.has_recipes:
+        text = "Read settings from this recipe (`ssrctl recipes` lists them); --config and flags win over it."
+        recipe = typer.Option("--recipe", help=text, metavar="NAME")
+        parameters.append(_keyword("recipe", None, str | None, recipe))
+    return parameters
 
 
 def _parameter(config: type[Config], spec: dataclasses.Field[Any], panel: str | None) -> inspect.Parameter:

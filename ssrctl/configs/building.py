@@ -1,6 +1,6 @@
 """How a config is made and checked.
 
-``build_config`` puts defaults, the yaml file of ``--config`` and flags on top of each other. Types, choices and ranges
+``build_config`` puts defaults, the yaml files of ``--recipe`` and ``--config`` and flags on top of each other. Types, choices and ranges
 are declared in a field's annotation and checked by pydantic whenever a config is constructed, also in code and by
 ``dataclasses.replace``; checks across fields follow in ``__post_init__``. Unknown keys are errors.
 """
@@ -48,33 +48,48 @@ class Config:
 
     panel: ClassVar[str | None] = None  # where `--help` shows the fields that a class defines itself
     several_processes: ClassVar[bool] = False  # True for a command that divides its work among the processes of a job
+    has_recipes: ClassVar[bool] = False  # True for the command whose settings `--recipe` takes from profiles/recipes
 
     def __post_init__(self) -> None:
         vars(self).update(_checked(type(self), vars(self)))
 
 
-def build_config(kind: type[Made], given: Mapping[str, Any], config_path: Path | None = None) -> Made:
-    """Make a config of ``kind`` from flags and, below them, a yaml file.
+def build_config(kind: type[Made], given: Mapping[str, Any], *files: Path) -> Made:
+    """Make a config of ``kind`` from flags and, below them, yaml files.
 
     Args:
         kind: a subclass of ``Config``.
         given: values of the given flags, by field name.
-        config_path: a yaml file with a mapping of field names (dashes or underscores) to values. Old names are
-            accepted with a warning on stderr.
+        files: yaml files with a mapping of field names (dashes or underscores) to values, a later one above an earlier
+            one. Old names are accepted with a warning on stderr.
 
     Raises:
-        UserError: the file is missing or not a mapping, a key is unknown, a value has the wrong type or
+        UserError: a file is missing or not a mapping, a key is unknown, a value has the wrong type or
             range, or a needed value is absent.
     """
     specs = dataclasses.fields(kind)
     values: dict[str, Any] = {}
-    if config_path is not None:
-        values = _fields_of_yaml(kind, config_path)
+    for path in files:
+        values |= _fields_of_yaml(kind, path)
+    for spec in specs:
+        if spec.metadata.get("names_code") and spec.name not in given:
+            _refuse_code(kind, spec.name, values.get(spec.name))
     values |= given
     for spec in specs:
         if spec.name not in values and spec.default is spec.default_factory is dataclasses.MISSING:
             raise _needed(kind, spec.name)
     return kind(**values)
+
+
+def _refuse_code(kind: type[Config], name: str, value: Any) -> None:
+    """Raise a UserError for code that only a file names: reading a file must not decide which code is run."""
+    named = [one for one in (value if isinstance(value, list) else [value]) if ":" in str(one)]
+    if named:
+        shown = flag(kind, name)
+        raise UserError(
+            f"{shown} {named[0]} comes from a file, and would be imported",
+            "if you trust that code, give it on the command line: " + " ".join(f"{shown} {one}" for one in named),
+        )
 
 
 def current_names(kind: type[Config], settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
 from annotated_types import Interval
 
@@ -21,9 +20,18 @@ from ssrctl.configs.building import (
     output,
     positional,
 )
-from ssrctl.configs.common import CommonConfig, InputFormat, ModelConfig, PromptOptions, RecordFormat, SamplingConfig
-from ssrctl.configs.credentials import credential_in_address, credential_in_json
+from ssrctl.configs.common import (
+    CommonConfig,
+    InputFormat,
+    ModelConfig,
+    ProcessOptions,
+    PromptOptions,
+    RecordFormat,
+    SamplingConfig,
+)
+from ssrctl.configs.credentials import check_address, credential_in_json
 from ssrctl.configs.json_object import as_json_text, parse_json_object
+from ssrctl.configs.own_code import CRITICS, check_name, names_code
 from ssrctl.errors import UserError
 
 # Parts of a request's body that settings of their own decide, and those that change the form of the reply.
@@ -35,6 +43,7 @@ _OWN_BODY: dict[str, str | None] = {
     "reasoning_effort": "--critic-reasoning-effort",
     **dict.fromkeys(("messages", "response_format", "stream", "stream_options", "n", "tools", "functions"), None),
 }
+BUILT_IN = ("rule", "llm", "rollout", "prm")
 _EFFORT = re.compile(r"[A-Za-z][\w-]{0,39}", re.ASCII)
 
 
@@ -44,9 +53,10 @@ class CriticOptions(Config):
 
     panel = "Critic"
 
-    critic: Literal["rule", "llm", "rollout", "prm"] = "rule"
+    critic: str = names_code("rule")
     """rule checks arithmetic and the origin of its numbers; llm asks a model through litellm; rollout lets the
-    policy itself continue from each step and counts how often the answer is right; prm is a process reward model."""
+    policy itself continue from each step and counts how often the answer is right; prm is a process reward model;
+    module:Class is a critic of your own (docs/critics.md)."""
 
     critic_model: str | None = None
     """Model of the critic: for llm a litellm name, such as openai/gpt-oss-120b; for prm a name on the hub or a local
@@ -148,6 +158,7 @@ class CriticOptions(Config):
     def __post_init__(self) -> None:
         self.critic_extra_body = as_json_text(self.critic_extra_body)
         super().__post_init__()
+        check_name("--critic", self.critic, CRITICS, BUILT_IN)
         if self.critic == "llm" and not self.critic_model:
             raise UserError("the llm critic needs a model", "give --critic-model, such as openai/gpt-oss-120b")
         if self.critic == "prm" and not self.critic_model:
@@ -188,26 +199,13 @@ def _check_body(body: dict[str, Any]) -> None:
 
 
 def _check_endpoint(endpoint: str, model: str | None) -> None:
-    try:
-        url = urlsplit(endpoint)
-        usable = url.scheme in ("http", "https") and bool(url.hostname)
-        credential = credential_in_address(endpoint)
-    except ValueError:
-        usable, credential = False, None
-    if credential is not None:
-        provider, named, _ = (model or "").partition("/")
-        variable = f"{provider.upper().replace('-', '_')}_API_KEY" if named else "OPENAI_API_KEY"
-        raise UserError(
-            f"--critic-api-base must not contain {credential}", f"leave it out and set the variable {variable}"
-        )
-    if not usable:
-        raise UserError(
-            "--critic-api-base is not the address of a server", "give an address such as http://localhost:8000/v1"
-        )
+    provider, named, _ = (model or "").partition("/")
+    variable = f"{provider.upper().replace('-', '_')}_API_KEY" if named else "OPENAI_API_KEY"
+    check_address("--critic-api-base", endpoint, variable=variable, example="http://localhost:8000/v1")
 
 
 @dataclass(kw_only=True)
-class CriticConfig(CriticOptions, ModelConfig, PromptOptions, SamplingConfig, CommonConfig):
+class CriticConfig(CriticOptions, ModelConfig, PromptOptions, SamplingConfig, ProcessOptions, CommonConfig):
     """Score each reasoning step; a step that cannot be judged has no score, never 0.
 
     --model, --temperature, --chat-template and the other settings of sampling and prompts are those of the rollout
@@ -267,6 +265,11 @@ class CriticConfig(CriticOptions, ModelConfig, PromptOptions, SamplingConfig, Co
             raise UserError("--calibrate keeps judgements as records", "leave out --output-format")
         if self.calibrate is None and self.repeats > 1:
             raise UserError("--repeats measures the noise of scores", "use it with --calibrate")
+        if self.launches and self.critic != "rollout":
+            raise UserError(
+                f"the {self.critic} critic runs in one process",
+                "leave out --num-processes and --accelerate-config; they divide the continuations of --critic rollout",
+            )
 
 
 def _same_file(one: str, other: Path) -> bool:

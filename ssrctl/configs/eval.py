@@ -14,6 +14,7 @@ from ssrctl.configs.common import (
     DatasetConfig,
     InputFormat,
     ModelConfig,
+    PageOptions,
     ProcessOptions,
     SamplingConfig,
 )
@@ -22,7 +23,7 @@ from ssrctl.errors import UserError
 
 
 @dataclass(kw_only=True)
-class EvalConfig(ModelConfig, DatasetConfig, SamplingConfig, ProcessOptions, CommonConfig):
+class EvalConfig(ModelConfig, DatasetConfig, SamplingConfig, PageOptions, ProcessOptions, CommonConfig):
     """Measure sampled accuracy with a confidence interval, or compare two evaluations problem by problem.
 
     Example: ssrctl eval --checkpoint runs/first --dataset problems.jsonl --num-samples 8 --output-dir eval/first

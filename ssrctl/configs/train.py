@@ -20,9 +20,11 @@ from ssrctl.configs.building import (
     ZeroOrMore,
     output,
 )
-from ssrctl.configs.common import CommonConfig, DatasetConfig, ModelConfig, ProcessOptions, SamplingConfig
+from ssrctl.configs.common import CommonConfig, DatasetConfig, ModelConfig, PageOptions, ProcessOptions, SamplingConfig
 from ssrctl.configs.critic import CriticOptions
+from ssrctl.configs.engines import EngineOptions
 from ssrctl.configs.names import flag
+from ssrctl.configs.own_code import REWARDS, check_name, names_code
 from ssrctl.configs.segment import SegmentOptions
 from ssrctl.errors import UserError
 from ssrctl.process_rank import num_launched
@@ -49,6 +51,10 @@ class MethodOptions(Config):
     credit: Literal["step", "final", "cot"] = "step"
     """step: each step its advantage (SSR); final, cot: one advantage per response from the final answer or
     from the mean step reward (the GSPO baselines)."""
+
+    reward: list[str] = names_code(default_factory=list)
+    """Reward of a response in place of the score of its final answer: module:function of your own, with the signature of
+    TRL's reward_funcs (docs/critics.md). Give it again for several, which are added."""
 
     advantage: Literal["paper", "group", "hybrid"] = "group"
     """paper is eq. 9, whose advantages sum to zero within every response, good or bad; group is eq. 6 alone;
@@ -131,8 +137,7 @@ class MethodOptions(Config):
     """Recomputed: steps that share a second forward pass. Each costs the memory of a gradient; auto plans it, else 1."""
 
     gradient_chunk_tokens: AtLeastOne | None = None
-    """Chunked and recomputed: most tokens of each response that go through the model together; auto plans it, else those
-    of a step."""
+    """Recomputed: most tokens that go through the model together the second time; auto plans it, else 1,024."""
 
     logit_chunk_tokens: AtLeastOne = 128
     """Tokens whose logits over the whole vocabulary may exist at once."""
@@ -247,23 +252,41 @@ class LoggingOptions(Config):
 
 
 @dataclass(kw_only=True)
+class ShardingOptions(ProcessOptions):
+    """Settings of the division of one model over processes."""
+
+    sharding: Literal["none", "fsdp2"] = "none"
+    """none: each process has the whole model, and questions are divided. fsdp2: each has a shard of every weight, gradient
+    and state, for models larger than a device; the responses of each question are divided (step gradients kept or
+    truncated)."""
+
+    sampling_weights: Literal["whole", "shards"] = "whole"
+    """With fsdp2. whole: gather the whole weights once before sampling, and free them after it; shards: gather each layer
+    for every token, for a model whose weights alone exceed a device. The samples are the same."""
+
+
+@dataclass(kw_only=True)
 class TrainConfig(
     ModelConfig,
     DatasetConfig,
     MethodOptions,
     OptimizerOptions,
     SamplingConfig,
+    EngineOptions,
     SegmentOptions,
     CriticOptions,
     CheckpointOptions,
     LoggingOptions,
-    ProcessOptions,
+    PageOptions,
+    ShardingOptions,
     CommonConfig,
 ):
     """Train with step-wise reinforcement learning and masked updates (SSR section 2.3).
 
     Example: ssrctl train --model Qwen/Qwen2.5-0.5B-Instruct --dataset problems.jsonl --output-dir runs/first
     """
+
+    has_recipes = True
 
     output_dir: Path | None = output(None)
     """Run directory; by default a new one under runs/."""
@@ -275,6 +298,8 @@ class TrainConfig(
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in self.reward:
+            check_name("--reward", name, REWARDS)
         if self.sample_together is None:
             self.sample_together = "question" if num_launched() > 1 or (self.num_processes or 1) > 1 else "step"
         if self.optimizer is None:
@@ -294,11 +319,49 @@ class TrainConfig(
                 "responses would weigh more",
                 "use --importance-level token, or --loss-type grpo",
             )
+        if self.importance_level == "step" and self.correction_level == "token" and self.engine_correction != "none":
+            raise UserError(
+                "--engine-correction-level token weighs tokens, and --importance-level step has one term per step",
+                "use --engine-correction-level step or sequence",
+            )
         self._check_optimizer()
         self._check_passes()
+        if self.sharding != "none":
+            self._check_sharding()
+        elif self.sampling_weights != "whole":
+            raise UserError(f"--sampling-weights {self.sampling_weights} is for --sharding fsdp2", "leave it out")
+
+    def _check_sharding(self) -> None:
+        """Refuse what does not work on shards."""
+        if num_launched() == 1 and not self.launches:
+            raise UserError(
+                f"--sharding {self.sharding} divides the model over processes, and there is one",
+                "give --num-processes N, or start it with torchrun or accelerate launch",
+            )
+        whole = {
+            f"--step-gradient {self.step_gradient}": self.step_gradient not in ("auto", "kept", "truncated"),
+            "--micro-batch-tokens": self.micro_batch_tokens is not None,
+            "--selection block": self.selection == "block",
+            "--reuse-factor": self.reuse_factor is not None,
+            "--optimizer adamw with --mask": self.optimizer == "adamw" and self.mask is not None,
+            "--log-gradients": self.log_gradients > 0,
+            "--log-gradient-cosine": self.log_gradient_cosine,
+            "--find-lr": self.find_lr,
+            "--critic rollout with --sample-together step": (
+                self.critic == "rollout" and self.sample_together == "step"
+            ),
+        }
+        if odd := [name for name, given in whole.items() if given]:
+            raise UserError(f"{', '.join(odd)} does not work with --sharding {self.sharding}", "leave one of them out")
 
     def _check_passes(self) -> None:
         """Refuse ways to the step gradients that exclude each other."""
+        for name in ("units_at_once", "gradient_chunk_tokens"):
+            if getattr(self, name) is not None and self.step_gradient not in ("auto", "recomputed"):
+                raise UserError(
+                    f"{flag(type(self), name)} has no meaning for --step-gradient {self.step_gradient}",
+                    "use --step-gradient recomputed or auto",
+                )
         if self.gradient_checkpointing and self.step_gradient not in ("auto", "kept", "truncated"):
             raise UserError(
                 f"--step-gradient {self.step_gradient} keeps keys and values in a cache, which --gradient-checkpointing "
@@ -349,6 +412,11 @@ class TrainConfig(
         if odd := [name for name in kronos_only if getattr(self, name) != defaults[name]]:
             flags = ", ".join(flag(type(self), name) for name in odd)
             raise UserError(f"{flags} has no meaning for adamw", "use --optimizer kronos")
+
+    @property
+    def correction_level(self) -> str:
+        """The level of the engine's correction in force."""
+        return self.engine_correction_level or ("step" if self.optimizer == "kronos" else self.importance_level)
 
     @property
     def resolved_learning_rate(self) -> float:

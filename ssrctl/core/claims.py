@@ -7,18 +7,25 @@ disjointness buys.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ssrctl.core.bits import set_bits
 from ssrctl.core.block_selection import recall, select_blocks
+from ssrctl.core.counting import ALONE, Group
+from ssrctl.core.gradient_part import GradientPart
 from ssrctl.core.index_sets import IndexSet
 from ssrctl.core.layout import Shards
 from ssrctl.core.topk import select_topk
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+SELECTIONS = ("exact", "block")
 Gradients = Mapping[str, Tensor]
 Indices = dict[str, Tensor]
 
@@ -83,21 +90,26 @@ class KeptUnit:
     def keep(self, gradients: Gradients, chosen: Mapping[str, Tensor]) -> None:
         """Keep the gradients at ``chosen`` (ascending flat indices by name, in the parameters' order), each name once."""
         known = {name: indices for name, indices in chosen.items() if name in gradients}
-        for number, part in self._shards.parts(known):
+        self.keep_values(known, {n: gradients[n].reshape(-1).index_select(0, indices) for n, indices in known.items()})
+
+    def keep_values(self, chosen: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+        """Keep ``values`` (``[k]`` by name) at ``chosen``, as ``keep`` does."""
+        for number, part in self._shards.parts(chosen):
             layout = self._shards.layouts[number]
             self.parts.append(
                 KeptPart(
                     number,
                     {name: indices.numel() for name, indices in part.items()},
                     IndexSet.from_indices(layout.join(part), layout.size),
-                    torch.cat([gradients[name].reshape(-1).index_select(0, indices) for name, indices in part.items()]),
+                    torch.cat([values[name] for name in part]),
                 )
             )
 
-    def rms(self) -> float:
-        """Root mean square of the kept values; 0 when nothing is kept."""
+    def rms(self, group: Group = ALONE) -> float:
+        """Root mean square of the kept values, over all processes of the group; 0 when nothing is kept."""
         square = sum(float(values.double().square().sum()) for values in self.values.values())
-        return (square / self.count) ** 0.5 if self.count else 0.0
+        square, count = group.total(torch.tensor([square, self.count], dtype=torch.float64)).tolist()
+        return (square / count) ** 0.5 if count else 0.0
 
 
 @dataclass(frozen=True)
@@ -140,25 +152,26 @@ class Selection:
     Attributes:
         kind: ``exact``, or ``block`` for the paper's approximation.
         reuse_factor: F of "preference, not prohibition"; None forbids reuse.
+        process_group: the processes that each hold a part of every gradient (exact, without reuse); None for one.
         tally: counts over the selections so far.
     """
 
     kind: str = "exact"
     reuse_factor: float | None = None
+    process_group: ProcessGroup | None = None
     tally: Tally = Tally()
 
     def best(self, gradients: Gradients, k: int, barred: Mapping[str, Tensor]) -> Indices:
         """Return the (about) k largest |g| outside ``barred`` (bits, True = not eligible)."""
-        chosen = SELECTIONS[self.kind](gradients, k, barred)
-        recalls = (recall(chosen, select_topk(gradients, k, barred)),) if self.kind != "exact" and k else ()
-        self.tally += Tally(recalls, k - sum(indices.numel() for indices in chosen.values()))
+        recalls: tuple[float, ...] = ()
+        if self.kind == "exact":
+            chosen = select_topk(gradients, k, barred, process_group=self.process_group)
+        else:
+            chosen = select_blocks(gradients, k, barred)
+            recalls = (recall(chosen, select_topk(gradients, k, barred)),) if k else ()
+        count = torch.tensor(sum(indices.numel() for indices in chosen.values()))
+        self.tally += Tally(recalls, k - int(Group(self.process_group).total(count)))
         return chosen
-
-
-SELECTIONS: dict[str, Callable[[Gradients, int, Mapping[str, Tensor]], Indices]] = {
-    "exact": select_topk,
-    "block": select_blocks,
-}
 
 
 class Claims:
@@ -199,6 +212,17 @@ class Claims:
             chosen = self._with_reuse(gradients, chosen, k, self.selection.reuse_factor)
         self._mark(chosen)
         self.units[-1].keep(gradients, chosen)
+        return chosen
+
+    def take_part(self, part: GradientPart, k: int) -> Indices:
+        """Take ``k`` coordinates for the open unit from a gradient that is spread over processes; see ``take``.
+
+        Exact, and without reuse. All processes take the same.
+        """
+        chosen, values = part.select(k, self.taken)
+        self.selection.tally += Tally((), k - sum(indices.numel() for indices in chosen.values()))
+        self._mark(chosen)
+        self.units[-1].keep_values(chosen, values)
         return chosen
 
     def finish(self, gradients: Gradients) -> None:

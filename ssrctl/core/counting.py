@@ -54,7 +54,7 @@ class Group:
         self.group = process_group
 
     def total(self, counts: Tensor) -> Tensor:
-        """Return the int64 tensor (CPU) summed over all processes."""
+        """Return the tensor (int64 or float64, on the CPU) summed over all processes, the same bits in each."""
         if self.group is None:
             return counts
         import torch.distributed as dist
@@ -64,35 +64,61 @@ class Group:
         dist.all_reduce(summed, group=self.group)
         return summed.cpu()
 
-    def before(self, count: int) -> int:
-        """Return the sum of ``count`` over the processes of lower rank."""
+    def joined(self, tensor: Tensor) -> Tensor:
+        """Return the tensors ``[n]`` of all processes, whose lengths may differ, one after another by rank."""
         if self.group is None:
-            return 0
+            return tensor
+        import torch.distributed as dist
+
         counts = torch.zeros(self.group.size(), dtype=torch.int64)
-        counts[self.group.rank()] = count
-        return int(self.total(counts)[: self.group.rank()].sum())
+        counts[self.group.rank()] = tensor.numel()
+        counts = self.total(counts)
+        padded = tensor.new_zeros(int(counts.max()))
+        padded[: tensor.numel()] = tensor
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded, group=self.group)
+        return torch.cat([part[:count] for part, count in zip(parts, counts.tolist(), strict=True)])
 
-    def first(self, found: tuple[str, int] | None) -> tuple[str, int]:
-        """Return the result of the lowest-ranked process that found one; at least one must have."""
-        everyone = [found]
-        if self.group is not None:
-            import torch.distributed as dist
+    def share(self, counts: Tensor, wanted: int) -> int:
+        """Divide the first ``wanted`` of some things among the processes, in the order of their tensors.
 
-            everyone = [None] * self.group.size()
-            dist.all_gather_object(everyone, found, group=self.group)
+        Args:
+            counts: int64 ``[T]``, by tensor how many this process has; every process has its part of the same T tensors.
+            wanted: number to take of all, those of the first tensor first, and within a tensor those of the lowest rank.
+
+        Returns:
+            The number that this process takes, from its first ones on.
+        """
+        if self.group is None:
+            return min(wanted, int(counts.sum()))
+        everyone = torch.zeros(counts.numel(), self.group.size(), dtype=torch.int64)
+        everyone[:, self.group.rank()] = counts
+        everyone = self.total(everyone)
+        before = everyone.flatten().cumsum(0).view_as(everyone) - everyone
+        return int((wanted - before).clamp(min=0).minimum(everyone)[:, self.group.rank()].sum())
+
+    def first(self, found: tuple[str, int] | None) -> tuple[str, int] | None:
+        """Return the result of the lowest-ranked process that found one; None if none did."""
+        if self.group is None or not int(self.total(torch.tensor(int(found is not None)))):
+            return found
+        import torch.distributed as dist
+
+        everyone: list[tuple[str, int] | None] = [None] * self.group.size()
+        dist.all_gather_object(everyone, found, group=self.group)
         return next(one for one in everyone if one is not None)
 
 
 ALONE = Group()
 
 
-def choose(keys: Tensor, k: int, group: Group = ALONE) -> tuple[Tensor, int]:
+def choose(keys: Tensor, k: int, group: Group = ALONE, edges: Tensor | None = None) -> tuple[Tensor, int]:
     """Return the candidates that are among the ``k`` largest of all processes, ties to the first ones.
 
     Args:
         keys: int32 ``[m]``, at least 0, in the order in which ties are decided.
         k: at least 1.
-        group: ties between processes go to the lowest rank.
+        group: ties go to the lowest (tensor, rank, place).
+        edges: int64 ``[T + 1]``, ascending: the candidates ``edges[t]:edges[t + 1]`` are of tensor t. None: of one.
 
     Returns:
         bool ``[m]``, True = chosen, and the k-th largest key; -1 when all processes together have at most k
@@ -116,8 +142,9 @@ def choose(keys: Tensor, k: int, group: Group = ALONE) -> tuple[Tensor, int]:
     threshold = high_bin << 16 | low_bin
     chosen = keys > threshold
     ties = (keys == threshold).nonzero().flatten()
-    num_ties = k - above - above_inside - group.before(ties.numel())
-    chosen.index_fill_(0, ties[: max(0, num_ties)], True)
+    edges = torch.tensor([0, keys.numel()]) if edges is None else edges
+    counts = torch.searchsorted(ties, edges.to(ties.device)).diff().cpu()
+    chosen.index_fill_(0, ties[: group.share(counts, k - above - above_inside)], True)
     return chosen, threshold
 
 

@@ -11,7 +11,7 @@ import math
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from torch import Tensor
 from ssrctl.core.bits import bits_from_mask
 from ssrctl.core.budget import coordinates, shared_budget
 from ssrctl.core.claims import ALLOCATIONS, SELECTIONS, Indices, KeptPart, KeptQuestion, KeptUnit, Selection, Tally
+from ssrctl.core.counting import Group
+from ssrctl.core.gradient_part import GradientPart
 from ssrctl.core.layout import Shards
 from ssrctl.core.mask import BlockMask
 from ssrctl.core.question import Question
@@ -26,6 +28,9 @@ from ssrctl.core.sparse_state import SparseState
 from ssrctl.core.sparse_update import Survival, add_kept, apply_pending, pending_fields, state_fields
 from ssrctl.core.topk import NonFiniteGradient
 from ssrctl.core.update_rules import RULES, Hyper, UpdateRule
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 SCOPES = ("global", "tensor")
 
@@ -97,6 +102,11 @@ class KronosOpt(torch.optim.Optimizer):
         budget: share B of the unprotected coordinates that one question may claim (``begin_question``).
         max_step_budget: largest share k_max that one unit may claim.
         master_weights: keep the exact float32 value of touched bfloat16 and float16 coordinates.
+        process_group: every process of the group holds its rows of each parameter, those of a lower rank before those of
+            a higher (the local tensors of ``fully_shard``; a part may be empty), gives their gradients, and makes the same
+            calls. Units then claim the same coordinates, and coordinates change by the same values, as in one process
+            that holds whole parameters; sets, state and ``protected`` are those of the process's own rows. Needs
+            ``selection="exact"`` and no ``reuse_factor``.
 
     Raises:
         ValueError: parameters without names or with equal ones, that are not contiguous, a protected mask over
@@ -120,6 +130,7 @@ class KronosOpt(torch.optim.Optimizer):
         budget: float = 0.05,
         max_step_budget: float = 0.01,
         master_weights: bool = True,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         _check_choice("update_rule", update_rule, RULES)
         _check_choice("scope", scope, SCOPES)
@@ -136,7 +147,10 @@ class KronosOpt(torch.optim.Optimizer):
             raise ValueError(f"allocation {allocation!r} needs whole gradients, which scope 'tensor' drops at once")
         if reuse_factor is not None and allocation != "disjoint":
             raise ValueError(f"reuse_factor loosens the disjoint allocation; it has no meaning for {allocation!r}")
+        if process_group is not None and (selection != "exact" or reuse_factor is not None):
+            raise ValueError("several processes that share each parameter need exact selection and no reuse_factor")
         self.named: dict[str, Tensor] = {}
+        self._group = Group(process_group)
         self.num_protected = 0
         self._shards = Shards({})
         self._groups: list[int] = []  # by shard, the number of its parameter group
@@ -167,18 +181,29 @@ class KronosOpt(torch.optim.Optimizer):
 
     @property
     def num_coordinates(self) -> int:
-        """Coordinates of all parameters."""
-        return sum(parameter.numel() for parameter in self.named.values())
+        """Coordinates of all parameters, over all processes."""
+        return int(self._group.total(torch.tensor(sum(parameter.numel() for parameter in self.named.values()))))
 
     @property
     def num_unprotected(self) -> int:
-        """Coordinates that units may claim; budgets are fractions of this. Frozen parameters have none."""
+        """Coordinates that units may claim; budgets are fractions of this. Frozen parameters have none.
+
+        The processes of a group count together, so that all must ask.
+        """
         return sum(self._free().values())
 
     @property
     def touched(self) -> dict[str, Tensor]:
         """Bits (as in ``core.bits``) of every coordinate that was ever updated, by parameter name."""
         return self._shards.bits([self._state_of(number).bits for number in range(len(self._shards.layouts))])
+
+    @property
+    def pending(self) -> dict[str, Tensor]:
+        """Ascending flat indices (int64) of the coordinates that ``step`` will update, by parameter name."""
+        found: dict[str, Tensor] = {}
+        for number, pending in self._pending.items():
+            found |= self._shards.layouts[number].split(pending.indices())
+        return found
 
     def begin_question(self, units: int | Sequence[float] | None = None) -> None:
         """Forget the claims of the question before; what it kept stays for ``step``.
@@ -239,6 +264,9 @@ class KronosOpt(torch.optim.Optimizer):
             raise RuntimeError("claim() before begin_question()")
         gradients = self._gradients()
         if self.scope == "tensor":
+            if self._group.group is not None:  # the gradients of shards are set without autograd, which calls the hooks
+                for name in gradients:
+                    self._on_gradient(name)
             return self._question.end_unit(k, gradient_left=bool(gradients))
         if not gradients:
             raise RuntimeError("claim() found no gradient: call backward() first")
@@ -246,6 +274,30 @@ class KronosOpt(torch.optim.Optimizer):
         if not self._question.claims.pools:
             self.zero_grad(set_to_none=True)
         return chosen
+
+    @torch.no_grad()
+    def claim_part(self, part: GradientPart) -> Indices:
+        """Claim the unit's k as ``claim`` does, from a gradient that is spread over processes, which all call this.
+
+        Needs scope ``global``, exact selection without reuse, and allocation ``disjoint`` or ``overlap``.
+
+        Raises:
+            RuntimeError: no question was begun.
+            NonFiniteGradient: in all processes, as in ``claim``.
+            ValueError: settings that need the whole gradient.
+        """
+        if self._question is None:
+            raise RuntimeError("claim_part() before begin_question()")
+        if not self.claims_parts:
+            raise ValueError("these settings of scope, allocation, selection or reuse_factor need the whole gradient")
+        return self._question.take(part, None)
+
+    @property
+    def claims_parts(self) -> bool:
+        """True if ``claim_part`` suits the settings, and all parameters have one dtype."""
+        whole = self.scope == "tensor" or self.allocation in ("pooled", "shuffled")
+        whole |= self.selection != "exact" or self.reuse_factor is not None
+        return not whole and len({parameter.dtype for parameter in self.named.values()}) == 1
 
     def end_question(self) -> list[KeptUnit]:
         """Close the open question, if there is one; ``begin_question`` and ``step`` do it by themselves.
@@ -321,6 +373,7 @@ class KronosOpt(torch.optim.Optimizer):
                 clip_scale=scale,
             )
         self._pending_names.clear()
+        moved = moved.over(self._group)
         done, self._tally = self._tally, Tally()
         return StepStats(
             grad_norm=norm,
@@ -336,23 +389,25 @@ class KronosOpt(torch.optim.Optimizer):
         return {name: p.grad for name, p in self.named.items() if p.grad is not None}
 
     def _free(self) -> dict[str, int]:
-        """By parameter name, how many coordinates may be claimed."""
-        return {
-            name: parameter.numel() - self._protected_counts.get(name, 0) if parameter.requires_grad else 0
+        """By parameter name, how many coordinates may be claimed, over all processes."""
+        counts = [
+            parameter.numel() - self._protected_counts.get(name, 0) if parameter.requires_grad else 0
             for name, parameter in self.named.items()
-        }
+        ]
+        return dict(zip(self.named, self._group.total(torch.tensor(counts, dtype=torch.int64)).tolist(), strict=True))
 
     def _new_question(self, planned: Sequence[int]) -> Question:
         """Nothing claimed yet; the model may have moved to another device since the optimizer was built."""
         self._protected = [bits.to(self._device_of(number)) for number, bits in enumerate(self._protected)]
         claims = ALLOCATIONS[self.allocation](
-            self._shards, self._protected, Selection(self.selection, self.reuse_factor)
+            self._shards, self._protected, Selection(self.selection, self.reuse_factor, self._group.group)
         )
         return Question(claims, self._free(), planned)
 
     def _claim_all(self, gradients: Mapping[str, Tensor]) -> None:
         """Claim the current gradients as one unit with the budget of one, as in an ordinary training loop."""
-        if not any(bool(gradient.any()) for gradient in gradients.values()):
+        signals = sum(bool(gradient.any()) for gradient in gradients.values())
+        if not int(self._group.total(torch.tensor(signals))):
             self.zero_grad(set_to_none=True)  # no signal claims nothing
             return
         k = coordinates(min(self.max_step_budget, self.budget), self.num_unprotected)
@@ -374,15 +429,18 @@ class KronosOpt(torch.optim.Optimizer):
             found = self._shards.layouts[number].split(pending.indices())
             counts = [indices.numel() for indices in found.values()]
             sums |= dict(zip(found, pending.fields["sum"].split(counts), strict=True))
-        square = 0.0
+        square, broken = 0.0, None
         # Added up by parameter, in the order in which they came: the norm depends on it in its last bit.
         for name in self._pending_names:
             part = float(sums[name].double().square().sum())
-            if not math.isfinite(part):
-                self._pending.clear()
-                self._pending_names.clear()
-                raise NonFiniteGradient(name, int((~sums[name].isfinite()).sum()))
+            if broken is None and not math.isfinite(part):
+                broken = (name, int((~sums[name].isfinite()).sum()))
             square += part
+        if (first := self._group.first(broken)) is not None:
+            self._pending.clear()
+            self._pending_names.clear()
+            raise NonFiniteGradient(*first)
+        square = float(self._group.total(torch.tensor(square, dtype=torch.float64)))
         norm: float = square**0.5
         return norm
 
@@ -391,7 +449,7 @@ class KronosOpt(torch.optim.Optimizer):
         kept = {name for unit in units for part in unit.parts for name in part.counts}
         self._pending_names |= dict.fromkeys(name for name in self.named if name in kept)
         scale_of = self.rule.unit_scale
-        rms = [unit.rms() if scale_of else 0.0 for unit in units]
+        rms = [unit.rms(self._group) if scale_of else 0.0 for unit in units]
         shards: dict[int, list[tuple[float, KeptPart]]] = {}
         for place, unit in enumerate(units):
             for part in unit.parts:
@@ -469,7 +527,7 @@ class KronosOpt(torch.optim.Optimizer):
             odd = sorted(n for n in shapes.keys() | protected.shapes.keys() if shapes.get(n) != protected.shapes.get(n))
             raise ValueError(f"the protected mask is over other tensors; first difference: {odd[0]}")
         self._protected_counts = {name: tiles.count() for name, tiles in protected.tensors.items()}
-        self.num_protected = sum(self._protected_counts.values())
+        self.num_protected = int(self._group.total(torch.tensor(sum(self._protected_counts.values()))))
         for number, layout in enumerate(self._shards.layouts):
             if any(self._protected_counts[name] for name in layout.numels):
                 self._protected[number] = self._protected[number].contiguous()  # other shards hold one zero

@@ -40,6 +40,8 @@ def step_policy_loss(
     token_weights: Tensor | None = None,
     beta: float = 0.0,
     reference: Tensor | None = None,
+    num_responses: int | None = None,
+    correction: Tensor | None = None,
 ) -> StepLoss:
     """Negative clipped surrogate of step ``step``: mean over its tokens, then over the responses that have it.
 
@@ -47,6 +49,8 @@ def step_policy_loss(
 
     With ``token_weights`` w, 1/(|J| n_j) is w_j instead. The weights of ``response_weights`` do not depend on the step,
     so the sum over steps is the loss of whole responses.
+
+    With ``correction`` c each surrogate term is c times that; c is constant over a step where the ratio is.
 
     The KL term is the estimator k3 (Schulman 2020), ``exp(d) - d - 1`` with d = log pi_reference - log pi, of each token.
 
@@ -66,6 +70,9 @@ def step_policy_loss(
         token_weights: float64 ``[G]``, at least 0: the weight of each token of a response.
         beta: weight of the KL term; 0 leaves it out.
         reference: float ``[G, R]``, log-probabilities under the reference weights; needed with ``beta``.
+        num_responses: |J| over the whole question, where these are a part of its responses: the losses of the parts then
+            sum to that of the whole. None counts J here.
+        correction: float ``[G, R]``, at least 0: weights of ``core.engine_gap.engine_correction``.
 
     Raises:
         ValueError: unknown level.
@@ -81,13 +88,19 @@ def step_policy_loss(
     advantage = advantages[present].to(ratio.dtype).unsqueeze(1)
     plain = ratio * advantage
     clipped = ratio.clamp(1 - clip_epsilon, 1 + (clip_epsilon if epsilon_high is None else epsilon_high)) * advantage
-    per_response = (torch.minimum(plain, clipped) * weights).sum(1) / weights.sum(1)
+    surrogate = torch.minimum(plain, clipped)
+    if correction is not None:
+        factors = correction[rows].to(surrogate.dtype)
+        surrogate = surrogate * (
+            factors if level != "step" else factors.masked_fill(~inside, 0.0).amax(1, keepdim=True)
+        )
+    per_response = (surrogate * weights).sum(1) / weights.sum(1)
     if beta:
         assert reference is not None
         per_response = per_response - beta * _mean_where(k3(logprobs[rows], reference[rows], inside), inside).squeeze(1)
     active = (clipped < plain) & (weights > 0)
     if token_weights is None:
-        loss = -per_response.mean()
+        loss = -per_response.mean() if num_responses is None else -per_response.sum() / num_responses
     else:
         loss = -(per_response * inside.sum(1) * token_weights[rows].to(per_response.dtype)).sum()
     return StepLoss(loss, int((weights > 0).sum()), int(active.sum()))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ssrctl.core.counting import Group
 from ssrctl.core.layout import Layout
 from ssrctl.core.masters import REMAINDER_DTYPES, join_master, split_master
 from ssrctl.core.sparse_state import SparseState
@@ -36,6 +37,11 @@ class Survival:
             self.num_intended + other.num_intended,
             self.num_lost + other.num_lost,
         )
+
+    def over(self, group: Group) -> Survival:
+        """Return the sums over all processes of the group."""
+        counts = torch.tensor([self.num_updated, self.num_intended, self.num_lost])
+        return Survival(*group.total(counts).tolist())
 
     @property
     def lost_frac(self) -> float:

@@ -78,7 +78,8 @@ def select_topk(
 ) -> dict[str, Tensor]:
     """Select the ``k`` coordinates with the largest |g| that are not taken.
 
-    Ties at the threshold go to the lowest (rank in the process group, tensor in the mapping's order, flat index).
+    Ties at the threshold go to the lowest (tensor in the mapping's order, rank in the process group, flat index): where
+    the processes hold the rows of each tensor in the order of their ranks, to the lowest flat index of the whole tensor.
     Zero gradients are eligible like any other magnitude. Dtypes may be mixed: true magnitudes are compared.
 
     Args:
@@ -86,8 +87,9 @@ def select_topk(
         k: number of coordinates, at least 0. When fewer are eligible, all of these are selected.
         taken: bits per tensor as in ``core.bits`` (set = not eligible), on the tensor's device; a name without
             bits is all eligible.
-        process_group: every process of the group holds tensors of its own and calls with the same ``k``, which
-            counts over all of them; each gets its own part of the selection. None: only this process.
+        process_group: every process of the group holds its part (which may be empty) of the same tensors, in the same
+            order, and calls with the same ``k``, which counts over all of them; each gets its own part of the
+            selection. None: only this process.
 
     Returns:
         Ascending flat indices, int64 ``[k_t]``, for every tensor, on its device; the ``k_t`` sum to
@@ -104,7 +106,11 @@ def select_topk(
     group = Group(process_group)
     reader = make_reader({name: gradient.detach() for name, gradient in gradients.items()}, taken)
     positions, keys = _candidates(reader, k, group)
-    chosen, _ = choose(keys, k, group)
+    edges = None
+    if process_group is not None:
+        starts = torch.tensor([*reader.layout.offsets.values(), reader.layout.size], device=positions.device)
+        edges = torch.searchsorted(positions, starts)
+    chosen, _ = choose(keys, k, group, edges)
     return reader.layout.split(positions.masked_select(chosen))
 
 
@@ -175,11 +181,9 @@ def _bound(reader: Reader, k: int, stride: int, group: Group) -> int:
 
 
 def _check_finite(reader: Reader, keys: Tensor, group: Group) -> None:
-    broken = keys.numel() > 0 and int(keys.max()) >= INFINITY
-    if not int(group.total(torch.tensor(int(broken)))):
-        return
     found = None
-    if broken:
+    if keys.numel() > 0 and int(keys.max()) >= INFINITY:
         counts = ((name, count_non_finite(g, reader.taken.get(name))) for name, g in reader.gradients.items())
         found = next(pair for pair in counts if pair[1])
-    raise NonFiniteGradient(*group.first(found))
+    if (first := group.first(found)) is not None:
+        raise NonFiniteGradient(*first)

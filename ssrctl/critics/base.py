@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
+from ssrctl.configs import CriticOptions, SamplingConfig
 from ssrctl.io.records import Rollout, StepScore
+
+if TYPE_CHECKING:
+    from ssrctl.models.loading import LoadedModel
+    from ssrctl.text.prompts import PromptFormat
 
 STEP_RANGE = (-100.0, 100.0)
 FINAL_RANGE = (0.0, 100.0)
@@ -22,6 +30,7 @@ PERMANENT_ERRORS = frozenset(
         "content_filter",
         "empty_step",
         "tag_in_text",
+        "not_judged",
     }
 )
 
@@ -30,6 +39,27 @@ SETTINGS_ERRORS = frozenset({"bad_request", "thinking_cut"})
 
 # Error classes that say nothing about the response.
 OUTAGE_ERRORS = frozenset({"timeout", "rate_limit", "connection", "api_error"}) | SETTINGS_ERRORS
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriticResources:
+    """Objects that a critic may need in addition to its options.
+
+    Attributes:
+        policy: loads the model whose continuations the rollout critic samples; called only by a critic that needs it.
+        sampling: settings of that sampling.
+        prompt_format: the way to the prompt of a record that has none; None leaves such records without a prompt.
+        seed: seed of that sampling.
+        device: device of the prm critic's model, as ``--device``.
+        ledger: file for the log of the llm critic's calls; None writes no log.
+    """
+
+    policy: Callable[[], LoadedModel] | None = None
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    prompt_format: PromptFormat | None = None
+    seed: int = 0
+    device: str = "auto"
+    ledger: Path | None = None
 
 
 class Critic(Protocol):
@@ -60,6 +90,51 @@ class Critic(Protocol):
 
     def close(self) -> None:
         """Release connections, threads and files."""
+
+
+class ResponseCritic(ABC):
+    """Base of critics that judge one response at a time, at no cost: a subclass needs only ``score``.
+
+    A critic that asks a server, judges several responses at once or keeps its scores for the next run overrides ``stream``,
+    ``identity`` and ``close`` as well.
+    """
+
+    identity: str | None = None
+
+    @classmethod
+    def create(cls, options: CriticOptions, resources: CriticResources) -> Self:
+        """Return the critic for the settings of a command; this base ignores them."""
+        return cls()
+
+    @abstractmethod
+    def score(self, rollout: Rollout) -> Sequence[StepScore | float | None]:
+        """Return one score per step of ``rollout.steps``.
+
+        A number is in [-100, 100] for a step and in [0, 100] for one of kind ``final``; outside of it, or None, the score is
+        missing. A ``StepScore`` (see ``scored``, ``missing``) also says why.
+        """
+
+    def stream(self, rollouts: Iterable[Rollout]) -> Iterator[tuple[Rollout, list[StepScore]]]:
+        """Yield each rollout with its scores, in order, one at a time."""
+        for rollout in rollouts:
+            kinds = [step.kind for step in rollout.steps or ()]
+            given = self.score(rollout)
+            if len(given) != len(kinds):
+                raise ValueError(f"{len(given)} scores for the {len(kinds)} steps of {rollout.id}")
+            yield rollout, [_as_score(score, kind) for score, kind in zip(given, kinds, strict=True)]
+
+    def summary(self) -> dict[str, Any]:
+        """Return an empty dict: the scores cost nothing."""
+        return {}
+
+    def close(self) -> None:  # noqa: B027 (a default, which most critics keep)
+        """Do nothing: no resource is held."""
+
+
+def _as_score(given: StepScore | float | None, kind: str) -> StepScore:
+    if isinstance(given, StepScore):
+        return given
+    return missing("not_judged") if given is None else scored(float(given), kind)
 
 
 def score_all(critic: Critic, rollouts: Sequence[Rollout]) -> list[list[StepScore]]:

@@ -1,19 +1,13 @@
-"""The registry of critics: the values of ``--critic`` and the class behind each."""
+"""The registry of critics: the built-in values of ``--critic`` and the class behind each."""
 
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-from ssrctl.configs import CriticOptions, SamplingConfig
-from ssrctl.critics.base import Critic
-
-if TYPE_CHECKING:
-    from ssrctl.models.loading import LoadedModel
-    from ssrctl.text.prompts import PromptFormat
+from ssrctl.configs import CriticOptions, own_code
+from ssrctl.critics.base import Critic, CriticResources
+from ssrctl.critics.own_code import load, make_own_critic
 
 # Each class has a class method create(options, resources). Its module is imported only when the critic is chosen.
 CRITICS = {
@@ -24,32 +18,23 @@ CRITICS = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class CriticResources:
-    """Objects that a critic may need in addition to its options.
-
-    Attributes:
-        policy: loads the model whose continuations the rollout critic samples; called only by a critic that needs it.
-        sampling: settings of that sampling.
-        prompt_format: the way to the prompt of a record that has none; None leaves such records without a prompt.
-        seed: seed of that sampling.
-        device: device of the prm critic's model, as ``--device``.
-        ledger: file for the log of the llm critic's calls; None writes no log.
-    """
-
-    policy: Callable[[], LoadedModel] | None = None
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    prompt_format: PromptFormat | None = None
-    seed: int = 0
-    device: str = "auto"
-    ledger: Path | None = None
-
-
 def make_critic(options: CriticOptions, resources: CriticResources | None = None) -> Critic:
     """Return the critic that ``options.critic`` names.
 
     Raises:
-        UserError: the critic lacks a key, a package, a rubric or a model.
+        UserError: the critic lacks a key, a package, a rubric or a model; or it is a user's, and cannot be made.
     """
-    create: Callable[..., Critic] = pkgutil.resolve_name(CRITICS[options.critic]).create
-    return create(options, resources or CriticResources())
+    kind, resources = find_critic(options.critic), resources or CriticResources()
+    if options.critic not in CRITICS:
+        return make_own_critic(options.critic, kind, options, resources)
+    made: Critic = kind.create(options, resources)
+    return made
+
+
+def find_critic(name: str) -> Any:
+    """Import the class of a critic, built in or a user's.
+
+    Raises:
+        UserError: a user's class cannot be imported.
+    """
+    return pkgutil.resolve_name(CRITICS[name]) if name in CRITICS else load("critic", name, own_code.CRITICS)

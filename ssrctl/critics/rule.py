@@ -17,19 +17,14 @@ Errors that arithmetic cannot show (the wrong operation, a misread question) go 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
 
-from ssrctl.critics.base import missing, scored
+from ssrctl.configs import CriticOptions
+from ssrctl.critics.base import CriticResources, ResponseCritic, missing, scored
 from ssrctl.io.records import Rollout, StepScore
 from ssrctl.text.answers import Extraction, check_answer
 from ssrctl.text.equations import Equality, find_equalities
 from ssrctl.text.quantities import given_numbers, numbers_of_words
-
-if TYPE_CHECKING:
-    from ssrctl.configs import CriticOptions
-    from ssrctl.critics.registry import CriticResources
 
 WRONG, MISPLACED, UNSOURCED, RIGHT = -100.0, -50.0, 50.0, 100.0
 _CHAIN = re.compile(r"\s*(\d{1,18})((?:[-+*]\d{1,18})+)\s*=\s*\?\s*")
@@ -38,10 +33,8 @@ _LINK = re.compile(r"([-+*])(\d+)")
 _COMMON = frozenset(Fraction(number) for number in (0, 1, 2, 100))
 
 
-class RuleCritic:
+class RuleCritic(ResponseCritic):
     """The critic that the module's docstring describes."""
-
-    identity: str | None = None  # its scores cost nothing
 
     def __init__(self, answer_extraction: Extraction = "strict") -> None:
         self.answer_extraction = answer_extraction
@@ -51,17 +44,9 @@ class RuleCritic:
         """Return the critic; it needs no resources."""
         return cls(options.answer_extraction)
 
-    def stream(self, rollouts: Iterable[Rollout]) -> Iterator[tuple[Rollout, list[StepScore]]]:
-        """Yield each rollout with its scores, in order, one at a time."""
-        for rollout in rollouts:
-            yield rollout, _score_one(rollout, self.answer_extraction)
-
-    def summary(self) -> dict[str, Any]:
-        """Return an empty dict: the scores cost nothing."""
-        return {}
-
-    def close(self) -> None:
-        """Do nothing: no resource is held."""
+    def score(self, rollout: Rollout) -> list[StepScore]:
+        """Return the score of each step."""
+        return _score_one(rollout, self.answer_extraction)
 
 
 def _score_one(rollout: Rollout, answer_extraction: Extraction) -> list[StepScore]:

@@ -34,6 +34,28 @@ def kept_bytes_sent(
     return kept * bits_per_coordinate(unit_share, itemsize) / 8 * (processes - 1) / processes
 
 
+def sharded_bytes_sent(
+    num_coordinates: int, *, itemsize: int, questions: int, units: float, sampling_passes: int, processes: int
+) -> float:
+    """Return the bytes that a process sends per step of a sharded model: its shard, or a gradient's other shards, to all.
+
+    Args:
+        num_coordinates: of the model.
+        itemsize: bytes of a weight and of a gradient value.
+        questions: of a step.
+        units: of a question: each gathers the weights for its backward pass and sums a gradient; one forward pass for all.
+        sampling_passes: passes that gather the weights to sample with; 1 where they are gathered once.
+        processes: number of them.
+    """
+    moved = sampling_passes + questions * (1 + 2 * units)
+    return moved * num_coordinates * itemsize * (processes - 1) / processes
+
+
+def scattered_bytes_sent(num_coordinates: int, *, itemsize: int, processes: int) -> float:
+    """Return the bytes that a process sends in a reduce-scatter of the whole gradient around a ring."""
+    return num_coordinates * itemsize * (processes - 1) / processes
+
+
 def dense_bytes_sent(num_coordinates: int, *, itemsize: int, processes: int) -> float:
     """Return the bytes that a process sends in an all-reduce of the whole gradient around a ring."""
-    return 2 * num_coordinates * itemsize * (processes - 1) / processes
+    return 2 * scattered_bytes_sent(num_coordinates, itemsize=itemsize, processes=processes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -12,7 +12,7 @@ from pydantic import ConfigDict, StrictBool, StrictInt
 
 from ssrctl.errors import UserError
 from ssrctl.io.checked import Number, checked
-from ssrctl.io.jsonl import read_jsonl
+from ssrctl.io.jsonl import read_jsonl, write_jsonl
 from ssrctl.io.row_fields import Reference, is_empty, is_messages, lookup, message_text, read_answer, read_messages
 
 
@@ -177,6 +177,11 @@ def read_rollouts(
     """Yield the rollouts of a jsonl file, checked; see ``read_jsonl`` and ``Rollout.from_dict`` for errors."""
     for where, row in read_jsonl(path, on_torn=on_torn):
         yield Rollout.from_dict(row, where=where, needs=needs)
+
+
+def write_rollouts(path: str | Path, rollouts: Iterable[Rollout]) -> int:
+    """Write rollouts as jsonl, whole or not at all; return their number. ``-`` is stdout."""
+    return write_jsonl(path, (rollout.to_dict() for rollout in rollouts))
 
 
 def _with_our_fields(row: dict[str, Any], where: str) -> dict[str, Any]:

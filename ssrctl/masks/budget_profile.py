@@ -20,7 +20,7 @@ from ssrctl.io.budget_file import MassCurve, ShareCurve
 from ssrctl.io.records import Rollout
 from ssrctl.models.loading import LoadedModel
 from ssrctl.sampling.alignment import step_of_tokens, token_starts
-from ssrctl.sampling.generate import end_token_ids
+from ssrctl.sampling.endings import end_token_ids
 from ssrctl.text.prompts import encode_prompt
 from ssrctl.training.unit_gradients import GroupBatch, NonFiniteLoss, make_batch, response_logprobs, unit_gradients
 

@@ -19,7 +19,7 @@ from ssrctl.measures.maths.update_matrix import Unmeasured, UpdateMatrix
 
 
 class HasNumbers(Protocol):
-    """A measure of one matrix as report.json holds it."""
+    """A measure of one matrix as the json report holds it."""
 
     def numbers(self) -> dict[str, Any]:
         """Return the numbers by name."""
@@ -62,7 +62,7 @@ class MatrixResult(Generic[Row, Value]):
     skipped: dict[str, str]
 
     def numbers(self) -> dict[str, Any]:
-        """Return the form that report.json holds; without any matrix, what was skipped only."""
+        """Return the form of the json report; without any matrix, what was skipped only."""
         if not self.shapes:
             return {"skipped": listed(self.skipped)}
         rows = self.rows.numbers(tensor=lambda name, one: {"shape": list(self.shapes[name])} | one.numbers())
@@ -138,5 +138,5 @@ class MatrixMeasure(PairMeasure[dict[str, OfMatrix[Value]], MatrixResult[Row, Va
 
 
 def listed(reasons: Mapping[str, str]) -> list[dict[str, str]]:
-    """Return names and reasons as report.json holds them."""
+    """Return names and reasons as the json report holds them."""
     return [{"name": name, "reason": reason} for name, reason in reasons.items()]

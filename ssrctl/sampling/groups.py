@@ -14,8 +14,9 @@ from ssrctl.io.problems import Problem
 from ssrctl.io.records import FinalAnswer, Rollout, StepSpan
 from ssrctl.models.loading import LoadedModel
 from ssrctl.sampling.alignment import step_of_tokens, token_starts
-from ssrctl.sampling.generate import TransformersSampler, response_limit
-from ssrctl.sampling.sampler import Request, Sample, Sampler, sample_all
+from ssrctl.sampling.endings import response_limit
+from ssrctl.sampling.engines.base import Engine, Request, Sample, sample_all
+from ssrctl.sampling.engines.transformers_engine import TransformersEngine
 from ssrctl.text.prompts import PromptFormat, build_prompt, encode_prompt, shown_prompt, use_chat_template
 from ssrctl.text.segment import segment
 
@@ -38,12 +39,14 @@ class Group:
         samples: tokens and log-probabilities.
         rollouts: the records, in the same order, with ``steps`` filled and, after scoring, ``scores``.
         token_steps: per response, the step of each token (-1 throughout where the response has no step).
+        response_rewards: per response, the reward of ``--reward``; None without one.
     """
 
     prompted: Prompted
     samples: list[Sample]
     rollouts: list[Rollout]
     token_steps: list[list[int]]
+    response_rewards: list[float | None] | None = None
 
     @property
     def id(self) -> str:
@@ -52,6 +55,20 @@ class Group:
     def rewards(self) -> list[list[float | None]]:
         """Per response, the reward of each step; None where missing."""
         return [[score.reward for score in rollout.scores or ()] for rollout in self.rollouts]
+
+
+def join_groups(parts: Sequence[tuple[Sequence[int], Group]]) -> Group:
+    """Join the parts of a group, each given with the numbers of its responses, in the order of these."""
+    order = sorted(
+        (number, place, part) for part, (numbers, _) in enumerate(parts) for place, number in enumerate(numbers)
+    )
+    rows = [(parts[part][1], place) for _, place, part in order]
+    return Group(
+        parts[0][1].prompted,
+        [group.samples[place] for group, place in rows],
+        [group.rollouts[place] for group, place in rows],
+        [group.token_steps[place] for group, place in rows],
+    )
 
 
 def prepare_prompts(
@@ -109,7 +126,8 @@ def sample_groups(
     num_generations: int,
     seed: int,
     segmentation: SegmentOptions | None = None,
-    sampler: Sampler | None = None,
+    engine: Engine | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> list[Group]:
     """Sample ``num_generations`` responses per prompt and segment them.
 
@@ -120,26 +138,29 @@ def sample_groups(
         num_generations: G, responses per question.
         seed: seed of the sampling; each response derives its own from it, the question's id and its number.
         segmentation: settings of the segmentation into steps; None is the default.
-        sampler: the engine; None is transformers in this process.
+        engine: samples the responses; None is transformers in this process.
+        numbers: ascending numbers of the responses to sample, in place of all G.
 
     Raises:
-        UserError: the sampler returned fewer responses than asked for.
+        UserError: the engine returned fewer responses than asked for.
     """
+    numbers = range(num_generations) if numbers is None else numbers
     seen: Counter[str] = Counter()  # a question that is there twice gets other responses the second time
     requests = []
     for prompt in prompts:
         again, seen[prompt.problem.id] = seen[prompt.problem.id], seen[prompt.problem.id] + 1
         requests += [
             response_request(loaded, prompt, sampling, derive_seed(seed, "response", prompt.problem.id, number, again))
-            for number in range(num_generations)
+            for number in numbers
         ]
-    samples = sample_all(sampler or TransformersSampler(loaded, sampling), requests)
+    samples = sample_all(engine or TransformersEngine(loaded, sampling), requests)
     cuts = (segmentation or SegmentOptions()).segment_arguments
     groups = []
     for place, prompt in enumerate(prompts):
-        mine = samples[place * num_generations : (place + 1) * num_generations]
+        mine = samples[place * len(numbers) : (place + 1) * len(numbers)]
         rollouts = [
-            record_of(prompt, number, sample, steps=segment(sample.text, **cuts)) for number, sample in enumerate(mine)
+            record_of(prompt, number, sample, steps=segment(sample.text, **cuts))
+            for number, sample in zip(numbers, mine, strict=True)
         ]
         groups.append(
             Group(prompt, mine, rollouts, [_token_steps(loaded, r, s) for r, s in zip(rollouts, mine, strict=True)])

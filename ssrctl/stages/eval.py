@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import json
@@ -11,12 +10,14 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ssrctl.checkpoints.delta import apply_delta, load_delta
+from ssrctl.checkpoints.delta import DeltaFile, apply_delta
 from ssrctl.checkpoints.run_dir import RunDir, find_delta
 from ssrctl.configs import TINY, TINY_DATASET, EvalConfig, current_names
 from ssrctl.core.seeds import derive_seed
 from ssrctl.errors import Interrupted, UserError
 from ssrctl.evaluation.accuracy import GROUP_COLUMNS, compare, compare_all, summarise, with_reference
+from ssrctl.evaluation.eval_page import SAMPLES, SUMMARY, eval_document, read_evaluation
+from ssrctl.evaluation.run_page import PAGE
 from ssrctl.io import console, manifest
 from ssrctl.io.files import existing_file, write_text
 from ssrctl.io.formats.registry import read_formatted
@@ -27,6 +28,7 @@ from ssrctl.io.records import Rollout, read_rollouts
 from ssrctl.io.row_fields import Reference
 from ssrctl.process_rank import num_launched
 from ssrctl.report.formats import times
+from ssrctl.report.write import write_last_page
 from ssrctl.text.answers import check_answers
 
 if TYPE_CHECKING:  # grading given responses loads no torch
@@ -36,7 +38,7 @@ if TYPE_CHECKING:  # grading given responses loads no torch
     from ssrctl.models.loading import LoadedModel
     from ssrctl.sampling.groups import Prompted
 
-SAMPLES, SUMMARY, SETTINGS = "samples.jsonl", "summary.json", "settings.json"
+SETTINGS = "settings.json"
 _COUNTED = ("num_tokens", "finished", *GROUP_COLUMNS)  # what the summary reads of a record besides its verdict
 MOST_BATCHES = 8  # in a chunk, the part that one process draws at a time; a small evaluation has as many chunks
 GRADING_BATCH = 256  # responses read, compared in parallel and written at once
@@ -101,6 +103,9 @@ def _run(config: EvalConfig, found: _Found, baseline: list[Rollout] | None, *, i
     write_text(config.output_dir / SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     if not config.json:
         _show(summary, config)
+    if config.report:
+        folder = config.output_dir
+        write_last_page(lambda: eval_document([read_evaluation(folder, folder.resolve().name)]), folder / PAGE)
     return summary
 
 
@@ -267,52 +272,45 @@ def _draw(config: EvalConfig, loaded: LoadedModel, prompts: Sequence[Prompted], 
     Each sample has its own seed, so a continuation draws the same. What goes through the model together is a chunk's,
     whatever the number of processes.
     """
+    from ssrctl.distributed.dividing import Spread, divide
+
     per_run = config.num_samples
     jobs = [(p, run * per_run + number) for run in range(config.runs) for p in prompts for number in range(per_run)]
+    size = config.sampling_batch_size
+    width = max(size, min(MOST_BATCHES * size, len(jobs) // MOST_BATCHES))
     path = config.output_dir / SAMPLES
-    with contextlib.ExitStack() as stack:
-        log = stack.enter_context(JsonlLog(path)) if world.is_main else None
-        done = world.on_main(lambda: {s.id for s in _read_samples(path.parent)} if path.stat().st_size else set())
-        if done:
-            console.note(f"{len(done)} of {len(jobs)} samples are already in {path}")
-        bar = stack.enter_context(console.progress(unit="samples"))
-        task = bar.add_task("eval", total=len(jobs), completed=len(done), status="")
 
-        def write(rows: Sequence[dict[str, Any]]) -> None:
-            assert log is not None
-            for row in rows:
-                log.append(row)
-            bar.update(task, advance=len(rows))
+    def draw(spread: Spread[list[int], list[dict[str, Any]]]) -> None:
+        with JsonlLog(path) as log, console.progress(unit="samples") as bar:
+            done = {s.id for s in _read_samples(path.parent)} if path.stat().st_size else set()
+            if done:
+                console.note(f"{len(done)} of {len(jobs)} samples are already in {path}")
+            task = bar.add_task("eval", total=len(jobs), completed=len(done), status="")
+            missing = [f"{p.problem.id}/{number}" not in done for p, number in jobs]
+            chunks = (
+                [place for place in range(start, min(start + width, len(jobs))) if missing[place]]
+                for start in range(0, len(jobs), width)
+            )
+            for rows in spread(filter(None, chunks)):
+                for row in rows:
+                    log.append(row)
+                bar.update(task, advance=len(rows))
 
-        size = config.sampling_batch_size
-        width = max(size, min(MOST_BATCHES * size, len(jobs) // MOST_BATCHES))
-        chunks = [jobs[start : start + width] for start in range(0, len(jobs), width)]
-        missing = [[(p, number) for p, number in chunk if f"{p.problem.id}/{number}" not in done] for chunk in chunks]
-        chunks = [chunk for chunk in missing if chunk]
-        for first in range(0, len(chunks), world.size):
-            mine = chunks[first : first + world.size][world.rank :][:1]
-            rows = itertools.chain(*(_chunk(config, loaded, chunk) for chunk in mine))
-            if world.size == 1:
-                for batch in rows:
-                    write(batch)
-            else:
-                for found in world.gather_on_main(list(rows)):
-                    for batch in found:
-                        write(batch)
+    divide(world, lambda chunk: _chunk(config, loaded, [jobs[place] for place in chunk]), draw)
 
 
 def _chunk(
     config: EvalConfig, loaded: LoadedModel, chunk: Sequence[tuple[Prompted, int]]
 ) -> Iterator[list[dict[str, Any]]]:
     """Yield the graded records of a chunk of samples, a batch at a time, in the order in which they are complete."""
-    from ssrctl.sampling.generate import TransformersSampler
+    from ssrctl.sampling.engines.transformers_engine import TransformersEngine
     from ssrctl.sampling.groups import record_of, response_request
 
     requests = [
         response_request(loaded, p, config, derive_seed(config.seed, "eval", p.problem.id, number))
         for p, number in chunk
     ]
-    drawn = TransformersSampler(loaded, config).sample(requests)
+    drawn = TransformersEngine(loaded, config).sample(requests)
     while batch := list(itertools.islice(drawn, config.sampling_batch_size)):
         pairs = [(sample.text, chunk[place][0].problem.answer) for place, sample in batch]
         finals = check_answers(pairs, extraction=config.answer_extraction)
@@ -354,9 +352,8 @@ def _with_checkpoint(config: EvalConfig) -> EvalConfig:
 def _apply_checkpoint(config: EvalConfig, loaded: LoadedModel) -> int:
     if config.checkpoint is None:
         return 0
-    path = find_delta(config.checkpoint)
-    delta = load_delta(path)
-    apply_delta(delta, dict(loaded.model.named_parameters()), loaded.identity.fingerprint, path)
+    delta = DeltaFile(find_delta(config.checkpoint))
+    apply_delta(delta, dict(loaded.model.named_parameters()), loaded.identity.fingerprint)
     return delta.count
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
+import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,35 +17,52 @@ from ssrctl.configs import TINY, TrainConfig
 from ssrctl.core.budget import SHOWN_STEPS, Grant, grant
 from ssrctl.core.mask import BlockMask
 from ssrctl.core.seeds import derive_seed
-from ssrctl.critics.base import Critic
-from ssrctl.critics.registry import CriticResources, make_critic
-from ssrctl.distributed.traffic import dense_bytes_sent, kept_bytes_sent
+from ssrctl.critics.base import Critic, CriticResources
+from ssrctl.critics.own_code import OwnCritic
+from ssrctl.critics.registry import CRITICS, find_critic, make_critic
+from ssrctl.critics.rewards import RewardFunction, Rewards, load_rewards, make_rewards
+from ssrctl.distributed.dealing import teams
+from ssrctl.distributed.sharding import ShardedModel
+from ssrctl.distributed.traffic import dense_bytes_sent, kept_bytes_sent, scattered_bytes_sent, sharded_bytes_sent
 from ssrctl.distributed.world import World, joined_world
 from ssrctl.errors import UserError
+from ssrctl.evaluation.run_page import CRITIC_CALLS, PAGE, read_run, run_document
 from ssrctl.io import console
 from ssrctl.io.artifacts import ModelIdentity, load_mask_for
 from ssrctl.io.budget_file import MIN_PROBLEMS, load_budget_profile, shipped_budget_profile
 from ssrctl.io.locks import locked_folder
 from ssrctl.io.package_data import profile_path
 from ssrctl.io.problems import load_problems
-from ssrctl.models.loading import UNREAD, LoadedModel, describe_model, folder_of, load_model, load_skeleton
-from ssrctl.models.precision import describe_precision, itemsize_of, settle_dtype
+from ssrctl.models.loading import (
+    UNREAD,
+    LoadedModel,
+    describe_model,
+    folder_of,
+    free_bytes,
+    load_model,
+    load_skeleton,
+)
+from ssrctl.models.precision import describe_precision, itemsize_of, repeat_sums, resolve_device, settle_dtype
 from ssrctl.models.stored_parameters import check_exportable
+from ssrctl.process_rank import local_rank
+from ssrctl.report.write import write_last_page
 from ssrctl.sampling.agreement import agree
+from ssrctl.sampling.engines.vllm_engine import served_engine
 from ssrctl.sampling.groups import Prompted, describe_prompt, prepare_prompts
 from ssrctl.text.prompts import load_prompt_format
-from ssrctl.training.checkpointing import enable_checkpointing
+from ssrctl.training.checkpointing import enable_checkpointing, outer_layers
 from ssrctl.training.lr_sweep import find_lr, sweep
 from ssrctl.training.memory_plan import memory_facts, settle_step_gradient
 from ssrctl.training.resuming import open_run, run_folder
+from ssrctl.training.time_plan import num_units, time_shares
 from ssrctl.training.tracking import check_tracker
 from ssrctl.training.trainer import Trainer, input_hashes, questions_of_step
 from ssrctl.training.training_step import TrainingStep
 from ssrctl.training.unit_gradients import trainable
 from ssrctl.training.unit_observer import UnitObserver
 from ssrctl.training.updaters import frozen_coordinates, make_updater, updater_kind
+from ssrctl.training.weight_pushes import WeightPushes
 
-CRITIC_CALLS = "critic_calls.jsonl"
 ASSUMED_PROMPT_TOKENS = 256  # in plans for a model without a tokenizer
 ACTIVATION_BYTES_PER_PARAMETER = 2.0  # a rough allowance for graphs and caches in the memory check
 
@@ -54,37 +74,132 @@ def run(config: TrainConfig) -> dict[str, Any] | None:
         UserError: settings or inputs that cannot be used.
         Interrupted: after Ctrl-C or SIGTERM, with a checkpoint of the last whole step written.
     """
+    if config.critic not in CRITICS:
+        find_critic(config.critic)  # an error of a user's module is to be known now
+    return _start(config, _Judges(load_rewards(config.reward)))
+
+
+def train(
+    config: TrainConfig, *, critic: Critic | None = None, rewards: Sequence[RewardFunction] = ()
+) -> dict[str, Any] | None:
+    """Train as ``ssrctl train`` does, with a critic and rewards that may be objects of the caller.
+
+    Args:
+        config: the run's settings. With ``critic`` or ``rewards`` its settings of that name become the names of these.
+        critic: scores the steps, in place of ``config.critic``; it is closed at the end.
+        rewards: their sum is the reward of a response, in place of ``config.reward``.
+
+    Returns:
+        ``run`` (the run directory), ``steps``, ``accuracy_last_10``, ``changed_frac``; with ``dry_run`` the plan, with
+        ``find_lr`` the rates that were tried; None in the processes of a job that are not the main one.
+
+    Raises:
+        UserError: settings or inputs that cannot be used.
+        Stopped: the critic or a reward failed, or a limit was reached; a checkpoint of the last whole step is written.
+        Interrupted: after Ctrl-C or SIGTERM, with a checkpoint of the last whole step written.
+    """
+    if critic is not None:
+        config = dataclasses.replace(config, critic=_name_of(type(critic)))
+    if rewards:
+        config = dataclasses.replace(config, reward=[_name_of(function) for function in rewards])
+        own = make_rewards(list(zip(config.reward, rewards, strict=True)))
+    else:
+        own = load_rewards(config.reward)
+    return _start(config, _Judges(own, None if critic is None else OwnCritic(config.critic, critic)))
+
+
+def _name_of(part: Any) -> str:
+    """Return ``module:name`` of a class or function; of another object, the name of its class."""
+    name = getattr(part, "__name__", type(part).__name__)
+    return f"{getattr(part, '__module__', '') or type(part).__module__}:{name if name.isidentifier() else 'function'}"
+
+
+@dataclass(frozen=True)
+class _Judges:
+    """Objects that judge the responses: the rewards, and the caller's critic in place of the one of the settings."""
+
+    rewards: Rewards | None
+    critic: Critic | None = None
+
+    def make_critic(self, config: TrainConfig, loaded: LoadedModel, ledger: Path | None = None) -> Critic:
+        """Return the caller's critic, or make the one of ``--critic``."""
+        if self.critic is not None:
+            return self.critic
+        seed = derive_seed(config.seed, "critic")
+        resources = CriticResources(
+            policy=lambda: loaded, sampling=config, seed=seed, device=str(loaded.device), ledger=ledger
+        )
+        return make_critic(config, resources)
+
+
+def _start(config: TrainConfig, judges: _Judges) -> dict[str, Any] | None:
     console.note(describe_model(config))
+    _check_masks_exist(config)
     check_tracker(config.report_to)
     with joined_world(config.device) as world:
         config = settle_dtype(config)
         _check_processes(config, world)
         run_dir = world.on_main(lambda: run_folder(config))
         if config.dry_run or config.find_lr or not world.is_main:
-            return _run(config, run_dir, world)
+            return _run(config, run_dir, world, judges)
         with locked_folder(run_dir.path):
-            return _run(config, run_dir, world)
+            return _run(config, run_dir, world, judges)
+
+
+def _check_masks_exist(config: TrainConfig) -> None:
+    """Raise a UserError for a mask that is not there, before a model or a data set is fetched."""
+    for name in ("protect", "mask"):
+        path = getattr(config, name)
+        if path is not None and not os.path.exists(path):  # noqa: PTH110 (Path.exists raises for names that are too long)
+            raise UserError(
+                f"--{name} {path} not found",
+                "make it with `ssrctl superweights` or `ssrctl mask`; `ssrctl recipes NAME` prints the commands of a recipe",
+            )
 
 
 def _check_processes(config: TrainConfig, world: World) -> None:
     """Raise a UserError for what several processes cannot divide."""
     processes = max(world.size, config.num_processes or 1)
-    if processes > config.questions_per_step:
+    questions, responses = config.questions_per_step, config.questions_per_step * config.num_generations
+    if config.rollout_engine != "transformers" and (processes > 1 or config.find_lr):
         raise UserError(
-            f"{processes} processes for {config.questions_per_step} questions in a step: some would have none",
-            f"use --questions-per-step {processes} or more, or fewer processes",
+            f"--rollout-engine {config.rollout_engine} samples for a run of one process, without --find-lr",
+            "use --rollout-engine transformers there",
         )
-    if world.size > 1 and config.find_lr:
+    if config.sharding != "none":
+        if processes > config.num_generations:
+            console.warn(
+                f"{processes} processes for {config.num_generations} responses to a question: "
+                f"{processes - config.num_generations} hold a shard and have no response to learn from "
+                f"(--num-generations {processes} would give each one)"
+            )
+        return
+    if processes > responses:
         raise UserError(
-            f"--find-lr runs in one process, {world.size} were launched", "run it without a launcher, then train with N"
+            f"{processes} processes for {responses} responses in a step ({questions} questions of "
+            f"{config.num_generations}): some would have none",
+            f"use {responses} processes or fewer, or more --questions-per-step or --num-generations",
+        )
+    if processes <= questions:
+        return
+    split = f"{processes} processes for {questions} questions in a step share the responses of a question"
+    if config.scope == "tensor":
+        raise UserError(
+            f"{split}, whose gradients are summed first, and --scope tensor selects before that",
+            f"use --scope global, or --questions-per-step {processes} or more",
+        )
+    if config.step_gradient == "local":
+        raise UserError(
+            f"{split}, and --step-gradient local depends on all of them",
+            f"use an exact way, or --questions-per-step {processes} or more",
         )
 
 
-def _run(config: TrainConfig, run_dir: RunDir, world: World) -> dict[str, Any] | None:
+def _run(config: TrainConfig, run_dir: RunDir, world: World, judges: _Judges) -> dict[str, Any] | None:
     checkpoint = open_run(config, run_dir)
     prompt_format = load_prompt_format(config)
     problems = load_problems(config, "train", derive_seed(config.seed, "problems"))
-    loaded = _load(config)
+    loaded, sharded = _load(config, world)
     protected = _mask_at(config.protect, config, loaded)
     mask = _mask_at(config.mask, config, loaded)
     _check_trainable(config, loaded, protected, mask)
@@ -109,20 +224,13 @@ def _run(config: TrainConfig, run_dir: RunDir, world: World) -> dict[str, Any] |
     _warn_about_sampling(config)
     if config.dry_run:
         plan = _plan(config, loaded, protected, mask, profile_name, grants, len(prompts) or len(problems), run_dir)
-        plan |= memory_facts(config, loaded, longest, trained_frac)
-        plan |= _exchange_plan(config, loaded, max(world.size, config.num_processes or 1))
+        processes = max(world.size, config.num_processes or 1)
+        plan |= memory_facts(config, loaded, longest, trained_frac, 1 if config.sharding == "none" else processes)
+        plan |= _step_plan(config, loaded, longest, processes)
         plan["first_prompt"] = first_prompt
         console.show_plan("plan", plan)
         return plan
-    if config.find_lr:
-        questions = functools.partial(questions_of_step, prompts=prompts, config=config)
-        with contextlib.closing(_critic(config, loaded)) as critic:
-            return find_lr(sweep(loaded, critic, config, questions, curve, protected, mask))
-    settled = settle_step_gradient(config, loaded, longest, trained_frac)
-    parameters = trainable(loaded.model)
-    updater = make_updater(parameters, config, protected, mask, world)
-    observer = UnitObserver(parameters, config, frozen_coordinates(protected, mask))
-    ledger = run_dir.path / CRITIC_CALLS if config.critic == "llm" else None
+    settled = config if sharded is not None else settle_step_gradient(config, loaded, longest, trained_frac)
     more = {
         **{f"contents of {name}": found for name, found in input_hashes(config).items()},
         "budget curve": list(curve),
@@ -132,23 +240,90 @@ def _run(config: TrainConfig, run_dir: RunDir, world: World) -> dict[str, Any] |
     }
     agree(world, config, loaded, prompts, more)
     scores_here = world.is_main or config.critic == "rollout"
-    with contextlib.closing(_critic(config, loaded, ledger)) if scores_here else contextlib.nullcontext() as critic:
-        step = TrainingStep(loaded, critic, updater, settled, curve, observer, world=world)
+    ledger = run_dir.path / CRITIC_CALLS if config.critic == "llm" and not config.find_lr else None
+    made = contextlib.closing(judges.make_critic(config, loaded, ledger)) if scores_here else contextlib.nullcontext()
+    with made as critic:
+        if config.find_lr:
+            questions = functools.partial(questions_of_step, prompts=prompts, config=config)
+            tried = sweep(
+                loaded, critic, settled, questions, curve, protected, mask, rewards=judges.rewards, world=world
+            )
+            return find_lr(tried)
+        parameters = trainable(loaded.model)
+        observer = None
+        if sharded is None:
+            observer = UnitObserver(parameters, config, frozen_coordinates(protected, mask))
+        updater = make_updater(parameters, config, protected, mask, world, sharded)
+        engine = served_engine(config, loaded)
+        pushes = None
+        if engine is not None:
+            pushes = WeightPushes(engine, updater, dict(parameters), verify_every=config.verify_engine_every)
+        step = TrainingStep(
+            loaded,
+            critic,
+            updater,
+            settled,
+            curve,
+            observer,
+            pushes,
+            world=world,
+            sharded=sharded,
+            rewards=judges.rewards,
+        )
         trainer = Trainer(config, loaded, run_dir, prompts, step)
         if checkpoint is None:
             trainer.start(profile_name)
         else:
             trainer.resume(checkpoint)
-        return trainer.train()
+        if engine is not None:
+            engine.connect()
+        summary = trainer.train()
+    if config.report and world.is_main:
+        folder = run_dir.path
+        write_last_page(lambda: run_document([read_run(folder, folder.resolve().name)]), folder / PAGE)
+    return summary
 
 
-def _load(config: TrainConfig) -> LoadedModel:
+def _load(config: TrainConfig, world: World) -> tuple[LoadedModel, ShardedModel | None]:
     """Load the model; for a plan read its config only, unless it is the one that comes with the package."""
     if config.dry_run and config.model != TINY:
-        return load_skeleton(config)
-    loaded = load_model(
-        config, bytes_per_parameter=_update_bytes(config, itemsize_of(config)) + ACTIVATION_BYTES_PER_PARAMETER
-    )
+        return load_skeleton(config), None
+    beside = _update_bytes(config, itemsize_of(config)) + ACTIVATION_BYTES_PER_PARAMETER
+    if config.sharding == "none" or world.size == 1:
+        loaded = load_model(config, bytes_per_parameter=beside)
+        return _prepared(config, loaded), None
+    sharded = None
+    for turn in range(1 + max(world.gather(local_rank()))):  # a machine holds one whole model at a time
+        if turn == local_rank():
+            on_cpu = dataclasses.replace(config, device="cpu")
+            loaded = _prepared(config, load_model(on_cpu, bytes_per_parameter=beside / world.size))
+            sharded = ShardedModel(loaded.model, outer_layers(loaded.model), world)
+        world.wait()
+    assert sharded is not None
+    repeat_sums(world.device)
+    sharded.begin()
+    console.note(f"weights, gradients and state are sharded over {world.size} processes (FSDP2)")
+    _check_whole_weights(config, loaded, world)
+    return loaded, sharded
+
+
+def _check_whole_weights(config: TrainConfig, loaded: LoadedModel, world: World) -> None:
+    """Refuse to gather the whole weights for sampling where they do not fit beside the shards."""
+    found = free_bytes(world.device)
+    sharing = (
+        1 if world.device.type == "cuda" else 1 + max(world.gather(local_rank()))
+    )  # the machine's memory is shared
+    free = min(world.gather(math.inf if found is None else found / sharing))
+    needed = loaded.num_parameters * itemsize_of(config, loaded.model)
+    if config.sampling_weights == "whole" and needed > free:
+        raise UserError(
+            f"sampling would gather {needed / 2**30:.3g} GiB of weights in each process, {max(free, 0) / 2**30:.3g} GiB are "
+            "free",
+            "use --sampling-weights shards, or --dtype bfloat16",
+        )
+
+
+def _prepared(config: TrainConfig, loaded: LoadedModel) -> LoadedModel:
     console.note(describe_precision(loaded.model))
     if config.gradient_checkpointing:
         enable_checkpointing(loaded.model)
@@ -159,14 +334,6 @@ def _load(config: TrainConfig) -> LoadedModel:
 def _update_bytes(config: TrainConfig, itemsize: int) -> float:
     """Return the bytes per weight of the update's gradient and state, and of the start weights that ``--beta`` keeps."""
     return updater_kind(config).bytes_per_parameter(config, itemsize) + (itemsize if config.beta else 0)
-
-
-def _critic(config: TrainConfig, loaded: LoadedModel, ledger: Path | None = None) -> Critic:
-    seed = derive_seed(config.seed, "critic")
-    resources = CriticResources(
-        policy=lambda: loaded, sampling=config, seed=seed, device=str(loaded.device), ledger=ledger
-    )
-    return make_critic(config, resources)
 
 
 def _budget_curve(config: TrainConfig, model: ModelIdentity) -> tuple[Sequence[float], str]:
@@ -279,6 +446,7 @@ def _plan(
         "most_response_tokens": responses * config.max_new_tokens,
         "critic": config.critic,
         "critic_calls": responses if config.critic == "llm" else 0,
+        "reward": config.reward or "of the final answer",
         "learning_rate": config.resolved_learning_rate,
         "budget_profile": profile_name,
         "budget_rule": config.budget_rule,
@@ -295,27 +463,74 @@ def _plan(
     }
 
 
-def _exchange_plan(config: TrainConfig, loaded: LoadedModel, processes: int) -> dict[str, Any]:
-    """Return the part of the plan about several processes; with one, nothing is sent."""
-    if processes == 1:
-        return {"num_processes": 1}
+def _step_plan(config: TrainConfig, loaded: LoadedModel, prompt_tokens: int, processes: int) -> dict[str, Any]:
+    """Return the part of the plan about several processes, and where the time of a step goes; one process sends nothing."""
     stored, count = itemsize_of(config, loaded.model), loaded.num_parameters
-    dense = dense_bytes_sent(count, itemsize=stored, processes=processes)
-    sent, held = dense, 0.0
-    if config.optimizer == "kronos":
-        sent = kept_bytes_sent(
-            count,
-            itemsize=stored,
-            questions=config.questions_per_step,
-            budget=config.budget,
-            unit_share=min(config.max_step_budget, config.budget),
-            processes=processes,
-        )
-        # its own questions wait for the others', packed and not, and one that is received is unpacked
-        held = (2 * math.ceil(config.questions_per_step / processes) + 2) * config.budget * count * (2 + stored)
-    return {
-        "num_processes": processes,
-        "gib_per_process": round((count * (stored + _update_bytes(config, stored)) + held) / 2**30, 3),
-        "mib_sent_per_step_and_process": round(sent / 2**20, 3),
-        "mib_of_a_dense_all_reduce": round(dense / 2**20, 3),
-    }
+    plan: dict[str, Any] = {"num_processes": processes}
+    sent = 0.0
+    if processes > 1:
+        exchange = _exchange_of_replicas if config.sharding == "none" else _exchange_of_shards
+        sent, held, more = exchange(config, count, stored, processes)
+        plan |= {
+            **more,
+            "gib_per_process": round(held / 2**30, 3),
+            "mib_sent_per_step_and_process": round(sent / 2**20, 3),
+        }
+    shares = time_shares(
+        config,
+        loaded.model,
+        prompt_tokens,
+        device=resolve_device(config.device).type,
+        itemsize=stored,
+        processes=processes,
+        sent=sent,
+    )
+    return plan | {"shares_of_a_step": {name: round(share, 3) for name, share in shares.items()}}
+
+
+def _exchange_of_shards(
+    config: TrainConfig, count: int, itemsize: int, processes: int
+) -> tuple[float, float, dict[str, Any]]:
+    """Return the bytes that a process sends per step, those that it holds, and further facts, with ``--sharding``."""
+    whole = config.sampling_weights == "whole"
+    sent = sharded_bytes_sent(
+        count,
+        itemsize=itemsize,
+        questions=config.questions_per_step,
+        units=num_units(config),
+        sampling_passes=1 if whole else math.ceil(config.questions_per_step / processes) * config.max_new_tokens,
+        processes=processes,
+    )
+    facts = {"gib_of_whole_weights_in_sampling": round(count * itemsize / 2**30, 3) if whole else 0.0}
+    return (
+        sent,
+        count * (itemsize + _update_bytes(config, itemsize)) / processes,
+        {"sharding": config.sharding, **facts},
+    )
+
+
+def _exchange_of_replicas(
+    config: TrainConfig, count: int, itemsize: int, processes: int
+) -> tuple[float, float, dict[str, Any]]:
+    """As ``_exchange_of_shards``, of processes that each hold the whole model."""
+    questions = config.questions_per_step
+    held = count * (itemsize + _update_bytes(config, itemsize))
+    dense = dense_bytes_sent(count, itemsize=itemsize, processes=processes)
+    facts: dict[str, Any] = {"mib_of_a_dense_all_reduce": round(dense / 2**20, 3)}
+    if config.optimizer == "adamw":
+        return dense, held, facts
+    sent = kept_bytes_sent(
+        count,
+        itemsize=itemsize,
+        questions=questions,
+        budget=config.budget,
+        unit_share=min(config.max_step_budget, config.budget),
+        processes=processes,
+    )
+    # its own questions wait for the others', packed and not, and one that is received is unpacked
+    held += (2 * math.ceil(questions / processes) + 2) * config.budget * count * (2 + itemsize)
+    if processes > questions:  # a unit's gradient is summed over those who share the question
+        facts["processes_per_question"] = team = len(teams(questions, processes)[0])
+        sent += num_units(config) * scattered_bytes_sent(count, itemsize=itemsize, processes=team)
+        held += count * itemsize
+    return sent, held, facts

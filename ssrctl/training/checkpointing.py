@@ -40,7 +40,7 @@ def enable_checkpointing(model: Any) -> None:
 
 
 def outer_layers(model: Any) -> list[torch.nn.Module]:
-    """Return the layers of a model of transformers, in order, without those inside another."""
+    """Return the ``GradientCheckpointingLayer`` modules of a model of transformers that are not inside another."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]

@@ -37,7 +37,9 @@ def group_advantages(
 
 
 def final_reward(group: Group, index: int) -> float | None:
-    """Return the reward of a response's final answer: the critic's, or without one +1 if right and -1 if not."""
+    """Return that of ``--reward``, or of the final answer: the critic's, or without one +1 if right and -1 if not."""
+    if group.response_rewards is not None:
+        return group.response_rewards[index]
     rollout = group.rollouts[index]
     for span, score in zip(rollout.steps or (), rollout.scores or (), strict=True):
         if span.kind == "final" and score.reward is not None:

@@ -14,10 +14,12 @@ from ssrctl.configs import TrainConfig
 from ssrctl.core.mask import BlockMask
 from ssrctl.core.seeds import derive_seed
 from ssrctl.critics.base import Critic
+from ssrctl.critics.rewards import Rewards
+from ssrctl.distributed.world import ALONE, World
 from ssrctl.errors import UserError
 from ssrctl.io import console
 from ssrctl.models.loading import LoadedModel
-from ssrctl.sampling.generate import NonFiniteLogits
+from ssrctl.sampling.engines.transformers_engine import NonFiniteLogits
 from ssrctl.sampling.groups import Prompted
 from ssrctl.training.training_step import NonFiniteBatch, TrainingStep
 from ssrctl.training.unit_gradients import trainable
@@ -82,29 +84,34 @@ def find_lr(tried: Iterator[RateResult]) -> dict[str, Any]:
 
 def sweep(
     loaded: LoadedModel,
-    critic: Critic,
+    critic: Critic | None,
     config: TrainConfig,
     questions: Callable[[int], Sequence[Prompted]],
     curve: Sequence[float],
     protected: BlockMask | None,
     mask: BlockMask | None,
+    *,
+    rewards: Rewards | None = None,
+    world: World = ALONE,
 ) -> Iterator[RateResult]:
     """Train ``config.find_lr_steps`` steps at each rate, lowest first; the weights are restored after each, bit for bit.
 
     Args:
         loaded: the model.
-        critic: scores the responses.
+        critic: scores the responses; None in a process that scores none.
         config: the run's settings; its learning rate is the middle of the sweep.
         questions: the questions of step 1, 2, ...; the same for every rate, as are the seeds.
         curve: the budget profile.
         protected, mask: see ``make_updater``.
+        rewards: see ``TrainingStep``.
+        world: the processes that share each batch; all get the same results.
     """
     parameters = trainable(loaded.model)
     original = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters}
     for factor in SPREAD:
         rate = config.resolved_learning_rate * factor
-        updater = make_updater(parameters, dataclasses.replace(config, learning_rate=rate), protected, mask)
-        step = TrainingStep(loaded, critic, updater, config, curve)
+        updater = make_updater(parameters, dataclasses.replace(config, learning_rate=rate), protected, mask, world)
+        step = TrainingStep(loaded, critic, updater, config, curve, world=world, rewards=rewards)
         try:
             yield _at_rate(rate, step, config, questions)
         finally:

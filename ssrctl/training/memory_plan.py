@@ -7,6 +7,7 @@ follow from counts. Allocators round sizes up and hold freed blocks: the margin 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from ssrctl.io import console
 from ssrctl.models.loading import LoadedModel, free_bytes
 from ssrctl.models.precision import resolve_device
 from ssrctl.training.layer_bytes import LayerProbe, UnknownActivations
+from ssrctl.training.step_gradients.chunked import RECOMPUTED_CHUNK_TOKENS
 from ssrctl.training.step_gradients.chunks import cache_obstacle
 from ssrctl.training.updaters import updater_kind
 
@@ -29,7 +31,7 @@ MARGIN = 0.08
 # Dials of recomputed step gradients that are tried, the cheaper first: more steps at once save forward passes, smaller chunks
 # cost more of them, each with its own overhead.
 STEPS_AT_ONCE = (8, 4, 2, 1)
-CHUNK_TOKENS = (256, 64)
+CHUNK_TOKENS = (1024, 256)
 GIB = 2**30
 MOST_TOKENS = 1 << 20  # planned for where the config names no context
 
@@ -67,12 +69,13 @@ class MemoryPlanner:
         model: built from its config, on the meta device or any other.
         prompt_tokens: tokens of the longest prompt.
         trained_frac: share of the weights that a static mask trains; 1 without one.
+        shards: processes that each hold a shard of the model and run a share of each question's responses.
 
     Methods raise ``UnknownActivations`` for a model whose layers cannot run on tensors without data.
     """
 
-    def __init__(self, model: Any, prompt_tokens: int, trained_frac: float = 1.0) -> None:
-        self.prompt_tokens, self.trained_frac = prompt_tokens, trained_frac
+    def __init__(self, model: Any, prompt_tokens: int, trained_frac: float = 1.0, shards: int = 1) -> None:
+        self.prompt_tokens, self.trained_frac, self.shards = prompt_tokens, trained_frac, shards
         self.may_recompute = cache_obstacle(model) is None
         inputs, outputs = model.get_input_embeddings().weight, model.get_output_embeddings().weight
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -84,31 +87,37 @@ class MemoryPlanner:
         """Return the planned peak of a run with these settings, whose dtype is settled."""
         dtype = torch.float32 if config.dtype == "stored" else getattr(torch, config.dtype)
         tokens = self.prompt_tokens + config.max_new_tokens
-        rows = config.num_generations
+        rows = mine = -(-config.num_generations // self.shards)
         if config.micro_batch_tokens is not None:
             rows = max(1, min(rows, config.micro_batch_tokens // tokens))
         recomputed = config.step_gradient == "recomputed"
-        held_at_once = min(tokens, config.gradient_chunk_tokens or tokens) if recomputed else tokens
+        # recomputed chunks have one response's tokens, or several whole responses
+        chunk = config.gradient_chunk_tokens or RECOMPUTED_CHUNK_TOKENS
+        rows_at_once = max(1, min(rows, chunk // tokens)) if recomputed else rows
+        held_at_once = min(tokens, chunk) if recomputed else tokens
         layers = self.layers.activations(
-            rows, held_at_once, config.gradient_checkpointing, dtype, config.attn_implementation
+            rows_at_once, held_at_once, config.gradient_checkpointing, dtype, config.attn_implementation
         )
         cache = self.layers.cache(dtype)
         steps_at_once = (config.units_at_once or 1) if recomputed else 1
-        # keys and values, and their gradients
-        cached = (
-            (1 + steps_at_once) * rows * tokens * cache.token
-            if config.step_gradient in ("recomputed", "chunked")
-            else 0
-        )
+        cached = 0.0
+        if config.step_gradient in ("recomputed", "chunked"):  # keys and values, and their gradients
+            cached = (rows + steps_at_once * rows_at_once) * tokens * cache.token
         kept, first = layers.kept + cached, layers.first + cached
         several_units = config.optimizer == "kronos" and config.allocation != "pooled"
         if several_units and config.micro_batch_tokens is None and config.step_gradient in ("auto", "kept", "chunked"):
             first = kept  # the graph stays for the next unit
         whole, table = self.num_parameters * dtype.itemsize, self.table * dtype.itemsize
+        gathered = 0
+        if self.shards > 1:
+            tables = (2 - self.tied) * table
+            # beside the shards, the tables' whole weights, and two layers': FSDP gathers the next one early
+            gathered = tables + 2 * (whole - tables) // len(self.layers.kinds)
+        complete = whole // self.shards + gathered
         # gradients of the micro-batches that are done; of later chunks, and of other steps
-        before = steps_at_once * whole if recomputed else whole if rows < config.num_generations else 0
+        before = steps_at_once * whole if recomputed else complete if rows < mine else 0
         piecemeal = config.optimizer == "kronos" and config.scope == "tensor"
-        projected = rows * min(config.max_new_tokens, held_at_once)
+        projected = rows_at_once * min(config.max_new_tokens, held_at_once)
         logits = min(projected, config.logit_chunk_tokens) * self.vocabulary * 4
         states = 3 * projected * self.width * 4
         moments: list[tuple[float, float, float]] = [
@@ -117,25 +126,27 @@ class MemoryPlanner:
             # the last layer; a tied table's gradient waits for the embedding's
             (before + (0 if piecemeal and not self.tied else table), kept + layers.backward, 0),
             # the first layer
-            (max(table * self.tied if piecemeal else whole, before), first + layers.backward, 0),
+            (max(table * self.tied if piecemeal else complete, before), first + layers.backward, 0),
             # the embedding: its gradient, that of a tied head, and their sum, before it is added to earlier ones
-            (max(table if piecemeal else whole, before) + table * (2 * self.tied + (before > 0)), first, 0),
+            (max(table if piecemeal else complete, before) + table * (2 * self.tied + (before > 0)), first, 0),
         ]
         at_peak = [int(size) for size in max(moments, key=sum)]
         sampled = min(config.sampling_batch_size, config.questions_per_step * config.num_generations)
+        sampled = -(-sampled // self.shards)
         held_while_sampling = sampled * (tokens * cache.token + cache.state)
         held = updater_kind(config).held_bytes(config, dtype.itemsize, self.trained_frac)
         held += dtype.itemsize if config.beta else 0  # the start weights
         return Breakdown(
-            weights=whole,
-            state=int(self.num_parameters * held),
+            weights=complete,
+            state=int(self.num_parameters * held) // self.shards,
             gradients=at_peak[0],
             activations=at_peak[1],
             logits=at_peak[2],
             # while a layer's cache grows, its old and new ones exist
             sampling=int(
                 held_while_sampling * (1 + 2 / len(self.layers.kinds)) + sampled * self.vocabulary * 4 * SAMPLED_LOGITS
-            ),
+            )
+            + (whole if self.shards > 1 and config.sampling_weights == "whole" else 0),
         )
 
     def cheapest(self, config: TrainConfig, limit: int) -> TrainConfig | None:
@@ -196,15 +207,12 @@ class MemoryPlanner:
                     yield self._with_sampling(made)
 
     def _recomputed(self, config: TrainConfig) -> Iterator[TrainConfig]:
-        """Yield the settings with recomputed step gradients, from the most memory to the least; none if they cannot be."""
+        """Yield the settings with recomputed step gradients, the cheaper first; none if they cannot be."""
         if not (self.may_recompute and recomputes_if_needed(config)):
             return
         steps = STEPS_AT_ONCE if config.units_at_once is None else (config.units_at_once,)
         chunks = CHUNK_TOKENS if config.gradient_chunk_tokens is None else (config.gradient_chunk_tokens,)
-        for count, tokens in [
-            *((count, chunks[0]) for count in steps),
-            *((steps[-1], tokens) for tokens in chunks[1:]),
-        ]:
+        for count, tokens in itertools.product(steps, chunks):
             yield dataclasses.replace(
                 config, step_gradient="recomputed", units_at_once=count, gradient_chunk_tokens=tokens
             )
@@ -267,7 +275,7 @@ def settle_step_gradient(
     if settled.step_gradient == "recomputed":
         console.note(
             f"step gradients: recomputed, steps at once: {settled.units_at_once}, chunks of "
-            f"{settled.gradient_chunk_tokens or 'all'} tokens (planned peak {planner.breakdown(settled).total / GIB:.3g} of "
+            f"{settled.gradient_chunk_tokens} tokens (planned peak {planner.breakdown(settled).total / GIB:.3g} of "
             f"{limit / GIB:.3g} GiB)"
         )
     return settled
@@ -345,7 +353,9 @@ def _state_remedy(config: TrainConfig) -> str:
     return "--questions-per-step or --budget, or use --no-master-weights"
 
 
-def memory_facts(config: TrainConfig, loaded: LoadedModel, prompt_tokens: int, trained_frac: float) -> dict[str, Any]:
+def memory_facts(
+    config: TrainConfig, loaded: LoadedModel, prompt_tokens: int, trained_frac: float, shards: int = 1
+) -> dict[str, Any]:
     """Return the part of a plan that is about memory, for ``--memory-limit`` or what is free on the device.
 
     Args:
@@ -353,11 +363,12 @@ def memory_facts(config: TrainConfig, loaded: LoadedModel, prompt_tokens: int, t
         loaded: the model; only its config and shapes are used.
         prompt_tokens: tokens of the longest prompt.
         trained_frac: share of the weights that a mask trains; 1 without one.
+        shards: processes that each hold a shard of the model; the plan is that of one of them.
 
     Raises:
         UserError: ``--memory-limit`` cannot be met.
     """
-    planner = MemoryPlanner(loaded.model, prompt_tokens, trained_frac)
+    planner = MemoryPlanner(loaded.model, prompt_tokens, trained_frac, shards)
     try:
         found = planner.breakdown(config)
     except UnknownActivations as error:
@@ -368,12 +379,14 @@ def memory_facts(config: TrainConfig, loaded: LoadedModel, prompt_tokens: int, t
     facts: dict[str, Any] = {"planned_gib": round(found.total / GIB, 3), "planned_gib_by_part": parts}
     if limit is None:
         return facts
+    facts["memory_limit_gib"] = round(limit / GIB, 3)
+    facts["fits"] = f"{'yes' if planner.fits(config, limit) else 'no'}, with {MARGIN:.0%} of the limit kept free"
+    if shards > 1:  # the other dials are not those of shards
+        return facts
     made = planner.cheapest(config, limit) if config.memory_limit is None else require_fit(planner, config, limit)
     room = max(1, (loaded.context_length or MOST_TOKENS) - prompt_tokens)
     longest = {name: planner.longest(one, limit, room) for name, one in updates(config)}
     return facts | {
-        "memory_limit_gib": round(limit / GIB, 3),
-        "fits": f"{'yes' if planner.fits(config, limit) else 'no'}, with {MARGIN:.0%} of the limit kept free",
         "cheapest_settings_that_fit": "none" if made is None else describe_dials(made, config),
         "longest_response_that_fits": longest,
     }

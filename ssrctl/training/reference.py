@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -16,12 +15,13 @@ class StartWeights:
     up to a fifth of the coordinates in the first step and about half in a run, whose base values and indices would take as much.
 
     Args:
-        model: before its first update, and before a checkpoint is applied.
+        named: the parameters by name, before their first update, and before a checkpoint is applied.
+        copies: exchange the numbers instead, where the storage is also another's: the shards of FSDP.
     """
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        self._saved = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    def __init__(self, named: Mapping[str, torch.nn.Parameter], *, copies: bool = False) -> None:
+        self.named, self.copies = dict(named), copies
+        self._saved = {name: parameter.detach().clone() for name, parameter in self.named.items()}
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
@@ -34,5 +34,10 @@ class StartWeights:
             self._exchange()
 
     def _exchange(self) -> None:
-        for name, parameter in self.model.named_parameters():
-            parameter.data, self._saved[name] = self._saved[name], parameter.data
+        for name, parameter in self.named.items():
+            if self.copies:
+                now = parameter.detach().clone()
+                parameter.data.copy_(self._saved[name])
+                self._saved[name] = now
+            else:
+                parameter.data, self._saved[name] = self._saved[name], parameter.data

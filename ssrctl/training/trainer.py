@@ -16,19 +16,24 @@ import torch
 from ssrctl.checkpoints.delta import Delta, apply_delta
 from ssrctl.checkpoints.run_dir import Checkpoint, RunDir, prune_checkpoints, save_checkpoint
 from ssrctl.configs import TrainConfig
+from ssrctl.configs.names import flag
+from ssrctl.configs.own_code import imported_names
 from ssrctl.core.seeds import derive_seed
 from ssrctl.errors import Interrupted, Stopped, UserError
 from ssrctl.io import console, manifest
 from ssrctl.io.files import CannotWrite, write_text
 from ssrctl.io.gradient_log import GradientHeader, gradient_log_path, save_gradient_log
 from ssrctl.io.interrupts import deferred_interrupt
-from ssrctl.io.jsonl import JsonlLog, write_jsonl
+from ssrctl.io.jsonl import JsonlLog
 from ssrctl.io.mask_log import StepMaskLog, save_mask_log
+from ssrctl.io.records import write_rollouts
 from ssrctl.models.loading import LoadedModel
 from ssrctl.models.precision import precision_of
-from ssrctl.sampling.generate import NonFiniteLogits
+from ssrctl.report.formats import duration, number, sparkline
+from ssrctl.sampling.engines.transformers_engine import NonFiniteLogits
 from ssrctl.sampling.groups import Prompted
 from ssrctl.training.exact_changes import exact_changes
+from ssrctl.training.gap_warning import GapWarning
 from ssrctl.training.obstacles import Obstacles
 from ssrctl.training.tracking import tracking
 from ssrctl.training.training_step import NonFiniteBatch, StepResult, TrainingStep
@@ -63,7 +68,9 @@ class Trainer:
         )
         self.step = self.last_saved = self.num_changed = 0
         self.recent: list[dict[str, Any]] = []
+        self.rewards: list[float | None] = []
         self.obstacles = Obstacles(config)
+        self.gap_warning = GapWarning(loaded.model.dtype, corrected=config.engine_correction != "none")
 
     def start(self, profile_name: str) -> None:
         """Write the config and the manifest of a new run; one that stopped before its first checkpoint is dropped."""
@@ -90,13 +97,19 @@ class Trainer:
                 "num_coordinates": self.training_step.num_coordinates,
                 "num_protected": self.updater.num_protected,
                 "num_processes": self.world.size,
+                "sharding": self.config.sharding,
             }
         )
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Restore weights, optimizer, schedule and logs to the state of a checkpoint."""
-        parameters = dict(self.loaded.model.named_parameters())
-        apply_delta(checkpoint.delta, parameters, self.loaded.identity.fingerprint, checkpoint.path)
+        sharded = self.training_step.sharded
+        apply_delta(
+            checkpoint.delta,
+            dict(self.loaded.model.named_parameters() if sharded is None else sharded.local_parameters()),
+            self.loaded.identity.fingerprint,
+            None if sharded is None else {name: rows.start for name, rows in sharded.rows.items()},
+        )
         self.num_changed = checkpoint.delta.count
         self.updater.load_state(checkpoint.optimizer)
         self.step = self.last_saved = checkpoint.state["step"]
@@ -160,9 +173,13 @@ class Trainer:
                         log.append(row)
                     track(row)
                     self.obstacles.add(row)
-                    bar.update(task, completed=self.step, status=_status(row))
+                    self.gap_warning.add(row)
+                    status = _status(row, self.rewards)
+                    bar.update(task, completed=self.step, status=status)
                     if not console.console().is_terminal and self.step % config.logging_steps == 0:
-                        console.note(f"step {self.step}/{config.max_steps}  {_status(row)}")
+                        left = bar.tasks[0].time_remaining
+                        said = "" if left is None else f"  {duration(left)} left"
+                        console.note(f"step {self.step}/{config.max_steps}  {status}{said}")
                     if self.step % config.save_steps == 0:
                         self._save_checkpoint(log)
                 self._save_checkpoint(log)
@@ -194,11 +211,12 @@ class Trainer:
         epoch = step * config.questions_per_step / len(self.prompts)
         row = {"step": step, "epoch": round(epoch, 4), "learning_rate": rate, **result.metrics}
         self.recent = [*self.recent[-9:], row]
+        self.rewards.append(row["reward"])
         return row
 
     def _write_logs(self, result: StepResult) -> None:
-        rows = (rollout.to_dict() for group in result.groups for rollout in group.rollouts)
-        write_jsonl(self.run_dir.rollouts(self.step), rows)
+        rollouts = (rollout for group in result.groups for rollout in group.rollouts)
+        write_rollouts(self.run_dir.rollouts(self.step), rollouts)
         if result.mask_log:
             log = StepMaskLog(
                 step=self.step,
@@ -234,27 +252,35 @@ class Trainer:
             log.sync()
         if self.step == self.last_saved:
             return
-        if self.world.is_main:
+        if self.world.is_main or self.training_step.sharded is not None:
             self._write_checkpoint()
         self.last_saved = self.step
         self.world.wait()
 
     def _write_checkpoint(self) -> None:
-        delta = Delta(
-            self.loaded.identity, self.loaded.shapes(), dict(exact_changes(self.updater.changes(), self.config))
-        )
+        """Write what the updater has; of a sharded model the main process has it all, once every process was asked."""
+        touched, updater_state = self.updater.changes(), self.updater.state()
+        if not self.world.is_main:
+            return
+        changes, before = exact_changes(touched, self.config)
+        delta = Delta(self.loaded.identity, self.loaded.shapes(), dict(changes), before)
         state = {
             "step": self.step,
             "scheduler": self.scheduler.state_dict(),
             "learning_rates": [group["lr"] for group in self.updater.optimizer.param_groups],
         }
-        # A resumed run writes the same bytes as an uninterrupted one, and any number of processes the same as one.
+        # A resumed run writes the same bytes as an uninterrupted one.
         settings = manifest.published_settings(
             dataclasses.replace(
-                self.config, resume_from_checkpoint=None, force=False, num_processes=None, accelerate_config=None
+                self.config,
+                resume_from_checkpoint=None,
+                force=False,
+                report=True,
+                sharding="none",
+                sampling_weights="whole",
             )
         )
-        save_checkpoint(self.run_dir.checkpoint(self.step), delta, self.updater.state(), state, settings)
+        save_checkpoint(self.run_dir.checkpoint(self.step), delta, updater_state, state, settings)
         prune_checkpoints(self.run_dir, self.config.save_total_limit)
         self.num_changed = delta.count
 
@@ -270,11 +296,15 @@ class Trainer:
             return "run the same command again, it starts from the model's weights"
         run = shlex.quote(str(self.run_dir.path))
         config = shlex.quote(str(self.run_dir.config))
-        return f"ssrctl train --config {config} --output-dir {run} --resume-from-checkpoint latest"
+        # Code is not imported because a file names it.
+        named = imported_names(self.config).items()
+        code = "".join(f" {flag(TrainConfig, name)} {shlex.quote(value)}" for name, values in named for value in values)
+        return f"ssrctl train --config {config} --output-dir {run} --resume-from-checkpoint latest{code}"
 
     def _summary(self) -> dict[str, Any]:
         changed_frac = self.num_changed / self.training_step.num_coordinates
         self.obstacles.warn()
+        self.gap_warning.summarize()
         console.note(
             f"done: {self.step} steps, {changed_frac:.1%} of the weights changed; run directory: {self.run_dir.path}"
         )
@@ -306,6 +336,11 @@ def questions_of_step(step: int, prompts: Sequence[Prompted], config: TrainConfi
     return chosen
 
 
-def _status(row: dict[str, Any]) -> str:
+def _status(row: dict[str, Any], rewards: Sequence[float | None]) -> str:
+    """Return the numbers that the run's page begins with, and the course of the reward since the command began."""
     reward = "   -  " if row["reward"] is None else f"{row['reward']:+.3f}"
-    return f"reward {reward}  accuracy {row['accuracy']:.3f}  {row['tokens_per_second']:.0f} tok/s"
+    length, entropy = number(row.get("response_tokens_mean")), number(row.get("entropy"))
+    return (
+        f"reward {reward} {sparkline(rewards)}  accuracy {row['accuracy']:.3f}  length {length}  entropy {entropy}  "
+        f"{row['tokens_per_second']:.0f} tok/s"
+    )

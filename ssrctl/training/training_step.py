@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import statistics
 import sys
@@ -22,30 +23,41 @@ from torch import Tensor
 
 from ssrctl.configs import TrainConfig
 from ssrctl.core.budget import step_budgets
+from ssrctl.core.claims import KeptUnit
+from ssrctl.core.engine_gap import Gap, engine_correction, measure_gap
 from ssrctl.core.losses import k3, response_weights
 from ssrctl.core.mask import BlockMask
 from ssrctl.core.seeds import derive_seed
 from ssrctl.core.topk import NonFiniteGradient
 from ssrctl.core.units import Unit, plan_units, steps_with_signal
 from ssrctl.critics.base import Critic
+from ssrctl.critics.rewards import Rewards
 from ssrctl.critics.scoring import score_groups
-from ssrctl.distributed.dealing import deal
+from ssrctl.distributed.dealing import Share, deal_questions, teams
+from ssrctl.distributed.sharding import ResponseShare, ShardedModel, noticing_lost_processes
 from ssrctl.distributed.world import ALONE, World
 from ssrctl.errors import UserError
 from ssrctl.io.mask_log import QuestionLog, UnitLog
 from ssrctl.models.loading import LoadedModel
-from ssrctl.sampling.groups import Group, Prompted, sample_groups
-from ssrctl.sampling.sampler import Sampler
+from ssrctl.sampling.engines.base import Engine
+from ssrctl.sampling.engines.transformers_engine import TransformersEngine
+from ssrctl.sampling.groups import Group, Prompted, join_groups, sample_groups
 from ssrctl.training.credit import group_advantages
 from ssrctl.training.process_work import ProcessWork
 from ssrctl.training.reference import StartWeights
-from ssrctl.training.step_gradients.batch import group_batch
+from ssrctl.training.step_gradients.accumulated import fixed_logprobs
+from ssrctl.training.step_gradients.batch import group_batch, response_logprobs
+from ssrctl.training.step_gradients.head import HeadSettings
+from ssrctl.training.step_gradients.parts import QuestionPart, units_of_parts
 from ssrctl.training.step_gradients.task import Dials
-from ssrctl.training.unit_gradients import GroupBatch, NonFiniteLoss, response_logprobs, unit_gradients
+from ssrctl.training.unit_gradients import GroupBatch, NonFiniteLoss, unit_gradients
 from ssrctl.training.unit_observer import QuestionView, UnitObserver, Wanted
 from ssrctl.training.updaters import QuestionUpdate, Updater
+from ssrctl.training.weight_pushes import WeightPushes
 
 T = TypeVar("T")
+_Key = tuple[int, int]  # number of a question, and rank of a process
+_Sampled = tuple[Share, Group]
 
 LOWER_RATE = "start from an earlier checkpoint with a lower --learning-rate, or use --dtype float32"
 
@@ -88,9 +100,10 @@ class _StepTotals:
     losses: list[float] = field(default_factory=list)
     terms: int = 0
     clipped: int = 0
-    gap_sum: float = 0.0
-    gap_tokens: int = 0
-    gap_max: float = 0.0
+    gaps: list[Tensor] = field(default_factory=list)
+    tokens: int = 0
+    corrected: int = 0
+    correction_hits: int = 0
     entropy_sum: float = 0.0
     num_units: int = 0
     granted_frac: list[float] = field(default_factory=list)
@@ -100,13 +113,19 @@ class _StepTotals:
     resampled: int = 0
     batch_tokens: float = 0.0
     kl_sum: float = 0.0
-    seconds: dict[str, float] = field(default_factory=lambda: {"sample": 0.0, "score": 0.0, "reference": 0.0})
+    seconds: dict[str, float] = field(
+        default_factory=lambda: {"push": 0.0, "sample": 0.0, "score": 0.0, "reference": 0.0, "old_logprobs": 0.0}
+    )
 
-    def add_gap(self, logprobs: Tensor, batch: GroupBatch) -> None:
-        gap = (logprobs - batch.old_logprobs).abs()[batch.known]
-        self.gap_sum += float(gap.double().sum())
-        self.gap_tokens += gap.numel()
-        self.gap_max = max(self.gap_max, float(gap.max()) if gap.numel() else 0.0)
+    def add_first_pass(self, logprobs: Tensor, batch: GroupBatch) -> None:
+        """Add what the first pass over a question shows, before any update."""
+        assert batch.engine_logprobs is not None
+        apart = (logprobs - batch.engine_logprobs)[batch.known]
+        self.gaps.append(apart[~apart.isnan()].cpu())
+        self.tokens += apart.numel()
+        if batch.correction is not None:
+            self.corrected += batch.correction.num_spans
+            self.correction_hits += batch.correction.num_hit
         if batch.reference is not None:
             self.kl_sum += float(k3(logprobs, batch.reference, batch.known).double().sum())
 
@@ -114,9 +133,7 @@ class _StepTotals:
         """Add those of one question; sums of floats depend on the order of the questions."""
         for spec in dataclasses.fields(self):
             mine, theirs = getattr(self, spec.name), getattr(other, spec.name)
-            if spec.name == "gap_max":
-                self.gap_max = max(mine, theirs)
-            elif spec.name not in ("batch_tokens", "seconds"):  # of the whole step
+            if spec.name not in ("batch_tokens", "seconds"):  # of the whole step
                 setattr(self, spec.name, mine + theirs)
 
     @contextlib.contextmanager
@@ -126,7 +143,7 @@ class _StepTotals:
         self.seconds[phase] += time.perf_counter() - started
 
     def add_entropy(self, entropy: Tensor) -> None:
-        """Add entropies ``[G, R]``, 0 in the padding, of the tokens whose gap ``add_gap`` counts."""
+        """Add entropies ``[G, R]``, 0 in the padding, of the tokens that ``add_first_pass`` counts."""
         self.entropy_sum += float(entropy.double().sum())
 
     def add_update(self, update: QuestionUpdate, num_unprotected: int) -> None:
@@ -137,9 +154,23 @@ class _StepTotals:
         self.granted_frac.append(sum(update.granted) / num_unprotected)
 
 
+@dataclass(frozen=True)
+class _Own:
+    """This process's share of a question.
+
+    Attributes:
+        batch: its responses.
+        part: their place in the question; None where all are this process's.
+    """
+
+    share: Share
+    batch: GroupBatch
+    part: QuestionPart | None
+
+
 @dataclass
 class _Learned:
-    """The records of one question in one pass over the batch.
+    """The records of one question in one pass over the batch, of those processes that share it.
 
     Attributes:
         totals: of this question.
@@ -165,8 +196,11 @@ class TrainingStep:
         config: the run's settings.
         curve: the budget profile v_1..; ``[1.0]`` for equal budgets.
         observer: reads gradients for the logs; None reads none.
-        sampler: samples the responses; None is transformers in this process.
+        pushes: the engine that samples the responses, and its weights; None is transformers in this process.
         world: the processes that share a batch.
+        sharded: the model, where each of the processes has a shard of it: all learn from every question then, each
+            from some of its responses. None where each has the whole model.
+        rewards: rewards of the responses in place of the scores of their final answers.
     """
 
     def __init__(
@@ -177,13 +211,19 @@ class TrainingStep:
         config: TrainConfig,
         curve: Sequence[float],
         observer: UnitObserver | None = None,
-        sampler: Sampler | None = None,
+        pushes: WeightPushes | None = None,
         world: World = ALONE,
+        sharded: ShardedModel | None = None,
+        rewards: Rewards | None = None,
     ) -> None:
-        self.world, self.work = world, ProcessWork(world)
+        self.rewards = rewards
+        self.world, self.work, self.sharded = world, ProcessWork(world), sharded
         self.loaded, self.critic, self.updater, self.config, self.curve = loaded, critic, updater, config, curve
-        self.observer, self.sampler = observer, sampler
-        self.start_weights = StartWeights(loaded.model) if config.beta else None
+        self.observer, self.pushes = observer, pushes
+        self.engine: Engine = TransformersEngine(loaded, config) if pushes is None else pushes.engine
+        named = dict(loaded.model.named_parameters() if sharded is None else sharded.local_parameters())
+        self.start_weights = StartWeights(named, copies=sharded is not None) if config.beta else None
+        self.exchanges = world.size > 1 and sharded is None
         self.num_coordinates = loaded.num_parameters
         self.num_unprotected = self.num_coordinates - updater.num_protected
 
@@ -198,32 +238,55 @@ class TrainingStep:
 
         Raises:
             NonFiniteBatch: every question of the batch gave a NaN or infinite loss or gradient in a pass over it.
+            Stopped: the engine that samples is gone, or has other weights than these; none has changed since the step before.
         """
+        with noticing_lost_processes(self.world):
+            return self._run(prompts, seed, log_masks, log_gradient)
+
+    def _run(self, prompts: Sequence[Prompted], seed: int, log_masks: bool, log_gradient: bool) -> StepResult:
         config, totals, world = self.config, _StepTotals(), self.world
+        pushed: dict[str, Any] = {}
+        if self.pushes is not None:
+            with totals.timed("push"):
+                pushed = self.pushes.push()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         groups = self._scored_groups(prompts, seed, totals)
         scored = time.perf_counter()
         plans = [self._credit(group, totals) for group in groups]
         totals.batch_tokens = sum(sum(self._trained_lengths(group)) for group in groups) / len(groups)
-        mine = deal([_cost(group, units) for group, units in zip(groups, plans, strict=True)], world.size)[world.rank]
-        references = {number: self._reference(groups[number], totals) if plans[number] else None for number in mine}
+        costs = [_costs(group, units) for group, units in zip(groups, plans, strict=True)]
+        if self.sharded is None:
+            shares = deal_questions(costs, world.size)[world.rank]
+        else:  # every process has a shard of every question's gradient
+            shares = deal_questions(costs, 1)[0]
+        mine = [self._own(share, groups[share.question], plans[share.question], totals) for share in shares]
         mask_log: list[QuestionLog] = []
         gradient: Tensor | None = None
         update_metrics: dict[str, float | None] = {}
         for iteration in range(config.num_iterations):
             wanted = self._wanted(log_masks, log_gradient) if iteration == 0 else Wanted()
             dropped_before = totals.non_finite
-            learned: dict[int, _Learned] = {}
+            learned: dict[_Key, _Learned] = {}
             updates: dict[int, QuestionUpdate] = {}
-            with self.work.learning(len(mine)):
-                for number in mine:
+            with self.work.learning([one.share for one in mine]):
+                for one in mine:
+                    share, number = one.share, one.share.question
                     group = groups[number]
-                    own = learned[number] = _Learned(_StepTotals(batch_tokens=totals.batch_tokens))
-                    view = self.observer.question(wanted) if self.observer is not None and wanted else None
-                    reference, is_first = references[number], iteration == 0
+                    own = learned[number, world.rank] = _Learned(_StepTotals(batch_tokens=totals.batch_tokens))
+                    observed = self.observer is not None and bool(wanted)
+                    view = self.observer.question(wanted) if self.observer and observed and share.leads else None
+                    if not plans[number]:
+                        continue
                     update = self._learn(
-                        group, plans[number], len(groups), own.totals, view, reference, is_first=is_first
+                        group,
+                        one,
+                        plans[number],
+                        len(groups),
+                        own.totals,
+                        view,
+                        is_first=iteration == 0,
+                        observed=observed,
                     )
                     if update is None:
                         continue
@@ -231,7 +294,7 @@ class TrainingStep:
                         own.log = self._question_log(group, update, view)
                     if view is not None and view.sketched is not None:
                         own.sketch = view.sketched if world.size == 1 else view.sketched.cpu()
-                    if world.size > 1:  # to be exchanged; one process has added it already
+                    if self.exchanges:  # to be exchanged; one process has added it already
                         updates[number] = update
             logs, sketches = self._gathered(learned, totals)
             mask_log += logs
@@ -245,21 +308,23 @@ class TrainingStep:
                 )
             self.updater.exchange(updates)
             try:
-                update_metrics = self.updater.step()
+                update_metrics = (self.pushes or self.updater).step()
             except NonFiniteGradient as error:
                 raise NonFiniteBatch(
                     f"summed over the batch, {error}", LOWER_RATE, weights_changed=iteration > 0
                 ) from error
-        totals.seconds["update"] = time.perf_counter() - scored - totals.seconds["reference"]
-        metrics = self._metrics(groups, totals, totals.seconds) | update_metrics
-        return StepResult(metrics | self.work.shares(self.loaded.model.parameters()), groups, mask_log, gradient)
+        before = totals.seconds["reference"] + totals.seconds["old_logprobs"]
+        totals.seconds["update"] = time.perf_counter() - scored - before
+        metrics = self._metrics(groups, totals, totals.seconds) | update_metrics | pushed
+        work = self.work.shares(self.loaded.model.parameters() if self.sharded is None else None)
+        return StepResult(metrics | work, groups, mask_log, gradient)
 
     def _scored_groups(self, prompts: Sequence[Prompted], seed: int, totals: _StepTotals) -> list[Group]:
         """Sample and score the questions; sample those without a signal again, as often as the settings allow."""
 
         def made(wanted: Sequence[Prompted], seed: int) -> list[Group]:
             with totals.timed("sample"):
-                mine = self._sample(wanted, seed)
+                mine = self.world.together(lambda: self._sample(wanted, seed))
             with totals.timed("score"):
                 return self._scored(mine)
 
@@ -274,29 +339,36 @@ class TrainingStep:
                 groups[place] = group
         return groups
 
-    def _sample(self, prompts: Sequence[Prompted], seed: int) -> dict[int, Group]:
-        """Sample the responses to this process's questions; return the groups by the questions' numbers."""
+    def _sample(self, prompts: Sequence[Prompted], seed: int) -> list[_Sampled]:
+        """Sample this process's responses."""
         config, world = self.config, self.world
-        mine = deal([len(prompt.prompt_ids) for prompt in prompts], world.size)[world.rank]
+        count = config.num_generations
+        # also where only some of them are sampled again
+        splits = world.size > config.questions_per_step
+        costs = [[float(len(prompt.prompt_ids))] * count for prompt in prompts]
+        mine = deal_questions(costs, world.size, split=splits)[world.rank]
 
-        def sample(numbers: list[int], own_seed: int) -> list[Group]:
-            return sample_groups(
+        def sample(shares: Sequence[Share], own_seed: int, numbers: Sequence[int] | None = None) -> list[_Sampled]:
+            groups = sample_groups(
                 self.loaded,
-                [prompts[number] for number in numbers],
+                [prompts[share.question] for share in shares],
                 config,
-                num_generations=config.num_generations,
+                num_generations=count,
                 seed=own_seed,
                 segmentation=config,
-                sampler=self.sampler,
+                engine=self.engine,
+                numbers=numbers,
             )
+            return list(zip(shares, groups, strict=True))
 
-        with self.work.sampling():
-            if config.sample_together == "question":
-                return {number: sample([number], derive_seed(seed, "question", number))[0] for number in mine}
+        with self.work.sampling(), self._passes_together():
+            if config.sample_together == "question" or splits:
+                seeds = [derive_seed(seed, "question", share.question) for share in mine]
+                return [sample([one], own, one.responses)[0] for one, own in zip(mine, seeds, strict=True)]
             own_seed = seed if world.size == 1 else derive_seed(seed, "process", world.rank)
-            return dict(zip(mine, sample(mine, own_seed), strict=True)) if mine else {}
+            return sample(mine, own_seed) if mine else []
 
-    def _scored(self, mine: dict[int, Group]) -> list[Group]:
+    def _scored(self, mine: list[_Sampled]) -> list[Group]:
         """Return the groups of all processes with scores, in the order of the questions.
 
         The main process asks the critic for all, so that there is one budget, cache and log of calls. The rollout critic
@@ -305,22 +377,28 @@ class TrainingStep:
         config, world = self.config, self.world
         if config.critic == "rollout" and config.sample_together == "question":
             assert self.critic is not None
-            for group in mine.values():
-                score_groups([group], self.critic, config.answer_extraction)
-            return _in_order(world.gather(mine))
+            with self._passes_together():
+                for _, group in mine:
+                    score_groups([group], self.critic, config.answer_extraction, self.rewards)
+            return _whole_groups(world.gather(mine))
         parts = world.gather_on_main(mine)
 
         def score() -> list[Group]:
             assert self.critic is not None
-            groups = _in_order(parts)
-            score_groups(groups, self.critic, config.answer_extraction)
+            groups = _whole_groups(parts)
+            score_groups(groups, self.critic, config.answer_extraction, self.rewards)
             return groups
 
         return world.on_main(score)
 
-    def _gathered(self, mine: dict[int, _Learned], totals: _StepTotals) -> tuple[list[QuestionLog], list[Tensor]]:
+    def _gathered(self, mine: dict[_Key, _Learned], totals: _StepTotals) -> tuple[list[QuestionLog], list[Tensor]]:
         """Add the questions of all processes to ``totals``; return their logs and sketches, in the main process."""
-        for one in _in_order(self.world.gather({number: found.totals for number, found in mine.items()})):
+        if not self.exchanges:
+            for found in mine.values():
+                totals.add(found.totals)
+            records = [(found.log, found.sketch) for found in mine.values()]
+            return [log for log, _ in records if log is not None], [one for _, one in records if one is not None]
+        for one in _in_order(self.world.gather({key: found.totals for key, found in mine.items()})):
             totals.add(one)
         records = _in_order(self.world.gather_on_main({n: (found.log, found.sketch) for n, found in mine.items()}))
         return [log for log, _ in records if log is not None], [one for _, one in records if one is not None]
@@ -334,15 +412,64 @@ class TrainingStep:
         masks = self.config.mask_truncated
         return [0 if masks and not sample.finished else len(sample.response_ids) for sample in group.samples]
 
-    def _batch(self, group: Group) -> GroupBatch:
-        return group_batch(self.loaded, group, whole_response=self.config.credit != "step")
+    def _own(self, share: Share, group: Group, units: list[Unit], totals: _StepTotals) -> _Own:
+        """Return this process's share of a question as tensors; those of a question without a unit are not needed."""
+        batch = group_batch(self.loaded, group, whole_response=self.config.credit != "step")
+        part = None if len(share.team) == 1 else QuestionPart.of(batch, units, share.responses)
+        batch = batch if part is None else part.batch
+        return _Own(share, self._prepared(batch, totals) if units else batch, part)
 
-    def _reference(self, group: Group, totals: _StepTotals) -> Tensor | None:
-        """Return the log-probabilities ``[G, R]`` under the start weights; None without a KL term."""
-        if self.start_weights is None:
-            return None
-        with totals.timed("reference"), self.start_weights.in_place():
-            return response_logprobs(self.loaded.model, self._batch(group), self.config.temperature)
+    def _prepared(self, batch: GroupBatch, totals: _StepTotals) -> GroupBatch:
+        """Return a batch with what stays the same in all passes over it.
+
+        A log-probability that the engine did not give is the trainer's own, as all are with ``--old-logprobs trainer``.
+        """
+        config = self.config
+        engine = batch.engine_logprobs
+        assert engine is not None
+        missing = engine.isnan()
+        if config.resolved_old_logprobs == "trainer" or bool(missing.any()):
+            with totals.timed("old_logprobs"):
+                own = self._logprobs(batch)
+            from_trainer = missing if config.resolved_old_logprobs == "engine" else torch.ones_like(missing)
+            batch = dataclasses.replace(batch, old_logprobs=torch.where(from_trainer, own, batch.old_logprobs))
+        if config.engine_correction != "none":
+            correction = engine_correction(
+                batch.old_logprobs,
+                engine,
+                batch.step_ids,
+                kind=config.engine_correction,
+                level=config.correction_level,
+                cap=config.engine_correction_cap,
+            )
+            batch = dataclasses.replace(batch, correction=correction)
+        if self.start_weights is not None:
+            with totals.timed("reference"), self.start_weights.in_place():
+                batch = dataclasses.replace(batch, reference=self._logprobs(batch))
+        return batch
+
+    def _logprobs(self, batch: GroupBatch) -> Tensor:
+        config = self.config
+        settings = HeadSettings(config.temperature, config.logit_chunk_tokens)
+        if self.sharded is None:
+            return fixed_logprobs(self.loaded.model, batch, settings, config.micro_batch_tokens)
+        self.sharded.settle()
+        share = self._share(batch)
+        with torch.no_grad():
+            own = response_logprobs(self.loaded.model, batch, settings=settings, rows=share.rows)
+        self.sharded.settle()
+        return share.whole(own, own.shape[1])
+
+    def _share(self, batch: GroupBatch) -> ResponseShare:
+        """Return the responses of a question that this process runs through the sharded model."""
+        assert self.sharded is not None
+        return self.sharded.share(batch.known.sum(1).tolist())
+
+    def _passes_together(self) -> contextlib.AbstractContextManager[None]:
+        """Let each process run the model as often as it needs."""
+        if self.sharded is None:
+            return contextlib.nullcontext()
+        return self.sharded.each_as_often(whole=self.config.sampling_weights == "whole")
 
     def _wanted(self, log_masks: bool, log_gradient: bool) -> Wanted:
         sets = log_masks and self.config.optimizer == "kronos"
@@ -369,17 +496,19 @@ class TrainingStep:
     def _learn(
         self,
         group: Group,
+        own: _Own,
         units: list[Unit],
         num_questions: int,
         totals: _StepTotals,
         view: QuestionView | None,
-        reference: Tensor | None,
         *,
         is_first: bool,
+        observed: bool,
     ) -> QuestionUpdate | None:
         """Backpropagate one question; drop and count it if a loss or gradient is NaN or infinite.
 
         Only the first pass over a batch measures the gap of the log-probabilities: later ones see updated weights.
+        Processes that share the question all call this; the first of them returns the update and counts it.
         """
 
         def before_unit(unit: Unit) -> None:
@@ -387,14 +516,15 @@ class TrainingStep:
                 view.before_unit(unit)
             self.updater.before_unit(unit)
 
-        if not units:
-            return None
-        batch = dataclasses.replace(self._batch(group), reference=reference)
         lengths = torch.tensor(self._trained_lengths(group), device=self.loaded.device)
+        weights = response_weights(
+            self.config.loss_type, lengths, longest=self.config.max_new_tokens, batch_tokens=totals.batch_tokens
+        )
+        part = own.part
         gradients = unit_gradients(
             self.loaded.model,
-            batch,
-            units,
+            own.batch,
+            units if part is None else part.own_units,
             temperature=self.config.temperature,
             clip_epsilon=self.config.clip_epsilon,
             level=self.config.importance_level,
@@ -403,23 +533,29 @@ class TrainingStep:
             micro_batch_tokens=self.config.micro_batch_tokens,
             logit_chunk_tokens=self.config.logit_chunk_tokens,
             dials=Dials(self.config.units_at_once, self.config.gradient_chunk_tokens),
-            on_logprobs=lambda logprobs: totals.add_gap(logprobs, batch) if is_first else None,
+            on_logprobs=lambda logprobs: totals.add_first_pass(logprobs, own.batch) if is_first else None,
             on_entropy=totals.add_entropy if is_first else None,
-            on_unit=before_unit,
+            on_unit=before_unit if part is None else None,
             epsilon_high=self.config.epsilon_high,
-            token_weights=response_weights(
-                self.config.loss_type, lengths, longest=self.config.max_new_tokens, batch_tokens=totals.batch_tokens
-            ),
+            token_weights=weights if part is None or weights is None else weights[own.share.responses],
             beta=self.config.beta,
+            num_responses=None if part is None else part.num_responses,
+            share=None if self.sharded is None else self._share(own.batch),
         )
+        if part is not None:
+            team = self.world.team(teams(num_questions, self.world.size))
+            combine = functools.partial(self.updater.combine, team, whole=observed)
+            gradients = units_of_parts(part, gradients, team, combine=combine, on_unit=before_unit)
         with contextlib.ExitStack() as stack:
             if view is not None:
                 gradients = stack.enter_context(contextlib.closing(view.watch(gradients)))
             try:
                 update = self.updater.add_question(gradients)
             except (NonFiniteLoss, NonFiniteGradient):
-                totals.non_finite += 1
+                totals.non_finite += own.share.leads
                 return None
+        if not own.share.leads:
+            return None
         totals.add_update(update, self.num_unprotected)
         if update.granted and self._fills_budget(group):
             totals.granted_budget_frac.append(sum(update.granted) / (self.config.budget * self.num_unprotected))
@@ -430,6 +566,11 @@ class TrainingStep:
         heard = len(steps_with_signal([rollout.advantages or () for rollout in group.rollouts]))
         return heard * self.config.max_step_budget >= self.config.budget * (1 - 1e-9)
 
+    def _kept_sets(self, kept: KeptUnit) -> dict[str, Tensor]:
+        """Return a unit's set: ascending flat indices by name, in a sharded run those of all processes, on the main one."""
+        sets = {name: indices.to_indices().cpu() for name, indices in kept.sets.items()}
+        return sets if self.sharded is None else self.sharded.whole_indices(sets)
+
     def _question_log(self, group: Group, update: QuestionUpdate, view: QuestionView | None) -> QuestionLog:
         shapes = self.loaded.shapes()
         units = []
@@ -438,7 +579,7 @@ class TrainingStep:
                 steps=list(made.unit.steps),
                 budget=made.unit.budget,
                 advantages=[a for column in made.unit.advantages for a in column if a is not None],
-                mask=BlockMask.from_indices(shapes, {name: s.to_indices().cpu() for name, s in kept.sets.items()}),
+                mask=BlockMask.from_indices(shapes, self._kept_sets(kept)),
             )
             if view is not None:
                 seen = view.units[place]
@@ -462,7 +603,7 @@ class TrainingStep:
         num_tokens = sum(lengths)
         kl = {}
         if self.config.beta:
-            kl["kl_to_start"] = totals.kl_sum / totals.gap_tokens if totals.gap_tokens else None
+            kl["kl_to_start"] = totals.kl_sum / totals.tokens if totals.tokens else None
             kl["reference_seconds"] = seconds["reference"]
         return {
             "reward": statistics.fmean(known) if known else None,
@@ -478,9 +619,8 @@ class TrainingStep:
             "non_finite_questions": totals.non_finite,
             "loss": statistics.fmean(totals.losses) if totals.losses else None,
             "clip_frac": totals.clipped / totals.terms if totals.terms else 0.0,
-            "logprob_gap_mean": totals.gap_sum / totals.gap_tokens if totals.gap_tokens else None,
-            "logprob_gap_max": totals.gap_max,
-            "entropy": totals.entropy_sum / totals.gap_tokens if totals.gap_tokens else None,
+            **self._engine_metrics(totals),
+            "entropy": totals.entropy_sum / totals.tokens if totals.tokens else None,
             "num_units": totals.num_units,
             "granted_frac": statistics.fmean(totals.granted_frac) if totals.granted_frac else 0.0,
             "granted_budget_frac": (
@@ -497,16 +637,41 @@ class TrainingStep:
             "peak_memory_bytes": _peak_memory_bytes(),
         }
 
+    def _engine_metrics(self, totals: _StepTotals) -> dict[str, float | None]:
+        """Return the metrics of the gap between engine and trainer, and of its correction."""
+        config = self.config
+        above = config.clip_epsilon if config.epsilon_high is None else config.epsilon_high
+        gap = measure_gap(torch.cat([*totals.gaps, torch.empty(0)]), low=1 - config.clip_epsilon, high=1 + above)
+        known = sum(len(part) for part in totals.gaps)
+        found: dict[str, float | None] = {
+            f"logprob_gap_{spec.name}": None if gap is None else getattr(gap, spec.name)
+            for spec in dataclasses.fields(Gap)
+        }
+        found["missing_logprob_frac"] = 1 - known / totals.tokens if totals.tokens else None
+        if config.resolved_old_logprobs == "trainer":
+            found["old_logprobs_seconds"] = totals.seconds["old_logprobs"]
+        if config.engine_correction != "none":
+            found["correction_hit_frac"] = totals.correction_hits / totals.corrected if totals.corrected else None
+        return found
 
-def _in_order(parts: Sequence[dict[int, T]]) -> list[T]:
-    """Return the values of all processes by ascending number."""
+
+def _in_order(parts: Sequence[dict[_Key, T]]) -> list[T]:
+    """Return the values of all processes by ascending key."""
     return [found for _, found in sorted(itertools.chain(*(part.items() for part in parts)), key=lambda item: item[0])]
 
 
-def _cost(group: Group, units: Sequence[Unit]) -> float:
-    """Predict the cost of a question's update: tokens that go forward once, and backward for each unit."""
-    tokens = sum(len(group.prompted.prompt_ids) + len(sample.response_ids) for sample in group.samples)
-    return tokens * (1 + 2 * len(units))
+def _whole_groups(parts: Sequence[list[_Sampled]]) -> list[Group]:
+    """Return the groups of all questions, in order, from what each process has sampled."""
+    found: dict[int, list[tuple[Sequence[int], Group]]] = {}
+    for share, group in itertools.chain(*parts):
+        found.setdefault(share.question, []).append((share.responses, group))
+    return [join_groups(found[question]) for question in sorted(found)]
+
+
+def _costs(group: Group, units: Sequence[Unit]) -> list[float]:
+    """Predict the cost of each response's update: tokens that go forward once, and backward for each unit."""
+    tokens = [len(group.prompted.prompt_ids) + len(sample.response_ids) for sample in group.samples]
+    return [float(count * (1 + 2 * len(units))) for count in tokens]
 
 
 def _peak_memory_bytes() -> int | None:

@@ -7,13 +7,14 @@ from stored keys and values. A fifth, ``local``, is an approximation. Each is a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ssrctl.core.units import Unit
+from ssrctl.distributed.sharding import ResponseShare
 from ssrctl.errors import UserError
 from ssrctl.training.step_gradients.accumulated import accumulated_gradients
 from ssrctl.training.step_gradients.batch import GroupBatch, make_batch, response_logprobs
@@ -25,6 +26,7 @@ from ssrctl.training.step_gradients.head import LOGIT_CHUNK_TOKENS
 from ssrctl.training.step_gradients.kept import kept_gradients
 from ssrctl.training.step_gradients.local import layout_obstacle, local_gradients
 from ssrctl.training.step_gradients.shape import group_shape
+from ssrctl.training.step_gradients.sharded import SHARED
 from ssrctl.training.step_gradients.task import Dials, GradientTask, NonFiniteLoss, UnitGradient
 from ssrctl.training.step_gradients.truncated import truncated_gradients
 
@@ -69,10 +71,12 @@ METHODS: dict[str, Callable[[GradientTask], Iterator[UnitGradient]]] = {
     "accumulated": accumulated_gradients,
 }
 
+AUTOMATIC = ("auto", "piecemeal")
+
 
 def method_obstacle(task: GradientTask, method: str) -> str | None:
     """Return the reason why this model cannot compute its gradients by ``method``; None if it can."""
-    if method not in ("auto", "piecemeal", "kept") and (obstacle := position_obstacle(task)) is not None:
+    if method not in (*AUTOMATIC, "kept") and (obstacle := position_obstacle(task)) is not None:
         return obstacle
     if method not in ("chunked", "recomputed", "local"):
         return None
@@ -106,6 +110,8 @@ def unit_gradients(
     epsilon_high: float | None = None,
     token_weights: Tensor | None = None,
     beta: float = 0.0,
+    num_responses: Mapping[int, int] | None = None,
+    share: ResponseShare | None = None,
 ) -> Iterator[UnitGradient]:
     """Backpropagate the units' losses one after the other.
 
@@ -127,12 +133,16 @@ def unit_gradients(
             ``piecemeal`` the cheapest that never needs a whole dense gradient to exist.
         micro_batch_tokens: most tokens of a micro-batch of ``accumulated``; None for one batch.
         logit_chunk_tokens: positions whose whole logits may exist at once.
-        dials: of ``chunked`` and ``recomputed``.
+        dials: of ``recomputed``.
         on_logprobs: called with the detached log-probabilities ``[G, R]`` of this pass, before the first unit.
         on_entropy: called with the entropies (nats, float32 ``[G, R]``, 0 in the padding) of the temperature-scaled
             distributions that the tokens were drawn from, before the first unit.
         on_unit: called with each unit right before its backward pass; with several units at once after their shared
             one, before the unit's gradient is handed over.
+        num_responses: by step, the responses of the whole question that have it with a known advantage, where the batch
+            is a part of them (``step_gradients.parts``).
+        share: of a sharded model, the responses that this process runs; all processes call with the same batch. The
+            gradients are those of the shards (``ShardedModel.take_gradients``), by ``kept`` or ``truncated``.
 
     Raises:
         NonFiniteLoss: a loss is NaN or infinite; nothing was backpropagated for it.
@@ -157,7 +167,10 @@ def unit_gradients(
         epsilon_high=epsilon_high,
         token_weights=token_weights,
         beta=beta,
+        num_responses=num_responses,
     )
+    if share is not None:
+        return SHARED[automatic_method(task, list(SHARED)) if method in AUTOMATIC else method](task, share)
     obstacle = method_obstacle(task, method)
     if obstacle is not None:
         raise UserError(

@@ -34,7 +34,10 @@ COMMANDS = {
     "train": configs.TrainConfig,
     "eval": configs.EvalConfig,
     "diagnose": configs.DiagnoseConfig,
+    "serve-rollouts": configs.ServeRolloutsConfig,
+    "report": configs.ReportConfig,
     "env": configs.EnvConfig,
+    "recipes": configs.RecipesConfig,
     "delta diff": configs.DeltaDiffConfig,
     "delta apply": configs.DeltaApplyConfig,
     "delta info": configs.DeltaInfoConfig,
@@ -115,9 +118,10 @@ def test_flags_stand_in_panels_that_begin_with_the_common_ones(
     def panels(name: str) -> list[str]:
         return re.findall(r"^╭─ (\w+) ", shown_help(name, 100, capsys, monkeypatch), re.MULTILINE)
 
-    training = ["Method", "Optimizer", "Sampling", "Segmentation", "Critic", "Checkpoints", "Logging", "Processes"]
-    assert panels("train") == ["Options", "Model", "Data", "Prompt", *training]
-    assert panels("critic") == ["Arguments", "Options", "Critic", "Model", "Prompt", "Sampling"]
+    parts = ["Method", "Optimizer", "Sampling", "Engine", "Segmentation", "Critic"]
+    parts += ["Checkpoints", "Logging", "Processes"]
+    assert panels("train") == ["Options", "Model", "Data", "Prompt", *parts]
+    assert panels("critic") == ["Arguments", "Options", "Critic", "Model", "Prompt", "Sampling", "Processes"]
 
 
 def test_help_names_choices_and_ranges_that_the_doc_line_leaves_out() -> None:

@@ -1,6 +1,7 @@
 """The scripts under examples/ run, and do what they say."""
 
 import importlib.util
+import json
 import random
 import re
 import sys
@@ -11,7 +12,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from ssrctl import KronosOpt, tiny_reasoner
+from ssrctl import KronosOpt, cli, tiny_reasoner
 
 # TRL sets what transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated and will be removed:FutureWarning")
@@ -156,6 +157,30 @@ def test_own_loop_takes_any_small_causal_model(
     bpe_tokenizer.save_pretrained(tmp_path)
     printed = run_main(own_loop, "--model", str(tmp_path), "--steps", "1")
     assert "step 1: gradient norm 0.000, 0 coordinates updated" in printed
+
+
+# own_critic.py and own_reward.py
+
+
+def test_own_parts_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(EXAMPLES)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    words = [
+        "--critic",
+        "own_critic:OneEquation",
+        "--reward",
+        "own_reward:right_and_short",
+        "-o",
+        str(tmp_path / "run"),
+    ]
+    small = ["--max-steps", "1", "--questions-per-step", "1", "--num-generations", "4", "--max-new-tokens", "80"]
+    assert cli.main(["train", *words, *small]) == 0
+    for row in map(json.loads, (tmp_path / "run/rollouts/000001.jsonl").read_text().splitlines()):
+        texts = [row["response"][span["start"] : span["end"]] for span in row["steps"]]
+        *steps, final = [score["reward"] for score in row["scores"]]
+        assert steps == [1.0 if text.count("=") == 1 else -1.0 for text in texts[:-1]]
+        too_long = max(0, len(row["response"]) + 1 - 64)  # a character a token, and the end
+        assert final == pytest.approx(row["final"]["correct"] - 0.01 * too_long, abs=0.011)
 
 
 # trl_grpo.py

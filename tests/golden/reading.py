@@ -15,6 +15,7 @@ TIMINGS = frozenset(
     {
         "tokens_per_second",
         "peak_memory_bytes",
+        "old_logprobs_seconds",
         "reference_seconds",
         "sample_seconds",
         "score_seconds",

@@ -29,7 +29,8 @@ def config(out: Path, **changes: object) -> TrainConfig:
 
 def metrics(run: Path) -> list[dict]:
     rows = [row for _, row in read_jsonl(run / "metrics.jsonl")]
-    return [{key: v for key, v in row.items() if not key.endswith(("_seconds", "_per_second"))} for row in rows]
+    cost = ("_seconds", "_per_second", "_memory_bytes")
+    return [{key: v for key, v in row.items() if not key.endswith(cost)} for row in rows]
 
 
 @pytest.mark.parametrize("scope", ["global", "tensor"])

@@ -5,6 +5,7 @@ tensor's largest entry leaves room for thousands of operations while a token lef
 digit.
 """
 
+import copy
 import gc
 import random
 
@@ -36,7 +37,7 @@ EXACT = ("kept", "truncated", "chunked", "recomputed")
 LEVELS = ("token", "step", "sequence")
 
 
-@pytest.fixture(scope="module", params=["qwen3", "llama", "gpt2", "mistral", "gemma3"])
+@pytest.fixture(scope="module", params=["qwen3", "llama", "gpt2", "opt", "mistral", "gemma3"])
 def any_model(request):
     return build(request.param)
 
@@ -60,7 +61,7 @@ def every_cut(monkeypatch):
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_exact_gradients_are_those_of_each_response_alone(qwen, every_cut, case, method):
     case = case.near(qwen)
-    found = found_gradients(qwen, case, method)
+    found = found_gradients(qwen, case, method, dials=Dials(2, 2))
     assert [unit for unit, _ in found] == case.units
     for unit, gradient in found:
         assert_close(gradient, expected_gradient(qwen, case, unit, "sequence"))
@@ -70,7 +71,7 @@ def test_exact_gradients_are_those_of_each_response_alone(qwen, every_cut, case,
 @pytest.mark.parametrize("method", EXACT)
 def test_every_kind_of_model_and_ratio(any_model, every_cut, method, level):
     case = CASES["ragged"].near(any_model)
-    for unit, gradient in found_gradients(any_model, case, method, level):
+    for unit, gradient in found_gradients(any_model, case, method, level, dials=Dials(1, 8)):
         assert_close(gradient, expected_gradient(any_model, case, unit, level))
 
 
@@ -110,11 +111,8 @@ def test_the_exact_ways_agree_wherever_the_chunks_are_cut(qwen, drawn, level):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunked, "plan_boundaries", boundaries)
-        # pairs of units, and chunks of at most two columns beside the drawn cuts
-        found = {
-            method: found_gradients(qwen, case, method, level, dials=Dials(2, 2 if method == "recomputed" else None))
-            for method in EXACT
-        }
+        dials = Dials(1 + len(case.units) % 3, [2, 7, None][case.prompt[0] % 3])
+        found = {method: found_gradients(qwen, case, method, level, dials=dials) for method in EXACT}
     kept = found.pop("kept")
     for other in found.values():
         for (unit, mine), (same, expected) in zip(other, kept, strict=True):
@@ -186,6 +184,28 @@ def test_rows_that_have_ended_are_not_run(qwen, every_cut, monkeypatch):
         seen.clear()
         found_gradients(qwen, case, method)
         assert seen == [(1, 3), (2, 1), (1, 1)]
+
+
+def test_recomputed_runs_each_response_again_up_to_its_own_last_token(qwen, every_cut, monkeypatch):
+    case, seen = copy.copy(CASES["late start"]), []
+    with torch.no_grad():  # nothing is clipped
+        case.old = [alone(qwen, case.prompt, response).tolist() for response in case.responses]
+    whole = qwen.forward
+
+    def forward(input_ids, past_key_values=None, use_cache=None, logits_to_keep=0):
+        seen.append((torch.is_grad_enabled(), past_key_values.get_seq_length(), tuple(input_ids.shape)))
+        return whole(
+            input_ids=input_ids, past_key_values=past_key_values, use_cache=use_cache, logits_to_keep=logits_to_keep
+        )
+
+    found_gradients(qwen, case, "chunked")  # the first use of a model runs it once more
+    monkeypatch.setattr(qwen, "forward", forward)
+    found_gradients(qwen, case, "recomputed", "token", dials=Dials(1, 2))
+    prompt = [(1, (1, 2)), (0, (1, 1))]
+    assert [call[1:] for call in seen if call[0]] == [
+        *[(3, (1, 1)), *prompt],  # the first unit: a token of the first response, and those that the prompt predicts
+        *[(4, (1, 2)), (3, (1, 1)), (3, (1, 2)), (3, (1, 1)), *prompt],
+    ]
 
 
 @pytest.mark.parametrize("method", [*EXACT, "local", "auto"])

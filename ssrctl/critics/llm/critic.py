@@ -16,10 +16,10 @@ from collections.abc import Coroutine, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ssrctl.configs import CriticOptions
-from ssrctl.critics.base import missing
+from ssrctl.critics.base import CriticResources, missing
 from ssrctl.critics.llm.cache import Reply, ReplyCache, default_cache_dir
 from ssrctl.critics.llm.client import CallTag, JudgeClient
 from ssrctl.critics.llm.failures import CallFailed
@@ -32,9 +32,6 @@ from ssrctl.critics.llm.requests import JudgeRequests
 from ssrctl.critics.llm.verdicts import ParsedReply, Verdicts, parse_verdicts
 from ssrctl.errors import Stopped
 from ssrctl.io.records import Rollout, StepScore
-
-if TYPE_CHECKING:
-    from ssrctl.critics.registry import CriticResources
 
 WINDOW = 2  # responses begun per call in flight: enough that no call waits for the reader of the results
 

@@ -16,16 +16,13 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from ssrctl.configs import CriticOptions
-from ssrctl.critics.base import missing, scored
+from ssrctl.critics.base import CriticResources, missing, scored
 from ssrctl.critics.llm.cache import Reply, ReplyCache, cache_key, default_cache_dir
 from ssrctl.critics.prm.styles import Encoded, Encoder
 from ssrctl.io.records import Rollout, StepScore
-
-if TYPE_CHECKING:
-    from ssrctl.critics.registry import CriticResources
 
 WINDOW_BATCHES = 8  # batches that are sorted by length together
 CACHE_FORM = "prm 1"  # of the inputs that a probability belongs to

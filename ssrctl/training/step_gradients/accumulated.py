@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ssrctl.training.step_gradients.batch import GroupBatch, response_values
+from ssrctl.training.step_gradients.batch import GroupBatch, response_logprobs, response_values
+from ssrctl.training.step_gradients.head import HeadSettings
 from ssrctl.training.step_gradients.task import GradientTask, UnitGradient
 
 
@@ -47,6 +49,19 @@ def accumulated_gradients(task: GradientTask) -> Iterator[UnitGradient]:
         if run_once:
             task.report(values, entropy)
         yield task.differentiate(active.unit, values)[0]
+
+
+@torch.no_grad()
+def fixed_logprobs(model: Any, batch: GroupBatch, settings: HeadSettings, tokens: int | None) -> Tensor:
+    """Compute the log-probabilities ``[G, R]`` without a graph, in micro-batches of at most ``tokens`` tokens; None for one."""
+    if tokens is None:
+        return response_logprobs(model, batch, settings=settings)
+    lengths, parts = batch.known.sum(1), micro_batches(batch, tokens)
+    values = torch.zeros_like(batch.old_logprobs, dtype=torch.promote_types(model.dtype, torch.float32))
+    for rows in parts:
+        end = int(lengths[rows].max())
+        values[rows, :end] = response_logprobs(model, batch, rows=rows, end=end, settings=settings)
+    return values
 
 
 def micro_batches(batch: GroupBatch, tokens: int) -> list[Tensor]:

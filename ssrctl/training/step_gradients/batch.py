@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ssrctl.core.engine_gap import Correction
 from ssrctl.training.step_gradients.head import HeadSettings, run_model
 
 if TYPE_CHECKING:
@@ -28,9 +29,12 @@ class GroupBatch:
         input_ids: int64 ``[G, P + R]``, prompt and response, padded on the right.
         attention_mask: int64 ``[G, P + R]``, 1 where there is a token.
         prompt_length: P, at least 1.
-        old_logprobs: float32 ``[G, R]``, log-probabilities at sampling time; 0 in the padding.
+        old_logprobs: float32 ``[G, R]``, log-probabilities at sampling time, of the importance ratio; 0 in the padding.
         step_ids: int64 ``[G, R]``, each token's step, never falling along a response, -1 in the padding.
         reference: float ``[G, R]``, log-probabilities under the start model; None without a KL term.
+        engine_logprobs: float32 ``[G, R]``, those that the engine gave; NaN where it gave none, 0 in the padding. None
+            where no engine has sampled.
+        correction: weights for what the engine sampled; None weighs all alike.
     """
 
     input_ids: Tensor
@@ -39,11 +43,32 @@ class GroupBatch:
     old_logprobs: Tensor
     step_ids: Tensor
     reference: Tensor | None = None
+    engine_logprobs: Tensor | None = None
+    correction: Correction | None = None
 
     @property
     def known(self) -> Tensor:
         """bool ``[G, R]``: True at response tokens, False in the padding."""
         return self.attention_mask[:, self.prompt_length :].bool()
+
+    def of_responses(self, rows: Sequence[int]) -> GroupBatch:
+        """Return some of the responses, in this order, as wide as the longest of them needs; without a correction."""
+        assert self.correction is None, "its counts are of all responses"
+        places = torch.tensor(list(rows), device=self.input_ids.device)
+        width = int(self.known[places].sum(1).max())
+
+        def some(values: Tensor | None, end: int = width) -> Any:
+            return None if values is None else values[places, :end]
+
+        return GroupBatch(
+            some(self.input_ids, self.prompt_length + width),
+            some(self.attention_mask, self.prompt_length + width),
+            self.prompt_length,
+            some(self.old_logprobs),
+            some(self.step_ids),
+            some(self.reference),
+            some(self.engine_logprobs),
+        )
 
     @property
     def targets(self) -> Tensor:
@@ -54,13 +79,16 @@ class GroupBatch:
 def make_batch(
     prompt_ids: Sequence[int],
     responses: Sequence[Sequence[int]],
-    old_logprobs: Sequence[Tensor],
+    engine_logprobs: Sequence[Tensor],
     step_ids: Sequence[Sequence[int]],
     *,
     pad_token_id: int,
     device: torch.device,
 ) -> GroupBatch:
-    """Pad one group's responses into a batch; every response needs at least one token."""
+    """Pad one group's responses into a batch; every response needs at least one token.
+
+    The old log-probabilities are the engine's, missing ones included.
+    """
     prompt_length = len(prompt_ids)
     width = max(len(response) for response in responses)
     rows = len(responses)
@@ -73,9 +101,12 @@ def make_batch(
         end = prompt_length + len(response)
         input_ids[row, prompt_length:end] = torch.tensor(list(response))
         attention_mask[row, :end] = 1
-        old[row, : len(response)] = old_logprobs[row]
+        old[row, : len(response)] = engine_logprobs[row]
         steps[row, : len(response)] = torch.tensor(list(step_ids[row]))
-    return GroupBatch(input_ids.to(device), attention_mask.to(device), prompt_length, old.to(device), steps.to(device))
+    old = old.to(device)
+    return GroupBatch(
+        input_ids.to(device), attention_mask.to(device), prompt_length, old, steps.to(device), engine_logprobs=old
+    )
 
 
 def response_logprobs(

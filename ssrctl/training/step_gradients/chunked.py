@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from ssrctl.training.step_gradients.batch import GroupBatch
-from ssrctl.training.step_gradients.chunks import Chunk, ChunkedPass, walk_chunks
+from ssrctl.training.step_gradients.chunks import Chunk, ChunkedPass
 from ssrctl.training.step_gradients.cost import ModelCosts, plan_boundaries
 from ssrctl.training.step_gradients.shape import group_shape
 from ssrctl.training.step_gradients.task import GradientTask, UnitGradient
+from ssrctl.training.step_gradients.walk import walk_chunks
+
+# Tokens of a chunk of recomputed gradients, where neither the user nor a plan says.
+RECOMPUTED_CHUNK_TOKENS = 1024
 
 
 def chunked_gradients(task: GradientTask) -> Iterator[UnitGradient]:
@@ -27,58 +33,91 @@ def chunked_gradients(task: GradientTask) -> Iterator[UnitGradient]:
     chunks before any is final. With bfloat16 weights these sums are rounded to bfloat16, no more than that arithmetic
     loses anyway.
     """
-    run = column_pass(task)
-    return walk_chunks(task, run, num_kept=len(run.chunks))
+    ends = plan_boundaries(group_shape(task), ModelCosts.of(task.model))
+    if task.needs_all_logprobs:
+        ends = sorted({*ends, last_input(task)})
+    return walk_chunks(task, ChunkedPass(task.model, task.batch, column_chunks(task.batch, ends), task.head))
 
 
 def recomputed_gradients(task: GradientTask) -> Iterator[UnitGradient]:
-    """Run the batch once without a graph, and each chunk again for the units that need it (see ``task.Dials``).
+    """Run the batch once without a graph, and for each unit the tokens before its end again (see ``task.Dials``).
 
-    The chunks are those of ``chunked``. Memory: the activations of one chunk, the keys and values, and for each of the
-    units at once their gradients and a gradient of the parameters.
+    The second time response after response, each up to its own last token of the unit, in chunks of at most so many tokens;
+    short responses share a chunk. The prompt comes once for all, if the cuts of ``chunked`` have it apart.
+
+    Needs a model without a ``cache_obstacle``. Memory: the keys and values of the group, the activations of one chunk,
+    and for each of the units at once a gradient of the parameters and the gradients of one response's keys and values.
     """
-    return walk_chunks(task, column_pass(task), num_kept=0, units_at_once=task.settled_dials.units_at_once or 1)
+    rows, prompt = len(task.batch.input_ids), task.batch.prompt_length
+    most = task.settled_dials.chunk_tokens or RECOMPUTED_CHUNK_TOKENS
+    planned = plan_boundaries(group_shape(task), ModelCosts.of(task.model))
+    shared = prompt if prompt in planned else 0
+    last = last_input(task) if task.needs_all_logprobs else max(planned, default=0)
+    ends = split_range(0, shared, most) + split_range(shared, last, max(1, most // rows))
+    run = ChunkedPass(task.model, task.batch, column_chunks(task.batch, ends, shared), task.head)
+    return walk_chunks(task, run, lambda wanted: row_blocks(run, wanted, most), task.settled_dials.units_at_once or 1)
 
 
-def column_pass(task: GradientTask) -> ChunkedPass:
-    """Cut the task's batch into chunks."""
-    boundaries = plan_boundaries(group_shape(task), ModelCosts.of(task.model))
-    boundaries = split_boundaries(boundaries, task.settled_dials.chunk_tokens)
-    chunks = column_chunks(task.batch, boundaries, task.settled_dials.chunk_tokens, to_the_end=task.needs_all_logprobs)
-    return ChunkedPass(task.model, task.batch, chunks, task.head)
+def last_input(task: GradientTask) -> int:
+    """Return the number of columns of ``input_ids`` that predict a response token."""
+    return int(task.batch.known.sum(1).max()) + task.batch.prompt_length - 1
 
 
-def split_boundaries(boundaries: Sequence[int], most: int | None, start: int = 0) -> list[int]:
-    """Add cuts, at equal distances, until no chunk has more than ``most`` columns."""
-    found = []
-    for end in boundaries:
-        parts = 1 if most is None else -(-(end - start) // most)
-        found += [start + (end - start) * part // parts for part in range(1, parts + 1)]
-        start = end
-    return found
+def split_range(start: int, stop: int, most: int) -> list[int]:
+    """Return the ends of the fewest equal parts of at most ``most``; none of an empty range."""
+    parts = -(-(stop - start) // most)
+    return [start + (stop - start) * part // parts for part in range(1, parts + 1)]
 
 
-def column_chunks(
-    batch: GroupBatch, boundaries: Sequence[int], most: int | None = None, *, to_the_end: bool
-) -> list[Chunk]:
+def column_chunks(batch: GroupBatch, ends: Sequence[int], shared: int | None = None) -> list[Chunk]:
     """Cut the batch at columns.
 
     Args:
         batch: the group.
-        boundaries: ascending columns of ``input_ids`` at which chunks end.
-        most: columns of a chunk of the rest; None for no limit.
-        to_the_end: True adds the rest as chunks without a graph.
+        ends: ascending columns of ``input_ids`` at which chunks end.
+        shared: columns of the prompt that are run for one row; by default all if a chunk is exactly the prompt.
     """
-    device = batch.input_ids.device
     last = batch.known.sum(1) + batch.prompt_length - 1  # the column that predicts nothing more
-    ends = list(boundaries)
-    width = int(last.max())
-    if to_the_end and (not ends or ends[-1] < width):
-        ends += split_boundaries([width], most, ends[-1] if ends else 0)
+    if shared is None:
+        shared = batch.prompt_length if ends and ends[0] == batch.prompt_length else 0
     chunks, start = [], 0
-    for number, end in enumerate(ends):
+    for end in ends:
         rows = (last > start).nonzero().flatten()
-        columns = torch.arange(start, end, device=device).expand(len(rows), -1)
-        chunks.append(Chunk(rows, columns, with_graph=number < len(boundaries)))
+        chunks.append(_chunk(rows, start, end, shared=end <= shared))
         start = end
     return chunks
+
+
+def row_blocks(run: ChunkedPass, wanted: Tensor, most: int) -> list[list[Chunk]]:
+    """Cut the tokens on which the wanted ones depend into blocks of rows, and these into chunks of columns.
+
+    Args:
+        run: the pass over the group.
+        wanted: bool ``[G, R]``.
+        most: tokens of a chunk; a block has several rows only if one chunk holds them whole.
+
+    Returns:
+        Blocks of chunks of the same rows, ascending; those of the shared prompt come last.
+    """
+    past_last = (wanted * torch.arange(1, wanted.shape[1] + 1, device=wanted.device)).amax(1)
+    # inputs that a row needs beyond the shared ones
+    needed = [max(0, count + run.batch.prompt_length - 1 - run.shared) if count else 0 for count in past_last.tolist()]
+    order = run.order.tolist()
+    blocks, first = [], 0
+    while first < len(order):
+        width, stop = needed[order[first]], first + 1
+        while stop < len(order) and width and (more := needed[order[stop]]):
+            if (stop + 1 - first) * max(width, more) > most:
+                break
+            width, stop = max(width, more), stop + 1
+        cuts = [run.shared, *split_range(run.shared, run.shared + width, max(1, most // (stop - first)))]
+        if block := [_chunk(run.order[first:stop], a, b) for a, b in itertools.pairwise(cuts)]:
+            blocks.append(block)
+        first = stop
+    if bool(past_last.any()) and (prompt := [chunk for chunk in run.chunks if chunk.shared]):
+        blocks.append(prompt)
+    return blocks
+
+
+def _chunk(rows: Tensor, start: int, end: int, *, shared: bool = False) -> Chunk:
+    return Chunk(rows, torch.arange(start, end, device=rows.device).expand(len(rows), -1), start, shared=shared)

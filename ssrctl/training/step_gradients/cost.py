@@ -104,6 +104,17 @@ def mean_attention_widths(config: Any) -> tuple[float, float]:
     return sum(width for width, _ in widths) / len(widths), sum(width for _, width in widths) / len(widths)
 
 
+def body_parameters(model: Any) -> int:
+    """Count the parameters besides the embeddings and the output projection; at least 1."""
+    tables = {
+        id(module.weight): module.weight.numel()
+        for module in (model.get_input_embeddings(), model.get_output_embeddings())
+        if module is not None
+    }
+    count: int = sum(p.numel() for p in model.parameters()) - sum(tables.values())
+    return max(1, count)
+
+
 @dataclass(frozen=True)
 class ModelCosts:
     """Costs of one model on one device."""
@@ -112,22 +123,21 @@ class ModelCosts:
     backward: PassCosts
 
     @classmethod
-    def of(cls, model: Any) -> ModelCosts:
-        """Return the costs from the model's sizes.
+    def of(cls, model: Any, device: str | None = None) -> ModelCosts:
+        """Return the costs from the model's sizes, on its own device or one of another type.
 
         Every weight counts as used by every token; a model whose config names no attention heads has no attention.
         """
         config = model.config.get_text_config()
-        inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
-        tables = {id(module.weight): module.weight.numel() for module in (inputs, outputs) if module is not None}
+        outputs = model.get_output_embeddings()
         attention, cached = mean_attention_widths(config)
         costs = cls.from_sizes(
-            body=max(1, sum(p.numel() for p in model.parameters()) - sum(tables.values())),
+            body=body_parameters(model),
             head=outputs.weight.numel() if outputs is not None else 0,
             num_layers=config.num_hidden_layers,
             attention_width=attention,
             cache_width=cached,
-            device=model.device.type,
+            device=model.device.type if device is None else device,
         )
         return costs.recomputing() if is_checkpointed(model) else costs
 

@@ -138,8 +138,8 @@ def _find_form(model: Any, input_ids: Tensor) -> LogitForm | None:
         hook.remove()
     if len(projected) != 1 or projected[0].shape != logits.shape or not bool(projected[0].isfinite().all()):
         return None
-    # the model may compute the steps in its own precision, each rounded
-    allowed = 16 * torch.finfo(projected[0].dtype).eps
+    # the model may compute the factor and the cap in its own precision, at most four rounded steps
+    allowed = 4 * torch.finfo(projected[0].dtype).eps
     for form in _candidates(model.config.get_text_config()):
         expected = form.apply(projected[0].clone())
         if bool((expected - logits).abs().max() <= allowed * expected.abs().max()):

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ssrctl.training.step_gradients.chunks import Chunk, ChunkedPass, walk_chunks
+from ssrctl.training.step_gradients.chunks import Chunk, ChunkedPass
 from ssrctl.training.step_gradients.head import forward_parameters
 from ssrctl.training.step_gradients.task import GradientTask, UnitGradient
+from ssrctl.training.step_gradients.walk import walk_chunks
 
 
 def local_gradients(task: GradientTask) -> Iterator[UnitGradient]:
@@ -23,16 +24,14 @@ def local_gradients(task: GradientTask) -> Iterator[UnitGradient]:
     are in one range of columns, padded to the longest. Needs a model without a ``cache_obstacle`` or a
     ``layout_obstacle``. Memory: the activations of all tokens at first; each unit's are freed after it.
     """
-    chunks = unit_chunks(task)
-    run = ChunkedPass(task.model, task.batch, chunks, task.head, padded=True)
-    yield from walk_chunks(task, run, num_kept=len(chunks))
+    return walk_chunks(task, ChunkedPass(task.model, task.batch, unit_chunks(task), task.head, padded=True))
 
 
 def unit_chunks(task: GradientTask) -> list[Chunk]:
     """Return the prompt, then each unit's tokens; those after the last unit, if needed, without a graph."""
     batch, device = task.batch, task.batch.input_ids.device
     prompt = torch.arange(batch.prompt_length, device=device).expand(len(batch.input_ids), -1)
-    chunks = [Chunk(torch.arange(len(prompt), device=device), prompt)]
+    chunks = [Chunk(torch.arange(len(prompt), device=device), prompt, start=0, shared=True)]
     owner = input_owners(task)
     count = len(task.active) + task.needs_all_logprobs
     for number in range(count):
@@ -46,7 +45,7 @@ def unit_chunks(task: GradientTask) -> list[Chunk]:
         start = batch.prompt_length + (owner[rows] < number).sum(1) - (owner[rows] < 0).sum(1)
         slots = torch.arange(width, device=device)
         columns = torch.where(slots < widths[:, None], start[:, None] + slots, -1)
-        chunks.append(Chunk(rows, columns, with_graph=number < len(task.active), past_constant=number > 0))
+        chunks.append(Chunk(rows, columns, chunks[-1].stop, past_constant=number > 0))
     return chunks
 
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ssrctl.configs import TrainConfig
+from ssrctl.core.counting import Group
 from ssrctl.core.mask import BlockMask
 from ssrctl.core.master_adamw import MasterAdamW
 from ssrctl.core.masters import REMAINDER_DTYPES
 from ssrctl.distributed.world import ALONE, World
 from ssrctl.training.updaters.base import Changes
 from ssrctl.training.updaters.dense import DenseGradients
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class AdamWUpdater(DenseGradients):
@@ -32,9 +37,10 @@ class AdamWUpdater(DenseGradients):
         protected: BlockMask | None = None,
         mask: BlockMask | None = None,
         world: World = ALONE,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         assert mask is None, "MaskedAdamWUpdater trains a mask"
-        super().__init__(dict(parameters), config.max_grad_norm, world)
+        super().__init__(dict(parameters), config.max_grad_norm, world, Group(process_group))
         kind = MasterAdamW if _has_masters(config, self.named) else torch.optim.AdamW
         self.optimizer = kind(
             self.named.values(),
@@ -43,7 +49,7 @@ class AdamWUpdater(DenseGradients):
             eps=config.adam_epsilon,
             weight_decay=config.weight_decay,
         )
-        self.num_protected = protected.count() if protected is not None else 0
+        self.num_protected = self._over_all(protected.count() if protected is not None else 0)
         self._protected: dict[str, tuple[Tensor, Tensor]] = {}
         for name, indices in (protected.to_indices() if protected is not None else {}).items():
             flat = self.named[name].detach().view(-1)
@@ -61,6 +67,9 @@ class AdamWUpdater(DenseGradients):
         moments = 8.0 + 2.0 if config.master_weights and itemsize == 2 else 2.0 * itemsize
         return moments + (itemsize if config.questions_per_step > 1 else 0)
 
+    def pending(self) -> None:
+        """Return None: every weight may change."""
+
     @torch.no_grad()
     def step(self) -> dict[str, float | None]:
         if not self.sum:
@@ -70,7 +79,7 @@ class AdamWUpdater(DenseGradients):
             parameter.grad = self.sum.pop(name, None)
             if parameter.grad is not None and name in self._protected:
                 parameter.grad.view(-1)[self._protected[name][0]] = 0.0
-        norm = float(torch.nn.utils.clip_grad_norm_(self.named.values(), self.max_grad_norm or float("inf")))
+        norm = self._clipped_norm()
         self.check_finite(norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -84,8 +93,16 @@ class AdamWUpdater(DenseGradients):
             "updated_frac": (self.num_coordinates - self.num_protected) / self.num_coordinates,
         }
         if isinstance(self.optimizer, MasterAdamW):
-            metrics["lost_update_frac"] = self.optimizer.survival.lost_frac
+            metrics["lost_update_frac"] = self.optimizer.survival.over(self.group).lost_frac
         return metrics
+
+    def _clipped_norm(self) -> float:
+        """Clip the gradients by their norm over all processes of the group; return the norm before."""
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.named.values() if p.grad is not None])
+        if self.group.group is not None:
+            norm = self.group.total(norm.double().square().cpu()).sqrt().to(norm)
+        torch.nn.utils.clip_grads_with_norm_(self.named.values(), self.max_grad_norm or float("inf"), norm)
+        return float(norm)
 
     def changes(self) -> Changes:
         trained = [name for name, parameter in self.named.items() if parameter in self.optimizer.state]

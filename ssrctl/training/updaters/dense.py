@@ -8,11 +8,19 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ssrctl.core.counting import ALONE as ONE_PROCESS
+from ssrctl.core.counting import Group
 from ssrctl.core.topk import NonFiniteGradient
 from ssrctl.core.units import Unit
 from ssrctl.distributed.world import ALONE, World
 from ssrctl.training.unit_gradients import UnitGradient
-from ssrctl.training.updaters.base import QuestionUpdate, joined, load_state_tensors, state_tensors
+from ssrctl.training.updaters.base import (
+    QuestionUpdate,
+    joined,
+    load_state_tensors,
+    state_tensors,
+    sum_gradients,
+)
 
 
 class DenseGradients:
@@ -22,16 +30,23 @@ class DenseGradients:
         named: the parameters by name.
         max_grad_norm: clip on the norm of the summed gradient; 0 is off.
         world: the processes that share a batch.
+        group: the processes that share each parameter.
         sum: the gradients of the questions since the last step, by name.
-        num_coordinates: of all parameters.
+        num_coordinates: of all parameters, over all processes of the group.
     """
 
     optimizer: torch.optim.Optimizer
 
-    def __init__(self, named: dict[str, torch.nn.Parameter], max_grad_norm: float, world: World = ALONE) -> None:
-        self.named, self.max_grad_norm, self.world = named, max_grad_norm, world
+    def __init__(
+        self,
+        named: dict[str, torch.nn.Parameter],
+        max_grad_norm: float,
+        world: World = ALONE,
+        group: Group = ONE_PROCESS,
+    ) -> None:
+        self.named, self.max_grad_norm, self.world, self.group = named, max_grad_norm, world, group
         self.sum: dict[str, Tensor] = {}
-        self.num_coordinates = sum(parameter.numel() for parameter in named.values())
+        self.num_coordinates = self._over_all(sum(parameter.numel() for parameter in named.values()))
 
     def plan(self, units: Sequence[Unit]) -> list[Unit]:
         """Join all steps for one backward pass."""
@@ -42,21 +57,34 @@ class DenseGradients:
 
     def add_question(self, gradients: Iterator[UnitGradient]) -> QuestionUpdate:
         update = QuestionUpdate()
-        found: dict[str, Tensor] = {}
         try:
             for made in gradients:
                 update.gradients.append(made)
-            for name, parameter in self.named.items():
-                if parameter.grad is not None:
-                    if bad := int((~parameter.grad.isfinite()).sum()):
-                        raise NonFiniteGradient(name, bad)
-                    found[name] = parameter.grad
+            found = {name: p.grad for name, p in self.named.items() if p.grad is not None}
+            if (broken := self._first_non_finite(found)) is not None:
+                raise NonFiniteGradient(*broken)
         finally:
-            for parameter in self.named.values():
-                parameter.grad = None
+            self._drop_gradients()
         for name, gradient in found.items():
             self.sum[name] = self.sum[name].add_(gradient) if name in self.sum else gradient
         return update
+
+    def combine(self, team: World, *, whole: bool) -> None:
+        """Let each process add the gradient of its own responses to its sum; ``exchange`` adds up all.
+
+        A gradient that is observed is summed now, and added by the first process.
+        """
+        broken = self._first_non_finite({name: p.grad for name, p in self.named.items() if p.grad is not None})
+        if somewhere := next(filter(None, team.gather(broken)), None):
+            raise NonFiniteGradient(*somewhere)
+        if whole:
+            sum_gradients(self.named, team)
+            if not team.is_main:
+                self._drop_gradients()
+
+    def _drop_gradients(self) -> None:
+        for parameter in self.named.values():
+            parameter.grad = None
 
     def exchange(self, mine: Mapping[int, QuestionUpdate]) -> None:
         """Sum the gradients over the processes, tensor by tensor, in the gradients' dtype.
@@ -84,11 +112,20 @@ class DenseGradients:
         """
         if math.isfinite(norm):
             return
-        bad = {name: int((~p.grad.isfinite()).sum()) for name, p in self.named.items() if p.grad is not None}
-        if name := next((name for name, count in bad.items() if count), None):
+        broken = self._first_non_finite({name: p.grad for name, p in self.named.items() if p.grad is not None})
+        if broken is not None:
             self.optimizer.zero_grad(set_to_none=True)
-            raise NonFiniteGradient(name, bad[name])
+            raise NonFiniteGradient(*broken)
 
     def clip_scale(self, norm: float) -> float:
         """Return the factor, in (0, 1], by which the clip scales a gradient of this norm."""
         return min(1.0, self.max_grad_norm / norm) if self.max_grad_norm and norm > 0 else 1.0
+
+    def _first_non_finite(self, gradients: Mapping[str, Tensor]) -> tuple[str, int] | None:
+        """Return the first gradient with a NaN or infinity in any process, and the number of these; None without one."""
+        counts = ((name, int((~gradient.isfinite()).sum())) for name, gradient in gradients.items())
+        return self.group.first(next((found for found in counts if found[1]), None))
+
+    def _over_all(self, count: int) -> int:
+        """Return the sum of a count over the processes that share each parameter."""
+        return int(self.group.total(torch.tensor(count)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,8 +12,10 @@ from ssrctl.configs import TrainConfig
 from ssrctl.core.bits import bits_to_indices
 from ssrctl.core.budget import coordinates
 from ssrctl.core.claims import KeptQuestion
+from ssrctl.core.gradient_part import GradientPart, range_size
 from ssrctl.core.kept_bytes import Numbering
 from ssrctl.core.kronos import KronosOpt
+from ssrctl.core.layout import WORD, Layout
 from ssrctl.core.mask import BlockMask
 from ssrctl.core.units import Unit
 from ssrctl.distributed.exchange import exchange_questions
@@ -24,9 +27,14 @@ from ssrctl.training.updaters.base import (
     frozen_coordinates,
     joined,
     load_state_tensors,
+    names_with_gradient,
     state_tensors,
+    sum_gradients,
     values_at,
 )
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class KronosUpdater:
@@ -41,6 +49,7 @@ class KronosUpdater:
         protected: BlockMask | None = None,
         mask: BlockMask | None = None,
         world: World = ALONE,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         self.optimizer = KronosOpt(
             parameters,
@@ -58,11 +67,14 @@ class KronosUpdater:
             budget=config.budget,
             max_step_budget=config.max_step_budget,
             master_weights=config.master_weights,
+            process_group=process_group,
         )
+        self.num_coordinates = self.optimizer.num_coordinates
         self.world = world
         self.pools = config.allocation == "pooled"
         self.num_protected = self.optimizer.num_protected
         self._granted = 0  # coordinates of the unit in progress
+        self._part: GradientPart | None = None  # of its gradient, where processes share the question
 
     @staticmethod
     def bytes_per_parameter(config: TrainConfig, itemsize: int) -> float:
@@ -100,7 +112,11 @@ class KronosUpdater:
         self.optimizer.begin_question()
         try:
             for made in gradients:
-                self.optimizer.claim()
+                part, self._part = self._part, None
+                if part is None:
+                    self.optimizer.claim()
+                else:
+                    self.optimizer.claim_part(part)
                 update.granted.append(self._granted)
                 update.gradients.append(made)
             if self.world.size == 1:
@@ -113,6 +129,25 @@ class KronosUpdater:
             raise
         return update
 
+    def combine(self, team: World, *, whole: bool) -> None:
+        """Reduce-scatter the unit's gradient: each process selects in its range of the coordinates.
+
+        Half the bytes of an all-reduce, and a part of the selection for each. Where the whole gradient is needed
+        (``KronosOpt.claims_parts``) it is all-reduced, and all make the same claims.
+        """
+        named = {name: p for name, p in self.optimizer.named.items() if isinstance(p, torch.nn.Parameter)}
+        if whole or not self.optimizer.claims_parts:
+            sum_gradients(named, team)
+            return
+        layout = Layout({name: named[name] for name in names_with_gradient(named, team)}, align=WORD)
+        size, first = range_size(layout, team.size), next(iter(named.values()))
+        flat = torch.zeros(size * team.size, dtype=first.dtype, device=first.device)
+        for name, offset in layout.offsets.items():
+            gradient, named[name].grad = named[name].grad, None
+            if gradient is not None:
+                flat[offset : offset + gradient.numel()] = gradient.reshape(-1)
+        self._part = GradientPart(team.scatter_sum(flat), layout, team.group)
+
     def exchange(self, mine: Mapping[int, QuestionUpdate]) -> None:
         """Add the questions of all processes, in the order in which one process would."""
         if self.world.size == 1:
@@ -122,12 +157,15 @@ class KronosUpdater:
         for question in exchange_questions(self.world, kept, numbering):
             self.optimizer.add_question(question)
 
+    def pending(self) -> dict[str, Tensor]:
+        return self.optimizer.pending
+
     def step(self) -> dict[str, float | None]:
         stats = self.optimizer.step()
         return {
             "grad_norm": stats.grad_norm,
             "clip_scale": stats.clip_scale,
-            "updated_frac": stats.num_updated / self.optimizer.num_coordinates,
+            "updated_frac": stats.num_updated / self.num_coordinates,
             "lost_update_frac": stats.lost_frac,
             "missing_coordinates": stats.num_missing,
             "reused_coordinates": stats.num_reused,

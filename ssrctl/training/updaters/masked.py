@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from ssrctl.core.masked_adamw import MaskedAdamW
 from ssrctl.distributed.world import ALONE, World
 from ssrctl.training.updaters.base import Changes, values_at
 from ssrctl.training.updaters.dense import DenseGradients
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class MaskedAdamWUpdater(DenseGradients):
@@ -28,8 +32,10 @@ class MaskedAdamWUpdater(DenseGradients):
         protected: BlockMask | None = None,
         mask: BlockMask | None = None,
         world: World = ALONE,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         assert mask is not None, "AdamWUpdater trains everything"
+        assert process_group is None, "the configuration refuses it"
         super().__init__(dict(parameters), config.max_grad_norm, world)
         self.optimizer = MaskedAdamW(
             parameters,
@@ -60,6 +66,9 @@ class MaskedAdamWUpdater(DenseGradients):
         """Return the bytes per parameter that stay during a backward pass: the sum of gradients, the mask's state."""
         state = 10 + (2 if config.master_weights and itemsize == 2 else 0)
         return trained_frac * state + (itemsize if config.questions_per_step > 1 else 0)
+
+    def pending(self) -> dict[str, Tensor]:
+        return {name: self._trained(name) for name in self.sum}
 
     @torch.no_grad()
     def step(self) -> dict[str, float | None]:

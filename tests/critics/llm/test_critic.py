@@ -11,8 +11,8 @@ pytest.importorskip("litellm")
 from critics.llm.fault_server import FaultServer, score_of, steps_of, verdicts
 
 from ssrctl.configs import CriticOptions
-from ssrctl.critics.base import score_all
-from ssrctl.critics.registry import CriticResources, make_critic
+from ssrctl.critics.base import CriticResources, score_all
+from ssrctl.critics.registry import make_critic
 from ssrctl.errors import Stopped, UserError
 from ssrctl.io.jsonl import read_jsonl
 from ssrctl.io.records import Rollout, StepSpan

@@ -13,9 +13,10 @@ from ssrctl.core.seeds import derive_seed
 from ssrctl.errors import UserError
 from ssrctl.io.artifacts import ModelIdentity
 from ssrctl.models.loading import LoadedModel, load_model
-from ssrctl.sampling import generate
-from ssrctl.sampling.generate import StopTexts, TransformersSampler, end_token_ids, response_limit
-from ssrctl.sampling.sampler import Request, Sample, sample_all
+from ssrctl.sampling.endings import StopTexts, end_token_ids, response_limit
+from ssrctl.sampling.engines import transformers_engine
+from ssrctl.sampling.engines.base import Request, Sample, sample_all
+from ssrctl.sampling.engines.transformers_engine import TransformersEngine
 
 QUESTION = "48*6-2=?\n"
 
@@ -43,7 +44,7 @@ def requests_of(loaded, prompts, config, seed):
 
 
 def sample_responses(loaded, prompts, config, seed, **engine):
-    return sample_all(TransformersSampler(loaded, config, **engine), requests_of(loaded, prompts, config, seed))
+    return sample_all(TransformersEngine(loaded, config, **engine), requests_of(loaded, prompts, config, seed))
 
 
 def sampling(**settings):
@@ -150,7 +151,7 @@ def test_what_does_not_end_is_cut_at_the_limit(bundled):
 
 def test_each_response_ends_where_the_context_does(tiny_loaded, monkeypatch):
     """A long prompt does not shorten the response to a short one."""
-    monkeypatch.setattr(generate, "end_token_ids", lambda loaded: [])
+    monkeypatch.setattr(transformers_engine, "end_token_ids", lambda loaded: [])
     samples = sample_responses(tiny_loaded, [[7] * 120, [9] * 4], sampling(max_new_tokens=64), seed=0)
     assert [len(sample.response_ids) for sample in samples] == [128 - 120, 64]
 
@@ -161,12 +162,14 @@ def test_a_response_does_not_depend_on_its_batch(bundled, size, monkeypatch):
     prompts = [ids_of(bundled, text) for text in PROMPTS * 4]
     config = sampling(temperature=4.0, max_new_tokens=40)
     alone = [
-        sample_all(TransformersSampler(bundled, config, refill=False, leave=False), [request])[0]
+        sample_all(TransformersEngine(bundled, config, refill=False, leave=False), [request])[0]
         for request in requests_of(bundled, prompts, config, 4)
     ]
     joined = []
-    real = generate._widen
-    monkeypatch.setattr(generate, "_widen", lambda batch, columns: (joined.append(columns), real(batch, columns)))
+    real = transformers_engine._widen
+    monkeypatch.setattr(
+        transformers_engine, "_widen", lambda batch, columns: (joined.append(columns), real(batch, columns))
+    )
     made = sample_responses(bundled, prompts, sampling(temperature=4.0, max_new_tokens=40, sampling_batch_size=size), 4)
     assert bool(joined) == (size in (3, 5)), "other rows joined a batch, or none did where some should"
     assert len({len(sample.response_ids) for sample in alone}) > 3
@@ -196,7 +199,7 @@ def test_other_caches_give_the_same_responses(bpe_tokenizer, kind):
     loaded = LoadedModel(model, bpe_tokenizer, ModelIdentity(name="small", revision=None, fingerprint="x"), 64)
     prompts = [[50 + n] * (n % 5 + 2) for n in range(9)]
     alone = [
-        sample_all(TransformersSampler(loaded, sampling()), [request])[0]
+        sample_all(TransformersEngine(loaded, sampling()), [request])[0]
         for request in requests_of(loaded, prompts, sampling(), 1)
     ]
     made = sample_responses(loaded, prompts, sampling(sampling_batch_size=5), 1)
@@ -212,11 +215,11 @@ def test_other_caches_give_the_same_responses(bpe_tokenizer, kind):
 def test_padded_batches_fit_the_context(requests, size, slack):
     context = None if slack is None else slack + max((len(r.ids) + r.limit for r in requests), default=0)
     waiting, seen = deque(range(len(requests))), []
-    beside: list[generate._Row] = []
+    beside: list[transformers_engine._Row] = []
     while waiting:
-        places = generate._next_places(waiting, requests, beside, size, context)
+        places = transformers_engine._next_places(waiting, requests, beside, size, context)
         assert len(beside) + len(places) <= size
-        beside += [generate._Row(place, requests[place], torch.Generator()) for place in places]
+        beside += [transformers_engine._Row(place, requests[place], torch.Generator()) for place in places]
         assert beside
         if context is not None:
             assert max(len(r.request.ids) + len(r.ids) for r in beside) + max(r.request.limit - len(r.ids) for r in beside) <= context  # fmt: skip
@@ -228,11 +231,11 @@ def test_padded_batches_fit_the_context(requests, size, slack):
     assert seen == list(range(len(requests)))
 
 
-def test_a_sampler_that_returns_too_few_is_an_error():
+def test_an_engine_that_returns_too_few_is_an_error():
     class Short:
         def sample(self, requests):
-            yield 0, Sample([1], torch.zeros(1), "a", True)
-            yield 1, Sample([], torch.zeros(0), "", True)
+            yield 0, Sample([1], torch.zeros(1), "a", "stop", 0)
+            yield 1, Sample([], torch.zeros(0), "", "stop", 0)
 
     with pytest.raises(UserError, match="Short returned 1 responses with at least one token, 3 were asked"):
         sample_all(Short(), [Request([1], 2, n) for n in range(3)])
@@ -241,7 +244,7 @@ def test_a_sampler_that_returns_too_few_is_an_error():
 def test_a_model_without_finite_probabilities_is_refused(tiny_loaded):
     with torch.no_grad():
         tiny_loaded.model.model.norm.weight.fill_(torch.nan)
-    with pytest.raises(generate.NonFiniteLogits, match="NaN or infinite"):
+    with pytest.raises(transformers_engine.NonFiniteLogits, match="NaN or infinite"):
         sample_responses(tiny_loaded, [[5, 6]], sampling(), 0)
 
 

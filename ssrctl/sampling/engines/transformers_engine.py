@@ -12,7 +12,7 @@ import contextlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -33,43 +33,11 @@ from ssrctl.configs import SamplingConfig
 from ssrctl.errors import UserError
 from ssrctl.models.loading import LoadedModel
 from ssrctl.sampling.alignment import decode
-from ssrctl.sampling.sampler import Request, Sample
-from ssrctl.text.prompts import turn_end_id
+from ssrctl.sampling.endings import StopTexts, end_token_ids
+from ssrctl.sampling.engines.base import Request, Sample
 
-_MORE_TOKENS = 8
 _LEAVING_SHARE = 0.25  # a round ends when this share of its rows has ended: a dozen rounds empty a batch of 64
 _FULL_SHARE = 0.5  # waiting requests join a batch that is at most this full
-
-
-class StopTexts:
-    """Finds the first token that completes one of some texts.
-
-    Args:
-        tokenizer: decodes the newest tokens.
-        texts: not empty; with none of them nothing stops.
-    """
-
-    def __init__(self, tokenizer: Any, texts: Sequence[str]) -> None:
-        self.tokenizer, self.texts = tokenizer, texts
-        # Every token of the text has a byte of it; a few more keep the start of the window off the text.
-        self._window = max((len(text.encode("utf-8", "replace")) for text in texts), default=0) + _MORE_TOKENS
-
-    def completed(self, ids: Sequence[int]) -> bool:
-        """Return True if the last of the new tokens ``ids`` completes a text, within them."""
-        if not self.texts:
-            return False
-        tail = decode(self.tokenizer, ids[-self._window :])
-        return any(text in tail for text in self.texts)
-
-
-def end_token_ids(loaded: LoadedModel) -> list[int]:
-    """Return the tokens that end a response: those of the generation config, the tokenizer's, the chat template's."""
-    configured = loaded.model.generation_config.eos_token_id
-    ids = [] if configured is None else [configured] if isinstance(configured, int) else list(configured)
-    for token in (loaded.tokenizer.eos_token_id, turn_end_id(loaded.tokenizer)):
-        if token is not None and token not in ids:
-            ids.append(token)
-    return ids
 
 
 class NonFiniteLogits(UserError):
@@ -97,6 +65,11 @@ class _Row:
     finished: bool = False
 
     @property
+    def finish_reason(self) -> Literal["stop", "length"]:
+        """The reason why no token follows."""
+        return "stop" if self.finished else "length"
+
+    @property
     def done(self) -> bool:
         """True if no token may follow."""
         return self.finished or len(self.ids) >= self.request.limit
@@ -119,8 +92,8 @@ class _Batch:
     cache: DynamicCache | None
 
 
-class TransformersSampler:
-    """The engine that runs in this process.
+class TransformersEngine:
+    """The engine that samples in this process, with the weights of the model itself.
 
     Args:
         loaded: the model.
@@ -132,7 +105,7 @@ class TransformersSampler:
     def __init__(
         self, loaded: LoadedModel, sampling: SamplingConfig, *, refill: bool = True, leave: bool = True
     ) -> None:
-        self.loaded, self.sampling = loaded, sampling
+        self.loaded, self.sampling, self.version = loaded, sampling, 0
         layers = cache_layers(loaded.model)
         self._selects = leave and layers <= {DynamicLayer, DynamicSlidingWindowLayer} and bool(layers)
         self._grows = layers == {DynamicLayer}  # keys and values of all columns, which can be padded and cut
@@ -164,8 +137,9 @@ class TransformersSampler:
             for row in batch.rows:
                 if row.done:
                     text = decode(self.loaded.tokenizer, row.ids)
+                    logprobs = torch.tensor(row.logprobs)
                     stopped = row.finished and row.ids[-1] not in self._ends
-                    yield row.place, Sample(row.ids, torch.tensor(row.logprobs), text, row.finished, stopped)
+                    yield row.place, Sample(row.ids, logprobs, text, row.finish_reason, self.version, stopped)
             batch = self._without_done(batch)
 
     def _row(self, place: int, request: Request) -> _Row:
@@ -238,6 +212,7 @@ class TransformersSampler:
                 input_ids=batch.input_ids,
                 attention_mask=batch.attention_mask,
                 generation_config=generation,
+                synced_gpus=False,  # of a sharded model too: its passes are counted elsewhere
                 logits_processor=warpers(self.sampling, drawing),
                 stopping_criteria=StoppingCriteriaList([_Stopping(drawing)]),
                 **({} if batch.cache is None else {"past_key_values": batch.cache}),
@@ -355,11 +330,6 @@ def _widen(batch: _Batch, columns: int) -> None:
     for layer in batch.cache.layers:
         if layer.get_seq_length():
             layer.keys, layer.values = (pad(one, (0, 0, columns, 0)) for one in (layer.keys, layer.values))
-
-
-def response_limit(prompt_ids: Sequence[int], max_new_tokens: int, context: int | None) -> int:
-    """Return the most tokens of a response: ``max_new_tokens``, or what the context leaves."""
-    return max_new_tokens if context is None else min(max_new_tokens, context - len(prompt_ids))
 
 
 def left_padded(prompts: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
