@@ -30,6 +30,7 @@ from ssrctl.configs.common import (
     SamplingConfig,
 )
 from ssrctl.configs.credentials import check_address, credential_in_json
+from ssrctl.configs.engines import RolloutOptions
 from ssrctl.configs.json_object import as_json_text, parse_json_object
 from ssrctl.configs.own_code import CRITICS, check_name, names_code
 from ssrctl.errors import UserError
@@ -205,7 +206,9 @@ def _check_endpoint(endpoint: str, model: str | None) -> None:
 
 
 @dataclass(kw_only=True)
-class CriticConfig(CriticOptions, ModelConfig, PromptOptions, SamplingConfig, ProcessOptions, CommonConfig):
+class CriticConfig(
+    CriticOptions, ModelConfig, PromptOptions, SamplingConfig, RolloutOptions, ProcessOptions, CommonConfig
+):
     """Score each reasoning step; a step that cannot be judged has no score, never 0.
 
     --model, --temperature, --chat-template and the other settings of sampling and prompts are those of the rollout
@@ -251,6 +254,10 @@ class CriticConfig(CriticOptions, ModelConfig, PromptOptions, SamplingConfig, Pr
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.rollout_engine != "transformers" and self.critic != "rollout":
+            raise UserError(
+                f"--rollout-engine {self.rollout_engine} is for --critic rollout, not {self.critic}", "leave it out"
+            )
         if self.calibrate is not None and self.input is not None:
             raise UserError("--calibrate takes the place of STEPS", "give one of them")
         if self.calibrate is None and self.input is None:

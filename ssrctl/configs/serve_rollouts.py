@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from ssrctl.configs.building import AtLeastOne, Positive, positional
@@ -43,6 +44,9 @@ class ServeRolloutsConfig(CommonConfig):
 
     kv_cache_gib: AtLeastOne = 1
     """On a CPU: memory for keys and values, in GiB."""
+
+    log: Path | None = None
+    """File for the server's output; stderr by default."""
 
     vllm_arg: list[str] = field(default_factory=list)
     """Further argument of the server, such as --vllm-arg=--max-model-len=4096; give the flag again for several."""

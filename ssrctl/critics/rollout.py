@@ -42,6 +42,7 @@ from ssrctl.text.prompts import PromptFormat, build_prompt, encode_prompt
 if TYPE_CHECKING:
     from ssrctl.distributed.dividing import Spread
     from ssrctl.models.loading import LoadedModel
+    from ssrctl.sampling.engines.base import Engine
 
 # Rollouts are collected until this many batches of continuations are pending: enough to sort them by length, and
 # little work to lose.
@@ -144,9 +145,10 @@ class RolloutCritic:
         sampling: SamplingConfig,
         seed: int,
         prompt_format: PromptFormat | None = None,
+        engine: Engine | None = None,
     ) -> None:
         self.options, self.loaded, self.sampling, self.seed = options, loaded, sampling, seed
-        self.prompt_format = prompt_format
+        self.prompt_format, self.engine = prompt_format, engine
         self.num_prefixes = self.num_shared = self.num_tokens = self.num_unfinished = self.num_timeouts = 0
         self.repeat = 0
         self.spread = lambda jobs: itertools.chain.from_iterable(map(self.estimate, jobs))
@@ -156,7 +158,9 @@ class RolloutCritic:
     def create(cls, options: CriticOptions, resources: CriticResources) -> RolloutCritic:
         """Return the critic with the policy of ``resources``, which it loads."""
         assert resources.policy is not None, "the rollout critic needs the policy"
-        return cls(options, resources.policy(), resources.sampling, resources.seed, resources.prompt_format)
+        loaded = resources.policy()
+        engine = resources.engine(loaded)
+        return cls(options, loaded, resources.sampling, resources.seed, resources.prompt_format, engine)
 
     @property
     def identity(self) -> str:
@@ -170,6 +174,8 @@ class RolloutCritic:
         ]
         if self.prompt_format is not None:  # absent without one, so that earlier records keep their critic
             parts.append(f"prompts {hashlib.sha256(repr(self.prompt_format).encode()).hexdigest()[:12]}")
+        if self.engine is not None:  # which draws other continuations
+            parts.append(type(self.engine).__name__)
         return "rollout " + " ".join(map(str, parts))
 
     def stream(self, rollouts: Iterable[Rollout]) -> Iterator[tuple[Rollout, list[StepScore]]]:
@@ -292,7 +298,7 @@ class RolloutCritic:
         requests = [
             Request(prefix.ids, prefix.limit, one) for prefix in prefixes for one in prefix_seeds(seed, prefix.ids, num)
         ]
-        drawn = sample_all(TransformersEngine(self.loaded, self.sampling), requests)
+        drawn = sample_all(self.engine or TransformersEngine(self.loaded, self.sampling), requests)
         pairs: list[tuple[str, Reference | None]] = []
         for number, made in enumerate(drawn):
             prefix = prefixes[number // num]

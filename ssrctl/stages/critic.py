@@ -36,6 +36,8 @@ from ssrctl.text.prompts import load_prompt_format, use_chat_template
 
 if TYPE_CHECKING:
     from ssrctl.distributed.world import World
+    from ssrctl.models.loading import LoadedModel
+    from ssrctl.sampling.engines.base import Engine
 
 IDENTITY_FIELD = "critic"
 MADE_FIELDS = ("scores", "final", "advantages")
@@ -140,6 +142,11 @@ def _make(config: CriticConfig) -> Critic:
         use_chat_template(loaded.tokenizer, prompt_format)
         return loaded
 
+    def engine(loaded: LoadedModel) -> Engine | None:
+        from ssrctl.sampling.engines.vllm_engine import connected_engine
+
+        return connected_engine(config, loaded)
+
     prompt_format = load_prompt_format(config)
     resources = CriticResources(
         policy=policy,
@@ -148,6 +155,7 @@ def _make(config: CriticConfig) -> Critic:
         seed=config.seed,
         device=config.device,
         ledger=_ledger_path(config),
+        engine=engine,
     )
     return make_critic(config, resources)
 

@@ -14,7 +14,7 @@ from ssrctl.checkpoints.delta import DeltaFile, apply_delta
 from ssrctl.checkpoints.run_dir import RunDir, find_delta
 from ssrctl.configs import TINY, TINY_DATASET, EvalConfig, current_names
 from ssrctl.core.seeds import derive_seed
-from ssrctl.errors import Interrupted, UserError
+from ssrctl.errors import Interrupted, Stopped, UserError
 from ssrctl.evaluation.accuracy import GROUP_COLUMNS, compare, compare_all, summarise, with_reference
 from ssrctl.evaluation.eval_page import SAMPLES, SUMMARY, eval_document, read_evaluation
 from ssrctl.evaluation.run_page import PAGE
@@ -36,6 +36,7 @@ if TYPE_CHECKING:  # grading given responses loads no torch
 
     from ssrctl.distributed.world import World
     from ssrctl.models.loading import LoadedModel
+    from ssrctl.sampling.engines.base import Engine
     from ssrctl.sampling.groups import Prompted
 
 SETTINGS = "settings.json"
@@ -46,13 +47,13 @@ GRADING_BATCH = 256  # responses read, compared in parallel and written at once
 DECISIVE = (
     "dataset", "dataset_config", "dataset_split", "question_column", "answer_column", "prompt_template", "limit",
     "temperature", "top_p", "top_k", "max_new_tokens", "sampling_batch_size", "num_samples", "seed", "dtype", "answer_extraction",
-    "attn_implementation",
+    "attn_implementation", "rollout_engine",
     "system_prompt", "chat_template", "chat_template_kwargs", "stop",
 )  # fmt: skip
 # Settings that evaluations of earlier versions do not name, with the value that they had.
 _ADDED: dict[str, Any] = {
     "answer_extraction": "lenient", "system_prompt": None, "chat_template": None, "chat_template_kwargs": None, "stop": [],
-    "attn_implementation": "auto",
+    "attn_implementation": "auto", "rollout_engine": "transformers",
 }  # fmt: skip
 
 
@@ -61,6 +62,7 @@ def run(config: EvalConfig) -> dict[str, Any]:
 
     Raises:
         UserError: unusable settings or inputs, or a folder that holds another evaluation.
+        Stopped: the server of ``--rollout-engine vllm-server`` is gone; likewise.
         Interrupted: Ctrl-C or SIGTERM; the samples drawn so far are kept and the next run continues from them.
     """
     if num_launched() > 1 and (config.compare or config.responses is not None):
@@ -259,6 +261,11 @@ def _sample(config: EvalConfig, world: World) -> _Found:
             f"the samples drawn so far are kept in {config.output_dir / SAMPLES}",
             "run the same command again: it continues from there",
         ) from interrupt
+    except Stopped as stop:
+        raise Stopped(
+            f"{stop.message}; the samples drawn so far are kept in {config.output_dir / SAMPLES}",
+            "run the same command again: it continues from there",
+        ) from stop
     if not world.is_main:
         return _Found({})
     wanted = {f"{p.problem.id}/{i}" for p in prompts for i in range(config.num_samples * config.runs)}
@@ -273,7 +280,9 @@ def _draw(config: EvalConfig, loaded: LoadedModel, prompts: Sequence[Prompted], 
     whatever the number of processes.
     """
     from ssrctl.distributed.dividing import Spread, divide
+    from ssrctl.sampling.engines.vllm_engine import connected_engine
 
+    engine = connected_engine(config, loaded)
     per_run = config.num_samples
     jobs = [(p, run * per_run + number) for run in range(config.runs) for p in prompts for number in range(per_run)]
     size = config.sampling_batch_size
@@ -296,11 +305,11 @@ def _draw(config: EvalConfig, loaded: LoadedModel, prompts: Sequence[Prompted], 
                     log.append(row)
                 bar.update(task, advance=len(rows))
 
-    divide(world, lambda chunk: _chunk(config, loaded, [jobs[place] for place in chunk]), draw)
+    divide(world, lambda chunk: _chunk(config, loaded, engine, [jobs[place] for place in chunk]), draw)
 
 
 def _chunk(
-    config: EvalConfig, loaded: LoadedModel, chunk: Sequence[tuple[Prompted, int]]
+    config: EvalConfig, loaded: LoadedModel, engine: Engine | None, chunk: Sequence[tuple[Prompted, int]]
 ) -> Iterator[list[dict[str, Any]]]:
     """Yield the graded records of a chunk of samples, a batch at a time, in the order in which they are complete."""
     from ssrctl.sampling.engines.transformers_engine import TransformersEngine
@@ -310,7 +319,7 @@ def _chunk(
         response_request(loaded, p, config, derive_seed(config.seed, "eval", p.problem.id, number))
         for p, number in chunk
     ]
-    drawn = TransformersEngine(loaded, config).sample(requests)
+    drawn = (engine or TransformersEngine(loaded, config)).sample(requests)
     while batch := list(itertools.islice(drawn, config.sampling_batch_size)):
         pairs = [(sample.text, chunk[place][0].problem.answer) for place, sample in batch]
         finals = check_answers(pairs, extraction=config.answer_extraction)

@@ -55,12 +55,17 @@ def run(config: ServeRolloutsConfig) -> dict[str, Any] | None:
     if not server.is_local:
         console.warn(f"{config.url}: whoever reaches this address can change the server's weights")
     console.note(line)
-    with _running(words, variables) as process:
-        _wait(server, process, config.timeout)
+    with contextlib.ExitStack() as stack:
+        try:
+            output: Any = sys.stderr if config.log is None else stack.enter_context(config.log.open("wb"))
+        except OSError as error:
+            raise UserError(f"--log {config.log} cannot be written: {error.strerror}", "name another file") from error
+        process = stack.enter_context(_running(words, variables, output))
+        _wait(server, process, config)
         console.note(f"the server answers at {config.url}")
         if not config.command:
             code = process.wait()
-            raise UserError(f"the server ended with exit code {code}", "its output is above")
+            raise UserError(f"the server ended with exit code {code}", _where(config))
         code = subprocess.run(config.command, check=False).returncode
     if code:
         raise SystemExit(code if code > 0 else 1)
@@ -106,9 +111,11 @@ def _check_environment(python: str) -> None:
 
 
 @contextlib.contextmanager
-def _running(words: list[str], variables: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-    """Run the server in a process group of its own, so that its workers end with it; its output goes to stderr."""
-    process = subprocess.Popen(words, env=os.environ | variables, stdout=sys.stderr.fileno(), start_new_session=True)
+def _running(words: list[str], variables: dict[str, str], output: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """Run the server in a process group of its own, so that its workers end with it."""
+    process = subprocess.Popen(
+        words, env=os.environ | variables, stdout=output.fileno(), stderr=output.fileno(), start_new_session=True
+    )
     try:
         yield process
     finally:
@@ -121,16 +128,21 @@ def _running(words: list[str], variables: dict[str, str]) -> Iterator[subprocess
             process.wait()
 
 
-def _wait(server: VllmServer, process: subprocess.Popen[bytes], seconds: float) -> None:
-    end = time.monotonic() + seconds
+def _wait(server: VllmServer, process: subprocess.Popen[bytes], config: ServeRolloutsConfig) -> None:
+    end = time.monotonic() + config.timeout
     while True:
         if process.poll() is not None:
-            raise UserError(f"the server ended with exit code {process.returncode}", "its output is above")
+            raise UserError(f"the server ended with exit code {process.returncode}", _where(config))
         with contextlib.suppress(NoAnswer, Refused):
             server.get("/health", seconds=10.0)
             return
         if time.monotonic() >= end:
             raise UserError(
-                f"the server does not answer at {server.url} after {seconds:g} seconds", "give it longer with --timeout"
+                f"the server does not answer at {server.url} after {config.timeout:g} seconds",
+                "give it longer with --timeout",
             )
         time.sleep(_POLL_SECONDS)
+
+
+def _where(config: ServeRolloutsConfig) -> str:
+    return "its output is above" if config.log is None else f"its output is in {config.log}"

@@ -47,6 +47,7 @@ from ssrctl.models.stored_parameters import check_exportable
 from ssrctl.process_rank import local_rank
 from ssrctl.report.write import write_last_page
 from ssrctl.sampling.agreement import agree
+from ssrctl.sampling.engines.base import Engine
 from ssrctl.sampling.engines.vllm_engine import served_engine
 from ssrctl.sampling.groups import Prompted, describe_prompt, prepare_prompts
 from ssrctl.text.prompts import load_prompt_format
@@ -121,13 +122,20 @@ class _Judges:
     rewards: Rewards | None
     critic: Critic | None = None
 
-    def make_critic(self, config: TrainConfig, loaded: LoadedModel, ledger: Path | None = None) -> Critic:
+    def make_critic(
+        self, config: TrainConfig, loaded: LoadedModel, ledger: Path | None = None, engine: Engine | None = None
+    ) -> Critic:
         """Return the caller's critic, or make the one of ``--critic``."""
         if self.critic is not None:
             return self.critic
         seed = derive_seed(config.seed, "critic")
         resources = CriticResources(
-            policy=lambda: loaded, sampling=config, seed=seed, device=str(loaded.device), ledger=ledger
+            policy=lambda: loaded,
+            sampling=config,
+            seed=seed,
+            device=str(loaded.device),
+            ledger=ledger,
+            engine=lambda _: engine,
         )
         return make_critic(config, resources)
 
@@ -241,7 +249,10 @@ def _run(config: TrainConfig, run_dir: RunDir, world: World, judges: _Judges) ->
     agree(world, config, loaded, prompts, more)
     scores_here = world.is_main or config.critic == "rollout"
     ledger = run_dir.path / CRITIC_CALLS if config.critic == "llm" and not config.find_lr else None
-    made = contextlib.closing(judges.make_critic(config, loaded, ledger)) if scores_here else contextlib.nullcontext()
+    engine = served_engine(config, loaded)
+    made: Any = contextlib.nullcontext()
+    if scores_here:
+        made = contextlib.closing(judges.make_critic(config, loaded, ledger, engine))
     with made as critic:
         if config.find_lr:
             questions = functools.partial(questions_of_step, prompts=prompts, config=config)
@@ -254,7 +265,6 @@ def _run(config: TrainConfig, run_dir: RunDir, world: World, judges: _Judges) ->
         if sharded is None:
             observer = UnitObserver(parameters, config, frozen_coordinates(protected, mask))
         updater = make_updater(parameters, config, protected, mask, world, sharded)
-        engine = served_engine(config, loaded)
         pushes = None
         if engine is not None:
             pushes = WeightPushes(engine, updater, dict(parameters), verify_every=config.verify_engine_every)

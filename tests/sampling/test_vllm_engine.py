@@ -12,15 +12,18 @@ import pytest
 import torch
 from fake_vllm import FakeVllm
 
-from ssrctl.configs import ModelConfig, SamplingConfig, TrainConfig
+from ssrctl.configs import CriticConfig, CriticOptions, EvalConfig, ModelConfig, SamplingConfig, TrainConfig
 from ssrctl.configs.engines import RolloutOptions
+from ssrctl.critics.rollout import RolloutCritic
 from ssrctl.errors import Stopped, UserError
 from ssrctl.io.jsonl import read_jsonl
+from ssrctl.io.records import Rollout, StepSpan
 from ssrctl.models.loading import LoadedModel, load_model
 from ssrctl.sampling.engines.base import Request, sample_all
 from ssrctl.sampling.engines.push_bytes import from_bytes, packed_changes, to_bytes, unpacked_changes
 from ssrctl.sampling.engines.transformers_engine import TransformersEngine
 from ssrctl.sampling.engines.vllm_engine import VllmServerEngine
+from ssrctl.stages import eval as eval_stage
 from ssrctl.stages import train
 
 
@@ -201,6 +204,39 @@ def test_a_server_that_comes_back_gets_all_weights(loaded: LoadedModel, fake: Fa
     fake.reply = back  # type: ignore[method-assign]
     samples = sample_all(engine, requests_of(loaded))
     assert len(samples) == 2 and engine.version == 2 and engine.check().gap_max < 1e-4
+
+
+def test_an_evaluation_continues_after_its_server_died(tmp_path: Path, fake: FakeVllm, url: str) -> None:
+    def evaluated(out: str, **more: Any) -> dict[str, str]:
+        small = {"limit": 2, "num_samples": 2, "max_new_tokens": 8, "sampling_batch_size": 1, "report": False}
+        eval_stage.run(EvalConfig(output_dir=tmp_path / out, **small | more))  # type: ignore[arg-type]
+        return {row["id"]: row["response"] for _, row in read_jsonl(tmp_path / out / "samples.jsonl")}
+
+    fake.gives_out = 2 + 3
+    served = {"rollout_engine": "vllm-server", "rollout_server_url": [url]}
+    with pytest.raises(Stopped, match=r"is gone: .* the samples drawn so far are kept") as stop:
+        evaluated("served", **served)
+    assert "run the same command again" in str(stop.value.remedy)
+    fake.gives_out = None
+    asked = len(fake.requests)
+    assert evaluated("served", **served) == evaluated("here")
+    assert sum(path == "/inference/v1/generate" for path, _ in fake.requests[asked:]) == 2 + 1
+    with pytest.raises(UserError, match="rollout_engine was 'vllm-server', is 'transformers'"):
+        evaluated("served")
+
+
+def test_the_rollout_critic_samples_from_the_server(loaded: LoadedModel, fake: FakeVllm, url: str) -> None:
+    rollout = Rollout(id="a/0", question="3+4=?", answer="7", prompt="<bos>3+4=?\n", response="3+4=7\n#7\n",
+                      steps=[StepSpan(start=0, end=6), StepSpan(start=6, end=9, kind="final")])  # fmt: skip
+    sampling = SamplingConfig(max_new_tokens=16)
+    engine = engine_of(loaded, url, sampling)
+    engine.push(None)
+    options = CriticOptions(critic="rollout", critic_rollouts=2)
+    here, served = (RolloutCritic(options, loaded, sampling, 3, engine=one) for one in (None, engine))
+    assert list(served.stream([rollout])) == list(here.stream([rollout]))
+    assert fake.requests[-1][0] == "/inference/v1/generate" and served.identity != here.identity
+    with pytest.raises(UserError, match="--rollout-engine vllm-server is for --critic rollout, not rule"):
+        CriticConfig(input="steps.jsonl", critic="rule", rollout_engine="vllm-server")
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,7 @@ def test_environments_that_cannot_serve_are_refused(tmp_path: Path) -> None:
     assert "has no vLLM" in refusal(python=player(tmp_path, "False False"))
     assert "-m pip install --no-deps ssrctl" in refusal(python=player(tmp_path, "True False"))
     assert "exit code 7" in refusal(python=player(tmp_path), vllm_arg=["--fails"])
+    assert "cannot be written" in refusal(python=player(tmp_path), log=tmp_path)
 
 
 def test_a_dry_run_prints_the_command_and_starts_nothing() -> None:

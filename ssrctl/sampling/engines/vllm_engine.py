@@ -29,6 +29,7 @@ from ssrctl.configs.engines import DEFAULT_SERVER, RolloutOptions
 from ssrctl.errors import Stopped, UserError
 from ssrctl.io import console
 from ssrctl.models.loading import LoadedModel, folder_of
+from ssrctl.process_rank import num_launched
 from ssrctl.sampling.alignment import decode
 from ssrctl.sampling.endings import StopTexts, end_token_ids
 from ssrctl.sampling.engines.base import Changes, Probe, Push, Request, Sample
@@ -410,11 +411,27 @@ def served_engine(config: RolloutOptions, loaded: LoadedModel) -> VllmServerEngi
     Args:
         config: settings of the engine, of the model and of sampling.
         loaded: the model.
+
+    Raises:
+        UserError: several processes, or a model whose parameters are not the checkpoint's.
     """
     if config.rollout_engine == "transformers":
         return None
+    if num_launched() > 1:
+        raise UserError(
+            f"--rollout-engine {config.rollout_engine} samples for one process, {num_launched()} were launched",
+            "start it without a launcher, or use --rollout-engine transformers",
+        )
     assert isinstance(config, SamplingConfig) and isinstance(config, ModelConfig)
     return VllmServerEngine(loaded, config.model, config, config, stored_names(folder_of(config), loaded.shapes()))
+
+
+def connected_engine(config: RolloutOptions, loaded: LoadedModel) -> VllmServerEngine | None:
+    """Return the same for a model whose weights stay as they are: the servers have them."""
+    engine = served_engine(config, loaded)
+    if engine is not None:
+        engine.connect()
+    return engine
 
 
 def stored_names(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
