@@ -9,7 +9,7 @@ STAMP  := $(VENV)/.installed-$(EXTRAS)
 WORKERS ?= logical
 PYTEST  := $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test test-all test-vllm check format docs picture clean
+.PHONY: demo test test-all test-vllm check format docs dist picture clean
 
 demo: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/quickstart.sh
@@ -46,9 +46,13 @@ format: $(STAMP)
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --site-dir build/site
 
+# The sdist and the wheel in dist, tried in an environment of their own.
+dist: $(STAMP)
+	.ci/dist $(BIN)/python
+
 # The README's picture, from the report of `make demo`; needs chromium.
 picture: $(STAMP)
-	$(BIN)/python docs/images/take.py demo/diagnose/diagnose.html docs/images/diagnose.png --height 900
+	$(BIN)/python docs/images/take.py demo/diagnose/diagnose.html docs/images/diagnose.png --height 845
 
 # torch comes first and pinned: without a version, pip would fetch its CUDA build of several GB.
 $(VENV)/.installed-%: pyproject.toml constraints.txt

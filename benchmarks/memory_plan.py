@@ -27,7 +27,7 @@ from ssrctl.training.checkpointing import enable_checkpointing
 from ssrctl.training.live_bytes import LiveBytes
 from ssrctl.training.memory_plan import GIB, MemoryPlanner
 from ssrctl.training.step_gradients.task import Dials
-from ssrctl.training.unit_gradients import make_batch, trainable, unit_gradients
+from ssrctl.training.unit_gradients import make_batch, response_logprobs, trainable, unit_gradients
 from ssrctl.training.updaters import make_updater
 
 PROMPT, UNITS = 64, 2
@@ -79,9 +79,9 @@ def measure(given: argparse.Namespace) -> None:
             "optimizer": "adamw", "gradient_checkpointing": True, "micro_batch_tokens": micro,
         },
         "kronos global, checkpointing": {"gradient_checkpointing": True, "step_gradient": "kept"},
-        "kronos global, recomputed": {"step_gradient": "recomputed", "units_at_once": 1, "gradient_chunk_tokens": 64},
+        "kronos global, recomputed": {"step_gradient": "recomputed", "units_at_once": 1, "gradient_chunk_tokens": 256},
         "kronos global, recomputed, 2 at once": {
-            "step_gradient": "recomputed", "units_at_once": 2, "gradient_chunk_tokens": 64,
+            "step_gradient": "recomputed", "units_at_once": 2, "gradient_chunk_tokens": 256,
         },
         "kronos tensor, checkpointing": {"gradient_checkpointing": True, "step_gradient": "kept", "scope": "tensor"},
     }  # fmt: skip
@@ -114,14 +114,17 @@ def one(config: TrainConfig) -> tuple[int, int, int]:
     advantages = tuple(0.5 - row / rows for row in range(rows))
     units = [Unit((step,), config.budget / UNITS, (advantages,)) for step in range(UNITS)]
     updater = make_updater(trainable(model), config)
+    batch = make_batch(prompt, responses, [torch.zeros(width)] * rows, steps, pad_token_id=0, device=model.device)
+    with torch.no_grad():  # the model's own, so that no token is clipped
+        batch = dataclasses.replace(batch, old_logprobs=response_logprobs(model, batch, config.temperature).float())
     with LiveBytes() as live:
         live.ignore(*model.parameters(), *model.buffers())
-        batch = make_batch(prompt, responses, [torch.zeros(width)] * rows, steps, pad_token_id=0, device=model.device)
         updater.add_question(
             unit_gradients(
                 model, batch, updater.plan(units), temperature=config.temperature,
                 method=config.step_gradient_method, micro_batch_tokens=config.micro_batch_tokens,
-                on_unit=updater.before_unit, dials=Dials(config.units_at_once, config.gradient_chunk_tokens),
+                on_unit=updater.before_unit, on_entropy=lambda _: None,
+                dials=Dials(config.units_at_once, config.gradient_chunk_tokens),
             )
         )  # fmt: skip
         measured = live.peak

@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from ssrctl.checkpoints.delta import KIND as DELTA_KIND
 from ssrctl.checkpoints.delta import Delta, DeltaFile
-from ssrctl.checkpoints.export import FUSED
 from ssrctl.checkpoints.files import INDEX, SINGLE, locate, refuse_adapter, tiny_location
-from ssrctl.checkpoints.names import NameMap, Part, replaced_prefix
+from ssrctl.checkpoints.names import FUSED, NameMap, Part, replaced_prefix
 from ssrctl.checkpoints.run_dir import DELTA_FILE, find_delta
 from ssrctl.checkpoints.tensor_files import PIECE_ELEMENTS, StoredTensor, read_pieces, stored_tensors
 from ssrctl.configs import TINY

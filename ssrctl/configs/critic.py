@@ -6,7 +6,6 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
 from annotated_types import Interval
 
@@ -30,7 +29,7 @@ from ssrctl.configs.common import (
     RecordFormat,
     SamplingConfig,
 )
-from ssrctl.configs.credentials import credential_in_address, credential_in_json
+from ssrctl.configs.credentials import check_address, credential_in_json
 from ssrctl.configs.engines import RolloutOptions
 from ssrctl.configs.json_object import as_json_text, parse_json_object
 from ssrctl.configs.own_code import CRITICS, check_name, names_code
@@ -201,22 +200,9 @@ def _check_body(body: dict[str, Any]) -> None:
 
 
 def _check_endpoint(endpoint: str, model: str | None) -> None:
-    try:
-        url = urlsplit(endpoint)
-        usable = url.scheme in ("http", "https") and bool(url.hostname)
-        credential = credential_in_address(endpoint)
-    except ValueError:
-        usable, credential = False, None
-    if credential is not None:
-        provider, named, _ = (model or "").partition("/")
-        variable = f"{provider.upper().replace('-', '_')}_API_KEY" if named else "OPENAI_API_KEY"
-        raise UserError(
-            f"--critic-api-base must not contain {credential}", f"leave it out and set the variable {variable}"
-        )
-    if not usable:
-        raise UserError(
-            "--critic-api-base is not the address of a server", "give an address such as http://localhost:8000/v1"
-        )
+    provider, named, _ = (model or "").partition("/")
+    variable = f"{provider.upper().replace('-', '_')}_API_KEY" if named else "OPENAI_API_KEY"
+    check_address("--critic-api-base", endpoint, variable=variable, example="http://localhost:8000/v1")
 
 
 @dataclass(kw_only=True)

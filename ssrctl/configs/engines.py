@@ -8,10 +8,17 @@ from typing import Annotated, Literal
 from annotated_types import Ge
 
 from ssrctl.configs.building import Config, NotNegative, ZeroOrMore, default_of
+from ssrctl.configs.credentials import check_address
 from ssrctl.configs.names import flag
 from ssrctl.errors import UserError
 
 DEFAULT_SERVER = "http://127.0.0.1:8000"
+KEY_VARIABLE = "VLLM_API_KEY"
+
+
+def check_server(setting: str, address: str) -> None:
+    """Raise a UserError for a setting that is not the address of a vLLM server, or has a credential in it."""
+    check_address(setting, address, variable=KEY_VARIABLE, example=DEFAULT_SERVER)
 
 
 @dataclass(kw_only=True)
@@ -39,6 +46,8 @@ class RolloutOptions(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for address in self.rollout_server_url:
+            check_server("--rollout-server-url", address)
         idle = [spec.name for spec in fields(RolloutOptions) if getattr(self, spec.name) != default_of(spec)]
         if self.rollout_engine == "transformers" and idle:
             raise UserError(

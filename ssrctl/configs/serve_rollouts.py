@@ -8,7 +8,7 @@ from typing import Literal
 
 from ssrctl.configs.building import AtLeastOne, Positive, positional
 from ssrctl.configs.common import TINY, CommonConfig
-from ssrctl.configs.engines import DEFAULT_SERVER
+from ssrctl.configs.engines import DEFAULT_SERVER, check_server
 
 
 @dataclass(kw_only=True)
@@ -53,3 +53,7 @@ class ServeRolloutsConfig(CommonConfig):
 
     command: list[str] = positional(metavar="[-- COMMAND ...]", default_factory=list)
     """Command to run beside the server, which ends with it; without one it runs until Ctrl-C."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_server("--url", self.url)

@@ -108,6 +108,9 @@ class KronosOpt(torch.optim.Optimizer):
             that holds whole parameters; sets, state and ``protected`` are those of the process's own rows. Needs
             ``selection="exact"`` and no ``reuse_factor``.
 
+    Attributes:
+        survival: counts of the last step, over all processes of the group.
+
     Raises:
         ValueError: parameters without names or with equal ones, that are not contiguous, a protected mask over
             other tensors, or a setting out of range.
@@ -151,6 +154,7 @@ class KronosOpt(torch.optim.Optimizer):
             raise ValueError("several processes that share each parameter need exact selection and no reuse_factor")
         self.named: dict[str, Tensor] = {}
         self._group = Group(process_group)
+        self.survival = Survival()
         self.num_protected = 0
         self._shards = Shards({})
         self._groups: list[int] = []  # by shard, the number of its parameter group
@@ -373,7 +377,7 @@ class KronosOpt(torch.optim.Optimizer):
                 clip_scale=scale,
             )
         self._pending_names.clear()
-        moved = moved.over(self._group)
+        self.survival = moved = moved.over(self._group)
         done, self._tally = self._tally, Tally()
         return StepStats(
             grad_norm=norm,

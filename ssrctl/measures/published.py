@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ssrctl.io.package_data import profile_path, shipped_names
-from ssrctl.report.document import Column, Format, Ranges, Reference, Section, Table
+from ssrctl.report.document import Column, Dots, Format, Interval, Reference, Section, Table
 from ssrctl.report.formats import number, percent, times
 
 PublishedKey = Literal[
@@ -20,6 +20,7 @@ PublishedKey = Literal[
     "rank", "run_overlap", "run_jaccard", "changed_per_checkpoint", "outside_final",
 ]  # fmt: skip
 Training = Literal["RL", "SFT"]
+_KINDS: tuple[Training, ...] = ("RL", "SFT")
 
 NAMES: dict[PublishedKey, str] = {
     "sparsity_1e-8": "update sparsity, tolerance 1e-8",
@@ -129,6 +130,12 @@ def unusual(values: Mapping[PublishedKey, float | None]) -> list[str]:
     return found
 
 
+def _span(measure: PublishedKey, training: Training) -> Interval | None:
+    """Return the least and the largest published value; None without any."""
+    found = [one.value for one in published() if (one.measure, one.training) == (measure, training)]
+    return (min(found), max(found)) if found else None
+
+
 def _format(measure: PublishedKey) -> Format:
     return number if measure == "run_jaccard" else percent
 
@@ -139,13 +146,15 @@ def published_section(values: Mapping[PublishedKey, float | None]) -> Section:
     Args:
         values: shares in [0, 1] of the measures that were taken; None shows only the published range.
     """
-    figure = Ranges(
+    spans = {f"published, {kind}": [_span(measure, kind) for measure in values] for kind in _KINDS}
+    figure = Dots(
         title="Measured values and published ranges",
         labels=[NAMES[measure] for measure in values],
-        values=list(values.values()),
-        references=[references(measure) for measure in values],
+        series={"measured": list(values.values())}
+        | {name: [span[0] if span and span[0] == span[1] else None for span in found] for name, found in spans.items()},
+        intervals=spans,
         axis="share",
-        caption="Dots are this comparison; bars are the ranges over the papers' checkpoints.",
+        caption="Lines: ranges over the papers' checkpoints; the table names the papers.",
     )
     compared = Table(
         title="Measured and published",

@@ -28,7 +28,7 @@ from ssrctl.measures.maths.grouping import Grouped, group
 from ssrctl.measures.maths.largest_changes import LargestChanges, WeightChange
 from ssrctl.measures.maths.piece_pair import piece_pairs
 from ssrctl.measures.published import PublishedKey, references
-from ssrctl.report.document import Column, Figure, Heatmap, Histogram, Section, Table, spans_decades
+from ssrctl.report.document import Column, Figure, Heatmap, Lines, Section, Table, spans_decades
 from ssrctl.report.formats import count, number, percent
 
 _PUBLISHED: tuple[PublishedKey, ...] = ("sparsity_1e-8", "sparsity_1e-7", "sparsity_1e-6", "sparsity_1e-5")
@@ -302,13 +302,15 @@ def size_section(result: SparsityResult) -> Section:
         "weights that were exactly 0, which are not counted in steps: thousands lie between 0 and a small number.",
     )
     ulps = result.changes.total.ulps
-    figure = Histogram(
+    figure = Lines(
         title="How many representable steps the weights moved",
-        bins=[str(2**place) if place < 10 else f"2^{place}" for place in range(len(ulps))],
+        x=[2**place for place in range(len(ulps))],
         series={"changed weights": ulps},
-        x_label="steps (units in the last place), up to",
+        x_label="at most this many steps (units in the last place)",
         y_label="weights",
-        log=True,
+        log_x=True,
+        log_y=True,
+        caption="Each point counts the weights beyond the one before.",
     )
     tables = [
         steps,

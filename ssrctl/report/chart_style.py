@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any, Literal
 
-from ssrctl.report.document import Dots, Figure, Heatmap, Lines, Ranges, Reference, SeriesFigure
+from ssrctl.report.document import Dots, Figure, Heatmap, Lines, Reference, SeriesFigure
 from ssrctl.report.formats import number, percent, text_safe
 
 # Placeholders that stand for css variables; values without meaning, chosen to be unlike any other colour.
@@ -110,13 +110,9 @@ def label_lines(text: str, width: int = 22) -> str:
     return textwrap.fill(label_text(text, 3 * width), width, max_lines=3, placeholder="…")
 
 
-def reference_letters(figure: SeriesFigure | Ranges) -> dict[Reference, str]:
+def reference_letters(figure: SeriesFigure) -> dict[Reference, str]:
     """Return the letters A, B, C, ... that name the references of a figure in its legend and its drawing."""
-    if isinstance(figure, Ranges):
-        found = [one for row in figure.references for one in row]
-    else:
-        found = list(figure.references)
-    return {one: _letter(order) for order, one in enumerate(dict.fromkeys(found))}
+    return {one: _letter(order) for order, one in enumerate(dict.fromkeys(figure.references))}
 
 
 def _letter(order: int) -> str:
@@ -131,13 +127,11 @@ def keys(figure: Figure) -> list[Key]:
     """Return the legend of a figure, which the page shows as text; empty where the figure needs none."""
     if isinstance(figure, Heatmap):
         return _heat_keys(figure)
-    if isinstance(figure, Ranges):
-        return [Key(swatch=_svg(_mark(SERIES[0], "o")), label="measured"), *_reference_keys(figure)]
     styles = series_styles(list(figure.series))
     references = _reference_keys(figure)
     if len(styles) < 2 and not references and not _has_zeros(figure):
         return []
-    draw = _line if isinstance(figure, Lines) else _dot if isinstance(figure, Dots) else _block
+    draw = _line if isinstance(figure, Lines) else _dot
     zero = (
         [Key(swatch=_svg(_HOLLOW), label="0, which a logarithmic axis has no place for")] if _has_zeros(figure) else []
     )
@@ -219,7 +213,7 @@ def _limit(figure: Heatmap, value: float) -> str:
     return number(value)
 
 
-def _reference_keys(figure: SeriesFigure | Ranges) -> list[Key]:
+def _reference_keys(figure: SeriesFigure) -> list[Key]:
     return [
         Key(swatch=_reference(letter, one.high is not None), label=one.label)
         for one, letter in reference_letters(figure).items()
@@ -228,10 +222,6 @@ def _reference_keys(figure: SeriesFigure | Ranges) -> list[Key]:
 
 def _svg(inside: str, width: int = 22) -> str:
     return f'<svg viewBox="0 0 {width} 12" width="{width}" height="12" aria-hidden="true">{inside}</svg>'
-
-
-def _block(style: Style) -> str:
-    return _svg(f'<rect x="4" y="0.5" width="14" height="11" fill="{_VARIABLES[style.colour]}"/>')
 
 
 def _dot(style: Style) -> str:

@@ -14,8 +14,6 @@ from typing import Any, Literal
 
 from ssrctl.report.chart_style import (
     GRID,
-    MUTED,
-    SERIES,
     SETTINGS,
     Style,
     draw_references,
@@ -30,12 +28,9 @@ from ssrctl.report.document import (
     Dots,
     Figure,
     Heatmap,
-    Histogram,
     Interval,
     Lines,
     Numbers,
-    Ranges,
-    Reference,
     SeriesFigure,
 )
 from ssrctl.report.heatmap import draw_heatmap, heatmap_cells, heatmap_height, heatmap_is_wide
@@ -43,7 +38,6 @@ from ssrctl.report.heatmap import draw_heatmap, heatmap_cells, heatmap_height, h
 # Inches. A phone shows the narrow width at more than 72 pixels to the inch, so that 9-point text stays readable
 # there; a wide figure scrolls in its box.
 _NARROW, _WIDE = 3.9, 8.6
-_MOST_COLUMNS = 16
 _MOST_MARKERS = 30
 _ROW = 0.24  # of dots
 _LINE = 0.14  # of text
@@ -55,9 +49,7 @@ _DOTS = (7.0, 5.5, 4.5)
 
 def is_wide(figure: Figure) -> bool:
     """Return True if the figure takes the page's whole width."""
-    if isinstance(figure, Heatmap):
-        return heatmap_is_wide(figure)
-    return isinstance(figure, Histogram) and len(figure.bins) > _MOST_COLUMNS
+    return isinstance(figure, Heatmap) and heatmap_is_wide(figure)
 
 
 def draw(figure: Figure, name: str = "figure") -> str:
@@ -100,8 +92,6 @@ def _height(figure: Figure) -> float:
     if isinstance(figure, Dots):
         beneath = 0.56 + _LINE * len(label_lines(figure.axis, _AXIS_CHARACTERS).splitlines())
         return beneath + (_LINE if figure.references else 0.0) + _ROW * len(figure.labels)
-    if isinstance(figure, Ranges):
-        return 0.7 + sum(map(_range_row, figure.labels, figure.references))
     return 2.4
 
 
@@ -110,12 +100,8 @@ def _draw_on(axes: Any, figure: Figure) -> None:
         draw_heatmap(axes, figure)
     elif isinstance(figure, Dots):
         _dots(axes, figure)
-    elif isinstance(figure, Lines):
-        _lines(axes, figure)
-    elif isinstance(figure, Histogram):
-        _histogram(axes, figure)
     else:
-        _ranges(axes, figure)
+        _lines(axes, figure)
     axes.set_axisbelow(True)
 
 
@@ -124,7 +110,7 @@ def _dots(axes: Any, figure: Dots) -> None:
     for order, (style, values, intervals) in enumerate(_series(figure)):
         for place, interval in enumerate(intervals):
             if interval is not None:
-                axes.plot(interval, (place, place), color=style.colour, linewidth=3, alpha=0.35, zorder=1.5)
+                axes.plot(interval, (place, place), color=style.colour, linewidth=4, alpha=0.35, zorder=1.5)
         kept = [(value, place) for place, value in enumerate(values) if _shown(value, figure.log)]
         if kept:
             axes.plot(*zip(*kept, strict=True), **_dot(style, order), markersize=_DOTS[min(order, len(_DOTS) - 1)])
@@ -187,57 +173,6 @@ def _lines(axes: Any, figure: Lines) -> None:
     _finish(axes, figure, "y")
 
 
-def _histogram(axes: Any, figure: Histogram) -> None:
-    thickness = 0.86 / max(1, len(figure.series))
-    for order, (style, values, _) in enumerate(_series(figure)):
-        places = [position + (order + 0.5) * thickness - 0.43 for position in range(len(figure.bins))]
-        kept = [(place, value) for place, value in zip(places, values, strict=True) if _shown(value, figure.log)]
-        axes.bar([place for place, _ in kept], [value for _, value in kept], thickness * 0.94, color=style.colour)
-    labels = [label_text(one, 12) for one in figure.bins]
-    longest = max(map(len, labels), default=1)
-    room = (_WIDE if is_wide(figure) else _NARROW) * 0.72 / max(1, len(labels))
-    axes.set_xticks(range(len(labels)), labels, rotation=0 if 0.075 * longest < room else 90)
-    axes.set_xlim(-0.6, len(labels) - 0.4)
-    _fit(axes, "y", _numbers(figure), figure.log)
-    axes.set(xlabel=label_lines(figure.x_label, _AXIS_CHARACTERS), ylabel=label_lines(figure.y_label, 26))
-    axes.tick_params(axis="x", length=0)
-    _finish(axes, figure, "y")
-
-
-def _ranges(axes: Any, figure: Ranges) -> None:
-    letters = reference_letters(figure)
-    top, ticks = 0.0, []
-    for label, value, references in zip(figure.labels, figure.values, figure.references, strict=True):
-        place = top + 0.17
-        ticks.append(place)
-        if _shown(value, False):
-            axes.plot([value], [place], marker="o", markersize=6, color=SERIES[0], linestyle="none", clip_on=False)
-        for order, one in enumerate(references):
-            below = place + 0.17 + _LINE * order
-            end = one.low if one.high is None else one.high
-            if one.high is None:
-                axes.plot([end], [below], marker="d", markersize=4, color=MUTED, linestyle="none")
-            else:
-                axes.barh([below], [end - one.low], 0.09, left=[one.low], color=MUTED, alpha=0.6)
-            axes.text(end + 0.015, below, letters[one], va="center", fontsize=7.5, clip_on=False)
-        top += _range_row(label, references)
-        axes.axhline(top, color=GRID, linewidth=0.6)
-    axes.set_yticks(ticks, [label_lines(label) for label in figure.labels], va="top")
-    axes.set_ylim(max(top, 0.3), 0)
-    ends = [end for row in figure.references for one in row for end in (one.low, one.high)]
-    low = min((one for one in map(finite, [*figure.values, *ends]) if one is not None), default=0.0)
-    axes.set_xlim(max(0.0, low - 0.1) if low > 0.3 else 0.0, 1)
-    _in_per_cent(axes.xaxis)
-    axes.set_xlabel(label_lines(figure.axis, _AXIS_CHARACTERS))
-    axes.tick_params(axis="y", length=0)
-    axes.grid(axis="x")
-
-
-def _range_row(label: str, references: Sequence[Reference]) -> float:
-    """Return inches: room for the label's lines, or for the value and the ranges beneath it."""
-    return max(0.16 + _LINE * len(label_lines(label).splitlines()), 0.34 + _LINE * len(references))
-
-
 # --------------------------------------------------------------------------------------------------
 # shared by several kinds
 
@@ -262,7 +197,7 @@ def _numbers(figure: SeriesFigure) -> list[float]:
     return [value for value in map(finite, found) if value is not None]
 
 
-def _finish(axes: Any, figure: Dots | Lines | Histogram, values: Literal["x", "y"]) -> None:
+def _finish(axes: Any, figure: Dots | Lines, values: Literal["x", "y"]) -> None:
     """Draw the grid and the references of the axis of values, in per cent for shares."""
     if figure.shares:
         _in_per_cent(axes.xaxis if values == "x" else axes.yaxis)

@@ -206,46 +206,7 @@ class Lines(SeriesFigure):
     shares: bool = False
 
 
-@dataclass(kw_only=True)
-class Histogram(SeriesFigure):
-    """Counts or shares in bins, as upright columns; the first series is drawn in front.
-
-    Attributes:
-        bins: names of the bins from left to right: ``1``, ``2``, ``3-4``, ...
-        log: a logarithmic y axis, for counts over several orders of magnitude.
-        shares: y is shown in per cent.
-    """
-
-    along = "bins"
-    bins: Sequence[str]
-    x_label: str
-    y_label: str
-    log: bool = False
-    shares: bool = False
-
-
-@dataclass(kw_only=True)
-class Ranges:
-    """Measured values as dots on one axis of shares, each above the ranges that were published for it.
-
-    Attributes:
-        labels: names of the measured values, one row each.
-        values: shares in [0, 1].
-        references: of each row.
-    """
-
-    title: str
-    labels: Sequence[str]
-    values: Numbers
-    references: Sequence[Sequence[Reference]]
-    axis: str
-    caption: str = ""
-
-    def __post_init__(self) -> None:
-        _check_lengths(self.title, self.labels, {"values": self.values, "references": self.references})
-
-
-Figure = Heatmap | Dots | Lines | Histogram | Ranges
+Figure = Heatmap | Dots | Lines
 
 
 # Values that differ by more than this factor are drawn on a logarithmic scale.

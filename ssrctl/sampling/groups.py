@@ -185,6 +185,7 @@ def record_of(
     """Return the record of one response to a prompt; ``number`` counts the responses to it, from 0."""
     problem = prompt.problem
     extra = copy.deepcopy(problem.extra) | {"num_tokens": len(sample.response_ids), "finished": sample.finished}
+    extra |= {"ended_by_stop": True} if sample.stopped else {}
     return Rollout(
         id=f"{problem.id}/{number}",
         question=problem.question,

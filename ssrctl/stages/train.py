@@ -52,7 +52,7 @@ from ssrctl.sampling.engines.vllm_engine import served_engine
 from ssrctl.sampling.groups import Prompted, describe_prompt, prepare_prompts
 from ssrctl.text.prompts import load_prompt_format
 from ssrctl.training.checkpointing import enable_checkpointing, outer_layers
-from ssrctl.training.lr_sweep import find_lr
+from ssrctl.training.lr_sweep import find_lr, sweep
 from ssrctl.training.memory_plan import memory_facts, settle_step_gradient
 from ssrctl.training.resuming import open_run, run_folder
 from ssrctl.training.time_plan import num_units, time_shares
@@ -256,7 +256,10 @@ def _run(config: TrainConfig, run_dir: RunDir, world: World, judges: _Judges) ->
     with made as critic:
         if config.find_lr:
             questions = functools.partial(questions_of_step, prompts=prompts, config=config)
-            return find_lr(loaded, critic, settled, questions, curve, protected, mask, judges.rewards, world)
+            tried = sweep(
+                loaded, critic, settled, questions, curve, protected, mask, rewards=judges.rewards, world=world
+            )
+            return find_lr(tried)
         parameters = trainable(loaded.model)
         observer = None
         if sharded is None:

@@ -57,20 +57,8 @@ class RateResult:
         return statistics.fmean(self.accuracy[len(self.accuracy) // 2 :]) if self.accuracy and not self.broke else None
 
 
-def find_lr(
-    loaded: LoadedModel,
-    critic: Critic | None,
-    config: TrainConfig,
-    questions: Callable[[int], Sequence[Prompted]],
-    curve: Sequence[float],
-    protected: BlockMask | None,
-    mask: BlockMask | None,
-    rewards: Rewards | None = None,
-    world: World = ALONE,
-) -> dict[str, Any]:
-    """Try each learning rate, print the curve, and return it with the rate of the highest late reward.
-
-    See ``sweep`` for the arguments.
+def find_lr(tried: Iterator[RateResult]) -> dict[str, Any]:
+    """Print the curve of a ``sweep``, and return it with the rate of the highest late reward.
 
     Raises:
         UserError: no rate gave a reward.
@@ -78,18 +66,6 @@ def find_lr(
     results = []
     with console.progress(unit="rates") as bar:
         task = bar.add_task("find-lr", total=len(SPREAD), status="")
-        tried = sweep(
-            loaded,
-            critic,
-            config,
-            questions,
-            curve,
-            protected,
-            mask,
-            num_steps=config.find_lr_steps,
-            rewards=rewards,
-            world=world,
-        )
         for result in tried:
             results.append(result)
             bar.update(task, advance=1, status=f"{result.learning_rate:.1e}")
@@ -115,11 +91,10 @@ def sweep(
     protected: BlockMask | None,
     mask: BlockMask | None,
     *,
-    num_steps: int,
     rewards: Rewards | None = None,
     world: World = ALONE,
 ) -> Iterator[RateResult]:
-    """Train ``num_steps`` steps at each rate, lowest first; the weights are restored after each, bit for bit.
+    """Train ``config.find_lr_steps`` steps at each rate, lowest first; the weights are restored after each, bit for bit.
 
     Args:
         loaded: the model.
@@ -128,7 +103,6 @@ def sweep(
         questions: the questions of step 1, 2, ...; the same for every rate, as are the seeds.
         curve: the budget profile.
         protected, mask: see ``make_updater``.
-        num_steps: training steps at each rate.
         rewards: see ``TrainingStep``.
         world: the processes that share each batch; all get the same results.
     """
@@ -139,7 +113,7 @@ def sweep(
         updater = make_updater(parameters, dataclasses.replace(config, learning_rate=rate), protected, mask, world)
         step = TrainingStep(loaded, critic, updater, config, curve, world=world, rewards=rewards)
         try:
-            yield _at_rate(rate, step, config, questions, num_steps)
+            yield _at_rate(rate, step, config, questions)
         finally:
             with torch.no_grad():
                 for name, parameter in parameters:
@@ -147,10 +121,10 @@ def sweep(
 
 
 def _at_rate(
-    rate: float, step: TrainingStep, config: TrainConfig, questions: Callable[[int], Sequence[Prompted]], num_steps: int
+    rate: float, step: TrainingStep, config: TrainConfig, questions: Callable[[int], Sequence[Prompted]]
 ) -> RateResult:
     made = RateResult(rate, [], [], [], False)
-    for number in range(1, num_steps + 1):
+    for number in range(1, config.find_lr_steps + 1):
         try:
             row = step.run(questions(number), seed=derive_seed(config.seed, "rollout", number), log_masks=False).metrics
         except (NonFiniteBatch, NonFiniteLogits):

@@ -344,7 +344,7 @@ class TrainingStep:
         config, world = self.config, self.world
         count = config.num_generations
         # also where only some of them are sampled again
-        splits = self.sharded is None and world.size > config.questions_per_step
+        splits = world.size > config.questions_per_step
         costs = [[float(len(prompt.prompt_ids))] * count for prompt in prompts]
         mine = deal_questions(costs, world.size, split=splits)[world.rank]
 

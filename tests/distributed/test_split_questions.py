@@ -36,9 +36,11 @@ CASES = {
 
 def changes(run: Path) -> torch.Tensor:
     """Return the change of every weight of the bundled model after the first step, float64."""
-    found = load_checkpoint(RunDir(run).checkpoint(1)).delta.changes
+    weights = load_file(tiny_reasoner.path() / "model.safetensors")
+    delta = load_checkpoint(RunDir(run).checkpoint(1)).delta
+    found = delta.load(lambda name, at: weights[name].flatten()[at]).changes
     whole = []
-    for name, base in sorted(load_file(tiny_reasoner.path() / "model.safetensors").items()):
+    for name, base in sorted(weights.items()):
         change = torch.zeros(base.numel(), dtype=torch.float64)
         if name in found:
             indices, values = found[name]

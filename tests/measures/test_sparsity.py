@@ -34,7 +34,7 @@ from ssrctl.measures.sparsity import (
     size_section,
     sparsity_sections,
 )
-from ssrctl.report.document import Dots, Heatmap, Histogram
+from ssrctl.report.document import Dots, Heatmap, Lines
 
 ATOL, ETA = 1e-5, 1e-3
 
@@ -322,7 +322,7 @@ def test_the_report_has_every_rule_and_the_largest_changes(tmp_path: Path) -> No
     assert size.tables[1].rows[0][:2] == [names[0], "3, 7"]
     assert size.tables[1].formatted()[0][2:] == ["0.5", "0.50002", "+2e-05", "4.00e-05"]
     [histogram] = size.figures
-    assert isinstance(histogram, Histogram) and sum(histogram.series["changed weights"]) == 5  # type: ignore[arg-type]
+    assert isinstance(histogram, Lines) and sum(histogram.series["changed weights"]) == 5  # type: ignore[arg-type]
     same = size_section(SparsityResult(grouped(w=compare_tensors(base, base)), LargestChanges(), {}))
     assert same.figures == [] and [len(table.rows) for table in same.tables] == [1, 0, 0]
 

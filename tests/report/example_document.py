@@ -5,16 +5,14 @@ from __future__ import annotations
 import math
 import random
 
-from ssrctl.measures.published import published, published_section, references, unusual
+from ssrctl.measures.published import published, published_section, unusual
 from ssrctl.report.document import (
     Column,
     Document,
     Dots,
     Figure,
     Heatmap,
-    Histogram,
     Lines,
-    Ranges,
     Reference,
     Section,
     Table,
@@ -117,7 +115,6 @@ def curves(rng: random.Random) -> list[Figure]:
 
 def bars_and_counts() -> list[Figure]:
     jaccard = {one.model.split()[0]: (one.value, one.baseline) for one in published() if one.measure == "run_jaccard"}
-    bins = ["1", "2", "3-4", "5-8", "9-16", "17-32", "33-64", ">64"]
     return [
         Dots(
             title="Unchanged by kind",
@@ -139,14 +136,6 @@ def bars_and_counts() -> list[Figure]:
             intervals={"measured": [(value - 0.03, value + 0.03) for value, _ in jaccard.values()]},
             axis="Jaccard index",
             shares=False,
-        ),
-        Histogram(
-            title="Distance in units of the last place",
-            bins=bins,
-            series={"all": [9e6, 2e6, 4e5, 9e4, 2e4, 3000, 200, 0], "norms": [9e3, 900, 50, 5, None, None, None, None]},
-            x_label="ULP",
-            y_label="changed weights",
-            log=True,
         ),
         Dots(
             title="Relative size of the update",
@@ -203,15 +192,6 @@ def example_document(rows: int = 520) -> Document:
     rng = random.Random(0)
     measured = {"sparsity_1e-5": 0.971, "sparsity_bf16": 0.9312, "rank": 0.994}
     published_numbers = published_section(measured)  # type: ignore[arg-type]
-    published_numbers.figures.append(
-        Ranges(
-            title="Without a value or without a reference",
-            labels=["not measured", "not published"],
-            values=[None, 0.3],
-            references=[references("sparsity_bf16"), []],
-            axis="share",
-        )
-    )
     return Document(
         title="What did training change?",
         facts=[

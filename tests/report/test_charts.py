@@ -23,7 +23,7 @@ from ssrctl.report.chart_style import (
 )
 from ssrctl.report.chart_text import describe
 from ssrctl.report.charts import draw, is_wide
-from ssrctl.report.document import Dots, Figure, Heatmap, Histogram, Lines, Ranges, Reference
+from ssrctl.report.document import Dots, Figure, Heatmap, Lines, Reference
 
 FIGURES = [figure for section in example_document(rows=1).sections for figure in section.figures]
 BAND, LINE = Reference("a range, table 1: 20% to 40%", 0.2, 0.4), Reference("one value: 10%", 0.1)
@@ -103,7 +103,7 @@ def test_drawing_leaves_matplotlib_as_it_was() -> None:
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("kind", [Dots, Heatmap, Lines, Histogram, Ranges])
+@pytest.mark.parametrize("kind", [Dots, Heatmap, Lines])
 def test_text_from_files_stays_text(kind: type[Figure]) -> None:
     texts = ["#010203", "fill: #030405", "$x^2$ _{", "漢字", "a\x00\x1bb\nc", "</text><script>", "\ud800", ""]
     values = [0.5] * len(texts)
@@ -112,13 +112,8 @@ def test_text_from_files_stays_text(kind: type[Figure]) -> None:
         figure = Dots(title="", labels=texts, series={texts[5]: values}, axis=texts[5])
     elif kind is Heatmap:
         figure = Heatmap(title="", labels=texts, values=[values] * len(texts), axis=texts[5])
-    elif kind is Lines:
-        figure = Lines(title="", x=[1], series={one: [0.5] for one in texts}, x_label=texts[5], y_label=texts[2])
-    elif kind is Histogram:
-        figure = Histogram(title="", bins=texts, series=dict.fromkeys(texts, values), x_label=texts[5], y_label="")
     else:
-        references = [[Reference(one, 0.1, 0.2)] for one in texts]
-        figure = Ranges(title="", labels=texts, values=values, references=references, axis=texts[5])
+        figure = Lines(title="", x=[1], series={one: [0.5] for one in texts}, x_label=texts[5], y_label=texts[2])
     svg = draw(figure)
     svg.encode("utf-8")
     page = Drawing(svg)
@@ -132,12 +127,8 @@ def test_numbers_that_are_none_are_left_out() -> None:
     odd: list[float | None] = [math.nan, math.inf, -math.inf, None]
     assert draw(Dots(title="", labels=list("abcd"), series={"s": odd}, axis="")).count("--series-1") == 0
     assert draw(Lines(title="", x=range(4), series={"s": odd}, x_label="", y_label="")).count("--series-1") == 0
-    assert (
-        draw(Histogram(title="", bins=list("abcd"), series={"s": odd}, x_label="", y_label="")).count("--series-1") == 0
-    )
     svg = draw(Heatmap(title="", row_labels=["r"], column_labels=list("abcd"), values=[odd]))
     assert "<rect" not in svg and svg.count('class="blank"') == 4
-    draw(Ranges(title="", labels=list("abcd"), values=odd, references=[[]] * 4, axis=""))
 
 
 @pytest.mark.parametrize("size", [0, 1])
@@ -147,8 +138,6 @@ def test_hardly_any_data_is_no_error(size: int) -> None:
     draw(Dots(title="", labels=names, series={}, axis="", references=[BAND]))
     draw(Dots(title="", labels=names, series={"s": values}, axis="", shares=False, log=True))
     draw(Lines(title="", x=[0] * size, series={"s": values}, x_label="", y_label="", log_x=True, log_y=True))
-    draw(Histogram(title="", bins=names, series={"s": values}, x_label="", y_label="", log=True))
-    draw(Ranges(title="", labels=names, values=values, references=[[]] * size, axis=""))
     draw(Heatmap(title="", labels=names, values=[values] * size))
 
 
@@ -305,18 +294,6 @@ def test_dots_stand_at_their_values_in_the_row_of_their_label() -> None:
     assert zero[2] == "none" != a[2] and "0, which" in keys(decades)[-1].label
 
 
-def test_histogram_columns_are_as_high_as_their_counts_or_their_logarithms() -> None:
-    def heights(log: bool) -> list[float]:
-        figure = Histogram(
-            title="", bins=["1", "2", "3"], series={"n": [10.0, 100.0, 1000.0]}, x_label="", y_label="", log=log
-        )
-        return [height for _, height in filled(draw(figure), "series-1")]
-
-    plain, logs = heights(False), heights(True)
-    assert plain[2] == pytest.approx(10 * plain[1], rel=1e-3)
-    assert logs[2] - logs[1] == pytest.approx(logs[1] - logs[0], rel=1e-3)
-
-
 def points(svg: str, colour: str) -> list[tuple[float, float]]:
     """The points of the first line that is stroked in a colour."""
     for attributes in Drawing(svg).all("path"):
@@ -374,14 +351,6 @@ def test_axis_holds_references_beyond_the_values() -> None:
     assert "6" in Drawing(draw(bars)).text
 
 
-def test_equal_references_share_a_letter() -> None:
-    figure = Ranges(title="", labels=["a", "b"], values=[0.1, 0.2], references=[[BAND], [BAND, LINE]], axis="share")
-    assert [key.label for key in keys(figure)] == ["measured", BAND.label, LINE.label]
-    text = Drawing(draw(figure)).text
-    assert text.count("A") == 2 and text.count("B") == 1
-    assert "a: 10.00%, published: a range, table 1: 20% to 40%." in describe(figure)
-
-
 def test_intervals_are_drawn_and_half_open_ones_left_out() -> None:
     def bars(interval: tuple[float, float] | None) -> str:
         return draw(Dots(title="", labels=["a"], series={"s": [0.5]}, axis="", intervals={"s": [interval]}))
@@ -434,8 +403,8 @@ def test_figures_are_described_for_those_who_do_not_see_them() -> None:
         decimals=2,
     )
     assert describe(matrix) == "Matrix of 1 row (kind) and 2 columns (layer): from 0.25 (q, 1) to 0.50 (q, 0)."
-    assert describe(bars_and_counts()[2]).startswith(
-        "Histogram of changed weights by ULP. all: from 0 (>64) to 9,000,000 (1)."
+    assert describe(bars_and_counts()[0]).startswith(
+        "Dots of share unchanged. within 1e-5: from 94.00% (gate) to 100.00% (norm)."
     )
 
 

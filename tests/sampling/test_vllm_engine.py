@@ -263,8 +263,13 @@ def test_servers_that_cannot_follow_are_refused_with_the_command(
 def test_addresses_and_settings_that_cannot_be_meant(loaded: LoadedModel, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no rollout server at http://127.0.0.1:9: .*refused.* \(waited 0 seconds\)"):
         engine_of(loaded, "http://127.0.0.1:9").connect()
-    with pytest.raises(UserError, match="is not the address of a server"):
-        engine_of(loaded, "localhost:8000")
+    for address, found in (
+        ("localhost:8000", "is not the address of a server"),
+        ("http://me:secret@127.0.0.1:8000", "must not contain a user name or password"),
+    ):
+        with pytest.raises(UserError, match=found) as refused:
+            settings(tmp_path, rollout_engine="vllm-server", rollout_server_url=[address])
+        assert "secret" not in str(refused.value) + str(refused.value.remedy)
     with pytest.raises(UserError, match="--rollout-server-url is for --rollout-engine vllm-server"):
         settings(tmp_path, rollout_server_url=["http://127.0.0.1:8000"])
     with pytest.raises(UserError, match="--verify-engine-every is for"):

@@ -38,6 +38,7 @@ class Sample:
         text: the response without special tokens; a text of ``--stop`` stays in it, with the rest of its last token.
         finish_reason: ``stop`` if an end token or a text of ``--stop`` was sampled, ``length`` if the limit came first.
         version: of the weights that it was sampled from.
+        stopped: True if a text of ``--stop`` ended it, so that no end token was sampled.
     """
 
     response_ids: list[int]
@@ -45,6 +46,7 @@ class Sample:
     text: str
     finish_reason: Literal["stop", "length"]
     version: int
+    stopped: bool = False
 
     @property
     def finished(self) -> bool:

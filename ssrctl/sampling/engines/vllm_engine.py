@@ -73,9 +73,6 @@ class VllmServerEngine:
         full_seconds: of the last push of all weights.
         probe: the last one.
         block_size: tokens of a block of the servers' caches, once connected.
-
-    Raises:
-        UserError: an address that cannot be one.
     """
 
     def __init__(
@@ -404,7 +401,8 @@ class VllmServerEngine:
         # those of top-p and top-k are of another distribution than the one that a sample's are defined for
         biased = not plain and (self.sampling.top_p < 1.0 or self.sampling.top_k > 0)
         known = [math.nan if biased or one <= _MISSING else one for one in logprobs[: len(ids)]]
-        return Sample(ids, torch.tensor(known), decode(self.loaded.tokenizer, ids), finish, self.version)
+        stopped = finish == "stop" and ids[-1] not in self._ends
+        return Sample(ids, torch.tensor(known), decode(self.loaded.tokenizer, ids), finish, self.version, stopped)
 
 
 def served_engine(config: RolloutOptions, loaded: LoadedModel) -> VllmServerEngine | None:

@@ -14,9 +14,8 @@ import time
 import urllib.parse
 from typing import Any
 
-from ssrctl.errors import UserError
+from ssrctl.configs.engines import KEY_VARIABLE
 
-KEY_VARIABLE = "VLLM_API_KEY"
 LONGEST_REQUEST = 3600.0  # seconds; a server that ends breaks the connection at once
 _CACHE_TRIES = 20
 
@@ -38,29 +37,19 @@ class Refused(Exception):
 
 
 class VllmServer:
-    """A server at ``url``.
+    """A server at ``url``, which ``configs.engines.check_server`` has accepted.
 
     Attributes:
         url: without a slash at its end.
         held: label of the weights that it holds; None when that is not known.
         in_flight: requests that it is working on.
-
-    Raises:
-        UserError: not an http address.
     """
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
         self.held: str | None = None
         self.in_flight = 0
-        parts = urllib.parse.urlsplit(self.url)
-        try:
-            port = parts.port
-        except ValueError:
-            port = -1
-        if parts.scheme not in ("http", "https") or not parts.hostname or port == -1 or parts.query:
-            raise UserError(f"{url!r} is not the address of a server", "give one such as http://127.0.0.1:8000")
-        self._parts, self._port = parts, port
+        self._parts = urllib.parse.urlsplit(self.url)
 
     @property
     def is_local(self) -> bool:
@@ -121,7 +110,7 @@ class VllmServer:
 
     def _ask(self, method: str, path: str, body: bytes | None, seconds: float) -> Any:
         kind = http.client.HTTPSConnection if self._parts.scheme == "https" else http.client.HTTPConnection
-        connection = kind(self._parts.hostname or "", self._port, timeout=seconds)
+        connection = kind(self._parts.hostname or "", self._parts.port, timeout=seconds)
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get(KEY_VARIABLE):
             headers["Authorization"] = f"Bearer {key}"

@@ -13,6 +13,7 @@ from ssrctl.checkpoints.reader import TensorReader, delta_meant_by
 from ssrctl.configs import DiagnoseConfig
 from ssrctl.errors import CheckFailed, UserError
 from ssrctl.measures.base import Findings, Measure, Mode, PairMeasure, Taken, registered, take
+from ssrctl.measures.matrix_measure import MatrixMeasure
 from ssrctl.measures.published import published_section, unusual
 from ssrctl.report.document import Document, Section
 from ssrctl.report.formats import text_safe
@@ -49,6 +50,8 @@ def diagnose_checkpoints(config: DiagnoseConfig) -> dict[str, Any]:
         comparison = open_comparison(stack, base, paths, config.layers, config)
         _check_picture(config, comparison, chosen)
         measures = [measure(comparison, config, run) for measure in chosen]
+        if of_matrices := [measure for measure in measures if isinstance(measure, MatrixMeasure)]:
+            of_matrices[0].note_duration()
         if config.dry_run:
             return show_plan(_files(comparison, paths), output, name, show=not config.json)
         taken = take(comparison, measures, mode, config.num_workers)

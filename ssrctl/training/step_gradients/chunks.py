@@ -114,30 +114,25 @@ def position_obstacle(task: GradientTask) -> str | None:
 class StateGradients:
     """The gradients that chunks leave on the keys and values of earlier ones, for one unit.
 
-    Those on a shared prompt are summed over the rows. Memory: the rows of one block, up to the last of its columns that
-    has a gradient.
+    Those on a shared prompt are summed over the rows. Memory: the rows of one block, whose chunks have the first of them,
+    up to the last of its columns that has a gradient.
 
     Args:
         shared: columns of the prompt that are run for one row and serve all.
     """
 
     def __init__(self, shared: int) -> None:
-        self.shared, self.rows = shared, slice(0)
+        self.shared, self.count = shared, 0
         self.of_prompt: dict[tuple[int, int], Tensor] = {}
         self.of_block: dict[tuple[int, int], Tensor] = {}
 
-    def open(self, rows: slice) -> None:
-        """Begin with the chunks of a block of rows, given by their places in the store; drop those of the one before."""
-        self.rows = rows
+    def open(self, count: int) -> None:
+        """Begin with the chunks of a block of ``count`` rows; drop those of the one before."""
+        self.count = count
         self.of_block.clear()
 
-    def close(self) -> None:
-        """Drop everything."""
-        self.of_block.clear()
-        self.of_prompt.clear()
-
-    def add(self, place: tuple[int, int], rows: slice, gradient: Tensor) -> None:
-        """Add ``[r, heads, n, width]`` to the first n columns of the rows. The first call has the largest n."""
+    def add(self, place: tuple[int, int], gradient: Tensor) -> None:
+        """Add ``[r, heads, n, width]`` to the first n columns of the first rows. The first call has the largest n."""
         if self.shared:
             total = gradient[:, :, : self.shared].sum(0, keepdim=True)
             if place in self.of_prompt:
@@ -148,12 +143,10 @@ class StateGradients:
         _, heads, columns, width = gradient.shape
         if columns:
             if place not in self.of_block:
-                count = self.rows.stop - self.rows.start
-                self.of_block[place] = gradient.new_zeros(count, heads, columns, width)
-            first = rows.start - self.rows.start
-            self.of_block[place][first : first + len(gradient), :, :columns] += gradient
+                self.of_block[place] = gradient.new_zeros(self.count, heads, columns, width)
+            self.of_block[place][: len(gradient), :, :columns] += gradient
 
-    def get(self, place: tuple[int, int], chunk: Chunk, rows: slice) -> Tensor | None:
+    def get(self, place: tuple[int, int], chunk: Chunk) -> Tensor | None:
         """Return the gradient ``[r, heads, w, width]`` on a chunk's keys or values; None for none."""
         if chunk.shared:
             found = self.of_prompt.get(place)
@@ -161,9 +154,7 @@ class StateGradients:
         found = self.of_block.get(place)
         if found is None or found.shape[2] <= chunk.start - self.shared:
             return None
-        first = rows.start - self.rows.start
-        columns = slice(chunk.start - self.shared, chunk.stop - self.shared)
-        return found[first : first + len(chunk.rows), :, columns]
+        return found[: len(chunk.rows), :, chunk.start - self.shared : chunk.stop - self.shared]
 
 
 class ChunkedPass:
@@ -182,7 +173,7 @@ class ChunkedPass:
         chunks: those of the first pass, their rows in the order of the store.
         order: int64 ``[G]``, the row at each place of the store: the last to end first.
         shared: columns of the prompt that are run for one row and serve all.
-        receiver: takes the gradients on earlier keys and values.
+        receiver: takes the gradients on earlier keys and values during a backward pass.
     """
 
     def __init__(
@@ -192,7 +183,7 @@ class ChunkedPass:
 
         self.model, self.batch, self.settings, self.padded = model, batch, settings, padded
         self.shared = max((chunk.stop for chunk in chunks if chunk.shared), default=0)
-        self.receiver = StateGradients(self.shared)
+        self.receiver: StateGradients | None = None
         # the rows of any chunk are then the first ones
         count = torch.zeros(len(batch.input_ids), dtype=torch.int64, device=batch.input_ids.device)
         for chunk in chunks:
@@ -208,13 +199,6 @@ class ChunkedPass:
         self.states: dict[tuple[int, int], Tensor] = {}
         self.cache = Cache(layer_class_to_replicate=functools.partial(_stored_layer, self))
 
-    def places(self, chunk: Chunk) -> slice:
-        """Return the places of a chunk's rows in the store; of a shared one the first place."""
-        if chunk.shared:
-            return slice(0, 1)
-        first = int(self.rank[chunk.rows[0]])
-        return slice(first, first + len(chunk.rows))
-
     def run(self, chunk: Chunk, *, graph: bool, first: bool, wanted: Tensor | None = None) -> Piece:
         """Run a chunk after those before it.
 
@@ -229,7 +213,9 @@ class ChunkedPass:
             UserError: the model did not keep its keys and values in the cache.
         """
         batch = self.batch
-        self.chunk, self.rows, self.writes, self.states = chunk, self.places(chunk), first, {}
+        place = 0 if chunk.shared else int(self.rank[chunk.rows[0]])
+        self.chunk, self.writes, self.states = chunk, first, {}
+        self.rows = slice(place, place + (1 if chunk.shared else len(chunk.rows)))
         for layer in self.cache.layers:
             layer.length = chunk.start
         columns = chunk.columns[:1] if chunk.shared else chunk.columns
@@ -280,9 +266,8 @@ class ChunkedPass:
         """
         mine = coefficients[piece.rows, piece.columns]
         found = [(piece.logprobs, mine)] if bool(mine.count_nonzero()) else []
-        rows = self.places(chunk)
         for place, state in piece.states.items():
-            if (gradient := gradients.get(place, chunk, rows)) is not None:
+            if (gradient := gradients.get(place, chunk)) is not None:
                 found.append((state, gradient))
         return found
 
@@ -296,6 +281,7 @@ class ChunkedPass:
         """
         self.receiver = gradients
         torch.autograd.backward([root for root, _ in roots], [outer for _, outer in roots], retain_graph=retain)
+        self.receiver = None
 
 
 def _stored_layer(run: ChunkedPass) -> Any:
@@ -343,12 +329,12 @@ class _Join(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, new: Tensor, store: Tensor, run: ChunkedPass, place: tuple[int, int] | None) -> Tensor:
-        ctx.run, ctx.place, ctx.start, ctx.rows = run, place, run.chunk.start, run.rows
+        ctx.run, ctx.place, ctx.start = run, place, run.chunk.start
         # of its own version: later chunks write to other columns of the store
         return store[run.rows, :, : run.chunk.stop].data
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.place is not None and ctx.start:
-            ctx.run.receiver.add(ctx.place, ctx.rows, gradient[:, :, : ctx.start])
+            ctx.run.receiver.add(ctx.place, gradient[:, :, : ctx.start])
         return gradient[:, :, ctx.start :], None, None, None

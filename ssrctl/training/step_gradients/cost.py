@@ -44,17 +44,17 @@ class DeviceCosts:
     backward_copy: float
 
 
-# cpu: fitted to single chunks of 8 to 512 tokens after 16 to 512 cached ones, models of 0.4M, 16M and 135M
-# parameters in float32 (benchmarks/step_gradients.py --calibrate). cuda: not measured; arithmetic with
+# cpu: fitted to the processor time of kept, truncated and chunked in dense passes, 20 groups of 1 to 16 steps on models of
+# 0.4M, 3M and 135M parameters in float32 (benchmarks/step_gradients.py --cpu-time). cuda: not measured; arithmetic with
 # 0.3 ms per layer, 2e14 operations/s, 2e12 bytes/s and bfloat16.
 DEVICE_COSTS = {
-    "cpu": DeviceCosts(2.5e7, 1e7, 30.0, 45.0, 150.0, 28.0, 55.0),
+    "cpu": DeviceCosts(5.5e7, 3e7, 26.0, 24.0, 240.0, 26.0, 21.0),
     "cuda": DeviceCosts(6e10, 3e10, 100.0, 300.0, 300.0, 400.0, 800.0),
 }
 
 # Keeping a cache and gathering log-probabilities from pieces, as a share of a chunk's own forward cost: what one
 # chunk took longer than the kept graph in short groups, whose choice depends on it.
-CACHE_OVERHEAD = 0.5
+CACHE_OVERHEAD = 0.6
 
 
 @dataclass(frozen=True)

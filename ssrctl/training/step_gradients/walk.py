@@ -75,7 +75,7 @@ def walk_chunks(
         wanted = torch.stack([walker.derivative != 0 for walker in walkers]).any(0)
         for block in [list(kept)] if again is None else again(wanted):
             for walker in walkers:
-                walker.states.open(slice(0, len(run.order)) if again is None else run.places(block[0]))
+                walker.states.open(len(block[0].rows))
             for chunk in reversed(block):
                 piece = kept[chunk] if again is None else run.run(chunk, graph=True, first=False, wanted=wanted)
                 paths = [
@@ -94,8 +94,7 @@ def walk_chunks(
                     del kept[chunk]
                 del piece, paths
         for walker in walkers:
-            walker.states.close()
-        for walker in walkers:
+            del walker.states
             if not alone:
                 task.announce(walker.made.unit)
                 _exchange(named, walker.share)

@@ -81,7 +81,7 @@ class KronosUpdater:
         """Estimate the memory besides the weights; ``benchmarks/optimizer_memory.py`` measures it.
 
         A gradient (with scope ``tensor`` of the largest tensor, taken as a quarter of the model); a bit each for
-        protected, taken, pending, touched; the kept sets of a question; sums and state of touched coordinates.
+        protected (if any), taken, pending, touched; the kept sets of a question; sums and state of touched coordinates.
         """
         gradient = itemsize if config.scope == "global" else itemsize / 4
         return gradient + KronosUpdater.held_bytes(config, itemsize)
@@ -94,8 +94,9 @@ class KronosUpdater:
         moments = 8 if config.update_rule == "adam" else 0
         pending = 8 if config.update_rule == "adam" else 4
         masters = 2 if config.master_weights and itemsize == 2 else 0
+        bits = (3 if config.protect is None and config.mask is None else 4) / 8
         # the touched coordinates grow from step to step; half of the weights is a cautious guess
-        return 4 / 8 + trained_frac * (kept + touched * pending + 0.5 * (moments + masters))
+        return bits + trained_frac * (kept + touched * pending + 0.5 * (moments + masters))
 
     def plan(self, units: Sequence[Unit]) -> list[Unit]:
         """Leave out the units without a signal, which claim nothing."""

@@ -86,7 +86,12 @@ class MaskedAdamWUpdater(DenseGradients):
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         updated = self.optimizer.num_trained if norm > 0 else 0
-        return {"grad_norm": norm, "clip_scale": scale, "updated_frac": updated / self.num_coordinates}
+        return {
+            "grad_norm": norm,
+            "clip_scale": scale,
+            "updated_frac": updated / self.num_coordinates,
+            "lost_update_frac": self.optimizer.survival.lost_frac,
+        }
 
     def changes(self) -> Changes:
         stepped = {n: p for n, p in self.named.items() if p in self.optimizer.state and self.optimizer.state[p]["step"]}
