@@ -121,7 +121,7 @@ def test_flags_stand_in_panels_that_begin_with_the_common_ones(
     parts = ["Method", "Optimizer", "Sampling", "Engine", "Segmentation", "Critic"]
     parts += ["Checkpoints", "Logging", "Processes"]
     assert panels("train") == ["Options", "Model", "Data", "Prompt", *parts]
-    assert panels("critic") == ["Arguments", "Options", "Critic", "Model", "Prompt", "Sampling", "Processes"]
+    assert panels("critic") == ["Arguments", "Options", "Critic", "Model", "Prompt", "Sampling", "Engine", "Processes"]
 
 
 def test_help_names_choices_and_ranges_that_the_doc_line_leaves_out() -> None:
