@@ -169,11 +169,13 @@ def planners() -> Iterator[tuple[tuple[str, str], MemoryPlanner]]:
 
 
 def settings(planner: MemoryPlanner, config: TrainConfig, card: int) -> str:
-    """Return the cheapest settings that fit a card: ``c`` checkpointing, ``mN`` micro-batches of N responses."""
+    """Return the cheapest settings that fit a card: ``c`` checkpointing, ``rN`` recomputed, N steps at once, ``mN`` ..."""
     made = planner.cheapest(config, card * GIB)
     if made is None:
         return "-"
     parts = ["c"] if made.gradient_checkpointing else []
+    if made.step_gradient == "recomputed":
+        parts.append(f"r{made.units_at_once}")
     if made.micro_batch_tokens is not None:
         parts.append(f"m{made.micro_batch_tokens // (planner.prompt_tokens + config.max_new_tokens)}")
     if made.sampling_batch_size != config.sampling_batch_size:
