@@ -9,7 +9,7 @@ STAMP  := $(VENV)/.installed-$(EXTRAS)
 WORKERS ?= logical
 PYTEST  := $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test test-all check format docs picture clean
+.PHONY: demo test test-all check format docs dist picture clean
 
 demo: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/quickstart.sh
@@ -35,9 +35,13 @@ format: $(STAMP)
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --site-dir build/site
 
+# The sdist and the wheel in dist, tried in an environment of their own.
+dist: $(STAMP)
+	.ci/dist $(BIN)/python
+
 # The README's picture, from the report of `make demo`; needs chromium.
 picture: $(STAMP)
-	$(BIN)/python docs/images/take.py demo/diagnose/report.html docs/images/diagnose.png --section where-changes-landed-1-title --height 1028
+	$(BIN)/python docs/images/take.py demo/diagnose/diagnose.html docs/images/diagnose.png --height 845
 
 # torch comes first and pinned: without a version, pip would fetch its CUDA build of several GB.
 $(VENV)/.installed-%: pyproject.toml constraints.txt

@@ -30,6 +30,7 @@ from torch import Tensor
 from ssrctl.core.bits import bits_from_indices
 from ssrctl.core.index_sets import IndexSet
 from ssrctl.core.mask import TILE, TileSet
+from ssrctl.io.packed_numbers import pack_indices
 
 T, BUDGET, PROTECTED = 20, 0.05, 0.04
 PAPER = {"dense bool": "18.4", "BSR bool": "9.7", "KronosOpt": "9.8 (its BSR and cache)"}
@@ -128,8 +129,8 @@ def whole_run(spread: str, layers: int) -> tuple[int, Counter[str], Counter[str]
 
 
 def by_density() -> None:
-    """Print the bytes per coordinate of one set over a 6144x2048 tensor."""
-    shape, rows = (6144, 2048), []
+    """Print the bytes per coordinate of one set over a 6144x2048 tensor, and per selected weight in a mask file."""
+    shape, rows, of_files = (6144, 2048), [], []
     for spread, bands in SPREADS.items():
         for density in (1e-5, 1e-4, 1e-3, 0.0025, 0.01, 0.05, 0.2, 0.5):
             (indices,) = bands(shape, torch.tensor([density], dtype=torch.float64), torch.Generator().manual_seed(0))
@@ -137,8 +138,13 @@ def by_density() -> None:
             least = min(found.values())
             cells = [f"{found[f] / (6144 * 2048):.5f}" + ("*" if found[f] == least else " ") for f in FORMS]
             rows.append([spread, f"{density:.3%}", *cells])
+            in_files = (found["our BSR"], pack_indices([indices], 6144 * 2048).numel())
+            of_files.append([spread, f"{density:.3%}", *(f"{size / indices.numel():.2f}" for size in in_files)])
     print("\nbytes per coordinate of one set over a 6144x2048 tensor, by density (* the smallest)")
     print(table(["drawn", "density", *FORMS], rows))
+    print("\nbytes per selected weight in a mask file (tiles are kept above 25%)")
+    print(table(["drawn", "density", "tiles (plain)", "packed gaps (small)"], of_files))
+    goal("bytes per selected weight, packed gaps, random 1%", float(of_files[4][3]), at_most=1.1)
 
 
 def main() -> None:

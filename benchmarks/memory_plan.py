@@ -123,7 +123,8 @@ def one(config: TrainConfig) -> tuple[int, int, int]:
             unit_gradients(
                 model, batch, updater.plan(units), temperature=config.temperature,
                 method=config.step_gradient_method, micro_batch_tokens=config.micro_batch_tokens,
-                on_unit=updater.before_unit, dials=Dials(config.units_at_once, config.gradient_chunk_tokens),
+                on_unit=updater.before_unit, on_entropy=lambda _: None,
+                dials=Dials(config.units_at_once, config.gradient_chunk_tokens),
             )
         )  # fmt: skip
         measured = live.peak

@@ -3,8 +3,8 @@
 A dense pass is one forward and backward pass of the whole batch, as the kept graph does it for one unit; it is
 measured in the same run, in turns with the methods, and the best of the rounds counts. Responses are ragged: step
 lengths are drawn between half and one and a half of their mean, and every second response lacks its last quarter of
-steps. Log-probabilities of all tokens are asked for, as the trainer does. In brackets: what the cost model
-(ssrctl.training.step_gradients.cost) expects.
+steps. Log-probabilities of all tokens are asked for, as the trainer does. In brackets: predicted over measured, with the
+cost model of ssrctl.training.step_gradients.cost.
 
 With --calibrate, single chunks are timed instead and set against the cost model's numbers, which says how to mend
 them for another device.
@@ -125,7 +125,8 @@ class Passes:
     def cell(self, method: str) -> str:
         if method not in self.taken:
             return ""
-        return f"{self.taken[method]:.2f}" + (f" ({self.expected[method]:.2f})" if method in self.expected else "")
+        taken = self.taken[method]
+        return f"{taken:.2f}" + (f" ({self.expected[method] / taken:.2f})" if method in self.expected else "")
 
 
 def passes(model: Any, shape: Shape, methods: Sequence[str], options: argparse.Namespace) -> Passes:

@@ -43,4 +43,5 @@ stage ssrctl diagnose --jaccard "$out/run"
 # 7. Measure the accuracy again on the same problems, paired with step 2.
 stage ssrctl eval --checkpoint "$out/run" --baseline "$out/eval-base" -o "$out/eval-trained" --seed $seed
 
-printf '\nreports: %s\n         %s\n' "$out/run/report.html" "$out/diagnose/report.html"
+printf '\nreports: %s\n         %s\n         %s\n' \
+  "$out/run/report.html" "$out/run/diagnose-steps.html" "$out/diagnose/diagnose.html"

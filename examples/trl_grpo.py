@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
 from ssrctl import BlockMask, KronosOpt, select_topk, tiny_reasoner
+from ssrctl.integrations.trl import WeightChanges
 
 PROTECTED_FRAC = 0.005
 NUM_GENERATIONS, QUESTIONS_PER_STEP = 8, 4
@@ -80,6 +81,7 @@ def main() -> None:
             train_dataset=sums(args.max_steps * QUESTIONS_PER_STEP),
             processing_class=AutoTokenizer.from_pretrained(args.model, padding_side="left"),
             optimizers=(optimizer, None),
+            callbacks=[WeightChanges()],  # logs the share of weights that each step changes
         )
         trainer.train()
 

@@ -42,6 +42,14 @@ TEXT = (
 )
 
 
+@pytest.fixture(autouse=True)
+def _no_page_at_the_end(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `train` and `eval` end without a page, which takes a second, unless the test is marked ``page``."""
+    if request.node.get_closest_marker("page") is None:
+        monkeypatch.setattr("ssrctl.stages.train.write_last_page", lambda make, page: None)
+        monkeypatch.setattr("ssrctl.stages.eval.write_last_page", lambda make, page: None)
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The folder of real data sets: $SSRCTL_DATA, or shared/data beside the repository."""

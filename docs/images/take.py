@@ -1,6 +1,6 @@
 """Take a picture of one section of a report's page with chromium.
 
-    python docs/images/take.py demo/diagnose/report.html docs/images/diagnose.png [--section ID] [--height PIXELS]
+    python docs/images/take.py demo/diagnose/diagnose.html docs/images/diagnose.png [--section ID] [--height PIXELS]
 
 ID is the anchor of a section or a figure, as links within the page name it; without it the picture begins at the top.
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ssrctl.checkpoints.delta import DeltaFile, dtype_name
 from ssrctl.checkpoints.files import INDEX, SINGLE
@@ -114,8 +114,9 @@ class AppliedCheckpoint:
         for piece in self.base.pieces(source, start, stop):
             loaded = self._load_dtype if self._load_dtype is not None and piece.is_floating_point() else piece.dtype
             piece = piece.to(loaded).to(self.dtypes[name])
-            for indices, values in blocks.below(start + piece.numel()):
-                piece[indices - start] = values
+            for indices, coded in blocks.below(start + piece.numel()):
+                places = indices - start
+                piece[places] = self.delta.values(source, coded, piece[places])
             yield piece
             start += piece.numel()
         if stop is None:
@@ -124,22 +125,22 @@ class AppliedCheckpoint:
 
 
 class _Blocks:
-    """Changes in order, handed out up to a bound that moves along."""
+    """Changes in order, as ``DeltaFile.blocks`` gives them, handed out up to a bound that moves along."""
 
-    def __init__(self, blocks: Iterator[tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, blocks: Iterator[tuple[Tensor, Any]]) -> None:
         self._blocks = blocks
-        self._left: tuple[Tensor, Tensor] | None = None
+        self._left: tuple[Tensor, Any] | None = None
 
-    def below(self, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (indices, values) of the changes below ``stop`` that were not handed out yet."""
+    def below(self, stop: int) -> Iterator[tuple[Tensor, Any]]:
+        """Yield the changes at flat indices below ``stop`` that were not handed out yet."""
         import torch
 
         while (block := self._left or next(self._blocks, None)) is not None:
-            indices, values = block
+            indices, coded = block
             end = int(torch.searchsorted(indices, stop))
-            self._left = (indices[end:], values[end:]) if end < len(indices) else None
+            self._left = (indices[end:], coded[end:]) if end < len(indices) else None
             if end:
-                yield indices[:end], values[:end]
+                yield indices[:end], coded[:end]
             if self._left is not None:
                 return
 

@@ -25,14 +25,17 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ssrctl.checkpoints.delta import INT32_MAX, Delta, dtype_name
+from ssrctl.checkpoints.names import FUSED, Part
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
     from torch import Tensor
 
-# What vLLM stacks by rows, in this order, in Llama, Mistral, Qwen and the like (its ``packed_modules_mapping``).
-FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 _PART = re.compile(r"^(?P<parent>.*\.)(?P<module>q_proj|k_proj|v_proj|gate_proj|up_proj)\.(?P<kind>weight|bias)$")
+
+_JOINED = re.compile(r"\.experts\.(?!\d)")  # not as experts.3.up_proj
 
 
 class SparsePatch(NamedTuple):
@@ -52,7 +55,11 @@ class SparsePatch(NamedTuple):
 
 
 def vllm_sparse_patches(
-    delta: Delta, *, dtype: torch.dtype | None = None, layout: Literal["checkpoint", "runtime"] = "checkpoint"
+    delta: Delta,
+    *,
+    dtype: torch.dtype | None = None,
+    layout: Literal["checkpoint", "runtime"] = "checkpoint",
+    base: str | Path | None = None,
 ) -> list[SparsePatch]:
     """Return the patches that bring a vLLM server from a delta's base to the weights that the delta describes.
 
@@ -61,27 +68,38 @@ def vllm_sparse_patches(
         dtype: what the server holds its weights in; values are rounded to it. None: they are that already.
         layout: ``checkpoint`` for vLLM 0.30 and later; ``runtime`` for earlier releases, one rank, and models whose
             fused modules are those of ``FUSED``.
+        base: the folder that the server loaded, for a delta whose parameters transformers joins or renames on loading;
+            patches then have the names and shapes of its tensors. Read are its config and headers.
 
     Returns:
         One patch per changed tensor, by name; none when nothing changed.
 
     Raises:
         ValueError: a value that is NaN (``checkpoint`` reserves it for "unchanged") or becomes infinite in
-            ``dtype``, an index beyond int32, or mixture-of-experts tensors with ``runtime``.
+            ``dtype``, an index beyond int32, mixture-of-experts tensors with ``runtime``, joined ones without
+            ``base``, or a ``base`` that lacks a tensor.
+        UserError: ``base`` cannot be read.
     """
     rounded = {name: (indices, _rounded(name, values, dtype)) for name, (indices, values) in delta.changes.items()}
+    shapes: Mapping[str, tuple[int, ...]] = delta.shapes
+    if base is not None:
+        rounded, shapes = _as_stored(rounded, delta.shapes, base)
     if layout == "checkpoint":
         for name, (_, values) in rounded.items():
+            if base is None and _JOINED.search(name):
+                raise ValueError(
+                    f"{name} joins the experts of a checkpoint, by whose names vLLM knows them; give base=FOLDER"
+                )
             if num_nan := int(values.isnan().sum()):
                 raise ValueError(
                     f"{name}: {num_nan} of {len(values)} new values are NaN, which vLLM takes as unchanged"
                 )
         return [
-            _patch(name, indices, values, delta.shapes[name])
+            _patch(name, indices, values, shapes[name])
             for name, (indices, values) in sorted(rounded.items())
             if len(indices)
         ]
-    return _runtime_patches(rounded, delta.shapes)
+    return _runtime_patches(rounded, shapes)
 
 
 def vllm_update_info(patches: Iterable[SparsePatch]) -> dict[str, Any]:
@@ -93,6 +111,35 @@ def vllm_update_info(patches: Iterable[SparsePatch]) -> dict[str, Any]:
         "shapes": [list(patch.full_shape) for patch in listed],
         "num_updates_list": [patch.indices.numel() for patch in listed],
     }
+
+
+def _as_stored(
+    changes: Mapping[str, tuple[Tensor, Tensor]], shapes: Mapping[str, tuple[int, ...]], base: str | Path
+) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, tuple[int, ...]]]:
+    """Return changes of parameters as changes of a folder's tensors, and the shapes of these."""
+    import torch
+
+    from ssrctl.checkpoints.reader import TensorReader
+
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    with TensorReader(base) as reader:
+        reader.align(shapes)
+        stored = {name: one.shape for file in reader.files for name, one in reader.stored_in(file).items()}
+        for name, (indices, values) in changes.items():
+            if name not in reader.shapes or reader.shapes[name] != shapes[name]:
+                raise ValueError(f"{base} has no tensors that make up {name} of shape {list(shapes[name])}")
+            start = 0
+            whole = (Part(reader.name_map.to_file(name), 0, math.prod(shapes[name])),)
+            for part in reader.name_map.joined.get(name, whole):
+                first, past = torch.searchsorted(indices, torch.tensor([start, start + part.count])).tolist()
+                before = found.get(part.name, (indices[:0], values[:0]))
+                mine = indices[first:past] - start + part.start, values[first:past]
+                found[part.name] = (torch.cat([before[0], mine[0]]), torch.cat([before[1], mine[1]]))
+                start += part.count
+    for name, (indices, values) in found.items():
+        order = indices.argsort()
+        found[name] = (indices[order], values[order])
+    return found, stored
 
 
 def _rounded(name: str, values: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -20,6 +20,9 @@ from ssrctl.errors import UserError
 
 Shape = tuple[int, ...]
 
+# What vLLM stacks by rows, in this order, in Llama, Mistral, Qwen and the like (its ``packed_modules_mapping``).
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
 KINDS = ("embed", "q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "norm", "lm_head", "other")
 
 # The first pattern that is found in the name decides, whatever its case; norms come first because of q_norm

@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssrctl.checkpoints.delta import KIND as DELTA_KIND
-from ssrctl.checkpoints.delta import Delta, load_delta
-from ssrctl.checkpoints.export import FUSED
+from ssrctl.checkpoints.delta import Delta, DeltaFile
 from ssrctl.checkpoints.files import INDEX, SINGLE, locate, refuse_adapter, tiny_location
-from ssrctl.checkpoints.names import NameMap, Part, replaced_prefix
+from ssrctl.checkpoints.names import FUSED, NameMap, Part, replaced_prefix
 from ssrctl.checkpoints.run_dir import DELTA_FILE, find_delta
 from ssrctl.checkpoints.tensor_files import PIECE_ELEMENTS, StoredTensor, read_pieces, stored_tensors
 from ssrctl.configs import TINY
@@ -389,9 +388,14 @@ def open_delta(path: Path, base: TensorReader) -> DeltaReader:
     Raises:
         UserError: other tensors, other shapes, or other weights.
     """
-    delta = load_delta(path)
+    delta = DeltaFile(path)
     check_shapes(path, delta.base, delta.shapes, base)
-    return DeltaReader(_delta_label(path), base, delta, check_weights(path, delta.base, delta.shapes, base))
+    load_dtype = check_weights(path, delta.base, delta.shapes, base)
+
+    def before(name: str, indices: Tensor) -> Tensor:
+        return _loaded(base.tensor(name).flatten()[indices], load_dtype)
+
+    return DeltaReader(_delta_label(path), base, delta.load(before), load_dtype)
 
 
 def check_shapes(path: Path, wanted: ModelIdentity, shapes: Mapping[str, tuple[int, ...]], base: TensorReader) -> None:

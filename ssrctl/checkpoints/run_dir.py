@@ -17,19 +17,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ssrctl.checkpoints.delta import Delta, load_delta, save_delta
+from ssrctl.checkpoints.delta import Delta, DeltaFile, save_delta
 from ssrctl.configs import TrainConfig, current_names
 from ssrctl.errors import UserError
 from ssrctl.io.artifacts import load_tensors, save_tensors
+from ssrctl.io.console import note
 from ssrctl.io.files import remove_parts_of_dead_processes, write_text
 from ssrctl.io.jsonl import read_jsonl, write_jsonl
 from ssrctl.io.manifest import write_settings
+from ssrctl.io.mask_log import mask_log_paths
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 OPTIMIZER_KIND = "optimizer"
 COMPLETE = "COMPLETE"
+RUNS = Path("runs")
 CHAT_TEMPLATE = "chat_template.jinja"  # the name by which transformers finds it in a model's folder
 DELTA_FILE = "delta.safetensors"
 _LOGS = (("rollouts", ".jsonl"), ("masks", ".safetensors"), ("gradients", ".safetensors"))
@@ -134,13 +137,13 @@ class Checkpoint:
 
     Attributes:
         path: its folder.
-        delta: what differs from the base model.
+        delta: what differs from the base model, checked.
         optimizer: the updater's tensors.
         state: step, learning-rate schedule, and whatever else json holds.
     """
 
     path: Path
-    delta: Delta
+    delta: DeltaFile
     optimizer: dict[str, Tensor]
     state: dict[str, Any]
 
@@ -174,7 +177,35 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             f"{folder / 'state.json'} cannot be read: {error}", "continue from an earlier checkpoint of the run"
         ) from error
     optimizer, _ = load_tensors(folder / "optimizer.safetensors", OPTIMIZER_KIND)
-    return Checkpoint(folder, load_delta(folder / DELTA_FILE), optimizer, state)
+    delta = DeltaFile(folder / DELTA_FILE)
+    for name in delta.counts:
+        delta.check(name)
+    return Checkpoint(folder, delta, optimizer, state)
+
+
+def newest_run(example: str) -> Path:
+    """Return the run under ``runs/`` whose metrics or masks were written to last, and name it on stderr.
+
+    Args:
+        example: a command that names a run, for the error.
+
+    Raises:
+        UserError: there is none.
+    """
+    runs = [one for one in RUNS.glob("*") if (one / "config.yaml").exists() or (one / "masks").is_dir()]
+    if not runs:
+        raise UserError(
+            f"no run found under {RUNS}/ in the current folder", f"name one: {example}; `ssrctl train` makes them"
+        )
+    newest = max(runs, key=lambda one: (_written(one), one.name))
+    note(f"reading {newest}, the newest of {len(runs):,} run{'s' * (len(runs) != 1)} under {RUNS}/")
+    return newest
+
+
+def _written(run_folder: Path) -> float:
+    places = [run_folder / "metrics.jsonl", *mask_log_paths(run_folder)]
+    times = [one.stat().st_mtime for one in places if one.exists()]
+    return max(times, default=run_folder.stat().st_mtime)
 
 
 def newest_checkpoint(run: Path) -> Path:

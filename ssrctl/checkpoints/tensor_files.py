@@ -107,6 +107,21 @@ def read_pieces(
             yield piece
 
 
+class TensorBytes:
+    """The bytes of a stored tensor, from an open file that nothing else reads, as a stream of their own."""
+
+    def __init__(self, file: BinaryIO, place: StoredTensor) -> None:
+        assert place.dtype is not None
+        file.seek(place.start)
+        self._file, self._left = file, place.numel * place.dtype.itemsize
+
+    def read(self, size: int = -1) -> bytes:
+        """Return at most ``size`` bytes (all without one), none at the tensor's end."""
+        data = self._file.read(self._left if size < 0 else min(size, self._left))
+        self._left -= len(data)
+        return data
+
+
 def _fill(file: Any, buffer: memoryview) -> int:
     """Read until ``buffer`` is full or the file ends; one read returns at most 2 GiB, and may return less."""
     done = 0

@@ -45,10 +45,12 @@ def _group(name: str, help_text: str) -> typer.Typer:
 command(app, "train", configs.TrainConfig, "ssrctl.stages.train:run")
 command(app, "eval", configs.EvalConfig, "ssrctl.stages.eval:run")
 command(app, "diagnose", configs.DiagnoseConfig, "ssrctl.stages.diagnose:run")
+command(app, "report", configs.ReportConfig, "ssrctl.stages.report:run")
 command(app, "superweights", configs.SuperweightsConfig, "ssrctl.stages.superweights:run")
 command(app, "profile-budget", configs.ProfileBudgetConfig, "ssrctl.stages.profile_budget:run")
 command(app, "segment", configs.SegmentConfig, "ssrctl.stages.segment:run")
 command(app, "critic", configs.CriticConfig, "ssrctl.stages.critic:run")
+command(app, "serve-rollouts", configs.ServeRolloutsConfig, "ssrctl.stages.serve_rollouts:run")
 command(app, "recipes", configs.RecipesConfig, "ssrctl.stages.recipes:run")
 command(app, "env", configs.EnvConfig, "ssrctl.stages.env:run")
 

@@ -7,6 +7,7 @@ from ssrctl.configs.common import (
     CommonConfig,
     DatasetConfig,
     ModelConfig,
+    ProcessOptions,
     PromptOptions,
     SamplingConfig,
 )
@@ -30,7 +31,9 @@ from ssrctl.configs.mask import (
 )
 from ssrctl.configs.profile_budget import ProfileBudgetConfig
 from ssrctl.configs.recipes import RecipesConfig
+from ssrctl.configs.report import ReportConfig
 from ssrctl.configs.segment import SegmentConfig, SegmentOptions
+from ssrctl.configs.serve_rollouts import ServeRolloutsConfig
 from ssrctl.configs.superweights import SuperweightsConfig
 from ssrctl.configs.train import TrainConfig
 
@@ -60,12 +63,15 @@ __all__ = [
     "MaskRandomConfig",
     "MaskUnionConfig",
     "ModelConfig",
+    "ProcessOptions",
     "ProfileBudgetConfig",
     "PromptOptions",
     "RecipesConfig",
+    "ReportConfig",
     "SamplingConfig",
     "SegmentConfig",
     "SegmentOptions",
+    "ServeRolloutsConfig",
     "SuperweightsConfig",
     "TrainConfig",
     "build_config",

@@ -33,6 +33,16 @@ class CommonConfig(JsonConfig):
 
 
 @dataclass(kw_only=True)
+class PageOptions(Config):
+    """Settings of the commands that end with a page."""
+
+    panel = "Logging"
+
+    report: bool = True
+    """Write report.html at the end, as `ssrctl report` does."""
+
+
+@dataclass(kw_only=True)
 class ModelConfig(Config):
     """Settings of every stage that loads a model."""
 

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import unquote_plus, urlsplit
 
+from ssrctl.errors import UserError
+
 # Text that looks like a key, wherever it occurs.
 KEY_TEXT = re.compile(r"(?i)\bbearer\s+\S+|\b(?:sk|pk|rk|gsk|xai|hf)[-_][\w*.-]{6,}|\bAIza[\w-]{20,}")
 
@@ -49,6 +51,30 @@ def credential_in_address(address: str) -> str | None:
         if value and names_credential(name):
             return f"a key in its query ({name.strip()}=...)"
     return "a key" if KEY_TEXT.search(unquote_plus(address)) else None
+
+
+def check_address(setting: str, address: str, *, variable: str, example: str) -> None:
+    """Check a setting that is the address of a server, before it is stored or shown.
+
+    Args:
+        setting: the flag, for errors.
+        address: its value.
+        variable: the environment variable that a key belongs in.
+        example: an address of the wanted kind.
+
+    Raises:
+        UserError: a credential in the address, or not one of http or https; the address itself is not shown.
+    """
+    try:
+        url = urlsplit(address)
+        usable = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+        credential = credential_in_address(address)
+    except ValueError:
+        usable, credential = False, None
+    if credential is not None:
+        raise UserError(f"{setting} must not contain {credential}", f"leave it out and set the variable {variable}")
+    if not usable:
+        raise UserError(f"{setting} is not the address of a server", f"give an address such as {example}")
 
 
 def _named_values(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

@@ -6,7 +6,6 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
 from annotated_types import Interval
 
@@ -21,8 +20,17 @@ from ssrctl.configs.building import (
     output,
     positional,
 )
-from ssrctl.configs.common import CommonConfig, InputFormat, ModelConfig, PromptOptions, RecordFormat, SamplingConfig
-from ssrctl.configs.credentials import credential_in_address, credential_in_json
+from ssrctl.configs.common import (
+    CommonConfig,
+    InputFormat,
+    ModelConfig,
+    ProcessOptions,
+    PromptOptions,
+    RecordFormat,
+    SamplingConfig,
+)
+from ssrctl.configs.credentials import check_address, credential_in_json
+from ssrctl.configs.engines import RolloutOptions
 from ssrctl.configs.json_object import as_json_text, parse_json_object
 from ssrctl.configs.own_code import CRITICS, check_name, names_code
 from ssrctl.errors import UserError
@@ -192,26 +200,15 @@ def _check_body(body: dict[str, Any]) -> None:
 
 
 def _check_endpoint(endpoint: str, model: str | None) -> None:
-    try:
-        url = urlsplit(endpoint)
-        usable = url.scheme in ("http", "https") and bool(url.hostname)
-        credential = credential_in_address(endpoint)
-    except ValueError:
-        usable, credential = False, None
-    if credential is not None:
-        provider, named, _ = (model or "").partition("/")
-        variable = f"{provider.upper().replace('-', '_')}_API_KEY" if named else "OPENAI_API_KEY"
-        raise UserError(
-            f"--critic-api-base must not contain {credential}", f"leave it out and set the variable {variable}"
-        )
-    if not usable:
-        raise UserError(
-            "--critic-api-base is not the address of a server", "give an address such as http://localhost:8000/v1"
-        )
+    provider, named, _ = (model or "").partition("/")
+    variable = f"{provider.upper().replace('-', '_')}_API_KEY" if named else "OPENAI_API_KEY"
+    check_address("--critic-api-base", endpoint, variable=variable, example="http://localhost:8000/v1")
 
 
 @dataclass(kw_only=True)
-class CriticConfig(CriticOptions, ModelConfig, PromptOptions, SamplingConfig, CommonConfig):
+class CriticConfig(
+    CriticOptions, ModelConfig, PromptOptions, SamplingConfig, RolloutOptions, ProcessOptions, CommonConfig
+):
     """Score each reasoning step; a step that cannot be judged has no score, never 0.
 
     --model, --temperature, --chat-template and the other settings of sampling and prompts are those of the rollout
@@ -257,6 +254,10 @@ class CriticConfig(CriticOptions, ModelConfig, PromptOptions, SamplingConfig, Co
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.rollout_engine != "transformers" and self.critic != "rollout":
+            raise UserError(
+                f"--rollout-engine {self.rollout_engine} is for --critic rollout, not {self.critic}", "leave it out"
+            )
         if self.calibrate is not None and self.input is not None:
             raise UserError("--calibrate takes the place of STEPS", "give one of them")
         if self.calibrate is None and self.input is None:
@@ -271,6 +272,11 @@ class CriticConfig(CriticOptions, ModelConfig, PromptOptions, SamplingConfig, Co
             raise UserError("--calibrate keeps judgements as records", "leave out --output-format")
         if self.calibrate is None and self.repeats > 1:
             raise UserError("--repeats measures the noise of scores", "use it with --calibrate")
+        if self.launches and self.critic != "rollout":
+            raise UserError(
+                f"the {self.critic} critic runs in one process",
+                "leave out --num-processes and --accelerate-config; they divide the continuations of --critic rollout",
+            )
 
 
 def _same_file(one: str, other: Path) -> bool:

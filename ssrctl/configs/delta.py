@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from ssrctl.configs.building import output, positional
 from ssrctl.configs.common import CommonConfig, JsonConfig, PairOptions
@@ -28,6 +29,10 @@ class DeltaDiffConfig(PairOptions, CommonConfig):
 
     output: Path = output()
     """Delta to write (safetensors)."""
+
+    format: Literal["small", "plain"] = "small"
+    """small: packed gaps and steps from the base's values, which applying needs (a fifth of the size); plain: flat indices
+    and values, as patches of inference engines take them."""
 
 
 @dataclass(kw_only=True)

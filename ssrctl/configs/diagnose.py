@@ -43,6 +43,9 @@ class MeasureOptions(Config):
     mask_density: Fraction = 0.5
     """Share of each matrix in the principal and in the low-magnitude mask (Zhu et al. 2025, alpha)."""
 
+    picture: str | None = None
+    """Matrix of which landing and overlap show a picture, by its tensor's name; by default one of the middle layer."""
+
 
 @dataclass(kw_only=True)
 class CheckOptions(Config):
@@ -75,7 +78,7 @@ class DiagnoseConfig(MeasureOptions, PairOptions, CheckOptions, CommonConfig):
     """A run directory (with --jaccard; the newest under runs/ when omitted), or a base and tuned checkpoints."""
 
     output_dir: Path | None = output(None)
-    """Folder for report.json, report.html and the tables as csv; by default the run itself, or diagnose/."""
+    """Folder for the page, its numbers as json and the tables as csv; by default the run itself, or diagnose/."""
 
     jaccard: bool = False
     """Overlap of the coordinates that the steps of each question selected."""

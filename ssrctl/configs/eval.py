@@ -14,15 +14,17 @@ from ssrctl.configs.common import (
     DatasetConfig,
     InputFormat,
     ModelConfig,
+    PageOptions,
     ProcessOptions,
     SamplingConfig,
 )
+from ssrctl.configs.engines import RolloutOptions
 from ssrctl.configs.names import flag
 from ssrctl.errors import UserError
 
 
 @dataclass(kw_only=True)
-class EvalConfig(ModelConfig, DatasetConfig, SamplingConfig, ProcessOptions, CommonConfig):
+class EvalConfig(ModelConfig, DatasetConfig, SamplingConfig, RolloutOptions, PageOptions, ProcessOptions, CommonConfig):
     """Measure sampled accuracy with a confidence interval, or compare two evaluations problem by problem.
 
     Example: ssrctl eval --checkpoint runs/first --dataset problems.jsonl --num-samples 8 --output-dir eval/first
@@ -83,7 +85,9 @@ class EvalConfig(ModelConfig, DatasetConfig, SamplingConfig, ProcessOptions, Com
 
     def _check_grading(self) -> None:
         """Refuse sampling settings beside given responses: nothing is sampled, so they would have no effect."""
-        idle = {spec.name for base in (ModelConfig, SamplingConfig, ProcessOptions) for spec in fields(base)}
+        idle = {
+            spec.name for base in (ModelConfig, SamplingConfig, RolloutOptions, ProcessOptions) for spec in fields(base)
+        }
         idle |= {"num_samples", "runs", "checkpoint", "prompt_template", "limit"}
         idle |= {"system_prompt", "chat_template", "chat_template_kwargs"}
         changed = [

@@ -19,6 +19,10 @@ class MaskOutput(CommonConfig):
     output: Path = output()
     """Mask to write (safetensors)."""
 
+    format: Literal["small", "plain"] = "small"
+    """small: packed gaps between the selected weights of sparse tensors (about a byte each); plain: bit-packed 16x16 tiles
+    for every tensor."""
+
 
 @dataclass(kw_only=True)
 class MaskSource(MaskOutput):

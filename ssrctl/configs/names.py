@@ -38,6 +38,10 @@ ALIASES: Mapping[str, Mapping[str, str]] = {
     "ModelConfig": {"model_name_or_path": "model"},
     "MaskSource": {"model_name_or_path": "model"},
     "DatasetConfig": {"dataset_name": "dataset"},
+    "RolloutOptions": {
+        "vllm_server_base_url": "rollout_server_url",
+        "vllm_server_timeout": "rollout_server_timeout",
+    },
     "OptimizerOptions": {"optim": "optimizer", "lr": "learning_rate"},
 }
 

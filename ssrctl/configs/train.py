@@ -20,7 +20,7 @@ from ssrctl.configs.building import (
     ZeroOrMore,
     output,
 )
-from ssrctl.configs.common import CommonConfig, DatasetConfig, ModelConfig, ProcessOptions, SamplingConfig
+from ssrctl.configs.common import CommonConfig, DatasetConfig, ModelConfig, PageOptions, ProcessOptions, SamplingConfig
 from ssrctl.configs.critic import CriticOptions
 from ssrctl.configs.engines import EngineOptions
 from ssrctl.configs.names import flag
@@ -277,6 +277,7 @@ class TrainConfig(
     CriticOptions,
     CheckpointOptions,
     LoggingOptions,
+    PageOptions,
     ShardingOptions,
     CommonConfig,
 ):

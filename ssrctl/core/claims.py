@@ -17,6 +17,7 @@ from torch import Tensor
 from ssrctl.core.bits import set_bits
 from ssrctl.core.block_selection import recall, select_blocks
 from ssrctl.core.counting import ALONE, Group
+from ssrctl.core.gradient_part import GradientPart
 from ssrctl.core.index_sets import IndexSet
 from ssrctl.core.layout import Shards
 from ssrctl.core.topk import select_topk
@@ -89,14 +90,18 @@ class KeptUnit:
     def keep(self, gradients: Gradients, chosen: Mapping[str, Tensor]) -> None:
         """Keep the gradients at ``chosen`` (ascending flat indices by name, in the parameters' order), each name once."""
         known = {name: indices for name, indices in chosen.items() if name in gradients}
-        for number, part in self._shards.parts(known):
+        self.keep_values(known, {n: gradients[n].reshape(-1).index_select(0, indices) for n, indices in known.items()})
+
+    def keep_values(self, chosen: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+        """Keep ``values`` (``[k]`` by name) at ``chosen``, as ``keep`` does."""
+        for number, part in self._shards.parts(chosen):
             layout = self._shards.layouts[number]
             self.parts.append(
                 KeptPart(
                     number,
                     {name: indices.numel() for name, indices in part.items()},
                     IndexSet.from_indices(layout.join(part), layout.size),
-                    torch.cat([gradients[name].reshape(-1).index_select(0, indices) for name, indices in part.items()]),
+                    torch.cat([values[name] for name in part]),
                 )
             )
 
@@ -207,6 +212,17 @@ class Claims:
             chosen = self._with_reuse(gradients, chosen, k, self.selection.reuse_factor)
         self._mark(chosen)
         self.units[-1].keep(gradients, chosen)
+        return chosen
+
+    def take_part(self, part: GradientPart, k: int) -> Indices:
+        """Take ``k`` coordinates for the open unit from a gradient that is spread over processes; see ``take``.
+
+        Exact, and without reuse. All processes take the same.
+        """
+        chosen, values = part.select(k, self.taken)
+        self.selection.tally += Tally((), k - sum(indices.numel() for indices in chosen.values()))
+        self._mark(chosen)
+        self.units[-1].keep_values(chosen, values)
         return chosen
 
     def finish(self, gradients: Gradients) -> None:

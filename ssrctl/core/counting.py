@@ -64,6 +64,21 @@ class Group:
         dist.all_reduce(summed, group=self.group)
         return summed.cpu()
 
+    def joined(self, tensor: Tensor) -> Tensor:
+        """Return the tensors ``[n]`` of all processes, whose lengths may differ, one after another by rank."""
+        if self.group is None:
+            return tensor
+        import torch.distributed as dist
+
+        counts = torch.zeros(self.group.size(), dtype=torch.int64)
+        counts[self.group.rank()] = tensor.numel()
+        counts = self.total(counts)
+        padded = tensor.new_zeros(int(counts.max()))
+        padded[: tensor.numel()] = tensor
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded, group=self.group)
+        return torch.cat([part[:count] for part, count in zip(parts, counts.tolist(), strict=True)])
+
     def share(self, counts: Tensor, wanted: int) -> int:
         """Divide the first ``wanted`` of some things among the processes, in the order of their tensors.
 

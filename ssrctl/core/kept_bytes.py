@@ -21,7 +21,7 @@ from ssrctl.core.claims import KeptPart, KeptUnit
 from ssrctl.core.index_sets import IndexSet
 from ssrctl.core.layout import Shards
 
-# int64 numbers: coordinates, bits of the high parts, smallest exponent, bits of the exponents, tensors
+# int64 numbers: coordinates, bytes of the high parts, smallest exponent, bits of the exponents, tensors
 _HEADER = 5
 _RAW = -1  # in place of the smallest exponent: values are stored as they are
 # Unary exponents that would take more bits than this per value (zeros among the values) are not worth it.
@@ -62,9 +62,8 @@ def pack_unit(unit: KeptUnit, numbering: Numbering) -> Tensor:
     if len(unit.parts) > 1:  # parameters may come one by one, in any order
         where, order_of = where.sort()
         kept = kept[order_of]
-    places = (where >> 8) + torch.arange(where.numel(), device=where.device)
-    num_high = int(places[-1]) + 1
-    parts = [bits_from_indices(places, num_high), (where & 255).to(torch.uint8)]
+    high, low_bytes = pack_indices(where)
+    parts = [high, low_bytes]
     top, rest = _halves(kept)
     smallest, num_unary = _RAW, 0
     if top is not None:
@@ -79,7 +78,7 @@ def pack_unit(unit: KeptUnit, numbering: Numbering) -> Tensor:
     # a unit's root mean square is summed in the order of its tensors, which the receiver keeps
     number_of = {name: number for number, name in enumerate(numbering.names)}
     order = [number_of[name] for part in unit.parts for name in part.counts]
-    header = torch.tensor([where.numel(), num_high, smallest, num_unary, len(order), *order], device=where.device)
+    header = torch.tensor([where.numel(), high.numel(), smallest, num_unary, len(order), *order], device=where.device)
     return torch.cat([header.view(torch.uint8), *parts])
 
 
@@ -91,9 +90,7 @@ def unpack_unit(packed: Tensor, numbering: Numbering) -> KeptUnit:
     reader = _Reader(packed)
     count, num_high, smallest, num_unary, num_tensors = reader.take(8 * _HEADER).view(torch.int64).tolist()
     order = reader.take(8 * num_tensors).view(torch.int64).tolist()
-    high = bits_to_indices(reader.take(-(-num_high // 8)), num_high)
-    high -= torch.arange(count, device=high.device)
-    where = (high << 8) + reader.take(count)
+    where = unpack_indices(reader.take(num_high), reader.take(count))
     if smallest == _RAW:
         values = reader.take(count * numbering.dtype.itemsize).view(numbering.dtype)
     else:
@@ -113,6 +110,20 @@ def unpack_unit(packed: Tensor, numbering: Numbering) -> KeptUnit:
         counts = {numbering.names[number]: cuts[number + 1] - cuts[number] for number in numbers}
         unit.parts.append(KeptPart(shard, counts, chosen, values[first:last]))
     return unit
+
+
+def pack_indices(where: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ascending numbers (int64 ``[k]``) as the bits of their high parts and their low bytes, both uint8."""
+    if not where.numel():
+        return torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.uint8)
+    places = (where >> 8) + torch.arange(where.numel(), device=where.device)
+    return bits_from_indices(places, int(places[-1]) + 1), (where & 255).to(torch.uint8)
+
+
+def unpack_indices(high: Tensor, low: Tensor) -> Tensor:
+    """Return the numbers (int64) that ``pack_indices`` packed."""
+    found = bits_to_indices(high, 8 * high.numel())
+    return ((found - torch.arange(low.numel(), device=low.device)) << 8) + low
 
 
 def _runs(order: list[int], cuts: list[int], numbering: Numbering) -> list[list[int]]:

@@ -20,6 +20,7 @@ from ssrctl.core.bits import bits_from_mask
 from ssrctl.core.budget import coordinates, shared_budget
 from ssrctl.core.claims import ALLOCATIONS, SELECTIONS, Indices, KeptPart, KeptQuestion, KeptUnit, Selection, Tally
 from ssrctl.core.counting import Group
+from ssrctl.core.gradient_part import GradientPart
 from ssrctl.core.layout import Shards
 from ssrctl.core.mask import BlockMask
 from ssrctl.core.question import Question
@@ -107,6 +108,9 @@ class KronosOpt(torch.optim.Optimizer):
             that holds whole parameters; sets, state and ``protected`` are those of the process's own rows. Needs
             ``selection="exact"`` and no ``reuse_factor``.
 
+    Attributes:
+        survival: counts of the last step, over all processes of the group.
+
     Raises:
         ValueError: parameters without names or with equal ones, that are not contiguous, a protected mask over
             other tensors, or a setting out of range.
@@ -150,6 +154,7 @@ class KronosOpt(torch.optim.Optimizer):
             raise ValueError("several processes that share each parameter need exact selection and no reuse_factor")
         self.named: dict[str, Tensor] = {}
         self._group = Group(process_group)
+        self.survival = Survival()
         self.num_protected = 0
         self._shards = Shards({})
         self._groups: list[int] = []  # by shard, the number of its parameter group
@@ -195,6 +200,14 @@ class KronosOpt(torch.optim.Optimizer):
     def touched(self) -> dict[str, Tensor]:
         """Bits (as in ``core.bits``) of every coordinate that was ever updated, by parameter name."""
         return self._shards.bits([self._state_of(number).bits for number in range(len(self._shards.layouts))])
+
+    @property
+    def pending(self) -> dict[str, Tensor]:
+        """Ascending flat indices (int64) of the coordinates that ``step`` will update, by parameter name."""
+        found: dict[str, Tensor] = {}
+        for number, pending in self._pending.items():
+            found |= self._shards.layouts[number].split(pending.indices())
+        return found
 
     def begin_question(self, units: int | Sequence[float] | None = None) -> None:
         """Forget the claims of the question before; what it kept stays for ``step``.
@@ -265,6 +278,30 @@ class KronosOpt(torch.optim.Optimizer):
         if not self._question.claims.pools:
             self.zero_grad(set_to_none=True)
         return chosen
+
+    @torch.no_grad()
+    def claim_part(self, part: GradientPart) -> Indices:
+        """Claim the unit's k as ``claim`` does, from a gradient that is spread over processes, which all call this.
+
+        Needs scope ``global``, exact selection without reuse, and allocation ``disjoint`` or ``overlap``.
+
+        Raises:
+            RuntimeError: no question was begun.
+            NonFiniteGradient: in all processes, as in ``claim``.
+            ValueError: settings that need the whole gradient.
+        """
+        if self._question is None:
+            raise RuntimeError("claim_part() before begin_question()")
+        if not self.claims_parts:
+            raise ValueError("these settings of scope, allocation, selection or reuse_factor need the whole gradient")
+        return self._question.take(part, None)
+
+    @property
+    def claims_parts(self) -> bool:
+        """True if ``claim_part`` suits the settings, and all parameters have one dtype."""
+        whole = self.scope == "tensor" or self.allocation in ("pooled", "shuffled")
+        whole |= self.selection != "exact" or self.reuse_factor is not None
+        return not whole and len({parameter.dtype for parameter in self.named.values()}) == 1
 
     def end_question(self) -> list[KeptUnit]:
         """Close the open question, if there is one; ``begin_question`` and ``step`` do it by themselves.
@@ -340,7 +377,7 @@ class KronosOpt(torch.optim.Optimizer):
                 clip_scale=scale,
             )
         self._pending_names.clear()
-        moved = moved.over(self._group)
+        self.survival = moved = moved.over(self._group)
         done, self._tally = self._tally, Tally()
         return StepStats(
             grad_norm=norm,

@@ -40,6 +40,7 @@ def step_policy_loss(
     token_weights: Tensor | None = None,
     beta: float = 0.0,
     reference: Tensor | None = None,
+    num_responses: int | None = None,
     correction: Tensor | None = None,
 ) -> StepLoss:
     """Negative clipped surrogate of step ``step``: mean over its tokens, then over the responses that have it.
@@ -69,6 +70,8 @@ def step_policy_loss(
         token_weights: float64 ``[G]``, at least 0: the weight of each token of a response.
         beta: weight of the KL term; 0 leaves it out.
         reference: float ``[G, R]``, log-probabilities under the reference weights; needed with ``beta``.
+        num_responses: |J| over the whole question, where these are a part of its responses: the losses of the parts then
+            sum to that of the whole. None counts J here.
         correction: float ``[G, R]``, at least 0: weights of ``core.engine_gap.engine_correction``.
 
     Raises:
@@ -97,7 +100,7 @@ def step_policy_loss(
         per_response = per_response - beta * _mean_where(k3(logprobs[rows], reference[rows], inside), inside).squeeze(1)
     active = (clipped < plain) & (weights > 0)
     if token_weights is None:
-        loss = -per_response.mean()
+        loss = -per_response.mean() if num_responses is None else -per_response.sum() / num_responses
     else:
         loss = -(per_response * inside.sum(1) * token_weights[rows].to(per_response.dtype)).sum()
     return StepLoss(loss, int((weights > 0).sum()), int(active.sum()))

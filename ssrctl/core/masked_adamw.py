@@ -16,6 +16,7 @@ from torch import Tensor
 from ssrctl.core.index_sets import IndexSet
 from ssrctl.core.mask import BlockMask
 from ssrctl.core.masters import REMAINDER_DTYPES, join_master, split_master
+from ssrctl.core.sparse_update import Survival
 
 
 class MaskedAdamW(torch.optim.Optimizer):
@@ -38,6 +39,9 @@ class MaskedAdamW(torch.optim.Optimizer):
         weight_decay: decoupled (Loshchilov & Hutter 2019).
         master_weights: keep the exact float32 value of bfloat16 and float16 coordinates.
 
+    Attributes:
+        survival: counts of the last step.
+
     Raises:
         ValueError: an empty mask, a mask over other tensors, parameters without names or with equal ones, that
             are not floating point or not contiguous, or a setting out of range.
@@ -45,6 +49,7 @@ class MaskedAdamW(torch.optim.Optimizer):
 
     # Copies and unpickled optimizers skip the constructor.
     _closed = True
+    survival = Survival()
 
     def __init__(
         self,
@@ -88,10 +93,11 @@ class MaskedAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.survival = Survival()
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None and parameter in self.state:
-                    _update(parameter, parameter.grad, self.state[parameter], group)
+                    self.survival += _update(parameter, parameter.grad, self.state[parameter], group)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -175,14 +181,15 @@ def adamw(
     weights.addcdiv_(exp_avg, denominator, value=-(lr / (1 - b1**step)))
 
 
-def _update(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], group: Mapping[str, Any]) -> None:
+def _update(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], group: Mapping[str, Any]) -> Survival:
     if gradient.is_sparse:
         raise RuntimeError("MaskedAdamW takes dense gradients, not sparse ones")
     indices = IndexSet(parameter.numel(), state["low"], state["counts"]).to_indices()
     flat = parameter.view(-1)
     moments = state["exp_avg"], state["exp_avg_sq"]
     stored = flat[indices]
-    weights = join_master(stored, state["remainder"]) if "remainder" in state else stored.to(moments[0].dtype)
+    before = join_master(stored, state["remainder"]) if "remainder" in state else stored.to(moments[0].dtype)
+    weights = before.clone()
     state["step"] += 1  # in place: a tensor, as torch has it
     adamw(
         weights,
@@ -195,9 +202,11 @@ def _update(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], group
         weight_decay=group["weight_decay"],
     )
     if "remainder" in state:
-        flat[indices], state["remainder"] = split_master(weights, parameter.dtype)
+        written, state["remainder"] = split_master(weights, parameter.dtype)
     else:
-        flat[indices] = weights.to(parameter.dtype)
+        written = weights.to(parameter.dtype)
+    flat[indices] = written
+    return Survival.of(stored, written, before, weights)
 
 
 def _fresh_state(parameter: Tensor, trained: IndexSet, *, masters: bool) -> dict[str, Tensor]:

@@ -31,7 +31,7 @@ class MasterAdamW(torch.optim.Optimizer):
         weight_decay: decoupled (Loshchilov & Hutter 2019).
 
     Attributes:
-        survival: counts of the last step: updates that storage would have lost without masters.
+        survival: counts of the last step.
     """
 
     def __init__(
@@ -103,11 +103,9 @@ def _update(parameter: Tensor, state: dict[str, Tensor], group: Mapping[str, Any
             eps=group["eps"],
             weight_decay=group["weight_decay"],
         )
-        intended = master != before
-        lost = intended & ((stored.float() + (master - before)).to(stored.dtype) == stored)
-        survival += Survival(stored.numel(), int(intended.sum()), int(lost.sum()))
         if "remainder" in columns:
             flat[part], columns["remainder"][part] = split_master(master, parameter.dtype)
         else:
             flat[part] = master
+        survival += Survival.of(stored, flat[part], before, master)
     return survival

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor
 
 from ssrctl.core.claims import Claims, Gradients, Indices, KeptUnit
+from ssrctl.core.gradient_part import GradientPart
 
 
 class Question:
@@ -46,8 +47,8 @@ class Question:
         self._k, self._chosen = k, {}
         self.claims.open_unit()
 
-    def take(self, gradients: Gradients, k: int | None) -> Indices:
-        """Claim for the unit in progress (begun now if need be), from whole gradients, and end it."""
+    def take(self, gradients: Gradients | GradientPart, k: int | None) -> Indices:
+        """Claim for the unit in progress (begun now if need be), from whole gradients or a part of them, and end it."""
         if self._k is None:
             self.begin_unit(k)
         elif k is not None:
@@ -55,6 +56,8 @@ class Question:
         assert self._k is not None
         wanted, self._k = self._k, None
         try:
+            if isinstance(gradients, GradientPart):
+                return self.claims.take_part(gradients, wanted)
             return self.claims.take(gradients, wanted)
         except ValueError:
             self.claims.units.pop()

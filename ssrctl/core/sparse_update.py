@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ssrctl.core.bits import bit_patterns
 from ssrctl.core.counting import Group
 from ssrctl.core.layout import Layout
 from ssrctl.core.masters import REMAINDER_DTYPES, join_master, split_master
@@ -19,28 +20,46 @@ REMAINDER = "remainder"
 
 @dataclass(frozen=True)
 class Survival:
-    """Counts of updates that storage rounding would have lost.
+    """Counts of one step: updates that storage rounding would have lost, and stored weights that changed.
 
     Attributes:
         num_updated: selected coordinates.
         num_intended: those whose update is not zero.
         num_lost: intended ones that rounding to the weight's dtype would have swallowed without masters.
+        num_changed: selected coordinates whose stored bits differ after the step.
     """
 
     num_updated: int = 0
     num_intended: int = 0
     num_lost: int = 0
+    num_changed: int = 0
+
+    @classmethod
+    def of(cls, stored: Tensor, written: Tensor, before: Tensor, after: Tensor) -> Survival:
+        """Count the updates of some coordinates, all ``[k]``.
+
+        Args:
+            stored: weights before the step, of their dtype.
+            written: weights after it, of the same dtype.
+            before: exact values before the step: masters, or ``stored`` as float32 or float64.
+            after: exact values that the step computed.
+        """
+        intended = after != before
+        lost = intended & ((stored.to(after.dtype) + (after - before)).to(stored.dtype) == stored)
+        changed = bit_patterns(written) != bit_patterns(stored)
+        return cls(stored.numel(), int(intended.sum()), int(lost.sum()), int(changed.sum()))
 
     def __add__(self, other: Survival) -> Survival:
         return Survival(
             self.num_updated + other.num_updated,
             self.num_intended + other.num_intended,
             self.num_lost + other.num_lost,
+            self.num_changed + other.num_changed,
         )
 
     def over(self, group: Group) -> Survival:
         """Return the sums over all processes of the group."""
-        counts = torch.tensor([self.num_updated, self.num_intended, self.num_lost])
+        counts = torch.tensor([self.num_updated, self.num_intended, self.num_lost, self.num_changed])
         return Survival(*group.total(counts).tolist())
 
     @property
@@ -127,7 +146,8 @@ def apply_pending(
         written = plain
     for (name, found), values in zip(chosen.items(), written.split([i.numel() for i in chosen.values()]), strict=True):
         weights[name].view(-1).index_copy_(0, found, values)
-    return Survival(indices.numel(), int(intended.sum()), int((intended & (plain == stored)).sum()))
+    lost, changed = intended & (plain == stored), bit_patterns(written) != bit_patterns(stored)
+    return Survival(indices.numel(), int(intended.sum()), int(lost.sum()), int(changed.sum()))
 
 
 def _scaled(values: Tensor | None, scale: float) -> Tensor:

@@ -35,6 +35,11 @@ class Unit:
         """Per response, the mean over the unit's steps; a step without an advantage counts as 0."""
         return tuple(math.fsum(a or 0.0 for a in row) / len(row) for row in zip(*self.advantages, strict=True))
 
+    def of_responses(self, rows: Sequence[int]) -> Unit:
+        """Return the unit with the advantages of some of the responses."""
+        columns = tuple(tuple(column[row] for row in rows) for column in self.advantages)
+        return Unit(self.steps, self.budget, columns)
+
     def joined(self, after: Unit) -> Unit:
         """Join this unit with the next into one with the sum of their budgets."""
         return Unit(self.steps + after.steps, self.budget + after.budget, self.advantages + after.advantages)

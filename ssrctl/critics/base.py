@@ -14,6 +14,7 @@ from ssrctl.io.records import Rollout, StepScore
 
 if TYPE_CHECKING:
     from ssrctl.models.loading import LoadedModel
+    from ssrctl.sampling.engines.base import Engine
     from ssrctl.text.prompts import PromptFormat
 
 STEP_RANGE = (-100.0, 100.0)
@@ -52,6 +53,7 @@ class CriticResources:
         seed: seed of that sampling.
         device: device of the prm critic's model, as ``--device``.
         ledger: file for the log of the llm critic's calls; None writes no log.
+        engine: returns the engine that the rollout critic samples the policy with; None for transformers in this process.
     """
 
     policy: Callable[[], LoadedModel] | None = None
@@ -60,6 +62,7 @@ class CriticResources:
     seed: int = 0
     device: str = "auto"
     ledger: Path | None = None
+    engine: Callable[[LoadedModel], Engine | None] = lambda loaded: None
 
 
 class Critic(Protocol):

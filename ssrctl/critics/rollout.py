@@ -22,7 +22,9 @@ rollouts of a batch do not change it. Equal prefixes within a group (above all V
 from __future__ import annotations
 
 import hashlib
+import itertools
 from array import array
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -38,7 +40,9 @@ from ssrctl.text.answers import check_answer, check_answers
 from ssrctl.text.prompts import PromptFormat, build_prompt, encode_prompt
 
 if TYPE_CHECKING:
+    from ssrctl.distributed.dividing import Spread
     from ssrctl.models.loading import LoadedModel
+    from ssrctl.sampling.engines.base import Engine
 
 # Rollouts are collected until this many batches of continuations are pending: enough to sort them by length, and
 # little work to lose.
@@ -99,6 +103,24 @@ class _Plan:
         return [boundary for boundary in self.boundaries if isinstance(boundary, _Prefix)]
 
 
+@dataclass(frozen=True)
+class EstimateJob:
+    """Prefixes whose continuations are sampled together, for one ``repeat`` of the critic."""
+
+    repeat: int
+    prefixes: list[_Prefix]
+
+
+@dataclass(frozen=True)
+class Estimates:
+    """The values of a job's prefixes, and counts over their continuations."""
+
+    values: list[_Value]
+    num_tokens: int
+    num_unfinished: int
+    num_timeouts: int
+
+
 class RolloutCritic:
     """The critic that the module's docstring describes.
 
@@ -111,7 +133,10 @@ class RolloutCritic:
 
     Attributes:
         repeat: another number gives other continuations, to measure the noise of the scores.
+        spread: yields the estimates of jobs in their order; several processes may share them (``distributed.dividing``).
     """
+
+    spread: Spread[EstimateJob, Estimates]
 
     def __init__(
         self,
@@ -120,18 +145,22 @@ class RolloutCritic:
         sampling: SamplingConfig,
         seed: int,
         prompt_format: PromptFormat | None = None,
+        engine: Engine | None = None,
     ) -> None:
         self.options, self.loaded, self.sampling, self.seed = options, loaded, sampling, seed
-        self.prompt_format = prompt_format
+        self.prompt_format, self.engine = prompt_format, engine
         self.num_prefixes = self.num_shared = self.num_tokens = self.num_unfinished = self.num_timeouts = 0
         self.repeat = 0
+        self.spread = lambda jobs: itertools.chain.from_iterable(map(self.estimate, jobs))
         self._warned = False
 
     @classmethod
     def create(cls, options: CriticOptions, resources: CriticResources) -> RolloutCritic:
         """Return the critic with the policy of ``resources``, which it loads."""
         assert resources.policy is not None, "the rollout critic needs the policy"
-        return cls(options, resources.policy(), resources.sampling, resources.seed, resources.prompt_format)
+        loaded = resources.policy()
+        engine = resources.engine(loaded)
+        return cls(options, loaded, resources.sampling, resources.seed, resources.prompt_format, engine)
 
     @property
     def identity(self) -> str:
@@ -145,6 +174,8 @@ class RolloutCritic:
         ]
         if self.prompt_format is not None:  # absent without one, so that earlier records keep their critic
             parts.append(f"prompts {hashlib.sha256(repr(self.prompt_format).encode()).hexdigest()[:12]}")
+        if self.engine is not None:  # which draws other continuations
+            parts.append(type(self.engine).__name__)
         return "rollout " + " ".join(map(str, parts))
 
     def stream(self, rollouts: Iterable[Rollout]) -> Iterator[tuple[Rollout, list[StepScore]]]:
@@ -153,14 +184,26 @@ class RolloutCritic:
         Raises:
             UserError: a rollout with steps has no prompt.
         """
+        begun: deque[tuple[list[_Plan], list[_Prefix]]] = deque()  # of these the values are to come
+
+        def jobs() -> Iterator[EstimateJob]:
+            before: set[_Prefix] = set()
+            for plans in self._windows(rollouts):
+                wanted = [prefix for plan in plans for prefix in plan.prefixes]
+                # Only the values of the previous window are kept: a group may span two windows.
+                new = [prefix for prefix in dict.fromkeys(wanted) if prefix not in before]
+                self.num_shared += len(wanted) - len(new)
+                before = set(wanted)
+                begun.append((plans, new))
+                yield EstimateJob(self.repeat, new)
+
         known: dict[_Prefix, _Value] = {}
-        for plans in self._windows(rollouts):
-            wanted = [prefix for plan in plans for prefix in plan.prefixes]
-            # Only the values of the previous window are kept: a group may span two windows.
-            known = {prefix: known[prefix] for prefix in wanted if prefix in known}
-            new = [prefix for prefix in dict.fromkeys(wanted) if prefix not in known]
-            self.num_shared += len(wanted) - len(new)
-            known.update(zip(new, self._estimate(new), strict=True))
+        for made in self.spread(jobs()):
+            plans, new = begun.popleft()
+            self._count(made)
+            wanted = {prefix for plan in plans for prefix in plan.prefixes}
+            known = {prefix: value for prefix, value in known.items() if prefix in wanted}
+            known.update(zip(new, made.values, strict=True))
             for plan in plans:
                 yield plan.rollout, self._scores(plan, known)
 
@@ -244,28 +287,36 @@ class RolloutCritic:
             )
         return ids
 
-    def _estimate(self, prefixes: Sequence[_Prefix]) -> list[_Value]:
+    def estimate(self, job: EstimateJob) -> Iterator[Estimates]:
+        """Yield the values of a job's prefixes; they depend on nothing else, and are the same in any process."""
         from ssrctl.sampling.continuations import decode_continuation
         from ssrctl.sampling.engines.base import Request, sample_all
         from ssrctl.sampling.engines.transformers_engine import TransformersEngine
 
-        num = self.options.critic_rollouts
-        seed = derive_seed(self.seed, "repeat", self.repeat) if self.repeat else self.seed
+        num, prefixes = self.options.critic_rollouts, job.prefixes
+        seed = derive_seed(self.seed, "repeat", job.repeat) if job.repeat else self.seed
         requests = [
             Request(prefix.ids, prefix.limit, one) for prefix in prefixes for one in prefix_seeds(seed, prefix.ids, num)
         ]
-        drawn = sample_all(TransformersEngine(self.loaded, self.sampling), requests)
-        self.num_prefixes += len(prefixes)
-        self.num_tokens += sum(len(made.response_ids) for made in drawn)
-        self.num_unfinished += sum(not made.finished for made in drawn)
+        drawn = sample_all(self.engine or TransformersEngine(self.loaded, self.sampling), requests)
         pairs: list[tuple[str, Reference | None]] = []
         for number, made in enumerate(drawn):
             prefix = prefixes[number // num]
             added = decode_continuation(self.loaded.tokenizer, prefix.ids[prefix.num_prompt :], made.response_ids)
             pairs.append((prefix.text + added, prefix.answer))
         correct = [verdict.correct for verdict in check_answers(pairs, extraction=self.options.answer_extraction)]
-        self.num_timeouts += correct.count(None)
-        return [_Value.of(correct[start : start + num]) for start in range(0, len(correct), num)]
+        yield Estimates(
+            values=[_Value.of(correct[start : start + num]) for start in range(0, len(correct), num)],
+            num_tokens=sum(len(made.response_ids) for made in drawn),
+            num_unfinished=sum(not made.finished for made in drawn),
+            num_timeouts=correct.count(None),
+        )
+
+    def _count(self, made: Estimates) -> None:
+        self.num_prefixes += len(made.values)
+        self.num_tokens += made.num_tokens
+        self.num_unfinished += made.num_unfinished
+        self.num_timeouts += made.num_timeouts
 
     def _scores(self, plan: _Plan, known: dict[_Prefix, _Value]) -> list[StepScore]:
         steps = plan.rollout.steps or ()

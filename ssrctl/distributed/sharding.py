@@ -206,10 +206,10 @@ class ShardedModel:
         hook = self.model.register_forward_pre_hook(say_so, prepend=True)
         try:
             yield
-        finally:
+        finally:  # after an error too, which ends the others' passes otherwise
             hook.remove()
-        while self.world.any(False):
-            self._dummy_pass()
+            while self.world.any(False):
+                self._dummy_pass()
 
     def _count_moves(self, times: int) -> None:
         """Add to the traffic: the weights gathered, or a gradient of their size scattered, that often."""
@@ -232,14 +232,6 @@ class ShardedModel:
             whole = mask.tensors[name].to_indices()
             indices[name] = whole[rows.own(whole)] - rows.start
         return BlockMask.from_indices(self.shapes(), indices)
-
-    def changes_of_rows(self, changes: Indexed) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return the part of whole parameters' (ascending flat indices, values) that lies in the rows of this process."""
-        found = {}
-        for name, (indices, values) in changes.items():
-            mine = self.rows[name].own(indices)
-            found[name] = indices[mine] - self.rows[name].start, values[mine]
-        return found
 
     def whole_indices(self, indices: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Join the processes' flat indices on the main one, tensor by tensor; empty on the others."""

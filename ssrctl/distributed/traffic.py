@@ -51,6 +51,11 @@ def sharded_bytes_sent(
     return moved * num_coordinates * itemsize * (processes - 1) / processes
 
 
+def scattered_bytes_sent(num_coordinates: int, *, itemsize: int, processes: int) -> float:
+    """Return the bytes that a process sends in a reduce-scatter of the whole gradient around a ring."""
+    return num_coordinates * itemsize * (processes - 1) / processes
+
+
 def dense_bytes_sent(num_coordinates: int, *, itemsize: int, processes: int) -> float:
     """Return the bytes that a process sends in an all-reduce of the whole gradient around a ring."""
-    return 2 * num_coordinates * itemsize * (processes - 1) / processes
+    return 2 * scattered_bytes_sent(num_coordinates, itemsize=itemsize, processes=processes)

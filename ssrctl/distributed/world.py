@@ -10,7 +10,7 @@ import datetime
 import os
 import pickle
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -24,6 +24,9 @@ from ssrctl.process_rank import is_launched, num_launched, rank
 
 T = TypeVar("T")
 
+# torch 2.13 has renamed it, and warns of the old name
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 # Longer than a step of the others: a critic's server may need long, and a process that ends is noticed at once.
 LONGEST_WAIT = datetime.timedelta(hours=2)
 STORE_SECONDS = 5.0
@@ -36,17 +39,43 @@ class World:
         rank: number of this process, from 0.
         size: number of processes; 1 exchanges nothing.
         device: where tensors that are exchanged live; a GPU has NCCL for these, and gloo for objects.
+        ranks: of a team, whose processes gather objects and sum tensors; None is the whole job.
 
     Attributes:
-        bytes_sent, bytes_received: of ``broadcast_bytes`` and ``add_up``, since ``take_traffic``.
+        group: of the tensors; None with one process.
+        bytes_sent, bytes_received: of tensors, since ``take_traffic``.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        rank: int = 0,
+        size: int = 1,
+        device: torch.device | str = "cpu",
+        ranks: Sequence[int] | None = None,
+    ) -> None:
         self.rank, self.size, self.device = rank, size, torch.device(device)
         self.bytes_sent = self.bytes_received = 0
         self.seconds = 0.0
-        # objects and flags go through the CPU, also where tensors go from GPU to GPU
-        self._objects = dist.new_group(backend="gloo", timeout=LONGEST_WAIT) if size > 1 else None
+        self._teams: dict[tuple[range, ...], World] = {}
+        self.group: Any = None
+        self._objects: Any = None
+        if size > 1:  # objects and flags go through the CPU, also where tensors go from GPU to GPU
+            self._objects = dist.new_group(None if ranks is None else list(ranks), LONGEST_WAIT, "gloo")
+            if ranks is None:
+                self.group = dist.group.WORLD
+            else:
+                self.group = self._objects if self.device.type == "cpu" else dist.new_group(list(ranks), LONGEST_WAIT)
+
+    def team(self, teams: Sequence[range]) -> World:
+        """Return the processes of this one's team; every process calls this with the same teams, which hold all ranks."""
+        key = tuple(teams)
+        if key not in self._teams:
+            for team in teams:  # a group is made by all processes together, also by those outside it
+                size = len(team)
+                found = World(self.rank - team.start, size, self.device, team)
+                if self.rank in team:
+                    self._teams[key] = found
+        return self._teams[key]
 
     @property
     def is_main(self) -> bool:
@@ -89,6 +118,22 @@ class World:
         result: T = outcome[0]
         return result
 
+    def together(self, call: Callable[[], T]) -> T:
+        """Return this process's result of ``call``; a UserError in one process is raised in all."""
+        if self.size == 1:
+            return call()
+        result: Any = None
+        failed: UserError | None = None
+        try:
+            result = call()
+        except UserError as error:
+            failed = error
+        for of_process in self.gather(failed):
+            if of_process is not None:
+                raise of_process
+        mine: T = result
+        return mine
+
     def any(self, flag: bool) -> bool:
         """Return True in all processes if ``flag`` is True in one."""
         if self.size == 1:
@@ -121,18 +166,32 @@ class World:
         """Replace ``tensor`` by its sum over all processes, the same bits in each; return it."""
         if self.size > 1:
             with self._exchange():
-                dist.all_reduce(tensor)
-            moved = 2 * tensor.numel() * tensor.element_size() * (self.size - 1) // self.size  # a ring's
-            self.bytes_sent, self.bytes_received = self.bytes_sent + moved, self.bytes_received + moved
+                dist.all_reduce(tensor, group=self.group)
+            self._count_ring(2 * tensor.numel() * tensor.element_size())
         return tensor
 
+    def scatter_sum(self, tensor: Tensor) -> Tensor:
+        """Return this process's part ``[n / size]``, by rank, of the sum of ``tensor`` ``[n]`` over all processes."""
+        part = tensor.new_empty(tensor.numel() // self.size)
+        with self._exchange():
+            _reduce_scatter(part, tensor, group=self.group)
+        self._count_ring(tensor.numel() * tensor.element_size())
+        return part
+
+    def _count_ring(self, num_bytes: int) -> None:
+        """Count the traffic of an exchange around a ring, each part of the bytes ``size - 1`` times."""
+        moved = num_bytes * (self.size - 1) // self.size
+        self.bytes_sent, self.bytes_received = self.bytes_sent + moved, self.bytes_received + moved
+
     def take_traffic(self) -> dict[str, float]:
-        """Return bytes and seconds of the exchanges since the last call."""
+        """Return bytes and seconds of the exchanges since the last call, those of the team included."""
         made = {
             "bytes_sent": self.bytes_sent,
             "bytes_received": self.bytes_received,
             "exchange_seconds": self.seconds,
         }
+        for team in self._teams.values():
+            made = {key: value + made[key] for key, value in team.take_traffic().items()}
         self.bytes_sent = self.bytes_received = 0
         self.seconds = 0.0
         return made
@@ -144,7 +203,7 @@ class World:
             yield
         except RuntimeError as error:  # every failure of a collective, with any backend
             raise LostProcess(
-                f"process {self.rank} of {self.size} lost the others: one of them has ended",
+                f"process {rank()} of {num_launched()} lost the others: one of them has ended",
                 "see the first error above; a process that was killed leaves none (out of memory?)",
             ) from error
         finally:

@@ -72,10 +72,15 @@ def accuracy_interval(per_problem: Sequence[float], confidence: float = 0.95) ->
         trials, quantile = float(count), float(norm.ppf(tail))
     else:
         trials, quantile = mean * (1 - mean) / (spread / count), float(t.ppf(tail, count - 1))
+    return Estimate(mean, *wilson(mean, trials, quantile), confidence, count)
+
+
+def wilson(share: float, trials: float, quantile: float) -> tuple[float, float]:
+    """Return the ends of Wilson's interval for a share in [0, 1] of ``trials`` (> 0), at a quantile of the normal law."""
     square = quantile**2
-    middle = (mean + square / (2 * trials)) / (1 + square / trials)
-    half = quantile / (1 + square / trials) * math.sqrt(mean * (1 - mean) / trials + square / (4 * trials**2))
-    return Estimate(mean, min(mean, max(0.0, middle - half)), max(mean, min(1.0, middle + half)), confidence, count)
+    middle = (share + square / (2 * trials)) / (1 + square / trials)
+    half = quantile / (1 + square / trials) * math.sqrt(share * (1 - share) / trials + square / (4 * trials**2))
+    return min(share, max(0.0, middle - half)), max(share, min(1.0, middle + half))
 
 
 def paired_difference(

@@ -7,13 +7,16 @@ it); masks add their block size, counts, shapes, and the model they belong to.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ssrctl.errors import UserError
+from ssrctl.io.checked import Count, checked
 from ssrctl.io.files import existing_file, whole_file
+from ssrctl.io.packed_numbers import pack_indices, unpack_indices
 from ssrctl.io.tensor_writing import write_tensors
 from ssrctl.version import __version__
 
@@ -21,7 +24,7 @@ if TYPE_CHECKING:
     from pydantic import ConfigDict
     from torch import Tensor
 
-    from ssrctl.core.mask import BlockMask
+    from ssrctl.core.mask import BlockMask, TileSet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,12 +132,23 @@ def identity_field(metadata: Mapping[str, str], key: str, path: str | Path) -> M
 
 MASK_KIND = "mask"
 _PARTS = ("crow_indices", "col_indices", "tiles")
+_CODING = {"name": "gaps", "version": 1}
+# A tensor with more than this share selected keeps its tiles, which are hardly larger then and several times as fast.
+_MOST_GAPS = 1 / 4
+# Memory of a selected weight while gaps become tiles: its index, and at worst a tile of its own with its number.
+_BYTES_PER_GAP = 56
 
 
 def save_mask(
-    path: str | Path, mask: BlockMask, *, mask_kind: str, model: ModelIdentity | None, settings: Mapping[str, Any]
+    path: str | Path,
+    mask: BlockMask,
+    *,
+    mask_kind: str,
+    model: ModelIdentity | None,
+    settings: Mapping[str, Any],
+    small: bool = True,
 ) -> None:
-    """Write a mask in the format of the design (block sparse rows, bit-packed 16x16 tiles).
+    """Write a mask, whole or not at all.
 
     Args:
         path: the safetensors file.
@@ -142,28 +156,40 @@ def save_mask(
         mask_kind: the meaning of the selection: ``superweights``, ``steps``, ...
         model: whose coordinates these are.
         settings: what made it.
+        small: write packed gaps between the selected indices of sparse tensors; False: block sparse rows with
+            bit-packed 16x16 tiles for all.
     """
     from ssrctl.core.tile_bits import TILE
 
+    counts = {name: tiles.count() for name, tiles in mask.tensors.items()}
+    sparse = {name for name, tiles in mask.tensors.items() if small and counts[name] <= _MOST_GAPS * tiles.numel}
     metadata = {
         "mask_kind": mask_kind,
         "block_size": [TILE, TILE],
         "shapes": {name: list(shape) for name, shape in mask.shapes.items()},
-        "counts": {name: tiles.count() for name, tiles in mask.tensors.items()},
+        "counts": counts,
         "model": None if model is None else asdict(model),
         "settings": dict(settings),
-    }
-    save_tensors(path, mask_tensors(mask), MASK_KIND, metadata)
+    } | ({"coding": _CODING} if sparse else {})
+    tensors: dict[str, Tensor] = {}
+    for name, tiles in mask.tensors.items():
+        if name in sparse:
+            tensors[f"{name}.gaps"] = pack_indices(tiles.to("cpu").index_parts(), tiles.numel)
+        else:
+            tensors |= _tile_tensors(name, tiles)
+    save_tensors(path, tensors, MASK_KIND, metadata)
 
 
 def mask_tensors(mask: BlockMask, prefix: str = "") -> dict[str, Tensor]:
     """Return the stored form of a mask: ``NAME.crow_indices``, ``NAME.col_indices``, ``NAME.tiles`` per tensor."""
     tensors: dict[str, Tensor] = {}
     for name, tiles in mask.tensors.items():
-        tensors |= dict(
-            zip((f"{prefix}{name}.{part}" for part in _PARTS), (*tiles.row_pointers(), tiles.tiles), strict=True)
-        )
+        tensors |= _tile_tensors(f"{prefix}{name}", tiles)
     return tensors
+
+
+def _tile_tensors(name: str, tiles: TileSet) -> dict[str, Tensor]:
+    return dict(zip((f"{name}.{part}" for part in _PARTS), (*tiles.row_pointers(), tiles.tiles), strict=True))
 
 
 def mask_from_tensors(
@@ -191,17 +217,71 @@ def load_mask(path: str | Path) -> tuple[BlockMask, dict[str, str]]:
     Raises:
         UserError: truncated or foreign file, or contents that do not describe a mask.
     """
+    from ssrctl.core.mask import BlockMask
     from ssrctl.core.tile_bits import TILE
 
     tensors, metadata = load_tensors(path, MASK_KIND)
     shapes = shapes_field(metadata, path)
     if json_field(metadata, "block_size", path) != [TILE, TILE]:
         raise UserError(f"{path}: block size {metadata['block_size']}, this version reads {TILE}x{TILE} only")
-    expected = {f"{name}.{part}" for name in shapes for part in _PARTS}
+    packed = {name: shape for name, shape in shapes.items() if f"{name}.gaps" in tensors}
+    tiled = {name: shape for name, shape in shapes.items() if name not in packed}
+    expected = {f"{name}.{part}" for name in tiled for part in _PARTS} | {f"{name}.gaps" for name in packed}
     if expected != tensors.keys():
         odd = sorted(expected ^ tensors.keys())
         raise UserError(f"{path}: tensors and shapes do not match, first difference: {odd[0]}", "make the mask again")
-    return mask_from_tensors(tensors, shapes, path), metadata
+    found = dict(mask_from_tensors(tensors, tiled, path).tensors)
+    if packed:
+        found |= _from_gaps(tensors, packed, metadata, path)
+    return BlockMask({name: found[name] for name in shapes}), metadata
+
+
+def _from_gaps(
+    tensors: Mapping[str, Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    metadata: Mapping[str, str],
+    path: str | Path,
+) -> dict[str, TileSet]:
+    """Return the sets of tensors that are stored as gaps."""
+    import psutil
+    import torch
+
+    from ssrctl.core.mask import TileSet
+
+    if (coding := json_field(metadata, "coding", path)) != _CODING:
+        raise UserError(f"{path}: it is coded as {ascii(coding)[:80]}, not {_CODING}", "install a newer ssrctl")
+    counts = checked(dict[str, Count], json_field(metadata, "counts", path), f"{path}: counts", "make the mask again")
+    # A few bytes may stand for more coordinates than fit into memory, or for a tensor of more rows.
+    rows = sum(TileSet.empty(shape).grid[0] for shape in shapes.values())
+    needed = _BYTES_PER_GAP * sum(counts.get(name, 0) for name in shapes) + 4 * rows
+    if needed > (free := psutil.virtual_memory().available):
+        raise UserError(
+            f"{path}: the mask would take {needed / 1e9:,.0f} GB of memory, {free / 1e9:,.1f} are free",
+            "it may be damaged; make it again, or use a larger machine",
+        )
+    found = {}
+    for name, shape in shapes.items():
+        indices, left = [torch.empty(0, dtype=torch.int64)], counts.get(name, 0)
+        try:
+            for part in unpack_indices(_bytes_of(tensors[f"{name}.gaps"]), math.prod(shape)):
+                left -= len(part)
+                indices.append(part)
+                if left < 0:
+                    break
+            if left:
+                raise ValueError(f"it does not hold the {counts.get(name, 0):,} coordinates that the metadata name")
+            found[name] = TileSet.from_indices(shape, torch.cat(indices))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path}: {name}: {error}", "make the mask again") from error
+    return found
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    import torch
+
+    if tensor.dtype != torch.uint8 or tensor.dim() != 1:
+        raise ValueError(f"its gaps are {tensor.dtype} {list(tensor.shape)}, not bytes")
+    return tensor.numpy().data
 
 
 def load_mask_for(

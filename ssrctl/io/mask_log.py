@@ -10,7 +10,7 @@ read as None.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,16 @@ from typing import TYPE_CHECKING, Any
 from pydantic import StrictBool, StrictFloat, StrictStr
 
 from ssrctl.errors import UserError
-from ssrctl.io.artifacts import json_field, load_tensors, mask_from_tensors, mask_tensors, save_tensors, shapes_field
+from ssrctl.io.artifacts import (
+    json_field,
+    load_tensors,
+    mask_from_tensors,
+    mask_tensors,
+    open_safetensors,
+    read_metadata,
+    save_tensors,
+    shapes_field,
+)
 from ssrctl.io.checked import Count, checked
 
 if TYPE_CHECKING:
@@ -129,8 +138,7 @@ def load_mask_log(path: str | Path) -> StepMaskLog:
     """
     tensors, metadata = load_tensors(path, KIND)
     shapes = shapes_field(metadata, path)
-    fields = {key: json_field(metadata, key, path) for key in ("step", "num_coordinates", "num_protected", "questions")}
-    stored = checked(_Stored, fields, f"{path}: malformed mask log", REMEDY)
+    stored = _stored(path, metadata)
     try:
         return StepMaskLog(
             step=stored.step,
@@ -141,6 +149,70 @@ def load_mask_log(path: str | Path) -> StepMaskLog:
     except (KeyError, ValueError, IndexError) as error:
         said = f"{error} is absent" if isinstance(error, KeyError) else error
         raise UserError(f"{path}: malformed mask log: {said}", REMEDY) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claims:
+    """The sizes of the sets of a training step, and the signs of their gradients, without the sets.
+
+    Attributes:
+        shares: ``[question][unit]``, selected coordinates over the unprotected ones, in [0, 1].
+        cosines, conflicts: of all pairs of units of a question: cosine of their gradients before masking, and
+            ``top_conflict`` (``CONFLICTS``); empty when the run did not log them.
+    """
+
+    step: int
+    shares: list[list[float]]
+    cosines: list[float]
+    conflicts: list[float]
+
+
+def load_claims(path: str | Path) -> Claims:
+    """Read a log's sizes only, in a hundredth of the time of ``load_mask_log``.
+
+    Raises:
+        UserError: a truncated or foreign file, or metadata of another form or type.
+    """
+    stored = _stored(path, read_metadata(path, KIND))
+    sizes = [[0] * len(question.units) for question in stored.questions]
+    with open_safetensors(path) as file:
+        for name in file.keys():  # noqa: SIM118 (not a dict)
+            q, _, rest = name.partition(".")
+            if q != "free" and name.endswith(".tiles"):
+                try:
+                    sizes[int(q)][int(rest.partition(".")[0])] += _popcount(file.get_tensor(name))
+                except (ValueError, IndexError) as error:
+                    raise UserError(f"{path}: malformed mask log: {name} is of no unit", REMEDY) from error
+    free = max(1, stored.num_coordinates - stored.num_protected)
+    conflicts = [(question.conflict or {}).get("top_conflict") for question in stored.questions]
+    return Claims(
+        step=stored.step,
+        shares=[[size / free for size in question] for question in sizes],
+        cosines=_above_diagonal(question.gradient_cosine for question in stored.questions),
+        conflicts=_above_diagonal(conflicts),
+    )
+
+
+def _popcount(tiles: Tensor) -> int:
+    import numpy as np
+
+    return int(np.unpackbits(tiles.numpy()).sum(dtype=np.int64))
+
+
+def _above_diagonal(matrices: Iterable[Sequence[Sequence[float | None]] | None]) -> list[float]:
+    return [
+        value
+        for matrix in matrices
+        for place, row in enumerate(matrix or [])
+        for value in row[place + 1 :]
+        if value is not None
+    ]
+
+
+def _stored(path: str | Path, metadata: Mapping[str, str]) -> _Stored:
+    fields = {key: json_field(metadata, key, path) for key in ("step", "num_coordinates", "num_protected", "questions")}
+    found: _Stored = checked(_Stored, fields, f"{path}: malformed mask log", REMEDY)
+    return found
 
 
 @dataclass(kw_only=True)

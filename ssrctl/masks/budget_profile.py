@@ -204,7 +204,7 @@ def traces_batch(loaded: LoadedModel, rollouts: Sequence[Rollout], temperature: 
     Args:
         loaded: the model.
         rollouts: of one question, with ``prompt``, ``response`` (not empty) and ``steps``. One whose extra field
-            ``finished`` is true gets the end token.
+            ``finished`` is true gets the end token, unless ``ended_by_stop`` is.
         temperature: of the log-probabilities.
 
     Raises:
@@ -222,7 +222,8 @@ def traces_batch(loaded: LoadedModel, rollouts: Sequence[Rollout], temperature: 
                 "ids are QUESTION/NUMBER; give different questions different ids",
             )
         ids = tokenizer(rollout.response, add_special_tokens=False)["input_ids"]
-        if rollout.extra.get("finished") and (ends := end_token_ids(loaded)):
+        sampled_end = rollout.extra.get("finished") and not rollout.extra.get("ended_by_stop")
+        if sampled_end and (ends := end_token_ids(loaded)):
             ids = [*ids, ends[0]]
         if loaded.context_length is not None and len(prompt_ids) + len(ids) > loaded.context_length:
             raise UserError(

@@ -103,8 +103,9 @@ def changed_by_delta(base: TensorReader, delta: DeltaFile, path: Path, rule: Rul
     for name in one_by_one(sorted(delta.counts)):
         weight = base.tensor(name).flatten()
         changed = torch.zeros(weight.numel(), dtype=torch.bool)
-        for indices, values in delta.blocks(name):
+        for indices, coded in delta.blocks(name):
             ours = weight[indices] if load_dtype is None else weight[indices].to(load_dtype)
+            values = delta.values(name, coded, ours)
             changed[indices] = rule(ours.to(values.dtype), values)
         tensors[name] = TileSet.from_dense(changed.view(delta.shapes[name]))
     return BlockMask(tensors)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,15 +19,19 @@ from ssrctl.core.budget import coordinates
 from ssrctl.core.mask import BlockMask
 from ssrctl.core.seeds import derive_seed
 from ssrctl.core.unions import Candidates, Indices, combinations, random_coordinates, sizes_below, unite
+from ssrctl.distributed.dividing import Spread
 from ssrctl.errors import UserError
 from ssrctl.io.console import progress, warn
 from ssrctl.masks.spikes import Spike, strongest_channels
 from ssrctl.masks.superweights import (
     AblationProbe,
     Divergence,
+    SubsetCandidates,
+    Tick,
     TokenisedPrompts,
     collect_candidates,
     largest_weights,
+    no_tick,
     split_subsets,
 )
 from ssrctl.models.loading import LoadedModel
@@ -44,6 +51,7 @@ class SuperweightSearch:
         gradient: prompts for the gradients.
         heldout: prompts for the divergences.
         report: facts for the report file.
+        tick: called after each pass in this process.
     """
 
     config: SuperweightsConfig
@@ -51,6 +59,7 @@ class SuperweightSearch:
     gradient: TokenisedPrompts
     heldout: TokenisedPrompts
     report: dict[str, Any] = field(default_factory=dict)
+    tick: Tick = no_tick
 
     @property
     def fractions(self) -> list[float]:
@@ -67,37 +76,76 @@ class SuperweightSearch:
         seed = derive_seed(self.config.seed, "superweights", "subsets")
         return split_subsets(len(self.gradient.ids), self.config.num_subsets, seed)
 
+    @cached_property
+    def probe(self) -> AblationProbe:
+        """The divergences from the model as it is."""
+        return AblationProbe(self.loaded.model, self.heldout.ids, lambda: self.tick())
+
     def size(self, fraction: float) -> int:
         return coordinates(fraction, self.loaded.num_parameters)
 
 
-def find_superweights(search: SuperweightSearch) -> Indices:
-    """Run the search of ``--method``, fill ``search.report``, and return the mask's flat indices by tensor."""
+@dataclass(frozen=True)
+class SubsetPass:
+    """The gradient of one prompt subset, a job of the search; see ``collect_candidates``."""
+
+    subset: int
+    num_members: int
+    keep: int
+    watched: list[tuple[str, int]]
+
+
+Job = SubsetPass | Indices  # a gradient, or the divergence with these weights at 0
+Measure = Callable[[Iterable[Indices]], Iterator[Divergence]]
+
+
+def do_job(search: SuperweightSearch, job: Job) -> Iterator[Any]:
+    """Yield the ``SubsetCandidates`` or the ``Divergence`` that a job asks for; any process gives the same."""
+    if isinstance(job, SubsetPass):
+        prompts = [search.gradient.ids[place] for place in search.subsets[job.subset]]
+        yield collect_candidates(
+            search.loaded.model,
+            prompts,
+            num_members=job.num_members,
+            keep=job.keep,
+            watched=job.watched,
+            tick=search.tick,
+        )
+    else:
+        yield search.probe.measure(job)
+
+
+def find_superweights(search: SuperweightSearch, spread: Spread[Job, Any]) -> Indices:
+    """Run the search of ``--method``, fill ``search.report``, and return the mask's flat indices by tensor.
+
+    Gradients of the subsets and ablations are jobs (``do_job``); the search for spikes, a forward pass per prompt, is not
+    divided.
+    """
     with progress(unit="prompts") as bar:
         spikes = [] if search.config.method == "gradient" else _find_spikes(search, bar)
         task = bar.add_task("gradients", total=len(search.gradient.ids), status="")
+        search.tick = lambda: bar.advance(task)
         largest = search.size(search.fractions[0]) if search.fractions else 0
         members = search.size(search.config.candidate_fraction) if search.fractions else 1
-        found = collect_candidates(
-            search.loaded.model,
-            [[search.gradient.ids[place] for place in subset] for subset in search.subsets],
-            num_members=members,
-            keep=largest,
-            watched=[(spike.parameter, spike.index) for spike in spikes],
-            tick=lambda: bar.advance(task),
-        )
+        watched = [(spike.parameter, spike.index) for spike in spikes]
+        passes: list[SubsetCandidates] = []
+        for found in spread(SubsetPass(n, members, largest, watched) for n in range(len(search.subsets))):
+            passes.append(found)
+            bar.update(task, completed=sum(map(len, search.subsets[: len(passes)])))
     with progress(unit="ablations") as bar:
         task = bar.add_task("ablations", total=None, status="")
-        probe = AblationProbe(search.loaded.model, search.heldout.ids, lambda: bar.advance(task))
+        search.tick = lambda: bar.advance(task)
         selected: Indices = {}
         if search.fractions:
-            selected = _shrink(search, probe, _best_union(search, probe, found.candidates))
+            selected = _shrink(search, spread, _best_union(search, spread, [one.candidates for one in passes]))
         if search.config.method != "gradient":
+            alone = spread({spike.parameter: torch.tensor([spike.index])} for spike in spikes)
             search.report["spikes"] = [
-                _spike_facts(spike, ranks, probe) for spike, ranks in zip(spikes, found.ranks, strict=True)
+                _spike_facts(spike, [one.ranks[place] for one in passes], divergence)
+                for place, (spike, divergence) in enumerate(zip(spikes, alone, strict=True))
             ]
             selected = _joined(search, selected, spikes)
-            search.report["final"] = _with_controls(search, probe, selected)
+            search.report["final"] = _with_controls(search, spread, selected)
     return selected
 
 
@@ -119,9 +167,7 @@ def _find_spikes(search: SuperweightSearch, bar: Progress) -> list[Spike]:
     return spikes
 
 
-def _best_union(
-    search: SuperweightSearch, probe: AblationProbe, candidates: Sequence[Candidates]
-) -> Sequence[Candidates]:
+def _best_union(search: SuperweightSearch, measure: Measure, candidates: Sequence[Candidates]) -> Sequence[Candidates]:
     """Return the candidate sets whose union, cut to the largest size wanted, gives the largest KL (eq. 1).
 
     All unions are compared at that one size: uncut, the union of everything is the largest set and would win by its
@@ -130,19 +176,20 @@ def _best_union(
     size = search.size(search.fractions[0])
     rows: list[dict[str, Any]] = []
     best: tuple[float, tuple[int, ...]] | None = None
-    for chosen in combinations(len(candidates)):
-        sets = [candidates[place] for place in chosen]
-        whole = sets[0].members
-        for other in sets[1:]:
-            whole = whole | other.members
-        cut = unite(sets, size)
-        if (found := _count(cut)) < size:
+    unions = combinations(len(candidates))
+
+    def cut(chosen: tuple[int, ...]) -> Indices:
+        made = unite([candidates[place] for place in chosen], size)
+        if (found := _count(made)) < size:
             raise UserError(
                 f"the prompts of subsets {list(chosen)} give only {found} weights a gradient that is not 0, "
                 f"{size} are wanted",
                 "lower --fraction or give longer or other prompts with --prompts FILE",
             )
-        divergence = probe.measure(cut)
+        return made
+
+    for chosen, divergence in zip(unions, measure(map(cut, unions)), strict=True):
+        whole = functools.reduce(operator.or_, (candidates[place].members for place in chosen))
         rows.append({"subsets": list(chosen), "count_before": whole.count(), "count": size} | divergence.to_dict())
         if best is None or divergence.masked_reference > best[0]:
             best = divergence.masked_reference, chosen
@@ -151,7 +198,7 @@ def _best_union(
     return [candidates[place] for place in best[1]]
 
 
-def _shrink(search: SuperweightSearch, probe: AblationProbe, candidates: Sequence[Candidates]) -> Indices:
+def _shrink(search: SuperweightSearch, measure: Measure, candidates: Sequence[Candidates]) -> Indices:
     """Go down the sizes while the divergence reaches the threshold; return the smallest set that does.
 
     Without ``--minimal`` there is one size, which is returned whatever its divergence.
@@ -160,7 +207,7 @@ def _shrink(search: SuperweightSearch, probe: AblationProbe, candidates: Sequenc
     selected: Indices = {}
     for fraction in search.fractions:
         indices = unite(candidates, search.size(fraction))
-        row = _with_controls(search, probe, indices)
+        row = _with_controls(search, measure, indices)
         # An unbounded divergence (no distribution is left) is stored as null and is above any threshold.
         kl = row["superweights"]["kl_masked_reference"]
         row["critical"] = kl is None or kl >= search.config.kl_threshold
@@ -184,18 +231,17 @@ def _shrink(search: SuperweightSearch, probe: AblationProbe, candidates: Sequenc
     return selected
 
 
-def _with_controls(search: SuperweightSearch, probe: AblationProbe, indices: Indices) -> dict[str, Any]:
+def _with_controls(search: SuperweightSearch, measure: Measure, indices: Indices) -> dict[str, Any]:
     """Measure the divergence of a set, and of as many random coordinates and largest weights."""
     size = _count(indices)
     seed = derive_seed(search.config.seed, "superweights", "random control", size)
-    controls: dict[str, Mapping[str, Tensor]] = {
+    controls: dict[str, Indices] = {
         "superweights": indices,
         "random": random_coordinates(search.loaded.shapes(), size, seed),
         "largest_weight": largest_weights(search.loaded.model, size),
     }
-    measured: dict[str, Divergence] = {name: probe.measure(chosen) for name, chosen in controls.items()}
     return {"fraction": size / search.loaded.num_parameters, "count": size} | {
-        name: divergence.to_dict() for name, divergence in measured.items()
+        name: divergence.to_dict() for name, divergence in zip(controls, measure(controls.values()), strict=True)
     }
 
 
@@ -207,12 +253,11 @@ def _joined(search: SuperweightSearch, selected: Indices, spikes: Sequence[Spike
     return mask.to_indices()
 
 
-def _spike_facts(spike: Spike, ranks: list[float], probe: AblationProbe) -> dict[str, Any]:
+def _spike_facts(spike: Spike, ranks: list[float], divergence: Divergence) -> dict[str, Any]:
     facts = {
         key: None if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in asdict(spike).items()
     }
-    divergence = probe.measure({spike.parameter: torch.tensor([spike.index])})
     return facts | {"gradient_rank_fracs": ranks} | divergence.to_dict()
 
 

@@ -127,58 +127,51 @@ def prompt_gradient(model: Any, prompts: Sequence[Tensor], tick: Tick = no_tick)
 
 
 @dataclass(frozen=True)
-class GradientPass:
+class SubsetCandidates:
     """The result of ``collect_candidates``.
 
     Attributes:
-        candidates: one per prompt subset.
-        ranks: per watched weight, one value per subset: the share of all weights with a larger |gradient|,
-            in [0, 1); 0 is the top.
+        candidates: of the prompts' gradient.
+        ranks: per watched weight, the share of all weights with a larger |gradient|, in [0, 1); 0 is the top.
     """
 
-    candidates: list[Candidates]
-    ranks: list[list[float]]
+    candidates: Candidates
+    ranks: list[float]
 
 
 def collect_candidates(
     model: Any,
-    subsets: Sequence[Sequence[Tensor]],
+    prompts: Sequence[Tensor],
     *,
     num_members: int,
     keep: int,
     watched: Sequence[tuple[str, int]] = (),
     tick: Tick = no_tick,
-) -> GradientPass:
-    """Find the largest |gradient| coordinates of each prompt subset; one dense gradient exists at a time.
+) -> SubsetCandidates:
+    """Find the largest |gradient| coordinates of a subset of the prompts.
 
     Args:
         model: a causal LM.
-        subsets: prompts (int64 ``[T]``) of each subset.
-        num_members: candidates per subset.
+        prompts: int64 ``[T]`` each.
+        num_members: candidates.
         keep: number of them that get a score (``core.unions``); 0 for ranks only.
         watched: (parameter name, flat index) of weights whose rank is wanted.
         tick: called after each prompt.
 
     Raises:
-        UserError: a loss or gradient that is NaN or infinite, or a subset whose gradient is 0 everywhere.
+        UserError: a loss or gradient that is NaN or infinite, or a gradient that is 0 everywhere.
     """
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    found, ranks = [], [[] for _ in watched]  # type: ignore[var-annotated]
     try:
-        for prompts in subsets:
-            gradients = prompt_gradient(model, prompts, tick)
-            try:
-                found.append(find_candidates(gradients, shapes, num_members, keep))
-            except NonFiniteGradient as error:
-                raise UserError(str(error), "use --dtype float32") from error
-            if found[-1].members.count() == 0:
-                raise UserError("the gradient of the prompts is 0 everywhere", "give other prompts with --prompts FILE")
-            for rank, (name, index) in zip(ranks, watched, strict=True):
-                rank.append(_rank(gradients, shapes, name, index))
-            del gradients
+        gradients = prompt_gradient(model, prompts, tick)
+        found = find_candidates(gradients, shapes, num_members, keep)
+        if found.members.count() == 0:
+            raise UserError("the gradient of the prompts is 0 everywhere", "give other prompts with --prompts FILE")
+        return SubsetCandidates(found, [_rank(gradients, shapes, name, index) for name, index in watched])
+    except NonFiniteGradient as error:
+        raise UserError(str(error), "use --dtype float32") from error
     finally:
         model.zero_grad(set_to_none=True)
-    return GradientPass(found, ranks)
 
 
 def _rank(gradients: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], name: str, index: int) -> float:

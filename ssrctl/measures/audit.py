@@ -20,11 +20,11 @@ from ssrctl.errors import UserError
 from ssrctl.io.artifacts import load_mask
 from ssrctl.io.console import note
 from ssrctl.measures.base import Findings, Mode, PairMeasure, register
-from ssrctl.measures.group_tables import RowColumn, row_bars, row_table
+from ssrctl.measures.group_tables import RowColumn, row_dots, row_table
 from ssrctl.measures.maths.averages import ratio
 from ssrctl.measures.maths.change_rule import change_rule
 from ssrctl.measures.maths.grouping import Grouped, group
-from ssrctl.report.document import Bars, Column, Section, Table
+from ssrctl.report.document import Column, Dots, Section, Table
 from ssrctl.report.formats import count, number, percent, times
 
 _SHOWN_NAMES = 5
@@ -93,7 +93,7 @@ class AuditResult:
     not_compared: Mapping[str, int] = field(default_factory=dict)
 
     def numbers(self) -> dict[str, Any]:
-        """Return the numbers of report.json."""
+        """Return the numbers of the json report."""
         return self.rows.numbers() | {
             "spikes": [one.numbers() for one in self.spikes],
             "not_compared": [{"name": name, "num_protected": size} for name, size in self.not_compared.items()],
@@ -384,7 +384,7 @@ def audit_section(result: AuditResult) -> Section:
     if rows.total.num_protected == 0:
         shares: RowColumn = ("share", "changed_frac", percent)
         moved: list[RowColumn] = [("weights", "numel", count), ("changed", "num_changed", count), shares]
-        table = row_table("Changed weights by tensor", "tensor", rows.tensors, moved, detail=True)
+        table = row_table("Changed weights by tensor", "tensor", rows.tensors, moved, terminal_rows=0)
         return Section(
             title="Which tensors changed?",
             text=f"No protected weight was compared. {_moved_sentence(rows.tensors)}",
@@ -417,7 +417,7 @@ def audit_section(result: AuditResult) -> Section:
             row_table("Protected weights by kind of matrix", "kind", kinds, columns, note),
             row_table("Protected weights by layer", "layer", layers, columns, note),
             *spikes,
-            row_table("Protected weights by tensor", "tensor", tensors, columns, note, detail=True),
+            row_table("Protected weights by tensor", "tensor", tensors, columns, note, terminal_rows=0),
         ],
     )
 
@@ -426,11 +426,11 @@ def _protected(rows: Mapping[str, AuditRow]) -> dict[str, AuditRow]:
     return {label: row for label, row in rows.items() if row.num_protected}
 
 
-def _figure(title: str, rows: Mapping[str, AuditRow]) -> list[Bars]:
+def _figure(title: str, rows: Mapping[str, AuditRow]) -> list[Dots]:
     """Return bars of the changed shares; none where nothing moved, since all would be empty."""
     series = {"protected": "protected_changed_frac", "expected by chance: all weights": "changed_frac"}
     moved = any(row.num_protected_changed for row in rows.values())
-    return [row_bars(title, rows, series, "share that changed")] if moved else []
+    return [row_dots(title, rows, series, "share that changed")] if moved else []
 
 
 def _spike_tables(spikes: Sequence[SpikeAudit]) -> list[Table]:

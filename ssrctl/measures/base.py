@@ -16,7 +16,7 @@ is in memory; ``combine`` makes a result of the parts; ``present`` puts it into 
         def present(self, result: Share) -> Findings:
             return Findings(numbers={"changed_share": result.share}, headlines=[f"{percent(result.share)} changed."])
 
-``ssrctl diagnose --measures changed-share`` then takes it, and report.json, csv, terminal and page show it.
+``ssrctl diagnose --measures changed-share`` then takes it, and json, csv, terminal and page show it.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Findings:
     """The presentation of a result.
 
     Attributes:
-        numbers: for report.json, by key.
+        numbers: for the json report, by key.
         headlines: the answer, in sentences with numbers.
         notes: sentences that a reader needs so as not to be misled.
         sections: figures and tables, those that answer before those that detail.

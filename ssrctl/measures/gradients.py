@@ -151,7 +151,7 @@ class ComparedSpectrum:
         return sum(value > largest for value in self.found.eigenvalues)
 
     def numbers(self) -> dict[str, Any]:
-        """Return the form that report.json holds."""
+        """Return the form of the json report."""
         expected = {f"expected_{key}": value for key, value in asdict(self.chance).items()}
         return asdict(self.found) | expected | {"num_shared": self.num_shared}
 
@@ -190,7 +190,7 @@ class GradientsResult:
     cosines: list[list[float | None]]
 
     def numbers(self) -> dict[str, Any]:
-        """Return the form that report.json holds."""
+        """Return the form of the json report."""
         spectra = {"gradients": self.gradients.numbers(), "directions": self.directions.numbers()}
         return asdict(self) | spectra
 
@@ -439,5 +439,4 @@ def _eigenvalue_table(spectra: ComparedSpectrum) -> Table:
         columns=["number", Column("eigenvalue", number), *(Column(name, percent) for name in shares)],
         rows=list(zip(places, values, _shares(values), _shares(expected), _cumulative(values), strict=True)),
         terminal_rows=0,
-        collapsed=len(values) > _TOP_ROWS,
     )

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
+import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from ssrctl.checkpoints.names import KINDS
 from ssrctl.measures.maths.grouping import Grouped
-from ssrctl.report.document import Bars, Column, Heatmap, Lines, Numbers, Table
+from ssrctl.report.document import Column, Dots, Heatmap, Lines, Numbers, Table, spans_decades
 
 if TYPE_CHECKING:  # it loads torch, which is not needed to refuse a folder
     from ssrctl.measures.maths.row_column_counts import CoarseMap
-
-Row = TypeVar("Row")
 
 # (heading, attribute of the row as in ``value_of``, how its value is written)
 RowColumn = tuple[str, str, Callable[[Any], str]]
@@ -32,7 +30,6 @@ def row_table(
     rows: Mapping[Any, Any],
     columns: Sequence[RowColumn],
     note: str = "",
-    detail: bool = False,
     **settings: Any,
 ) -> Table:
     """Return a table with a line for each row.
@@ -40,7 +37,6 @@ def row_table(
     Args:
         what: the first column or its heading; it holds the rows' keys.
         rows: objects that have the columns' attributes, by label.
-        detail: True = a long table that the page shows when asked to, and the terminal does not.
         settings: further fields of ``Table``.
     """
     return Table(
@@ -48,7 +44,7 @@ def row_table(
         columns=[what, *(Column(heading, show) for heading, _, show in columns)],
         rows=[[label, *(value_of(row, path) for _, path, _ in columns)] for label, row in rows.items()],
         note=note,
-        **({"terminal_rows": 0 if detail else 48, "collapsed": detail} | settings),
+        **settings,
     )
 
 
@@ -69,40 +65,44 @@ def group_tables(
     """
     tables = (
         row_table(f"{what} by kind of matrix", "kind", found.kinds, *groups),
-        row_table(f"{what} by layer", "layer", found.labelled_layers, *groups, detail=True),
-        row_table(f"{what}, matrix by matrix", "matrix", found.tensors, *tensors, detail=True),
+        row_table(f"{what} by layer", "layer", found.labelled_layers, *groups, terminal_rows=0),
+        row_table(f"{what}, matrix by matrix", "matrix", found.tensors, *tensors, terminal_rows=0),
         reasons_table(f"Matrices without a {what.lower()}", unmeasured),
     )
     return [table for table in tables if table.rows]
 
 
 def reasons_table(title: str, reasons: Mapping[str, str]) -> Table:
-    """Return a collapsed table of names and reasons."""
-    return Table(title=title, columns=["tensor", "reason"], rows=list(reasons.items()), terminal_rows=0, collapsed=True)
+    """Return a table of names and reasons for the page."""
+    return Table(title=title, columns=["tensor", "reason"], rows=list(reasons.items()), terminal_rows=0)
 
 
-def cell_map(
-    title: str, cells: Mapping[tuple[int | None, str], Row], value: Callable[[Row], float | None], **settings: Any
-) -> Heatmap | None:
+def cell_map(title: str, cells: Mapping[tuple[int | None, str], Any], path: str, **settings: Any) -> Heatmap | None:
     """Return a heat map of kinds (rows) by layers (columns); None without layers.
 
+    Values that span decades get a logarithmic scale, unless they have a centre.
+
     Args:
-        cells: from ``Grouped.cells``; what lies outside of the layers is left out.
-        value: of a cell; None leaves it blank.
+        cells: from ``Grouped.cells``; tensors outside of the layers have a last column.
+        path: the attribute shown, as in ``value_of``; None leaves a cell blank.
         settings: further fields of ``Heatmap``.
     """
-    layers = sorted({layer for layer, _ in cells if layer is not None})
-    kinds = [kind for kind in KINDS if any((layer, kind) in cells for layer in layers)]
+    layers: list[int | None] = [*sorted({layer for layer, _ in cells if layer is not None})]
     if not layers:
         return None
-    values = [[value(cells[layer, kind]) if (layer, kind) in cells else None for layer in layers] for kind in kinds]
+    if any(layer is None for layer, _ in cells):
+        layers.append(None)
+    kinds = [kind for kind in KINDS if any((layer, kind) in cells for layer in layers)]
+    values = [[value_of(cells.get((layer, kind)), path) for layer in layers] for kind in kinds]
+    log = "centre" not in settings and spans_decades(itertools.chain(*values))
     return Heatmap(
         title=title,
         values=values,
         row_labels=kinds,
-        column_labels=[str(layer) for layer in layers],
+        column_labels=["out" if layer is None else str(layer) for layer in layers],
         row_axis="kind",
-        column_axis="layer",
+        column_axis="layer" + (" (out: outside of the layers)" if layers[-1] is None else ""),
+        log=log,
         **settings,
     )
 
@@ -111,20 +111,26 @@ def _series(rows: Mapping[Any, Any], series: Mapping[str, str]) -> dict[str, Num
     return {name: [value_of(row, path) for row in rows.values()] for name, path in series.items()}
 
 
-def row_bars(title: str, rows: Mapping[Any, Any], series: Mapping[str, str], axis: str, **settings: Any) -> Bars:
-    """Return bars for each row.
+def row_dots(title: str, rows: Mapping[Any, Any], series: Mapping[str, str], axis: str, **settings: Any) -> Dots:
+    """Return a figure with a line of dots for each row; values that span decades get a logarithmic axis.
 
     Args:
         series: the attribute shown, by the name of the series.
-        axis: meaning of the bars' lengths.
-        settings: further fields of ``Bars``.
+        axis: meaning of the dots' places.
+        settings: further fields of ``Dots``.
     """
-    return Bars(title=title, labels=list(map(str, rows)), series=_series(rows, series), axis=axis, **settings)
+    found = _series(rows, series)
+    ends = [end for one in settings.get("references", ()) for end in (one.low, one.high)]
+    log = spans_decades(itertools.chain(ends, *found.values()))
+    return Dots(title=title, labels=list(map(str, rows)), series=found, axis=axis, **({"log": log} | settings))
 
 
 def row_lines(title: str, rows: Mapping[Any, Any], series: Mapping[str, str], **settings: Any) -> Lines:
-    """Return lines over the rows' keys, which are numbers; arguments as of ``row_bars``."""
-    return Lines(title=title, x=list(rows), series=_series(rows, series), **settings)
+    """Return lines over the rows' keys, which are numbers; arguments as of ``row_dots``."""
+    found = _series(rows, series)
+    ends = [end for one in settings.get("references", ()) for end in (one.low, one.high)]
+    log = spans_decades(itertools.chain(ends, *found.values()))
+    return Lines(title=title, x=list(rows), series=found, **({"log_y": log} | settings))
 
 
 def layer_lines(
@@ -141,9 +147,7 @@ def off_diagonal(matrix: Sequence[Numbers]) -> list[Numbers]:
 
 
 def picture(title: str, blocks: CoarseMap, caption: str) -> Heatmap:
-    """Return a picture of a matrix in colours around the mean over its blocks: bands of rows and columns stand out."""
-    values = [value for row in blocks.shares for value in row]
-    centre = math.fsum(values) / len(values)
+    """Return a picture of a matrix from its least share to its largest, with the means of rows and columns."""
     return Heatmap(
         title=title,
         values=blocks.shares,
@@ -151,9 +155,9 @@ def picture(title: str, blocks: CoarseMap, caption: str) -> Heatmap:
         column_labels=[str(start) for start in blocks.columns],
         row_axis="row",
         column_axis="column",
-        centre=centre,
-        scale=min(centre, 1 - centre) or None,  # so that the scale's ends are shares, too
+        centre=min(itertools.chain(*blocks.shares)),
         shares=True,
-        decimals=0,
+        decimals=1,
+        marginals=True,
         caption=caption,
     )

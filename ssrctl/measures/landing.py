@@ -24,7 +24,7 @@ from ssrctl.checkpoints.pairs import TensorPair
 from ssrctl.core.seeds import derive_seed
 from ssrctl.core.static_masks import NonFiniteWeights, low_magnitude_mask, principal_mask, rank_of
 from ssrctl.measures.base import Findings, PairMeasure, register
-from ssrctl.measures.group_tables import RowColumn, cell_map, picture, row_bars
+from ssrctl.measures.group_tables import RowColumn, cell_map, layer_lines, picture, row_dots, row_table
 from ssrctl.measures.maths import matrices
 from ssrctl.measures.maths.change_rule import change_rule
 from ssrctl.measures.maths.grouping import Grouped, group, middle_layer
@@ -42,7 +42,7 @@ from ssrctl.measures.maths.row_column_counts import (
 )
 from ssrctl.measures.maths.update_matrix import Unmeasured
 from ssrctl.measures.matrix_measure import listed
-from ssrctl.report.document import Bars, Column, Figure, Lines, Section, Table
+from ssrctl.report.document import Column, Dots, Figure, Lines, Reference, Section, Table
 from ssrctl.report.formats import count, number, percent
 
 # The last is the first again, with another idea of chance: random weights of the same magnitudes as those that changed.
@@ -52,7 +52,7 @@ SETS = {
     "principal_not_low": "principal, not low",
     "principal_same_size": "principal, same size",
 }
-# Kinds of matrices that are pictured; the first two that a model has.
+# Kinds of matrices of which one is pictured; the first that a model has.
 PICTURED = ("q", "qkv", "gate", "up", "gate_up")
 # Their rows are tokens: a reconstruction of low rank says nothing of them, and the paper leaves them out.
 _LEFT_OUT = {"embed": "an embedding", "lm_head": "the output head"}
@@ -162,7 +162,7 @@ class LandingResult:
     examples: list[Picture]
 
     def numbers(self) -> dict[str, Any]:
-        """Return the form that report.json holds."""
+        """Return the form of the json report."""
         return {
             "rank_share": self.rank_share,
             "density": self.density,
@@ -220,9 +220,14 @@ class LandingMeasure(PairMeasure[LandingPart, LandingResult]):
                 seed=derive_seed(self.config.seed, "principal", label),
             )
             landings[label] = sets if isinstance(sets, Unmeasured) else measure_landing(one, hit, sets)
-            if not isinstance(sets, Unmeasured) and base.dim() == 2 and matrix_kind(pair.name) in PICTURED:
+            if not isinstance(sets, Unmeasured) and base.dim() == 2 and self._pictured(pair.name):
                 shown = Picture(label, coarse_map(hit), coarse_map(sets["principal"]))
         return LandingPart(landings, profile(changed), shown)
+
+    def _pictured(self, name: str) -> bool:
+        """Return True if the matrix may be the one that is pictured."""
+        chosen = self.config.picture
+        return matrix_kind(name) in PICTURED if chosen is None else name == chosen
 
     def combine(self, parts: Mapping[str, list[LandingPart]]) -> LandingResult:
         """Return the landings by layer, kind and tensor."""
@@ -249,39 +254,50 @@ class LandingMeasure(PairMeasure[LandingPart, LandingResult]):
 
 
 def _middle_pictures(pictures: Mapping[str, Picture | None]) -> list[Picture]:
-    """Return the pictures of a query and a gate matrix of the middle layer of those where something changed."""
-    if (middle := middle_layer(pictures)) is None:
-        return []
-    kinds = {matrix_kind(name): name for name in pictures if layer_index(name) == middle}
-    chosen = [kinds[kind] for kind in PICTURED if kind in kinds][:2]
-    return [one for name in sorted(chosen, key=list(pictures).index) if (one := pictures[name]) is not None]
+    """Return the picture of the first of ``PICTURED`` in the middle layer of those where something changed."""
+    found = {name: one for name, one in pictures.items() if one is not None}
+    middle = middle_layer(found)
+    kinds = {matrix_kind(name): one for name, one in found.items() if layer_index(name) == middle}
+    return [kinds[kind] for kind in PICTURED if kind in kinds][:1] or list(found.values())[:1]
 
 
 def headlines(result: LandingResult) -> list[str]:
-    """Return the answer in sentences; none when no matrix was measured."""
+    """Return the answer in sentences, each with its control; none when no matrix was measured."""
     total = result.rows.total
     if not result.rows.tensors:
         return []
     if not total.num_changed:
         return ["No weight of the measured matrices changed, so that nothing landed anywhere."]
-    same_size = total.principal_same_size
+    principal, low, same_size = total.principal, total.low_magnitude, total.principal_same_size
     return [
-        *(
-            f"{percent(row.overlap)} of the changed weights are {words} weights, {number(row.ratio)} times chance "
-            f"({percent(row.expected_overlap)}): {_verdict(row)}."
-            for words, row in total.sets.items()
-            if row is not same_size
-        ),
-        f"Among weights of equal magnitude, principal ones are hit {number(same_size.ratio)} times as often as "
-        f"chance: {_verdict(same_size)}.",
+        f"{percent(principal.overlap)} of the changed weights are principal weights, {number(principal.ratio)} times "
+        f"chance ({percent(principal.expected_overlap)}) and {number(same_size.ratio)} times chance among weights of equal "
+        f"magnitude: {_controlled(principal, same_size)}.",
+        f"{percent(low.overlap)} are low-magnitude weights, {number(low.ratio)} times chance "
+        f"({percent(low.expected_overlap)}): {_verdict(low)}"
+        + (", as rounding to storage does by itself." if low.ratio and low.ratio > 1 else "."),
     ]
+
+
+def _controlled(raw: SetLanding, control: SetLanding) -> str:
+    """Return the verdict on a set that its control leaves."""
+    if _verdict(raw) == _verdict(control):
+        return _verdict(raw)
+    if _verdict(control) == _AS_CHANCE:
+        return "their magnitude explains it"
+    return f"at equal magnitude {_verdict(control)}"
+
+
+_AS_CHANCE = "no more or less than chance explains"
+# Millions of changes make a difference of a thousandth significant; one of less than this is not called one.
+_NEGLIGIBLE = 0.02
 
 
 def _verdict(row: SetLanding) -> str:
     assert row.overlap is not None and row.expected_low is not None and row.expected_high is not None
-    if row.overlap < row.expected_low:
-        return "changes avoid them"
-    return "changes prefer them" if row.overlap > row.expected_high else "no more or less than chance explains"
+    if row.ratio is None or abs(row.ratio - 1) < _NEGLIGIBLE or row.expected_low <= row.overlap <= row.expected_high:
+        return _AS_CHANCE
+    return "changes avoid them" if row.overlap < row.expected_low else "changes prefer them"
 
 
 def landing_section(result: LandingResult) -> Section:
@@ -292,9 +308,9 @@ def landing_section(result: LandingResult) -> Section:
         return Section(title=title, text="No matrix of the kind that has principal weights was compared.")
     share = percent(result.density)
     tables = [
-        _table("Landing by kind of matrix", "kind", rows.kinds),
-        _table("Landing by layer", "layer", rows.labelled_layers),
-        _table("Landing by tensor", "tensor", rows.tensors, detail=True),
+        row_table("Landing by kind of matrix", "kind", rows.kinds, _RATIOS, _RATIO_NOTE),
+        row_table("Landing by layer", "layer", rows.labelled_layers, _RATIOS, _RATIO_NOTE),
+        _tensor_table(rows.tensors),
     ]
     if result.unmeasured:
         reasons = list(result.unmeasured.items())
@@ -308,9 +324,9 @@ def landing_section(result: LandingResult) -> Section:
         "stored value moves, so that even noise seems to avoid principal weights; at equal magnitude (the same power of "
         "two) it does not.",
         figures=[
+            *_map(rows),
             _total_figure(rows.total.sets),
-            *_layer_figures(rows.numbered_layers),
-            *_maps(rows),
+            *_layer_figures(rows),
             *_gini_figures(result.concentration.kinds),
             *_pictures(result.examples),
         ],
@@ -318,12 +334,12 @@ def landing_section(result: LandingResult) -> Section:
     )
 
 
-def _total_figure(sets: Mapping[str, SetLanding]) -> Bars:
+def _total_figure(sets: Mapping[str, SetLanding]) -> Dots:
     intervals = [
         None if row.expected_low is None or row.expected_high is None else (row.expected_low, row.expected_high)
         for row in sets.values()
     ]
-    return row_bars(
+    return row_dots(
         "Changed weights in each set",
         sets,
         {"measured": "overlap", _CHANCE: "expected_overlap"},
@@ -334,56 +350,43 @@ def _total_figure(sets: Mapping[str, SetLanding]) -> Bars:
     )
 
 
-def _layer_figures(layers: Mapping[int, LandingRow]) -> list[Figure]:
-    if len(layers) < 2:
-        return []
-    return [
-        Lines(
-            title="Overlap over chance by layer",
-            x=list(layers),
-            series={words: [row.sets[words].ratio for row in layers.values()] for words in SETS.values()}
-            | {_CHANCE: [1.0] * len(layers)},
-            x_label="layer",
-            y_label="overlap / chance",
-        )
-    ]
+def _layer_figures(rows: Grouped[LandingRow, LandingRow]) -> list[Lines]:
+    series = {words: f"{name}.ratio" for name, words in SETS.items()}
+    return layer_lines(
+        "Overlap over chance by layer", rows, series, "overlap / chance", references=[Reference("by chance", 1.0)]
+    )
 
 
-def _maps(rows: Grouped[LandingRow, LandingRow]) -> list[Figure]:
-    if len(rows.cells) < 2:
-        return []
-    maps = [
-        cell_map(
-            f"Overlap over chance: {words}",
-            {cell: row.sets[words] for cell, row in rows.cells.items()},
-            lambda landing: landing.ratio,
-            centre=1.0,
-            decimals=2,
-            caption="1 is chance. Blank: nothing changed, or no such matrix.",
-        )
-        for words in SETS.values()
-    ]
-    return [one for one in maps if one is not None]
+def _map(rows: Grouped[LandingRow, LandingRow]) -> list[Figure]:
+    found = cell_map(
+        "Principal weights hit, over chance at equal magnitude",
+        rows.cells,
+        "principal_same_size.ratio",
+        centre=1.0,
+        decimals=2,
+        caption="1 is chance among weights of the same power of two. Blank: nothing changed, or no such matrix.",
+    )
+    return [found] if found is not None and len(rows.cells) > 1 else []
 
 
 def _gini_figures(kinds: Mapping[str, Concentration]) -> list[Figure]:
     shown = {kind: row for kind, row in kinds.items() if row.row_gini is not None}
-    sides = ("row", "column") if shown else ()
-    return [
-        row_bars(
-            f"How unevenly changes spread over {side}s",
-            shown,
-            {"measured": f"{side}_gini", _CHANCE: f"expected_{side}_gini"},
-            f"Gini coefficient of the changes per {side}",
-            shares=False,
-            caption=f"0: every {side} has as many changes; near 1: few {side}s have them all. Mean over matrices.",
-        )
-        for side in sides
-    ]
+    if not shown:
+        return []
+    series = {
+        "rows": "row_gini",
+        "columns": "column_gini",
+        "expected by chance, rows": "expected_row_gini",
+        "expected by chance, columns": "expected_column_gini",
+    }
+    caption = "0: every row (column) has as many changes; near 1: few have them all. Mean over matrices."
+    return [row_dots("Do changes fill rows and columns evenly?", shown, series, "Gini coefficient", caption=caption)]
 
 
 def _pictures(examples: Sequence[Picture]) -> list[Figure]:
-    caption = "Share of each block of the matrix; without colour: as many as in the whole matrix."
+    caption = (
+        "Share of each block of the matrix; bars: mean of each column and row. --picture NAME shows another matrix."
+    )
     return [
         picture(f"{words} of {one.name}", blocks, caption)
         for one in examples
@@ -391,6 +394,14 @@ def _pictures(examples: Sequence[Picture]) -> list[Figure]:
     ]
 
 
+_RATIOS: tuple[RowColumn, ...] = (
+    ("changed", "num_changed", count),
+    *((words, f"{name}.ratio", number) for name, words in SETS.items()),
+)
+_RATIO_NOTE = (
+    "Share of the changed weights that lie in a set, over the share by chance. Same size: by chance among weights of each "
+    "power of two. The shares and their intervals are in the table by tensor."
+)
 _COLUMNS: tuple[RowColumn, ...] = (
     ("changed", "num_changed", count),
     ("overlap", "overlap", percent),
@@ -401,11 +412,11 @@ _COLUMNS: tuple[RowColumn, ...] = (
 )
 
 
-def _table(title: str, what: str, rows: Mapping[str, LandingRow], detail: bool = False) -> Table:
-    """Return a table with a line for each row and set."""
+def _tensor_table(rows: Mapping[str, LandingRow]) -> Table:
+    """Return a table with a line for each tensor and set."""
     return Table(
-        title=title,
-        columns=[what, "set", *(Column(heading, show) for heading, _, show in _COLUMNS)],
+        title="Landing by tensor",
+        columns=["tensor", "set", *(Column(heading, show) for heading, _, show in _COLUMNS)],
         rows=[
             [label, words, *(getattr(landing, key) for _, key, _ in _COLUMNS)]
             for label, row in rows.items()
@@ -413,6 +424,5 @@ def _table(title: str, what: str, rows: Mapping[str, LandingRow], detail: bool =
         ],
         note="Shares of the changed weights. 95% of random sets of as many weights overlap by something from low to "
         "high; for the same size, random sets with as many weights of each power of two. Ratio: overlap over chance.",
-        terminal_rows=0 if detail else 48,
-        collapsed=detail,
+        terminal_rows=0,
     )

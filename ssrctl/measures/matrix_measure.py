@@ -19,7 +19,7 @@ from ssrctl.measures.maths.update_matrix import Unmeasured, UpdateMatrix
 
 
 class HasNumbers(Protocol):
-    """A measure of one matrix as report.json holds it."""
+    """A measure of one matrix as the json report holds it."""
 
     def numbers(self) -> dict[str, Any]:
         """Return the numbers by name."""
@@ -62,7 +62,7 @@ class MatrixResult(Generic[Row, Value]):
     skipped: dict[str, str]
 
     def numbers(self) -> dict[str, Any]:
-        """Return the form that report.json holds; without any matrix, what was skipped only."""
+        """Return the form of the json report; without any matrix, what was skipped only."""
         if not self.shapes:
             return {"skipped": listed(self.skipped)}
         rows = self.rows.numbers(tensor=lambda name, one: {"shape": list(self.shapes[name])} | one.numbers())
@@ -77,16 +77,19 @@ class MatrixMeasure(PairMeasure[dict[str, OfMatrix[Value]], MatrixResult[Row, Va
     """
 
     def __init__(self, comparison: Comparison, config: DiagnoseConfig, run: Path | None = None) -> None:
-        """Find the tensors that are not matrices, and say how long decomposing the others takes where that is long."""
+        """Find the tensors that are not matrices."""
         super().__init__(comparison, config, run)
         shapes, dtypes = comparison.base.shapes, comparison.base.dtypes
         reasons = {name: skip_reason(shapes[name], dtypes[name]) for name in comparison.names}
         self.skipped = {name: reason for name, reason in reasons.items() if reason is not None}
-        measured = [shapes[name] for name, reason in reasons.items() if reason is None]
-        seconds = SECONDS_PER_UNIT * sum(math.prod(one) * min(one[-2:]) for one in measured) / config.num_workers
+
+    def note_duration(self) -> None:
+        """Say how long this measure and the others of matrices take together, where that is long."""
+        shapes = [self.comparison.base.shapes[name] for name in self.comparison.names if name not in self.skipped]
+        seconds = SECONDS_PER_UNIT * sum(math.prod(one) * min(one[-2:]) for one in shapes) / self.config.num_workers
         if seconds > LONG_SECONDS:
             note(
-                f"{self.name}: decomposing {len(measured)} matrices takes about {seconds / 3600:.1f} hours; "
+                f"decomposing {len(shapes)} matrices takes about {seconds / 3600:.1f} hours; "
                 "--layers 0,15,31 takes some of them, --measures sparsity,size none"
             )
 
@@ -135,5 +138,5 @@ class MatrixMeasure(PairMeasure[dict[str, OfMatrix[Value]], MatrixResult[Row, Va
 
 
 def listed(reasons: Mapping[str, str]) -> list[dict[str, str]]:
-    """Return names and reasons as report.json holds them."""
+    """Return names and reasons as the json report holds them."""
     return [{"name": name, "reason": reason} for name, reason in reasons.items()]

@@ -207,7 +207,7 @@ class OverTimeResult:
     rows: Grouped[TimeRow, TimeRow]
 
     def numbers(self) -> dict[str, Any]:
-        """Return the form that report.json holds."""
+        """Return the form of the json report."""
         return {"steps": self.steps, "rule": self.rule, **self.rows.numbers()}
 
 
@@ -369,11 +369,11 @@ def over_time_section(result: OverTimeResult, published: PublishedKey | None = N
         title=title,
         text=f"How does the set of changed weights grow, and does it stay? Changed: {result.rule}. The final "
         "subnetwork is what differs from the base at the last checkpoint.",
-        figures=[*_lines(result.steps, rows.total, published), *_layer_map(result)],
+        figures=[*_layer_map(result), *_lines(result.steps, rows.total, published)],
         tables=[
             _step_table(result.steps, rows.total),
             row_table("The end of the run by kind of matrix", "kind", rows.kinds, _AT_END, _END_NOTE),
-            row_table("The end of the run by tensor", "tensor", rows.tensors, _AT_END, _END_NOTE, detail=True),
+            row_table("The end of the run by tensor", "tensor", rows.tensors, _AT_END, _END_NOTE, terminal_rows=0),
         ],
     )
 
@@ -458,5 +458,4 @@ def _step_table(steps: Sequence[float], total: TimeRow) -> Table:
         rows=[[step, *(getattr(total, key)[place] for _, key, _ in _AT_STEP)] for place, step in enumerate(steps)],
         note="Shares of all weights but for the share of changed ones. The first checkpoint's neighbour is the base. "
         "Rows, columns: rank correlation of the changes per row, per column with the last checkpoint's.",
-        terminal_rows=24,
     )

@@ -29,7 +29,7 @@ from torch import Tensor
 from ssrctl.checkpoints.names import layer_index
 from ssrctl.core.mask import TileSet
 from ssrctl.measures.base import Findings, JointMeasure, TensorSeries, register
-from ssrctl.measures.group_tables import RowColumn, off_diagonal, picture, row_bars, row_table
+from ssrctl.measures.group_tables import RowColumn, off_diagonal, picture, row_dots, row_table
 from ssrctl.measures.maths.averages import mean, ratio
 from ssrctl.measures.maths.change_rule import change_rule
 from ssrctl.measures.maths.grouping import Grouped, group, middle_layer
@@ -44,7 +44,7 @@ from ssrctl.measures.maths.run_sets import (
     run_overlap,
 )
 from ssrctl.measures.published import references
-from ssrctl.report.document import Bars, Column, Figure, Heatmap, Reference, Section, Table
+from ssrctl.report.document import Column, Dots, Figure, Heatmap, Reference, Section, Table
 from ssrctl.report.formats import count, number, percent
 
 Matrix = list[list[float | None]]
@@ -157,7 +157,7 @@ class OverlapResult:
     examples: list[Consensus]
 
     def numbers(self) -> dict[str, Any]:
-        """Return the form that report.json holds."""
+        """Return the form of the json report."""
         whole = {key: value for key, value in asdict(self).items() if key != "rows"}
         return whole | self.rows.numbers()
 
@@ -316,7 +316,9 @@ class OverlapMeasure(JointMeasure[tuple[RunOverlap, Consensus | None], OverlapRe
 
     @functools.cached_property
     def _pictured(self) -> str | None:
-        """The first matrix of the middle layer."""
+        """The matrix that was chosen, or the first one of the middle layer."""
+        if self.config.picture is not None:
+            return self.config.picture
         shapes = self.comparison.base.shapes
         names = [name for name in self.comparison.names if len(shapes[name]) == 2]
         middle = middle_layer(names)
@@ -346,14 +348,17 @@ def headlines(result: OverlapResult) -> list[str]:
     if total.jaccard is None:
         return ["No run changed any weight, so that there is nothing to overlap."]
     chance, same_size = total.expected_jaccard, total.expected_jaccard_same_size
-    ratio_said = f", {number(total.jaccard / chance)} times chance ({number(chance)})" if chance else ""
     index = number(total.jaccard)
-    lines = [f"{num_runs} runs agree on which weights change with a Jaccard index of {index}{ratio_said}."]
-    if same_size:
-        lines.append(
-            f"Against random weights of the same magnitudes the index is {number(total.jaccard / same_size)} times "
-            f"chance ({number(same_size)})."
-        )
+    beside = [
+        f"{number(total.jaccard / by)} times chance{words} ({number(by)})"
+        for by, words in ((chance, ""), (same_size, " among weights of the same magnitudes"))
+        if by
+    ]
+    lines = [
+        f"{num_runs} runs agree on which weights change with a Jaccard index of {index}"
+        + (f", {' and '.join(beside)}" if beside else "")
+        + "."
+    ]
     if total.one_sided is not None:
         lines.append(
             f"{percent(total.one_sided)} of what one run changed, another changed too; "
@@ -421,11 +426,10 @@ def overlap_section(result: OverlapResult, published: Sequence[Reference] = ()) 
                 {row.runs: row for row in result.consensus},
                 _CONSENSUS_COLUMNS,
                 "Weights that at least this number of runs changed (Zhu et al. 2025, section 2.2).",
-                terminal_rows=16,
             ),
             row_table("Overlap by kind of matrix", "kind", rows.kinds, _COLUMNS, _NOTE),
             row_table("Overlap by layer", "layer", rows.labelled_layers, _COLUMNS, _NOTE),
-            row_table("Overlap by tensor", "tensor", rows.tensors, _COLUMNS, _NOTE, detail=True),
+            row_table("Overlap by tensor", "tensor", rows.tensors, _COLUMNS, _NOTE, terminal_rows=0),
         ],
     )
 
@@ -456,8 +460,8 @@ def _maps(result: OverlapResult) -> list[Figure]:
     ]
 
 
-def _consensus_figure(rows: Sequence[ConsensusRow]) -> Bars:
-    return row_bars(
+def _consensus_figure(rows: Sequence[ConsensusRow]) -> Dots:
+    return row_dots(
         "Consensus of runs",
         {_or_more(row.runs): row for row in rows},
         {"measured": "frac_of_ever", _CHANCE: "expected_frac_of_ever"},
@@ -472,7 +476,7 @@ def _or_more(runs: int) -> str:
 
 def _kind_figures(kinds: Mapping[str, OverlapRow], published: Sequence[Reference]) -> list[Figure]:
     figures: list[Figure] = [
-        row_bars(
+        row_dots(
             "Jaccard index by kind of matrix",
             kinds,
             {"measured": "jaccard", _CHANCE: "expected_jaccard"},
@@ -483,7 +487,7 @@ def _kind_figures(kinds: Mapping[str, OverlapRow], published: Sequence[Reference
     lined = {kind: row for kind, row in kinds.items() if (row.row_agreement, row.column_agreement) != (None, None)}
     if lined:
         figures.append(
-            row_bars(
+            row_dots(
                 "Do runs hit the same rows and columns?",
                 lined,
                 {"rows": "row_agreement", "columns": "column_agreement"},
@@ -513,5 +517,4 @@ def _pair_table(result: OverlapResult) -> Table:
         note="o1, o2: shared weights over those that run 1, run 2 changed (Mukherjee et al. 2025, section 5). Chance: "
         "within each tensor; model: if changes could lie anywhere in the model; at equal magnitude: the Jaccard index by "
         "chance if each run changed as many weights of each power of two of each tensor as it did.",
-        terminal_rows=24,
     )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ssrctl.io.package_data import profile_path, shipped_names
-from ssrctl.report.document import Column, Format, Ranges, Reference, Section, Table
+from ssrctl.report.document import Column, Dots, Format, Interval, Reference, Section, Table
 from ssrctl.report.formats import number, percent, times
 
 PublishedKey = Literal[
@@ -20,6 +20,7 @@ PublishedKey = Literal[
     "rank", "run_overlap", "run_jaccard", "changed_per_checkpoint", "outside_final",
 ]  # fmt: skip
 Training = Literal["RL", "SFT"]
+_KINDS: tuple[Training, ...] = ("RL", "SFT")
 
 NAMES: dict[PublishedKey, str] = {
     "sparsity_1e-8": "update sparsity, tolerance 1e-8",
@@ -69,18 +70,19 @@ def published() -> tuple[Published, ...]:
     return tuple(found)
 
 
-def references(measure: PublishedKey, training: Training | None = None) -> list[Reference]:
+def references(measure: PublishedKey, training: Training | None = None, *, changed: bool = False) -> list[Reference]:
     """Return the published ranges of a measure, one for each table that has it (RL before SFT).
 
     Args:
         measure: a key of ``NAMES``.
         training: RL or SFT only; None is both.
+        changed: of a sparsity, the changed shares: 1 - sparsity.
     """
     tables: dict[tuple[str, str, str], list[float]] = {}
     for kind in ("RL", "SFT") if training is None else (training,):
         for one in published():
             if (one.measure, one.training) == (measure, kind):
-                tables.setdefault((one.paper, one.table, kind), []).append(one.value)
+                tables.setdefault((one.paper, one.table, kind), []).append(1 - one.value if changed else one.value)
     return [_reference(", ".join(source), measure, values) for source, values in tables.items()]
 
 
@@ -100,23 +102,38 @@ def position(measure: PublishedKey, value: float) -> Literal["below", "within", 
 
 
 def unusual(values: Mapping[PublishedKey, float | None]) -> list[str]:
-    """Return a sentence for each value outside of all numbers that were published for RL.
+    """Return a sentence for each fact outside of all numbers that were published for RL.
+
+    Sparsity by several rules is one fact, told by one of them.
 
     Args:
         values: shares in [0, 1]; None was not measured. A measure with a single published number has no range and is
             left out.
     """
-    found = []
+    odd: dict[tuple[str, str], list[PublishedKey]] = {}
     for measure, value in values.items():
-        ranges = [one for one in references(measure, "RL") if one.high is not None]
-        if value is None or not ranges or (where := position(measure, value)) == "within":
-            continue
+        if value is not None and any(one.high is not None for one in references(measure, "RL")):
+            where = position(measure, value)
+            if where != "within":
+                odd.setdefault((measure.split("_1e")[0].split("_bf16")[0], where), []).append(measure)
+    found = []
+    for (_, place), measures in odd.items():
+        measure = measures[-1]  # of sparsity the bf16-aware rule, or the largest tolerance
+        value = values[measure]
+        assert value is not None
+        sources = "; ".join(one.label for one in references(measure, "RL") if one.high is not None)
         sft = [one for one in references(measure, "SFT") if one.high is not None and one.low <= value <= one.high]
         like_sft = f", and as published for SFT ({sft[0].label})" if sft else ""
-        sources = "; ".join(one.label for one in ranges)
+        others = f"; so it is by {times(len(measures) - 1, 'other rule')}" if len(measures) > 1 else ""
         name, shown = NAMES[measure], _format(measure)(value)
-        found.append(f"{name[0].upper()}{name[1:]}: {shown}, {where} what was published ({sources}){like_sft}.")
+        found.append(f"{name[0].upper()}{name[1:]}: {shown}, {place} what was published ({sources}){like_sft}{others}.")
     return found
+
+
+def _span(measure: PublishedKey, training: Training) -> Interval | None:
+    """Return the least and the largest published value; None without any."""
+    found = [one.value for one in published() if (one.measure, one.training) == (measure, training)]
+    return (min(found), max(found)) if found else None
 
 
 def _format(measure: PublishedKey) -> Format:
@@ -124,18 +141,20 @@ def _format(measure: PublishedKey) -> Format:
 
 
 def published_section(values: Mapping[PublishedKey, float | None]) -> Section:
-    """Return a section that shows measured values next to the papers' ranges, and all published numbers collapsed.
+    """Return a section that shows measured values next to the papers' ranges, and all published numbers.
 
     Args:
         values: shares in [0, 1] of the measures that were taken; None shows only the published range.
     """
-    figure = Ranges(
+    spans = {f"published, {kind}": [_span(measure, kind) for measure in values] for kind in _KINDS}
+    figure = Dots(
         title="Measured values and published ranges",
         labels=[NAMES[measure] for measure in values],
-        values=list(values.values()),
-        references=[references(measure) for measure in values],
+        series={"measured": list(values.values())}
+        | {name: [span[0] if span and span[0] == span[1] else None for span in found] for name, found in spans.items()},
+        intervals=spans,
         axis="share",
-        caption="Dots are this comparison; bars are the ranges over the papers' checkpoints.",
+        caption="Lines: ranges over the papers' checkpoints; the table names the papers.",
     )
     compared = Table(
         title="Measured and published",
@@ -188,5 +207,4 @@ def _published_table(measures: Collection[PublishedKey]) -> Table:
         ],
         note=f"{times(len(kept), 'number')} on public checkpoints.",
         terminal_rows=0,
-        collapsed=True,
     )

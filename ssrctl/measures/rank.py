@@ -18,7 +18,7 @@ import numpy as np
 
 from ssrctl.checkpoints.pairs import TensorPair
 from ssrctl.measures.base import Findings, register
-from ssrctl.measures.group_tables import RowColumn, group_tables, layer_lines, row_bars
+from ssrctl.measures.group_tables import RowColumn, group_tables, layer_lines, row_dots
 from ssrctl.measures.maths.averages import mean, means
 from ssrctl.measures.maths.low_rank import EPS, singular_values
 from ssrctl.measures.maths.update_matrix import UpdateMatrix
@@ -239,10 +239,18 @@ def rank_headlines(total: RankRow) -> list[str]:
         f"average, {count(total.num_full_rank)} of them all of it. Weighted by their singular values it is "
         f"{percent(total.effective_rank_frac)} (effective rank; random matrices: "
         f"{percent(total.expected_effective_rank_frac)}).",
-        f"{count(total.num_beyond_chance)} of these {count(changed)} updates have directions that stand out from "
-        "independent changes of the same sizes. Rounding the tuned weights once, which gives full rank by itself, "
-        f"would change a typical matrix by {number(total.rounding_ratio)} times the norm of its update.",
     ]
+
+
+def _rounding_text(total: RankRow) -> str:
+    """Return the number of updates beyond chance, and the part of rounding in them."""
+    if total.rank_frac is None:
+        return ""
+    return (
+        f" {count(total.num_beyond_chance)} of the {count(total.num_matrices - total.num_unchanged)} updates have "
+        "directions that stand out from independent changes of the same sizes. Rounding the tuned weights once would "
+        f"change a typical matrix by {number(total.rounding_ratio)} times the norm of its update."
+    )
 
 
 def _matrices(value: int) -> str:
@@ -298,13 +306,13 @@ def rank_section(result: RankResult) -> Section:
     if rows.kinds:
         caption = "Published: mean rank of the update matrices, tolerance not stated."
         title = "Rank of the updates by kind of matrix"
-        figures.append(row_bars(title, rows.kinds, _SERIES, axis, references=references("rank"), caption=caption))
+        figures.append(row_dots(title, rows.kinds, _SERIES, axis, references=references("rank"), caption=caption))
     figures += layer_lines("Rank of the updates over layers", rows, _SERIES, axis, shares=True)
     return Section(
         title="Rank of the updates",
         text="Does training move each matrix in a few directions or in all of them? An update that is stored with "
         "rounding has full rank whatever training did, so look at the effective rank next to that of a random matrix, "
-        "and at how many singular values stand out.",
+        "and at how many singular values stand out." + _rounding_text(rows.total),
         figures=figures,
         tables=group_tables("Rank", rows, (_GROUP, _GROUP_NOTE), (_MATRIX, _MATRIX_NOTE), result.unmeasured),
     )

@@ -13,6 +13,7 @@ changes where they are small (Zhu et al. 2025, app. E.1).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,14 +22,13 @@ from ssrctl.checkpoints.names import layer_index, matrix_kind
 from ssrctl.checkpoints.pairs import RANGE, TensorPair
 from ssrctl.configs import DiagnoseConfig
 from ssrctl.measures.base import Findings, Mode, PairMeasure, register
-from ssrctl.measures.group_tables import RowColumn, cell_map, row_bars, row_table
+from ssrctl.measures.group_tables import RowColumn, cell_map, layer_lines, row_dots, row_table
 from ssrctl.measures.maths.change import FIXED_TOLERANCES, Change, add_up
 from ssrctl.measures.maths.grouping import Grouped, group
 from ssrctl.measures.maths.largest_changes import LargestChanges, WeightChange
 from ssrctl.measures.maths.piece_pair import piece_pairs
-from ssrctl.measures.maths.ulp import bin_label
-from ssrctl.measures.published import PublishedKey
-from ssrctl.report.document import Column, Histogram, Section, Table
+from ssrctl.measures.published import PublishedKey, references
+from ssrctl.report.document import Column, Figure, Heatmap, Lines, Section, Table, spans_decades
 from ssrctl.report.formats import count, number, percent
 
 _PUBLISHED: tuple[PublishedKey, ...] = ("sparsity_1e-8", "sparsity_1e-7", "sparsity_1e-6", "sparsity_1e-5")
@@ -48,7 +48,7 @@ class SparsityResult:
     shapes: Mapping[str, tuple[int, ...]]
 
     def numbers(self) -> dict[str, Any]:
-        """Return the numbers of report.json; cells are in the order of the tensors."""
+        """Return the numbers of the json report; cells are in the order of the tensors."""
         cells = dict.fromkeys((layer_index(name), matrix_kind(name)) for name in self.changes.tensors)
         return self.changes.numbers(Change.numbers) | {
             "cells": [
@@ -131,7 +131,20 @@ class Sparsity(PairMeasure[tuple[list[Change], LargestChanges], SparsityResult])
         totals = {label: result.changes.total for label, result in results.items()}
         note = "Shares of unchanged weights by three rules; norm of the update over that of the base."
         table = row_table("Against the base", "checkpoint", totals, columns, note)
-        return [Section(title="The checkpoints side by side", tables=[table])]
+        kinds = [kind for kind, row in next(iter(results.values())).changes.kinds.items() if row.numel]
+        shares = [[result.changes.kinds[kind].bit_changed_frac for kind in kinds] for result in results.values()]
+        heat = Heatmap(
+            title="Changed weights by checkpoint and kind, bit for bit",
+            values=shares,
+            row_labels=list(results),
+            column_labels=kinds,
+            row_axis="checkpoint",
+            column_axis="kind",
+            shares=True,
+            decimals=1,
+            log=spans_decades(itertools.chain(*shares)),
+        )
+        return [Section(title="The checkpoints side by side", figures=[heat], tables=[table])]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -139,41 +152,45 @@ class Sparsity(PairMeasure[tuple[list[Change], LargestChanges], SparsityResult])
 
 
 def headlines(changes: Grouped[Change, Change], atol: float) -> list[str]:
-    """Return the answer in sentences."""
+    """Return the answer in sentences: the changed share and its place, then the rules side by side."""
     total = changes.total
     if total.num_bit_changed == 0:
         return [f"The two checkpoints are identical bit for bit: {count(total.numel)} weights, sparsity 1."]
-    hidden = total.num_bit_changed - total.num_changed
+    words, attribute = _rule(total)
     lines = [
-        f"Update sparsity {percent(total.sparsity)}: this share of the {count(total.numel)} weights moved by no more "
-        f"than {atol:g}.",
-        f"Bit for bit, {percent(total.bit_equal_frac)} are unchanged: {count(total.num_bit_changed)} weights "
-        f"changed, {count(hidden)} of them by no more than {atol:g}.",
-        f"The update's norm is {number(total.relative_l2)} of the base's; the largest change of a weight is "
-        f"{number(total.max_abs_difference)}.",
+        f"{percent(getattr(total, attribute))} of the {count(total.numel)} weights changed {words}"
+        f"{_extremes(attribute, changes)}.",
+        f"Update sparsity: {percent(total.sparsity)} moved by no more than {atol:g} (Mukherjee et al. 2025), "
+        f"{percent(total.sparsity_bf16)} are unchanged as bfloat16 (Zhu et al. 2025), {percent(total.bit_equal_frac)} "
+        f"bit for bit. The update's norm is {number(total.relative_l2)} of the base's.",
     ]
-    if total.sparsity_bf16 != total.bit_equal_frac:
+    if total.num_from_zero:
         lines.append(
-            f"Compared as bfloat16, {percent(total.sparsity_bf16)} are unchanged (the rule of Zhu et al. 2025)."
-        )
-    if total.num_stepped:
-        lines.append(
-            f"Of the {count(total.num_stepped)} weights that moved by a representable step or more, "
-            f"{percent(total.one_step_frac)} moved by exactly one."
-        )
-    # Small changes may all lie within the tolerance; then the stored bits tell the kinds apart.
-    words = "sparsity" if total.num_changed else "unchanged bit for bit"
-    shares = {
-        kind: (one.num_within if total.num_changed else one.num_equal) / one.numel
-        for kind, one in changes.kinds.items()
-        if one.numel
-    }
-    if len(shares) > 1:
-        most, least = min(shares, key=shares.__getitem__), max(shares, key=shares.__getitem__)
-        lines.append(
-            f"Most changed: {most} ({words} {percent(shares[most])}); least: {least} ({percent(shares[least])})."
+            f"{count(total.num_from_zero)} of the {count(total.num_bit_changed)} changed weights were exactly 0 before; "
+            "they are counted as changed, but not in steps or relative changes."
         )
     return lines
+
+
+def _rule(total: Change) -> tuple[str, str]:
+    """Return the rule by which figures count changes, as (words, attribute of ``Change``).
+
+    It is the bf16-aware one, or where bfloat16 shows no change, equality bit for bit.
+    """
+    if total.num_bf16_changed:
+        return "as bfloat16 stores them", "bf16_changed_frac"
+    return "bit for bit, none of them as bfloat16 stores them", "bit_changed_frac"
+
+
+def _extremes(attribute: str, changes: Grouped[Change, Change]) -> str:
+    """Return the kinds and the layers that changed most and least, as the rest of a sentence."""
+    found = []
+    for what, rows in (("", changes.kinds), ("layer ", changes.numbered_layers)):
+        shares = {f"{what}{label}": getattr(row, attribute) for label, row in rows.items() if row.numel}
+        if len(shares) > 1:
+            most, least = max(shares, key=shares.__getitem__), min(shares, key=shares.__getitem__)
+            found.append(f"most in {most} ({percent(shares[most])}), least in {least} ({percent(shares[least])})")
+    return f": {'; '.join(found)}" if found else ""
 
 
 def nonfinite_notes(total: Change) -> list[str]:
@@ -203,35 +220,49 @@ def sparsity_sections(result: SparsityResult, atol: float) -> list[Section]:
         (f"within {atol:g}", "sparsity", percent),
         ("as bfloat16", "sparsity_bf16", percent),
         ("bit-equal", "bit_equal_frac", percent),
+        ("from 0", "num_from_zero", count),
         ("relative L2", "relative_l2", number),
         ("mean |d|", "mean_abs_difference", number),
         ("max |d|", "max_abs_difference", number),
     ]
     note = (
-        "Relative L2: norm of the difference over norm of the base. d: tuned minus base; its mean counts unchanged "
-        "weights too."
+        "Shares of unchanged weights by three rules. From 0: weights that were exactly 0 and are not any more. Relative "
+        "L2: norm of the difference over norm of the base. d: tuned minus base; its mean counts unchanged weights too."
     )
     changes = result.changes
-    grouped = []
-    for title, what, rows in (
-        ("By kind of matrix", "kind", changes.kinds),
-        ("By layer", "layer", changes.labelled_layers),
-    ):
-        series = {f"within {atol:g}": "sparsity", "as bfloat16": "sparsity_bf16", "bit for bit": "bit_equal_frac"}
-        bars = row_bars(f"Unchanged weights {title.lower()}", rows, series, "share unchanged")
-        table = row_table(title, what, rows, columns, note)
-        grouped.append(Section(title=title, figures=[bars], tables=[table]))
-    tensors = row_table("All tensors", "tensor", changes.tensors, columns, note, detail=True)
+    tables = [
+        row_table("By kind of matrix", "kind", changes.kinds, columns, note),
+        row_table("By layer", "layer", changes.labelled_layers, columns, note),
+        row_table("All tensors", "tensor", changes.tensors, columns, note, terminal_rows=0),
+    ]
+    where = Section(title="Where weights changed", figures=_place_figures(changes, atol), tables=tables)
+    return [where, rules_section(changes, atol), size_section(result)]
+
+
+def _place_figures(changes: Grouped[Change, Change], atol: float) -> list[Figure]:
+    """Return a map of kinds over layers, and the changed shares by kind and by layer next to published ranges."""
+    words, attribute = _rule(changes.total)
+    heat = cell_map(f"Changed weights {words}", changes.cells, attribute, shares=True, decimals=1)
+    series = {
+        "as bfloat16": "bf16_changed_frac",
+        f"by more than {atol:g}": "changed_frac",
+        "bit for bit": "bit_changed_frac",
+    }
+    kinds = {"all": changes.total} | {kind: row for kind, row in changes.kinds.items() if row.numel}
+    settings: dict[str, Any] = {
+        "shares": True,
+        "references": references("sparsity_bf16", changed=True),
+        "caption": "The published ranges are of whole models, compared as bfloat16.",
+    }
     return [
-        rules_section(changes, atol),
-        *grouped,
-        size_section(result),
-        Section(title="Tensor by tensor", tables=[tensors]),
+        *([] if heat is None else [heat]),
+        row_dots("Changed weights by kind of matrix", kinds, series, "share changed", **settings),
+        *layer_lines("Changed weights by layer", changes, series, "share changed", **settings),
     ]
 
 
 def rules_section(changes: Grouped[Change, Change], atol: float) -> Section:
-    """Return the shares unchanged by each rule, side by side, and a map of kinds of matrices over layers."""
+    """Return the shares unchanged by each rule, side by side."""
     shown = {"all": changes.total, **{kind: change for kind, change in changes.kinds.items() if change.numel}}
     shares = [_shares_by_rule(change, atol) for change in shown.values()]
     table = Table(
@@ -243,15 +274,7 @@ def rules_section(changes: Grouped[Change, Change], atol: float) -> Section:
         "A fixed tolerance hides real changes of small weights, and in wide dtypes calls large weights changed that "
         "bfloat16 stores as the same number.",
     )
-    heat = cell_map(
-        "Changed weights by kind and layer",
-        {cell: change for cell, change in changes.cells.items() if change.numel},
-        lambda change: change.num_bf16_changed / change.numel,
-        shares=True,
-        decimals=0,
-        caption="Share of weights that changed as bfloat16; blank where a layer has no such matrix.",
-    )
-    return Section(title="By rule", figures=[heat] if heat else [], tables=[table])
+    return Section(title="By rule", tables=[table])
 
 
 def _shares_by_rule(change: Change, atol: float) -> list[tuple[str, float | None]]:
@@ -272,25 +295,36 @@ def size_section(result: SparsityResult) -> Section:
             ("by one step", "num_one_step", count),
             ("share of one step", "one_step_frac", percent),
             ("below a step", "num_below_step", count),
+            ("from 0", "num_from_zero", count),
         ],
         "A step leads from a number to the next one that its dtype can represent; where the two checkpoints are "
-        "stored in two dtypes, the narrower one's. Below a step: not equal bit for bit, yet the same number there.",
+        "stored in two dtypes, the narrower one's. Below a step: not equal bit for bit, yet the same number there. From 0: "
+        "weights that were exactly 0, which are not counted in steps: thousands lie between 0 and a small number.",
     )
     ulps = result.changes.total.ulps
-    figure = Histogram(
+    figure = Lines(
         title="How many representable steps the weights moved",
-        bins=list(map(bin_label, range(len(ulps)))),
+        x=[2**place for place in range(len(ulps))],
         series={"changed weights": ulps},
-        x_label="steps (units in the last place)",
+        x_label="at most this many steps (units in the last place)",
         y_label="weights",
-        log=True,
+        log_x=True,
+        log_y=True,
+        caption="Each point counts the weights beyond the one before.",
     )
     tables = [
         steps,
         _largest_table("Largest changes", result.largest.absolute, result.shapes),
         _largest_table("Largest relative changes", result.largest.relative, result.shapes),
     ]
-    return Section(title="Size of the change", figures=[figure] if ulps else [], tables=tables)
+    total = result.changes.total
+    text = f"The largest change of a weight is {number(total.max_abs_difference)}."
+    if total.num_stepped:
+        text += (
+            f" Of the {count(total.num_stepped)} weights that moved by a representable step or more, "
+            f"{percent(total.one_step_frac)} moved by exactly one."
+        )
+    return Section(title="Size of the change", text=text, figures=[figure] if ulps else [], tables=tables)
 
 
 def _largest_table(title: str, changes: list[WeightChange], shapes: Mapping[str, tuple[int, ...]]) -> Table:
@@ -305,5 +339,4 @@ def _largest_table(title: str, changes: list[WeightChange], shapes: Mapping[str,
         ],
         note="Relative: the change over the weight's size before it; weights that were 0 have none.",
         terminal_rows=0,
-        collapsed=True,
     )

@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from ssrctl.checkpoints.pairs import TensorPair
 from ssrctl.core.seeds import derive_seed
 from ssrctl.measures.base import Findings, register
-from ssrctl.measures.group_tables import RowColumn, cell_map, group_tables, layer_lines, row_bars
+from ssrctl.measures.group_tables import RowColumn, cell_map, group_tables, layer_lines, row_dots
 from ssrctl.measures.maths.averages import mean, ratio
 from ssrctl.measures.maths.grouping import Grouped
 from ssrctl.measures.maths.spectrum_change import SpectrumChange, spectrum_change
@@ -24,8 +24,6 @@ from ssrctl.report.formats import count, number, percent
 _SIDES = ("left", "right")
 _RANDOM = ("gaussian", "signs")
 _ENERGIES = ("left", "right", "both")
-# Series that differ by more than this factor are drawn on a logarithmic axis.
-_WIDE_RANGE = 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,16 +154,23 @@ def spectrum_headlines(total: SpectrumRow) -> list[str]:
     left, right = total.left_largest or 0.0, total.right_largest or 0.0
     angle, name = (right, total.right_largest_name) if right > left else (left, total.left_largest_name)
     return [
-        f"Rotation: the leading singular directions of {name} turn most, by {_degrees(angle)}; the mean principal "
-        f"angle over all matrices is {_degrees(total.left_mean)} left and {_degrees(total.right_mean)} right. Random "
-        f"updates of the same norms turn them by {_degrees(total.gaussian_left_mean)} and "
-        f"{_degrees(total.gaussian_right_mean)} on average.",
-        f"Singular values shift by {number(total.shift_mean)} of their norm on average, at most "
-        f"{number(total.shift_largest)} ({total.shift_name}); random updates: {number(total.expected_shift_mean)} on "
-        "average.",
-        f"The updates have {number(total.energy_left_ratio)} times the energy that chance puts into the leading "
-        f"left directions of the base, {number(total.energy_right_ratio)} times in the right ones.",
+        f"Rotation: the leading singular directions turn by {_degrees(total.left_mean)} left and "
+        f"{_degrees(total.right_mean)} right on average (random updates of the same norms: "
+        f"{_degrees(total.gaussian_left_mean)} and {_degrees(total.gaussian_right_mean)}), most in {name} "
+        f"({_degrees(angle)}).",
     ]
+
+
+def _shift_text(total: SpectrumRow) -> str:
+    """Return the shift of singular values and the energy in leading directions, next to chance."""
+    if total.num_matrices == total.num_unchanged:
+        return ""
+    return (
+        f" Singular values shift by {number(total.shift_mean)} of their norm on average, at most "
+        f"{number(total.shift_largest)} ({total.shift_name}); random updates: {number(total.expected_shift_mean)} on "
+        f"average. The updates have {number(total.energy_left_ratio)} times the energy that chance puts into the leading "
+        f"left directions of the base, {number(total.energy_right_ratio)} times in the right ones."
+    )
 
 
 def spectrum_notes(total: SpectrumRow) -> list[str]:
@@ -235,9 +240,9 @@ def spectrum_section(result: SpectrumResult) -> Section:
     figures: list[Figure] = []
     if changed:
         if len(rows.numbered_layers) > 1:
-            figures += [*_layer_figures(rows), *_angle_map(rows)]
+            figures += [*_angle_map(rows), *_layer_figures(rows)]
         figures += [
-            row_bars(
+            row_dots(
                 "Energy of the update in the base's leading directions",
                 rows.kinds,
                 {"left": "energy_left_ratio", "right": "energy_right_ratio"},
@@ -253,7 +258,7 @@ def spectrum_section(result: SpectrumResult) -> Section:
         title="Principal directions and singular values",
         text="Did training turn the leading singular directions of the weights, or stretch them? Compare with random "
         "updates of the same size applied to the same matrices: published RL turned them little, fine-tuning much "
-        "(Zhu et al. 2025, section 4.1, figure 4).",
+        "(Zhu et al. 2025, section 4.1, figure 4)." + _shift_text(rows.total),
         figures=figures,
         tables=group_tables("Spectrum", rows, (_GROUP, _GROUP_NOTE), (_MATRIX, _MATRIX_NOTE), result.unmeasured),
     )
@@ -276,19 +281,14 @@ def _layer_figures(rows: Grouped[SpectrumRow, SpectrumChange]) -> list[Lines]:
         "shift over norm",
         caption="Norm of the change of all singular values over the norm of the base's.",
     )
-    return [replace(one, log_y=_wide(one.series)) for one in (*angles, *shifts)]
-
-
-def _wide(series: Mapping[str, Sequence[float | None]]) -> bool:
-    values = [value for some in series.values() for value in some if value]
-    return bool(values) and max(values) > _WIDE_RANGE * min(values)
+    return [*angles, *shifts]
 
 
 def _angle_map(rows: Grouped[SpectrumRow, SpectrumChange]) -> list[Figure]:
     found = cell_map(
         "Mean principal angle over that of a random update",
         rows.cells,
-        lambda row: row.relative_angle,
+        "relative_angle",
         centre=1.0,
         scale=1.0,
         decimals=2,

@@ -12,7 +12,6 @@ from ssrctl.report.formats import number
 
 # More pairs than four units have fill a screen; the sentences already hold their means.
 MOST_TERMINAL_ROWS = 6
-MOST_OPEN_ROWS = 30
 
 
 def by_unit(units: Iterable[Any]) -> dict[int, Any]:
@@ -59,8 +58,7 @@ def jaccard_maps(pairs: Sequence[Any], maps: Mapping[str, str], num_units: int) 
 def pair_table(title: str, pairs: Sequence[Any], columns: Sequence[RowColumn], note: str) -> Table:
     """Return a table with a line for each pair; arguments as of ``pair_map`` and ``row_table``."""
     rows = {f"{pair.i + 1}, {pair.j + 1}": pair for pair in pairs}
-    shown = MOST_TERMINAL_ROWS if len(rows) <= MOST_TERMINAL_ROWS else 0
-    return row_table(title, "pair", rows, columns, note, terminal_rows=shown, collapsed=len(rows) > MOST_OPEN_ROWS)
+    return row_table(title, "pair", rows, columns, note, terminal_rows=MOST_TERMINAL_ROWS)
 
 
 def training_lines(

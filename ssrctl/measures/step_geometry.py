@@ -9,7 +9,7 @@ from typing import Any
 
 from ssrctl.io.mask_log import StepMaskLog
 from ssrctl.measures.base import Findings, StepMeasure
-from ssrctl.measures.group_tables import RowColumn, row_bars, row_table
+from ssrctl.measures.group_tables import RowColumn, row_dots, row_table
 from ssrctl.measures.maths.averages import means, plain_mean
 from ssrctl.measures.maths.grouping import by_key
 from ssrctl.measures.maths.step_pairs import (
@@ -23,7 +23,6 @@ from ssrctl.measures.maths.step_pairs import (
     measure_step_geometry,
 )
 from ssrctl.measures.step_figures import (
-    MOST_OPEN_ROWS,
     MOST_TERMINAL_ROWS,
     by_unit,
     jaccard_maps,
@@ -300,11 +299,10 @@ def _energy_section(found: RunGeometry) -> Section:
         "that it would have taken if no step had claimed anything. Displaced: the share of the latter that it did not get. "
         "Unique: the share of it that no other unit of the question would have taken.",
         terminal_rows=MOST_TERMINAL_ROWS,
-        collapsed=len(units) > MOST_OPEN_ROWS,
     )
     return Section(
         title="How much of its gradient a step keeps",
-        figures=[row_bars("Energy held by each unit's set", units, series, "share of the gradient's squared norm")],
+        figures=[row_dots("Energy held by each unit's set", units, series, "share of the gradient's squared norm")],
         tables=[table],
     )
 
@@ -371,7 +369,6 @@ def _training_section(found: Sequence[GeometryPoint]) -> Section:
         points,
         _TRAINING_COLUMNS,
         terminal_rows=0,
-        collapsed=len(points) > MOST_OPEN_ROWS,
     )
     energy = {"selected": "units.captured", "without claims": "units.unconstrained_captured"}
     overlap = {"measured": "pairs.unconstrained_jaccard", "expected by chance": "pairs.expected_unconstrained_jaccard"}

@@ -13,11 +13,11 @@ from typing import Any
 
 from ssrctl.io.mask_log import StepMaskLog
 from ssrctl.measures.base import Findings, StepMeasure
-from ssrctl.measures.group_tables import RowColumn, row_bars, row_table
+from ssrctl.measures.group_tables import RowColumn, row_dots, row_table
 from ssrctl.measures.maths.averages import means, plain_mean
 from ssrctl.measures.maths.grouping import by_key
 from ssrctl.measures.maths.step_sets import PairOverlap, PairSets, StepOverlap, UnitOverlap, UnitSet, measure_step
-from ssrctl.measures.step_figures import MOST_OPEN_ROWS, by_unit, jaccard_maps, pair_map, pair_table, training_lines
+from ssrctl.measures.step_figures import by_unit, jaccard_maps, pair_map, pair_table, training_lines
 from ssrctl.report.document import Cell, Column, Format, Section, Table
 from ssrctl.report.formats import count, number, percent, signed, times
 
@@ -312,7 +312,8 @@ def _pair_section(summary: RunOverlap) -> Section:
         title="Which steps overlap",
         text="Units are the steps of a question in the order in which they claimed coordinates, numbered from 1; "
         "fused steps are one unit, and steps that claimed nothing are passed over.",
-        figures=jaccard_maps(summary.by_pair, maps, len(summary.by_position)),
+        # Of disjoint sets they would show zeros only.
+        figures=[] if summary.all_disjoint else jaccard_maps(summary.by_pair, maps, len(summary.by_position)),
         tables=[pair_table("Overlap by pair of units (i, j)", summary.by_pair, _PAIR_COLUMNS, note)],
     )
 
@@ -337,7 +338,7 @@ def _cosine_section(summary: RunOverlap) -> Section:
 def _position_section(summary: RunOverlap) -> Section:
     title, units = "Uniqueness by unit", by_unit(summary.by_position)
     series = {"measured": "uniqueness", _EXPECTED: "expected_uniqueness"}
-    bars = row_bars(title, units, series, "share of the set that no other unit selected")
+    bars = row_dots(title, units, series, "share of the set that no other unit selected")
     table = row_table(
         title,
         "unit",
@@ -345,7 +346,6 @@ def _position_section(summary: RunOverlap) -> Section:
         _UNIT_COLUMNS,
         "Uniqueness: the share of a unit's set that no other unit of its question selected.",
         terminal_rows=0,
-        collapsed=len(units) > MOST_OPEN_ROWS,
     )
     return Section(title="How much of each set is its own", figures=[bars] if units else [], tables=[table])
 
@@ -358,8 +358,6 @@ def _training_section(summary: RunOverlap) -> Section:
         points,
         _TRAINING_COLUMNS,
         "Across questions: Jaccard index of the unions of two questions' sets, mean over the pairs of a batch.",
-        terminal_rows=16,
-        collapsed=len(points) > MOST_OPEN_ROWS,
     )
     pairs = {"measured": "pairs.jaccard", _EXPECTED: "pairs.expected_jaccard"}
     unique = {"measured": "units.uniqueness", _EXPECTED: "units.expected_uniqueness"}
@@ -375,7 +373,7 @@ def _training_section(summary: RunOverlap) -> Section:
     return Section(title="Over training", figures=training_lines(points, figures), tables=[table])
 
 
-# More rows make the page slow; report.json has all.
+# More rows make the page slow; the json report has all.
 _MOST_QUESTIONS = 200
 
 
@@ -405,8 +403,7 @@ def _question_section(steps: Sequence[StepOverlap]) -> Section:
         title="All questions",
         columns=["question", *(Column(name, show) for name, show in formats.items()), Column("uniqueness", percent)],
         rows=rows,
-        note=f"Means over the question's pairs and units; the pairs themselves are in report.json.{shown}",
+        note=f"Means over the question's pairs and units; the pairs themselves are in the json report.{shown}",
         terminal_rows=0,
-        collapsed=True,
     )
     return Section(title="Question by question", tables=[table])

@@ -142,7 +142,14 @@ def load_model(config: ModelConfig, *, bytes_per_parameter: float = 0.0, kind: A
         and model.num_parameters() < SINGLE_THREAD_PARAMETERS
     ):
         torch.set_num_threads(1)
-    return LoadedModel(model, tokenizer, identity, getattr(model.config, "max_position_embeddings", None))
+    return LoadedModel(model, tokenizer, identity, context_length(model.config))
+
+
+def context_length(config: Any) -> int | None:
+    """Return the number of positions of a model by its config; None where that does not say."""
+    text = config.get_text_config()
+    found = (getattr(text, name, None) for name in ("max_position_embeddings", "max_seq_len"))
+    return next((length for length in found if isinstance(length, int) and length > 0), None)
 
 
 def _source(config: ModelConfig, *, with_weights: bool = True) -> str:
@@ -257,7 +264,7 @@ def load_skeleton(config: ModelConfig) -> LoadedModel:
         tokenizer = None
     name = Path(config.model).name if Path(config.model).exists() else config.model
     identity = ModelIdentity(name=name, revision=config.revision, fingerprint=UNREAD)
-    return LoadedModel(model, tokenizer, identity, getattr(model.config, "max_position_embeddings", None))
+    return LoadedModel(model, tokenizer, identity, context_length(model.config))
 
 
 def free_bytes(device: torch.device) -> int | None:

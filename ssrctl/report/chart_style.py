@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any, Literal
 
-from ssrctl.report.document import Figure, Heatmap, Lines, Ranges, Reference, SeriesFigure
+from ssrctl.report.document import Dots, Figure, Heatmap, Lines, Reference, SeriesFigure
 from ssrctl.report.formats import number, percent, text_safe
 
 # Placeholders that stand for css variables; values without meaning, chosen to be unlike any other colour.
@@ -33,6 +33,7 @@ _MARKER_PATHS = {
     "v": "M0 3.2L3.2 -2.6H-3.2z",
     "P": "M-1.1 -3.2h2.2v2.1h2.1v2.2h-2.1v2.1h-2.2v-2.1h-2.1v-2.2h2.1z",
 }
+_HOLLOW = '<circle cx="11" cy="6" r="3.5" fill="none" stroke="var(--text)"/>'
 SETTINGS = {
     "svg.fonttype": "none",
     "svg.hashsalt": "ssrctl",
@@ -52,6 +53,8 @@ SETTINGS = {
 }
 _LONGEST = 26
 _RAMP_STEPS = 9
+# Opacity of the least positive value of a logarithmic map, to tell it from 0.
+_FAINTEST = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,10 +77,11 @@ class Key:
 def series_styles(names: Sequence[str]) -> dict[str, Style]:
     """Return a colour and a marker for each series; the seventh measured one has the first's again."""
     looks = itertools.cycle(zip(SERIES, MARKERS, strict=True))
+    markers = itertools.cycle(MARKERS)
     styles = {}
     for name in names:
         yardstick = is_expected(name)
-        colour, marker = (MUTED, "o") if yardstick else next(looks)
+        colour, marker = (MUTED, next(markers)) if yardstick else next(looks)
         styles[name] = Style(colour=colour, marker=marker, yardstick=yardstick)
     return styles
 
@@ -106,13 +110,9 @@ def label_lines(text: str, width: int = 22) -> str:
     return textwrap.fill(label_text(text, 3 * width), width, max_lines=3, placeholder="…")
 
 
-def reference_letters(figure: SeriesFigure | Ranges) -> dict[Reference, str]:
+def reference_letters(figure: SeriesFigure) -> dict[Reference, str]:
     """Return the letters A, B, C, ... that name the references of a figure in its legend and its drawing."""
-    if isinstance(figure, Ranges):
-        found = [one for row in figure.references for one in row]
-    else:
-        found = list(figure.references)
-    return {one: _letter(order) for order, one in enumerate(dict.fromkeys(found))}
+    return {one: _letter(order) for order, one in enumerate(dict.fromkeys(figure.references))}
 
 
 def _letter(order: int) -> str:
@@ -127,14 +127,21 @@ def keys(figure: Figure) -> list[Key]:
     """Return the legend of a figure, which the page shows as text; empty where the figure needs none."""
     if isinstance(figure, Heatmap):
         return _heat_keys(figure)
-    if isinstance(figure, Ranges):
-        return [Key(swatch=_svg(_mark(SERIES[0], "o")), label="measured"), *_reference_keys(figure)]
     styles = series_styles(list(figure.series))
     references = _reference_keys(figure)
-    if len(styles) < 2 and not references:
+    if len(styles) < 2 and not references and not _has_zeros(figure):
         return []
-    draw = _line if isinstance(figure, Lines) else _block
-    return [Key(swatch=draw(style), label=name) for name, style in styles.items()] + references
+    draw = _line if isinstance(figure, Lines) else _dot
+    zero = (
+        [Key(swatch=_svg(_HOLLOW), label="0, which a logarithmic axis has no place for")] if _has_zeros(figure) else []
+    )
+    return [Key(swatch=draw(style), label=name) for name, style in styles.items()] + zero + references
+
+
+def _has_zeros(figure: SeriesFigure) -> bool:
+    """Return True if a logarithmic axis lacks zeros, which are drawn as hollow marks."""
+    log = figure.log if isinstance(figure, Dots) else isinstance(figure, Lines) and figure.log_y
+    return log and any(value == 0 for values in figure.series.values() for value in values)
 
 
 def heat_limits(figure: Heatmap) -> tuple[float, float, float]:
@@ -142,13 +149,36 @@ def heat_limits(figure: Heatmap) -> tuple[float, float, float]:
 
     A side on which no value lies ends at the centre, but where all values are the centre the upper side is kept.
     """
-    shown = [value for row in figure.values for value in map(finite, row) if value is not None]
+    shown = finite_values(figure)
     reach = figure.scale
     if reach is None:
         reach = max((abs(value - figure.centre) for value in shown), default=0.0)
     below = any(value < figure.centre for value in shown)
     above = any(value > figure.centre for value in shown) or not below
     return figure.centre - reach * below, figure.centre, figure.centre + reach * above
+
+
+def finite_values(figure: Heatmap) -> list[float]:
+    """Return the values that are drawn, row by row."""
+    return [value for row in figure.values for value in map(finite, row) if value is not None]
+
+
+def least_positive(figure: Heatmap) -> float:
+    """Return the lower end of a logarithmic scale; 1 where no value is positive."""
+    return min((value for value in finite_values(figure) if value > 0), default=1.0)
+
+
+def strength(figure: Heatmap, value: float) -> float:
+    """Return the opacity of a cell in [0, 1]: 0 at the centre, 1 at the limits; in a logarithmic map 0 for 0 only."""
+    low, centre, high = heat_limits(figure)
+    if figure.log:
+        if value <= 0:
+            return 0.0
+        least = least_positive(figure)
+        along = math.log(value / least) / math.log(high / least) if high > least else 1.0
+        return min(1.0, _FAINTEST + (1 - _FAINTEST) * along)
+    reach = (high - centre) if value > centre else (centre - low)
+    return min(1.0, abs(value - centre) / reach) if reach else 0.0
 
 
 def cell_text(figure: Heatmap, value: float) -> str:
@@ -164,7 +194,11 @@ def cell_text(figure: Heatmap, value: float) -> str:
 def _heat_keys(figure: Heatmap) -> list[Key]:
     low, centre, high = heat_limits(figure)
     found = []
-    if low < high:
+    if figure.log and low < high:
+        zero = f", no colour at {cell_text(figure, 0)}" if 0 in finite_values(figure) else ""
+        label = f"{_limit(figure, least_positive(figure))} to {_limit(figure, high)}, logarithmic{zero}"
+        found.append(Key(swatch=_ramp(False, True), label=label))
+    elif low < high:
         ends = [_limit(figure, value) for value in (low, centre, high)]
         middle = f", no colour at {ends[1]}" if low < centre < high else ""
         found.append(Key(swatch=_ramp(low < centre, centre < high), label=f"{ends[0]} to {ends[2]}{middle}"))
@@ -179,7 +213,7 @@ def _limit(figure: Heatmap, value: float) -> str:
     return number(value)
 
 
-def _reference_keys(figure: SeriesFigure | Ranges) -> list[Key]:
+def _reference_keys(figure: SeriesFigure) -> list[Key]:
     return [
         Key(swatch=_reference(letter, one.high is not None), label=one.label)
         for one, letter in reference_letters(figure).items()
@@ -190,8 +224,8 @@ def _svg(inside: str, width: int = 22) -> str:
     return f'<svg viewBox="0 0 {width} 12" width="{width}" height="12" aria-hidden="true">{inside}</svg>'
 
 
-def _block(style: Style) -> str:
-    return _svg(f'<rect x="4" y="0.5" width="14" height="11" fill="{_VARIABLES[style.colour]}"/>')
+def _dot(style: Style) -> str:
+    return _svg(_mark(style.colour, style.marker))
 
 
 def _mark(colour: str, marker: str) -> str:

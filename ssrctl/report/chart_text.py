@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from ssrctl.report.chart_style import cell_text, finite, label_text
-from ssrctl.report.document import Bars, Figure, Heatmap, Histogram, Ranges, Reference
+from ssrctl.report.document import Dots, Figure, Heatmap, Reference
 from ssrctl.report.formats import number, percent, times
 
 _MOST_SERIES = 8
@@ -15,13 +15,9 @@ def describe(figure: Figure) -> str:
     """Return a description: the axes, and where each series is lowest and highest."""
     if isinstance(figure, Heatmap):
         return _heatmap(figure)
-    if isinstance(figure, Ranges):
-        return _ranges(figure)
     write = percent if figure.shares else _plain
-    if isinstance(figure, Bars):
-        kind = f"Bars of {figure.axis}"
-    elif isinstance(figure, Histogram):
-        kind = f"Histogram of {figure.y_label} by {figure.x_label}"
+    if isinstance(figure, Dots):
+        kind = f"Dots of {figure.axis}"
     else:
         kind = f"Lines of {figure.y_label} over {figure.x_label}"
     places = [one if isinstance(one, str) else f"{one:g}" for one in figure.places]
@@ -59,14 +55,6 @@ def _heatmap(figure: Heatmap) -> str:
         f"({label_text(figure.column_axis)})"
     )
     return f"{axes}: {_extremes(cells, places, lambda value: cell_text(figure, value))}."
-
-
-def _ranges(figure: Ranges) -> str:
-    sentences = [f"Measured values next to published ones, {figure.axis}."]
-    for label, value, references in zip(figure.labels, figure.values, figure.references, strict=True):
-        published = f", published: {_reference_words(references)}" if references else ""
-        sentences.append(f"{label_text(label)}: {percent(finite(value))}{published}.")
-    return " ".join(sentences)
 
 
 def _reference_words(references: Sequence[Reference]) -> str:

@@ -7,16 +7,14 @@ global state of matplotlib is left unchanged, and the same data give the same by
 from __future__ import annotations
 
 import io
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from ssrctl.report.chart_style import (
     GRID,
-    MUTED,
-    SERIES,
     SETTINGS,
-    TEXT,
     Style,
     draw_references,
     finite,
@@ -27,15 +25,12 @@ from ssrctl.report.chart_style import (
     series_styles,
 )
 from ssrctl.report.document import (
-    Bars,
+    Dots,
     Figure,
     Heatmap,
-    Histogram,
     Interval,
     Lines,
     Numbers,
-    Ranges,
-    Reference,
     SeriesFigure,
 )
 from ssrctl.report.heatmap import draw_heatmap, heatmap_cells, heatmap_height, heatmap_is_wide
@@ -43,20 +38,18 @@ from ssrctl.report.heatmap import draw_heatmap, heatmap_cells, heatmap_height, h
 # Inches. A phone shows the narrow width at more than 72 pixels to the inch, so that 9-point text stays readable
 # there; a wide figure scrolls in its box.
 _NARROW, _WIDE = 3.9, 8.6
-_MOST_COLUMNS = 16
 _MOST_MARKERS = 30
-_MANY_LABELS = 20
+_ROW = 0.24  # of dots
 _LINE = 0.14  # of text
 _AXIS_CHARACTERS = 34
 # Line widths of the first series, the second, and the others: where they coincide, those beneath still show.
 _WIDTHS = (2.4, 1.6, 1.3)
+_DOTS = (7.0, 5.5, 4.5)
 
 
 def is_wide(figure: Figure) -> bool:
     """Return True if the figure takes the page's whole width."""
-    if isinstance(figure, Heatmap):
-        return heatmap_is_wide(figure)
-    return isinstance(figure, Histogram) and len(figure.bins) > _MOST_COLUMNS
+    return isinstance(figure, Heatmap) and heatmap_is_wide(figure)
 
 
 def draw(figure: Figure, name: str = "figure") -> str:
@@ -96,56 +89,62 @@ def _height(figure: Figure) -> float:
     """Return inches."""
     if isinstance(figure, Heatmap):
         return heatmap_height(figure)
-    if isinstance(figure, Bars):
+    if isinstance(figure, Dots):
         beneath = 0.56 + _LINE * len(label_lines(figure.axis, _AXIS_CHARACTERS).splitlines())
-        above = _LINE if figure.references else 0.0
-        thickness = 0.17 if len(figure.labels) <= _MANY_LABELS else 0.11
-        return beneath + above + thickness * len(figure.labels) * (len(figure.series) + 0.6)
-    if isinstance(figure, Ranges):
-        return 0.7 + sum(map(_range_row, figure.labels, figure.references))
+        return beneath + (_LINE if figure.references else 0.0) + _ROW * len(figure.labels)
     return 2.4
 
 
 def _draw_on(axes: Any, figure: Figure) -> None:
     if isinstance(figure, Heatmap):
         draw_heatmap(axes, figure)
-    elif isinstance(figure, Bars):
-        _bars(axes, figure)
-    elif isinstance(figure, Lines):
-        _lines(axes, figure)
-    elif isinstance(figure, Histogram):
-        _histogram(axes, figure)
+    elif isinstance(figure, Dots):
+        _dots(axes, figure)
     else:
-        _ranges(axes, figure)
+        _lines(axes, figure)
     axes.set_axisbelow(True)
 
 
-def _bars(axes: Any, figure: Bars) -> None:
-    thickness = 0.8 / max(1, len(figure.series))
+def _dots(axes: Any, figure: Dots) -> None:
+    _fit(axes, "x", _numbers(figure), figure.log, figure.shares)
     for order, (style, values, intervals) in enumerate(_series(figure)):
-        places = [position + (order + 0.5) * thickness - 0.4 for position in range(len(figure.labels))]
-        kept = [(place, value) for place, value in zip(places, values, strict=True) if _shown(value, figure.log)]
-        axes.barh([place for place, _ in kept], [value for _, value in kept], thickness * 0.9, color=style.colour)
-        for place, interval in zip(places, intervals, strict=True):
+        for place, interval in enumerate(intervals):
             if interval is not None:
-                axes.plot(interval, (place, place), color=TEXT, linewidth=1, marker="|")
+                axes.plot(interval, (place, place), color=style.colour, linewidth=4, alpha=0.35, zorder=1.5)
+        kept = [(value, place) for place, value in enumerate(values) if _shown(value, figure.log)]
+        if kept:
+            axes.plot(*zip(*kept, strict=True), **_dot(style, order), markersize=_DOTS[min(order, len(_DOTS) - 1)])
+        for place, value in enumerate(values):
+            if figure.log and value == 0:
+                _draw_zero(axes, place, style, "x")
     axes.set_yticks(range(len(figure.labels)), [label_text(label) for label in figure.labels])
     axes.set_ylim(len(figure.labels) - 0.4, -0.6)
-    if figure.shares and not figure.log:
-        axes.set_xlim(0, 1)
-    else:
-        _fit(axes, "x", _numbers(figure), figure.log)
+    axes.hlines(range(len(figure.labels)), 0, 1, transform=axes.get_yaxis_transform(), color=GRID, linewidth=0.6)
     axes.set_xlabel(label_lines(figure.axis, _AXIS_CHARACTERS))
-    axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="y", length=0, pad=7)  # room for a dot at the end of the axis
     _finish(axes, figure, "x")
+
+
+def _dot(style: Style, order: int) -> dict[str, Any]:
+    return {"color": style.colour, "marker": style.marker, "linestyle": "none", "clip_on": False, "zorder": 3 + order}
+
+
+def _draw_zero(axes: Any, place: float, style: Style, values: Literal["x", "y"]) -> None:
+    """Draw a hollow mark at the lower end of a logarithmic axis, which has no place for 0."""
+    is_x = values == "x"
+    transform = axes.get_yaxis_transform() if is_x else axes.get_xaxis_transform()
+    point = ([0.0], [place]) if is_x else ([place], [0.0])
+    look = _dot(style, 0) | {"markerfacecolor": "none", "markersize": 4.5}
+    axes.plot(*point, transform=transform, **look)
 
 
 def _lines(axes: Any, figure: Lines) -> None:
     for order, (style, values, intervals) in enumerate(_series(figure)):
         kept = [
-            (x, value)
+            # Lines lead over what is missing, but not over a zero that the axis has no place for.
+            (x, math.nan if figure.log_y and value == 0 else value)
             for x, value in zip(figure.x, values, strict=True)
-            if _shown(value, figure.log_y) and _shown(x, figure.log_x)
+            if (_shown(value, figure.log_y) or (figure.log_y and value == 0)) and _shown(x, figure.log_x)
         ]
         if not kept:
             continue
@@ -158,6 +157,9 @@ def _lines(axes: Any, figure: Lines) -> None:
             markersize=3.5,
             clip_on=False,
         )
+        for x, value in kept:
+            if value is not None and math.isnan(value):
+                _draw_zero(axes, x, style, "y")
         ribbon = [(x, *one) for x, one in zip(figure.x, intervals, strict=True) if one is not None]
         if ribbon:
             axes.fill_between(*zip(*ribbon, strict=True), color=style.colour, alpha=0.18, linewidth=0)
@@ -169,55 +171,6 @@ def _lines(axes: Any, figure: Lines) -> None:
     _fit(axes, "y", _numbers(figure), figure.log_y, figure.shares)
     axes.set(xlabel=label_lines(figure.x_label, _AXIS_CHARACTERS), ylabel=label_lines(figure.y_label, 26))
     _finish(axes, figure, "y")
-
-
-def _histogram(axes: Any, figure: Histogram) -> None:
-    thickness = 0.86 / max(1, len(figure.series))
-    for order, (style, values, _) in enumerate(_series(figure)):
-        places = [position + (order + 0.5) * thickness - 0.43 for position in range(len(figure.bins))]
-        kept = [(place, value) for place, value in zip(places, values, strict=True) if _shown(value, figure.log)]
-        axes.bar([place for place, _ in kept], [value for _, value in kept], thickness * 0.94, color=style.colour)
-    labels = [label_text(one, 12) for one in figure.bins]
-    longest = max(map(len, labels), default=1)
-    room = (_WIDE if is_wide(figure) else _NARROW) * 0.72 / max(1, len(labels))
-    axes.set_xticks(range(len(labels)), labels, rotation=0 if 0.075 * longest < room else 90)
-    axes.set_xlim(-0.6, len(labels) - 0.4)
-    _fit(axes, "y", _numbers(figure), figure.log)
-    axes.set(xlabel=label_lines(figure.x_label, _AXIS_CHARACTERS), ylabel=label_lines(figure.y_label, 26))
-    axes.tick_params(axis="x", length=0)
-    _finish(axes, figure, "y")
-
-
-def _ranges(axes: Any, figure: Ranges) -> None:
-    letters = reference_letters(figure)
-    top, ticks = 0.0, []
-    for label, value, references in zip(figure.labels, figure.values, figure.references, strict=True):
-        place = top + 0.17
-        ticks.append(place)
-        if _shown(value, False):
-            axes.plot([value], [place], marker="o", markersize=6, color=SERIES[0], linestyle="none", clip_on=False)
-        for order, one in enumerate(references):
-            below = place + 0.17 + _LINE * order
-            end = one.low if one.high is None else one.high
-            if one.high is None:
-                axes.plot([end], [below], marker="d", markersize=4, color=MUTED, linestyle="none")
-            else:
-                axes.barh([below], [end - one.low], 0.09, left=[one.low], color=MUTED, alpha=0.6)
-            axes.text(end + 0.015, below, letters[one], va="center", fontsize=7.5, clip_on=False)
-        top += _range_row(label, references)
-        axes.axhline(top, color=GRID, linewidth=0.6)
-    axes.set_yticks(ticks, [label_lines(label) for label in figure.labels], va="top")
-    axes.set_ylim(max(top, 0.3), 0)
-    axes.set_xlim(0, 1)
-    _in_per_cent(axes.xaxis)
-    axes.set_xlabel(label_lines(figure.axis, _AXIS_CHARACTERS))
-    axes.tick_params(axis="y", length=0)
-    axes.grid(axis="x")
-
-
-def _range_row(label: str, references: Sequence[Reference]) -> float:
-    """Return inches: room for the label's lines, or for the value and the ranges beneath it."""
-    return max(0.16 + _LINE * len(label_lines(label).splitlines()), 0.34 + _LINE * len(references))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -244,7 +197,7 @@ def _numbers(figure: SeriesFigure) -> list[float]:
     return [value for value in map(finite, found) if value is not None]
 
 
-def _finish(axes: Any, figure: Bars | Lines | Histogram, values: Literal["x", "y"]) -> None:
+def _finish(axes: Any, figure: Dots | Lines, values: Literal["x", "y"]) -> None:
     """Draw the grid and the references of the axis of values, in per cent for shares."""
     if figure.shares:
         _in_per_cent(axes.xaxis if values == "x" else axes.yaxis)

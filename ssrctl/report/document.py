@@ -6,7 +6,7 @@ None, NaN or infinite are left blank in figures. Text may come from files: whate
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -58,9 +58,7 @@ class Table:
     Attributes:
         columns: a heading by itself is a column of words.
         rows: raw values (numbers at full precision, shares in [0, 1], None where there is no value).
-        terminal_rows: the terminal shows at most this many rows and says how many more there are; 0 leaves the table
-            to the report, which the terminal says.
-        collapsed: the page shows it only when asked to.
+        terminal_rows: the terminal leaves longer tables to the page and names them; 0 leaves any.
 
     Raises:
         ValueError: a row with another number of cells than there are columns.
@@ -71,7 +69,6 @@ class Table:
     rows: Sequence[Sequence[Cell]]
     note: str = ""
     terminal_rows: int = 16
-    collapsed: bool = False
 
     def __post_init__(self) -> None:
         if wrong := [len(row) for row in self.rows if len(row) != len(self.columns)]:
@@ -112,6 +109,11 @@ class Heatmap:
         scale: the distance from ``centre`` drawn in full colour; None is the largest there is.
         decimals: of the numbers in the cells, which are written only where they are few.
         shares: numbers are shares and shown as percentages (``decimals`` then counts those of the percentage).
+        log: a logarithmic scale from the least positive value to the largest; 0, the centre, has no colour.
+        marginals: bars at the top and on the right show the mean of each column and row.
+
+    Raises:
+        ValueError: values of another shape than the labels, or a logarithmic scale around another centre than 0.
     """
 
     title: str
@@ -126,9 +128,13 @@ class Heatmap:
     scale: float | None = None
     decimals: int = 3
     shares: bool = False
+    log: bool = False
+    marginals: bool = False
     caption: str = ""
 
     def __post_init__(self) -> None:
+        if self.log and self.centre:
+            raise ValueError(f"heat map {self.title!r}: a logarithmic scale has no centre, not {self.centre}")
         self.row_labels = self.row_labels or self.labels
         self.column_labels = self.column_labels or self.labels
         self.row_axis = self.row_axis or self.axis
@@ -166,13 +172,13 @@ class SeriesFigure:
 
 
 @dataclass(kw_only=True)
-class Bars(SeriesFigure):
-    """Horizontal bars, one group per label.
+class Dots(SeriesFigure):
+    """A row for each label, with a dot for each series on one axis that fits the numbers.
 
     Attributes:
-        axis: meaning of the bars' lengths.
-        shares: lengths are in [0, 1] and the axis shows all of it in per cent; otherwise it fits the numbers.
-        log: a logarithmic axis; numbers of 0 or less are left out.
+        axis: meaning of the dots' places.
+        shares: the axis is in per cent.
+        log: a logarithmic axis; zeros are hollow dots at its lower end.
     """
 
     along = "labels"
@@ -187,7 +193,7 @@ class Lines(SeriesFigure):
     """Series over a common x; an expected one is dashed, too, and intervals are drawn as a ribbon.
 
     Attributes:
-        log_x, log_y: logarithmic axes; numbers of 0 or less are left out.
+        log_x, log_y: logarithmic axes; zeros are hollow marks at the lower end of y and left out of x.
         shares: y is shown in per cent.
     """
 
@@ -200,46 +206,18 @@ class Lines(SeriesFigure):
     shares: bool = False
 
 
-@dataclass(kw_only=True)
-class Histogram(SeriesFigure):
-    """Counts or shares in bins, as upright columns; the first series is drawn in front.
-
-    Attributes:
-        bins: names of the bins from left to right: ``1``, ``2``, ``3-4``, ...
-        log: a logarithmic y axis, for counts over several orders of magnitude.
-        shares: y is shown in per cent.
-    """
-
-    along = "bins"
-    bins: Sequence[str]
-    x_label: str
-    y_label: str
-    log: bool = False
-    shares: bool = False
+Figure = Heatmap | Dots | Lines
 
 
-@dataclass(kw_only=True)
-class Ranges:
-    """Measured values as dots on one axis of shares, each above the ranges that were published for it.
-
-    Attributes:
-        labels: names of the measured values, one row each.
-        values: shares in [0, 1].
-        references: of each row.
-    """
-
-    title: str
-    labels: Sequence[str]
-    values: Numbers
-    references: Sequence[Sequence[Reference]]
-    axis: str
-    caption: str = ""
-
-    def __post_init__(self) -> None:
-        _check_lengths(self.title, self.labels, {"values": self.values, "references": self.references})
+# Values that differ by more than this factor are drawn on a logarithmic scale.
+_DECADES = 30
 
 
-Figure = Heatmap | Bars | Lines | Histogram | Ranges
+def spans_decades(values: Iterable[float | None]) -> bool:
+    """Return True if values need a logarithmic scale: none is negative, and the positive ones differ by decades."""
+    found = [value for value in values if value is not None]
+    positive = [value for value in found if value > 0]
+    return bool(positive) and min(found) >= 0 and max(positive) > _DECADES * min(positive)
 
 
 def _check_lengths(title: str, along: Sequence[Any], series: Mapping[str, Sequence[Any]]) -> None:
@@ -248,9 +226,22 @@ def _check_lengths(title: str, along: Sequence[Any], series: Mapping[str, Sequen
             raise ValueError(f"figure {title!r}: {name!r} has {len(values)} values for {len(along)} places")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Transcript:
+    """A response whose parts are coloured by their score; only the page shows it.
+
+    Attributes:
+        parts: (text, score in [-1, 1]); None for a part without a score.
+    """
+
+    title: str
+    question: str
+    parts: Sequence[tuple[str, float | None]]
+
+
 @dataclass(kw_only=True)
 class Section:
-    """A heading with text, figures and tables.
+    """A heading with text, figures, tables and transcripts.
 
     Attributes:
         collapsed: a detail that the page shows only when asked to.
@@ -260,6 +251,7 @@ class Section:
     text: str = ""
     figures: list[Figure] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
+    transcripts: list[Transcript] = field(default_factory=list)
     collapsed: bool = False
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
+
+_BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 def json_safe(value: Any) -> Any:
@@ -50,6 +53,27 @@ def percent(value: float | None) -> str:
 def times(value: int, what: str) -> str:
     """Return a count and its noun: ``1 pair``, ``12 pairs``."""
     return f"{value:,} {what}" + ("" if value == 1 else "s")
+
+
+def duration(seconds: float | None) -> str:
+    """Return hours, minutes and seconds (``1:02:03``), below a minute seconds; a dash for None."""
+    if seconds is None:
+        return "–"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
+def sparkline(values: Sequence[float | None], width: int = 12) -> str:
+    """Return a line of blocks, each as high as the mean of its part of the values; missing ones are left out."""
+    known = [value for value in values if value is not None]
+    parts = [known[len(known) * place // width : len(known) * (place + 1) // width] for place in range(width)]
+    means = [sum(part) / len(part) for part in parts if part]
+    if not means:
+        return ""
+    low, high = min(means), max(means)
+    return "".join(_BLOCKS[round((mean - low) / (high - low) * 7) if high > low else 3] for mean in means)
 
 
 def number(value: float | None) -> str:

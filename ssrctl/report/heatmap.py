@@ -8,20 +8,32 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ssrctl.report.chart_style import cell_text, finite, heat_colour, heat_limits, label_lines, label_text, tip
+from ssrctl.report.chart_style import (
+    cell_text,
+    finite,
+    finite_values,
+    heat_colour,
+    label_lines,
+    label_text,
+    strength,
+    tip,
+)
 from ssrctl.report.document import Heatmap
 
 # Inches, of figures as ``charts.draw`` makes them.
 _NARROW_ROOM, _WIDE_ROOM = 3.0, 7.7
 _CHARACTER = 0.072
-_MOST_NARROW_COLUMNS, _MOST_SQUARE_COLUMNS = 16, 40
+_MOST_NARROW_COLUMNS, _MOST_COLUMNS_OF_NUMBERS = 16, 48
+# Of the cells' width and height, on top of them.
+_MARGIN = 0.16
 _MOST_NUMBERS = 100
 _NUMBER_SIZE = 7.5  # points
 
 
 def heatmap_is_wide(figure: Heatmap) -> bool:
-    """Return True if there are more columns than half a page's width can show."""
-    return len(figure.column_labels) > (_MOST_SQUARE_COLUMNS if _is_square(figure) else _MOST_NARROW_COLUMNS)
+    """Return True if there are more columns than half a page's width can show: many, or with long names."""
+    names = max(map(len, figure.column_labels), default=0) > 4 and not _is_square(figure)
+    return len(figure.column_labels) > (_MOST_NARROW_COLUMNS if names else _MOST_COLUMNS_OF_NUMBERS)
 
 
 def heatmap_height(figure: Heatmap) -> float:
@@ -35,7 +47,8 @@ def heatmap_height(figure: Heatmap) -> float:
 
 
 def _is_square(figure: Heatmap) -> bool:
-    return list(figure.row_labels) == list(figure.column_labels) and len(figure.row_labels) > 1
+    same = list(figure.row_labels) == list(figure.column_labels) and len(figure.row_labels) > 1
+    return same or figure.marginals
 
 
 def _cell_width(figure: Heatmap) -> float:
@@ -55,13 +68,14 @@ def _rotated(figure: Heatmap, labels: Sequence[str]) -> bool:
 def draw_heatmap(axes: Any, figure: Heatmap) -> None:
     """Draw axes, ticks and frame; ``heatmap_cells`` adds the cells to the finished SVG."""
     rows, columns = [label_text(one, 22) for one in figure.row_labels], _column_labels(figure)
+    margin = _MARGIN if figure.marginals else 0.0
     axes.set(
-        xlim=(-0.5, max(1, len(columns)) - 0.5),
-        ylim=(max(1, len(rows)) - 0.5, -0.5),
+        xlim=(-0.5, max(1, len(columns)) * (1 + margin) - 0.5),
+        ylim=(max(1, len(rows)) - 0.5, -0.5 - margin * max(1, len(rows))),
         xlabel=label_lines(figure.column_axis, 36),
         ylabel=label_lines(figure.row_axis, 30),
     )
-    if _is_square(figure):
+    if _is_square(figure) and not figure.marginals:
         axes.set_aspect("equal")
     rotated = _rotated(figure, columns)
     needed = 0.13 if rotated else (max(map(len, columns), default=0) + 1) * _CHARACTER
@@ -84,10 +98,13 @@ def heatmap_cells(figure: Heatmap, left: float, top: float, width: float, height
     Args:
         left, top, width, height: of its axes in the SVG's own units (points).
     """
-    low, centre, high = heat_limits(figure)
     shape = len(figure.row_labels), len(figure.column_labels)
     if 0 in shape:
         return ""
+    margins = ""
+    if figure.marginals:
+        margins = _marginals(figure, left, top, width, height)
+        top, width, height = top + height * _MARGIN / (1 + _MARGIN), width / (1 + _MARGIN), height / (1 + _MARGIN)
     wide, tall = width / shape[1], height / shape[0]
     numbered = _are_numbered(figure, wide, tall)
     cells, numbers = [], []
@@ -102,21 +119,45 @@ def heatmap_cells(figure: Heatmap, left: float, top: float, width: float, height
                     'class="blank"/>'
                 )
                 continue
-            reach = (high - centre) if value > centre else (centre - low)
-            strength = min(1.0, abs(value - centre) / reach) if reach else 0.0
             place = f'x="{x:.2f}" y="{y:.2f}" width="{wide:.2f}" height="{tall:.2f}"'
-            fill = f'fill="{heat_colour(value - centre)}" fill-opacity="{strength:.3g}"'
+            fill = f'fill="{heat_colour(value - figure.centre)}" fill-opacity="{strength(figure, value):.3g}"'
             cells.append(f"<rect {place} {fill}>{tip(f'{name}: {cell_text(figure, value)}')}</rect>")
             if numbered:
                 at = f'x="{x + wide / 2:.2f}" y="{y + tall / 2 + 0.35 * _NUMBER_SIZE:.2f}"'
                 numbers.append(f"<text {at}>{cell_text(figure, value)}</text>")
     style = f'font-size="{_NUMBER_SIZE}" text-anchor="middle" fill="var(--text)" pointer-events="none"'
-    return f'<g class="heat">{"".join(cells)}</g>' + (f"<g {style}>{''.join(numbers)}</g>" if numbers else "")
+    return margins + f'<g class="heat">{"".join(cells)}</g>' + (f"<g {style}>{''.join(numbers)}</g>" if numbers else "")
+
+
+def _marginals(figure: Heatmap, left: float, top: float, width: float, height: float) -> str:
+    """Return bars of the columns' means above the cells and of the rows' means to their right, each side to its scale."""
+    across, down = width / (1 + _MARGIN), height / (1 + _MARGIN)
+    above, right = height - down, width - across
+    sides = []
+    for names, lines in (
+        (figure.column_labels, list(zip(*figure.values, strict=True))),
+        (figure.row_labels, figure.values),
+    ):
+        kept = [[value for value in map(finite, line) if value is not None] for line in lines]
+        means = [sum(line) / len(line) if line else 0.0 for line in kept]
+        sides.append((names, means, max(map(abs, means), default=0.0) or 1.0))
+    bars = []
+    (names, means, largest), step = sides[0], across / len(figure.column_labels)
+    for order, (name, mean) in enumerate(zip(names, means, strict=True)):
+        size = 0.9 * above * abs(mean) / largest
+        place = f'x="{left + order * step:.2f}" y="{top + above - size:.2f}" width="{step:.2f}" height="{size:.2f}"'
+        bars.append(f"<rect {place}>{tip(f'{figure.column_axis} {name}: mean {cell_text(figure, mean)}')}</rect>")
+    (names, means, largest), step = sides[1], down / len(figure.row_labels)
+    for order, (name, mean) in enumerate(zip(names, means, strict=True)):
+        size = 0.9 * right * abs(mean) / largest
+        place = f'x="{left + across:.2f}" y="{top + above + order * step:.2f}" width="{size:.2f}" height="{step:.2f}"'
+        bars.append(f"<rect {place}>{tip(f'{figure.row_axis} {name}: mean {cell_text(figure, mean)}')}</rect>")
+    return f'<g fill="var(--muted)">{"".join(bars)}</g>'
 
 
 def _are_numbered(figure: Heatmap, wide: float, tall: float) -> bool:
     """Return True if the numbers fit into their cells (points) and are few enough to be read."""
-    shown = [value for values in figure.values for value in map(finite, values) if value is not None]
+    shown = finite_values(figure)
     if not shown or len(figure.row_labels) * len(figure.column_labels) > _MOST_NUMBERS or tall < 1.3 * _NUMBER_SIZE:
         return False
     longest = max(len(cell_text(figure, value)) for value in shown)

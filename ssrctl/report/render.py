@@ -1,26 +1,25 @@
-"""Showing a ``Document``: as tables on a terminal, or as one self-contained html page."""
+"""A ``Document`` as one self-contained html page."""
 
 from __future__ import annotations
 
 import importlib.util
 import re
-import sys
 from typing import TYPE_CHECKING, Any
 
 from ssrctl.io.visible import visible
 from ssrctl.report.document import Document, Figure, Section, Table
-from ssrctl.report.formats import text_safe, times
+from ssrctl.report.formats import text_safe
 from ssrctl.report.tables import FOLDER, table_names, unique_slugs
 
 if TYPE_CHECKING:
     from markupsafe import Markup
-    from rich.console import Console
 
 _TEMPLATE = "report.html"
-PLAIN_WIDTH = 120
 REPORT_LIBRARIES = ("jinja2", "matplotlib")
 # Rows of a table on the page; more make it slow, and the csv and json files have all.
 MOST_PAGE_ROWS = 500
+# Longer tables are folded.
+_MOST_OPEN_ROWS = 12
 # Pages with at most this many sections get no table of contents.
 _FEW_SECTIONS = 4
 # Characters: cells of words up to the first are never broken, and beyond the second they take a wider column.
@@ -41,12 +40,14 @@ def _installed(name: str) -> bool:
         return False
 
 
-def html_page(document: Document, version: str, *, table_files: bool = False) -> str:
+def html_page(document: Document, version: str, *, name: str | None = None, refresh_seconds: int | None = None) -> str:
     """Return the page: styles, figures (inline SVG) and text in one file; everything from files is escaped.
 
     Args:
         version: of ssrctl, for the footer.
-        table_files: True = link to the files of ``tables.write_tables``, which lie next to the page.
+        name: of the json file and the tables' folder (``tables.write_tables``) that lie next to the page, which links
+            to them; None = there are none.
+        refresh_seconds: the open page loads itself again; None is never.
 
     Raises:
         ImportError: jinja2 or matplotlib is not installed.
@@ -61,16 +62,22 @@ def html_page(document: Document, version: str, *, table_files: bool = False) ->
         lstrip_blocks=True,
     )
     environment.filters["breakable"] = _breakable
-    files = {id(table): name for name, _, table in table_names(document)} if table_files else {}
+    files = {id(table): stem for stem, _, table in table_names(document)} if name else {}
     anchors = unique_slugs([section.title for section in document.sections], taken=["contents"])
     sections = [
         _section_view(section, anchor, files) for section, anchor in zip(document.sections, anchors, strict=True)
     ]
+    lead = next(
+        (view["figures"].pop(0) for view in sections if view["figures"] and not view["section"].collapsed), None
+    )
     page = environment.get_template(_TEMPLATE).render(
         document=document,
+        lead=lead,
         sections=sections,
         contents=len(sections) > _FEW_SECTIONS,
-        tables_folder=FOLDER if table_files else None,
+        name=name,
+        tables_folder=f"{name}-{FOLDER}" if name else None,
+        refresh_seconds=refresh_seconds,
         version=version,
     )
     return visible(text_safe(page))
@@ -111,6 +118,7 @@ def _table_view(table: Table, file: str | None) -> dict[str, Any]:
         "file": file,
         "classes": _column_classes(table, rows),
         "rows": rows,
+        "folded": len(table.rows) > _MOST_OPEN_ROWS,
         "more": max(0, len(table.rows) - MOST_PAGE_ROWS),
     }
 
@@ -129,52 +137,3 @@ def _breakable(text: str) -> Markup:
     from markupsafe import Markup, escape
 
     return Markup("<wbr>").join(escape(part) for part in _BREAKS.split(text_safe(text)))
-
-
-def show_document(document: Document, where: str) -> None:
-    """Print the document on stdout; without a terminal, at a fixed width in which few cells are folded."""
-    from ssrctl.io.terminal import SafeConsole
-
-    print_document(document, SafeConsole(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False), where)
-
-
-def print_document(document: Document, console: Console, where: str) -> None:
-    """Print facts, headlines, unusual values, notes and short tables; nothing in them is taken as markup.
-
-    Args:
-        where: the file that holds the longer tables; named at the end.
-    """
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    console.print(Text(document.title, style="bold"))
-    for name, value in document.facts:
-        console.print(Text.assemble((f"{name}: ", "dim"), value))
-    console.print()
-    for headline in document.headlines:
-        console.print(Text(f"• {headline}"))
-    for sentence in document.unusual:
-        console.print(Text(f"unusual: {sentence}", style="bold"))
-    for note in document.notes:
-        console.print(Text(f"note: {note}", style="yellow"))
-    left_out = []
-    for section in document.sections:
-        for table in section.tables:
-            if not table.rows:
-                continue
-            if table.terminal_rows == 0:
-                left_out.append(f"{table.title} ({times(len(table.rows), 'row')})")
-                continue
-            shown = Table(title=Text(table.title), title_justify="left", box=box.SIMPLE_HEAD, title_style="bold")
-            for column, words in zip(table.headings, table.words, strict=True):
-                shown.add_column(Text(column), justify="left" if words else "right", overflow="fold")
-            for row in table.formatted(table.terminal_rows):
-                shown.add_row(*(Text(visible(cell)) for cell in row))  # before widths are measured
-            console.print()
-            console.print(shown)
-            if (more := len(table.rows) - table.terminal_rows) > 0:
-                console.print(Text(f"  … and {times(more, 'more row')} in {where}", style="dim"))
-    if left_out:
-        console.print()
-        console.print(Text(f"In {where}: {'; '.join(left_out)}.", style="dim"))

@@ -96,8 +96,8 @@ def json_text(section: Section, table: Table) -> str:
     return json.dumps(json_safe(held), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def write_tables(document: Document, output: Path) -> list[Path]:
-    """Write ``output/tables/NAME.csv`` and ``NAME.json`` for every table with rows, and an index of them.
+def write_tables(document: Document, folder: Path) -> list[Path]:
+    """Write ``folder/NAME.csv`` and ``NAME.json`` for every table with rows, and an index of them.
 
     Each file is written whole or not at all, the index last. Tables that only an earlier index names are removed, so
     that no old numbers are read; other files are left as they are.
@@ -108,7 +108,6 @@ def write_tables(document: Document, output: Path) -> list[Path]:
     Raises:
         UserError: the folder cannot be made or written to.
     """
-    folder = output / FOLDER
     earlier = _earlier_names(folder / INDEX)
     written, index = [], []
     for name, section, table in table_names(document):

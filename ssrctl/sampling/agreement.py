@@ -15,7 +15,7 @@ from ssrctl.models.loading import LoadedModel
 from ssrctl.sampling.groups import Prompted
 
 # Settings of a process that do not bear on what it computes.
-FREE = ("output_dir", "num_processes", "accelerate_config", "json")
+FREE = ("output_dir", "output", "num_processes", "accelerate_config", "json")
 
 
 def agree(

@@ -57,6 +57,20 @@ class Group:
         return [[score.reward for score in rollout.scores or ()] for rollout in self.rollouts]
 
 
+def join_groups(parts: Sequence[tuple[Sequence[int], Group]]) -> Group:
+    """Join the parts of a group, each given with the numbers of its responses, in the order of these."""
+    order = sorted(
+        (number, place, part) for part, (numbers, _) in enumerate(parts) for place, number in enumerate(numbers)
+    )
+    rows = [(parts[part][1], place) for _, place, part in order]
+    return Group(
+        parts[0][1].prompted,
+        [group.samples[place] for group, place in rows],
+        [group.rollouts[place] for group, place in rows],
+        [group.token_steps[place] for group, place in rows],
+    )
+
+
 def prepare_prompts(
     loaded: LoadedModel, problems: Iterable[Problem], prompt_format: PromptFormat, max_new_tokens: int
 ) -> tuple[list[Prompted], int]:
@@ -113,6 +127,7 @@ def sample_groups(
     seed: int,
     segmentation: SegmentOptions | None = None,
     engine: Engine | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> list[Group]:
     """Sample ``num_generations`` responses per prompt and segment them.
 
@@ -124,25 +139,28 @@ def sample_groups(
         seed: seed of the sampling; each response derives its own from it, the question's id and its number.
         segmentation: settings of the segmentation into steps; None is the default.
         engine: samples the responses; None is transformers in this process.
+        numbers: ascending numbers of the responses to sample, in place of all G.
 
     Raises:
         UserError: the engine returned fewer responses than asked for.
     """
+    numbers = range(num_generations) if numbers is None else numbers
     seen: Counter[str] = Counter()  # a question that is there twice gets other responses the second time
     requests = []
     for prompt in prompts:
         again, seen[prompt.problem.id] = seen[prompt.problem.id], seen[prompt.problem.id] + 1
         requests += [
             response_request(loaded, prompt, sampling, derive_seed(seed, "response", prompt.problem.id, number, again))
-            for number in range(num_generations)
+            for number in numbers
         ]
     samples = sample_all(engine or TransformersEngine(loaded, sampling), requests)
     cuts = (segmentation or SegmentOptions()).segment_arguments
     groups = []
     for place, prompt in enumerate(prompts):
-        mine = samples[place * num_generations : (place + 1) * num_generations]
+        mine = samples[place * len(numbers) : (place + 1) * len(numbers)]
         rollouts = [
-            record_of(prompt, number, sample, steps=segment(sample.text, **cuts)) for number, sample in enumerate(mine)
+            record_of(prompt, number, sample, steps=segment(sample.text, **cuts))
+            for number, sample in zip(numbers, mine, strict=True)
         ]
         groups.append(
             Group(prompt, mine, rollouts, [_token_steps(loaded, r, s) for r, s in zip(rollouts, mine, strict=True)])
@@ -167,6 +185,7 @@ def record_of(
     """Return the record of one response to a prompt; ``number`` counts the responses to it, from 0."""
     problem = prompt.problem
     extra = copy.deepcopy(problem.extra) | {"num_tokens": len(sample.response_ids), "finished": sample.finished}
+    extra |= {"ended_by_stop": True} if sample.stopped else {}
     return Rollout(
         id=f"{problem.id}/{number}",
         question=problem.question,

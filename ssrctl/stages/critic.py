@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ssrctl.configs import CriticConfig, PromptOptions
 from ssrctl.configs.building import default_of
@@ -25,12 +26,18 @@ from ssrctl.io import console
 from ssrctl.io.formats.ours import OURS
 from ssrctl.io.formats.registry import Writer, read_formatted
 from ssrctl.io.jsonl import STDIO, write_jsonl
-from ssrctl.io.labelled import read_labelled
+from ssrctl.io.labelled import Labelled, read_labelled
 from ssrctl.io.locks import locked_file
 from ssrctl.io.records import Rollout, StepScore, read_rollouts
 from ssrctl.io.resumable import ResumableOutput
+from ssrctl.process_rank import rank
 from ssrctl.text.answers import Extraction, check_answer
 from ssrctl.text.prompts import load_prompt_format, use_chat_template
+
+if TYPE_CHECKING:
+    from ssrctl.distributed.world import World
+    from ssrctl.models.loading import LoadedModel
+    from ssrctl.sampling.engines.base import Engine
 
 IDENTITY_FIELD = "critic"
 MADE_FIELDS = ("scores", "final", "advantages")
@@ -44,26 +51,42 @@ def run(config: CriticConfig) -> dict[str, Any]:
         Stopped: the budget is reached; the scores so far are kept and the same command continues from there.
         KeyboardInterrupt: Ctrl-C; likewise.
     """
-    if config.calibrate is not None:
-        locked = (
-            contextlib.nullcontext() if config.dry_run or config.output == STDIO else locked_file(Path(config.output))
-        )
-        with locked:
-            return _calibrate(config)
-    assert config.input is not None
-    if config.json and config.output == STDIO and not config.dry_run:
+    if config.calibrate is None and config.json and config.output == STDIO and not config.dry_run:
         raise UserError("--json and the records cannot both go to stdout", "give -o FILE")
     if config.dry_run:
-        return _plan(config)
-    if config.output == STDIO:
-        return _score(config)
-    with locked_file(Path(config.output)):
-        return _score(config)
+        return _plan(config) if config.calibrate is None else _plan_calibration(config)
+    if config.critic != "rollout":
+        return _run(config) if rank() == 0 else {}  # the other processes of a job have nothing to do
+    from ssrctl.distributed.world import joined_world
+
+    with joined_world(config.device) as world:
+        return _run(config, world)
 
 
-def _score(config: CriticConfig) -> dict[str, Any]:
+def _run(config: CriticConfig, world: World | None = None) -> dict[str, Any]:
+    do = _score if config.calibrate is None else functools.partial(_calibrate, _labelled(config))
+    is_main = world is None or world.is_main
+    locked = locked_file(Path(config.output)) if is_main and config.output != STDIO else contextlib.nullcontext()
+    with locked, contextlib.closing(_make(config)) as critic:
+        if world is None or world.size == 1:
+            return do(config, critic)
+        from ssrctl.critics.rollout import EstimateJob, Estimates, RolloutCritic
+        from ssrctl.distributed.dividing import Spread, divide
+        from ssrctl.sampling.agreement import agree
+
+        assert isinstance(critic, RolloutCritic)
+        agree(world, config, critic.loaded, (), {})
+
+        def lead(spread: Spread[EstimateJob, Estimates]) -> dict[str, Any]:
+            critic.spread = spread
+            return do(config, critic)
+
+        return divide(world, critic.estimate, lead) or {}
+
+
+def _score(config: CriticConfig, critic: Critic) -> dict[str, Any]:
     torn: list[str] = []
-    with contextlib.closing(_make(config)) as critic, _progress(config, critic) as advance:
+    with _progress(config, critic) as advance:
         rows = _ScoredRows(ScoreSummary(), advance, config.answer_extraction)
         writer = Writer(config.output_format, config.wrong_below)
         if critic.identity is None or config.output == STDIO:
@@ -119,6 +142,11 @@ def _make(config: CriticConfig) -> Critic:
         use_chat_template(loaded.tokenizer, prompt_format)
         return loaded
 
+    def engine(loaded: LoadedModel) -> Engine | None:
+        from ssrctl.sampling.engines.vllm_engine import connected_engine
+
+        return connected_engine(config, loaded)
+
     prompt_format = load_prompt_format(config)
     resources = CriticResources(
         policy=policy,
@@ -127,6 +155,7 @@ def _make(config: CriticConfig) -> Critic:
         seed=config.seed,
         device=config.device,
         ledger=_ledger_path(config),
+        engine=engine,
     )
     return make_critic(config, resources)
 
@@ -313,26 +342,32 @@ def _judgements(config: CriticConfig, identity: str | None) -> Judgements | None
     )
 
 
-def _calibrate(config: CriticConfig) -> dict[str, Any]:
-    """Measure how well the critic finds the first error, and its cost (``--calibrate``)."""
+def _labelled(config: CriticConfig) -> list[Labelled]:
     assert config.calibrate is not None
-    labelled = list(itertools.islice(read_labelled(config.calibrate, config.format), config.limit))
-    if config.dry_run:
-        estimate = Estimate(config) if config.critic == "llm" else None
-        plan: dict[str, Any] = {"critic": config.critic, "traces": len(labelled), "repeats": config.repeats}
-        if estimate is not None:
-            kept = _judgements(config, estimate.requests.identity)
-            for estimate.requests.repeat in range(config.repeats):
-                estimate.add_all(
-                    given.rollout
-                    for given in labelled
-                    if kept is None or kept.earlier(given, estimate.requests.repeat) is None
-                )
-            plan |= {"judged_before": 0 if kept is None else kept.num_done} | estimate.plan()
-        console.show_plan("plan", plan)
-        return plan
+    return list(itertools.islice(read_labelled(config.calibrate, config.format), config.limit))
+
+
+def _plan_calibration(config: CriticConfig) -> dict[str, Any]:
+    """Print and return the plan of `--dry-run` with ``--calibrate``."""
+    labelled = _labelled(config)
+    estimate = Estimate(config) if config.critic == "llm" else None
+    plan: dict[str, Any] = {"critic": config.critic, "traces": len(labelled), "repeats": config.repeats}
+    if estimate is not None:
+        kept = _judgements(config, estimate.requests.identity)
+        for estimate.requests.repeat in range(config.repeats):
+            estimate.add_all(
+                given.rollout
+                for given in labelled
+                if kept is None or kept.earlier(given, estimate.requests.repeat) is None
+            )
+        plan |= {"judged_before": 0 if kept is None else kept.num_done} | estimate.plan()
+    console.show_plan("plan", plan)
+    return plan
+
+
+def _calibrate(labelled: Sequence[Labelled], config: CriticConfig, critic: Critic) -> dict[str, Any]:
+    """Measure how well the critic finds the first error, and its cost (``--calibrate``)."""
     with contextlib.ExitStack() as stack:
-        critic = stack.enter_context(contextlib.closing(_make(config)))
         kept = _judgements(config, critic.identity)
         if kept is not None:
             stack.enter_context(kept)

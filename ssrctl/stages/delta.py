@@ -21,7 +21,7 @@ from ssrctl.io import console, manifest
 from ssrctl.measures.maths.grouping import by_layer
 from ssrctl.report.document import Column, Document, Section, Table
 from ssrctl.report.formats import count, percent, times
-from ssrctl.report.render import show_document
+from ssrctl.report.terminal import show_document
 from ssrctl.version import __version__
 
 if TYPE_CHECKING:
@@ -79,7 +79,12 @@ def run_diff(config: DeltaDiffConfig) -> dict[str, Any]:
             return console.show_file_plan([*base.files, *tuned.files], config.output, {"tensors": len(names)})
         notes += _dtype_notes({name: (base.dtypes[name], tuned.dtypes[name]) for name in names})
         made = write_difference(
-            config.output, base, tuned, console.tracked(names, "comparing"), settings=_settings(config)
+            config.output,
+            base,
+            tuned,
+            console.tracked(names, "comparing"),
+            settings=_settings(config),
+            small=config.format == "small",
         )
     rows = [TensorRow(one.name, one.shape, one.dtype, one.changed) for one in made.tensors]
     report: dict[str, Any] = {
@@ -121,14 +126,18 @@ def run_apply(config: DeltaApplyConfig) -> dict[str, Any]:
     if delta_meant_by(config.base) is not None:
         raise UserError(f"BASE {config.base} is a delta, not whole weights", "give the model that it was made from")
     delta = DeltaFile(_delta_file(config.delta))
+    if delta.small and config.ignore_fingerprint:
+        raise UserError(
+            f"{delta.path} holds steps from the values of {delta.base.name}, which other weights do not have",
+            "apply it to its base, and take the difference from the other one: `ssrctl delta diff --format plain`",
+        )
     check_free(config.output)
     with _one_thread(), TensorReader(local_copy(config.base)) as base:
         check_shapes(delta.path, delta.base, delta.shapes, base)
         load_dtype = None
         if not (config.ignore_fingerprint or config.dry_run):
-            load_dtype = check_weights(
-                delta.path, delta.base, delta.shapes, base, or_else=", or give --ignore-fingerprint"
-            )
+            or_else = "" if delta.small else ", or give --ignore-fingerprint"
+            load_dtype = check_weights(delta.path, delta.base, delta.shapes, base, or_else)
         made = AppliedCheckpoint(base, delta, load_dtype)
         if config.dry_run:
             return console.show_file_plan([delta.path, *base.files], config.output, {"write_bytes": made.nbytes})
@@ -216,8 +225,7 @@ def run_info(config: DeltaInfoConfig) -> dict[str, Any]:
     delta = DeltaFile(_delta_file(config.delta))
     with _one_thread():
         for name in console.tracked(list(delta.counts), "checking"):
-            for _ in delta.blocks(name):  # reading is what checks them
-                pass
+            delta.check(name)
     listed = {delta.dtype(name) for name in delta.counts}
     common = listed.pop() if len(listed) == 1 else None
     dtypes = dict.fromkeys(delta.shapes, common) | {name: delta.dtype(name) for name in delta.counts}
@@ -319,8 +327,7 @@ def _largest(rows: Sequence[TensorRow]) -> Table:
     return Table(
         title="Tensors with the most changes",
         columns=["tensor", Column("changed", count), Column("share", percent)],
-        rows=[[row.name, row.changed, row.changed / row.numel] for row in changed],
-        terminal_rows=TOP_TENSORS,
+        rows=[[row.name, row.changed, row.changed / row.numel] for row in changed[:TOP_TENSORS]],
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import json
@@ -11,12 +10,14 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ssrctl.checkpoints.delta import apply_delta, load_delta
+from ssrctl.checkpoints.delta import DeltaFile, apply_delta
 from ssrctl.checkpoints.run_dir import RunDir, find_delta
 from ssrctl.configs import TINY, TINY_DATASET, EvalConfig, current_names
 from ssrctl.core.seeds import derive_seed
-from ssrctl.errors import Interrupted, UserError
+from ssrctl.errors import Interrupted, Stopped, UserError
 from ssrctl.evaluation.accuracy import GROUP_COLUMNS, compare, compare_all, summarise, with_reference
+from ssrctl.evaluation.eval_page import SAMPLES, SUMMARY, eval_document, read_evaluation
+from ssrctl.evaluation.run_page import PAGE
 from ssrctl.io import console, manifest
 from ssrctl.io.files import existing_file, write_text
 from ssrctl.io.formats.registry import read_formatted
@@ -27,6 +28,7 @@ from ssrctl.io.records import Rollout, read_rollouts
 from ssrctl.io.row_fields import Reference
 from ssrctl.process_rank import num_launched
 from ssrctl.report.formats import times
+from ssrctl.report.write import write_last_page
 from ssrctl.text.answers import check_answers
 
 if TYPE_CHECKING:  # grading given responses loads no torch
@@ -34,9 +36,10 @@ if TYPE_CHECKING:  # grading given responses loads no torch
 
     from ssrctl.distributed.world import World
     from ssrctl.models.loading import LoadedModel
+    from ssrctl.sampling.engines.base import Engine
     from ssrctl.sampling.groups import Prompted
 
-SAMPLES, SUMMARY, SETTINGS = "samples.jsonl", "summary.json", "settings.json"
+SETTINGS = "settings.json"
 _COUNTED = ("num_tokens", "finished", *GROUP_COLUMNS)  # what the summary reads of a record besides its verdict
 MOST_BATCHES = 8  # in a chunk, the part that one process draws at a time; a small evaluation has as many chunks
 GRADING_BATCH = 256  # responses read, compared in parallel and written at once
@@ -44,13 +47,13 @@ GRADING_BATCH = 256  # responses read, compared in parallel and written at once
 DECISIVE = (
     "dataset", "dataset_config", "dataset_split", "question_column", "answer_column", "prompt_template", "limit",
     "temperature", "top_p", "top_k", "max_new_tokens", "sampling_batch_size", "num_samples", "seed", "dtype", "answer_extraction",
-    "attn_implementation",
+    "attn_implementation", "rollout_engine",
     "system_prompt", "chat_template", "chat_template_kwargs", "stop",
 )  # fmt: skip
 # Settings that evaluations of earlier versions do not name, with the value that they had.
 _ADDED: dict[str, Any] = {
     "answer_extraction": "lenient", "system_prompt": None, "chat_template": None, "chat_template_kwargs": None, "stop": [],
-    "attn_implementation": "auto",
+    "attn_implementation": "auto", "rollout_engine": "transformers",
 }  # fmt: skip
 
 
@@ -59,6 +62,7 @@ def run(config: EvalConfig) -> dict[str, Any]:
 
     Raises:
         UserError: unusable settings or inputs, or a folder that holds another evaluation.
+        Stopped: the server of ``--rollout-engine vllm-server`` is gone; likewise.
         Interrupted: Ctrl-C or SIGTERM; the samples drawn so far are kept and the next run continues from them.
     """
     if num_launched() > 1 and (config.compare or config.responses is not None):
@@ -101,6 +105,9 @@ def _run(config: EvalConfig, found: _Found, baseline: list[Rollout] | None, *, i
     write_text(config.output_dir / SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     if not config.json:
         _show(summary, config)
+    if config.report:
+        folder = config.output_dir
+        write_last_page(lambda: eval_document([read_evaluation(folder, folder.resolve().name)]), folder / PAGE)
     return summary
 
 
@@ -254,6 +261,11 @@ def _sample(config: EvalConfig, world: World) -> _Found:
             f"the samples drawn so far are kept in {config.output_dir / SAMPLES}",
             "run the same command again: it continues from there",
         ) from interrupt
+    except Stopped as stop:
+        raise Stopped(
+            f"{stop.message}; the samples drawn so far are kept in {config.output_dir / SAMPLES}",
+            "run the same command again: it continues from there",
+        ) from stop
     if not world.is_main:
         return _Found({})
     wanted = {f"{p.problem.id}/{i}" for p in prompts for i in range(config.num_samples * config.runs)}
@@ -267,42 +279,37 @@ def _draw(config: EvalConfig, loaded: LoadedModel, prompts: Sequence[Prompted], 
     Each sample has its own seed, so a continuation draws the same. What goes through the model together is a chunk's,
     whatever the number of processes.
     """
+    from ssrctl.distributed.dividing import Spread, divide
+    from ssrctl.sampling.engines.vllm_engine import connected_engine
+
+    engine = connected_engine(config, loaded)
     per_run = config.num_samples
     jobs = [(p, run * per_run + number) for run in range(config.runs) for p in prompts for number in range(per_run)]
+    size = config.sampling_batch_size
+    width = max(size, min(MOST_BATCHES * size, len(jobs) // MOST_BATCHES))
     path = config.output_dir / SAMPLES
-    with contextlib.ExitStack() as stack:
-        log = stack.enter_context(JsonlLog(path)) if world.is_main else None
-        done = world.on_main(lambda: {s.id for s in _read_samples(path.parent)} if path.stat().st_size else set())
-        if done:
-            console.note(f"{len(done)} of {len(jobs)} samples are already in {path}")
-        bar = stack.enter_context(console.progress(unit="samples"))
-        task = bar.add_task("eval", total=len(jobs), completed=len(done), status="")
 
-        def write(rows: Sequence[dict[str, Any]]) -> None:
-            assert log is not None
-            for row in rows:
-                log.append(row)
-            bar.update(task, advance=len(rows))
+    def draw(spread: Spread[list[int], list[dict[str, Any]]]) -> None:
+        with JsonlLog(path) as log, console.progress(unit="samples") as bar:
+            done = {s.id for s in _read_samples(path.parent)} if path.stat().st_size else set()
+            if done:
+                console.note(f"{len(done)} of {len(jobs)} samples are already in {path}")
+            task = bar.add_task("eval", total=len(jobs), completed=len(done), status="")
+            missing = [f"{p.problem.id}/{number}" not in done for p, number in jobs]
+            chunks = (
+                [place for place in range(start, min(start + width, len(jobs))) if missing[place]]
+                for start in range(0, len(jobs), width)
+            )
+            for rows in spread(filter(None, chunks)):
+                for row in rows:
+                    log.append(row)
+                bar.update(task, advance=len(rows))
 
-        size = config.sampling_batch_size
-        width = max(size, min(MOST_BATCHES * size, len(jobs) // MOST_BATCHES))
-        chunks = [jobs[start : start + width] for start in range(0, len(jobs), width)]
-        missing = [[(p, number) for p, number in chunk if f"{p.problem.id}/{number}" not in done] for chunk in chunks]
-        chunks = [chunk for chunk in missing if chunk]
-        for first in range(0, len(chunks), world.size):
-            mine = chunks[first : first + world.size][world.rank :][:1]
-            rows = itertools.chain(*(_chunk(config, loaded, chunk) for chunk in mine))
-            if world.size == 1:
-                for batch in rows:
-                    write(batch)
-            else:
-                for found in world.gather_on_main(list(rows)):
-                    for batch in found:
-                        write(batch)
+    divide(world, lambda chunk: _chunk(config, loaded, engine, [jobs[place] for place in chunk]), draw)
 
 
 def _chunk(
-    config: EvalConfig, loaded: LoadedModel, chunk: Sequence[tuple[Prompted, int]]
+    config: EvalConfig, loaded: LoadedModel, engine: Engine | None, chunk: Sequence[tuple[Prompted, int]]
 ) -> Iterator[list[dict[str, Any]]]:
     """Yield the graded records of a chunk of samples, a batch at a time, in the order in which they are complete."""
     from ssrctl.sampling.engines.transformers_engine import TransformersEngine
@@ -312,7 +319,7 @@ def _chunk(
         response_request(loaded, p, config, derive_seed(config.seed, "eval", p.problem.id, number))
         for p, number in chunk
     ]
-    drawn = TransformersEngine(loaded, config).sample(requests)
+    drawn = (engine or TransformersEngine(loaded, config)).sample(requests)
     while batch := list(itertools.islice(drawn, config.sampling_batch_size)):
         pairs = [(sample.text, chunk[place][0].problem.answer) for place, sample in batch]
         finals = check_answers(pairs, extraction=config.answer_extraction)
@@ -354,9 +361,8 @@ def _with_checkpoint(config: EvalConfig) -> EvalConfig:
 def _apply_checkpoint(config: EvalConfig, loaded: LoadedModel) -> int:
     if config.checkpoint is None:
         return 0
-    path = find_delta(config.checkpoint)
-    delta = load_delta(path)
-    apply_delta(delta, dict(loaded.model.named_parameters()), loaded.identity.fingerprint, path)
+    delta = DeltaFile(find_delta(config.checkpoint))
+    apply_delta(delta, dict(loaded.model.named_parameters()), loaded.identity.fingerprint)
     return delta.count
 
 

@@ -291,7 +291,7 @@ def run_compare(config: MaskCompareConfig) -> dict[str, Any]:
         UserError: masks of different models.
     """
     from ssrctl.masks.comparison import compare_masks, comparison_document
-    from ssrctl.report.render import show_document
+    from ssrctl.report.terminal import show_document
 
     headers = [read_mask_header(path) for path in config.masks]
     for one in headers[1:]:
@@ -370,7 +370,8 @@ def _deliver(
 
     when_empty = "choose other masks" if what else "name checkpoints that differ, or another --changed-by"
     _check_proper(what or f"the {kind} mask", mask.count(), mask.numel, when_empty)
-    save_mask(config.output, mask, mask_kind=kind, model=model, settings=settings)
+    small = config.format == "small"
+    save_mask(config.output, mask, mask_kind=kind, model=model, settings=settings, small=small)
     report = _report(config.output, kind, mask, model, settings, notes)
     if not config.json:
         _show(report)
@@ -401,6 +402,6 @@ def _report(
 
 def _show(report: Mapping[str, Any]) -> None:
     from ssrctl.masks.table import mask_document
-    from ssrctl.report.render import show_document
+    from ssrctl.report.terminal import show_document
 
     show_document(mask_document(report), "the output of --json")

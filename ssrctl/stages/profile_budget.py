@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from ssrctl.core.mask import BlockMask
 from ssrctl.core.seeds import derive_seed
 from ssrctl.critics.registry import make_critic
 from ssrctl.critics.scoring import score_groups
+from ssrctl.distributed.dividing import Spread, divide
+from ssrctl.distributed.world import World, joined_world
 from ssrctl.errors import UserError
 from ssrctl.io.artifacts import load_mask_for
 from ssrctl.io.budget_file import MIN_PROBLEMS, BudgetProfile, save_budget_profile
@@ -30,7 +33,8 @@ from ssrctl.io.records import Rollout, read_rollouts
 from ssrctl.masks.budget_profile import StepMass, mean_curves, problem_masses, traces_batch
 from ssrctl.models.loading import LoadedModel, describe_model, load_model
 from ssrctl.models.precision import settle_dtype
-from ssrctl.sampling.groups import Group, describe_prompt, prepare_prompts, sample_groups
+from ssrctl.sampling.agreement import agree
+from ssrctl.sampling.groups import Prompted, describe_prompt, prepare_prompts, sample_groups
 from ssrctl.text.prompts import build_prompt, load_prompt_format, use_chat_template
 from ssrctl.training.step_gradients.batch import group_batch
 from ssrctl.training.unit_gradients import GroupBatch
@@ -44,11 +48,12 @@ Rewards = list[list[float | None]]
 
 @dataclass(frozen=True)
 class _Source:
-    """A source of groups of scored responses: at most ``num_groups``, made one at a time."""
+    """A source of ``num_groups`` groups of scored responses, each made by its number; sampled ones have ``prompts``."""
 
     num_groups: int
-    groups: Iterator[tuple[GroupBatch, Rewards]]
+    make: Callable[[int], tuple[GroupBatch, Rewards]]
     plan: dict[str, Any]
+    prompts: Sequence[Prompted] = ()
 
 
 def run(config: ProfileBudgetConfig) -> dict[str, Any]:
@@ -61,7 +66,11 @@ def run(config: ProfileBudgetConfig) -> dict[str, Any]:
         KeyboardInterrupt: after Ctrl-C, with a profile of the problems done so far written.
     """
     note(describe_model(config))
-    config = settle_dtype(config)
+    with joined_world(config.device) as world:
+        return _run(settle_dtype(config), world)
+
+
+def _run(config: ProfileBudgetConfig, world: World) -> dict[str, Any]:
     if config.output.is_dir():
         raise UserError(f"cannot write {config.output}: it is a folder", "name a file")
     traces = None if config.traces is None else _read_traces(config)
@@ -84,13 +93,19 @@ def run(config: ProfileBudgetConfig) -> dict[str, Any]:
     if config.dry_run:
         show_plan("profile-budget", plan)
         return plan
+    files = {f"contents of {key}": file_hash(path) for key in ("traces", "protect") if (path := getattr(config, key))}
+    agree(world, config, loaded, source.prompts, files)
     bits = {name: packed.to(loaded.device) for name, packed in bits_from_mask(mask).items()}
-    measured, interrupted = _measure(config, loaded, source, claim, bits)
-    result = _write(config, loaded, measured, mask.numel - mask.count())
-    if interrupted:
-        warn(f"interrupted: the profile is of {len(measured)} of {source.num_groups} problems")
-        raise KeyboardInterrupt
-    return result
+
+    def lead(spread: Spread[int, list[StepMass]]) -> dict[str, Any]:
+        measured, interrupted = _measure(spread, source.num_groups)
+        result = _write(config, loaded, measured, mask.numel - mask.count())
+        if interrupted:
+            warn(f"interrupted: the profile is of {len(measured)} of {source.num_groups} problems")
+            raise KeyboardInterrupt
+        return result
+
+    return divide(world, functools.partial(_masses, config, loaded, source, claim, bits), lead) or {}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -123,17 +138,17 @@ def _from_traces(config: ProfileBudgetConfig, loaded: LoadedModel, traces: list[
     prompt_format = load_prompt_format(config)
     use_chat_template(loaded.tokenizer, prompt_format)
 
-    def groups() -> Iterator[tuple[GroupBatch, Rewards]]:
-        for rollouts in traces:
-            for rollout in rollouts:
-                if rollout.prompt is None:
-                    assert rollout.question is not None
-                    rollout.prompt = build_prompt(loaded.tokenizer, prompt_format, rollout.question)
-            rewards = [[score.reward for score in rollout.scores or ()] for rollout in rollouts]
-            yield traces_batch(loaded, rollouts, config.temperature), rewards
+    def make(number: int) -> tuple[GroupBatch, Rewards]:
+        rollouts = traces[number]
+        for rollout in rollouts:
+            if rollout.prompt is None:
+                assert rollout.question is not None
+                rollout.prompt = build_prompt(loaded.tokenizer, prompt_format, rollout.question)
+        rewards = [[score.reward for score in rollout.scores or ()] for rollout in rollouts]
+        return traces_batch(loaded, rollouts, config.temperature), rewards
 
     plan = {"problems": len(traces), "responses": f"{sum(map(len, traces))} from {Path(str(config.traces)).name}"}
-    return _Source(len(traces), groups(), plan)
+    return _Source(len(traces), make, plan)
 
 
 def _problems(config: ProfileBudgetConfig) -> list[Any]:
@@ -150,17 +165,16 @@ def _from_sampling(config: ProfileBudgetConfig, loaded: LoadedModel, problems: l
     note(f"first prompt: {first_prompt}")
     critic = make_critic(CriticOptions())
 
-    def groups() -> Iterator[tuple[GroupBatch, Rewards]]:
-        for prompt in prompts:
-            made: list[Group] = sample_groups(
-                loaded,
-                [prompt],
-                config,
-                num_generations=config.num_generations,
-                seed=derive_seed(config.seed, "profile-budget", prompt.problem.id),
-            )
-            score_groups(made, critic)
-            yield group_batch(loaded, made[0]), made[0].rewards()
+    def make(number: int) -> tuple[GroupBatch, Rewards]:
+        made = sample_groups(
+            loaded,
+            [prompts[number]],
+            config,
+            num_generations=config.num_generations,
+            seed=derive_seed(config.seed, "profile-budget", prompts[number].problem.id),
+        )
+        score_groups(made, critic)
+        return group_batch(loaded, made[0]), made[0].rewards()
 
     responses = len(prompts) * config.num_generations
     plan = {
@@ -169,35 +183,43 @@ def _from_sampling(config: ProfileBudgetConfig, loaded: LoadedModel, problems: l
         "critic": "rule (score responses with `ssrctl critic` and give --traces for another)",
         "first_prompt": first_prompt,
     }
-    return _Source(len(prompts), groups(), plan)
+    return _Source(len(prompts), make, plan, prompts)
 
 
 # --------------------------------------------------------------------------------------------------
 # measuring and writing
 
 
-def _measure(
-    config: ProfileBudgetConfig, loaded: LoadedModel, source: _Source, claim: int, protected: dict[str, Tensor]
-) -> tuple[list[list[StepMass]], bool]:
+def _masses(
+    config: ProfileBudgetConfig,
+    loaded: LoadedModel,
+    source: _Source,
+    claim: int,
+    protected: dict[str, Tensor],
+    number: int,
+) -> Iterator[list[StepMass]]:
+    """Yield the masses of one problem."""
+    batch, rewards = source.make(number)
+    yield problem_masses(
+        loaded.model,
+        batch,
+        two_level_advantages(rewards, config.advantage).values,
+        claim=claim,
+        protected=protected,
+        max_steps=config.max_steps,
+        temperature=config.temperature,
+    )
+
+
+def _measure(spread: Spread[int, list[StepMass]], num_groups: int) -> tuple[list[list[StepMass]], bool]:
     """Return each problem's masses, and whether Ctrl-C ended the measurement early."""
     measured: list[list[StepMass]] = []
     with progress(unit="problems") as bar, deferred_interrupt() as interrupted:
-        task = bar.add_task("profiling", total=source.num_groups, status="")
-        for batch, rewards in source.groups:
-            advantages = two_level_advantages(rewards, config.advantage).values
-            measured.append(
-                problem_masses(
-                    loaded.model,
-                    batch,
-                    advantages,
-                    claim=claim,
-                    protected=protected,
-                    max_steps=config.max_steps,
-                    temperature=config.temperature,
-                )
-            )
+        task = bar.add_task("profiling", total=num_groups, status="")
+        for masses in spread(range(num_groups)):
+            measured.append(masses)
             bar.advance(task)
-            if interrupted() and len(measured) < source.num_groups:
+            if interrupted() and len(measured) < num_groups:
                 return measured, True
     return measured, False
 

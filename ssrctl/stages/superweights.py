@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -11,6 +12,8 @@ from typing import Any
 from ssrctl.configs import TINY, SuperweightsConfig
 from ssrctl.core.mask import BlockMask
 from ssrctl.core.unions import combinations
+from ssrctl.distributed.dividing import Spread, divide
+from ssrctl.distributed.world import World, joined_world
 from ssrctl.errors import UserError
 from ssrctl.io.artifacts import save_mask
 from ssrctl.io.console import console, note, show_plan, warn
@@ -21,12 +24,15 @@ from ssrctl.io.prompt_sets import load_prompt_set
 from ssrctl.masks.superweight_search import (
     DEFAULT_FRACTION,
     FIRST_MINIMAL_FRACTION,
+    Job,
     SuperweightSearch,
+    do_job,
     find_superweights,
 )
 from ssrctl.masks.superweights import TokenisedPrompts, tokenise_prompts
 from ssrctl.models.loading import describe_model, load_model
 from ssrctl.models.precision import itemsize_of, settle_dtype
+from ssrctl.sampling.agreement import agree
 
 
 def run(config: SuperweightsConfig) -> dict[str, Any]:
@@ -39,7 +45,11 @@ def run(config: SuperweightsConfig) -> dict[str, Any]:
             weight or above the number of candidates; no activation spike with ``--method activation``.
     """
     note(describe_model(config))
-    config = settle_dtype(config)
+    with joined_world(config.device) as world:
+        return _run(settle_dtype(config), world)
+
+
+def _run(config: SuperweightsConfig, world: World) -> dict[str, Any]:
     if config.output.is_dir():
         raise UserError(f"cannot write {config.output}: it is a folder", "name a file")
     path = _prompts_path(config)
@@ -51,7 +61,14 @@ def run(config: SuperweightsConfig) -> dict[str, Any]:
     if config.dry_run:
         show_plan("superweights", plan)
         return plan
-    selected = find_superweights(search)
+    agree(world, config, search.loaded, (), {"contents of prompts": file_hash(path)})
+    search_and_write = functools.partial(_search_and_write, search, path)
+    return divide(world, functools.partial(do_job, search), search_and_write) or {}
+
+
+def _search_and_write(search: SuperweightSearch, path: Path, spread: Spread[Job, Any]) -> dict[str, Any]:
+    config = search.config
+    selected = find_superweights(search, spread)
     mask = BlockMask.from_indices(search.loaded.shapes(), selected)
     settings = published_settings(config) | {"prompts_file": path.name, "prompts_hash": file_hash(path)}
     settings |= {"versions": versions()}

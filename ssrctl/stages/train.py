@@ -21,10 +21,12 @@ from ssrctl.critics.base import Critic, CriticResources
 from ssrctl.critics.own_code import OwnCritic
 from ssrctl.critics.registry import CRITICS, find_critic, make_critic
 from ssrctl.critics.rewards import RewardFunction, Rewards, load_rewards, make_rewards
+from ssrctl.distributed.dealing import teams
 from ssrctl.distributed.sharding import ShardedModel
-from ssrctl.distributed.traffic import dense_bytes_sent, kept_bytes_sent, sharded_bytes_sent
+from ssrctl.distributed.traffic import dense_bytes_sent, kept_bytes_sent, scattered_bytes_sent, sharded_bytes_sent
 from ssrctl.distributed.world import World, joined_world
 from ssrctl.errors import UserError
+from ssrctl.evaluation.run_page import CRITIC_CALLS, PAGE, read_run, run_document
 from ssrctl.io import console
 from ssrctl.io.artifacts import ModelIdentity, load_mask_for
 from ssrctl.io.budget_file import MIN_PROBLEMS, load_budget_profile, shipped_budget_profile
@@ -40,24 +42,28 @@ from ssrctl.models.loading import (
     load_model,
     load_skeleton,
 )
-from ssrctl.models.precision import describe_precision, itemsize_of, repeat_sums, settle_dtype
+from ssrctl.models.precision import describe_precision, itemsize_of, repeat_sums, resolve_device, settle_dtype
 from ssrctl.models.stored_parameters import check_exportable
 from ssrctl.process_rank import local_rank
+from ssrctl.report.write import write_last_page
 from ssrctl.sampling.agreement import agree
+from ssrctl.sampling.engines.base import Engine
+from ssrctl.sampling.engines.vllm_engine import served_engine
 from ssrctl.sampling.groups import Prompted, describe_prompt, prepare_prompts
 from ssrctl.text.prompts import load_prompt_format
 from ssrctl.training.checkpointing import enable_checkpointing, outer_layers
-from ssrctl.training.lr_sweep import find_lr
+from ssrctl.training.lr_sweep import find_lr, sweep
 from ssrctl.training.memory_plan import memory_facts, settle_step_gradient
 from ssrctl.training.resuming import open_run, run_folder
+from ssrctl.training.time_plan import num_units, time_shares
 from ssrctl.training.tracking import check_tracker
 from ssrctl.training.trainer import Trainer, input_hashes, questions_of_step
 from ssrctl.training.training_step import TrainingStep
 from ssrctl.training.unit_gradients import trainable
 from ssrctl.training.unit_observer import UnitObserver
 from ssrctl.training.updaters import frozen_coordinates, make_updater, updater_kind
+from ssrctl.training.weight_pushes import WeightPushes
 
-CRITIC_CALLS = "critic_calls.jsonl"
 ASSUMED_PROMPT_TOKENS = 256  # in plans for a model without a tokenizer
 ACTIVATION_BYTES_PER_PARAMETER = 2.0  # a rough allowance for graphs and caches in the memory check
 
@@ -116,13 +122,20 @@ class _Judges:
     rewards: Rewards | None
     critic: Critic | None = None
 
-    def make_critic(self, config: TrainConfig, loaded: LoadedModel, ledger: Path | None = None) -> Critic:
+    def make_critic(
+        self, config: TrainConfig, loaded: LoadedModel, ledger: Path | None = None, engine: Engine | None = None
+    ) -> Critic:
         """Return the caller's critic, or make the one of ``--critic``."""
         if self.critic is not None:
             return self.critic
         seed = derive_seed(config.seed, "critic")
         resources = CriticResources(
-            policy=lambda: loaded, sampling=config, seed=seed, device=str(loaded.device), ledger=ledger
+            policy=lambda: loaded,
+            sampling=config,
+            seed=seed,
+            device=str(loaded.device),
+            ledger=ledger,
+            engine=lambda _: engine,
         )
         return make_critic(config, resources)
 
@@ -155,19 +168,38 @@ def _check_masks_exist(config: TrainConfig) -> None:
 def _check_processes(config: TrainConfig, world: World) -> None:
     """Raise a UserError for what several processes cannot divide."""
     processes = max(world.size, config.num_processes or 1)
-    if config.sharding != "none" and processes > (responses := config.num_generations):
-        console.warn(
-            f"{processes} processes for {responses} responses to a question: {processes - responses} hold a shard and have no "
-            f"response to learn from (--num-generations {processes} would give each one)"
-        )
-    if config.sharding == "none" and processes > config.questions_per_step:
+    questions, responses = config.questions_per_step, config.questions_per_step * config.num_generations
+    if config.rollout_engine != "transformers" and (processes > 1 or config.find_lr):
         raise UserError(
-            f"{processes} processes for {config.questions_per_step} questions in a step: some would have none",
-            f"use --questions-per-step {processes} or more, or fewer processes",
+            f"--rollout-engine {config.rollout_engine} samples for a run of one process, without --find-lr",
+            "use --rollout-engine transformers there",
         )
-    if world.size > 1 and config.find_lr:
+    if config.sharding != "none":
+        if processes > config.num_generations:
+            console.warn(
+                f"{processes} processes for {config.num_generations} responses to a question: "
+                f"{processes - config.num_generations} hold a shard and have no response to learn from "
+                f"(--num-generations {processes} would give each one)"
+            )
+        return
+    if processes > responses:
         raise UserError(
-            f"--find-lr runs in one process, {world.size} were launched", "run it without a launcher, then train with N"
+            f"{processes} processes for {responses} responses in a step ({questions} questions of "
+            f"{config.num_generations}): some would have none",
+            f"use {responses} processes or fewer, or more --questions-per-step or --num-generations",
+        )
+    if processes <= questions:
+        return
+    split = f"{processes} processes for {questions} questions in a step share the responses of a question"
+    if config.scope == "tensor":
+        raise UserError(
+            f"{split}, whose gradients are summed first, and --scope tensor selects before that",
+            f"use --scope global, or --questions-per-step {processes} or more",
+        )
+    if config.step_gradient == "local":
+        raise UserError(
+            f"{split}, and --step-gradient local depends on all of them",
+            f"use an exact way, or --questions-per-step {processes} or more",
         )
 
 
@@ -202,21 +234,11 @@ def _run(config: TrainConfig, run_dir: RunDir, world: World, judges: _Judges) ->
         plan = _plan(config, loaded, protected, mask, profile_name, grants, len(prompts) or len(problems), run_dir)
         processes = max(world.size, config.num_processes or 1)
         plan |= memory_facts(config, loaded, longest, trained_frac, 1 if config.sharding == "none" else processes)
-        plan |= _exchange_plan(config, loaded, processes)
+        plan |= _step_plan(config, loaded, longest, processes)
         plan["first_prompt"] = first_prompt
         console.show_plan("plan", plan)
         return plan
-    if config.find_lr:
-        questions = functools.partial(questions_of_step, prompts=prompts, config=config)
-        with contextlib.closing(judges.make_critic(config, loaded)) as critic:
-            return find_lr(loaded, critic, config, questions, curve, protected, mask, judges.rewards)
-    settled, observer = config, None
-    parameters = trainable(loaded.model)
-    if sharded is None:
-        settled = settle_step_gradient(config, loaded, longest, trained_frac)
-        observer = UnitObserver(parameters, config, frozen_coordinates(protected, mask))
-    updater = make_updater(parameters, config, protected, mask, world, sharded)
-    ledger = run_dir.path / CRITIC_CALLS if config.critic == "llm" else None
+    settled = config if sharded is not None else settle_step_gradient(config, loaded, longest, trained_frac)
     more = {
         **{f"contents of {name}": found for name, found in input_hashes(config).items()},
         "budget curve": list(curve),
@@ -226,17 +248,50 @@ def _run(config: TrainConfig, run_dir: RunDir, world: World, judges: _Judges) ->
     }
     agree(world, config, loaded, prompts, more)
     scores_here = world.is_main or config.critic == "rollout"
-    made = contextlib.closing(judges.make_critic(config, loaded, ledger)) if scores_here else contextlib.nullcontext()
+    ledger = run_dir.path / CRITIC_CALLS if config.critic == "llm" and not config.find_lr else None
+    engine = served_engine(config, loaded)
+    made: Any = contextlib.nullcontext()
+    if scores_here:
+        made = contextlib.closing(judges.make_critic(config, loaded, ledger, engine))
     with made as critic:
+        if config.find_lr:
+            questions = functools.partial(questions_of_step, prompts=prompts, config=config)
+            tried = sweep(
+                loaded, critic, settled, questions, curve, protected, mask, rewards=judges.rewards, world=world
+            )
+            return find_lr(tried)
+        parameters = trainable(loaded.model)
+        observer = None
+        if sharded is None:
+            observer = UnitObserver(parameters, config, frozen_coordinates(protected, mask))
+        updater = make_updater(parameters, config, protected, mask, world, sharded)
+        pushes = None
+        if engine is not None:
+            pushes = WeightPushes(engine, updater, dict(parameters), verify_every=config.verify_engine_every)
         step = TrainingStep(
-            loaded, critic, updater, settled, curve, observer, world=world, sharded=sharded, rewards=judges.rewards
+            loaded,
+            critic,
+            updater,
+            settled,
+            curve,
+            observer,
+            pushes,
+            world=world,
+            sharded=sharded,
+            rewards=judges.rewards,
         )
         trainer = Trainer(config, loaded, run_dir, prompts, step)
         if checkpoint is None:
             trainer.start(profile_name)
         else:
             trainer.resume(checkpoint)
-        return trainer.train()
+        if engine is not None:
+            engine.connect()
+        summary = trainer.train()
+    if config.report and world.is_main:
+        folder = run_dir.path
+        write_last_page(lambda: run_document([read_run(folder, folder.resolve().name)]), folder / PAGE)
+    return summary
 
 
 def _load(config: TrainConfig, world: World) -> tuple[LoadedModel, ShardedModel | None]:
@@ -418,45 +473,74 @@ def _plan(
     }
 
 
-def _exchange_plan(config: TrainConfig, loaded: LoadedModel, processes: int) -> dict[str, Any]:
-    """Return the part of the plan about several processes; with one, nothing is sent."""
-    if processes == 1:
-        return {"num_processes": 1}
+def _step_plan(config: TrainConfig, loaded: LoadedModel, prompt_tokens: int, processes: int) -> dict[str, Any]:
+    """Return the part of the plan about several processes, and where the time of a step goes; one process sends nothing."""
     stored, count = itemsize_of(config, loaded.model), loaded.num_parameters
-    dense = dense_bytes_sent(count, itemsize=stored, processes=processes)
-    sent, held = dense, 0.0
-    if config.sharding != "none":
-        one_unit = config.optimizer == "adamw" or config.allocation == "pooled"
-        whole = config.sampling_weights == "whole"
-        sent = sharded_bytes_sent(
-            count,
-            itemsize=stored,
-            questions=config.questions_per_step,
-            units=1 if one_unit else max(1, round(config.budget / config.max_step_budget)),
-            sampling_passes=1 if whole else math.ceil(config.questions_per_step / processes) * config.max_new_tokens,
-            processes=processes,
-        )
-        return {
-            "num_processes": processes,
-            "sharding": config.sharding,
-            "gib_per_process": round(count * (stored + _update_bytes(config, stored)) / processes / 2**30, 3),
-            "gib_of_whole_weights_in_sampling": round(count * stored / 2**30, 3) if whole else 0.0,
+    plan: dict[str, Any] = {"num_processes": processes}
+    sent = 0.0
+    if processes > 1:
+        exchange = _exchange_of_replicas if config.sharding == "none" else _exchange_of_shards
+        sent, held, more = exchange(config, count, stored, processes)
+        plan |= {
+            **more,
+            "gib_per_process": round(held / 2**30, 3),
             "mib_sent_per_step_and_process": round(sent / 2**20, 3),
         }
-    if config.optimizer == "kronos":
-        sent = kept_bytes_sent(
-            count,
-            itemsize=stored,
-            questions=config.questions_per_step,
-            budget=config.budget,
-            unit_share=min(config.max_step_budget, config.budget),
-            processes=processes,
-        )
-        # its own questions wait for the others', packed and not, and one that is received is unpacked
-        held = (2 * math.ceil(config.questions_per_step / processes) + 2) * config.budget * count * (2 + stored)
-    return {
-        "num_processes": processes,
-        "gib_per_process": round((count * (stored + _update_bytes(config, stored)) + held) / 2**30, 3),
-        "mib_sent_per_step_and_process": round(sent / 2**20, 3),
-        "mib_of_a_dense_all_reduce": round(dense / 2**20, 3),
-    }
+    shares = time_shares(
+        config,
+        loaded.model,
+        prompt_tokens,
+        device=resolve_device(config.device).type,
+        itemsize=stored,
+        processes=processes,
+        sent=sent,
+    )
+    return plan | {"shares_of_a_step": {name: round(share, 3) for name, share in shares.items()}}
+
+
+def _exchange_of_shards(
+    config: TrainConfig, count: int, itemsize: int, processes: int
+) -> tuple[float, float, dict[str, Any]]:
+    """Return the bytes that a process sends per step, those that it holds, and further facts, with ``--sharding``."""
+    whole = config.sampling_weights == "whole"
+    sent = sharded_bytes_sent(
+        count,
+        itemsize=itemsize,
+        questions=config.questions_per_step,
+        units=num_units(config),
+        sampling_passes=1 if whole else math.ceil(config.questions_per_step / processes) * config.max_new_tokens,
+        processes=processes,
+    )
+    facts = {"gib_of_whole_weights_in_sampling": round(count * itemsize / 2**30, 3) if whole else 0.0}
+    return (
+        sent,
+        count * (itemsize + _update_bytes(config, itemsize)) / processes,
+        {"sharding": config.sharding, **facts},
+    )
+
+
+def _exchange_of_replicas(
+    config: TrainConfig, count: int, itemsize: int, processes: int
+) -> tuple[float, float, dict[str, Any]]:
+    """As ``_exchange_of_shards``, of processes that each hold the whole model."""
+    questions = config.questions_per_step
+    held = count * (itemsize + _update_bytes(config, itemsize))
+    dense = dense_bytes_sent(count, itemsize=itemsize, processes=processes)
+    facts: dict[str, Any] = {"mib_of_a_dense_all_reduce": round(dense / 2**20, 3)}
+    if config.optimizer == "adamw":
+        return dense, held, facts
+    sent = kept_bytes_sent(
+        count,
+        itemsize=itemsize,
+        questions=questions,
+        budget=config.budget,
+        unit_share=min(config.max_step_budget, config.budget),
+        processes=processes,
+    )
+    # its own questions wait for the others', packed and not, and one that is received is unpacked
+    held += (2 * math.ceil(questions / processes) + 2) * config.budget * count * (2 + itemsize)
+    if processes > questions:  # a unit's gradient is summed over those who share the question
+        facts["processes_per_question"] = team = len(teams(questions, processes)[0])
+        sent += num_units(config) * scattered_bytes_sent(count, itemsize=itemsize, processes=team)
+        held += count * itemsize
+    return sent, held, facts

@@ -71,9 +71,10 @@ _THINKING = re.compile(
     rf"<(?P<close>/?)(?P<name>{THINKING_TAGS})>|\[(?P<slash>/?)THINK\]",
     re.IGNORECASE,
 )
-_CHANNEL = re.compile(
-    r"<\|channel\|>\s*(?P<name>\w+)[^<]{0,80}<\|message\|>|^analysis(?=[A-Z\s])|assistantfinal(?=\W|[A-Z\d])"
-)
+# Harmony's header of a message, around the channel's name, and of the final one without special tokens.
+HEADER_START, HEADER_END = r"<\|channel\|>\s*", r"[^<]{0,80}<\|message\|>"
+BARE_FINAL = r"assistantfinal(?=\W|[A-Z\d])"
+_CHANNEL = re.compile(rf"{HEADER_START}(?P<name>\w+){HEADER_END}|^analysis(?=[A-Z\s])|{BARE_FINAL}")
 _SPECIAL_TOKEN = re.compile(r"<\|(?:end|return|start|call|im_end|eot_id)\|>")
 
 

@@ -12,16 +12,16 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import pairwise
 
-from ssrctl.text.answers import THINKING_TAGS
+from ssrctl.text.answers import BARE_FINAL, HEADER_END, HEADER_START, THINKING_TAGS
 from ssrctl.text.segment_sentences import sentence_starts
 from ssrctl.text.segment_shield import Shield
 
 _SECTION = f"(?:{THINKING_TAGS}|answer|solution)>"
-_TURN = r"(?:<\|end\|>\s*)?(?:<\|start\|>assistant)?<\|channel\|>\s*"
+_TURN = rf"(?:<\|end\|>\s*)?(?:<\|start\|>assistant)?{HEADER_START}"
 # ``<think>`` and the like, and the channels of harmony, with their special tokens or without: the final one ends thinking.
 TAG = re.compile(
-    rf"(?P<close></{_SECTION}|\[/THINK\]|{_TURN}final[^<]{{0,80}}<\|message\|>|(?-i:assistantfinal(?=\W|[A-Z\d])))"
-    rf"|<(?=[trsa]){_SECTION}|\[THINK\]|{_TURN}\w+[^<]{{0,80}}<\|message\|>",
+    rf"(?P<close></{_SECTION}|\[/THINK\]|{_TURN}final{HEADER_END}|(?-i:{BARE_FINAL}))"
+    rf"|<(?=[trsa]){_SECTION}|\[THINK\]|{_TURN}\w+{HEADER_END}",
     re.I,
 )
 LINE_BREAK = re.compile(r"\n\s*")

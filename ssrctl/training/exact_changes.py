@@ -15,41 +15,43 @@ from ssrctl.models.stored_parameters import StoredParameters, stored_parameters
 from ssrctl.training.updaters.base import Changes
 
 
-def exact_changes(changes: Changes, config: ModelConfig) -> Changes:
+def exact_changes(changes: Changes, config: ModelConfig) -> tuple[Changes, dict[str, Tensor] | None]:
     """Drop the coordinates that are stored as before: a touched bfloat16 weight often still rounds to its old value.
 
     The base is read from its files again, one touched tensor at a time, rather than kept in memory. Where that cannot be
     done (pickled weights, experts that are fused on loading, files that are gone since) all touched coordinates are
-    kept, which is larger and as correct.
+    kept and the base's values are unknown, which is larger and as correct.
 
     Args:
         changes: by parameter, sorted flat indices and the values in force there.
         config: the model that they started from, in the precision of the training.
 
     Returns:
-        The same for the coordinates whose value differs from the base's, as training loaded it; tensors without any
-        are left out.
+        (the same for the coordinates whose value differs from the base's, as training loaded it, without tensors that
+        have none; the base's values there, None where they are unknown).
     """
     folder = _folder(config)
-    if folder is None or not changes:
-        return changes
+    if folder is None:
+        return changes, None
     try:
         with TensorReader(folder) as reader:
             return _differing(changes, stored_parameters(reader))
     except UserError:  # a checkpoint must not fail for the sake of its size
-        return changes
+        return changes, None
 
 
-def _differing(changes: Changes, base: StoredParameters) -> Changes:
+def _differing(changes: Changes, base: StoredParameters) -> tuple[Changes, dict[str, Tensor] | None]:
     if not set(changes) <= set(base.names):
-        return changes
+        return changes, None
     found: dict[str, tuple[Tensor, Tensor]] = {}
+    values_before: dict[str, Tensor] = {}
     for name, (indices, values) in changes.items():
         before = base.tensor(name).flatten()[indices].to(values.dtype)
         kept = changed_indices(before, values)
         if kept.numel():
             found[name] = (indices[kept], values[kept])
-    return found
+            values_before[name] = before[kept]
+    return found, values_before
 
 
 def _folder(config: ModelConfig) -> Path | None:

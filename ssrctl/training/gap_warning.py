@@ -7,10 +7,7 @@ from typing import Any
 import torch
 
 from ssrctl.io import console
-
-# Well above the means that were measured: float32 1.6e-5, bfloat16 0.03 to 0.04 (between sampling and training).
-BOUNDS = {torch.float16: 0.02, torch.bfloat16: 0.1}
-FLOAT32_BOUND = 1e-3
+from ssrctl.sampling.engines.probe import gap_bound
 
 
 class GapWarning:
@@ -22,7 +19,7 @@ class GapWarning:
     """
 
     def __init__(self, dtype: torch.dtype, *, corrected: bool) -> None:
-        self.bound = BOUNDS.get(dtype, FLOAT32_BOUND)
+        self.bound = gap_bound(dtype)
         self._dtype, self._corrected = str(dtype).removeprefix("torch."), corrected
         self._steps = self._above = 0
 

@@ -17,11 +17,12 @@ class LiveBytes(TorchDispatchMode):
     Attributes:
         now: bytes alive.
         peak: most bytes alive at once since the last ``reset_peak``.
+        operations: count.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.peak = 0
+        self.now = self.peak = self.operations = 0
         self._known: set[int] = set()
 
     def ignore(self, *tensors: torch.Tensor) -> None:
@@ -35,6 +36,7 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = {storage._cdata for storage in _storages((args, kwargs))}
         result = func(*args, **(kwargs or {}))
+        self.operations += 1
         for storage in _storages(result):
             if storage._cdata not in given and storage._cdata not in self._known:
                 self._count(storage)

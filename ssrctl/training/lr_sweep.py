@@ -15,6 +15,7 @@ from ssrctl.core.mask import BlockMask
 from ssrctl.core.seeds import derive_seed
 from ssrctl.critics.base import Critic
 from ssrctl.critics.rewards import Rewards
+from ssrctl.distributed.world import ALONE, World
 from ssrctl.errors import UserError
 from ssrctl.io import console
 from ssrctl.models.loading import LoadedModel
@@ -56,19 +57,8 @@ class RateResult:
         return statistics.fmean(self.accuracy[len(self.accuracy) // 2 :]) if self.accuracy and not self.broke else None
 
 
-def find_lr(
-    loaded: LoadedModel,
-    critic: Critic,
-    config: TrainConfig,
-    questions: Callable[[int], Sequence[Prompted]],
-    curve: Sequence[float],
-    protected: BlockMask | None,
-    mask: BlockMask | None,
-    rewards: Rewards | None = None,
-) -> dict[str, Any]:
-    """Try each learning rate, print the curve, and return it with the rate of the highest late reward.
-
-    See ``sweep`` for the arguments.
+def find_lr(tried: Iterator[RateResult]) -> dict[str, Any]:
+    """Print the curve of a ``sweep``, and return it with the rate of the highest late reward.
 
     Raises:
         UserError: no rate gave a reward.
@@ -76,9 +66,6 @@ def find_lr(
     results = []
     with console.progress(unit="rates") as bar:
         task = bar.add_task("find-lr", total=len(SPREAD), status="")
-        tried = sweep(
-            loaded, critic, config, questions, curve, protected, mask, num_steps=config.find_lr_steps, rewards=rewards
-        )
         for result in tried:
             results.append(result)
             bar.update(task, advance=1, status=f"{result.learning_rate:.1e}")
@@ -97,36 +84,36 @@ def find_lr(
 
 def sweep(
     loaded: LoadedModel,
-    critic: Critic,
+    critic: Critic | None,
     config: TrainConfig,
     questions: Callable[[int], Sequence[Prompted]],
     curve: Sequence[float],
     protected: BlockMask | None,
     mask: BlockMask | None,
     *,
-    num_steps: int,
     rewards: Rewards | None = None,
+    world: World = ALONE,
 ) -> Iterator[RateResult]:
-    """Train ``num_steps`` steps at each rate, lowest first; the weights are restored after each, bit for bit.
+    """Train ``config.find_lr_steps`` steps at each rate, lowest first; the weights are restored after each, bit for bit.
 
     Args:
         loaded: the model.
-        critic: scores the responses.
+        critic: scores the responses; None in a process that scores none.
         config: the run's settings; its learning rate is the middle of the sweep.
         questions: the questions of step 1, 2, ...; the same for every rate, as are the seeds.
         curve: the budget profile.
         protected, mask: see ``make_updater``.
-        num_steps: training steps at each rate.
         rewards: see ``TrainingStep``.
+        world: the processes that share each batch; all get the same results.
     """
     parameters = trainable(loaded.model)
     original = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters}
     for factor in SPREAD:
         rate = config.resolved_learning_rate * factor
-        updater = make_updater(parameters, dataclasses.replace(config, learning_rate=rate), protected, mask)
-        step = TrainingStep(loaded, critic, updater, config, curve, rewards=rewards)
+        updater = make_updater(parameters, dataclasses.replace(config, learning_rate=rate), protected, mask, world)
+        step = TrainingStep(loaded, critic, updater, config, curve, world=world, rewards=rewards)
         try:
-            yield _at_rate(rate, step, config, questions, num_steps)
+            yield _at_rate(rate, step, config, questions)
         finally:
             with torch.no_grad():
                 for name, parameter in parameters:
@@ -134,10 +121,10 @@ def sweep(
 
 
 def _at_rate(
-    rate: float, step: TrainingStep, config: TrainConfig, questions: Callable[[int], Sequence[Prompted]], num_steps: int
+    rate: float, step: TrainingStep, config: TrainConfig, questions: Callable[[int], Sequence[Prompted]]
 ) -> RateResult:
     made = RateResult(rate, [], [], [], False)
-    for number in range(1, num_steps + 1):
+    for number in range(1, config.find_lr_steps + 1):
         try:
             row = step.run(questions(number), seed=derive_seed(config.seed, "rollout", number), log_masks=False).metrics
         except (NonFiniteBatch, NonFiniteLogits):

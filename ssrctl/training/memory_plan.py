@@ -1,18 +1,13 @@
 """The memory of a training run from a model's config alone, and the settings that fit a limit.
 
-Two models of one and two layers run forward and backward on tensors without data (torch's fake tensors, which take
-the kernels of a CPU: fused attention keeps no matrix of scores). Their live bytes give what a layer keeps and what its
-backward pass takes, which the number of layers extends to the whole. Logits, gradients and the state of the update
+Activations and caches come from layers without data (``layer_bytes``); logits, gradients and the state of the update
 follow from counts. Allocators round sizes up and hold freed blocks: the margin of the limit is for that.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import functools
 import itertools
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -24,82 +19,21 @@ from ssrctl.errors import UserError
 from ssrctl.io import console
 from ssrctl.models.loading import LoadedModel, free_bytes
 from ssrctl.models.precision import resolve_device
-from ssrctl.training.checkpointing import enable_checkpointing
-from ssrctl.training.live_bytes import LiveBytes
+from ssrctl.training.layer_bytes import LayerProbe, UnknownActivations
 from ssrctl.training.step_gradients.chunked import RECOMPUTED_CHUNK_TOKENS
 from ssrctl.training.step_gradients.chunks import cache_obstacle
 from ssrctl.training.updaters import updater_kind
 
-# Copies of the logits in float32 that log-probabilities hold at their peak, measured with a temperature.
-LOGIT_COPIES = 3.9
+# Copies in float32 of a block of logits: forward with its entropy, backward, and of a sampled token's.
+FORWARD_LOGITS, BACKWARD_LOGITS, SAMPLED_LOGITS = 3, 2, 3.9
 # Share of a limit that plans leave to the allocator and the device's context.
 MARGIN = 0.08
 # Dials of recomputed step gradients that are tried, the cheaper first: more steps at once save forward passes, smaller chunks
 # cost more of them, each with its own overhead.
 STEPS_AT_ONCE = (8, 4, 2, 1)
 CHUNK_TOKENS = (1024, 256)
-PROBED = (128, 512, 2048)  # tokens, at which the layers run without data
 GIB = 2**30
 MOST_TOKENS = 1 << 20  # planned for where the config names no context
-
-
-class UnknownActivations(UserError):
-    """A model whose layers cannot run on tensors without data."""
-
-
-@dataclass(frozen=True)
-class ModelSizes:
-    """The sizes of a model that memory follows from.
-
-    Attributes:
-        num_parameters: of all tensors, a tied one once.
-        table: numbers in the output projection.
-        tied: True if the projection is the embedding.
-        vocabulary: rows of the projection.
-        num_layers: of the model.
-        cache_width: numbers of keys and values per token, over all layers.
-        itemsize: bytes of a weight.
-    """
-
-    num_parameters: int
-    table: int
-    tied: bool
-    vocabulary: int
-    num_layers: int
-    cache_width: int
-    itemsize: int
-
-    @classmethod
-    def of(cls, model: Any, itemsize: int) -> ModelSizes:
-        """Return the sizes of a model on any device, the meta device included."""
-        from ssrctl.training.step_gradients.cost import mean_attention_widths
-
-        config = model.config.get_text_config()
-        inputs, outputs = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-        return cls(
-            num_parameters=sum(parameter.numel() for parameter in model.parameters()),
-            table=outputs.numel(),
-            tied=outputs is inputs,
-            vocabulary=outputs.shape[0],
-            num_layers=config.num_hidden_layers,
-            cache_width=int(2 * config.num_hidden_layers * mean_attention_widths(config)[1]),
-            itemsize=itemsize,
-        )
-
-
-@dataclass(frozen=True)
-class LayerBytes:
-    """The activations of one response.
-
-    Attributes:
-        kept: bytes that one layer keeps until its backward pass.
-        base: bytes that are kept besides the layers.
-        backward: bytes beyond what all layers keep while one layer is backpropagated, its gradients included.
-    """
-
-    kept: int
-    base: int
-    backward: int
 
 
 @dataclass(frozen=True)
@@ -141,22 +75,19 @@ class MemoryPlanner:
     """
 
     def __init__(self, model: Any, prompt_tokens: int, trained_frac: float = 1.0, shards: int = 1) -> None:
-        self.config, self.prompt_tokens, self.trained_frac, self.shards = (
-            model.config,
-            prompt_tokens,
-            trained_frac,
-            shards,
-        )
+        self.prompt_tokens, self.trained_frac, self.shards = prompt_tokens, trained_frac, shards
         self.may_recompute = cache_obstacle(model) is None
-        self._sizes = functools.cache(lambda itemsize: ModelSizes.of(model, itemsize))
-        self._layers = functools.cache(functools.partial(_layer_bytes, model.config))
+        inputs, outputs = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+        self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.table, self.tied = outputs.numel(), outputs is inputs
+        self.vocabulary, self.width = outputs.shape
+        self.layers = LayerProbe(model)
 
     def breakdown(self, config: TrainConfig) -> Breakdown:
         """Return the planned peak of a run with these settings, whose dtype is settled."""
         dtype = torch.float32 if config.dtype == "stored" else getattr(torch, config.dtype)
-        sizes = self._sizes(dtype.itemsize)
         tokens = self.prompt_tokens + config.max_new_tokens
-        rows = -(-config.num_generations // self.shards)
+        rows = mine = -(-config.num_generations // self.shards)
         if config.micro_batch_tokens is not None:
             rows = max(1, min(rows, config.micro_batch_tokens // tokens))
         recomputed = config.step_gradient == "recomputed"
@@ -164,48 +95,57 @@ class MemoryPlanner:
         chunk = config.gradient_chunk_tokens or RECOMPUTED_CHUNK_TOKENS
         rows_at_once = max(1, min(rows, chunk // tokens)) if recomputed else rows
         held_at_once = min(tokens, chunk) if recomputed else tokens
-        layer = _at(self._layers(config.gradient_checkpointing, dtype, config.attn_implementation), held_at_once)
-        kept = rows_at_once * (layer.base + sizes.num_layers * layer.kept)
+        layers = self.layers.activations(
+            rows_at_once, held_at_once, config.gradient_checkpointing, dtype, config.attn_implementation
+        )
+        cache = self.layers.cache(dtype)
         steps_at_once = (config.units_at_once or 1) if recomputed else 1
+        cached = 0.0
         if config.step_gradient in ("recomputed", "chunked"):  # keys and values, and their gradients
-            kept += (rows + steps_at_once * rows_at_once) * tokens * sizes.cache_width * sizes.itemsize
-        whole, table = sizes.num_parameters * sizes.itemsize, sizes.table * sizes.itemsize
-        at_once = min(rows * config.max_new_tokens, config.logit_chunk_tokens)
-        logits = int(at_once * sizes.vocabulary * 4 * LOGIT_COPIES)
-        piecemeal = config.optimizer == "kronos" and config.scope == "tensor"
-        # a tied table's gradient waits for the embedding's part until the end, where both exist
-        gradients = (1 + sizes.tied) * table if piecemeal else whole + sizes.tied * table
+            cached = (rows + steps_at_once * rows_at_once) * tokens * cache.token
+        kept, first = layers.kept + cached, layers.first + cached
+        several_units = config.optimizer == "kronos" and config.allocation != "pooled"
+        if several_units and config.micro_batch_tokens is None and config.step_gradient in ("auto", "kept", "chunked"):
+            first = kept  # the graph stays for the next unit
+        whole, table = self.num_parameters * dtype.itemsize, self.table * dtype.itemsize
         gathered = 0
         if self.shards > 1:
-            tables = (2 - sizes.tied) * table
+            tables = (2 - self.tied) * table
             # beside the shards, the tables' whole weights, and two layers': FSDP gathers the next one early
-            gathered = tables + 2 * (whole - tables) // sizes.num_layers
-            gradients = whole // self.shards + gathered
-        several_units = config.optimizer == "kronos" and config.allocation != "pooled"
-        several_units &= config.micro_batch_tokens is None and config.step_gradient != "truncated"
-        last = kept if several_units else rows_at_once * (layer.base + layer.kept)
-        # of the micro-batches that are done; of later chunks, and of other steps
-        before = steps_at_once * whole if recomputed else whole if rows < config.num_generations else 0
-        first = 0 if not sizes.tied and piecemeal else table
-        moments = [
-            (before, kept, logits),  # at the logits
-            (before + first, kept + rows_at_once * layer.backward, 0),  # at the last layer
-            # at the first layer; the embedding's gradient is new in every micro-batch
-            (max(gradients, before) + (table if before else 0), last + rows_at_once * layer.backward, 0),
+            gathered = tables + 2 * (whole - tables) // len(self.layers.kinds)
+        complete = whole // self.shards + gathered
+        # gradients of the micro-batches that are done; of later chunks, and of other steps
+        before = steps_at_once * whole if recomputed else complete if rows < mine else 0
+        piecemeal = config.optimizer == "kronos" and config.scope == "tensor"
+        projected = rows_at_once * min(config.max_new_tokens, held_at_once)
+        logits = min(projected, config.logit_chunk_tokens) * self.vocabulary * 4
+        states = 3 * projected * self.width * 4
+        moments: list[tuple[float, float, float]] = [
+            (before, kept, FORWARD_LOGITS * logits),
+            (before + table, kept, BACKWARD_LOGITS * logits + states),
+            # the last layer; a tied table's gradient waits for the embedding's
+            (before + (0 if piecemeal and not self.tied else table), kept + layers.backward, 0),
+            # the first layer
+            (max(table * self.tied if piecemeal else complete, before), first + layers.backward, 0),
+            # the embedding: its gradient, that of a tied head, and their sum, before it is added to earlier ones
+            (max(table if piecemeal else complete, before) + table * (2 * self.tied + (before > 0)), first, 0),
         ]
-        at_peak = max(moments, key=sum)
+        at_peak = [int(size) for size in max(moments, key=sum)]
         sampled = min(config.sampling_batch_size, config.questions_per_step * config.num_generations)
         sampled = -(-sampled // self.shards)
-        cache = sampled * tokens * sizes.cache_width * sizes.itemsize
-        held = updater_kind(config).held_bytes(config, sizes.itemsize, self.trained_frac)
-        held += sizes.itemsize if config.beta else 0  # the start weights
+        held_while_sampling = sampled * (tokens * cache.token + cache.state)
+        held = updater_kind(config).held_bytes(config, dtype.itemsize, self.trained_frac)
+        held += dtype.itemsize if config.beta else 0  # the start weights
         return Breakdown(
-            weights=whole // self.shards + gathered,
-            state=int(sizes.num_parameters * held) // self.shards,
+            weights=complete,
+            state=int(self.num_parameters * held) // self.shards,
             gradients=at_peak[0],
             activations=at_peak[1],
             logits=at_peak[2],
-            sampling=int(cache * (1 + 2 / sizes.num_layers) + sampled * sizes.vocabulary * 4 * LOGIT_COPIES)
+            # while a layer's cache grows, its old and new ones exist
+            sampling=int(
+                held_while_sampling * (1 + 2 / len(self.layers.kinds)) + sampled * self.vocabulary * 4 * SAMPLED_LOGITS
+            )
             + (whole if self.shards > 1 and config.sampling_weights == "whole" else 0),
         )
 
@@ -411,73 +351,6 @@ def _state_remedy(config: TrainConfig) -> str:
     if config.optimizer == "adamw":
         return "--optimizer kronos or --mask, whose state is for the trained weights only"
     return "--questions-per-step or --budget, or use --no-master-weights"
-
-
-def _layer_bytes(described: Any, checkpointed: bool, dtype: torch.dtype, attention: str) -> list[LayerBytes]:
-    """Run one and two layers on one response without data, at each of ``PROBED`` lengths."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    kept, peaks = [], []
-    try:
-        with FakeTensorMode():
-            for count in (1, 2):
-                model = _shallow(described, count, dtype, attention)
-                if checkpointed:
-                    enable_checkpointing(model)
-                for parameter in model.parameters():
-                    parameter.register_post_accumulate_grad_hook(_drop)
-                for tokens in PROBED:
-                    with LiveBytes() as live:
-                        width = model.get_input_embeddings().weight.shape[1]
-                        inputs = torch.zeros(1, tokens, width, dtype=dtype)
-                        out = model.base_model(inputs_embeds=inputs, use_cache=False).last_hidden_state
-                        kept.append(live.now)
-                        live.reset_peak()
-                        out.sum().backward()
-                        peaks.append(live.peak)
-                        del out, inputs
-    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
-        first = "".join(str(error).strip().splitlines()[:1])
-        raise UnknownActivations(
-            f"the memory of {described.model_type} cannot be planned from its config: {type(error).__name__}: {first}"
-        ) from error
-    made = []
-    for place in range(len(PROBED)):
-        one, two = kept[place], kept[place + len(PROBED)]
-        made.append(
-            LayerBytes(kept=two - one, base=max(0, 2 * one - two), backward=max(0, peaks[place + len(PROBED)] - two))
-        )
-    return made
-
-
-def _at(probes: Sequence[LayerBytes], tokens: int) -> LayerBytes:
-    """Return the bytes at a length: the parabola through the probes, a line where attention keeps no scores."""
-    sizes = {}
-    for name in ("kept", "base", "backward"):
-        total = 0.0
-        for place, x in enumerate(PROBED):
-            factor = math.prod((tokens - other) / (x - other) for other in PROBED if other != x)
-            total += factor * getattr(probes[place], name)
-        sizes[name] = max(0, int(total))
-    return LayerBytes(**sizes)
-
-
-def _drop(parameter: torch.Tensor) -> None:
-    parameter.grad = None
-
-
-def _shallow(described: Any, num_layers: int, dtype: torch.dtype, attention: str) -> Any:
-    """Build the model with its first layers only."""
-    from transformers import AutoModelForCausalLM
-
-    config = copy.deepcopy(described)
-    text = config.get_text_config()
-    text.num_hidden_layers = num_layers
-    if getattr(text, "layer_types", None):
-        text.layer_types = list(text.layer_types)[:num_layers]
-    chosen = {} if attention == "auto" else {"attn_implementation": attention}
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, **chosen)
-    return model.eval()
 
 
 def memory_facts(

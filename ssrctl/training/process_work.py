@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from ssrctl.distributed.dealing import Share
 from ssrctl.distributed.exchange import check_replicas, weights_fingerprint
 from ssrctl.distributed.world import World
 
@@ -20,13 +21,14 @@ class ProcessWork:
         world: the processes that share a batch.
 
     Attributes:
-        questions: that this process learned from.
+        questions: that this process learned from, alone or with others.
+        responses: of these that were its own.
         sample_seconds, learn_seconds: of its own work, without waiting for others.
     """
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self.questions = 0
+        self.questions = self.responses = 0
         self.sample_seconds = self.learn_seconds = 0.0
 
     @contextlib.contextmanager
@@ -37,10 +39,10 @@ class ProcessWork:
         self.sample_seconds += time.perf_counter() - started
 
     @contextlib.contextmanager
-    def learning(self, questions: int) -> Iterator[None]:
+    def learning(self, shares: Sequence[Share]) -> Iterator[None]:
         """Time one pass over this process's questions."""
         started = time.perf_counter()
-        self.questions = questions
+        self.questions, self.responses = len(shares), sum(len(share.responses) for share in shares)
         yield
         self.learn_seconds += time.perf_counter() - started
 
@@ -60,7 +62,8 @@ class ProcessWork:
         self.sample_seconds = self.learn_seconds = 0.0
         if self.world.size == 1:
             return {}
-        work = {"rank": self.world.rank, "questions": self.questions, **seconds, **self.world.take_traffic()}
+        work = {"rank": self.world.rank, "questions": self.questions, "responses": self.responses, **seconds}
+        work |= self.world.take_traffic()
         everyone = self.world.gather((0 if weights is None else weights_fingerprint(list(weights)), work))
         check_replicas([found for found, _ in everyone], "after this step")
         return {"num_processes": self.world.size, "processes": [work for _, work in everyone]}

@@ -29,6 +29,7 @@ from ssrctl.io.mask_log import StepMaskLog, save_mask_log
 from ssrctl.io.records import write_rollouts
 from ssrctl.models.loading import LoadedModel
 from ssrctl.models.precision import precision_of
+from ssrctl.report.formats import duration, number, sparkline
 from ssrctl.sampling.engines.transformers_engine import NonFiniteLogits
 from ssrctl.sampling.groups import Prompted
 from ssrctl.training.exact_changes import exact_changes
@@ -67,6 +68,7 @@ class Trainer:
         )
         self.step = self.last_saved = self.num_changed = 0
         self.recent: list[dict[str, Any]] = []
+        self.rewards: list[float | None] = []
         self.obstacles = Obstacles(config)
         self.gap_warning = GapWarning(loaded.model.dtype, corrected=config.engine_correction != "none")
 
@@ -101,13 +103,13 @@ class Trainer:
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Restore weights, optimizer, schedule and logs to the state of a checkpoint."""
-        delta, parameters = checkpoint.delta, dict(self.loaded.model.named_parameters())
-        if (sharded := self.training_step.sharded) is not None:
-            delta = dataclasses.replace(
-                delta, shapes=sharded.shapes(), changes=sharded.changes_of_rows(checkpoint.delta.changes)
-            )
-            parameters = dict(sharded.local_parameters())
-        apply_delta(delta, parameters, self.loaded.identity.fingerprint, checkpoint.path)
+        sharded = self.training_step.sharded
+        apply_delta(
+            checkpoint.delta,
+            dict(self.loaded.model.named_parameters() if sharded is None else sharded.local_parameters()),
+            self.loaded.identity.fingerprint,
+            None if sharded is None else {name: rows.start for name, rows in sharded.rows.items()},
+        )
         self.num_changed = checkpoint.delta.count
         self.updater.load_state(checkpoint.optimizer)
         self.step = self.last_saved = checkpoint.state["step"]
@@ -172,9 +174,12 @@ class Trainer:
                     track(row)
                     self.obstacles.add(row)
                     self.gap_warning.add(row)
-                    bar.update(task, completed=self.step, status=_status(row))
+                    status = _status(row, self.rewards)
+                    bar.update(task, completed=self.step, status=status)
                     if not console.console().is_terminal and self.step % config.logging_steps == 0:
-                        console.note(f"step {self.step}/{config.max_steps}  {_status(row)}")
+                        left = bar.tasks[0].time_remaining
+                        said = "" if left is None else f"  {duration(left)} left"
+                        console.note(f"step {self.step}/{config.max_steps}  {status}{said}")
                     if self.step % config.save_steps == 0:
                         self._save_checkpoint(log)
                 self._save_checkpoint(log)
@@ -206,6 +211,7 @@ class Trainer:
         epoch = step * config.questions_per_step / len(self.prompts)
         row = {"step": step, "epoch": round(epoch, 4), "learning_rate": rate, **result.metrics}
         self.recent = [*self.recent[-9:], row]
+        self.rewards.append(row["reward"])
         return row
 
     def _write_logs(self, result: StepResult) -> None:
@@ -253,23 +259,23 @@ class Trainer:
 
     def _write_checkpoint(self) -> None:
         """Write what the updater has; of a sharded model the main process has it all, once every process was asked."""
-        changes, updater_state = self.updater.changes(), self.updater.state()
+        touched, updater_state = self.updater.changes(), self.updater.state()
         if not self.world.is_main:
             return
-        delta = Delta(self.loaded.identity, self.loaded.shapes(), dict(exact_changes(changes, self.config)))
+        changes, before = exact_changes(touched, self.config)
+        delta = Delta(self.loaded.identity, self.loaded.shapes(), dict(changes), before)
         state = {
             "step": self.step,
             "scheduler": self.scheduler.state_dict(),
             "learning_rates": [group["lr"] for group in self.updater.optimizer.param_groups],
         }
-        # A resumed run writes the same bytes as an uninterrupted one, and any number of processes the same as one.
+        # A resumed run writes the same bytes as an uninterrupted one.
         settings = manifest.published_settings(
             dataclasses.replace(
                 self.config,
                 resume_from_checkpoint=None,
                 force=False,
-                num_processes=None,
-                accelerate_config=None,
+                report=True,
                 sharding="none",
                 sampling_weights="whole",
             )
@@ -330,6 +336,11 @@ def questions_of_step(step: int, prompts: Sequence[Prompted], config: TrainConfi
     return chosen
 
 
-def _status(row: dict[str, Any]) -> str:
+def _status(row: dict[str, Any], rewards: Sequence[float | None]) -> str:
+    """Return the numbers that the run's page begins with, and the course of the reward since the command began."""
     reward = "   -  " if row["reward"] is None else f"{row['reward']:+.3f}"
-    return f"reward {reward}  accuracy {row['accuracy']:.3f}  {row['tokens_per_second']:.0f} tok/s"
+    length, entropy = number(row.get("response_tokens_mean")), number(row.get("entropy"))
+    return (
+        f"reward {reward} {sparkline(rewards)}  accuracy {row['accuracy']:.3f}  length {length}  entropy {entropy}  "
+        f"{row['tokens_per_second']:.0f} tok/s"
+    )

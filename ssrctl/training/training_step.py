@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import statistics
 import sys
@@ -32,7 +33,7 @@ from ssrctl.core.units import Unit, plan_units, steps_with_signal
 from ssrctl.critics.base import Critic
 from ssrctl.critics.rewards import Rewards
 from ssrctl.critics.scoring import score_groups
-from ssrctl.distributed.dealing import deal
+from ssrctl.distributed.dealing import Share, deal_questions, teams
 from ssrctl.distributed.sharding import ResponseShare, ShardedModel, noticing_lost_processes
 from ssrctl.distributed.world import ALONE, World
 from ssrctl.errors import UserError
@@ -40,19 +41,23 @@ from ssrctl.io.mask_log import QuestionLog, UnitLog
 from ssrctl.models.loading import LoadedModel
 from ssrctl.sampling.engines.base import Engine
 from ssrctl.sampling.engines.transformers_engine import TransformersEngine
-from ssrctl.sampling.groups import Group, Prompted, sample_groups
+from ssrctl.sampling.groups import Group, Prompted, join_groups, sample_groups
 from ssrctl.training.credit import group_advantages
 from ssrctl.training.process_work import ProcessWork
 from ssrctl.training.reference import StartWeights
 from ssrctl.training.step_gradients.accumulated import fixed_logprobs
 from ssrctl.training.step_gradients.batch import group_batch, response_logprobs
 from ssrctl.training.step_gradients.head import HeadSettings
+from ssrctl.training.step_gradients.parts import QuestionPart, units_of_parts
 from ssrctl.training.step_gradients.task import Dials
 from ssrctl.training.unit_gradients import GroupBatch, NonFiniteLoss, unit_gradients
 from ssrctl.training.unit_observer import QuestionView, UnitObserver, Wanted
 from ssrctl.training.updaters import QuestionUpdate, Updater
+from ssrctl.training.weight_pushes import WeightPushes
 
 T = TypeVar("T")
+_Key = tuple[int, int]  # number of a question, and rank of a process
+_Sampled = tuple[Share, Group]
 
 LOWER_RATE = "start from an earlier checkpoint with a lower --learning-rate, or use --dtype float32"
 
@@ -109,7 +114,7 @@ class _StepTotals:
     batch_tokens: float = 0.0
     kl_sum: float = 0.0
     seconds: dict[str, float] = field(
-        default_factory=lambda: {"sample": 0.0, "score": 0.0, "reference": 0.0, "old_logprobs": 0.0}
+        default_factory=lambda: {"push": 0.0, "sample": 0.0, "score": 0.0, "reference": 0.0, "old_logprobs": 0.0}
     )
 
     def add_first_pass(self, logprobs: Tensor, batch: GroupBatch) -> None:
@@ -149,9 +154,23 @@ class _StepTotals:
         self.granted_frac.append(sum(update.granted) / num_unprotected)
 
 
+@dataclass(frozen=True)
+class _Own:
+    """This process's share of a question.
+
+    Attributes:
+        batch: its responses.
+        part: their place in the question; None where all are this process's.
+    """
+
+    share: Share
+    batch: GroupBatch
+    part: QuestionPart | None
+
+
 @dataclass
 class _Learned:
-    """The records of one question in one pass over the batch.
+    """The records of one question in one pass over the batch, of those processes that share it.
 
     Attributes:
         totals: of this question.
@@ -177,7 +196,7 @@ class TrainingStep:
         config: the run's settings.
         curve: the budget profile v_1..; ``[1.0]`` for equal budgets.
         observer: reads gradients for the logs; None reads none.
-        engine: samples the responses; None is transformers in this process.
+        pushes: the engine that samples the responses, and its weights; None is transformers in this process.
         world: the processes that share a batch.
         sharded: the model, where each of the processes has a shard of it: all learn from every question then, each
             from some of its responses. None where each has the whole model.
@@ -192,7 +211,7 @@ class TrainingStep:
         config: TrainConfig,
         curve: Sequence[float],
         observer: UnitObserver | None = None,
-        engine: Engine | None = None,
+        pushes: WeightPushes | None = None,
         world: World = ALONE,
         sharded: ShardedModel | None = None,
         rewards: Rewards | None = None,
@@ -200,7 +219,8 @@ class TrainingStep:
         self.rewards = rewards
         self.world, self.work, self.sharded = world, ProcessWork(world), sharded
         self.loaded, self.critic, self.updater, self.config, self.curve = loaded, critic, updater, config, curve
-        self.observer, self.engine = observer, engine or TransformersEngine(loaded, config)
+        self.observer, self.pushes = observer, pushes
+        self.engine: Engine = TransformersEngine(loaded, config) if pushes is None else pushes.engine
         named = dict(loaded.model.named_parameters() if sharded is None else sharded.local_parameters())
         self.start_weights = StartWeights(named, copies=sharded is not None) if config.beta else None
         self.exchanges = world.size > 1 and sharded is None
@@ -218,46 +238,55 @@ class TrainingStep:
 
         Raises:
             NonFiniteBatch: every question of the batch gave a NaN or infinite loss or gradient in a pass over it.
+            Stopped: the engine that samples is gone, or has other weights than these; none has changed since the step before.
         """
         with noticing_lost_processes(self.world):
             return self._run(prompts, seed, log_masks, log_gradient)
 
     def _run(self, prompts: Sequence[Prompted], seed: int, log_masks: bool, log_gradient: bool) -> StepResult:
         config, totals, world = self.config, _StepTotals(), self.world
+        pushed: dict[str, Any] = {}
+        if self.pushes is not None:
+            with totals.timed("push"):
+                pushed = self.pushes.push()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         groups = self._scored_groups(prompts, seed, totals)
         scored = time.perf_counter()
         plans = [self._credit(group, totals) for group in groups]
         totals.batch_tokens = sum(sum(self._trained_lengths(group)) for group in groups) / len(groups)
-        mine = list(range(len(groups)))
-        if self.exchanges:
-            costs = [_cost(group, units) for group, units in zip(groups, plans, strict=True)]
-            mine = deal(costs, world.size)[world.rank]
-        batches = {number: self._prepared(groups[number], totals) for number in mine if plans[number]}
+        costs = [_costs(group, units) for group, units in zip(groups, plans, strict=True)]
+        if self.sharded is None:
+            shares = deal_questions(costs, world.size)[world.rank]
+        else:  # every process has a shard of every question's gradient
+            shares = deal_questions(costs, 1)[0]
+        mine = [self._own(share, groups[share.question], plans[share.question], totals) for share in shares]
         mask_log: list[QuestionLog] = []
         gradient: Tensor | None = None
         update_metrics: dict[str, float | None] = {}
         for iteration in range(config.num_iterations):
             wanted = self._wanted(log_masks, log_gradient) if iteration == 0 else Wanted()
             dropped_before = totals.non_finite
-            learned: dict[int, _Learned] = {}
+            learned: dict[_Key, _Learned] = {}
             updates: dict[int, QuestionUpdate] = {}
-            with self.work.learning(len(mine)):
-                for number in mine:
+            with self.work.learning([one.share for one in mine]):
+                for one in mine:
+                    share, number = one.share, one.share.question
                     group = groups[number]
-                    own = learned[number] = _Learned(_StepTotals(batch_tokens=totals.batch_tokens))
-                    view = self.observer.question(wanted) if self.observer is not None and wanted else None
-                    if number not in batches:
+                    own = learned[number, world.rank] = _Learned(_StepTotals(batch_tokens=totals.batch_tokens))
+                    observed = self.observer is not None and bool(wanted)
+                    view = self.observer.question(wanted) if self.observer and observed and share.leads else None
+                    if not plans[number]:
                         continue
                     update = self._learn(
                         group,
-                        batches[number],
+                        one,
                         plans[number],
                         len(groups),
                         own.totals,
                         view,
                         is_first=iteration == 0,
+                        observed=observed,
                     )
                     if update is None:
                         continue
@@ -279,23 +308,23 @@ class TrainingStep:
                 )
             self.updater.exchange(updates)
             try:
-                update_metrics = self.updater.step()
+                update_metrics = (self.pushes or self.updater).step()
             except NonFiniteGradient as error:
                 raise NonFiniteBatch(
                     f"summed over the batch, {error}", LOWER_RATE, weights_changed=iteration > 0
                 ) from error
         before = totals.seconds["reference"] + totals.seconds["old_logprobs"]
         totals.seconds["update"] = time.perf_counter() - scored - before
-        metrics = self._metrics(groups, totals, totals.seconds) | update_metrics
-        shares = self.work.shares(self.loaded.model.parameters() if self.sharded is None else None)
-        return StepResult(metrics | shares, groups, mask_log, gradient)
+        metrics = self._metrics(groups, totals, totals.seconds) | update_metrics | pushed
+        work = self.work.shares(self.loaded.model.parameters() if self.sharded is None else None)
+        return StepResult(metrics | work, groups, mask_log, gradient)
 
     def _scored_groups(self, prompts: Sequence[Prompted], seed: int, totals: _StepTotals) -> list[Group]:
         """Sample and score the questions; sample those without a signal again, as often as the settings allow."""
 
         def made(wanted: Sequence[Prompted], seed: int) -> list[Group]:
             with totals.timed("sample"):
-                mine = self._sample(wanted, seed)
+                mine = self.world.together(lambda: self._sample(wanted, seed))
             with totals.timed("score"):
                 return self._scored(mine)
 
@@ -310,29 +339,36 @@ class TrainingStep:
                 groups[place] = group
         return groups
 
-    def _sample(self, prompts: Sequence[Prompted], seed: int) -> dict[int, Group]:
-        """Sample the responses to this process's questions; return the groups by the questions' numbers."""
+    def _sample(self, prompts: Sequence[Prompted], seed: int) -> list[_Sampled]:
+        """Sample this process's responses."""
         config, world = self.config, self.world
-        mine = deal([len(prompt.prompt_ids) for prompt in prompts], world.size)[world.rank]
+        count = config.num_generations
+        # also where only some of them are sampled again
+        splits = world.size > config.questions_per_step
+        costs = [[float(len(prompt.prompt_ids))] * count for prompt in prompts]
+        mine = deal_questions(costs, world.size, split=splits)[world.rank]
 
-        def sample(numbers: list[int], own_seed: int) -> list[Group]:
-            return sample_groups(
+        def sample(shares: Sequence[Share], own_seed: int, numbers: Sequence[int] | None = None) -> list[_Sampled]:
+            groups = sample_groups(
                 self.loaded,
-                [prompts[number] for number in numbers],
+                [prompts[share.question] for share in shares],
                 config,
-                num_generations=config.num_generations,
+                num_generations=count,
                 seed=own_seed,
                 segmentation=config,
                 engine=self.engine,
+                numbers=numbers,
             )
+            return list(zip(shares, groups, strict=True))
 
         with self.work.sampling(), self._passes_together():
-            if config.sample_together == "question":
-                return {number: sample([number], derive_seed(seed, "question", number))[0] for number in mine}
+            if config.sample_together == "question" or splits:
+                seeds = [derive_seed(seed, "question", share.question) for share in mine]
+                return [sample([one], own, one.responses)[0] for one, own in zip(mine, seeds, strict=True)]
             own_seed = seed if world.size == 1 else derive_seed(seed, "process", world.rank)
-            return dict(zip(mine, sample(mine, own_seed), strict=True)) if mine else {}
+            return sample(mine, own_seed) if mine else []
 
-    def _scored(self, mine: dict[int, Group]) -> list[Group]:
+    def _scored(self, mine: list[_Sampled]) -> list[Group]:
         """Return the groups of all processes with scores, in the order of the questions.
 
         The main process asks the critic for all, so that there is one budget, cache and log of calls. The rollout critic
@@ -342,27 +378,27 @@ class TrainingStep:
         if config.critic == "rollout" and config.sample_together == "question":
             assert self.critic is not None
             with self._passes_together():
-                for group in mine.values():
+                for _, group in mine:
                     score_groups([group], self.critic, config.answer_extraction, self.rewards)
-            return _in_order(world.gather(mine))
+            return _whole_groups(world.gather(mine))
         parts = world.gather_on_main(mine)
 
         def score() -> list[Group]:
             assert self.critic is not None
-            groups = _in_order(parts)
+            groups = _whole_groups(parts)
             score_groups(groups, self.critic, config.answer_extraction, self.rewards)
             return groups
 
         return world.on_main(score)
 
-    def _gathered(self, mine: dict[int, _Learned], totals: _StepTotals) -> tuple[list[QuestionLog], list[Tensor]]:
+    def _gathered(self, mine: dict[_Key, _Learned], totals: _StepTotals) -> tuple[list[QuestionLog], list[Tensor]]:
         """Add the questions of all processes to ``totals``; return their logs and sketches, in the main process."""
         if not self.exchanges:
             for found in mine.values():
                 totals.add(found.totals)
             records = [(found.log, found.sketch) for found in mine.values()]
             return [log for log, _ in records if log is not None], [one for _, one in records if one is not None]
-        for one in _in_order(self.world.gather({number: found.totals for number, found in mine.items()})):
+        for one in _in_order(self.world.gather({key: found.totals for key, found in mine.items()})):
             totals.add(one)
         records = _in_order(self.world.gather_on_main({n: (found.log, found.sketch) for n, found in mine.items()}))
         return [log for log, _ in records if log is not None], [one for _, one in records if one is not None]
@@ -376,13 +412,19 @@ class TrainingStep:
         masks = self.config.mask_truncated
         return [0 if masks and not sample.finished else len(sample.response_ids) for sample in group.samples]
 
-    def _prepared(self, group: Group, totals: _StepTotals) -> GroupBatch:
-        """Return the group as tensors, with what stays the same in all passes over it.
+    def _own(self, share: Share, group: Group, units: list[Unit], totals: _StepTotals) -> _Own:
+        """Return this process's share of a question as tensors; those of a question without a unit are not needed."""
+        batch = group_batch(self.loaded, group, whole_response=self.config.credit != "step")
+        part = None if len(share.team) == 1 else QuestionPart.of(batch, units, share.responses)
+        batch = batch if part is None else part.batch
+        return _Own(share, self._prepared(batch, totals) if units else batch, part)
+
+    def _prepared(self, batch: GroupBatch, totals: _StepTotals) -> GroupBatch:
+        """Return a batch with what stays the same in all passes over it.
 
         A log-probability that the engine did not give is the trainer's own, as all are with ``--old-logprobs trainer``.
         """
         config = self.config
-        batch = group_batch(self.loaded, group, whole_response=config.credit != "step")
         engine = batch.engine_logprobs
         assert engine is not None
         missing = engine.isnan()
@@ -454,17 +496,19 @@ class TrainingStep:
     def _learn(
         self,
         group: Group,
-        batch: GroupBatch,
+        own: _Own,
         units: list[Unit],
         num_questions: int,
         totals: _StepTotals,
         view: QuestionView | None,
         *,
         is_first: bool,
+        observed: bool,
     ) -> QuestionUpdate | None:
         """Backpropagate one question; drop and count it if a loss or gradient is NaN or infinite.
 
         Only the first pass over a batch measures the gap of the log-probabilities: later ones see updated weights.
+        Processes that share the question all call this; the first of them returns the update and counts it.
         """
 
         def before_unit(unit: Unit) -> None:
@@ -473,10 +517,14 @@ class TrainingStep:
             self.updater.before_unit(unit)
 
         lengths = torch.tensor(self._trained_lengths(group), device=self.loaded.device)
+        weights = response_weights(
+            self.config.loss_type, lengths, longest=self.config.max_new_tokens, batch_tokens=totals.batch_tokens
+        )
+        part = own.part
         gradients = unit_gradients(
             self.loaded.model,
-            batch,
-            units,
+            own.batch,
+            units if part is None else part.own_units,
             temperature=self.config.temperature,
             clip_epsilon=self.config.clip_epsilon,
             level=self.config.importance_level,
@@ -485,24 +533,29 @@ class TrainingStep:
             micro_batch_tokens=self.config.micro_batch_tokens,
             logit_chunk_tokens=self.config.logit_chunk_tokens,
             dials=Dials(self.config.units_at_once, self.config.gradient_chunk_tokens),
-            on_logprobs=lambda logprobs: totals.add_first_pass(logprobs, batch) if is_first else None,
+            on_logprobs=lambda logprobs: totals.add_first_pass(logprobs, own.batch) if is_first else None,
             on_entropy=totals.add_entropy if is_first else None,
-            on_unit=before_unit,
+            on_unit=before_unit if part is None else None,
             epsilon_high=self.config.epsilon_high,
-            token_weights=response_weights(
-                self.config.loss_type, lengths, longest=self.config.max_new_tokens, batch_tokens=totals.batch_tokens
-            ),
+            token_weights=weights if part is None or weights is None else weights[own.share.responses],
             beta=self.config.beta,
-            share=None if self.sharded is None else self._share(batch),
+            num_responses=None if part is None else part.num_responses,
+            share=None if self.sharded is None else self._share(own.batch),
         )
+        if part is not None:
+            team = self.world.team(teams(num_questions, self.world.size))
+            combine = functools.partial(self.updater.combine, team, whole=observed)
+            gradients = units_of_parts(part, gradients, team, combine=combine, on_unit=before_unit)
         with contextlib.ExitStack() as stack:
             if view is not None:
                 gradients = stack.enter_context(contextlib.closing(view.watch(gradients)))
             try:
                 update = self.updater.add_question(gradients)
             except (NonFiniteLoss, NonFiniteGradient):
-                totals.non_finite += 1
+                totals.non_finite += own.share.leads
                 return None
+        if not own.share.leads:
+            return None
         totals.add_update(update, self.num_unprotected)
         if update.granted and self._fills_budget(group):
             totals.granted_budget_frac.append(sum(update.granted) / (self.config.budget * self.num_unprotected))
@@ -602,15 +655,23 @@ class TrainingStep:
         return found
 
 
-def _in_order(parts: Sequence[dict[int, T]]) -> list[T]:
-    """Return the values of all processes by ascending number."""
+def _in_order(parts: Sequence[dict[_Key, T]]) -> list[T]:
+    """Return the values of all processes by ascending key."""
     return [found for _, found in sorted(itertools.chain(*(part.items() for part in parts)), key=lambda item: item[0])]
 
 
-def _cost(group: Group, units: Sequence[Unit]) -> float:
-    """Predict the cost of a question's update: tokens that go forward once, and backward for each unit."""
-    tokens = sum(len(group.prompted.prompt_ids) + len(sample.response_ids) for sample in group.samples)
-    return tokens * (1 + 2 * len(units))
+def _whole_groups(parts: Sequence[list[_Sampled]]) -> list[Group]:
+    """Return the groups of all questions, in order, from what each process has sampled."""
+    found: dict[int, list[tuple[Sequence[int], Group]]] = {}
+    for share, group in itertools.chain(*parts):
+        found.setdefault(share.question, []).append((share.responses, group))
+    return [join_groups(found[question]) for question in sorted(found)]
+
+
+def _costs(group: Group, units: Sequence[Unit]) -> list[float]:
+    """Predict the cost of each response's update: tokens that go forward once, and backward for each unit."""
+    tokens = [len(group.prompted.prompt_ids) + len(sample.response_ids) for sample in group.samples]
+    return [float(count * (1 + 2 * len(units))) for count in tokens]
 
 
 def _peak_memory_bytes() -> int | None:

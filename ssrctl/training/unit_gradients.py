@@ -7,7 +7,7 @@ from stored keys and values. A fifth, ``local``, is an approximation. Each is a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -110,6 +110,7 @@ def unit_gradients(
     epsilon_high: float | None = None,
     token_weights: Tensor | None = None,
     beta: float = 0.0,
+    num_responses: Mapping[int, int] | None = None,
     share: ResponseShare | None = None,
 ) -> Iterator[UnitGradient]:
     """Backpropagate the units' losses one after the other.
@@ -138,6 +139,8 @@ def unit_gradients(
             distributions that the tokens were drawn from, before the first unit.
         on_unit: called with each unit right before its backward pass; with several units at once after their shared
             one, before the unit's gradient is handed over.
+        num_responses: by step, the responses of the whole question that have it with a known advantage, where the batch
+            is a part of them (``step_gradients.parts``).
         share: of a sharded model, the responses that this process runs; all processes call with the same batch. The
             gradients are those of the shards (``ShardedModel.take_gradients``), by ``kept`` or ``truncated``.
 
@@ -164,6 +167,7 @@ def unit_gradients(
         epsilon_high=epsilon_high,
         token_weights=token_weights,
         beta=beta,
+        num_responses=num_responses,
     )
     if share is not None:
         return SHARED[automatic_method(task, list(SHARED)) if method in AUTOMATIC else method](task, share)

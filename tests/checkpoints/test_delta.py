@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -17,9 +20,12 @@ from ssrctl.checkpoints import delta as delta_module
 from ssrctl.checkpoints.delta import Delta, DeltaFile, apply_delta, changed_indices, load_delta, same_bits, save_delta
 from ssrctl.errors import UserError
 from ssrctl.io.artifacts import ModelIdentity
+from ssrctl.io.packed_numbers import byte_tensor, pack_indices
 
 BASE = ModelIdentity(name="tiny", revision=None, fingerprint="xxh3:base")
-INTEGER = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+INTEGER = {
+    torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float8_e4m3fn: torch.int8
+}  # fmt: skip
 DTYPES = list(INTEGER)
 
 
@@ -31,8 +37,8 @@ def draw_bits(dtype: torch.dtype, shape: tuple[int, ...], generator: torch.Gener
     """Any bit pattern at all: NaNs with payloads, infinities, denormals, zeros of both signs."""
     width = torch.iinfo(INTEGER[dtype])
     raw = torch.randint(width.min, width.max, shape, generator=generator).to(INTEGER[dtype])
-    quiet_nan = {torch.float32: 0x7FC00123, torch.bfloat16: 0x7FC5, torch.float16: 0x7E11}[dtype]
-    special = torch.tensor([0, width.min, quiet_nan, quiet_nan + 1, 1]).to(INTEGER[dtype])
+    quiet_nan = {4: 0x7FC00123, 2: 0x7FC5, 1: 0x7F}[dtype.itemsize]
+    special = torch.tensor([0, width.min, quiet_nan, quiet_nan - 1, 1]).to(INTEGER[dtype])
     pick = special[torch.randint(len(special), shape, generator=generator)]
     return torch.where(torch.rand(shape, generator=generator) < 0.5, pick, raw).view(dtype)
 
@@ -47,8 +53,8 @@ def difference(base: dict[str, Tensor], tuned: dict[str, Tensor]) -> Delta:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@given(seed=st.integers(0, 10_000))
-def test_every_bit_comes_back(tmp_path: Path, dtype: torch.dtype, seed: int) -> None:
+@given(seed=st.integers(0, 10_000), small=st.booleans())
+def test_every_bit_comes_back(tmp_path: Path, dtype: torch.dtype, seed: int, small: bool) -> None:
     generator = torch.Generator().manual_seed(seed)
     shapes: dict[str, tuple[int, ...]] = {"a.weight": (5, 7), "a.values": (9,), "scalar": (), "same": (3,)}
     base = {name: draw_bits(dtype, shape, generator) for name, shape in shapes.items()}
@@ -57,6 +63,9 @@ def test_every_bit_comes_back(tmp_path: Path, dtype: torch.dtype, seed: int) -> 
         other, keep = draw_bits(dtype, tensor.shape, generator), torch.rand(tensor.shape, generator=generator) < 0.5
         tuned[name] = tensor.clone() if name == "same" else torch.where(keep, tensor, other)
     delta = difference(base, tuned)
+    if small:
+        before = {name: base[name].flatten()[indices] for name, (indices, _) in delta.changes.items()}
+        delta = dataclasses.replace(delta, before=before)
     expected = {
         n: [i for i, (x, y) in enumerate(zip(bits(base[n]), bits(tuned[n]), strict=True)) if x != y] for n in base
     }
@@ -64,10 +73,12 @@ def test_every_bit_comes_back(tmp_path: Path, dtype: torch.dtype, seed: int) -> 
     assert delta.count == sum(map(len, expected.values()))
     path = tmp_path / "delta.safetensors"
     save_delta(path, delta, {"step": 3})
-    found = load_delta(path)
+    found = load_delta(path, lambda name, indices: base[name].flatten()[indices])
     assert (found.base, found.shapes, found.count) == (BASE, shapes, delta.count)
+    for name, (indices, values) in found.changes.items():
+        assert (indices.tolist(), bits(values)) == (delta.changes[name][0].tolist(), bits(delta.changes[name][1]))
     model = {name: tensor.clone() for name, tensor in base.items()}
-    apply_delta(found, model, BASE.fingerprint, path)
+    apply_delta(DeltaFile(path), model, BASE.fingerprint)
     assert {n: bits(t) for n, t in model.items()} == {n: bits(t) for n, t in tuned.items()}
 
 
@@ -117,22 +128,23 @@ def test_no_change_at_all(tmp_path: Path) -> None:
     assert found.count == 0 and found.shapes == {"w": (2,)}
 
 
-def test_a_delta_applies_to_its_own_base_alone() -> None:
-    model = zeros()
+def test_a_delta_applies_to_its_own_base_alone(tmp_path: Path) -> None:
+    save_delta(tmp_path / "d.st", example())
+    delta, model = DeltaFile(tmp_path / "d.st"), zeros()
     with pytest.raises(UserError, match=r"d.st belongs to tiny xxh3:base, this model has xxh3:other"):
-        apply_delta(example(), model, "xxh3:other", "d.st")
+        apply_delta(delta, model, "xxh3:other")
     wrong_dtype = zeros() | {"w": torch.zeros(2, 3).bfloat16()}
     with pytest.raises(UserError, match=r"w holds float32, the model was loaded as bfloat16") as caught:
-        apply_delta(example(), wrong_dtype, BASE.fingerprint, "d.st")
+        apply_delta(delta, wrong_dtype, BASE.fingerprint)
     assert caught.value.remedy == "load the model with --dtype float32"
     with pytest.raises(UserError, match="w is absent or has another shape"):
-        apply_delta(example(), zeros() | {"w": torch.zeros(3, 2)}, BASE.fingerprint, "d.st")
+        apply_delta(delta, zeros() | {"w": torch.zeros(3, 2)}, BASE.fingerprint)
     last_is_missing = {n: t for n, t in zeros().items() if n != "b"}
     with pytest.raises(UserError, match="b is absent"):
-        apply_delta(example(), last_is_missing, BASE.fingerprint, "d.st")
+        apply_delta(delta, last_is_missing, BASE.fingerprint)
     for tensors in (model, wrong_dtype, last_is_missing):
         assert all(int(t.count_nonzero()) == 0 for t in tensors.values()), "a refused delta wrote something"
-    apply_delta(example(), model, BASE.fingerprint, "d.st")
+    apply_delta(delta, model, BASE.fingerprint)
     assert model["w"].tolist() == [[0, 7, 0], [0, 0, 8]] and model["b"].tolist() == [9]
 
 
@@ -164,6 +176,63 @@ def test_damaged_deltas_are_refused(tmp_path: Path, change: dict[str, Tensor | N
         tensors = {name: file.get_tensor(name) for name in file.keys()} | change  # noqa: SIM118
     save_file({name: t for name, t in tensors.items() if t is not None}, path, metadata=metadata)
     with pytest.raises(UserError, match=message):
+        load_delta(path)
+
+
+def huge_frame(count: int, window_log: int) -> Tensor:
+    """A stream of zeros that says how much memory its reader needs."""
+    parameters = zstandard.ZstdCompressionParameters.from_level(3, window_log=window_log)
+    block = (2**20).to_bytes(4, "little") + bytes(2**20)
+    frame = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    return byte_tensor(b"".join(frame.compress(block) for _ in range(count >> 20)) + frame.flush())
+
+
+def packed(*indices: int) -> Tensor:
+    return pack_indices([torch.tensor(indices)], 6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"w.gaps": packed(1, 5)[:-5]}, "w: the compressed data end too early"),
+        ({"w.gaps": packed(1, 5) ^ 64}, r"w: the compressed data are corrupt \("),
+        ({"w.gaps": packed(1, 6)}, r"w: indices are not ascending within 0\.\.5"),
+        ({"w.gaps": packed(1)}, "w: indices and values do not pair up"),
+        ({"w.gaps": packed(1, 4, 5)}, "w: indices and values do not pair up"),
+        ({"w.gaps": torch.zeros(9)}, "w: gaps and steps do not pair up"),
+        ({"w.steps": None}, "w: gaps and steps do not pair up"),
+        ({"stray": torch.ones(2)}, "does not hold the 3 entries"),
+        # ten million numbers in two hundred bytes, in a frame that asks for a gigabyte to be unpacked
+        ({"w.gaps": huge_frame(10_000_000, 30)}, "corrupt .*too much memory"),
+        ({"w.gaps": huge_frame(10_000_000, 17)}, r"indices are not ascending within 0\.\.5"),
+        ({"coding": {"name": "gaps-steps", "version": 2}}, "this version reads .*'version': 1"),
+        (
+            {"entries": {"w": {"count": 2, "dtype": "int8"}, "b": {"count": 1, "dtype": "float32"}}},
+            "w: the values are int8",
+        ),
+        ({"entries": {"w": {"count": 2}}}, "w.dtype' is missing"),
+    ],
+    ids=range(13),
+)
+def test_damaged_small_deltas_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    path, base = tmp_path / "d.safetensors", zeros()
+    before = {name: base[name].flatten()[indices] for name, (indices, _) in example().changes.items()}
+    save_delta(path, dataclasses.replace(example(), before=before))
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() | {
+            key: json.dumps(value) for key, value in change.items() if isinstance(value, dict)
+        }
+        tensors = {name: file.get_tensor(name) for name in file.keys()} | change  # noqa: SIM118
+    save_file({name: t for name, t in tensors.items() if isinstance(t, Tensor)}, path, metadata=metadata)
+    with pytest.raises(UserError, match=message):
+        load_delta(path, lambda name, indices: base[name].flatten()[indices])
+
+
+def test_the_small_form_needs_the_base_for_values_only(tmp_path: Path) -> None:
+    path = tmp_path / "d.safetensors"
+    save_delta(path, dataclasses.replace(example(), before={"w": torch.tensor([6.0, 9.0]), "b": torch.zeros(1)}))
+    assert [indices.tolist() for indices, _ in DeltaFile(path).blocks("w")] == [[1, 5]]
+    with pytest.raises(UserError, match="steps from those of tiny, which is not at hand"):
         load_delta(path)
 
 

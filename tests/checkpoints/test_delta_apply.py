@@ -21,6 +21,7 @@ from ssrctl.checkpoints.fingerprint import fingerprint
 from ssrctl.checkpoints.model_folder import copy_companions, set_config_dtype, whole_folder
 from ssrctl.checkpoints.reader import TensorReader, check_weights
 from ssrctl.errors import UserError
+from ssrctl.io import packed_numbers
 from ssrctl.io.artifacts import ModelIdentity
 
 Weights = dict[str, Tensor]
@@ -110,6 +111,7 @@ def assert_same(found: Weights, expected: Weights) -> None:
     files=st.integers(1, 3),
     sizes=st.sampled_from([(1, 1), (5, 2), (3, 7), (2**20, 2**21)]),
     share=st.sampled_from([0.0, 0.1, 1.0]),
+    small=st.booleans(),
 )
 def test_diff_then_apply_gives_every_bit_back(
     tmp_path_factory: pytest.TempPathFactory,
@@ -118,6 +120,7 @@ def test_diff_then_apply_gives_every_bit_back(
     files: int,
     sizes: tuple[int, int],
     share: float,
+    small: bool,
 ) -> None:
     tmp_path = tmp_path_factory.mktemp("apply")
     generator = torch.Generator().manual_seed(seed)
@@ -132,9 +135,10 @@ def test_diff_then_apply_gives_every_bit_back(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tensor_files, "PIECE_ELEMENTS", sizes[0])
         patch.setattr(delta, "BLOCK_ENTRIES", sizes[1])
+        patch.setattr(packed_numbers, "BLOCK", sizes[1])
         with TensorReader(folder) as one, TensorReader(save(tmp_path / "tuned", tuned)) as two:
             names = one.in_file_order(list(one.shapes))
-            write_difference(tmp_path / "d.st", one, two, names, settings={})
+            write_difference(tmp_path / "d.st", one, two, names, settings={}, small=small)
         found = apply(folder, tmp_path / "d.st", tmp_path / "out")
     assert found == fingerprint(tuned.items())
     assert_same(read(tmp_path / "out"), tuned)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -55,15 +56,15 @@ def save(folder: Path, tensors: Weights, num_files: int) -> Path:
     return folder
 
 
-def diff(base: Path, tuned: Path, path: Path, names: list[str] | None = None) -> Difference:
+def diff(base: Path, tuned: Path, path: Path, *, small: bool = True) -> Difference:
     with TensorReader(base) as one, TensorReader(tuned) as other:
-        order = one.in_file_order(list(one.shapes)) if names is None else names
-        return write_difference(path, one, other, order, settings={"by": "test"})
+        order = one.in_file_order(list(one.shapes))
+        return write_difference(path, one, other, order, settings={"by": "test"}, small=small)
 
 
 def assert_lists(path: Path, base: Weights, tuned: Weights) -> None:
     """The delta against a comparison of python integers."""
-    delta = load_delta(path)
+    delta = load_delta(path, lambda name, indices: base[name].flatten()[indices])
     for name in base:
         pairs = list(zip(bits(base[name]), bits(tuned[name]), strict=True))
         expected = [i for i, (x, y) in enumerate(pairs) if x != y]
@@ -78,6 +79,7 @@ def assert_lists(path: Path, base: Weights, tuned: Weights) -> None:
     dtypes=st.lists(st.sampled_from(list(INTEGER)), min_size=5, max_size=5),
     files=st.tuples(st.integers(1, 3), st.integers(1, 3)),
     piece=st.sampled_from([1, 4, 9, 2**20]),
+    small=st.booleans(),
 )
 def test_the_coordinates_whose_bits_differ(
     tmp_path_factory: pytest.TempPathFactory,
@@ -85,6 +87,7 @@ def test_the_coordinates_whose_bits_differ(
     dtypes: list[torch.dtype],
     files: tuple[int, int],
     piece: int,
+    small: bool,
 ) -> None:
     tmp_path = tmp_path_factory.mktemp("diff")
     generator = torch.Generator().manual_seed(seed)
@@ -96,7 +99,7 @@ def test_the_coordinates_whose_bits_differ(
     folders = [save(tmp_path / side, one, number) for side, one, number in zip(("base", "tuned"), (base, tuned), files)]  # noqa: B905
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tensor_files, "PIECE_ELEMENTS", piece)
-        made = diff(*folders, tmp_path / "d.safetensors")
+        made = diff(*folders, tmp_path / "d.safetensors", small=small)
     assert_lists(tmp_path / "d.safetensors", base, tuned)
     delta = DeltaFile(tmp_path / "d.safetensors")
     assert delta.base.fingerprint == made.base.fingerprint == fingerprint(base.items())
@@ -110,12 +113,24 @@ def test_the_coordinates_whose_bits_differ(
 def test_what_the_file_says(tmp_path: Path) -> None:
     base = {"w": torch.zeros(2, 3).bfloat16(), "b": torch.zeros(4).bfloat16()}
     tuned = {"w": torch.tensor([[0, 0, 2], [0, 3, 0]]).bfloat16(), "b": base["b"]}
-    diff(save(tmp_path / "base", base, 1), save(tmp_path / "tuned", tuned, 1), tmp_path / "d.safetensors")
+    folders = save(tmp_path / "base", base, 1), save(tmp_path / "tuned", tuned, 1)
+    diff(*folders, tmp_path / "small.safetensors")
+    with safe_open(tmp_path / "small.safetensors", framework="pt") as file:
+        assert sorted(file.keys()) == ["w.gaps", "w.steps"]
+        small = file.metadata()
+        # a zstd frame of: two numbers; two coordinates before index 2, one more before index 4
+        assert zstandard.decompress(file.get_tensor("w.gaps").numpy().tobytes(), 99) == b"\x02\0\0\0\x02\x01"
+        # 2.0 is 0x4000, so that the step from 0 is coded as 0x8000: an escape, and 0x8000 - 255 byte by byte
+        assert zstandard.decompress(file.get_tensor("w.steps").numpy().tobytes(), 99)[4:] == b"\xff\xff\x01\x81\x7f\x7f"
+    assert json.loads(small["coding"]) == {"name": "gaps-steps", "version": 1}
+    assert json.loads(small["entries"]) == {"w": {"count": 2, "dtype": "bfloat16"}}
+    diff(*folders, tmp_path / "d.safetensors", small=False)
     with safe_open(tmp_path / "d.safetensors", framework="pt") as file:
         assert sorted(file.keys()) == ["w.indices", "w.values"]
         assert file.get_tensor("w.indices").dtype == torch.int32 and file.get_tensor("w.indices").tolist() == [2, 4]
         assert file.get_tensor("w.values").dtype == torch.bfloat16
         metadata = file.metadata()
+    assert {key: value for key, value in small.items() if key not in ("coding", "entries")} == metadata
     assert metadata["ssrctl_kind"] == "delta" and metadata["format"] == "pt"
     assert json.loads(metadata["base"]) == {
         "name": "base", "revision": None, "fingerprint": fingerprint(base.items())
@@ -142,7 +157,7 @@ def test_the_tuned_dtype_counts_where_the_base_fits_into_it(tmp_path: Path) -> N
         folder = tmp_path / str(number)
         path = folder / "d.safetensors"
         diff(save(folder / "b", {"w": base}, 1), save(folder / "t", {"w": tuned}, 1), path)
-        (indices, changed) = load_delta(path).changes["w"]
+        (indices, changed) = load_delta(path, lambda _, indices, base=base: base[indices]).changes["w"]
         assert indices.tolist() == [1, 4] and changed.dtype == tuned.dtype and changed.tolist() == [0.0, 1.5]
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ssrctl.checkpoints.delta import Delta, changed_indices
@@ -127,6 +130,32 @@ def test_an_up_projection_without_a_gate_is_not_fused() -> None:
     delta = Delta(BASE, {"h.up_proj.weight": (2, 2)}, {"h.up_proj.weight": (torch.tensor([3]), torch.ones(1))})
     (patch,) = vllm_sparse_patches(delta, layout="runtime")
     assert (patch.name, patch.indices.tolist()) == ("h.up_proj.weight", [3])
+
+
+def test_joined_experts_become_the_tensors_of_the_base(tmp_path: Path) -> None:
+    config = transformers.MixtralConfig(
+        vocab_size=32, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        num_local_experts=3, num_experts_per_tok=2,
+    )  # fmt: skip
+    model = transformers.MixtralForCausalLM(config)
+    model.save_pretrained(tmp_path / "base")
+    base = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    tuned = {name: tensor + (torch.rand(tensor.shape) < 0.3) for name, tensor in base.items()}
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_(tuned[name])
+    model.save_pretrained(tmp_path / "tuned")
+    delta = delta_of(base, tuned)
+    with pytest.raises(ValueError, match=r"experts\.\w+ joins the experts of a checkpoint.*give base=FOLDER"):
+        vllm_sparse_patches(delta)
+    patches = vllm_sparse_patches(delta, base=tmp_path / "base")
+    assert_format(patches, torch.float32)
+    after = patched(load_file(tmp_path / "base" / "model.safetensors"), patches)
+    wanted = load_file(tmp_path / "tuned" / "model.safetensors")
+    assert after.keys() == wanted.keys() and all(torch.equal(after[name], wanted[name]) for name in wanted)
+    assert sum(".experts." in patch.name for patch in patches) == 9
+    other = Delta(BASE, {"model.norm.weight": (9,)}, {"model.norm.weight": (torch.tensor([0]), torch.ones(1))})
+    with pytest.raises(ValueError, match=r"has no tensors that make up model.norm.weight of shape \[9\]"):
+        vllm_sparse_patches(other, base=tmp_path / "base")
 
 
 def test_nothing_changed_gives_no_patch() -> None:

@@ -19,8 +19,9 @@ from ssrctl.io.manifest import file_hash, published_settings, settings_of, versi
 BASE = ModelIdentity(name="tiny", revision=None, fingerprint="xxh3:base")
 
 
-def save(run: RunDir, step: int, value: float = 1.0) -> Path:
-    delta = Delta(BASE, {"w": (4,)}, {"w": (torch.tensor([2]), torch.tensor([value]))})
+def save(run: RunDir, step: int, value: float = 1.0, before: float | None = None) -> Path:
+    known = None if before is None else {"w": torch.tensor([before])}
+    delta = Delta(BASE, {"w": (4,)}, {"w": (torch.tensor([2]), torch.tensor([value]))}, known)
     save_checkpoint(run.checkpoint(step), delta, {"m": torch.full((2,), value)}, {"step": step}, {"lr": 0.1})
     return run.checkpoint(step)
 
@@ -38,9 +39,9 @@ def test_a_checkpoint_comes_back(tmp_path: Path) -> None:
     found = load_checkpoint(folder)
     assert found.path == folder and found.state == {"step": 5} and found.delta.base == BASE
     assert torch.equal(found.optimizer["m"], torch.full((2,), 3.5))
-    assert found.delta.changes["w"][1].tolist() == [3.5]
+    assert found.delta.change("w")[1].tolist() == [3.5]
     save(RunDir(tmp_path), 5, 4.5)
-    assert load_checkpoint(folder).delta.changes["w"][1].tolist() == [4.5]
+    assert load_checkpoint(folder).delta.change("w")[1].tolist() == [4.5]
 
 
 @pytest.mark.parametrize("damage", [COMPLETE, "state.json", "delta.safetensors", "optimizer.safetensors"])
@@ -54,6 +55,17 @@ def test_half_a_checkpoint_is_a_user_error(tmp_path: Path, damage: str) -> None:
         with pytest.raises(UserError, match=damage):
             load_checkpoint(folder)
     assert bool(RunDir(tmp_path).checkpoints()) == (damage != COMPLETE)
+
+
+def test_damage_within_a_delta_is_found_on_loading(tmp_path: Path) -> None:
+    folder = save(RunDir(tmp_path), 5, before=0.5)
+    path = folder / "delta.safetensors"
+    assert load_checkpoint(folder).delta.small
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="w: the compressed data are corrupt"):
+        load_checkpoint(folder)
 
 
 def test_no_checkpoint_is_complete_before_its_last_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,8 @@ COMMANDS = {
     "train": configs.TrainConfig,
     "eval": configs.EvalConfig,
     "diagnose": configs.DiagnoseConfig,
+    "serve-rollouts": configs.ServeRolloutsConfig,
+    "report": configs.ReportConfig,
     "env": configs.EnvConfig,
     "recipes": configs.RecipesConfig,
     "delta diff": configs.DeltaDiffConfig,
@@ -119,7 +121,7 @@ def test_flags_stand_in_panels_that_begin_with_the_common_ones(
     parts = ["Method", "Optimizer", "Sampling", "Engine", "Segmentation", "Critic"]
     parts += ["Checkpoints", "Logging", "Processes"]
     assert panels("train") == ["Options", "Model", "Data", "Prompt", *parts]
-    assert panels("critic") == ["Arguments", "Options", "Critic", "Model", "Prompt", "Sampling"]
+    assert panels("critic") == ["Arguments", "Options", "Critic", "Model", "Prompt", "Sampling", "Processes"]
 
 
 def test_help_names_choices_and_ranges_that_the_doc_line_leaves_out() -> None:

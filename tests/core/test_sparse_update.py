@@ -117,7 +117,7 @@ def test_what_fp32_swallows_is_counted_too():
 
 def test_nothing_intended_is_nothing_lost():
     assert Survival().lost_frac == 0.0
-    assert (Survival(3, 2, 1) + Survival(4, 2, 2)) == Survival(7, 4, 3)
+    assert (Survival(3, 2, 1, 1) + Survival(4, 2, 2, 3)) == Survival(7, 4, 3, 4)
     assert Survival(7, 4, 3).lost_frac == 0.75
 
 
@@ -168,7 +168,7 @@ def test_only_the_waiting_coordinates_are_written():
     pending = SparseState(layout.size, pending_fields(RULES["sgd"]))
     add_kept(pending, [(torch.tensor([2]), torch.tensor([4.0]))])
     moved = apply_pending({"w": weight}, layout, pending, state, RULES["sgd"], Hyper(), lr=0.5, clip_scale=0.25)
-    assert moved == Survival(1, 1, 0)
+    assert moved == Survival(1, 1, 0, 1)
     assert weight[2] == 2.5
     assert weight[[0, 1]].view(torch.int16).tolist() == [0x3F80, -0x8000]
     assert bool(weight[3].isnan())

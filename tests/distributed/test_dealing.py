@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from ssrctl.distributed.dealing import deal
+from ssrctl.distributed.dealing import Share, deal, deal_questions
 from ssrctl.distributed.exchange import check_replicas, weights_fingerprint
 from ssrctl.distributed.launch import check_config
 from ssrctl.distributed.world import check_launcher
@@ -25,6 +25,21 @@ def test_every_job_is_dealt_once_and_the_largest_sum_is_near_the_best() -> None:
         if size <= 3:
             assert max(sum(costs[job] for job in jobs) for jobs in dealt) <= 4 / 3 * best
     assert deal([0.0] * 4, 2) == [[0, 2], [1, 3]], "jobs that cost nothing are dealt evenly"
+
+
+def test_more_processes_than_questions_split_responses() -> None:
+    costs = [[1.0, 1.0, 5.0, 1.0], [9.0, 1.0, 1.0, 1.0]]
+    for size in range(1, 9):
+        dealt = deal_questions(costs, size)
+        assert len(dealt) == size and all(dealt), "no process is without work"
+        found = sorted((share.question, row) for mine in dealt for share in mine for row in share.responses)
+        assert found == list(itertools.product(range(2), range(4)))
+        assert [share.question for mine in dealt for share in mine if share.leads] == ([0, 1] if size == 1 else [1, 0])
+        assert all(rank in share.team for rank, mine in enumerate(dealt) for share in mine)
+    assert [share.team for mine in deal_questions(costs, 3) for share in mine] == [range(2), range(2), range(2, 3)]
+    assert [len(mine) for mine in deal_questions(costs, 3, split=False)] == [1, 1, 0]
+    assert sum(map(bool, deal_questions([[1.0, 1.0]], 4))) == 2, "no process has an empty share"
+    assert deal_questions(costs, 3)[0][0] == Share(1, [0], range(2), leads=True), "the costliest has the larger team"
 
 
 def test_the_fingerprint_sees_one_bit_and_a_swap_of_tensors() -> None:

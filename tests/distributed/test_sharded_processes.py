@@ -12,10 +12,14 @@ from typing import Any
 import pytest
 import torch
 from processes import run_processes
+from safetensors.torch import load_file
 
+from ssrctl import tiny_reasoner
 from ssrctl.checkpoints.run_dir import RunDir, load_checkpoint
 from ssrctl.cli import main
 from ssrctl.io.mask_log import load_mask_log
+from ssrctl.sampling.engines import transformers_engine
+from ssrctl.sampling.engines.transformers_engine import NonFiniteLogits
 from ssrctl.training.step_gradients.task import GradientTask, NonFiniteLoss
 
 SMALL = [
@@ -56,8 +60,10 @@ def assert_same_training(one: Path, other: Path, steps: int, *, atol: float = 1e
                 assert mine.count() == its.count() and (mine & its).count() > 0.998 * mine.count() > 0
     first, second = (load_checkpoint(RunDir(run).checkpoint(steps)) for run in (one, other))
     assert first.optimizer.keys() == second.optimizer.keys() and first.delta.count > 1000
-    for name, (indices, values) in first.delta.changes.items():
-        theirs, found = second.delta.changes[name]
+    base = load_file(tiny_reasoner.path() / "model.safetensors")
+    mine, others = (each.delta.load(lambda name, at: base[name].flatten()[at]).changes for each in (first, second))
+    for name, (indices, values) in mine.items():
+        theirs, found = others[name]
         assert overlap(set(indices.tolist()), set(theirs.tolist())) > 0.995
         ours, its = values[torch.isin(indices, theirs)], found[torch.isin(theirs, indices)]
         assert float(torch.isclose(ours, its, rtol=1e-3, atol=atol).double().mean()) > 0.998, name
@@ -195,3 +201,25 @@ def test_a_killed_process_ends_the_others(tmp_path: Path) -> None:
     lines = [line for line in ended[0].err.splitlines() if line.startswith("error: ")]
     assert lines == ["error: process 0 of 2 lost the others: one of them has ended"] and "Traceback" not in ended[0].err
     load_checkpoint(RunDir(tmp_path / "run").checkpoints()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", ["whole", "shards"])
+def test_an_error_in_one_process_s_sampling_ends_all(weights: str, tmp_path: Path) -> None:
+    def before(rank: int) -> None:
+        take, calls = transformers_engine._Drawing.take, 0
+
+        def broken(self: Any, tokens: torch.Tensor) -> bool:
+            nonlocal calls
+            calls += 1
+            if rank == 1 and calls == 5:
+                raise NonFiniteLogits("no token can be sampled", "use --dtype float32")
+            return take(self, tokens)
+
+        transformers_engine._Drawing.take = broken  # type: ignore[method-assign]
+
+    words = [*SMALL, *SHARDED, "--sampling-weights", weights, "--max-steps", "1"]
+    ended = processes(words, 2, tmp_path / "run", before)
+    assert ended[1].code == 2 and ended[0].code in (1, 2)
+    said = [line for process in ended for line in process.err.splitlines() if line.startswith("error: ")]
+    assert said == ["error: no token can be sampled"], ended

@@ -1,17 +1,21 @@
 """The arithmetic of the exchange against what is packed, and against the plan that --dry-run prints."""
 
+import functools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from ssrctl import tiny_reasoner
 from ssrctl.cli import main
+from ssrctl.configs import TrainConfig
 from ssrctl.core.claims import KeptUnit
 from ssrctl.core.kept_bytes import Numbering, pack_unit
 from ssrctl.core.layout import Shards
 from ssrctl.distributed.traffic import bits_per_coordinate, dense_bytes_sent, kept_bytes_sent
+from ssrctl.training.time_plan import time_shares
 
 
 @pytest.mark.parametrize(("dtype", "itemsize"), [(torch.bfloat16, 2), (torch.float32, 4)])
@@ -41,6 +45,18 @@ def test_the_plan_of_several_processes_starts_none(capsys: pytest.CaptureFixture
     plan = json.loads(capsys.readouterr().out)
     assert plan["num_processes"] == 4 and plan["gib_per_process"] >= plan["gib_for_weights_and_updates"]
     assert plan["mib_sent_per_step_and_process"] < plan["mib_of_a_dense_all_reduce"] / 8
+    assert sum(plan["shares_of_a_step"].values()) == pytest.approx(1.0, abs=3e-3)
+
+
+def test_the_plan_counts_the_sum_over_those_who_share_a_question(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--questions-per-step", "2", "--num-generations", "8", "--dtype", "bfloat16", "--num-processes", "8"]
+    assert main(["train", "--dry-run", "--json", *words]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    count = plan["parameters"]
+    kept = kept_bytes_sent(count, itemsize=2, questions=2, budget=0.05, unit_share=0.01, processes=8)
+    # five units of 1%, three quarters of a dense gradient each
+    assert plan["processes_per_question"] == 4
+    assert plan["mib_sent_per_step_and_process"] == round((kept + 5 * count * 2 * 3 / 4) / 2**20, 3)
 
 
 def test_the_plan_of_shards_divides_memory_and_counts_gathered_weights(capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,3 +89,40 @@ def test_the_plan_counts_the_dtype_of_the_run_not_of_the_checkpoint(
     plan = json.loads(capsys.readouterr().out)
     dense = dense_bytes_sent(plan["parameters"], itemsize=itemsize, processes=4)
     assert plan["mib_of_a_dense_all_reduce"] == round(dense / 2**20, 3)
+
+
+def shares(processes: int, **settings: Any) -> dict[str, float]:
+    config = TrainConfig(sample_together="question", max_new_tokens=32, num_generations=2, **settings)
+    found = time_shares(config, tiny(), 12, device="cpu", itemsize=4, processes=processes, sent=1e5 * (processes > 1))
+    assert sum(found.values()) == pytest.approx(1.0) and min(found.values()) > 0
+    return found
+
+
+@functools.cache
+def tiny() -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(tiny_reasoner.path())
+
+
+def test_the_plan_says_what_several_processes_do_not_divide() -> None:
+    one, eight = (shares(processes, questions_per_step=64) for processes in (1, 8))
+    assert list(one) == ["sampling", "passes", "selection", "update"] and list(eight) == [*one, "exchange"]
+    for divided in ("sampling", "passes", "selection"):
+        # every process adds up the kept gradients of all questions
+        assert eight["update"] / eight[divided] == pytest.approx(8 * one["update"] / one[divided])
+    dense = shares(1, questions_per_step=64, optimizer="adamw")
+    assert "selection" not in dense and dense["passes"] < one["passes"], "one backward pass for all steps"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--num-processes", "9"], "9 processes for 8 responses in a step (2 questions of 4): some would have none"),
+        (["--num-processes", "3", "--scope", "tensor"], "--scope tensor selects before that"),
+        (["--num-processes", "3", "--step-gradient", "local"], "--step-gradient local depends on all of them"),
+    ],
+)
+def test_processes_that_cannot_be_dealt_to_are_refused(words, said, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--dry-run", "--questions-per-step", "2", "--num-generations", "4", *words]) == 2
+    assert said in " ".join(capsys.readouterr().err.split())

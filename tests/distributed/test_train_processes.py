@@ -120,3 +120,22 @@ def test_a_process_with_other_files_is_named(tmp_path: Path) -> None:
     said = [line for process in ended for line in process.err.splitlines() if line.startswith("error: ")]
     assert len(said) == 1 and "process 1 differs from process 0 in contents of dataset: 'sha256:" in said[0]
     assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("field", ["dtype", "version of torch"])
+def test_a_process_with_another_precision_or_version_is_named(field: str, tmp_path: Path) -> None:
+    def words(rank: int) -> list[str]:
+        return [*SMALL, "--dtype", "bfloat16" if rank and field == "dtype" else "float32", "-o", str(tmp_path / "run")]
+
+    def before(rank: int) -> None:
+        from ssrctl.io import manifest
+
+        if rank and field != "dtype":
+            found = manifest.versions() | {"torch": "1.0"}
+            manifest.versions = lambda: found
+
+    ended = run_processes(words, 2, tmp_path / "logs", before)
+    assert [process.code for process in ended] == [2, 2], ended
+    said = [line for process in ended for line in process.err.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1 and f"process 1 differs from process 0 in {field}: " in said[0], said

@@ -207,6 +207,9 @@ def test_trl_example_changes_only_what_its_steps_may(trl_grpo: ModuleType, run_m
     # 1% of the unprotected coordinates in each of two optimizer steps, of four micro-batches each.
     k = int(0.01 * (total - num_protected))
     assert k < changed <= 2 * k
+    logged = [float(share) for share in re.findall(r"'bit_changed_frac': '?([\d.e-]+)", printed)]
+    assert len(logged) == 2 and changed <= sum(logged) * total * 1.001  # the log rounds to four digits
+    assert all(share == pytest.approx(k / total, rel=0.01) for share in logged)  # float32 loses little
 
 
 class Trained:

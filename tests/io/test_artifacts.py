@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import xxhash
+import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -45,24 +46,34 @@ def same(a: BlockMask, b: BlockMask) -> bool:
     return a.shapes == b.shapes and all(torch.equal(x, b.to_dense()[n]) for n, x in a.to_dense().items())
 
 
-def write(path: Path, mask: BlockMask | None = None, model: ModelIdentity | None = IDENTITY) -> Path:
-    save_mask(path, mask or draw_mask(), mask_kind="superweights", model=model, settings={"k": 1, "p": None})
+def write(
+    path: Path, mask: BlockMask | None = None, model: ModelIdentity | None = IDENTITY, *, small: bool = True
+) -> Path:
+    settings = {"k": 1, "p": None}
+    save_mask(path, mask or draw_mask(), mask_kind="superweights", model=model, settings=settings, small=small)
     return path
 
 
-@given(st.integers(0, 1000), st.sampled_from([0.0, 0.05, 1.0]))
-def test_masks_survive_the_file(tmp_path: Path, seed: int, density: float) -> None:
+@given(st.integers(0, 1000), st.sampled_from([0.0, 0.05, 0.3, 1.0]), st.booleans())
+def test_masks_survive_the_file(tmp_path: Path, seed: int, density: float, small: bool) -> None:
     mask = draw_mask(seed, density)
-    found, metadata = load_mask(write(tmp_path / "m.safetensors", mask))
+    found, metadata = load_mask(write(tmp_path / "m.safetensors", mask, small=small))
     assert same(found, mask)
     assert json.loads(metadata["counts"]) == {n: t.count() for n, t in mask.tensors.items()}
 
 
 def test_the_file_is_as_the_design_says(tmp_path: Path) -> None:
     mask = BlockMask.from_indices({"w": (17, 20)}, {"w": torch.tensor([0, 9, 16 * 20 + 19])})
-    path = write(tmp_path / "m.safetensors", mask)
+    with safe_open(write(tmp_path / "small.safetensors", mask), framework="np") as file:
+        small = file.metadata()
+        # a zstd frame of: three numbers; 0, 8 and 328 coordinates passed over, the last behind an escape
+        content = zstandard.decompress(file.get_tensor("w.gaps").tobytes(), 99)
+    assert content == b"\x03\0\0\0" + b"\0\x08\xff" + bytes([329 - 255, 0, 0, 0])
+    assert json.loads(small.pop("coding")) == {"name": "gaps", "version": 1}
+    path = write(tmp_path / "m.safetensors", mask, small=False)
     with safe_open(path, framework="np") as file:
         metadata = file.metadata()
+        assert small == metadata
         assert sorted(file.keys()) == ["w.col_indices", "w.crow_indices", "w.tiles"]
         assert file.get_tensor("w.crow_indices").tolist() == [0, 1, 2]
         assert file.get_tensor("w.col_indices").tolist() == [0, 1]
@@ -121,6 +132,31 @@ def test_damaged_masks_are_user_errors(tmp_path: Path, change: Any) -> None:
     # all of it selected, so that every tensor has tiles; a bias of [4] has a bit in its padding
     path = rewrite(write(tmp_path / "m.safetensors", ~BlockMask.empty(SHAPES)), everything_but)
     with pytest.raises(UserError, match=str(path)):
+        load_mask(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (set_field("counts", {"w": 10**15}), "would take 56,000,000 GB of memory"),
+        (set_field("shapes", {"w": [2**60, 1]}), "GB of memory"),
+        (set_field("counts", {"w": 2}), "w: it does not hold the 2 coordinates"),
+        (set_field("counts", {"w": 4}), "w: it does not hold the 4 coordinates"),
+        (set_field("counts", {"w": "3"}), "'w' must be a valid integer"),
+        (set_field("counts", {}), "w: it does not hold the 0 coordinates"),
+        (set_field("shapes", {"w": [16, 20]}), r"w: indices are not ascending within 0\.\.319"),
+        (set_field("coding", {"name": "gaps", "version": 2}), "install a newer ssrctl"),
+        (lambda tensors, metadata: metadata.pop("coding"), "metadata 'coding' is absent"),
+        (set_tensor("w.gaps", torch.zeros(3)), "not bytes"),
+        (set_tensor("w.gaps", torch.arange(9).byte()), "w: the compressed data are corrupt"),
+        (set_tensor("w.tiles", torch.zeros(1, 32).byte()), "first difference: w.tiles"),
+    ],
+    ids=range(12),
+)
+def test_damaged_small_masks_are_user_errors(tmp_path: Path, change: Any, message: str) -> None:
+    mask = BlockMask.from_indices({"w": (17, 20)}, {"w": torch.tensor([0, 9, 16 * 20 + 19])})
+    path = rewrite(write(tmp_path / "m.safetensors", mask), change)
+    with pytest.raises(UserError, match=message):
         load_mask(path)
 
 

@@ -184,11 +184,13 @@ def tiny() -> LoadedModel:
     return load_model(ModelConfig(device="cpu"))
 
 
-def test_stored_traces_give_the_batch_that_sampling_gave(tiny: LoadedModel) -> None:
+@pytest.mark.parametrize("stop", [[], ["="]])
+def test_stored_traces_give_the_batch_that_sampling_gave(tiny: LoadedModel, stop: list[str]) -> None:
     problem = Problem(id="q1", question="48*6-2*9+2=?", answer="76")
-    sampling = SamplingConfig(max_new_tokens=48)
+    sampling = SamplingConfig(max_new_tokens=48, stop=stop)
     prompts, _ = prepare_prompts(tiny, [problem], PromptFormat(), sampling.max_new_tokens)
     group = sample_groups(tiny, prompts, sampling, num_generations=6, seed=0)[0]
+    assert any(rollout.extra.get("ended_by_stop") for rollout in group.rollouts) == bool(stop)
     sampled, stored = group_batch(tiny, group), traces_batch(tiny, group.rollouts, sampling.temperature)
     assert torch.equal(sampled.input_ids, stored.input_ids)
     assert torch.equal(sampled.attention_mask, stored.attention_mask)

@@ -381,11 +381,24 @@ def test_numbers_are_grouped_and_json_ready() -> None:
 
 
 def test_headlines_say_which_side_of_chance() -> None:
-    avoid, prefer, third, at_equal = headlines(report())
-    assert "avoid" in avoid and avoid.startswith("11.11%") and "0.222 times chance" in avoid
-    assert "prefer" in prefer and "low-magnitude" in prefer
-    assert "avoid" in third
-    assert at_equal.startswith("Among weights of equal magnitude") and "0.222 times" in at_equal and "avoid" in at_equal
+    avoid, prefer = headlines(report())
+    assert avoid.startswith("11.11%") and "0.222 times chance (50.00%) and 0.222 times" in avoid
+    assert avoid.endswith("among weights of equal magnitude: changes avoid them.")
+    assert "low-magnitude" in prefer and "changes prefer them, as rounding" in prefer
+
+
+@pytest.mark.parametrize(
+    "control, said",
+    [
+        ((landing(4800, 2400, 900, 450),), "their magnitude explains it."),
+        ((landing(48, 24, 9, 8),), "at equal magnitude changes prefer them."),
+        ((landing(48_000_000, 24_000_000, 9_000_000, 4_520_000),), "their magnitude explains it."),
+    ],
+)
+def test_the_control_has_the_last_word(control: tuple[Landing, ...], said: str) -> None:
+    """Also where a difference of 0.4% is significant, since millions of weights changed."""
+    sets = dict.fromkeys(SETS, (landing(48, 24, 9, 1),)) | {"principal_same_size": control}
+    assert headlines(result_of({"w": sets}))[0].endswith(said)
 
 
 def test_an_overlap_within_the_interval_is_not_called_a_preference() -> None:
@@ -399,7 +412,7 @@ def test_reports_without_changes_or_matrices_are_still_reports() -> None:
     unchanged = result_of({"w": dict.fromkeys(SETS, (landing(48, 24, 0),))})
     assert "nothing landed" in headlines(unchanged)[0]
     table = landing_section(unchanged).tables[0]
-    assert table.rows[0][3:] == [None] * 5 and table.formatted()[0][3:] == ["–"] * 5
+    assert table.rows[0][2:] == [None] * 4 and table.formatted()[0][2:] == ["–"] * 4
 
 
 def test_the_section_is_drawn() -> None:
@@ -409,9 +422,14 @@ def test_the_section_is_drawn() -> None:
     section = landing_section(result)
     assert [table.title for table in section.tables][-1] == "Matrices without principal weights"
     by_kind = section.tables[0]
-    assert [row[:3] for row in by_kind.rows[:2]] == [["q", "principal", 18], ["q", "low-magnitude", 18]]
-    assert by_kind.rows[0][3] == 2 / 18 and by_kind.formatted()[0][3] == "11.11%"
-    assert "expected by chance" in section.figures[0].series  # type: ignore[union-attr]
+    assert by_kind.rows[0][:3] == ["q", 18, 2 / 9] and by_kind.formatted()[1] == [
+        "o",
+        "18",
+        *("0.222", "1.78", "0", "0.222"),
+    ]
+    by_tensor = section.tables[2]
+    assert by_tensor.rows[1][1:4] == ["low-magnitude", 9, 8 / 9] and by_tensor.formatted()[0][3] == "11.11%"
+    assert "expected by chance" in section.figures[1].series  # type: ignore[union-attr]
     page = html_page(
         Document(title="t", facts=[], headlines=headlines(result), notes=[], sections=[section]), version="0"
     )

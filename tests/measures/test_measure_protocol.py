@@ -75,12 +75,12 @@ def test_a_measure_from_outside_reaches_every_output(
     pytest.importorskip("matplotlib")
     assert main(["diagnose", *folders[:2], "--measures", "toy", "-o", "out"]) == 0
     expected, shown, out = 3 / 367, "0.82%", tmp_path / "out"
-    assert json.loads((out / "report.json").read_text())["negative_share"] == expected
-    [_, [_, cell]] = csv.reader((out / "tables" / "signs.csv").open())
+    assert json.loads((out / "diagnose.json").read_text())["negative_share"] == expected
+    [_, [_, cell]] = csv.reader((out / "diagnose-tables" / "signs.csv").open())
     assert float(cell) == expected
     printed = capfd.readouterr().out
     assert f"{shown} became negative." in printed and "now negative" in printed
-    page = (out / "report.html").read_text()
+    page = (out / "diagnose.html").read_text()
     assert f"{shown} became negative." in page and f"<td>{shown}</td>" in page
 
 

@@ -229,7 +229,7 @@ def test_the_section_is_drawn(num_steps: int) -> None:
         Document(title="t", facts=[], headlines=headlines(numbers), notes=[], sections=[section]), version="0"
     )
     assert "Growth of the changed set" in page and "<b>norm" not in page
-    growth = section.figures[1]
+    growth = section.figures[2]
     assert isinstance(growth, Lines) and "expected, ever changed" in growth.series
 
 

@@ -16,7 +16,7 @@ from ssrctl.measures.published import (
     references,
     unusual,
 )
-from ssrctl.report.document import Ranges, Reference
+from ssrctl.report.document import Dots, Reference
 
 MUKHERJEE, ZHU = "Mukherjee et al. 2025", "Zhu et al. 2025"
 
@@ -125,14 +125,17 @@ def test_only_values_outside_of_every_range_are_unusual() -> None:
 def test_section_puts_values_beside_ranges() -> None:
     section = published_section({"sparsity_1e-5": 0.971, "rank": None})
     (figure,) = section.figures
-    assert isinstance(figure, Ranges)
-    assert figure.values == [0.971, None] and [len(one) for one in figure.references] == [3, 1]
+    assert isinstance(figure, Dots) and figure.series["measured"] == [0.971, None]
+    assert figure.intervals == {
+        "published, RL": [(0.5323, 0.96), (0.992, 0.998)],
+        "published, SFT": [(0.06, 0.15), None],
+    }
     compared, everything = section.tables
     assert [row[:3] for row in compared.formatted()] == [
         ["update sparsity, tolerance 1e-5", "97.10%", "above"],
         ["rank of an update matrix over its maximum, mean", "–", "–"],
     ]
-    assert len(everything.rows) == 10 + 12 + 2 + 4 and everything.collapsed
+    assert len(everything.rows) == 10 + 12 + 2 + 4
     assert compared.rows[0][1] == 0.971 and "chance" not in everything.headings
     assert published_section({}).figures == []
 

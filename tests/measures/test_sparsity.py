@@ -32,8 +32,9 @@ from ssrctl.measures.sparsity import (
     nonfinite_notes,
     rules_section,
     size_section,
+    sparsity_sections,
 )
-from ssrctl.report.document import Heatmap, Histogram
+from ssrctl.report.document import Dots, Heatmap, Lines
 
 ATOL, ETA = 1e-5, 1e-3
 
@@ -311,14 +312,17 @@ def test_the_report_has_every_rule_and_the_largest_changes(tmp_path: Path) -> No
     assert [row[0] for row in rules.tables[0].rows][-2:] == ["within 1e-05", "within 3e-05"]
     assert rules.tables[0].headings == ["rule", "all", "embed", "up"]
     assert rules.tables[0].rows[0] == ["bit for bit", 395 / 400, 1.0, 195 / 200]
-    [heat] = rules.figures
-    assert isinstance(heat, Heatmap) and heat.row_labels == ["up"] and heat.column_labels == ["0"]
-    assert heat.values == [[0.0]]  # nothing as bfloat16
+    heat, dots = sparsity_sections(result, 3e-5)[0].figures
+    assert isinstance(heat, Heatmap) and heat.row_labels == ["embed", "up"] and heat.column_labels == ["0", "out"]
+    assert heat.values == [[None, 0.0], [5 / 200, None]] and "bit for bit" in heat.title  # nothing as bfloat16
+    assert isinstance(dots, Dots) and dots.log and dots.labels == ["all", "embed", "up"]
+    assert dots.series["bit for bit"] == [5 / 400, 0.0, 5 / 200]
+    assert [one.label.split(": ")[1] for one in dots.references] == ["8.3% to 63.7%", "81.2% to 99.4%"]
     assert [table.title for table in size.tables][1:] == ["Largest changes", "Largest relative changes"]
     assert size.tables[1].rows[0][:2] == [names[0], "3, 7"]
     assert size.tables[1].formatted()[0][2:] == ["0.5", "0.50002", "+2e-05", "4.00e-05"]
     [histogram] = size.figures
-    assert isinstance(histogram, Histogram) and sum(histogram.series["changed weights"]) == 5  # type: ignore[arg-type]
+    assert isinstance(histogram, Lines) and sum(histogram.series["changed weights"]) == 5  # type: ignore[arg-type]
     same = size_section(SparsityResult(grouped(w=compare_tensors(base, base)), LargestChanges(), {}))
     assert same.figures == [] and [len(table.rows) for table in same.tables] == [1, 0, 0]
 
@@ -510,10 +514,18 @@ def test_headlines_have_the_numbers() -> None:
         "h.0.attn.c_attn.weight": compare_tensors(base, tuned, ATOL),
         "wte.weight": compare_tensors(base, base, ATOL),
     }
-    sparsity, bits, norm, as_bf16, steps, kinds = headlines(grouped(**changes), ATOL)
-    assert "100% are unchanged" not in as_bf16 and as_bf16.startswith("Compared as bfloat16, 100.00%")
-    assert "Of the 5 weights that moved" in steps and "0.00% moved by exactly one" in steps
-    assert "Update sparsity 99.50%" in sparsity and "400 weights" in sparsity and "1e-05" in sparsity
-    assert "98.75% are unchanged: 5 weights changed, 3 of them by no more" in bits
-    assert "largest change of a weight is 2.00e-05" in norm
-    assert kinds == "Most changed: qkv (sparsity 99.00%); least: embed (100.00%)."
+    where, rules = headlines(grouped(**changes), ATOL)
+    assert where.startswith("1.25% of the 400 weights changed bit for bit, none of them as bfloat16")
+    assert where.endswith("most in qkv (2.50%), least in embed (0.00%).")
+    assert "99.50% moved by no more than 1e-05" in rules and "98.75% bit for bit" in rules
+    text = size_section(SparsityResult(grouped(**changes), LargestChanges(), {})).text
+    assert "largest change of a weight is 2.00e-05. Of the 5 weights" in text and "0.00% moved by exactly one" in text
+
+
+def test_changes_from_exact_zero_are_counted_by_themselves() -> None:
+    base = torch.tensor([0.0, 0.0, 1.0, 2.0], dtype=torch.bfloat16)
+    tuned = torch.tensor([1e-3, -0.0, 1.0078125, 2.0], dtype=torch.bfloat16)
+    change = compare_tensors(base, tuned)
+    # 0 to 1e-3 is 15,003 steps, and 0 to -0 none
+    assert (change.num_from_zero, change.ulps, change.num_below_step, change.num_bit_changed) == (1, (1,), 1, 3)
+    assert "1 of the 3 changed weights were exactly 0 before" in headlines(grouped(w=change), ATOL)[2]

@@ -5,16 +5,14 @@ from __future__ import annotations
 import math
 import random
 
-from ssrctl.measures.published import published, published_section, references, unusual
+from ssrctl.measures.published import published, published_section, unusual
 from ssrctl.report.document import (
-    Bars,
     Column,
     Document,
+    Dots,
     Figure,
     Heatmap,
-    Histogram,
     Lines,
-    Ranges,
     Reference,
     Section,
     Table,
@@ -117,9 +115,8 @@ def curves(rng: random.Random) -> list[Figure]:
 
 def bars_and_counts() -> list[Figure]:
     jaccard = {one.model.split()[0]: (one.value, one.baseline) for one in published() if one.measure == "run_jaccard"}
-    bins = ["1", "2", "3-4", "5-8", "9-16", "17-32", "33-64", ">64"]
     return [
-        Bars(
+        Dots(
             title="Unchanged by kind",
             labels=KINDS,
             series={
@@ -129,7 +126,7 @@ def bars_and_counts() -> list[Figure]:
             axis="share unchanged",
             references=BANDS,
         ),
-        Bars(
+        Dots(
             title="Jaccard index of five runs, layer 13",
             labels=list(jaccard),
             series={
@@ -140,15 +137,7 @@ def bars_and_counts() -> list[Figure]:
             axis="Jaccard index",
             shares=False,
         ),
-        Histogram(
-            title="Distance in units of the last place",
-            bins=bins,
-            series={"all": [9e6, 2e6, 4e5, 9e4, 2e4, 3000, 200, 0], "norms": [9e3, 900, 50, 5, None, None, None, None]},
-            x_label="ULP",
-            y_label="changed weights",
-            log=True,
-        ),
-        Bars(
+        Dots(
             title="Relative size of the update",
             labels=["model.layers.17.self_attn.q_proj.weight", "lm_head.weight", "model.norm.weight"],
             series={"relative L2": [3e-3, 4e-4, None]},
@@ -169,7 +158,6 @@ def tensor_table(rows: int, rng: random.Random) -> Table:
         columns=["tensor", Column("weights", count), Column("unchanged", percent), Column("relative L2", number)],
         rows=values,
         terminal_rows=0,
-        collapsed=True,
     )
 
 
@@ -204,15 +192,6 @@ def example_document(rows: int = 520) -> Document:
     rng = random.Random(0)
     measured = {"sparsity_1e-5": 0.971, "sparsity_bf16": 0.9312, "rank": 0.994}
     published_numbers = published_section(measured)  # type: ignore[arg-type]
-    published_numbers.figures.append(
-        Ranges(
-            title="Without a value or without a reference",
-            labels=["not measured", "not published"],
-            values=[None, 0.3],
-            references=[references("sparsity_bf16"), []],
-            axis="share",
-        )
-    )
     return Document(
         title="What did training change?",
         facts=[

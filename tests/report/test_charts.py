@@ -23,7 +23,7 @@ from ssrctl.report.chart_style import (
 )
 from ssrctl.report.chart_text import describe
 from ssrctl.report.charts import draw, is_wide
-from ssrctl.report.document import Bars, Figure, Heatmap, Histogram, Lines, Ranges, Reference
+from ssrctl.report.document import Dots, Figure, Heatmap, Lines, Reference
 
 FIGURES = [figure for section in example_document(rows=1).sections for figure in section.figures]
 BAND, LINE = Reference("a range, table 1: 20% to 40%", 0.2, 0.4), Reference("one value: 10%", 0.1)
@@ -103,22 +103,17 @@ def test_drawing_leaves_matplotlib_as_it_was() -> None:
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("kind", [Bars, Heatmap, Lines, Histogram, Ranges])
+@pytest.mark.parametrize("kind", [Dots, Heatmap, Lines])
 def test_text_from_files_stays_text(kind: type[Figure]) -> None:
     texts = ["#010203", "fill: #030405", "$x^2$ _{", "漢字", "a\x00\x1bb\nc", "</text><script>", "\ud800", ""]
     values = [0.5] * len(texts)
     figure: Figure
-    if kind is Bars:
-        figure = Bars(title="", labels=texts, series={texts[5]: values}, axis=texts[5])
+    if kind is Dots:
+        figure = Dots(title="", labels=texts, series={texts[5]: values}, axis=texts[5])
     elif kind is Heatmap:
         figure = Heatmap(title="", labels=texts, values=[values] * len(texts), axis=texts[5])
-    elif kind is Lines:
-        figure = Lines(title="", x=[1], series={one: [0.5] for one in texts}, x_label=texts[5], y_label=texts[2])
-    elif kind is Histogram:
-        figure = Histogram(title="", bins=texts, series=dict.fromkeys(texts, values), x_label=texts[5], y_label="")
     else:
-        references = [[Reference(one, 0.1, 0.2)] for one in texts]
-        figure = Ranges(title="", labels=texts, values=values, references=references, axis=texts[5])
+        figure = Lines(title="", x=[1], series={one: [0.5] for one in texts}, x_label=texts[5], y_label=texts[2])
     svg = draw(figure)
     svg.encode("utf-8")
     page = Drawing(svg)
@@ -130,25 +125,19 @@ def test_text_from_files_stays_text(kind: type[Figure]) -> None:
 
 def test_numbers_that_are_none_are_left_out() -> None:
     odd: list[float | None] = [math.nan, math.inf, -math.inf, None]
-    assert draw(Bars(title="", labels=list("abcd"), series={"s": odd}, axis="")).count("--series-1") == 0
+    assert draw(Dots(title="", labels=list("abcd"), series={"s": odd}, axis="")).count("--series-1") == 0
     assert draw(Lines(title="", x=range(4), series={"s": odd}, x_label="", y_label="")).count("--series-1") == 0
-    assert (
-        draw(Histogram(title="", bins=list("abcd"), series={"s": odd}, x_label="", y_label="")).count("--series-1") == 0
-    )
     svg = draw(Heatmap(title="", row_labels=["r"], column_labels=list("abcd"), values=[odd]))
     assert "<rect" not in svg and svg.count('class="blank"') == 4
-    draw(Ranges(title="", labels=list("abcd"), values=odd, references=[[]] * 4, axis=""))
 
 
 @pytest.mark.parametrize("size", [0, 1])
 def test_hardly_any_data_is_no_error(size: int) -> None:
     names = ["a"] * size
     values: list[float | None] = [0.0] * size
-    draw(Bars(title="", labels=names, series={}, axis="", references=[BAND]))
-    draw(Bars(title="", labels=names, series={"s": values}, axis="", shares=False, log=True))
+    draw(Dots(title="", labels=names, series={}, axis="", references=[BAND]))
+    draw(Dots(title="", labels=names, series={"s": values}, axis="", shares=False, log=True))
     draw(Lines(title="", x=[0] * size, series={"s": values}, x_label="", y_label="", log_x=True, log_y=True))
-    draw(Histogram(title="", bins=names, series={"s": values}, x_label="", y_label="", log=True))
-    draw(Ranges(title="", labels=names, values=values, references=[[]] * size, axis=""))
     draw(Heatmap(title="", labels=names, values=[values] * size))
 
 
@@ -156,7 +145,7 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="do not have the shape"):
         Heatmap(title="m", row_labels=["a"], column_labels=["b", "c"], values=[[1.0]])
     with pytest.raises(ValueError, match="1 values for 2 places"):
-        Bars(title="b", labels=["a", "b"], series={"s": [1.0]}, axis="")
+        Dots(title="b", labels=["a", "b"], series={"s": [1.0]}, axis="")
     with pytest.raises(ValueError, match="interval of s"):
         Lines(title="l", x=[1], series={"s": [1.0]}, intervals={"s": []}, x_label="", y_label="")
 
@@ -224,6 +213,29 @@ def test_key_of_a_heat_map_says_what_full_colour_and_blank_cells_are() -> None:
     assert labels([[0.0, -1.0], [0.5, 0.0]], None) == ["-1.00 to 1.00, no colour at 0"]
 
 
+def test_a_logarithmic_map_tells_zero_from_the_least_value() -> None:
+    values: list[list[float | None]] = [[0.0, 0.001, 0.01, 0.1]]
+    figure = Heatmap(title="", row_labels=["r"], column_labels=list("abcd"), values=values, shares=True, log=True)
+    zero, least, middle, most = (float(cell["fill-opacity"]) for cell in cells(figure).values())
+    assert zero == 0 < least and most == 1 and middle - least == pytest.approx(most - middle)
+    assert [key.label for key in keys(figure)] == ["0.10% to 10.00%, logarithmic, no colour at 0%"]
+    with pytest.raises(ValueError, match="logarithmic scale has no centre"):
+        Heatmap(title="", labels=["a"], values=[[1.0]], centre=1.0, log=True)
+
+
+def test_marginal_bars_are_the_means_of_columns_and_rows() -> None:
+    values: list[list[float | None]] = [[0.1, 0.3], [0.0, 0.0]]
+    figure = Heatmap(title="", labels=["0", "9"], values=values, axis="place", marginals=True)
+    found = cells(figure)
+    bars = [found[f"place {name}: mean {mean}"] for name, mean in (("0", "0.050"), ("9", "0.150"))]
+    assert float(bars[1]["height"]) == pytest.approx(3 * float(bars[0]["height"]), rel=1e-2)
+    full, none = found["place 0: mean 0.200"], found["place 9: mean 0"]
+    assert float(none["width"]) == 0 < float(full["width"])
+    assert float(full["x"]) > float(found["0, 9: 0.300"]["x"]) and float(bars[0]["y"]) < float(
+        found["0, 0: 0.100"]["y"]
+    )
+
+
 def test_numbers_are_written_into_few_cells_only() -> None:
     def written(rows: int, columns: int) -> bool:
         values: list[list[float | None]] = [[0.123] * columns for _ in range(rows)]
@@ -262,23 +274,24 @@ def test_eighty_columns_and_twelve_rows_are_compact_and_readable() -> None:
 # bars, lines, histograms, ranges
 
 
-def test_bars_are_as_long_as_their_values() -> None:
-    svg = draw(Bars(title="", labels=["a", "b"], series={"m": [0.2, 0.8], "expected": [0.4, None]}, axis=""))
-    (short, _), (long, _) = filled(svg, "series-1")
-    ((chance, _),) = filled(svg, "muted")
-    assert long == pytest.approx(4 * short, rel=1e-3) and chance == pytest.approx(2 * short, rel=1e-3)
+def dots(svg: str, colour: str) -> list[tuple[float, float, str]]:
+    """(x, y, fill) of every mark in a colour."""
+    return [
+        (float(one["x"]), float(one["y"]), "none" if "fill-opacity: 0" in one["style"] else "full")
+        for one in Drawing(svg).all("use")
+        if f"stroke: var(--{colour})" in one.get("style", "")
+    ]
 
 
-def test_histogram_columns_are_as_high_as_their_counts_or_their_logarithms() -> None:
-    def heights(log: bool) -> list[float]:
-        figure = Histogram(
-            title="", bins=["1", "2", "3"], series={"n": [10.0, 100.0, 1000.0]}, x_label="", y_label="", log=log
-        )
-        return [height for _, height in filled(draw(figure), "series-1")]
-
-    plain, logs = heights(False), heights(True)
-    assert plain[2] == pytest.approx(10 * plain[1], rel=1e-3)
-    assert logs[2] - logs[1] == pytest.approx(logs[1] - logs[0], rel=1e-3)
+def test_dots_stand_at_their_values_in_the_row_of_their_label() -> None:
+    svg = draw(Dots(title="", labels=["a", "b"], series={"m": [0.2, 0.8], "expected": [0.4, None]}, axis=""))
+    (low, first, _), (high, second, _) = dots(svg, "series-1")
+    ((chance, row, _),) = [one for one in dots(svg, "muted") if one[1] == first]
+    assert high - low == pytest.approx(3 * (chance - low), rel=1e-3) and row == first < second
+    decades = Dots(title="", labels=list("abcd"), series={"m": [1, 10, 100, 0]}, axis="", shares=False, log=True)
+    a, b, c, zero = dots(draw(decades), "series-1")
+    assert c[0] - b[0] == pytest.approx(b[0] - a[0], rel=1e-3) and zero[0] < a[0]
+    assert zero[2] == "none" != a[2] and "0, which" in keys(decades)[-1].label
 
 
 def points(svg: str, colour: str) -> list[tuple[float, float]]:
@@ -307,7 +320,7 @@ def test_logarithmic_axes_leave_out_what_has_no_logarithm() -> None:
     svg = draw(figure)
     assert "var(--series-1)" in svg
     only_zero = Lines(title="", x=[1], series={"s": [0.0]}, x_label="", y_label="", log_y=True)
-    assert "var(--series-1)" not in draw(only_zero)
+    assert [fill for _, _, fill in dots(draw(only_zero), "series-1")] == ["none"]
 
 
 def test_references_are_drawn_over_the_values_they_name() -> None:
@@ -334,21 +347,13 @@ def test_axis_holds_references_beyond_the_values() -> None:
     far = Reference("far: 5", 5.0, 6.0)
     figure = Lines(title="", x=[1, 2], series={"s": [0.0, 1.0]}, x_label="", y_label="", references=[far])
     assert "6" in Drawing(draw(figure)).text
-    bars = Bars(title="", labels=["a"], series={"s": [1.0]}, axis="", shares=False, references=[far])
+    bars = Dots(title="", labels=["a"], series={"s": [1.0]}, axis="", shares=False, references=[far])
     assert "6" in Drawing(draw(bars)).text
-
-
-def test_equal_references_share_a_letter() -> None:
-    figure = Ranges(title="", labels=["a", "b"], values=[0.1, 0.2], references=[[BAND], [BAND, LINE]], axis="share")
-    assert [key.label for key in keys(figure)] == ["measured", BAND.label, LINE.label]
-    text = Drawing(draw(figure)).text
-    assert text.count("A") == 2 and text.count("B") == 1
-    assert "a: 10.00%, published: a range, table 1: 20% to 40%." in describe(figure)
 
 
 def test_intervals_are_drawn_and_half_open_ones_left_out() -> None:
     def bars(interval: tuple[float, float] | None) -> str:
-        return draw(Bars(title="", labels=["a"], series={"s": [0.5]}, axis="", intervals={"s": [interval]}))
+        return draw(Dots(title="", labels=["a"], series={"s": [0.5]}, axis="", intervals={"s": [interval]}))
 
     assert bars((0.4, 0.6)) != bars(None) == bars((0.4, math.nan))
     ribbon = Lines(
@@ -398,8 +403,8 @@ def test_figures_are_described_for_those_who_do_not_see_them() -> None:
         decimals=2,
     )
     assert describe(matrix) == "Matrix of 1 row (kind) and 2 columns (layer): from 0.25 (q, 1) to 0.50 (q, 0)."
-    assert describe(bars_and_counts()[2]).startswith(
-        "Histogram of changed weights by ULP. all: from 0 (>64) to 9,000,000 (1)."
+    assert describe(bars_and_counts()[0]).startswith(
+        "Dots of share unchanged. within 1e-5: from 94.00% (gate) to 100.00% (norm)."
     )
 
 

@@ -19,9 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from ssrctl.report.document import Bars, Column, Document, Figure, Heatmap, Lines, Section, Table
+from ssrctl.report.document import Cell, Column, Document, Dots, Figure, Heatmap, Lines, Section, Table
 from ssrctl.report.formats import count, json_safe, number, percent, signed, text, text_safe, times
-from ssrctl.report.render import MOST_PAGE_ROWS, html_page, missing_libraries, print_document
+from ssrctl.report.render import MOST_PAGE_ROWS, html_page, missing_libraries
+from ssrctl.report.terminal import print_document
 
 ATTACK = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>&amp;$x$[bold]"
 FETCHING = {"src", "href", "xlink:href", "action", "data", "poster", "srcset", "background"}
@@ -57,7 +58,7 @@ def assert_self_contained(html: str) -> None:
     page = Page(html)
     assert not {"script", "link", "iframe", "object", "embed", "img", "base", "form", "image"} & set(page.tags)
     assert page.handlers == []
-    assert all(re.fullmatch(r"#.*|tables/[a-z0-9-]+\.(csv|json)", link) for link in page.links)
+    assert all(re.fullmatch(r"#.*|report-tables/[a-z0-9-]+\.(csv|json)", link) for link in page.links)
     assert all(target.strip("'\"").startswith("#") for target in re.findall(r"url\(([^)]*)\)", html))
     assert "@import" not in html
     without_namespaces = re.sub(r'xmlns(:\w+)?="[^"]*"', "", html)
@@ -72,15 +73,15 @@ def figures(size: int = 3, name: str = "fig") -> list[Figure]:
     labels = [f"{name}{i}" for i in range(size)]
     return [
         Heatmap(title=name, labels=labels, values=square(size), axis=name, scale=1.0, caption=name),
-        Bars(title=name, labels=labels, series={name: [0.5] * size, "expected by chance": [None] * size}, axis=name),
+        Dots(title=name, labels=labels, series={name: [0.5] * size, "expected by chance": [None] * size}, axis=name),
         Lines(title=name, x=list(range(size)), series={name: [0.5] * size, "expected": [None] * size},
               x_label=name, y_label=name),
     ]  # fmt: skip
 
 
 def document(text: str = "words", drawn: str = "fig") -> Document:
-    table = Table(title=text, columns=[text, "n"], rows=[[text, 1]] * 3, note=text, terminal_rows=2)
-    hidden = Table(title=f"hidden {text}", columns=["c"], rows=[["only in the page"]], terminal_rows=0, collapsed=True)
+    table = Table(title=text, columns=[text, "n"], rows=[[text, 1]] * 13, note=text)
+    hidden = Table(title=f"hidden {text}", columns=["c"], rows=[["only in the page"]], terminal_rows=0)
     empty = Table(title="without rows", columns=["c"], rows=[])
     return Document(
         title=text,
@@ -98,7 +99,7 @@ def html() -> str:
 
 @pytest.fixture(scope="module")
 def example() -> str:
-    return html_page(example_document(), "1.2.3", table_files=True)
+    return html_page(example_document(), "1.2.3", name="report")
 
 
 def test_page_is_self_contained_and_complete(html: str) -> None:
@@ -123,7 +124,7 @@ def test_page_may_not_fetch_or_run_anything(html: str) -> None:
 def test_what_comes_from_files_is_escaped_wherever_it_appears() -> None:
     shown = document(ATTACK, ATTACK)
     shown.unusual = [ATTACK]
-    html = html_page(shown, ATTACK, table_files=True)
+    html = html_page(shown, ATTACK, name="report")
     assert_self_contained(html)
     assert "<script" not in html and "<img" not in html
     text = "".join(Page(html).text)
@@ -138,15 +139,15 @@ def test_lone_surrogates_do_not_stop_a_page() -> None:
 
 def test_page_is_the_same_every_time(html: str, example: str) -> None:
     assert html_page(document(), "1.2.3") == html
-    assert html_page(example_document(), "1.2.3", table_files=True) == example
+    assert html_page(example_document(), "1.2.3", name="report") == example
 
 
 def test_page_answers_before_it_details(example: str) -> None:
-    order = ["In short", "What is unusual", "To be read with care", "Contents", "What changed</h2>", "Where</h2>"]
+    order = ["In short", "Unusual", "To be read with care", "Contents", "What changed</h2>", "Where</h2>"]
     places = [example.index(f">{one}") for one in order]
     assert places == sorted(places)
     shown = document()
-    assert "What is unusual" not in html_page(shown, "1")
+    assert ">Unusual<" not in html_page(shown, "1")
     shown.unusual = ["something odd"]
     page = html_page(shown, "1")
     assert page.index("In short") < page.index("something odd") < page.index("To be read with care")
@@ -157,7 +158,8 @@ def test_contents_lead_to_every_section_of_a_long_page(html: str, example: str) 
     page = Page(example)
     ids = [one["id"] for one in page.attributes if "id" in one]
     assert len(ids) == len(set(ids))
-    assert [link for link in page.links if link.startswith("#") and link[1:] in ids][: 6] == [
+    anchors = {one.get("id") for one in page.all("section")}
+    assert [link for link in page.links if link[1:] in anchors] == [
         "#what-changed", "#where", "#next-to-published-numbers", "#over-training", "#all-tensors", "#details",
     ]  # fmt: skip
 
@@ -190,10 +192,10 @@ def test_long_tables_are_collapsed_cut_and_linked(html: str, example: str) -> No
     assert body.index("<details>") < body.index("<table>") < body.index("</table>") < body.index("</details>")
     assert body[: body.index("</table>")].count("<tr>") == MOST_PAGE_ROWS + 1
     assert name in body.replace("<wbr>", "") and "layers.<wbr>71.<wbr>mlp.<wbr>experts" in body
-    links = [link for link in Page(example).links if link.startswith("tables/")]
-    assert links[:2] == ["tables/largest-changes.csv", "tables/largest-changes.json"]
-    assert len(links) == len(set(links)) == 2 * 5 and "tables/largest-changes-2.csv" in links
-    assert "tables/" not in html  # unless the files are written
+    links = [link for link in Page(example).links if link.startswith("report-tables/")]
+    assert links[:2] == ["report-tables/largest-changes.csv", "report-tables/largest-changes.json"]
+    assert len(links) == len(set(links)) == 2 * 5 and "report-tables/largest-changes-2.csv" in links
+    assert "-tables/" not in html  # unless the files are written
 
 
 def test_columns_of_numbers_are_told_from_columns_of_words() -> None:
@@ -269,7 +271,6 @@ def printed(shown: Document, where: str = "report.html") -> str:
 def test_terminal_shows_short_tables_and_says_where_the_rest_is() -> None:
     text = printed(document("words"))
     assert "• words" in text and "note: words" in text
-    assert "… and 1 more row in report.html" in text
     assert "only in the page" not in text and "In report.html: hidden words (1 row)." in text
     assert "without rows" not in text
     assert "In report.json:" in printed(document(), "report.json")
@@ -280,6 +281,17 @@ def test_terminal_shows_what_is_unusual_between_answer_and_notes() -> None:
     shown.unusual = ["[odd] thing"]
     text = printed(shown)
     assert text.index("• words") < text.index("unusual: [odd] thing") < text.index("note: words")
+
+
+def test_a_wide_table_is_cut_into_blocks_and_no_number_is_broken() -> None:
+    columns = ["matrix", *(Column(f"largest principal angle {one}", "{:.7f}°".format) for one in range(12))]
+    rows: list[list[Cell]] = [["model.layers.0.self_attn.q_proj.weight", *(1 / 3 + one for one in range(10, 22))]]
+    shown = document()
+    shown.sections = [Section(title="", tables=[Table(title="wide", columns=columns, rows=rows * 2)])]
+    text = printed(shown)
+    assert max(map(len, text.splitlines())) <= 100
+    assert all(text.count(f"{1 / 3 + one:.7f}°") == 2 for one in range(10, 22))
+    assert text.count("model.layers") == 2 * text.count("matrix") > 2  # the rows are named in each block
 
 
 def test_nothing_on_the_terminal_is_taken_as_markup() -> None:

@@ -105,7 +105,7 @@ def test_slugs_are_plain_and_unique(titles: list[str]) -> None:
 
 def test_all_tables_of_a_report_are_written(tmp_path: Path) -> None:
     document = example_document(rows=520)
-    written = write_tables(document, tmp_path)
+    written = write_tables(document, tmp_path / "tables")
     assert {path.name for path in written} == {path.name for path in (tmp_path / "tables").iterdir()}
     index = json.loads((tmp_path / "tables" / "index.json").read_text())
     assert [entry["name"] for entry in index] == [name for name, _, _ in table_names(document)]
@@ -124,15 +124,15 @@ def test_the_same_report_gives_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_tables_without_rows_have_no_files(tmp_path: Path) -> None:
-    written = write_tables(report(Table(title="empty", columns=["a"], rows=[]), table()), tmp_path)
+    written = write_tables(report(Table(title="empty", columns=["a"], rows=[]), table()), tmp_path / "tables")
     assert [path.name for path in written] == ["by-layer.csv", "by-layer.json", "index.json"]
 
 
 def test_files_of_an_earlier_report_are_removed_and_others_kept(tmp_path: Path) -> None:
-    write_tables(report(table("Old"), table("By layer", 1)), tmp_path)
+    write_tables(report(table("Old"), table("By layer", 1)), tmp_path / "tables")
     folder = tmp_path / "tables"
     (folder / "mine.csv").write_text("kept")
-    write_tables(report(table("By layer", 2)), tmp_path)
+    write_tables(report(table("By layer", 2)), tmp_path / "tables")
     assert sorted(path.name for path in folder.iterdir()) == ["by-layer.csv", "by-layer.json", "index.json", "mine.csv"]
     assert (folder / "by-layer.csv").read_text() == "layer,n\n0,2\n"
 
@@ -146,7 +146,7 @@ def test_a_changed_index_removes_nothing_elsewhere(index: str, tmp_path: Path) -
     folder.mkdir()
     (tmp_path / "outside.csv").write_text("kept")
     (folder / "index.json").write_bytes(index.encode("latin-1"))
-    write_tables(report(table()), tmp_path)
+    write_tables(report(table()), tmp_path / "tables")
     assert (tmp_path / "outside.csv").read_text() == "kept"
     assert [entry["name"] for entry in json.loads((folder / "index.json").read_text())] == ["by-layer"]
 
@@ -154,4 +154,4 @@ def test_a_changed_index_removes_nothing_elsewhere(index: str, tmp_path: Path) -
 def test_a_folder_that_cannot_be_made_is_said_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "tables").write_text("a file in the way")
     with pytest.raises(UserError, match="cannot write"):
-        write_tables(report(table()), tmp_path)
+        write_tables(report(table()), tmp_path / "tables")

@@ -293,6 +293,7 @@ def test_a_stop_text_ends_a_response_where_the_rest_of_it_would_be(bundled, stop
         assert short.response_ids[: count or len(ids)] == ids[:count]
         assert len(short.logprobs) == len(short.response_ids) == (count or len(ids))
         assert short.finished == (long.finished or count is not None)
+        assert short.stopped == (count is not None and ids[count - 1] not in end_token_ids(bundled))
         assert short.text == bundled.tokenizer.decode(short.response_ids, skip_special_tokens=True)
         torch.testing.assert_close(short.logprobs, long.logprobs[:count], rtol=0, atol=1e-4)
         stopped += count is not None and count < len(ids)

@@ -42,6 +42,13 @@ def delta(tmp_path: Path, tuned: Path) -> Path:
     return tmp_path / "d.safetensors"
 
 
+@pytest.fixture
+def plain(tmp_path: Path, tuned: Path) -> Path:
+    path = tmp_path / "plain.safetensors"
+    stage.run_diff(DeltaDiffConfig(base=Path(TINY), tuned=tuned, output=path, format="plain", json=True))
+    return path
+
+
 def out_of(words: list[str], capfd: pytest.CaptureFixture[str], code: int = 0) -> tuple[str, str]:
     """Run a command and return what it wrote to stdout and stderr."""
     capfd.readouterr()
@@ -68,7 +75,7 @@ def test_diff_reports_what_changed(tmp_path: Path, tuned: Path, capfd: pytest.Ca
     layers = {one["layer"]: one for one in report["layers"]}
     assert list(layers) == ["0", "1", "other"] and layers["0"]["changed"] == 3 and layers["1"]["changed"] == 0
     assert sum(one["coordinates"] for one in layers.values()) == total
-    assert load_delta(path).changes[UP][0].tolist() == [5, 900, 4000]
+    assert [indices.tolist() for indices, _ in DeltaFile(path).blocks(UP)] == [[5, 900, 4000]]
     settings = DeltaFile(path).settings
     assert settings["base"] == TINY and settings["tuned"] == "tuned" and "torch" in settings["versions"]
 
@@ -109,7 +116,7 @@ def test_apply_gives_the_tuned_model_as_a_folder(
     assert not torch.equal(model(ids).logits, original(ids).logits)
     # eval puts the same delta on the same base in memory
     loaded = load_model(ModelConfig(model=TINY))
-    apply_delta(load_delta(delta), dict(loaded.model.named_parameters()), loaded.identity.fingerprint, delta)
+    apply_delta(DeltaFile(delta), dict(loaded.model.named_parameters()), loaded.identity.fingerprint)
     assert torch.equal(loaded.model(ids).logits, model(ids).logits)
 
 
@@ -181,9 +188,14 @@ def other_base(tmp_path: Path) -> Path:
     return tmp_path / "other"
 
 
-def test_a_wrong_base_needs_a_word(tmp_path: Path, delta: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_base_needs_a_word(tmp_path: Path, delta: Path, plain: Path, capfd: pytest.CaptureFixture[str]) -> None:
     base, folder = other_base(tmp_path), tmp_path / "out"
     words = ["delta", "apply", str(base), str(delta), "-o", str(folder)]
+    _, err = out_of(words, capfd, 2)
+    assert "belongs to tiny-reasoner xxh3:" in err and "--ignore-fingerprint" not in err
+    _, err = out_of([*words, "--ignore-fingerprint"], capfd, 2)
+    assert "steps from the values of tiny-reasoner" in err and "--format plain" in err
+    words = ["delta", "apply", str(base), str(plain), "-o", str(folder)]
     _, err = out_of(words, capfd, 2)
     assert "belongs to tiny-reasoner xxh3:" in err and "or give --ignore-fingerprint" in err
     assert not folder.exists()
@@ -195,21 +207,21 @@ def test_a_wrong_base_needs_a_word(tmp_path: Path, delta: Path, capfd: pytest.Ca
     assert changed == {UP} and torch.equal(found["model.norm.weight"], before["model.norm.weight"])
 
 
-def test_a_value_that_was_damaged_is_noticed(tmp_path: Path, delta: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    data = bytearray(delta.read_bytes())
+def test_a_value_that_was_damaged_is_noticed(tmp_path: Path, plain: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    data = bytearray(plain.read_bytes())
     data[-1] ^= 1  # the top byte of the last value, which no structure tells from a right one
-    delta.write_bytes(data)
-    _, err = out_of(["delta", "apply", TINY, str(delta), "-o", str(tmp_path / "out")], capfd, 2)
+    plain.write_bytes(data)
+    _, err = out_of(["delta", "apply", TINY, str(plain), "-o", str(tmp_path / "out")], capfd, 2)
     assert "it was made from tuned xxh3:" in err and "values are damaged" in err
-    assert sorted(one.name for one in tmp_path.iterdir()) == ["d.safetensors", "tuned"]
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["plain.safetensors", "tuned"]
 
 
-def wrong_inputs(tmp_path: Path, tuned: Path, delta: Path) -> dict[str, tuple[list[Any], str]]:
+def wrong_inputs(tmp_path: Path, tuned: Path, plain: Path) -> dict[str, tuple[list[Any], str]]:
     torn, full, bad = tmp_path / "torn.safetensors", tmp_path / "full", tmp_path / "bad.safetensors"
-    torn.write_bytes(delta.read_bytes()[:-5])
+    torn.write_bytes(plain.read_bytes()[:-5])
     full.mkdir()
     (full / "x").touch()
-    held = load_delta(delta)
+    held = load_delta(plain)
     _, values = held.changes[UP]
     save_delta(bad, Delta(held.base, held.shapes, {UP: (torch.tensor([5, 900, 53248]), values)}))
     (tmp_path / "young").mkdir()
@@ -224,13 +236,13 @@ def wrong_inputs(tmp_path: Path, tuned: Path, delta: Path) -> dict[str, tuple[li
         "a whole model": (["info", tuned], "is a whole model, not a delta"),
         "a run too young": (["info", tmp_path / "young"], "has no complete checkpoint"),
         "not there": (["info", tmp_path / "absent"], "checkpoint not found"),
-        "base is a delta": (["apply", delta, delta, *out], "is a delta, not whole weights"),
-        "tuned is a delta": (["diff", TINY, delta, *out], f"see `ssrctl delta info {delta}`"),
+        "base is a delta": (["apply", plain, plain, *out], "is a delta, not whole weights"),
+        "tuned is a delta": (["diff", TINY, plain, *out], f"see `ssrctl delta info {plain}`"),
         "output is an input": (
             ["diff", TINY, tuned, "-o", tuned / "model.safetensors"],
             "one of the weights to compare",
         ),
-        "output in use": (["apply", TINY, delta, "-o", full], "full is not empty"),
+        "output in use": (["apply", TINY, plain, "-o", full], "full is not empty"),
         "no output": (["apply", TINY, delta], "give --output"),
         "no delta given": (["apply", TINY], "give DELTA"),
         "no tuned given": (["diff", TINY], "give TUNED"),
@@ -244,9 +256,9 @@ CASES = ["torn", "torn, shown", "out of range", "out of range, shown", "no delta
 
 @pytest.mark.parametrize("case", CASES)
 def test_wrong_input_is_one_clear_error(
-    case: str, tmp_path: Path, tuned: Path, delta: Path, capfd: pytest.CaptureFixture[str]
+    case: str, tmp_path: Path, tuned: Path, plain: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    words, message = wrong_inputs(tmp_path, tuned, delta)[case]
+    words, message = wrong_inputs(tmp_path, tuned, plain)[case]
     before = sorted(tmp_path.rglob("*"))
     out, err = out_of(["delta", *map(str, words)], capfd, 2)
     assert message in err and "fix:" in err and "Traceback" not in err and out == ""

@@ -82,7 +82,7 @@ def test_run_report_in_all_its_forms(tmp_path: Path, capfd: pytest.CaptureFixtur
     run = typical(tmp_path / "run")
     report = jaccard(run)
     out, err = capfd.readouterr()
-    assert strict_json(run / "report.json") == report
+    assert strict_json(run / "diagnose-steps.json") == report
     assert (report["kind"], report["run"], report["num_eligible"]) == ("step-overlap", "run", 400)
     assert str(tmp_path) not in json.dumps(report)
     summary = report["summary"]
@@ -97,11 +97,15 @@ def test_run_report_in_all_its_forms(tmp_path: Path, capfd: pytest.CaptureFixtur
 
     for line in report["headlines"]:
         assert line[:60] in out
-    assert "By training step" in out and "In report.html: " in out and "All questions (4 rows)" in out
-    assert ATTACK not in out and out.count("\n") < 60
-    assert f"wrote {run}/report.json and {run}/report.html" in err
+    assert (
+        "By training step" in out
+        and "In diagnose-steps.html: " in out
+        and "All questions (4 rows)" in " ".join(out.split())
+    )
+    assert ATTACK not in out and out.count("\n") < 75
+    assert f"wrote {run}/diagnose-steps.json and {run}/diagnose-steps.html" in err
 
-    page = (run / "report.html").read_text(encoding="utf-8")
+    page = (run / "diagnose-steps.html").read_text(encoding="utf-8")
     assert "<script" not in page and html.escape(ATTACK) in page
     for line in report["headlines"]:
         assert line in html.unescape(page)
@@ -114,13 +118,13 @@ def test_without_matplotlib_the_numbers_are_written_and_one_line_says_what_to_in
     run = typical(tmp_path / "run")
     report = jaccard(run)
     out, err = capfd.readouterr()
-    assert strict_json(run / "report.json") == report and not (run / "report.html").exists()
+    assert strict_json(run / "diagnose-steps.json") == report and not (run / "diagnose-steps.html").exists()
     [line] = [line for line in err.splitlines() if "not installed" in line]
     assert "matplotlib not installed" in line and "pip install 'ssrctl[report]'" in line and "earlier" not in line
-    assert "In report.json: " in out
-    (run / "report.html").write_text("old")
+    assert "In diagnose-steps.json: " in out
+    (run / "diagnose-steps.html").write_text("old")
     jaccard(run)
-    assert "report.html is from an earlier report" in capfd.readouterr().err
+    assert "diagnose-steps.html is from an earlier report" in capfd.readouterr().err
 
 
 @pytest.mark.usefixtures("no_matplotlib")
@@ -168,8 +172,8 @@ def test_logs_without_pairs(tmp_path: Path, questions: list[QuestionLog]) -> Non
     run = write_run(tmp_path / "run", {10: questions})
     report = jaccard(run)
     assert "no pairs to compare" in report["headlines"][0]
-    assert strict_json(run / "report.json") == report
-    assert (run / "report.html").read_text().count("no pairs to compare") == 1
+    assert strict_json(run / "diagnose-steps.json") == report
+    assert (run / "diagnose-steps.html").read_text().count("no pairs to compare") == 1
 
 
 def test_what_steps_wanted_is_reported_beside_what_they_got(tmp_path: Path) -> None:
@@ -180,7 +184,7 @@ def test_what_steps_wanted_is_reported_beside_what_they_got(tmp_path: Path) -> N
     logged.conflict = {name: [[None, 0.75], [0.75, None]] for name in CONFLICTS}
     run = write_run(tmp_path / "run", {10: [logged], 20: [question(range(10))]})
     report = jaccard(run)
-    assert strict_json(run / "report.json") == report
+    assert strict_json(run / "diagnose-steps.json") == report
     found = report["before_masking"]
     [pair] = found["questions"][0]["pairs"]
     # {0..9} and {5..14}: 5 of 15
@@ -188,7 +192,7 @@ def test_what_steps_wanted_is_reported_beside_what_they_got(tmp_path: Path) -> N
     assert (pair["advantage_signs"], pair["cosine"], pair["top_conflict"]) == ("equal", -0.5, 0.75)
     assert found["summary"]["units"]["claims_loss"] == 0.25 and found["summary"]["equal"]["num_pairs"] == 1
     assert [point["step"] for point in found["summary"]["over_training"]] == [10, 20]
-    page = html.unescape((run / "report.html").read_text(encoding="utf-8"))
+    page = html.unescape((run / "diagnose-steps.html").read_text(encoding="utf-8"))
     for line in report["headlines"]:
         assert line in page
     assert "What would have collided without claims" in page and "Sign conflict by pair of units" in page
@@ -232,7 +236,7 @@ def test_runs_without_mask_logs(tmp_path: Path, config: str | None, masks: bool,
     with pytest.raises(UserError) as caught:
         jaccard(run)
     assert said in str(caught.value) and caught.value.remedy
-    assert not (run / "report.json").exists()
+    assert not (run / "diagnose-steps.json").exists()
 
 
 def test_damaged_logs(tmp_path: Path) -> None:
@@ -303,19 +307,19 @@ def test_pair_report_in_all_its_forms(
     monkeypatch.chdir(tmp_path)
     assert main(["diagnose", "tiny-reasoner", str(tuned), "--json"]) == 0
     out, err = capfd.readouterr()
-    report = strict_json(tmp_path / "diagnose" / "report.json")
+    report = strict_json(tmp_path / "diagnose" / "diagnose.json")
     assert json.loads(out) == report  # nothing else on stdout
-    assert "report.html" in err
+    assert "diagnose.html" in err
     assert str(tuned.parent) not in out
-    written = {name: (tmp_path / "diagnose" / name).read_bytes() for name in ("report.json", "report.html")}
-    page = written["report.html"].replace(b"<wbr>", b"")
+    written = {name: (tmp_path / "diagnose" / name).read_bytes() for name in ("diagnose.json", "diagnose.html")}
+    page = written["diagnose.html"].replace(b"<wbr>", b"")
     assert MOVED.encode() in page and b"<script" not in page
     assert main(["diagnose", "tiny-reasoner", str(tuned)]) == 0
     assert written == {name: (tmp_path / "diagnose" / name).read_bytes() for name in written}
     out = capfd.readouterr().out
     assert "By kind of matrix" in out and "All tensors (24 rows)" in out
-    index = json.loads((tmp_path / "diagnose" / "tables" / "index.json").read_text(encoding="utf-8"))
-    assert all((tmp_path / "diagnose" / "tables" / f"{entry['name']}.csv").is_file() for entry in index)
+    index = json.loads((tmp_path / "diagnose" / "diagnose-tables" / "index.json").read_text(encoding="utf-8"))
+    assert all((tmp_path / "diagnose" / "diagnose-tables" / f"{entry['name']}.csv").is_file() for entry in index)
     assert {"By kind of matrix", "All tensors"} <= {entry["title"] for entry in index}
 
 
@@ -340,7 +344,7 @@ def test_nan_is_counted_and_stays_out_of_the_json(tmp_path: Path, tuned: Path) -
     assert f"{size} nan in tuned" in report["notes"][0]
     [row] = [row for row in report["tensors"] if row["name"] == "model.norm.weight"]
     assert row["sparsity"] == 0.0 and row["mean_abs_difference"] is None and row["max_abs_difference"] is None
-    assert strict_json(tmp_path / "out" / "report.json") == report
+    assert strict_json(tmp_path / "out" / "diagnose.json") == report
 
 
 def test_pairs_that_do_not_fit(tmp_path: Path, tuned: Path, delta: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -370,8 +374,12 @@ def test_dry_run_writes_nothing(tmp_path: Path, delta: Path, capfd: pytest.Captu
     before = snapshot(tmp_path)
     plan = jaccard(run, dry_run=True)
     assert [Path(one["path"]).name for one in plan["reads"]] == ["000010.safetensors", "000020.safetensors"]
-    assert plan["writes"] == [str(run / "report.json"), str(run / "report.html"), str(run / "tables")]
-    assert f"would write {run / 'report.json'}\n" in capfd.readouterr().out
+    assert plan["writes"] == [
+        str(run / "diagnose-steps.json"),
+        str(run / "diagnose-steps.html"),
+        str(run / "diagnose-steps-tables"),
+    ]
+    assert f"would write {run / 'diagnose-steps.json'}\n" in capfd.readouterr().out
     plan = pair("tiny-reasoner", delta, tmp_path / "out", dry_run=True, json=True)
     assert [Path(one["path"]).name for one in plan["reads"]] == ["model.safetensors", "delta.safetensors"]
     assert capfd.readouterr().out == ""

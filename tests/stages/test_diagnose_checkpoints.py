@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from ssrctl.checkpoints.delta import DeltaFile
 from ssrctl.cli import main
 from ssrctl.core.mask import BlockMask
 from ssrctl.io.artifacts import ModelIdentity, save_mask
@@ -88,7 +89,7 @@ class Shell:
         return self.err
 
     def stored(self) -> dict[str, Any]:
-        return json.loads((self.at / "out" / "report.json").read_text(encoding="utf-8"))
+        return json.loads((self.at / "out" / "diagnose.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture
@@ -181,6 +182,17 @@ def test_changes_of_small_weights_are_found_to_land_there(tmp_path: Path, shell:
     assert found["principal_not_low"]["overlap"] == 0.0
     assert set(by_name(report["landing"]["tensors"])) == {name}
     assert len(report["landing"]["unmeasured"]) == 2 * LAYERS - 1
+    assert [one["name"] for one in report["landing"]["examples"]] == [name]  # the only matrix that changed
+
+
+def test_the_matrix_that_is_pictured_can_be_chosen(tmp_path: Path, shell: Shell, base: Weights) -> None:
+    names = [name for name, tensor in base.items() if tensor.dim() == 2 and "layers" in name]
+    tuned = {name: tensor + 0.01 for name, tensor in base.items()}
+    paths = folder(tmp_path / "base", base), folder(tmp_path / "tuned", tuned)
+    assert "name one of" in shell.refused(*paths, "--picture", names[-1] + "x")
+    assert "no effect without landing" in shell.refused(*paths, "--picture", names[-1], "--measures", "sparsity")
+    report = shell(*paths, "--measures", "landing", "--picture", names[-1])
+    assert [one["name"] for one in report["landing"]["examples"]] == [names[-1]]
 
 
 @pytest.mark.parametrize("measure", PAIRWISE)
@@ -188,7 +200,7 @@ def test_only_the_measures_that_are_named(tmp_path: Path, shell: Shell, base: We
     paths = folder(tmp_path / "base", base), folder(tmp_path / "tuned", moved(base, Q.format(0), range(9)))
     report = shell(*paths, "--measures", measure)
     assert {key for key in ("rank", "spectrum", "landing") if report.get(key)} == {measure} - {"sparsity", "size"}
-    index = json.loads((tmp_path / "out" / "tables" / "index.json").read_text(encoding="utf-8"))
+    index = json.loads((tmp_path / "out" / "diagnose-tables" / "index.json").read_text(encoding="utf-8"))
     titles = " ".join(entry["title"] for entry in index)
     word = {"sparsity": "By kind", "size": "Steps by kind", "rank": "ank", "spectrum": "Spectrum", "landing": "Landing"}
     assert index and word[measure] in titles
@@ -267,7 +279,7 @@ def test_identical_checkpoints_have_no_division_by_zero(tmp_path: Path, shell: S
     assert report["total"]["relative_l2"] == 0.0
     assert report["rank"]["total"]["num_unchanged"] == 2 * LAYERS and report["rank"]["total"]["rank_frac"] is None
     assert report["spectrum"]["total"]["num_unchanged"] == 2 * LAYERS
-    assert (tmp_path / "out" / "report.html").is_file()
+    assert (tmp_path / "out" / "diagnose.html").is_file()
     same = [paths[1]] * 3
     report = shell(paths[0], *same, "--measures", ",".join([*PAIRWISE, "overlap"]))
     assert report["overlap"]["total"]["num_changed"] == [0, 0, 0] and report["overlap"]["total"]["jaccard"] is None
@@ -386,12 +398,11 @@ def test_a_run_is_measured_over_time(run: Path, shell: Shell) -> None:
     assert 0 < ever[0] <= ever[1] < 1
     assert report["gradients"]["num_gradients"] == 2 and report["gradients"]["steps"] == [1, 2]
     assert report["last"]["label"].endswith("000002")
-    stored = load_file(run / "checkpoints" / "000002" / "delta.safetensors")
-    changed = sum(part.numel() for name, part in stored.items() if name.endswith(".indices"))
+    changed = DeltaFile(run / "checkpoints" / "000002" / "delta.safetensors").count
     assert report["last"]["total"]["num_bit_changed"] == changed > 0
     pair = shell("tiny-reasoner", run / "checkpoints" / "000002", "--measures", "sparsity")
     assert pair["total"] == report["last"]["total"]
-    assert not (run / "report.json").exists()
+    assert not (run / "diagnose-run.json").exists()
 
 
 def test_a_run_without_what_is_asked_for(run: Path, tmp_path: Path, shell: Shell) -> None:
@@ -521,7 +532,7 @@ def test_a_dry_run_of_several_measures_nothing(
     paths = [folder(tmp_path / label, base) for label in ("base", "a", "b")]
     plan = shell(*paths, "--dry-run")
     assert [one["path"] for one in plan["reads"]] == [str(path / "model.safetensors") for path in paths]
-    assert str(tmp_path / "out" / "report.json") in plan["writes"] and not (tmp_path / "out").exists()
+    assert str(tmp_path / "out" / "diagnose.json") in plan["writes"] and not (tmp_path / "out").exists()
     size = (paths[0] / "model.safetensors").stat().st_size
     assert [one["bytes"] for one in plan["reads"]] == [size] * 3
 

@@ -197,7 +197,7 @@ def test_the_table_counts_outcomes(tmp_path: Path, capfd: pytest.CaptureFixture[
 
 def test_no_model_library_is_loaded(tmp_path: Path) -> None:
     source = write(tmp_path / "r.jsonl", ROWS)
-    words = ["eval", "--responses", source, "-o", str(tmp_path / "out"), "--json"]
+    words = ["eval", "--responses", source, "-o", str(tmp_path / "out"), "--json", "--no-report"]
     heavy = ["torch", "transformers", "datasets", "litellm", "matplotlib"]
     code = (
         f"import sys\nfrom ssrctl.cli import main\nassert main({words!r}) == 0\n"

@@ -16,7 +16,7 @@ import pytest
 import torch
 from reference.critics import FunctionCritic
 
-from ssrctl.checkpoints.delta import load_delta
+from ssrctl.checkpoints.delta import DeltaFile, apply_delta
 from ssrctl.checkpoints.run_dir import RunDir, newest_checkpoint
 from ssrctl.cli import main
 from ssrctl.configs import TrainConfig
@@ -63,11 +63,15 @@ def metrics(run: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if k not in TIMES} for _, row in read_jsonl(run / "metrics.jsonl")]
 
 
+def last_delta(run: Path) -> DeltaFile:
+    return DeltaFile(RunDir(run).checkpoints()[-1] / "delta.safetensors")
+
+
 def final_weights(run: Path) -> dict[str, torch.Tensor]:
     """The model's tensors with the run's last checkpoint put on top."""
-    tensors = {name: p.detach().clone() for name, p in load_model(TrainConfig()).model.named_parameters()}
-    for name, (indices, values) in load_delta(RunDir(run).checkpoints()[-1] / "delta.safetensors").changes.items():
-        tensors[name].view(-1)[indices] = values
+    loaded = load_model(TrainConfig())
+    tensors = {name: p.detach() for name, p in loaded.model.named_parameters()}
+    apply_delta(last_delta(run), tensors, loaded.identity.fingerprint)
     return tensors
 
 
@@ -160,10 +164,11 @@ def test_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
         stream.write('{"step": 4, "rew')
     train.run(config(parts, **shared, resume_from_checkpoint="latest"))
     assert metrics(whole) == metrics(parts)
-    first, second = (load_delta(RunDir(run).checkpoints()[-1] / "delta.safetensors") for run in (whole, parts))
-    assert first.count > 100 and first.changes.keys() == second.changes.keys()
-    for name, (indices, values) in first.changes.items():
-        assert torch.equal(indices, second.changes[name][0]) and torch.equal(values, second.changes[name][1])
+    first, second = (last_delta(run) for run in (whole, parts))
+    assert first.count > 100 and first.small and first.counts == second.counts
+    for name in first.counts:
+        for (ours, steps), (theirs, others) in zip(first.blocks(name), second.blocks(name), strict=True):
+            assert torch.equal(ours, theirs) and (steps == others).all()
     rollouts = [list(read_rollouts(run / "rollouts" / "000003.jsonl")) for run in (whole, parts)]
     assert rollouts[0] == rollouts[1]
 
@@ -340,9 +345,11 @@ def test_masters_decide_what_small_updates_of_bfloat16_weights_do(tmp_path: Path
         run = tmp_path / str(masters)
         train.run(config(run, max_steps=4, dtype="bfloat16", learning_rate=1e-4, master_weights=masters))
         assert all(row["lost_update_frac"] > 0.5 for row in metrics(run))
-        base = dict(load_model(TrainConfig(dtype="bfloat16")).model.named_parameters())
-        delta = load_delta(RunDir(run).checkpoints()[-1] / "delta.safetensors")
-        changed[masters] = sum(int((base[n].view(-1)[i] != v).sum()) for n, (i, v) in delta.changes.items())
+        loaded = load_model(TrainConfig(dtype="bfloat16"))
+        base = dict(loaded.model.named_parameters())
+        after = {name: one.detach().clone() for name, one in base.items()}
+        apply_delta(last_delta(run), after, loaded.identity.fingerprint)
+        changed[masters] = sum(int((base[name] != one).sum()) for name, one in after.items())
     assert changed[True] > changed[False]
 
 

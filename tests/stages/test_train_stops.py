@@ -127,7 +127,7 @@ def test_half_a_step_is_never_stored(tmp_path: Path, monkeypatch: pytest.MonkeyP
         nonlocal calls
         calls += 1
         if calls == 4:
-            args[3].non_finite += 1  # as for a question whose loss is NaN
+            args[4].non_finite += 1  # as for a question whose loss is NaN
             return None
         return learn(self, *args, **kwargs)
 

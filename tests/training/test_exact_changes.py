@@ -21,33 +21,34 @@ def test_only_coordinates_that_differ_stay():
         values = weights[indices].clone()
         values[1] = -values[1]
         values[3] += 1
-        found = exact_changes({NAME: (indices, values)}, ModelConfig(dtype=str(dtype).removeprefix("torch.")))
+        config = ModelConfig(dtype=str(dtype).removeprefix("torch."))
+        found, before = exact_changes({NAME: (indices, values)}, config)
         assert found[NAME][0].tolist() == [5, 900]
-        assert torch.equal(found[NAME][1], values[[1, 3]])
+        assert torch.equal(found[NAME][1], values[[1, 3]]) and torch.equal(before[NAME], weights[[5, 900]])
 
 
 def test_a_tensor_that_is_as_before_is_left_out_and_a_sign_of_zero_counts(tmp_path):
     weights = base(torch.bfloat16)
     indices = torch.arange(10)
-    assert exact_changes({NAME: (indices, weights[:10].clone())}, ModelConfig(dtype="bfloat16")) == {}
-    assert exact_changes({}, ModelConfig()) == {}
+    assert exact_changes({NAME: (indices, weights[:10].clone())}, ModelConfig(dtype="bfloat16")) == ({}, {})
+    assert exact_changes({}, ModelConfig()) == ({}, {})
     tensors = load_file(tiny_reasoner.path() / "model.safetensors")
     tensors[NAME].view(-1)[0] = 0.0
     save_file(tensors, tmp_path / "model.safetensors")
-    found = exact_changes({NAME: (indices[:1], torch.tensor([-0.0]))}, ModelConfig(model=str(tmp_path)))
+    found, _ = exact_changes({NAME: (indices[:1], torch.tensor([-0.0]))}, ModelConfig(model=str(tmp_path)))
     assert found[NAME][0].tolist() == [0]
 
 
 def test_a_base_without_safetensors_keeps_everything(tmp_path):
     (tmp_path / "pytorch_model.bin").touch()
     given = {NAME: (torch.arange(3), base(torch.float32)[:3].clone())}
-    assert exact_changes(given, ModelConfig(model=str(tmp_path))) is given
+    assert exact_changes(given, ModelConfig(model=str(tmp_path))) == (given, None)
 
 
 def test_files_that_do_not_fit_the_parameters_keep_everything(tmp_path):
     save_file({"experts.0.up.weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
     given = {NAME: (torch.arange(3), base(torch.float32)[:3].clone())}
-    assert exact_changes(given, ModelConfig(model=str(tmp_path))) is given
+    assert exact_changes(given, ModelConfig(model=str(tmp_path))) == (given, None)
     (tmp_path / "model.safetensors").write_bytes(b"torn")
-    assert exact_changes(given, ModelConfig(model=str(tmp_path))) is given
-    assert exact_changes(given, ModelConfig(model="no-such/model")) is given
+    assert exact_changes(given, ModelConfig(model=str(tmp_path))) == (given, None)
+    assert exact_changes(given, ModelConfig(model="no-such/model")) == (given, None)

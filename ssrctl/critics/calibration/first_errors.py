@@ -15,7 +15,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from ssrctl.evaluation.intervals import Estimate
+from ssrctl.evaluation.intervals import Estimate, wilson
 from ssrctl.io.labelled import ALL_RIGHT
 
 LOWEST, HIGHEST = -100.0, 100.0
@@ -110,6 +110,8 @@ def f1_estimate(
     Returns:
         None when there are only traces with, or only traces without an error: F1 is not defined then.
     """
+    from scipy.stats import norm
+
     erroneous, correct = accuracies(labels, hits)
     if erroneous is None or correct is None:
         return None
@@ -117,9 +119,9 @@ def f1_estimate(
     counts = (table[:, [1, 3]] > 0).sum(axis=0)
     value = f1(erroneous, correct)
     if min(counts) < MIN_PROBLEMS or any(_all_agree(table[:, [k, k + 1]]) for k in (0, 2)):
-        ends = [
-            _wilson(share, int(count), confidence) for share, count in zip((erroneous, correct), counts, strict=True)
-        ]
+        quantile = float(norm.ppf((1 + confidence) / 2))
+        shares = zip((erroneous, correct), counts.tolist(), strict=True)
+        ends = [wilson(round(share * count) / count, count, quantile) for share, count in shares]
         low, high = f1(ends[0][0], ends[1][0]), f1(ends[0][1], ends[1][1])
     else:
         low, high = _bootstrap_f1(table, confidence, seed)
@@ -141,13 +143,6 @@ def _all_agree(hits_and_traces: np.ndarray) -> bool:
     """Return whether every problem of a class has the same accuracy."""
     known = hits_and_traces[hits_and_traces[:, 1] > 0]
     return bool(np.ptp(known[:, 0] / known[:, 1]) < 1e-12)
-
-
-def _wilson(share: float, count: int, confidence: float) -> tuple[float, float]:
-    from scipy.stats import binomtest
-
-    found = binomtest(round(share * count), count).proportion_ci(confidence, method="wilson")
-    return float(found.low), float(found.high)
 
 
 def _bootstrap_f1(table: np.ndarray, confidence: float, seed: int) -> tuple[float, float]:

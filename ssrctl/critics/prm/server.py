@@ -21,12 +21,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ssrctl.configs import CriticOptions, ModelConfig
+from ssrctl.configs.engines import KEY_VARIABLE
 from ssrctl.critics.prm.local import style_of
 from ssrctl.critics.prm.styles import Encoded, Encoder
 from ssrctl.errors import UserError
 from ssrctl.models.loading import read_tokenizer
 
-KEY_VARIABLE = "VLLM_API_KEY"
 _PATHS = ("/pooling", "/classify")
 _SHARED_FAILURES = (401, 403, 404)  # every request would meet them
 _LONGEST_REPLY = 2**28

@@ -32,7 +32,9 @@ class Change:
         max_abs: largest ``|difference|``, 0 when there is none.
         sum_sq: sum of squared differences, float64.
         base_sum_sq: sum of squares of the base's finite weights, float64.
-        ulps: weights that moved by 1, 2, 3-4, 5-8, ... representable steps (``ulp.count_by_powers``).
+        ulps: weights that moved by 1, 2, 3-4, 5-8, ... representable steps (``ulp.count_by_powers``), without those
+            that were 0: thousands of steps lie between 0 and a small number.
+        num_from_zero: weights that were exactly 0 and are not any more.
         num_below_step: finite weights that are not equal bit for bit, yet 0 steps apart: 0 against -0, and where the
             dtypes differ what the narrower one does not show.
         num_nan_base, num_inf_base, num_nan_tuned, num_inf_tuned: NaN or infinite weights.
@@ -49,6 +51,7 @@ class Change:
     sum_sq: float = 0.0
     base_sum_sq: float = 0.0
     ulps: tuple[int, ...] = ()
+    num_from_zero: int = 0
     num_below_step: int = 0
     num_nan_base: int = 0
     num_inf_base: int = 0
@@ -94,13 +97,28 @@ class Change:
         return self.numel - self.num_equal
 
     @property
+    def changed_frac(self) -> float | None:
+        """Share that moved by more than the tolerance, in [0, 1]; None when nothing was compared."""
+        return ratio(self.num_changed, self.numel)
+
+    @property
+    def bf16_changed_frac(self) -> float | None:
+        """Share that changed by the bf16-aware rule, in [0, 1]; None when nothing was compared."""
+        return ratio(self.num_bf16_changed, self.numel)
+
+    @property
+    def bit_changed_frac(self) -> float | None:
+        """Share that is not equal bit for bit, in [0, 1]; None when nothing was compared."""
+        return ratio(self.num_bit_changed, self.numel)
+
+    @property
     def num_stepped(self) -> int:
-        """Finite weights that moved by at least one representable step."""
+        """Finite weights other than 0 that moved by at least one representable step."""
         return sum(self.ulps)
 
     @property
     def num_one_step(self) -> int:
-        """Finite weights that moved by exactly one representable step."""
+        """Finite weights other than 0 that moved by exactly one representable step."""
         return self.ulps[0] if self.ulps else 0
 
     @property
@@ -126,7 +144,7 @@ class Change:
         return math.sqrt(self.sum_sq / self.base_sum_sq) if self.base_sum_sq else None
 
     def numbers(self) -> dict[str, Any]:
-        """Return the numbers of report.json: counts as stored, shares and norms derived."""
+        """Return the numbers of the json report: counts as stored, shares and norms derived."""
         return {
             **{key: getattr(self, key) for key in _REPORTED},
             **{f"sparsity_{atol:.0e}": share for atol, share in self.fixed_sparsity.items()},
@@ -147,7 +165,7 @@ def add_up(changes: Iterable[Change]) -> Change:
 
 _REPORTED = (
     "numel", "sparsity", "sparsity_bf16", "bit_equal_frac", "num_changed", "num_bf16_changed", "num_bit_changed",
-    "relative_l2", "mean_abs_difference", "max_abs_difference", "num_stepped", "one_step_frac", "num_below_step",
+    "relative_l2", "mean_abs_difference", "max_abs_difference", "num_stepped", "one_step_frac", "num_below_step", "num_from_zero",
     "num_nan_base", "num_inf_base", "num_nan_tuned", "num_inf_tuned",
 )  # fmt: skip
 _SUMMED = [field.name for field in fields(Change) if field.name not in ("nums_within", "ulps", "max_abs")]

@@ -37,7 +37,7 @@ class Grouped(Generic[Row, TensorRow]):
         row: Callable[[Row], dict[str, Any]] = dataclasses.asdict,  # type: ignore[assignment]
         tensor: Callable[[str, TensorRow], dict[str, Any]] | None = None,
     ) -> dict[str, Any]:
-        """Return the form that report.json holds: lists of rows that begin with their layer, kind or name.
+        """Return the form of the json report: lists of rows that begin with their layer, kind or name.
 
         Args:
             row: numbers of a group's row.

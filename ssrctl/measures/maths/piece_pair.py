@@ -137,6 +137,7 @@ class PiecePair:
             sum_sq=sum_sq,
             ulps=ulps,
             num_below_step=below,
+            num_from_zero=_count((self.before == 0) & (self.after != 0)),
             **odd,
         )
 
@@ -155,17 +156,18 @@ class PiecePair:
     def _steps(self, finite: bool) -> tuple[int, tuple[int, ...]]:
         """Count the differing weights at distance 0, and the others by powers of two, in the narrower dtype.
 
-        Weights that are NaN or infinite in it are left out; ``finite`` promises that none are in the wider one.
+        Weights that were 0 are not among the latter. Weights that are NaN or infinite in it are left out; ``finite`` promises that none are in the wider one.
         """
         dtype = step_dtype(self._stored[0].dtype, self._stored[1].dtype)
         if dtype is None:  # the codes of quantised weights have no neighbours
             return 0, ()
         ours, theirs = (one.to(dtype) for one in self._stored)
+        nonzero = self.before != 0
         if not finite or dtype != self._base.dtype:  # rounding to the narrower one may overflow
             good = ours.to(torch.float64).isfinite() & theirs.to(torch.float64).isfinite()
-            ours, theirs = ours[good], theirs[good]
+            ours, theirs, nonzero = ours[good], theirs[good], nonzero[good.numpy()]
         distances = ulp_distance(ours, theirs)
-        return distances.size - _count(distances), count_by_powers(distances)
+        return distances.size - _count(distances), count_by_powers(distances[nonzero])
 
 
 def _sum_of_squares(values: np.ndarray) -> float:

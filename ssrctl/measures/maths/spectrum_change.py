@@ -131,7 +131,7 @@ class SpectrumChange:
         return max(self.left[-1], self.right[-1]) > self.angle_error
 
     def numbers(self) -> dict[str, Any]:
-        """Return the form that report.json holds: angles as largest and mean, curves at up to 32 points and six digits."""
+        """Return the form of the json report: angles as largest and mean, curves at up to 32 points and six digits."""
         angle_index = curve_places(self.k)
         own = asdict(self)
         for side in ("left", "right"):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from ssrctl.errors import UserError
@@ -37,6 +38,7 @@ class Sample:
         text: the response without special tokens; a text of ``--stop`` stays in it, with the rest of its last token.
         finish_reason: ``stop`` if an end token or a text of ``--stop`` was sampled, ``length`` if the limit came first.
         version: of the weights that it was sampled from.
+        stopped: True if a text of ``--stop`` ended it, so that no end token was sampled.
     """
 
     response_ids: list[int]
@@ -44,6 +46,7 @@ class Sample:
     text: str
     finish_reason: Literal["stop", "length"]
     version: int
+    stopped: bool = False
 
     @property
     def finished(self) -> bool:
@@ -65,6 +68,84 @@ class Engine(Protocol):
 
     def sample(self, requests: Sequence[Request]) -> Iterator[tuple[int, Sample]]:
         """Yield (place in ``requests``, sample), each place once, in the order in which the samples are complete."""
+
+
+# By parameter name: ascending flat indices (int64) and the values there, on the CPU.
+Changes = Mapping[str, tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Push:
+    """One push of weights to an engine.
+
+    Attributes:
+        kind: ``changes``, ``full`` for all weights (also after changes that were not taken), ``none`` without a change.
+        num_coordinates: that changed; 0 in a push of all weights that was asked for.
+        num_bytes: that were sent.
+        seconds: that it took.
+    """
+
+    kind: Literal["none", "changes", "full"]
+    num_coordinates: int
+    num_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The answers of an engine to the probe.
+
+    Attributes:
+        gap_mean, gap_max: of \\|difference\\| between engine and trainer over the sampled tokens; NaN counts as infinite.
+        answers: (tokens, the engine's log-probabilities) of each request.
+    """
+
+    gap_mean: float
+    gap_max: float
+    answers: list[tuple[list[int], Tensor]]
+
+    def same_as(self, other: Probe) -> bool:
+        """Return True if another probe has the same tokens, and log-probabilities that differ by rounding only."""
+        return all(
+            ours == theirs and torch.allclose(a, b, rtol=0, atol=1e-5)
+            for (ours, a), (theirs, b) in zip(self.answers, other.answers, strict=True)
+        )
+
+
+class ServedEngine(Engine, Protocol):
+    """An engine with weights of its own, which follow the trainer's by pushes.
+
+    Attributes:
+        full_bytes: of all weights.
+        full_seconds: of the last push of these; None before one.
+        probe: the last one; None before one.
+    """
+
+    full_seconds: float | None
+    probe: Probe | None
+
+    @property
+    def full_bytes(self) -> int: ...
+
+    def push(self, changes: Changes | None) -> Push:
+        """Bring the engine to the trainer's weights.
+
+        Args:
+            changes: the coordinates that differ from the push before, with their values; None for all weights.
+
+        Raises:
+            Stopped: the engine is gone, or does not take the weights.
+        """
+
+    def check(self) -> Probe:
+        """Compare the engine's log-probabilities of fixed prompts with the trainer's.
+
+        Raises:
+            Stopped: they are farther apart than rounding explains.
+        """
+
+    def close(self) -> None:
+        """Release the engine."""
 
 
 def sample_all(engine: Engine, requests: Sequence[Request]) -> list[Sample]:

@@ -138,7 +138,8 @@ class TransformersEngine:
                 if row.done:
                     text = decode(self.loaded.tokenizer, row.ids)
                     logprobs = torch.tensor(row.logprobs)
-                    yield row.place, Sample(row.ids, logprobs, text, row.finish_reason, self.version)
+                    stopped = row.finished and row.ids[-1] not in self._ends
+                    yield row.place, Sample(row.ids, logprobs, text, row.finish_reason, self.version, stopped)
             batch = self._without_done(batch)
 
     def _row(self, place: int, request: Request) -> _Row:

@@ -11,10 +11,12 @@ from ssrctl.stages.diagnose.steps import diagnose_steps
 
 
 def run(config: DiagnoseConfig) -> dict[str, Any]:
-    """Measure, write ``report.json``, ``report.html`` and ``tables/``, and show the tables on stdout (unless ``--json``).
+    """Measure, write the page, its json file and its tables, and show the short tables on stdout (unless ``--json``).
+
+    They are called ``diagnose``, of a run over time ``diagnose-run``, of its steps ``diagnose-steps``.
 
     Returns:
-        The report, as in report.json; under ``--dry-run`` the plan.
+        The report, as in the json file; under ``--dry-run`` the plan.
 
     Raises:
         UserError: nothing to measure, or inputs that do not fit each other.
@@ -33,7 +35,7 @@ def _refuse_without_effect(config: DiagnoseConfig) -> None:
     mode = "--jaccard" if config.jaccard else "--intervene" if config.intervene is not None else None
     if mode is None:
         return
-    names = ["series", "measures", "protect", "assert_frozen", "assert_moved"] + ["layers"] * config.jaccard
+    names = ["series", "measures", "picture", "protect", "assert_frozen", "assert_moved"] + ["layers"] * config.jaccard
     for name in names:
         if getattr(config, name):
             flag = "--" + name.replace("_", "-")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from ssrctl.checkpoints.reader import TensorReader, delta_meant_by
 from ssrctl.configs import DiagnoseConfig
 from ssrctl.errors import CheckFailed, UserError
 from ssrctl.measures.base import Findings, Measure, Mode, PairMeasure, Taken, registered, take
+from ssrctl.measures.matrix_measure import MatrixMeasure
 from ssrctl.measures.published import published_section, unusual
 from ssrctl.report.document import Document, Section
 from ssrctl.report.formats import text_safe
@@ -39,14 +41,19 @@ def diagnose_checkpoints(config: DiagnoseConfig) -> dict[str, Any]:
     mode: Mode = "pair" if len(paths) == 1 else "series" if config.series else "several"
     if run is not None:
         mode = "run"
+    # Reports on a run lie next to one another in its folder.
+    name = "diagnose" if run is None else "diagnose-run"
     chosen = _chosen(config, mode)
     if output.exists() and not output.is_dir():  # said now, not when everything is measured
         raise UserError(f"{output} is a file", "name a folder for the report")
     with contextlib.ExitStack() as stack:
         comparison = open_comparison(stack, base, paths, config.layers, config)
+        _check_picture(config, comparison, chosen)
         measures = [measure(comparison, config, run) for measure in chosen]
+        if of_matrices := [measure for measure in measures if isinstance(measure, MatrixMeasure)]:
+            of_matrices[0].note_duration()
         if config.dry_run:
-            return show_plan(_files(comparison, paths), output, show=not config.json)
+            return show_plan(_files(comparison, paths), output, name, show=not config.json)
         taken = take(comparison, measures, mode, config.num_workers)
         report = _arranged(taken, comparison, mode)
         labels = [tuned.label for tuned in comparison.tuned]
@@ -64,7 +71,7 @@ def diagnose_checkpoints(config: DiagnoseConfig) -> dict[str, Any]:
             **report.numbers,
         }
         document = _document(report, comparison, config)
-    written = write_report(numbers, document, output, show=not config.json)
+    written = write_report(numbers, document, output, name, show=not config.json)
     if report.failed:
         raise CheckFailed(" ".join(report.failed))
     return written
@@ -99,6 +106,26 @@ def _chosen(config: DiagnoseConfig, mode: Mode) -> list[type[Measure[Any, Any]]]
         if name in measures and mode not in measures[name].possible_in:
             raise UserError(f"--measures {name} cannot be taken of these paths", f"it needs {measures[name].needs}")
     return [measure for measure in measures.values() if measure.wanted(config, mode)]
+
+
+def _check_picture(config: DiagnoseConfig, comparison: Comparison, chosen: list[type[Measure[Any, Any]]]) -> None:
+    """Refuse a matrix that nothing would picture.
+
+    Raises:
+        UserError: no measure that pictures one is taken, or the tensor is not a compared matrix.
+    """
+    if config.picture is None:
+        return
+    if not {"landing", "overlap"} & {measure.name for measure in chosen}:
+        raise UserError("--picture has no effect without landing or overlap", "add one of them to --measures")
+    shapes = comparison.base.shapes
+    matrices = [name for name in comparison.names if len(shapes[name]) == 2]
+    if config.picture not in matrices:
+        near = difflib.get_close_matches(config.picture, matrices, n=1, cutoff=0.0)
+        raise UserError(
+            f"--picture: {config.picture} is not a matrix that is compared",
+            f"name one of {len(matrices)}, such as {near[0]}" if near else "compare checkpoints with matrices",
+        )
 
 
 def _files(comparison: Comparison, paths: list[Path]) -> list[Path]:

@@ -6,19 +6,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ssrctl.checkpoints.run_dir import newest_run
 from ssrctl.configs import DiagnoseConfig
 from ssrctl.errors import UserError
-from ssrctl.io.console import console, note
+from ssrctl.io.console import console
 from ssrctl.io.mask_log import load_mask_log, mask_log_paths
 from ssrctl.measures.base import Findings, StepMeasure
 from ssrctl.measures.step_geometry import StepGeometryMeasure
 from ssrctl.measures.step_overlap import StepOverlapMeasure
 from ssrctl.report.document import Document
-from ssrctl.report.formats import percent, text_safe, times
+from ssrctl.report.formats import percent, text_safe
 from ssrctl.report.write import show_plan, write_report
 from ssrctl.version import __version__
 
-_RUNS = Path("runs")
+NAME = "diagnose-steps"
 STEP_MEASURES: tuple[type[StepMeasure[Any, Any]], ...] = (StepOverlapMeasure, StepGeometryMeasure)
 
 
@@ -28,12 +29,12 @@ def diagnose_steps(config: DiagnoseConfig) -> dict[str, Any]:
     Raises:
         UserError: no run, no mask logs in it, or a log that cannot be read or contradicts itself.
     """
-    folder = config.paths[0] if config.paths else _newest_run()
+    folder = config.paths[0] if config.paths else newest_run("ssrctl diagnose --jaccard RUN")
     settings = _run_settings(folder)
     logs = _mask_logs(folder, settings)
     output = config.output_dir or folder
     if config.dry_run:
-        return show_plan(logs, output, show=not config.json)
+        return show_plan(logs, output, NAME, show=not config.json)
     settings = {"allocation": "disjoint"} | settings if settings else settings
     findings, sizes = _take([measure(settings) for measure in STEP_MEASURES], logs)
     report = Findings()
@@ -71,26 +72,7 @@ def diagnose_steps(config: DiagnoseConfig) -> dict[str, Any]:
         notes=report.notes,
         sections=[*report.sections, *report.details],
     )
-    return write_report(numbers, document, output, show=not config.json)
-
-
-def _newest_run() -> Path:
-    """Return the run under ``runs/`` whose metrics or masks were written to last, and name it on stderr."""
-    runs = [one for one in _RUNS.glob("*") if (one / "config.yaml").exists() or (one / "masks").is_dir()]
-    if not runs:
-        raise UserError(
-            f"no run found under {_RUNS}/ in the current folder",
-            "name one: ssrctl diagnose --jaccard RUN; `ssrctl train` makes them",
-        )
-    newest = max(runs, key=lambda one: (_written(one), one.name))
-    note(f"reading {newest}, the newest of {times(len(runs), 'run')} under {_RUNS}/")
-    return newest
-
-
-def _written(run_folder: Path) -> float:
-    places = [run_folder / "metrics.jsonl", *mask_log_paths(run_folder)]
-    times = [one.stat().st_mtime for one in places if one.exists()]
-    return max(times, default=run_folder.stat().st_mtime)
+    return write_report(numbers, document, output, NAME, show=not config.json)
 
 
 def _run_settings(folder: Path) -> dict[str, Any]:

@@ -51,6 +51,25 @@ class GroupBatch:
         """bool ``[G, R]``: True at response tokens, False in the padding."""
         return self.attention_mask[:, self.prompt_length :].bool()
 
+    def of_responses(self, rows: Sequence[int]) -> GroupBatch:
+        """Return some of the responses, in this order, as wide as the longest of them needs; without a correction."""
+        assert self.correction is None, "its counts are of all responses"
+        places = torch.tensor(list(rows), device=self.input_ids.device)
+        width = int(self.known[places].sum(1).max())
+
+        def some(values: Tensor | None, end: int = width) -> Any:
+            return None if values is None else values[places, :end]
+
+        return GroupBatch(
+            some(self.input_ids, self.prompt_length + width),
+            some(self.attention_mask, self.prompt_length + width),
+            self.prompt_length,
+            some(self.old_logprobs),
+            some(self.step_ids),
+            some(self.reference),
+            some(self.engine_logprobs),
+        )
+
     @property
     def targets(self) -> Tensor:
         """int64 ``[G, R]``: the response tokens; the logits at column P - 1 + t predict the t-th."""

@@ -44,17 +44,17 @@ class DeviceCosts:
     backward_copy: float
 
 
-# cpu: fitted to single chunks of 8 to 512 tokens after 16 to 512 cached ones, models of 0.4M, 16M and 135M
-# parameters in float32 (benchmarks/step_gradients.py --calibrate). cuda: not measured; arithmetic with
+# cpu: fitted to the processor time of kept, truncated and chunked in dense passes, 20 groups of 1 to 16 steps on models of
+# 0.4M, 3M and 135M parameters in float32 (benchmarks/step_gradients.py --cpu-time). cuda: not measured; arithmetic with
 # 0.3 ms per layer, 2e14 operations/s, 2e12 bytes/s and bfloat16.
 DEVICE_COSTS = {
-    "cpu": DeviceCosts(2.5e7, 1e7, 30.0, 45.0, 150.0, 28.0, 55.0),
+    "cpu": DeviceCosts(5.5e7, 3e7, 26.0, 24.0, 240.0, 26.0, 21.0),
     "cuda": DeviceCosts(6e10, 3e10, 100.0, 300.0, 300.0, 400.0, 800.0),
 }
 
 # Keeping a cache and gathering log-probabilities from pieces, as a share of a chunk's own forward cost: what one
 # chunk took longer than the kept graph in short groups, whose choice depends on it.
-CACHE_OVERHEAD = 0.5
+CACHE_OVERHEAD = 0.6
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,17 @@ def mean_attention_widths(config: Any) -> tuple[float, float]:
     return sum(width for width, _ in widths) / len(widths), sum(width for _, width in widths) / len(widths)
 
 
+def body_parameters(model: Any) -> int:
+    """Count the parameters besides the embeddings and the output projection; at least 1."""
+    tables = {
+        id(module.weight): module.weight.numel()
+        for module in (model.get_input_embeddings(), model.get_output_embeddings())
+        if module is not None
+    }
+    count: int = sum(p.numel() for p in model.parameters()) - sum(tables.values())
+    return max(1, count)
+
+
 @dataclass(frozen=True)
 class ModelCosts:
     """Costs of one model on one device."""
@@ -112,22 +123,21 @@ class ModelCosts:
     backward: PassCosts
 
     @classmethod
-    def of(cls, model: Any) -> ModelCosts:
-        """Return the costs from the model's sizes.
+    def of(cls, model: Any, device: str | None = None) -> ModelCosts:
+        """Return the costs from the model's sizes, on its own device or one of another type.
 
         Every weight counts as used by every token; a model whose config names no attention heads has no attention.
         """
         config = model.config.get_text_config()
-        inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
-        tables = {id(module.weight): module.weight.numel() for module in (inputs, outputs) if module is not None}
+        outputs = model.get_output_embeddings()
         attention, cached = mean_attention_widths(config)
         costs = cls.from_sizes(
-            body=max(1, sum(p.numel() for p in model.parameters()) - sum(tables.values())),
+            body=body_parameters(model),
             head=outputs.weight.numel() if outputs is not None else 0,
             num_layers=config.num_hidden_layers,
             attention_width=attention,
             cache_width=cached,
-            device=model.device.type,
+            device=model.device.type if device is None else device,
         )
         return costs.recomputing() if is_checkpointed(model) else costs
 

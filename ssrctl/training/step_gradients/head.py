@@ -75,7 +75,7 @@ def run_model(
     chosen = targets[wanted]
     settled = Projection(form or LogitForm(), settings.temperature, settings.chunk_tokens, settings.with_entropy)
     if form is not None:
-        with _projecting_nothing(head) as seen:
+        with projecting_nothing(head) as seen:
             model(**inputs, **kept)
         hidden = seen[0][:, seen[0].shape[1] - width :]
         states = hidden.expand(len(targets), -1, -1)[wanted]
@@ -89,7 +89,7 @@ def run_model(
 
 
 @contextlib.contextmanager
-def _projecting_nothing(head: torch.nn.Module) -> Iterator[list[Tensor]]:
+def projecting_nothing(head: torch.nn.Module) -> Iterator[list[Tensor]]:
     """Let the projection run on no position; the list receives the hidden states ``[G, n, H]`` of all."""
     seen: list[Tensor] = []
 

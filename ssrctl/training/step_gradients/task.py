@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ssrctl.core.losses import step_policy_loss
-from ssrctl.core.units import Unit
+from ssrctl.core.units import AdvantageColumn, Unit
 from ssrctl.training.step_gradients.batch import GroupBatch
 from ssrctl.training.step_gradients.head import LOGIT_CHUNK_TOKENS, HeadSettings
 
@@ -49,6 +49,12 @@ class UnitGradient:
 
 class NonFiniteLoss(ValueError):
     """A unit's loss is NaN or infinite."""
+
+
+def scored_tokens(step_ids: Tensor, step: int, advantages: AdvantageColumn) -> Tensor:
+    """Return the tokens (bool ``[G, R]``) of a step in the responses whose advantage is known and finite."""
+    scored = torch.tensor([a is not None and math.isfinite(a) for a in advantages], device=step_ids.device)
+    return (step_ids == step) & scored.unsqueeze(1)
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,7 @@ class GradientTask:
     epsilon_high: float | None = None
     token_weights: Tensor | None = None
     beta: float = 0.0
+    num_responses: Mapping[int, int] | None = None
 
     @cached_property
     def active(self) -> list[ActiveUnit]:
@@ -127,8 +134,7 @@ class GradientTask:
         for unit in self.units:
             inside = torch.zeros_like(steps, dtype=torch.bool)
             for step, column in zip(unit.steps, unit.advantages, strict=True):
-                scored = torch.tensor([a is not None and math.isfinite(a) for a in column], device=steps.device)
-                inside |= (steps == step) & scored.unsqueeze(1)
+                inside |= scored_tokens(steps, step, column)
             columns = inside.any(0).nonzero().flatten().tolist()
             if columns:
                 rows = inside.any(1).nonzero().flatten().tolist()
@@ -163,6 +169,7 @@ class GradientTask:
                 token_weights=self.token_weights,
                 beta=self.beta,
                 reference=self.batch.reference,
+                num_responses=None if self.num_responses is None else self.num_responses[step],
                 correction=None if self.batch.correction is None else self.batch.correction.weights,
             )
             if made.loss is not None:

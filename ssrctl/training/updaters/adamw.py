@@ -67,6 +67,9 @@ class AdamWUpdater(DenseGradients):
         moments = 8.0 + 2.0 if config.master_weights and itemsize == 2 else 2.0 * itemsize
         return moments + (itemsize if config.questions_per_step > 1 else 0)
 
+    def pending(self) -> None:
+        """Return None: every weight may change."""
+
     @torch.no_grad()
     def step(self) -> dict[str, float | None]:
         if not self.sum:

@@ -12,11 +12,10 @@ from torch import Tensor
 from ssrctl.core.claims import KeptUnit, Tally
 from ssrctl.core.mask import BlockMask
 from ssrctl.core.units import Unit
+from ssrctl.distributed.world import World
 from ssrctl.errors import UserError
+from ssrctl.sampling.engines.base import Changes as Changes
 from ssrctl.training.unit_gradients import UnitGradient
-
-# By parameter name: ascending flat indices (int64) and the values there, on the CPU.
-Changes = Mapping[str, tuple[Tensor, Tensor]]
 
 
 @dataclass
@@ -54,8 +53,22 @@ class Updater(Protocol):
     def add_question(self, gradients: Iterator[UnitGradient]) -> QuestionUpdate:
         """Add one question's gradients to the batch; on an exception nothing of the question is kept."""
 
+    def combine(self, team: World, *, whole: bool) -> None:
+        """Combine the gradients of a unit over the processes that share its question, before ``add_question`` takes it.
+
+        Args:
+            team: these processes; all call this. Each has the gradient of its own responses in ``parameter.grad``.
+            whole: leave the whole gradient there in the first of them, which is observed.
+
+        Raises:
+            NonFiniteGradient: in all of them or in none.
+        """
+
     def exchange(self, mine: Mapping[int, QuestionUpdate]) -> None:
         """With several processes, add the questions of all to the batch; ``mine`` are this one's, by number."""
+
+    def pending(self) -> Mapping[str, Tensor] | None:
+        """Return the flat indices (int64) that ``step`` may write, by parameter name; None if that is any."""
 
     def step(self) -> dict[str, float | None]:
         """Apply the questions added since the last step; return metrics."""
@@ -68,6 +81,19 @@ class Updater(Protocol):
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Restore what ``state`` returned."""
+
+
+def sum_gradients(named: Mapping[str, torch.nn.Parameter], team: World) -> None:
+    """Replace each parameter's gradient by its sum over the team, the same bits in each process."""
+    for name in names_with_gradient(named, team):
+        gradient = named[name].grad
+        named[name].grad = team.add_up((torch.zeros_like(named[name]) if gradient is None else gradient).contiguous())
+
+
+def names_with_gradient(named: Mapping[str, torch.nn.Parameter], team: World) -> list[str]:
+    """Return the parameters, in order, that have a gradient in any process of the team."""
+    found = {name for names in team.gather([n for n, p in named.items() if p.grad is not None]) for name in names}
+    return [name for name in named if name in found]
 
 
 def frozen_coordinates(protected: BlockMask | None, mask: BlockMask | None) -> BlockMask | None:

@@ -14,7 +14,13 @@ from ssrctl.core.topk import NonFiniteGradient
 from ssrctl.core.units import Unit
 from ssrctl.distributed.world import ALONE, World
 from ssrctl.training.unit_gradients import UnitGradient
-from ssrctl.training.updaters.base import QuestionUpdate, joined, load_state_tensors, state_tensors
+from ssrctl.training.updaters.base import (
+    QuestionUpdate,
+    joined,
+    load_state_tensors,
+    state_tensors,
+    sum_gradients,
+)
 
 
 class DenseGradients:
@@ -58,11 +64,27 @@ class DenseGradients:
             if (broken := self._first_non_finite(found)) is not None:
                 raise NonFiniteGradient(*broken)
         finally:
-            for parameter in self.named.values():
-                parameter.grad = None
+            self._drop_gradients()
         for name, gradient in found.items():
             self.sum[name] = self.sum[name].add_(gradient) if name in self.sum else gradient
         return update
+
+    def combine(self, team: World, *, whole: bool) -> None:
+        """Let each process add the gradient of its own responses to its sum; ``exchange`` adds up all.
+
+        A gradient that is observed is summed now, and added by the first process.
+        """
+        broken = self._first_non_finite({name: p.grad for name, p in self.named.items() if p.grad is not None})
+        if somewhere := next(filter(None, team.gather(broken)), None):
+            raise NonFiniteGradient(*somewhere)
+        if whole:
+            sum_gradients(self.named, team)
+            if not team.is_main:
+                self._drop_gradients()
+
+    def _drop_gradients(self) -> None:
+        for parameter in self.named.values():
+            parameter.grad = None
 
     def exchange(self, mine: Mapping[int, QuestionUpdate]) -> None:
         """Sum the gradients over the processes, tensor by tensor, in the gradients' dtype.

@@ -12,8 +12,10 @@ from ssrctl.configs import TrainConfig
 from ssrctl.core.bits import bits_to_indices
 from ssrctl.core.budget import coordinates
 from ssrctl.core.claims import KeptQuestion
+from ssrctl.core.gradient_part import GradientPart, range_size
 from ssrctl.core.kept_bytes import Numbering
 from ssrctl.core.kronos import KronosOpt
+from ssrctl.core.layout import WORD, Layout
 from ssrctl.core.mask import BlockMask
 from ssrctl.core.units import Unit
 from ssrctl.distributed.exchange import exchange_questions
@@ -25,7 +27,9 @@ from ssrctl.training.updaters.base import (
     frozen_coordinates,
     joined,
     load_state_tensors,
+    names_with_gradient,
     state_tensors,
+    sum_gradients,
     values_at,
 )
 
@@ -70,13 +74,14 @@ class KronosUpdater:
         self.pools = config.allocation == "pooled"
         self.num_protected = self.optimizer.num_protected
         self._granted = 0  # coordinates of the unit in progress
+        self._part: GradientPart | None = None  # of its gradient, where processes share the question
 
     @staticmethod
     def bytes_per_parameter(config: TrainConfig, itemsize: int) -> float:
         """Estimate the memory besides the weights; ``benchmarks/optimizer_memory.py`` measures it.
 
         A gradient (with scope ``tensor`` of the largest tensor, taken as a quarter of the model); a bit each for
-        protected, taken, pending, touched; the kept sets of a question; sums and state of touched coordinates.
+        protected (if any), taken, pending, touched; the kept sets of a question; sums and state of touched coordinates.
         """
         gradient = itemsize if config.scope == "global" else itemsize / 4
         return gradient + KronosUpdater.held_bytes(config, itemsize)
@@ -89,8 +94,9 @@ class KronosUpdater:
         moments = 8 if config.update_rule == "adam" else 0
         pending = 8 if config.update_rule == "adam" else 4
         masters = 2 if config.master_weights and itemsize == 2 else 0
+        bits = (3 if config.protect is None and config.mask is None else 4) / 8
         # the touched coordinates grow from step to step; half of the weights is a cautious guess
-        return 4 / 8 + trained_frac * (kept + touched * pending + 0.5 * (moments + masters))
+        return bits + trained_frac * (kept + touched * pending + 0.5 * (moments + masters))
 
     def plan(self, units: Sequence[Unit]) -> list[Unit]:
         """Leave out the units without a signal, which claim nothing."""
@@ -106,7 +112,11 @@ class KronosUpdater:
         self.optimizer.begin_question()
         try:
             for made in gradients:
-                self.optimizer.claim()
+                part, self._part = self._part, None
+                if part is None:
+                    self.optimizer.claim()
+                else:
+                    self.optimizer.claim_part(part)
                 update.granted.append(self._granted)
                 update.gradients.append(made)
             if self.world.size == 1:
@@ -119,6 +129,25 @@ class KronosUpdater:
             raise
         return update
 
+    def combine(self, team: World, *, whole: bool) -> None:
+        """Reduce-scatter the unit's gradient: each process selects in its range of the coordinates.
+
+        Half the bytes of an all-reduce, and a part of the selection for each. Where the whole gradient is needed
+        (``KronosOpt.claims_parts``) it is all-reduced, and all make the same claims.
+        """
+        named = {name: p for name, p in self.optimizer.named.items() if isinstance(p, torch.nn.Parameter)}
+        if whole or not self.optimizer.claims_parts:
+            sum_gradients(named, team)
+            return
+        layout = Layout({name: named[name] for name in names_with_gradient(named, team)}, align=WORD)
+        size, first = range_size(layout, team.size), next(iter(named.values()))
+        flat = torch.zeros(size * team.size, dtype=first.dtype, device=first.device)
+        for name, offset in layout.offsets.items():
+            gradient, named[name].grad = named[name].grad, None
+            if gradient is not None:
+                flat[offset : offset + gradient.numel()] = gradient.reshape(-1)
+        self._part = GradientPart(team.scatter_sum(flat), layout, team.group)
+
     def exchange(self, mine: Mapping[int, QuestionUpdate]) -> None:
         """Add the questions of all processes, in the order in which one process would."""
         if self.world.size == 1:
@@ -127,6 +156,9 @@ class KronosUpdater:
         kept = {number: KeptQuestion(update.kept, update.tally) for number, update in mine.items()}
         for question in exchange_questions(self.world, kept, numbering):
             self.optimizer.add_question(question)
+
+    def pending(self) -> dict[str, Tensor]:
+        return self.optimizer.pending
 
     def step(self) -> dict[str, float | None]:
         stats = self.optimizer.step()

@@ -67,6 +67,9 @@ class MaskedAdamWUpdater(DenseGradients):
         state = 10 + (2 if config.master_weights and itemsize == 2 else 0)
         return trained_frac * state + (itemsize if config.questions_per_step > 1 else 0)
 
+    def pending(self) -> dict[str, Tensor]:
+        return {name: self._trained(name) for name in self.sum}
+
     @torch.no_grad()
     def step(self) -> dict[str, float | None]:
         square = 0.0
@@ -83,7 +86,12 @@ class MaskedAdamWUpdater(DenseGradients):
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         updated = self.optimizer.num_trained if norm > 0 else 0
-        return {"grad_norm": norm, "clip_scale": scale, "updated_frac": updated / self.num_coordinates}
+        return {
+            "grad_norm": norm,
+            "clip_scale": scale,
+            "updated_frac": updated / self.num_coordinates,
+            "lost_update_frac": self.optimizer.survival.lost_frac,
+        }
 
     def changes(self) -> Changes:
         stepped = {n: p for n, p in self.named.items() if p in self.optimizer.state and self.optimizer.state[p]["step"]}

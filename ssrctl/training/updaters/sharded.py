@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ssrctl.core.units import Unit
 from ssrctl.distributed.sharding import ShardedModel
+from ssrctl.distributed.world import World
 from ssrctl.training.unit_gradients import UnitGradient
 from ssrctl.training.updaters.base import Changes, QuestionUpdate, Updater
 
@@ -46,8 +47,15 @@ class ShardedUpdater:
             self.sharded.take_gradients()
             yield made
 
+    def combine(self, team: World, *, whole: bool) -> None:
+        """Combine nothing: the gradients of the rows are sums over all processes already."""
+
     def exchange(self, mine: Mapping[int, QuestionUpdate]) -> None:
         """Exchange nothing: every process has its rows of every question."""
+
+    def pending(self) -> Mapping[str, Tensor] | None:
+        """As of this process's rows."""
+        return self.inner.pending()
 
     def step(self) -> dict[str, float | None]:
         self.sharded.settle()

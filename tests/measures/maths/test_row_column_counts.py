@@ -189,4 +189,4 @@ def test_small_pictures_hold_the_shares_of_blocks() -> None:
     uneven = coarse_map(torch.eye(5, dtype=torch.bool), 2)
     assert uneven.rows == [0, 3] and uneven.shares == [[3 / 9, 0.0], [0.0, 2 / 4]]
     figure = picture("t", uneven, "")
-    assert figure.centre == pytest.approx((3 / 9 + 2 / 4) / 4) and figure.row_labels == ["0", "3"]
+    assert figure.centre == 0.0 and figure.marginals and figure.row_labels == ["0", "3"]

@@ -1,0 +1,476 @@
+"""The page of training runs: their course next to one another, costs, claims of the steps, and a few rollouts.
+
+Everything is read from the logs of the run directories, also while a run is in progress.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ssrctl.checkpoints.run_dir import RunDir
+from ssrctl.errors import UserError
+from ssrctl.evaluation.intervals import accuracy_interval
+from ssrctl.io import console
+from ssrctl.io.jsonl import parse_json, read_jsonl
+from ssrctl.io.mask_log import Claims, load_claims, mask_log_paths
+from ssrctl.io.records import Rollout, read_rollouts
+from ssrctl.report.document import (
+    Column,
+    Document,
+    Dots,
+    Figure,
+    Interval,
+    Lines,
+    Numbers,
+    Reference,
+    Section,
+    Table,
+    Transcript,
+)
+from ssrctl.report.formats import count, duration, number, signed, text_safe
+
+PAGE = "report.html"
+CRITIC_CALLS = "critic_calls.jsonl"
+# Points of a curve; a mean over the last tenth of the steps, at least this many, smooths them.
+_MOST_POINTS, _LEAST_WINDOW = 150, 5
+_PHASES = {"sampling": "sample", "scoring": "score", "updates": "update", "reference model": "reference"}
+_NOT_COMPARED = ("output_dir", "report", "json", "force", "resume_from_checkpoint")
+# Characters of a question and a response on the page.
+_MOST_QUESTION, _MOST_RESPONSE = 600, 6000
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunLog:
+    """The logs of a run.
+
+    Attributes:
+        label: the folder's name, unique on the page.
+        version: of ssrctl; None where the manifest does not say.
+        rows: of metrics.jsonl, in order.
+        claims: of the logged steps, in order; none for dense updates.
+        cost_usd: of the critic's calls; None without calls or prices.
+        rollouts: a right and a wrong one of the last step, as far as there are.
+    """
+
+    label: str
+    settings: Mapping[str, Any]
+    version: str | None
+    rows: Sequence[Mapping[str, Any]]
+    claims: Sequence[Claims]
+    num_calls: int
+    cost_usd: float | None
+    rollouts: Sequence[Rollout]
+
+    @property
+    def steps(self) -> list[int]:
+        """The training steps, ascending."""
+        return [row["step"] for row in self.rows]
+
+    @property
+    def max_steps(self) -> int | None:
+        """The step at which the run ends; None where its config does not say."""
+        found = self.settings.get("max_steps")
+        return found if isinstance(found, int) else None
+
+    @property
+    def has_ended(self) -> bool:
+        """True if the run reached its last step."""
+        return self.max_steps is not None and self.steps[-1] >= self.max_steps
+
+    def values(self, metric: str) -> list[float | None]:
+        """Return a metric at each step; None where it is absent or not a number."""
+        return [_number(row.get(metric)) for row in self.rows]
+
+
+def _number(value: Any) -> float | None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if is_number else None
+
+
+# --------------------------------------------------------------------------------------------------
+# reading
+
+
+def read_run(folder: Path, label: str) -> RunLog:
+    """Read the logs of a run, which may be in progress: a truncated last line is reported and left out.
+
+    Raises:
+        UserError: not a run directory, a run without steps yet, or a log that cannot be read.
+    """
+    run = RunDir(folder)
+    if not folder.is_dir():
+        raise UserError(f"run directory not found: {folder}", "name the folder that `ssrctl train` wrote")
+    if not run.metrics.is_file():
+        has_begun = run.config.is_file()
+        raise UserError(
+            f"{folder} has no {run.metrics.name}" + (" yet" if has_begun else ": it is not a run directory"),
+            "wait for the first step" if has_begun else "name the folder that `ssrctl train` wrote",
+        )
+    rows = [row for _, row in read_jsonl(run.metrics, on_torn=console.warn, may_be_empty=True)]
+    rows = [row for row in rows if isinstance(row.get("step"), int)]
+    if not rows:
+        raise UserError(f"{run.metrics} has no steps yet", "wait for the first step")
+    num_calls, cost_usd = _critic_calls(folder / CRITIC_CALLS)
+    return RunLog(
+        label=label,
+        settings=run.read_config() if run.config.is_file() else {},
+        version=_version(run.manifest),
+        rows=rows,
+        claims=[_claims(path, path.stat().st_mtime_ns) for path in mask_log_paths(folder)],
+        num_calls=num_calls,
+        cost_usd=cost_usd,
+        rollouts=_rollouts(run, rows),
+    )
+
+
+def _version(manifest: Path) -> str | None:
+    """Return the version of ssrctl that wrote a run; None without a manifest that says it."""
+    if not manifest.is_file():
+        return None
+    try:
+        found = parse_json(manifest.read_text(encoding="utf-8"))
+        return str(found["versions"]["ssrctl"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        console.warn(f"{manifest} does not say which version of ssrctl wrote the run")
+        return None
+
+
+def _critic_calls(ledger: Path) -> tuple[int, float | None]:
+    """Return the number of requests to a paid critic and their cost; None without any price."""
+    if not ledger.is_file():
+        return 0, None
+    calls = [row for _, row in read_jsonl(ledger, on_torn=console.warn, may_be_empty=True) if not row.get("cached")]
+    costs = [cost for row in calls if (cost := _number(row.get("cost_usd"))) is not None]
+    return len(calls), math.fsum(costs) if costs else None
+
+
+@functools.lru_cache(maxsize=4096)
+def _claims(path: Path, modified: int) -> Claims:
+    """Read a mask log; ``modified``, in ns, lets a page that is written again read only what is new."""
+    return load_claims(path)
+
+
+def _rollouts(run: RunDir, rows: Sequence[Mapping[str, Any]]) -> list[Rollout]:
+    """Return a right and a wrong rollout of the last step whose file is there; one being written is not there yet."""
+    for row in reversed(rows):
+        if (path := run.rollouts(row["step"])).is_file():
+            return first_of_each(read_rollouts(path, needs=("response",), on_torn=console.warn))
+    return []
+
+
+# --------------------------------------------------------------------------------------------------
+# the document
+
+
+def run_document(runs: Sequence[RunLog]) -> Document:
+    """Return the page of one run, or of several next to one another."""
+    window = max(_LEAST_WINDOW, round(max(len(run.rows) for run in runs) / 10))
+    several = len(runs) > 1
+    headlines = [line for run in runs for line in _headlines(run, window, several)]
+    learning = [
+        _curve(runs, window, "accuracy", "Accuracy", "share of responses", shares=True, interval=_share_interval),
+        _curve(runs, window, "reward", "Reward", "mean over steps, -1 to 1"),
+        _curve(runs, window, "response_tokens_mean", "Length of a response", "tokens"),
+        _curve(runs, window, "entropy", "Entropy", "nats per token"),
+        _curve(runs, window, "kl_to_start", "KL to the start model", "nats per token"),
+        _curve(runs, window, "grad_norm", "Norm of the applied gradient, before the clip", "L2 norm"),
+    ]
+    sections = [
+        Section(title="Learning", figures=_present(learning), tables=_settings(runs)),
+        Section(title="What the steps claim", figures=_present(_claim_figures(runs, window))),
+        _costs(runs),
+        Section(
+            title="Rollouts", text=_ROLLOUTS, transcripts=[one for run in runs for one in _transcripts(run, several)]
+        ),
+    ]
+    return Document(
+        title="What did training do?" if not several else "How do the runs compare?",
+        facts=[(run.label, _fact(run)) for run in runs],
+        headlines=headlines,
+        notes=_notes(runs),
+        sections=[one for one in sections if one.figures or one.tables or one.transcripts],
+    )
+
+
+def _fact(run: RunLog) -> str:
+    model, *rest = (text_safe(str(run.settings.get(key, "?"))) for key in ("model", "optimizer", "credit"))
+    of = "" if run.max_steps is None else f" of {run.max_steps}"
+    return f"{Path(model).name}, {rest[0]}, credit {rest[1]}; {run.steps[-1]}{of} steps"
+
+
+def _notes(runs: Sequence[RunLog]) -> list[str]:
+    notes = [
+        f"{run.label} has {run.steps[-1]} of {run.max_steps} steps: it is in progress, or it was stopped."
+        for run in runs
+        if not run.has_ended and run.max_steps is not None
+    ]
+    versions = {run.version for run in runs if run.version is not None}
+    if len(versions) > 1:
+        said = ", ".join(f"{run.label} {run.version or 'unknown'}" for run in runs)
+        notes.append(f"The runs are of different versions of ssrctl ({said}): a metric may have another meaning.")
+    return notes
+
+
+def _headlines(run: RunLog, window: int, several: bool) -> list[str]:
+    """Return accuracy, reward, length and costs; of one of several runs in one sentence."""
+    parts = []
+    accuracy, rewards = ([one for one in run.values(key) if one is not None] for key in ("accuracy", "reward"))
+    if accuracy:
+        before = "" if len(accuracy) <= window else f", {_interval_words(accuracy[:window])} in the first {window}"
+        parts.append(
+            f"accuracy {_interval_words(accuracy[-window:])} in the last {min(window, len(accuracy))} steps{before}"
+        )
+    if rewards:
+        parts.append(
+            f"reward {signed(statistics.fmean(rewards[-window:]))} after {signed(statistics.fmean(rewards[:window]))}"
+        )
+    shown = {"responses of {} tokens": "response_tokens_mean", "entropy {} nats": "entropy"}
+    means = {words: _last_mean(run.values(key), window) for words, key in shown.items()}
+    parts += [words.format(number(mean)) for words, mean in means.items() if mean is not None]
+    seconds = _phase_seconds(run)
+    if total := sum(seconds.values()):
+        phases = ", ".join(f"{one / total:.0%} {name}" for name, one in seconds.items() if one)
+        parts.append(f"{duration(total)} ({phases})")
+    if run.cost_usd is not None:
+        parts.append(f"${run.cost_usd:.2f} for {count(run.num_calls)} calls of the critic")
+    if several:
+        return [f"{run.label}: {'; '.join(parts)}."]
+    return [f"{one[0].upper()}{one[1:]}." for one in parts]
+
+
+def _interval_words(values: Sequence[float]) -> str:
+    found = _share_interval(values)
+    return f"{statistics.fmean(values):.3f}" + ("" if found is None else f" ({found[0]:.3f} to {found[1]:.3f})")
+
+
+def _last_mean(values: Sequence[float | None], window: int) -> float | None:
+    kept = [value for value in values[-window:] if value is not None]
+    return statistics.fmean(kept) if kept else None
+
+
+def _share_interval(values: Sequence[float]) -> Interval | None:
+    """Return the 95% interval of a mean of shares, from their spread over the steps; None for a few steps."""
+    if len(values) < _LEAST_WINDOW:
+        return None
+    found = accuracy_interval([min(1.0, max(0.0, value)) for value in values])
+    return found.low, found.high
+
+
+# --------------------------------------------------------------------------------------------------
+# figures
+
+
+def _curve(
+    runs: Sequence[RunLog],
+    window: int,
+    metric: str,
+    title: str,
+    y_label: str,
+    *,
+    shares: bool = False,
+    interval: Callable[[Sequence[float]], Interval | None] = lambda values: None,
+    transform: Callable[[float], float] = lambda value: value,
+) -> Lines | None:
+    """Return the mean of a metric over the last steps, a line for each run; None where no run has it."""
+    all_steps = sorted({step for run in runs for step in run.steps})
+    stride = max(1, -(-len(all_steps) // _MOST_POINTS))
+    places = sorted({*all_steps[::stride], all_steps[-1]})
+    series: dict[str, Numbers] = {}
+    intervals: dict[str, list[Interval | None]] = {}
+    for run in runs:
+        values = [None if value is None else transform(value) for value in run.values(metric)]
+        position = {step: place for place, step in enumerate(run.steps)}
+        windows = [_window(values, position.get(step), window) for step in places]
+        # A run without the metric stays in the legend, so that each has one colour in all figures.
+        series[run.label] = [statistics.fmean(one) if one else None for one in windows]
+        intervals[run.label] = [interval(one) if one else None for one in windows]
+    if not any(value is not None for values in series.values() for value in values):
+        return None
+    ribbon = "; ribbon: 95% interval over these steps" if any(map(any, intervals.values())) else ""
+    return Lines(
+        title=title,
+        x=places,
+        series=series,
+        intervals=intervals,
+        x_label="training step",
+        y_label=y_label,
+        shares=shares,
+        caption=f"Mean of the last {window} steps{ribbon}.",
+    )
+
+
+def _window(values: Sequence[float | None], place: int | None, window: int) -> list[float]:
+    if place is None:
+        return []
+    return [value for value in values[max(0, place + 1 - window) : place + 1] if value is not None]
+
+
+def _present(figures: Iterable[Figure | None]) -> list[Figure]:
+    return [one for one in figures if one is not None]
+
+
+def _claim_figures(runs: Sequence[RunLog], window: int) -> list[Figure | None]:
+    """Return claims by step index, conflict and cosine over training, and the survival of updates."""
+    longest = max((len(units) for run in runs for one in run.claims for units in one.shares), default=0)
+    claims = None
+    if longest:
+        claims = Lines(
+            title="Claimed share by step index",
+            x=list(range(1, longest + 1)),
+            series={run.label: [_mean_claim(run, place) for place in range(longest)] for run in runs},
+            x_label="update unit of a question",
+            y_label="share of the unprotected",
+            shares=True,
+            caption="Mean over the questions of the logged training steps.",
+        )
+    return [
+        claims,
+        _logged(
+            runs,
+            "Conflict of a question's steps",
+            "opposite signs",
+            lambda one: one.conflicts,
+            shares=True,
+            references=[Reference("random signs: 50%", 0.5)],
+            caption="Of the coordinates that either of two steps ranks highest, the share where their gradients have "
+            "opposite signs; mean over pairs.",
+        ),
+        _logged(runs, "Cosine of the steps' gradients", "mean over pairs", lambda one: one.cosines),
+        _curve(
+            runs,
+            window,
+            "lost_update_frac",
+            "Updates that survive storage",
+            "share of the updates",
+            shares=True,
+            transform=lambda lost: 1 - lost,
+        ),
+        _curve(runs, window, "updated_frac", "Weights updated in a step", "share of all weights", shares=True),
+    ]
+
+
+def _mean_claim(run: RunLog, place: int) -> float | None:
+    found = [units[place] for one in run.claims for units in one.shares if place < len(units)]
+    return statistics.fmean(found) if found else None
+
+
+def _logged(
+    runs: Sequence[RunLog], title: str, y_label: str, values: Callable[[Claims], Sequence[float]], **settings: Any
+) -> Lines | None:
+    """Return the mean at each logged training step, a line for each run; None where no run has the values."""
+    found = {run.label: {one.step: statistics.fmean(values(one)) for one in run.claims if values(one)} for run in runs}
+    steps = sorted({step for means in found.values() for step in means})
+    if not steps:
+        return None
+    series = {label: [means.get(step) for step in steps] for label, means in found.items()}
+    return Lines(title=title, x=steps, series=series, x_label="training step", y_label=y_label, **settings)
+
+
+# --------------------------------------------------------------------------------------------------
+# costs, settings, rollouts
+
+
+def _phase_seconds(run: RunLog) -> dict[str, float]:
+    return {
+        name: math.fsum(value for value in run.values(f"{key}_seconds") if value is not None)
+        for name, key in _PHASES.items()
+    }
+
+
+def _costs(runs: Sequence[RunLog]) -> Section:
+    """Return time by phase, tokens and money."""
+    seconds = {run.label: _phase_seconds(run) for run in runs}
+    phases = [name for name in _PHASES if any(one[name] for one in seconds.values())]
+    figure = Dots(
+        title="Seconds of a training step by phase",
+        labels=phases,
+        series={run.label: [seconds[run.label][name] / len(run.rows) for name in phases] for run in runs},
+        axis="seconds, mean over the steps",
+        shares=False,
+    )
+    table = Table(
+        title="Time and money",
+        columns=[
+            "run",
+            *(Column(name, duration) for name in phases),
+            Column("tokens", count),
+            Column("critic calls", count),
+            Column("critic cost ($)", "{:.2f}".format if any(run.cost_usd is not None for run in runs) else count),
+        ],
+        rows=[
+            [
+                run.label,
+                *(seconds[run.label][name] for name in phases),
+                int(sum(value for value in run.values("response_tokens") if value is not None)),
+                run.num_calls,
+                run.cost_usd,
+            ]
+            for run in runs
+        ],
+    )
+    return Section(title="Time and money", figures=[figure] if phases else [], tables=[table])
+
+
+def _settings(runs: Sequence[RunLog]) -> list[Table]:
+    """Return the settings in which runs differ; no table for one run."""
+    names = dict.fromkeys(name for run in runs for name in run.settings)
+    rows = [[name, *(text_safe(str(run.settings.get(name, "–"))) for run in runs)] for name in names]
+    odd = [row for row in rows if len(set(row[1:])) > 1 and row[0] not in _NOT_COMPARED]
+    if not odd:
+        return []
+    return [Table(title="Settings that differ", columns=["setting", *(run.label for run in runs)], rows=odd)]
+
+
+_ROLLOUTS = (
+    "A right and a wrong response of the last step. Steps are coloured by their reward: blue is good, orange bad, the "
+    "stronger the further from 0; a step without a score is dashed."
+)
+
+
+def first_of_each(rollouts: Iterable[Rollout]) -> list[Rollout]:
+    """Return the first right and the first wrong rollout, as far as there are any; read no further."""
+    found: dict[bool, Rollout] = {}
+    for one in rollouts:
+        if one.response is not None and one.final is not None and one.final.correct is not None:
+            found.setdefault(one.final.correct, one)
+        if len(found) == 2:
+            break
+    return [found[correct] for correct in sorted(found, reverse=True)]
+
+
+def _transcripts(run: RunLog, several: bool) -> list[Transcript]:
+    return [
+        transcript(one, f"{f'{run.label}, ' if several else ''}{one.id}, {'right' if one.final.correct else 'wrong'}")
+        for one in run.rollouts
+        if one.final is not None
+    ]
+
+
+def transcript(rollout: Rollout, title: str) -> Transcript:
+    """Return a response with its steps coloured by their rewards, long texts cut."""
+    assert rollout.response is not None
+    spans = rollout.steps or []
+    rewards = [one.reward for one in rollout.scores or []] or [None] * len(spans)
+    parts = [
+        (rollout.step_text(place), reward) for place, (_, reward) in enumerate(zip(spans, rewards, strict=False))
+    ] or [(rollout.response, None)]
+    kept: list[tuple[str, float | None]] = []
+    left = _MOST_RESPONSE
+    for text, reward in parts:
+        kept.append((text[:left], reward))
+        left -= len(text)
+        if left <= 0:
+            kept.append((" …", None))
+            break
+    question = rollout.question or ""
+    return Transcript(
+        title=title,
+        question=question[:_MOST_QUESTION] + (" …" if len(question) > _MOST_QUESTION else ""),
+        parts=kept,
+    )

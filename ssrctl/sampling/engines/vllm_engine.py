@@ -1,0 +1,451 @@
+"""Sampling from running vLLM servers, whose weights follow the trainer's by pushes of what was written.
+
+Every response says with which version of the weights its tokens were sampled; those of another version are dropped, the
+server gets all weights again, and the requests are repeated once.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import math
+import secrets
+import shlex
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from ssrctl.checkpoints.reader import TensorReader
+from ssrctl.configs import ModelConfig, SamplingConfig
+from ssrctl.configs.engines import DEFAULT_SERVER, RolloutOptions
+from ssrctl.errors import Stopped, UserError
+from ssrctl.io import console
+from ssrctl.models.loading import LoadedModel, folder_of
+from ssrctl.process_rank import num_launched
+from ssrctl.sampling.alignment import decode
+from ssrctl.sampling.endings import StopTexts, end_token_ids
+from ssrctl.sampling.engines.base import Changes, Probe, Push, Request, Sample
+from ssrctl.sampling.engines.probe import compare, gap_bound, probe_requests
+from ssrctl.sampling.engines.push_bytes import num_bytes, packed_changes, to_bytes, to_file
+from ssrctl.sampling.engines.vllm_http import NoAnswer, Refused, VllmServer
+from ssrctl.sampling.engines.vllm_plugin import BACKEND
+
+TESTED = "0.32"  # releases of vLLM
+FULL_ABOVE = 1 / 3  # share of the weights above which a push of all of them is cheaper
+_MISSING = -9999.0  # vLLM's reply in place of a log-probability that is NaN or infinite
+_SHARED_MEMORY = Path("/dev/shm")
+_POLL_SECONDS = 0.5
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Stale:
+    """A response that is not one of the weights in force.
+
+    Attributes:
+        reason: of the version that it names, or of its end.
+    """
+
+    reason: str
+
+
+class VllmServerEngine:
+    """The engine ``vllm-server``.
+
+    Args:
+        loaded: the model in training, whose weights the servers follow.
+        model: its name or folder, as the user gave it.
+        sampling: settings of the sampling.
+        options: addresses and waiting times.
+        stored_names: the name in the checkpoint of each parameter.
+
+    Attributes:
+        version: number of pushes so far.
+        full_seconds: of the last push of all weights.
+        probe: the last one.
+        block_size: tokens of a block of the servers' caches, once connected.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        model: str,
+        sampling: SamplingConfig,
+        options: RolloutOptions,
+        stored_names: Mapping[str, str],
+    ) -> None:
+        self.loaded, self.model, self.sampling, self.options = loaded, model, sampling, options
+        self.stored_names = stored_names
+        self.servers = [VllmServer(url) for url in options.rollout_server_url or [DEFAULT_SERVER]]
+        self.version = 0
+        self._run = secrets.token_hex(4)  # versions of another run are not taken for this one's
+        self._ends = end_token_ids(loaded)
+        self._stops = StopTexts(loaded.tokenizer, sampling.stop)
+        self._inline = options.rollout_push == "inline"
+        if options.rollout_push == "auto":
+            self._inline = not all(server.is_local for server in self.servers)
+        self.block_size = 0
+        self.full_seconds: float | None = None
+        self.probe: Probe | None = None
+
+    @property
+    def full_bytes(self) -> int:
+        """Bytes of all weights."""
+        return num_bytes(self._weights())
+
+    def connect(self) -> None:
+        """Wait for the servers, check that they can follow this model, and give them its weights.
+
+        Raises:
+            UserError: a server does not come up, lacks what a push needs, or serves another model.
+        """
+        for server in self.servers:
+            if reason := self._wait(server, self.options.rollout_server_timeout):
+                raise UserError(
+                    f"no rollout server at {server.url}: {reason}", f"start one with `{self._command(server)}`"
+                )
+            self._check_settings(server)
+            if not server.is_local:
+                console.warn(
+                    f"{server.url}: whoever reaches this address can change the server's weights; keep it on a network "
+                    "that only the trainer reaches"
+                )
+        try:
+            self.push(None)
+            self.check()
+        except Stopped as error:
+            raise UserError(error.message, f"start the server with `{self._command(self.servers[0])}`") from error
+
+    def sample(self, requests: Sequence[Request]) -> Iterator[tuple[int, Sample]]:
+        """Yield (place, sample) as responses end.
+
+        Raises:
+            Stopped: a server is gone, or samples from other weights after it got all of them again.
+            UserError: a server refuses a request.
+        """
+        missing = list(range(len(requests)))
+        for last in (False, True):
+            stale: dict[int, str] = {}
+            for place, outcome in self._answers(requests, missing):
+                if isinstance(outcome, _Stale):
+                    stale[place] = outcome.reason
+                else:
+                    yield place, outcome
+            missing = sorted(stale)
+            if not missing:
+                return
+            reason = f"{len(missing)} of {len(requests)} responses cannot be used: {stale[missing[0]]}"
+            if last:
+                raise Stopped(f"{reason}, also after a push of all weights")
+            console.warn(f"{reason}; the server gets all weights again")
+            self.push(None)
+
+    def push(self, changes: Changes | None) -> Push:
+        """Bring every server to the trainer's weights.
+
+        Args:
+            changes: the coordinates that differ from the push before; None for all weights.
+
+        Raises:
+            Stopped: a server is gone, or refuses a push of all weights.
+        """
+        started = time.perf_counter()
+        count = 0 if changes is None else sum(indices.numel() for indices, _ in changes.values())
+        if changes is not None and not count:
+            return Push("none", 0, 0, time.perf_counter() - started)
+        before, self.version = self._label, self.version + 1
+        full = changes is None or count > FULL_ABOVE * self.loaded.num_parameters
+        sent = 0
+        if not full:
+            assert changes is not None
+            names = self.stored_names
+            shapes = {names[name]: shape for name, shape in self.loaded.shapes().items()}
+            tensors, metadata = packed_changes({names[name]: change for name, change in changes.items()}, shapes)
+            sent = num_bytes(tensors)
+            with self._carried(tensors, metadata) as cargo:
+                update = {"base": before, "version": self._label, **cargo}
+                failed = [s for s in self.servers if s.held != before or not self._took(s, update)]
+        if full or failed:
+            sent += self._push_all(self.servers if full else failed)
+        return Push("full" if full or failed else "changes", count, sent, time.perf_counter() - started)
+
+    def check(self) -> Probe:
+        """Compare each server's log-probabilities of fixed prompts with the trainer's.
+
+        Raises:
+            Stopped: a server is gone, or its mean gap is above the bound of the dtype.
+        """
+        requests = probe_requests(self.loaded, self.block_size)
+        bound = gap_bound(self.loaded.model.dtype)
+        probes = []
+        for server in self.servers:
+            samples = []
+            for request in requests:
+                outcome = self._one(request, server)
+                if isinstance(outcome, _Stale):
+                    raise Stopped(f"the probe failed: {outcome.reason}")
+                samples.append(outcome)
+            probe = compare(self.loaded, requests, samples, self.sampling.temperature)
+            if probe.gap_mean > bound:
+                raise Stopped(
+                    f"{server.url} does not compute with the trainer's weights: the log-probabilities of fixed prompts are "
+                    f"{probe.gap_mean:.2g} apart in the mean ({probe.gap_max:.2g} at most), rounding stays below {bound:g}"
+                )
+            probes.append(probe)
+        answers = [answer for probe in probes for answer in probe.answers]
+        self.probe = Probe(max(one.gap_mean for one in probes), max(one.gap_max for one in probes), answers)
+        return self.probe
+
+    def close(self) -> None:
+        """Hold nothing open: a server goes on without the trainer."""
+
+    @property
+    def _label(self) -> str:
+        return f"{self._run}-{self.version}"
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {self.stored_names[name]: p.detach() for name, p in self.loaded.model.named_parameters()}
+
+    def _took(self, server: VllmServer, update: dict[str, Any]) -> bool:
+        """Push changes; False, with a warning, if the server did not take them."""
+        try:
+            server.push(update)
+        except (NoAnswer, Refused) as error:
+            console.warn(f"{server.url} did not take a push of changes ({error}); it gets all weights")
+            return False
+        return True
+
+    def _push_all(self, servers: Sequence[VllmServer]) -> int:
+        """Push all weights; return their bytes."""
+        started = time.perf_counter()
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in self._weights().items()}
+        with self._carried(tensors, {}) as cargo:
+            update = {"base": None, "version": self._label, **cargo}
+            for server in servers:
+                try:
+                    self._patiently(server, lambda server=server: server.push(update))  # type: ignore[misc]
+                except Refused as error:
+                    raise Stopped(f"{server.url} does not take the weights: {error}") from error
+        self.full_seconds = time.perf_counter() - started
+        return num_bytes(tensors) * len(servers)
+
+    @contextlib.contextmanager
+    def _carried(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[dict[str, str]]:
+        """Yield the fields of the update that carry a push: its bytes, or the path of a file while it is there."""
+        if self._inline:
+            yield {"data": base64.b64encode(to_bytes(tensors, metadata)).decode()}
+            return
+        room = _SHARED_MEMORY.is_dir() and shutil.disk_usage(_SHARED_MEMORY).free > 2 * num_bytes(tensors)
+        with tempfile.TemporaryDirectory(prefix="ssrctl-push-", dir=_SHARED_MEMORY if room else None) as folder:
+            path = Path(folder) / "push.safetensors"
+            to_file(path, tensors, metadata)
+            yield {"path": str(path)}
+
+    def _patiently(self, server: VllmServer, call: Callable[[], T]) -> T:
+        """Call; where the server is gone, wait as long as the settings say, and call again once.
+
+        Raises:
+            Stopped: it does not come back.
+        """
+        try:
+            return call()
+        except NoAnswer as error:
+            reason = str(error)
+        seconds = self.options.rollout_server_return
+        if seconds:
+            console.warn(
+                f"the rollout server {server.url} is gone ({reason}); waiting up to {seconds:g} seconds for it"
+            )
+            if not self._wait(server, seconds):
+                with contextlib.suppress(NoAnswer):
+                    return call()
+        raise Stopped(f"the rollout server {server.url} is gone: {reason}; start it with `{self._command(server)}`")
+
+    def _wait(self, server: VllmServer, seconds: float) -> str | None:
+        """Wait until a server is up; return the last reason if it is not."""
+        end = time.monotonic() + seconds
+        while True:
+            try:
+                server.get("/health", seconds=10.0)
+                return None
+            except (NoAnswer, Refused) as error:
+                reason = str(error)
+            if time.monotonic() >= end:
+                return f"{reason} (waited {seconds:g} seconds)"
+            time.sleep(_POLL_SECONDS)
+
+    def _check_settings(self, server: VllmServer) -> None:
+        """Raise a UserError for a server that cannot follow this model, with the command that starts one that can."""
+        fix = f"start it with `{self._command(server)}`"
+        try:
+            version = str(server.get("/version").get("version", ""))
+            info = server.get("/server_info?config_format=json")["vllm_config"]
+            model, transfer = info["model_config"], info["weight_transfer_config"] or {}
+            self.block_size = int(info["cache_config"]["block_size"])
+            longest, kind, mode = int(model["max_model_len"]), str(model["dtype"]), str(model["logprobs_mode"])
+        except (NoAnswer, Refused) as error:
+            raise UserError(f"{server.url} is not a vLLM server in dev mode: {error}", fix) from error
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"{server.url} describes itself in another way than vLLM {TESTED}: {error!r}", fix
+            ) from error
+        ours = str(self.loaded.model.dtype).removeprefix("torch.")
+        needed = self.loaded.context_length or longest
+        problems = {
+            f"its weight transfer is {transfer.get('backend')}, not that of ssrctl's plugin": transfer.get("backend")
+            != BACKEND,
+            f"it computes in {kind}, the trainer in {ours}": ours not in kind,
+            f"its log-probabilities are {mode}, not of the distribution that it samples from": not mode.endswith(
+                "processed_logprobs"
+            )
+            and self.sampling.temperature != 1.0,
+            f"its context is {longest} tokens, the model's {needed}": longest < needed,
+        }
+        for problem, found in problems.items():
+            if found:
+                raise UserError(f"{server.url}: {problem}", fix)
+        if not version.startswith(f"{TESTED}."):
+            console.warn(f"{server.url} runs vLLM {version}; pushes were tested with {TESTED}")
+
+    def _command(self, server: VllmServer) -> str:
+        dtype = str(self.loaded.model.dtype).removeprefix("torch.")
+        port = "" if server.url == DEFAULT_SERVER else f" --url {server.url}"
+        return f"ssrctl serve-rollouts --model {shlex.quote(self.model)} --dtype {dtype}{port}"
+
+    def _answers(self, requests: Sequence[Request], places: Sequence[int]) -> Iterator[tuple[int, Sample | _Stale]]:
+        """Yield (place, outcome) as the servers reply."""
+        with ThreadPoolExecutor(max(1, min(len(places), self.sampling.sampling_batch_size))) as pool:
+            try:
+                futures = {pool.submit(self._one, requests[place]): place for place in places}
+                for future in as_completed(futures):
+                    yield futures[future], future.result()
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+
+    def _one(self, request: Request, probed: VllmServer | None = None) -> Sample | _Stale:
+        """Ask the server with the fewest requests; for a probe ``probed``, without top-p, top-k and stop texts."""
+        server = probed or min(self.servers, key=lambda one: one.in_flight)
+        server.in_flight += 1
+        try:
+            reply = server.post("/inference/v1/generate", self._body(request, plain=probed is not None))
+        except NoAnswer as error:
+            if not self.options.rollout_server_return:
+                raise Stopped(
+                    f"the rollout server {server.url} is gone: {error}; start it with `{self._command(server)}`"
+                ) from error
+            server.held = None
+            return _Stale(f"{server.url} is gone ({error})")
+        except Refused as error:
+            raise UserError(
+                f"{server.url} refuses to sample: {error}", f"start it with `{self._command(server)}`"
+            ) from error
+        finally:
+            server.in_flight -= 1
+        return self._sample(server, reply, request, plain=probed is not None)
+
+    def _body(self, request: Request, *, plain: bool) -> dict[str, Any]:
+        sampling = self.sampling
+        params: dict[str, Any] = {
+            "temperature": sampling.temperature,
+            "top_p": 1.0 if plain else sampling.top_p,
+            "top_k": 0 if plain else sampling.top_k,
+            "max_tokens": request.limit,
+            "seed": request.seed,
+            "logprobs": 0,
+            "stop_token_ids": self._ends,
+            "ignore_eos": True,  # the end tokens are ours
+            "detokenize": bool(sampling.stop) and not plain,
+        }
+        if sampling.stop and not plain:
+            params |= {"stop": list(sampling.stop), "skip_special_tokens": False}
+        return {"token_ids": list(request.ids), "sampling_params": params}
+
+    def _sample(self, server: VllmServer, reply: Any, request: Request, *, plain: bool) -> Sample | _Stale:
+        try:
+            (choice,) = reply["choices"]
+            ids = [int(token) for token in choice["token_ids"]]
+            logprobs = [float(one["logprob"]) for one in choice["logprobs"]["content"]]
+            versions = {str(span["version"]) for span in choice["weight_versions"]}
+            reason = choice["finish_reason"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{server.url} replies in another way than vLLM {TESTED}: {error!r}",
+                f"start it with `{self._command(server)}`",
+            ) from error
+        if reason not in ("stop", "length"):
+            return _Stale(f"{server.url} ended one with {reason!r}")
+        if versions != {self._label}:
+            server.held = None
+            found = ", ".join(sorted(versions)) or "none"
+            return _Stale(f"{server.url} sampled with version {found} of the weights, {self._label} is in force")
+        if len(logprobs) != len(ids) or not 0 < len(ids) <= request.limit:
+            raise UserError(
+                f"{server.url} replied with {len(ids)} tokens and {len(logprobs)} log-probabilities to a request for up "
+                f"to {request.limit}",
+                f"start it with `{self._command(server)}`",
+            )
+        cut = None
+        if not plain:
+            cut = next((end for end in range(1, len(ids) + 1) if self._stops.completed(ids[:end])), None)
+        ids = ids[:cut]
+        finish: Literal["stop", "length"] = "stop" if cut or ids[-1] in self._ends else "length"
+        # those of top-p and top-k are of another distribution than the one that a sample's are defined for
+        biased = not plain and (self.sampling.top_p < 1.0 or self.sampling.top_k > 0)
+        known = [math.nan if biased or one <= _MISSING else one for one in logprobs[: len(ids)]]
+        stopped = finish == "stop" and ids[-1] not in self._ends
+        return Sample(ids, torch.tensor(known), decode(self.loaded.tokenizer, ids), finish, self.version, stopped)
+
+
+def served_engine(config: RolloutOptions, loaded: LoadedModel) -> VllmServerEngine | None:
+    """Return the engine that the settings of a command name, not yet connected; None for transformers in this process.
+
+    Args:
+        config: settings of the engine, of the model and of sampling.
+        loaded: the model.
+
+    Raises:
+        UserError: several processes, or a model whose parameters are not the checkpoint's.
+    """
+    if config.rollout_engine == "transformers":
+        return None
+    if num_launched() > 1:
+        raise UserError(
+            f"--rollout-engine {config.rollout_engine} samples for one process, {num_launched()} were launched",
+            "start it without a launcher, or use --rollout-engine transformers",
+        )
+    assert isinstance(config, SamplingConfig) and isinstance(config, ModelConfig)
+    return VllmServerEngine(loaded, config.model, config, config, stored_names(folder_of(config), loaded.shapes()))
+
+
+def connected_engine(config: RolloutOptions, loaded: LoadedModel) -> VllmServerEngine | None:
+    """Return the same for a model whose weights stay as they are: the servers have them."""
+    engine = served_engine(config, loaded)
+    if engine is not None:
+        engine.connect()
+    return engine
+
+
+def stored_names(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """Return the name in the checkpoint of each parameter, as vLLM's loaders know it.
+
+    Raises:
+        UserError: a model whose tensors are joined on loading, so that its parameters are not the checkpoint's.
+    """
+    with TensorReader(folder) as reader:
+        reader.align(shapes)
+        if joined := sorted(reader.name_map.joined):
+            raise UserError(
+                f"{reader.label}: {len(joined)} parameters are put together on loading, first {joined[0]}: pushes to a "
+                "server are by the names of the checkpoint",
+                "use --rollout-engine transformers",
+            )
+        return {name: reader.name_map.to_file(name) for name in shapes}
