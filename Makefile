@@ -22,7 +22,7 @@ test-all: $(STAMP)
 
 # The served engine against a real vLLM for CPUs, in an environment of its own (3.4 GiB); needs Python 3.11.
 test-vllm: $(STAMP) .venv-vllm/.installed
-	SSRCTL_VLLM_PYTHON="$(CURDIR)/.venv-vllm/bin/python" $(BIN)/python -m pytest -m vllm tests/vllm
+	SSRCTL_VLLM_PYTHON="$(CURDIR)/.venv-vllm/bin/python" $(BIN)/python -m pytest -m vllm tests/served
 
 .venv-vllm/.installed: constraints-vllm.txt pyproject.toml
 	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
