@@ -135,6 +135,20 @@ def test_plans_know_layers_of_several_kinds(kind):
         assert planned(changes, shape) == pytest.approx(measured(settings(changes), shape), rel=0.2)
 
 
+def test_one_and_two_rows_of_three_lengths_extend_to_any_batch():
+    shape = transformers.Qwen3MoeConfig(
+        **SIZES, num_hidden_layers=2, num_experts=64, num_experts_per_tok=2, moe_intermediate_size=48
+    )
+    probe = LayerProbe(build(shape))  # the gradients of its weights are most of a backward pass
+    found = probe.activations(9, 100, False, torch.float32, "auto")
+    with probe._without_data(torch.float32, "auto") as model:
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(lambda each: setattr(each, "grad", None))
+        direct = probe._measured(model, 9, 100)
+    assert (found.kept, found.first) == pytest.approx((direct.kept, direct.first), rel=0.01)
+    assert found.kept + found.backward == pytest.approx(direct.kept + direct.backward, rel=0.05)
+
+
 def test_a_cache_has_keys_and_values_per_token_and_states_of_any_length():
     found = {kind: LayerProbe(build(shape)).cache(torch.float32) for kind, shape in KINDS.items()}
     each = 2 * 2 * 16 * 4  # keys and values of a layer: two heads of 16 numbers
