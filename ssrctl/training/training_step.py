@@ -393,14 +393,10 @@ class TrainingStep:
 
     def _gathered(self, mine: dict[_Key, _Learned], totals: _StepTotals) -> tuple[list[QuestionLog], list[Tensor]]:
         """Add the questions of all processes to ``totals``; return their logs and sketches, in the main process."""
-        if not self.exchanges:
-            for found in mine.values():
-                totals.add(found.totals)
-            records = [(found.log, found.sketch) for found in mine.values()]
-            return [log for log, _ in records if log is not None], [one for _, one in records if one is not None]
-        for one in _in_order(self.world.gather({key: found.totals for key, found in mine.items()})):
+        world = self.world if self.exchanges else ALONE  # each process with a shard has the records of all questions
+        for one in _in_order(world.gather({key: found.totals for key, found in mine.items()})):
             totals.add(one)
-        records = _in_order(self.world.gather_on_main({n: (found.log, found.sketch) for n, found in mine.items()}))
+        records = _in_order(world.gather_on_main({key: (found.log, found.sketch) for key, found in mine.items()}))
         return [log for log, _ in records if log is not None], [one for _, one in records if one is not None]
 
     def _advantages(self, group: Group) -> tuple[Sequence[Sequence[float | None]], int]:
