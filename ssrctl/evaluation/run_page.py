@@ -352,6 +352,14 @@ def _claim_figures(runs: Sequence[RunLog], window: int) -> list[Figure | None]:
             transform=lambda lost: 1 - lost,
         ),
         _curve(runs, window, "updated_frac", "Weights updated in a step", "share of all weights", shares=True),
+        _curve(
+            runs,
+            window,
+            "negative_energy_frac",
+            "Part of the update from negative advantages",
+            "share of the squared norm",
+            shares=True,
+        ),
     ]
 
 
