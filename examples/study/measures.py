@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -105,11 +106,20 @@ def places(task: Task, folder: Path, other: Path | None) -> dict[str, Any]:
     return {"jaccard": both / (sizes - both), "expected_jaccard": chance / (sizes - chance)}
 
 
+def signs(task: Task, folder: Path, other: Path | None) -> dict[str, Any]:
+    """Return the means over a run of what ``--log-signs-every`` logs."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    names = ("negative_energy_frac", "negative_coordinate_frac", "sign_cosine")
+    found = {name: [row[name] for row in rows if row.get(name) is not None] for name in names}
+    return {name: statistics.fmean(values) for name, values in found.items() if values}
+
+
 MEASURES: dict[str, Callable[[Task, Path, Path | None], dict[str, Any]]] = {
     "steps": steps,
     "weights": weights,
     "same": same,
     "places": places,
+    "signs": signs,
 }
 
 
