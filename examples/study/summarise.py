@@ -227,18 +227,18 @@ def _table(heads: str, rows: Sequence[Sequence[str]]) -> str:
 
 
 def picture(grid: Grid, block: str) -> str:
-    """Draw the differences of a block's methods to its reference, a series for each task, as a picture of its own."""
+    """Draw the differences of a block's methods to its reference, with a colour for each task, as a picture of its own."""
     about = grid.data["blocks"][block]
-    methods = [one for one in about["methods"] if one != about["reference"]]
-    apart = {
-        task: [difference(grid.done(block, task, one), grid.done(block, task, about["reference"])) for one in methods]
-        for task in about["tasks"]
+    rows = [(task, one) for task in about["tasks"] for one in about["methods"] if one != about["reference"]]
+    apart = [difference(grid.done(block, task, one), grid.done(block, task, about["reference"])) for task, one in rows]
+    shown = {
+        task: [one if of == task else None for (of, _), one in zip(rows, apart, strict=True)] for task in about["tasks"]
     }
     dots = Dots(
         title="",
-        labels=methods,
-        series={task: [one and one.value for one in found] for task, found in apart.items()},
-        intervals={task: [one and (one.low, one.high) for one in found] for task, found in apart.items()},
+        labels=[f"{task}: {one}" for task, one in rows],
+        series={task: [one and one.value for one in found] for task, found in shown.items()},
+        intervals={task: [one and (one.low, one.high) for one in found] for task, found in shown.items()},
         axis=f"accuracy minus that of {about['reference']}",
     )
     drawn = re.sub(r"var\(--([\w-]+)\)", lambda name: INK[name[1]], draw(dots, "study"))
