@@ -122,8 +122,7 @@ class Grid:
 
     def planned(self) -> Iterator[Run]:
         """Yield all runs in their order; what follows a method's tuning depends on the rows added in between."""
-        for block, about in self.data["blocks"].items():
-            for task in about["tasks"]:
-                for method in about["methods"]:
-                    yield from self.tuning(task, method)
-                    yield from self.runs(block, task, method)
+        for block, task in self.data["order"]:
+            for method in self.data["blocks"][block]["methods"]:
+                yield from self.tuning(task, method)
+                yield from self.runs(block, task, method)

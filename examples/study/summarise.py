@@ -23,6 +23,7 @@ from ssrctl.report.document import Dots
 from .grid import RESULTS, Grid
 
 LEVEL = 0.95
+PAIRS = ("alike", "opposite")  # steps whose numbers have the same parity, and the others
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE, PICTURE = DOCS / "study.md", DOCS / "images" / "study.svg"
 INK = {"text": "#111", "rule": "#ccc", "muted": "#666", "series-1": "#2a78d6", "series-2": "#c9531d"}  # for white paper
@@ -207,18 +208,13 @@ def _row(
 def steps_table(grid: Grid) -> str:
     """Return what was measured of the step gradients, per task."""
     rows = []
-    names = [
-        f"{kind}_{pair}" for kind in ("cosine", "weighted_conflict", "top_conflict") for pair in ("alike", "opposite")
-    ]
-    for task in grid.data["tasks"]:
-        found = (
-            [row["measured"] for row in grid.done("steps", task, "steps").values()]
-            if "steps" in grid.data["blocks"]
-            else []
-        )
-        if found:
-            rows.append([task, *(f"{statistics.fmean(one[name] for one in found):.3f}" for name in names)])
-    return _table("task | cosine, same parity | other | conflict, same parity | other | top, same parity | other", rows)
+    kinds = ("cosine", "weighted_conflict", "top_conflict")
+    for task in grid.data["tasks"] if "steps" in grid.data["blocks"] else ():
+        if found := [row["measured"] for row in grid.done("steps", task, "steps").values()]:
+            means = [statistics.fmean(one[f"{kind}_{pair}"] for one in found) for kind in kinds for pair in PAIRS]
+            energy = [statistics.fmean(values) for values in zip(*(one["energy"] for one in found), strict=True)]
+            rows.append([task, *(f"{mean:.2f}" for mean in means), ", ".join(f"{share:.2f}" for share in energy)])
+    return _table("task | cosine, alike | other | conflict, alike | other | top, alike | other | energy by step", rows)
 
 
 def _table(heads: str, rows: Sequence[Sequence[str]]) -> str:
