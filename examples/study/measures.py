@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ssrctl import read_rollouts
 from ssrctl.checkpoints.delta import DeltaFile, apply_delta
 from ssrctl.checkpoints.run_dir import find_delta
 from ssrctl.configs import DiagnoseConfig, ModelConfig
@@ -29,7 +30,7 @@ def steps(task: Task, folder: Path, other: Path | None) -> dict[str, Any]:
         even, and of the other pairs; ``conflict_...``: the share of sum |a b| with opposite signs; ``top_conflict_...``:
         the share of coordinates with opposite signs among those that either ranks highest; ``energy``: for each
         operation, the share of its gradient's squared norm in its own set over that in the set that it would have taken
-        without claims.
+        without claims; ``reward``: the mean reward of each operation in the last training step, -0.5 for a wrong sign.
     """
     found: dict[str, list[float]] = defaultdict(list)
     energy: dict[int, list[float]] = defaultdict(list)
@@ -50,8 +51,13 @@ def steps(task: Task, folder: Path, other: Path | None) -> dict[str, Any]:
                 for kind in ("weighted_conflict", "top_conflict"):
                     if (value := question.conflict[kind][a][b]) is not None:
                         found[f"{kind}_{name}"].append(value)
+    rollouts = list(read_rollouts(max((folder / "rollouts").glob("*.jsonl"))))
+    scores = [
+        [one.scores[step] for one in rollouts if one.scores and step < len(one.scores)] for step in sorted(energy)
+    ]
     return {name: statistics.fmean(values) for name, values in found.items()} | {
-        "energy": [statistics.fmean(energy[step]) for step in sorted(energy)]
+        "energy": [statistics.fmean(energy[step]) for step in sorted(energy)],
+        "reward": [statistics.fmean(one.reward for one in mine if one.reward is not None) for mine in scores],
     }
 
 

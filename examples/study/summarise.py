@@ -24,6 +24,7 @@ from .grid import RESULTS, Grid
 
 LEVEL = 0.95
 PAIRS = ("alike", "opposite")  # steps whose numbers have the same parity, and the others
+LISTS = ("energy", "reward")  # by step
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE, PICTURE = DOCS / "study.md", DOCS / "images" / "study.svg"
 INK = {"text": "#111", "rule": "#ccc", "muted": "#666", "series-1": "#2a78d6", "series-2": "#c9531d"}  # for white paper
@@ -210,11 +211,14 @@ def steps_table(grid: Grid) -> str:
     rows = []
     kinds = ("cosine", "weighted_conflict", "top_conflict")
     for task in grid.data["tasks"] if "steps" in grid.data["blocks"] else ():
-        if found := [row["measured"] for row in grid.done("steps", task, "steps").values()]:
-            means = [statistics.fmean(one[f"{kind}_{pair}"] for one in found) for kind in kinds for pair in PAIRS]
-            energy = [statistics.fmean(values) for values in zip(*(one["energy"] for one in found), strict=True)]
-            rows.append([task, *(f"{mean:.2f}" for mean in means), ", ".join(f"{share:.2f}" for share in energy)])
-    return _table("task | cosine, alike | other | conflict, alike | other | top, alike | other | energy by step", rows)
+        for method in grid.data["blocks"]["steps"]["methods"]:
+            if found := [row["measured"] for row in grid.done("steps", task, method).values()]:
+                means = [statistics.fmean(one[f"{kind}_{pair}"] for one in found) for kind in kinds for pair in PAIRS]
+                lists = [map(statistics.fmean, zip(*(one[name] for one in found), strict=True)) for name in LISTS]
+                shown = [", ".join(f"{value:.2f}" for value in values) for values in lists]
+                rows.append([task, grid.tuned(method), *(f"{mean:.2f}" for mean in means), *shown])
+    heads = "task | sets | cosine, alike | other | conflict, alike | other | top, alike | other | energy | reward"
+    return _table(heads, rows)
 
 
 def _table(heads: str, rows: Sequence[Sequence[str]]) -> str:
