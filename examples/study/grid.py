@@ -122,7 +122,7 @@ class Grid:
 
     def planned(self) -> Iterator[Run]:
         """Yield all runs in their order; what follows a method's tuning depends on the rows added in between."""
-        for block, task in self.data["order"]:
-            for method in self.data["blocks"][block]["methods"]:
+        for block, task, *only in self.data["order"]:
+            for method in only[0] if only else self.data["blocks"][block]["methods"]:
                 yield from self.tuning(task, method)
                 yield from self.runs(block, task, method)

@@ -21,8 +21,10 @@ from ssrctl.report.charts import draw
 from ssrctl.report.document import Dots
 
 from .grid import RESULTS, Grid
+from .tasks import NUM_SAMPLES
 
 LEVEL = 0.95
+Row = Mapping[str, Any]
 PAIRS = ("alike", "opposite")  # steps whose numbers have the same parity, and the others
 LISTS = ("energy", "reward")  # by step
 DOCS = Path(__file__).parents[2] / "docs"
@@ -70,15 +72,20 @@ def detectable(spread: float, count: int) -> float:
     return float(shift) * spread / math.sqrt(count)
 
 
-def difference(one: Mapping[int, Mapping[str, Any]], other: Mapping[int, Mapping[str, Any]]) -> Estimate | None:
+def difference(one: Mapping[int, Row], other: Mapping[int, Row], over: str = "seeds") -> Estimate | None:
     """Return the difference in accuracy of two methods, one minus other, over the seeds that both have (two or more).
 
-    A seed decides the order of the questions and the samples; the problems of the evaluation are the same for all.
+    A seed decides the order of the questions and the samples; the problems of the evaluation are the same for all. With
+    ``over`` "problems" the interval is over these, of their means over the seeds: it leaves out what other seeds would give.
     """
     seeds = sorted(one.keys() & other.keys())
     if len(seeds) < 2:
         return None
-    return estimate([one[seed]["accuracy"] - other[seed]["accuracy"] for seed in seeds])
+    if over == "seeds":
+        return estimate([one[seed]["accuracy"] - other[seed]["accuracy"] for seed in seeds])
+    right = [[[int(digit) for digit in rows[seed]["right"]] for seed in seeds] for rows in (one, other)]
+    ours, theirs = ([statistics.fmean(counts) / NUM_SAMPLES for counts in zip(*rows, strict=True)] for rows in right)
+    return estimate([a - b for a, b in zip(ours, theirs, strict=True)])
 
 
 def verdict(rule: str, found: Estimate, p_value: float, claim: Mapping[str, Any]) -> str:
@@ -182,14 +189,19 @@ def block_tables(grid: Grid) -> str:
             rows = []
             for method in about["methods"]:
                 if done := grid.done(block, task, method):
-                    rows.append(_row(grid, task, method, done, start, difference(done, reference)))
-            heads = f"method | rate | seeds | accuracy | gain | minus {about['reference']} | p | could show | collapsed"
-            parts.append(f"**{task}** (start: {start:.3f})\n\n" + (_table(heads, rows) if rows else "Not run.\n"))
+                    rows.append(_row(grid, task, method, done, start, reference))
+            heads = (
+                f"method | rate | seeds | accuracy | gain | minus {about['reference']} | p | could show | over problems"
+            )
+            parts.append(
+                f"**{task}** (start: {start:.3f})\n\n"
+                + (_table(f"{heads} | collapsed", rows) if rows else "Not run.\n")
+            )
     return "\n".join(parts)
 
 
 def _row(
-    grid: Grid, task: str, method: str, done: Mapping[int, Mapping[str, Any]], start: float, apart: Estimate | None
+    grid: Grid, task: str, method: str, done: Mapping[int, Row], start: float, reference: Mapping[int, Row]
 ) -> list[str]:
     accuracies = [row["accuracy"] for row in done.values()]
     mean = statistics.fmean(accuracies)
@@ -197,10 +209,12 @@ def _row(
     rates, rate = grid.data["methods"][grid.tuned(method)]["rates"], grid.rate(task, method)
     used = next(iter(done.values()))["settings"]["learning_rate"]
     edge = " (edge)" if len(rates) > 1 and rate in (min(rates), max(rates)) else ""
-    compared = ["", "", ""]
-    if apart is not None and apart.value:
+    compared = [""] * 4
+    apart, of_problems = (difference(done, reference, over) for over in ("seeds", "problems"))
+    if apart is not None and of_problems is not None and done != reference:
         compared = [f"{100 * apart.value:+.1f} ({100 * apart.low:+.1f} to {100 * apart.high:+.1f})"]
         compared += [f"{apart.p_value:.2g}", f"{100 * apart.detectable:.1f}"]
+        compared += [f"{100 * of_problems.low:+.1f} to {100 * of_problems.high:+.1f}"]
     collapsed = sum(value < COLLAPSE * start for value in accuracies)
     cells = [method, f"{used:g}{edge}", str(len(done)), f"{mean:.3f}{spread}", f"{100 * (mean - start):+.1f}"]
     return [*cells, *compared, str(collapsed)]
