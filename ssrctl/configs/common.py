@@ -11,7 +11,7 @@ from ssrctl.configs.json_object import as_json_text, parse_json_object
 from ssrctl.errors import UserError
 
 RecordFormat = Literal["ssrctl", "processbench", "prm800k", "prmbench", "stepwise", "math-shepherd", "lm-eval", "verl"]
-InputFormat = Literal["auto", RecordFormat]
+InputFormat = Literal["auto", RecordFormat, "lighteval", "inspect"]
 TINY = "tiny-reasoner"
 TINY_DATASET = "tiny-arithmetic"
 
