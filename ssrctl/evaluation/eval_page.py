@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ssrctl.errors import UserError
-from ssrctl.evaluation.run_page import first_of_each, transcript
+from ssrctl.evaluation.transcripts import first_of_each, transcript
 from ssrctl.io import console
 from ssrctl.io.jsonl import parse_json
 from ssrctl.io.records import Rollout, read_rollouts
