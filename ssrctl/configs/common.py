@@ -16,6 +16,11 @@ TINY = "tiny-reasoner"
 TINY_DATASET = "tiny-arithmetic"
 
 
+def is_bundled(dataset: str) -> bool:
+    """Return True for the bundled problems and their variants (``tiny-arithmetic:longer``)."""
+    return dataset.partition(":")[0] == TINY_DATASET
+
+
 @dataclass(kw_only=True)
 class JsonConfig(Config):
     """Settings of every command."""
@@ -177,8 +182,8 @@ class DatasetConfig(PromptOptions):
     panel = "Data"
 
     dataset: str = TINY_DATASET
-    """Problems: a jsonl, json, csv, tsv (or .gz of these) or parquet file, a datasets name on the hub, or
-    tiny-arithmetic (bundled)."""
+    """Problems: a jsonl, json, csv, tsv (or .gz of these) or parquet file, a datasets name on the hub, or tiny-arithmetic
+    (bundled), with :longer, :numbers or :order for problems out of its distribution, :probes for equal parts of all."""
 
     dataset_config: str | None = None
     """Configuration name of a hub dataset."""

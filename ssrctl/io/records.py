@@ -168,6 +168,7 @@ _REMEDIES = {
     "response": "each line needs the model's response as text",
     "question": "each line needs the question as text",
     "answer": "each line needs the reference answer",
+    "final": "grade the responses first: ssrctl eval --responses",
 }
 
 
