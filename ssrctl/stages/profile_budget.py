@@ -22,7 +22,7 @@ from ssrctl.critics.scoring import score_groups
 from ssrctl.distributed.dividing import Spread, divide
 from ssrctl.distributed.world import World, joined_world
 from ssrctl.errors import UserError
-from ssrctl.io.artifacts import load_mask_for
+from ssrctl.io.artifacts import load_mask_for, mask_at
 from ssrctl.io.budget_file import MIN_PROBLEMS, BudgetProfile, save_budget_profile
 from ssrctl.io.console import console, note, progress, show_plan, warn
 from ssrctl.io.files import whole_file
@@ -93,7 +93,9 @@ def _run(config: ProfileBudgetConfig, world: World) -> dict[str, Any]:
     if config.dry_run:
         show_plan("profile-budget", plan)
         return plan
-    files = {f"contents of {key}": file_hash(path) for key in ("traces", "protect") if (path := getattr(config, key))}
+    files = {} if config.traces is None else {"contents of traces": file_hash(config.traces)}
+    if config.protect is not None:
+        files["contents of protect"] = file_hash(mask_at(config.protect))
     agree(world, config, loaded, source.prompts, files)
     bits = {name: packed.to(loaded.device) for name, packed in bits_from_mask(mask).items()}
 
