@@ -59,7 +59,8 @@ def _tracker(name: str, config: TrainConfig, run_dir: RunDir) -> Iterator[Callab
         )
     except Exception as error:  # trackers raise anything: no login, no network, another version of their package
         raise UserError(
-            f"--report-to {name} cannot be started: {_words(error)}", "log in there, or leave the tracker out"
+            f"--report-to {name} cannot be started: {_words(error)}",
+            "log in there or install what it needs, or leave it out",
         ) from error
     failed = False
 
@@ -73,8 +74,9 @@ def _tracker(name: str, config: TrainConfig, run_dir: RunDir) -> Iterator[Callab
             failed = True
 
     def send(row: dict[str, Any]) -> None:
-        numbers = {key: value for key, value in row.items() if value is not None and not isinstance(value, list)}
-        attempt(lambda: tracker.log(numbers, step=row["step"]))
+        values = {key: value for key, value in row.items() if value is not None and not isinstance(value, list)}
+        step = values.pop("step")
+        attempt(lambda: tracker.log(values, step=step))
 
     try:
         yield send
