@@ -33,6 +33,7 @@ from ssrctl.io.records import Rollout, read_rollouts
 from ssrctl.masks.budget_profile import StepMass, mean_curves, problem_masses, traces_batch
 from ssrctl.models.loading import LoadedModel, describe_model, load_model
 from ssrctl.models.precision import settle_dtype
+from ssrctl.report.charts import load_matplotlib
 from ssrctl.sampling.agreement import agree
 from ssrctl.sampling.groups import Prompted, describe_prompt, prepare_prompts, sample_groups
 from ssrctl.text.prompts import build_prompt, load_prompt_format, use_chat_template
@@ -315,7 +316,7 @@ def _show_grants(profile: BudgetProfile, num_unprotected: int) -> None:
 def _plot(path: Path, profile: BudgetProfile) -> str | None:
     """Draw the curve next to the profile; return the file, or None where matplotlib is not installed."""
     try:
-        import matplotlib
+        matplotlib = load_matplotlib()
     except ImportError:
         note("no plot: matplotlib is not installed (pip install 'ssrctl[report]')")
         return None
