@@ -47,6 +47,21 @@ def fetched(path: str | Path, patterns: Collection[str]) -> Path:
         ) from error
 
 
+def hub_origin(path: Path) -> tuple[str, str] | None:
+    """Return (name, revision) of the repository that a path in the hub's cache belongs to; None for other paths."""
+    parts = path.absolute().parts
+    for repository, snapshots, revision in zip(parts, parts[1:], parts[2:], strict=False):
+        if repository.startswith("models--") and snapshots == "snapshots":
+            return "/".join(repository.split("--")[1:]), revision
+    return None
+
+
+def label_of(path: Path) -> str:
+    """Return the name of a checkpoint in reports: its name on the hub, or the last part of the path as it was given."""
+    origin = hub_origin(path)
+    return Path(os.path.abspath(path)).name if origin is None else origin[0]  # noqa: PTH100 (links keep their names)
+
+
 def artifact_at(path: str | Path, file: str, *companions: str) -> Path:
     """Return ``path``, or the artifact ``file`` of the repository of that name, from the hub's cache.
 

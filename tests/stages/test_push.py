@@ -98,7 +98,9 @@ def test_a_delta_goes_to_the_hub_and_is_applied_from_there(hub: Hub, capsys: pyt
     for tuned_name in ("me/delta", "me/model"):
         capsys.readouterr()
         assert run("diagnose", "org/base", tuned_name, "--measures", "sparsity", "-o", "report", "--json") == 0
-        assert json.loads(capsys.readouterr().out)["total"]["num_bit_changed"] == 7
+        report = json.loads(capsys.readouterr().out)
+        assert report["total"]["num_bit_changed"] == 7
+        assert (report["base"], report["tuned"]) == ("org/base", tuned_name)
     assert run("diagnose", "me/delta", "org/base", "-o", "report") == 2
     assert "BASE me/delta is a delta" in capsys.readouterr().err
 
