@@ -170,16 +170,18 @@ def _formats(evaluations: Sequence[EvalLog]) -> Section | None:
     found = [(one.label, formats) for one in evaluations if (formats := one.summary.get("formats"))]
     if not found:
         return None
+    columns = {
+        "num_responses": Column("responses", count),
+        "distinct": Column("distinct", count),
+        "entropy": Column("entropy (bits)", number),
+        "largest_frac": Column("share of the largest", percent),
+    }
     table = Table(
         title="Sequences of step patterns",
-        columns=["evaluation", Column("responses", count), Column("distinct", count), Column("entropy (bits)", number),
-                 Column("share of the largest", percent), "the largest"],
-        rows=[
-            [label, *(one.get(key) for key in ("num_responses", "distinct", "entropy", "largest_frac")), text_safe(str(one.get("largest")))]
-            for label, one in found
-        ],
+        columns=["evaluation", *columns.values(), "the largest"],
+        rows=[[label, *(one.get(key) for key in columns), text_safe(str(one.get("largest")))] for label, one in found],
         note="Distinct sequences and entropy grow with the number of responses: compare evaluations with as many.",
-    )  # fmt: skip
+    )
     return Section(
         title="Formats of the responses", text="How many ways of writing does the model use?", tables=[table]
     )
