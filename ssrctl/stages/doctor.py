@@ -113,7 +113,12 @@ def versions_and_devices() -> dict[str, Any]:
 
 def all_checks() -> Iterator[Check]:
     """Yield the outcome of every check."""
-    yield from check_requirements(importlib.metadata.distribution("ssrctl").metadata)
+    try:
+        yield from check_requirements(importlib.metadata.distribution("ssrctl").metadata)
+    except importlib.metadata.PackageNotFoundError:
+        yield Check(
+            "packages", "warn", "ssrctl runs from its source, uninstalled: its needs are not known", "pip install -e ."
+        )
     yield from _check_devices()
     yield _check_memory()
     yield from _check_folders()

@@ -68,6 +68,14 @@ def test_ranges_are_those_of_the_installed_metadata() -> None:
     assert found["extra math"].remedy == "pip install 'ssrctl[math]'"
 
 
+def test_a_source_that_was_not_installed(checks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> None:
+        raise doctor.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor.importlib.metadata, "distribution", absent)
+    assert checks()["packages"]["state"] == "warn"
+
+
 def test_a_failed_check_gives_exit_code_4(checks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.os, "access", lambda place, mode: False)
     found = checks(4)
