@@ -205,7 +205,7 @@ def _check_device(device: torch.device) -> Check:
         right = all(
             float((ones.to(dtype) @ ones.to(dtype)).sum()) == 64.0**3 for dtype in (torch.float32, torch.bfloat16)
         )
-    except (RuntimeError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         first = next(iter(str(error).splitlines()), type(error).__name__)
         return Check(str(device), "fail", f"cannot multiply matrices: {first}", "reinstall torch, or give --device cpu")
     if not right:
