@@ -14,7 +14,7 @@ import inspect
 import reprlib
 import sys
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
@@ -48,10 +48,15 @@ class Config:
 
     panel: ClassVar[str | None] = None  # where `--help` shows the fields that a class defines itself
     several_processes: ClassVar[bool] = False  # True for a command that divides its work among the processes of a job
-    has_recipes: ClassVar[bool] = False  # True for the command whose settings `--recipe` takes from profiles/recipes
+    has_recipes: ClassVar[bool] = False  # True for a command whose settings `--recipe` takes from profiles/recipes
 
     def __post_init__(self) -> None:
         vars(self).update(_checked(type(self), vars(self)))
+
+    @classmethod
+    def idle_in_files(cls, given: Mapping[str, Any]) -> Collection[str]:
+        """Return the fields that files may name without effect beside the given flags; as flags they are refused."""
+        return ()
 
 
 def build_config(kind: type[Made], given: Mapping[str, Any], *files: Path) -> Made:
@@ -72,20 +77,29 @@ def build_config(kind: type[Made], given: Mapping[str, Any], *files: Path) -> Ma
     for path in files:
         values |= _fields_of_yaml(kind, path)
     for spec in specs:
-        if spec.metadata.get("names_code") and spec.name not in given:
-            _refuse_code(kind, spec.name, values.get(spec.name))
-    values |= given
+        if spec.name in values and spec.name not in given:
+            _refuse_code(kind, spec, values[spec.name])
+    idle = [name for name in kind.idle_in_files(given) if name in values and name not in given]
+    if idle:
+        sys.stderr.write(f"note: of the file's settings {', '.join(idle)} have no effect here\n")
+    values = {name: value for name, value in values.items() if name not in idle} | dict(given)
     for spec in specs:
         if spec.name not in values and spec.default is spec.default_factory is dataclasses.MISSING:
             raise _needed(kind, spec.name)
     return kind(**values)
 
 
-def _refuse_code(kind: type[Config], name: str, value: Any) -> None:
-    """Raise a UserError for code that only a file names: reading a file must not decide which code is run."""
+def _refuse_code(kind: type[Config], spec: dataclasses.Field[Any], value: Any) -> None:
+    """Raise a UserError for code that only a file names or allows: reading a file must not decide which code is run."""
+    shown = spec.name if "metavar" in spec.metadata else flag(kind, spec.name)
+    if spec.metadata.get("allows_code") and value != default_of(spec):
+        raise UserError(
+            f"{shown} comes from a file, and decides which code is run", "if you trust it, give it on the command line"
+        )
+    if not spec.metadata.get("names_code"):
+        return
     named = [one for one in (value if isinstance(value, list) else [value]) if ":" in str(one)]
     if named:
-        shown = flag(kind, name)
         raise UserError(
             f"{shown} {named[0]} comes from a file, and would be imported",
             "if you trust that code, give it on the command line: " + " ".join(f"{shown} {one}" for one in named),
@@ -246,6 +260,11 @@ def positional(*, metavar: str, default_factory: Any = dataclasses.MISSING, defa
     if default_factory is not dataclasses.MISSING:
         return field(default_factory=default_factory, metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def allows_code(default: Any) -> Any:
+    """Make a field whose value decides which code is run: one that is not the default has to be on the command line."""
+    return field(default=default, metadata={"allows_code": True})
 
 
 def output(default: Any = dataclasses.MISSING) -> Any:

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from ssrctl.errors import UserError
-from ssrctl.evaluation.run_page import first_of_each, transcript
+from ssrctl.evaluation.transcripts import first_of_each, transcript
 from ssrctl.io import console
 from ssrctl.io.jsonl import parse_json
 from ssrctl.io.records import Rollout, read_rollouts
 from ssrctl.report.document import Column, Document, Dots, Figure, Interval, Lines, Section, Table
-from ssrctl.report.formats import count, percent, text_safe
+from ssrctl.report.formats import count, number, percent, text_safe
 
 SUMMARY, SAMPLES = "summary.json", "samples.jsonl"
 
@@ -79,6 +79,7 @@ def eval_document(evaluations: Sequence[EvalLog]) -> Document:
     section = Section(
         title="Accuracy", figures=[accuracy, *_groups(evaluations), *_passed(evaluations)], tables=[_table(evaluations)]
     )
+    formats = _formats(evaluations)
     transcripts = [
         transcript(sample, f"{one.label}, {sample.id}, {_verdict(sample)}")
         for one in evaluations
@@ -92,7 +93,7 @@ def eval_document(evaluations: Sequence[EvalLog]) -> Document:
         facts=[(one.label, _fact(one)) for one in evaluations],
         headlines=lines,
         notes=[],
-        sections=[section, *shown],
+        sections=[section, *([formats] if formats else []), *shown],
     )
 
 
@@ -162,6 +163,28 @@ def _passed(evaluations: Sequence[EvalLog]) -> list[Figure]:
         title="pass@k", x=ks, series=series, x_label="k samples", y_label="share solved", log_x=True, shares=True
     )
     return [figure]
+
+
+def _formats(evaluations: Sequence[EvalLog]) -> Section | None:
+    """Return the diversity of the responses' formats; None where no evaluation has it."""
+    found = [(one.label, formats) for one in evaluations if (formats := one.summary.get("formats"))]
+    if not found:
+        return None
+    columns = {
+        "num_responses": Column("responses", count),
+        "distinct": Column("distinct", count),
+        "entropy": Column("entropy (bits)", number),
+        "largest_frac": Column("share of the largest", percent),
+    }
+    table = Table(
+        title="Sequences of step patterns",
+        columns=["evaluation", *columns.values(), "the largest"],
+        rows=[[label, *(one.get(key) for key in columns), text_safe(str(one.get("largest")))] for label, one in found],
+        note="Distinct sequences and entropy grow with the number of responses: compare evaluations with as many.",
+    )
+    return Section(
+        title="Formats of the responses", text="How many ways of writing does the model use?", tables=[table]
+    )
 
 
 def _table(evaluations: Sequence[EvalLog]) -> Table:

@@ -135,7 +135,7 @@ def test_short_questions_do_not_count_towards_the_granted_budget(tmp_path: Path)
     "settings",
     [
         {},
-        {"optimizer": "adamw"},
+        pytest.param({"optimizer": "adamw"}, marks=pytest.mark.slow),
         pytest.param({"credit": "cot", "loss_type": "grpo"}, marks=pytest.mark.slow),
         pytest.param({"allocation": "shuffled", "step_gradient": "truncated"}, marks=pytest.mark.slow),
         pytest.param({"num_iterations": 2}, marks=pytest.mark.slow),
@@ -159,7 +159,22 @@ def test_the_parts_of_both_signs_make_up_the_update(tmp_path: Path, settings: di
         assert sum(unit.positive_norm**2 for unit in question.units) == pytest.approx(p**2)  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("sign", ["positive", "negative"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["protect", "mask"])
+def test_frozen_coordinates_are_in_neither_part(tmp_path: Path, kind: str) -> None:
+    loaded = load_model(TrainConfig())
+    generator = torch.Generator().manual_seed(derive_seed(0, "frozen"))
+    dense = {name: torch.rand(shape, generator=generator) < 0.5 for name, shape in loaded.shapes().items()}
+    path = tmp_path / "m.safetensors"
+    save_mask(path, BlockMask.from_dense(dense), mask_kind="random", model=loaded.identity, settings={})
+    settings = {"questions_per_step": 1, "num_generations": 8, "max_new_tokens": 64, "optimizer": "adamw", kind: path}
+    train.run(config(tmp_path / "run", log_signs_every=1, **settings))
+    (row,) = metrics(tmp_path / "run")
+    p, n, cosine = (row[key] for key in ("positive_norm", "negative_norm", "sign_cosine"))
+    assert p**2 + n**2 + 2 * cosine * p * n == pytest.approx(row["grad_norm"] ** 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("sign", [pytest.param("positive", marks=pytest.mark.slow), "negative"])
 def test_learning_from_one_sign(tmp_path: Path, sign: str) -> None:
     train.run(config(tmp_path / "run", advantage_sign=sign, log_signs_every=1))
     (row,) = metrics(tmp_path / "run")
