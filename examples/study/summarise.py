@@ -2,7 +2,7 @@
 
     python -m examples.study.summarise [GRID]
 
-Writes results/GRID.md; of the full grid also the tables of docs/study.md between its markers, and its figure.
+Of the full grid it writes the tables of docs/study.md between its markers, and its figure; of another one results/GRID.md.
 """
 
 from __future__ import annotations
@@ -275,13 +275,14 @@ def main() -> None:
     seconds = sum(row["cpu_seconds"] for row in grid.rows.values())
     facts = f"{len(grid.rows)} runs, {seconds / 60:.0f} minutes of one core.\n"
     tables = {"facts": facts, "claims": claims_table(grid), "steps": steps_table(grid), "blocks": block_tables(grid)}
-    (RESULTS / f"{name}.md").write_text("\n".join(tables.values()), encoding="utf-8")
-    if name == "full":
-        PICTURE.write_text(picture(grid, "main"), encoding="utf-8")
-        page = PAGE.read_text(encoding="utf-8")
-        for key, table in tables.items():
-            page = insert(page, key, table)
-        PAGE.write_text(page, encoding="utf-8")
+    if name != "full":
+        (RESULTS / f"{name}.md").write_text("\n".join(tables.values()), encoding="utf-8")
+        return
+    PICTURE.write_text(picture(grid, "main"), encoding="utf-8")
+    page = PAGE.read_text(encoding="utf-8")
+    for key, table in tables.items():
+        page = insert(page, key, table)
+    PAGE.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from ssrctl import ResponseCritic, Rollout, StepScore, tiny_reasoner
 from ssrctl.critics.rule import RuleCritic
-from ssrctl.tiny_reasoner.problems import FIRST_START, LAST_START, MODULUS, OPERANDS, Problem, problems, split_of
+from ssrctl.tiny_reasoner.problems import MODULUS, Problem, problems, split_of
 
 SEED = 2026
 SIZES = {"train": 2000, "valid": 256, "test": 256}
@@ -74,8 +74,8 @@ def alternating(split: str, num: int, seed: int, right_sign: float = 1.0) -> lis
     rng = random.Random(f"{seed}/{split}")
     found: dict[str, Problem] = {}
     while len(found) < num:
-        value = rng.randrange(FIRST_START, LAST_START + 1)
-        operands = [rng.choice(OPERANDS) for _ in range(rng.choice((4, 5)))]
+        value = rng.randrange(10, 100)
+        operands = [rng.choice(range(2, 10)) for _ in range(rng.choice((4, 5)))]
         question = "?".join(map(str, [value, *operands])) + "=?"
         if split_of(question) != split:
             continue
