@@ -36,6 +36,10 @@ class EvalConfig(ModelConfig, DatasetConfig, SamplingConfig, RolloutOptions, Pag
     checkpoint: Path | None = None
     """A run directory, checkpoint folder or delta file to put on top of the model; a run knows its own model."""
 
+    kl_to: str | None = None
+    """Base model, on the hub or a folder: also measure KL(model, base) per token on the sampled responses. It is loaded next
+    to the other one."""
+
     responses: str | None = None
     """Grade these responses (jsonl, or - for stdin) instead of sampling; no model is loaded. References are the
     records' own answers, else those of --dataset."""
@@ -88,7 +92,7 @@ class EvalConfig(ModelConfig, DatasetConfig, SamplingConfig, RolloutOptions, Pag
         idle = {
             spec.name for base in (ModelConfig, SamplingConfig, RolloutOptions, ProcessOptions) for spec in fields(base)
         }
-        idle |= {"num_samples", "runs", "checkpoint", "prompt_template", "limit"}
+        idle |= {"num_samples", "runs", "checkpoint", "kl_to", "prompt_template", "limit"}
         idle |= {"system_prompt", "chat_template", "chat_template_kwargs"}
         changed = [
             spec.name for spec in fields(self) if spec.name in idle and getattr(self, spec.name) != default_of(spec)

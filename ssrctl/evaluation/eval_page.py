@@ -13,7 +13,7 @@ from ssrctl.io import console
 from ssrctl.io.jsonl import parse_json
 from ssrctl.io.records import Rollout, read_rollouts
 from ssrctl.report.document import Column, Document, Dots, Figure, Interval, Lines, Section, Table
-from ssrctl.report.formats import count, percent, text_safe
+from ssrctl.report.formats import count, number, percent, text_safe
 
 SUMMARY, SAMPLES = "summary.json", "samples.jsonl"
 
@@ -77,7 +77,9 @@ def eval_document(evaluations: Sequence[EvalLog]) -> Document:
         caption=f"Lines: {evaluations[0].accuracy['confidence']:.0%} interval over problems.",
     )
     section = Section(
-        title="Accuracy", figures=[accuracy, *_groups(evaluations), *_passed(evaluations)], tables=[_table(evaluations)]
+        title="Accuracy",
+        figures=[accuracy, *_groups(evaluations), *_passed(evaluations), *_divergences(evaluations)],
+        tables=[_table(evaluations)],
     )
     transcripts = [
         transcript(sample, f"{one.label}, {sample.id}, {_verdict(sample)}")
@@ -164,6 +166,23 @@ def _passed(evaluations: Sequence[EvalLog]) -> list[Figure]:
     return [figure]
 
 
+def _divergences(evaluations: Sequence[EvalLog]) -> list[Figure]:
+    """Return the KL divergence of each evaluation's model from its base; nothing where none was measured."""
+    found = {one.label: kl for one in evaluations if (kl := one.summary.get("kl_to_base"))}
+    if not found:
+        return []
+    figure = Dots(
+        title="Divergence from the base model",
+        labels=list(found),
+        series={"KL(model, base)": [one["value"] for one in found.values()]},
+        intervals={"KL(model, base)": [None if one["low"] is None else _interval(one) for one in found.values()]},
+        axis="nats per token of the responses",
+        shares=False,
+        caption="Mean over problems, with its interval over them.",
+    )
+    return [figure]
+
+
 def _table(evaluations: Sequence[EvalLog]) -> Table:
     outcomes = list(dict.fromkeys(name for one in evaluations for name in one.summary.get("outcomes") or {}))
     keys = {"answered": "answered_frac", "finished": "finished_frac", "solved once": "solved_at_least_once"}
@@ -175,6 +194,7 @@ def _table(evaluations: Sequence[EvalLog]) -> Table:
             *(Column(name.replace("_", " "), count) for name in outcomes),
             *(Column(name, percent) for name in keys),
             Column("tokens", count),
+            Column("KL to base", number),
         ],
         rows=[
             [
@@ -183,8 +203,9 @@ def _table(evaluations: Sequence[EvalLog]) -> Table:
                 *((one.summary.get("outcomes") or {}).get(name, 0) for name in outcomes),
                 *(one.summary.get(key) for key in keys.values()),
                 one.summary.get("mean_response_tokens"),
+                (one.summary.get("kl_to_base") or {}).get("value"),
             ]
             for one in evaluations
         ],
-        note="Tokens: mean of a response. Solved once: problems with a right sample.",
+        note="Tokens: mean of a response. Solved once: problems with a right sample. KL to base: nats per token, with --kl-to.",
     )

@@ -239,7 +239,7 @@ def _log_scale(axes: Any, which: str, ratio: float) -> None:
 
 def _power_text(value: float) -> str:
     """Return a short form: ``0.02``, ``500``, ``1e-6``."""
-    if 1e-3 <= value < 1e5:
+    if 1e-4 <= value < 1e5:
         return f"{value:.10g}"
     digits, power = f"{value:.0e}".split("e")
     return f"{digits}e{int(power)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -337,6 +338,69 @@ def test_overlap_of_two_checkpoints_is_what_was_planted(tmp_path: Path, shell: S
     assert report["tuned"] == ["tuned", "tuned #2", "tuned #3"]
     assert [row[2] for row in report["overlap"]["matrices"]["one_sided"]] == [0.0, 0.0, 1.0]
     assert [row["count"] for row in report["overlap"]["consensus"]] == [160, 30, 0]
+
+
+def test_pairs_are_compared_each_with_its_own_base(tmp_path: Path, shell: Shell, base: Weights) -> None:
+    name, rotated = Q.format(0), {key: tensor.flip(0) for key, tensor in base.items()}
+    paths = {
+        label: folder(tmp_path / label, tensors)
+        for label, tensors in {
+            "base": base,
+            "one": moved(base, name, range(100)),
+            "rotated": rotated,
+            "two": moved(rotated, name, range(50, 200)),
+        }.items()
+    }
+    # `delta apply` copies what says that the base was rotated
+    for label in ("rotated", "two"):
+        (paths[label] / "intervention.json").write_text('{"kind": "rotate"}')
+    words = [f"{paths['base']}:{paths['one']}", f"{paths['rotated']}:{paths['two']}"]
+    report = shell("--pairs", *words)
+    assert (report["base"], report["tuned"]) == (["base", "rotated"], ["one", "two"])
+    assert [row["total"]["num_bit_changed"] for row in report["checkpoints"]] == [100, 150]
+    found = report["overlap"]["matrices"]
+    assert found["jaccard"][0][1] == 50 / 200
+    assert found["expected_jaccard"][0][1] and found["expected_jaccard_same_size"][0][1] is None
+    assert not any("intervention" in note for note in report["notes"])
+    # in ranges, without whole tensors in memory, and whole for the matrices
+    for measures in ("sparsity", "rank"):
+        report = shell("--pairs", *reversed(words), "--measures", measures)
+        assert [row["total"]["num_bit_changed"] for row in report["checkpoints"]] == [150, 100]
+    one = shell("--pairs", words[1], "--measures", "sparsity")
+    assert (one["kind"], one["base"], one["total"]["num_bit_changed"]) == ("checkpoint-difference", "rotated", 150)
+    plan = shell("--pairs", *words, "--dry-run")
+    assert [Path(one["path"]).parent.name for one in plan["reads"]] == ["base", "rotated", "one", "two"]
+    without = shell(paths["base"], paths["one"], paths["two"], "--measures", "size")
+    assert [row["total"]["num_bit_changed"] > 1000 for row in without["checkpoints"]] == [False, True]
+    [said] = [note for note in without["notes"] if "intervention" in note]
+    assert said.startswith("two comes from a model whose weights were rotated") and "--pairs" in said
+
+
+def test_pairs_that_cannot_be_compared(tmp_path: Path, shell: Shell, base: Weights) -> None:
+    good = folder(tmp_path / "good", base)
+    other = folder(tmp_path / "other", {"unrelated": torch.ones(4)})
+    assert "not the same architecture" in shell.refused("--pairs", f"{good}:{good}", f"{other}:{other}")
+    assert "twice" in shell.refused("--pairs", f"{good}:{good}", f"{good}:{good}")
+    assert "exclude each other" in shell.refused("--pairs", "--series", "a:b", "c:d", "e:f")
+    assert "no effect" in shell.refused("--pairs", "--jaccard", good)
+    assert "no colon" in shell.refused("--pairs", good, good)
+
+
+def test_spectra_of_several_checkpoints_lie_over_one_another(tmp_path: Path, shell: Shell, base: Weights) -> None:
+    generator = torch.Generator().manual_seed(5)
+    name = Q.format(1)
+    paths = [folder(tmp_path / "base", base), folder(tmp_path / "still", base)]
+    for label, size in (("rl", 0.01), ("sft", 0.3)):
+        tuned = base | {name: base[name] + size * torch.randn(SIDE, SIDE, generator=generator)}
+        paths.append(folder(tmp_path / label, tuned))
+    report = shell(*paths, "--measures", "spectrum", page=True)
+    shifts = {row["label"]: row["spectrum"]["total"]["shift_largest"] for row in report["checkpoints"]}
+    page = (tmp_path / "out" / "diagnose.html").read_text()
+    assert f"Change of the singular values of {name}" in page and "Largest principal angle in each layer" in page
+    tables = tmp_path / "out" / "diagnose-tables"
+    rows = list(csv.DictReader((tables / "spectra-of-the-checkpoints.csv").open(encoding="utf-8")))
+    assert [row["checkpoint"] for row in rows] == ["still", "rl", "sft"]
+    assert float(rows[2]["left, largest"]) > 5 * float(rows[1]["left, largest"]) and shifts["sft"] > 5 * shifts["rl"]
 
 
 def test_labels_are_unique_whatever_folders_are_called(tmp_path: Path, shell: Shell, base: Weights) -> None:
