@@ -32,7 +32,7 @@ from ssrctl.measures.maths.pruned_update import Order, PrunedUpdate
 from ssrctl.models.interventions import logits_on
 from ssrctl.models.loading import load_model
 from ssrctl.models.stored_parameters import StoredParameters, stored_parameters
-from ssrctl.report.document import Column, Dots, Figure, Lines, Section, Table
+from ssrctl.report.document import Column, Dots, Figure, Lines, Section, Table, spans_decades
 from ssrctl.report.formats import count, number, percent
 from ssrctl.text.prompt_tokens import tokenise_prompts
 
@@ -458,18 +458,21 @@ def function_section(result: FunctionResult) -> Section:
         title="Functional distance",
         text=f"How far apart are the models as functions? On {count(result.num_positions)} positions of "
         f"{result.num_prompts} prompts ({result.prompts}), with float32 weights.",
-        figures=[_distance_figure(result), *_curve_figures(curves)],
+        figures=[*_distance_figures(result), *_curve_figures(curves)],
         tables=tables,
     )
 
 
-def _distance_figure(result: FunctionResult) -> Figure:
+def _distance_figures(result: FunctionResult) -> list[Figure]:
+    """Return the distances over a run, or next to one another; none for a single one, which a sentence tells."""
     found = result.distances.values()
+    if len(found) == 1:
+        return []
     sides = {"KL(base, tuned)": [one.base_tuned for one in found], "KL(tuned, base)": [one.tuned_base for one in found]}
     series = {name: [one.value for one in estimates] for name, estimates in sides.items()}
     intervals = {name: [(one.low, one.high) for one in estimates] for name, estimates in sides.items()}
-    if len(result.steps) > 1:
-        return Lines(
+    if result.steps:
+        over_run = Lines(
             title="Functional distance from the base over the run",
             x=result.steps,
             series=series,
@@ -478,15 +481,19 @@ def _distance_figure(result: FunctionResult) -> Figure:
             y_label="nats per token",
             caption="Ribbons: 95% intervals over prompts (compare Zhu et al. 2025, figures 9 and 15).",
         )
-    return Dots(
+        return [over_run]
+    values = [value for of in series.values() for value in of]
+    dots = Dots(
         title="Functional distance from the base",
         labels=list(result.distances),
         series=series,
         intervals=intervals,
         axis="nats per token",
         shares=False,
+        log=spans_decades(values),
         caption="95% intervals over prompts.",
     )
+    return [dots]
 
 
 def _curve_figures(curves: Mapping[str, Distance]) -> list[Figure]:
@@ -509,7 +516,8 @@ def _curve_figures(curves: Mapping[str, Distance]) -> list[Figure]:
             y_label="KL(base, part) over that of the whole",
             log_x=True,
             shares=True,
-            caption="KL grows with the square of a small change: a tenth of the changes that act alike gives about 1%.",
+            caption="KL grows with the square of a small change: a tenth of the changes gives about 10% where changes are "
+            "independent of one another, and 1% where they all act alike.",
         ),
         Lines(
             title="Distance left to the tuned model",

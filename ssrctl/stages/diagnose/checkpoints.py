@@ -61,7 +61,7 @@ def diagnose_checkpoints(config: DiagnoseConfig) -> dict[str, Any]:
         numbers = {
             "kind": _KINDS[mode],
             "ssrctl_version": __version__,
-            "base": text_safe(comparison.base.label) if comparison.one_base else _bases(comparison),
+            "base": _bases(comparison)[0] if comparison.one_base else _bases(comparison),
             "tuned": labels[0] if len(labels) == 1 else labels,
             "atol": config.atol,
             "eta": config.bf16_rtol,
@@ -161,10 +161,9 @@ def _arranged(taken: list[Taken[Any]], comparison: Comparison, mode: Mode) -> Fi
     pairs = [one for one in taken if one.place is not None and not one.measure.audits]
     if mode == "several":
         report.sections.extend(_side_by_side(pairs, labels))
-    for one in taken:
-        if one.place is None:
-            report.add(one.findings)
-            report.numbers.update(one.findings.numbers)
+    joint = [one.findings for one in taken if one.place is None]
+    for found in joint if mode != "pair" else []:
+        report.add(found)
     for place in dict.fromkeys(one.place for one in pairs):
         assert place is not None
         of_place = [one.findings for one in pairs if one.place == place]
@@ -177,6 +176,10 @@ def _arranged(taken: list[Taken[Any]], comparison: Comparison, mode: Mode) -> Fi
             report.numbers["last"] = {"label": labels[place]} | numbers
         else:
             report.numbers.setdefault("checkpoints", []).append({"label": labels[place]} | numbers)
+    for found in joint if mode == "pair" else []:  # of one checkpoint its changes come first
+        report.add(found)
+    for found in joint:
+        report.numbers.update(found.numbers)
     for one in taken:
         if one.measure.audits:
             assert one.place is not None
@@ -196,8 +199,16 @@ def _side_by_side(pairs: list[Taken[Any]], labels: list[str]) -> list[Section]:
 
 
 def _detail(findings: Findings, label: str) -> Findings:
-    """Return the notes and, collapsed, the sections of one checkpoint of several."""
-    sections = [dataclasses.replace(one, title=f"{one.title}: {label}", collapsed=True) for one in findings.sections]
+    """Return the notes and, collapsed, the sections of one checkpoint of several; tables say of which they are."""
+    sections = [
+        dataclasses.replace(
+            one,
+            title=f"{one.title}: {label}",
+            tables=[dataclasses.replace(table, title=f"{table.title}: {label}") for table in one.tables],
+            collapsed=True,
+        )
+        for one in findings.sections
+    ]
     return Findings(notes=[f"{label}: {note}" for note in findings.notes], sections=sections)
 
 
@@ -216,8 +227,9 @@ def _document(report: Findings, comparison: Comparison, config: DiagnoseConfig) 
     published = [published_section(report.published)] if report.published else []
     numel = sum(map(comparison.numel, comparison.names))
     of_layers = f" of layers {config.layers}" if config.layers else ""
+    bases = _bases(comparison)
     facts = [
-        ("base" if comparison.one_base else "bases, in this order", ", ".join(dict.fromkeys(_bases(comparison)))),
+        ("base", bases[0]) if comparison.one_base else ("bases of each", ", ".join(bases)),
         ("checkpoints" if len(comparison.tuned) > 1 else "tuned", _described(comparison.tuned)),
         ("weights", f"{numel:,} in {len(comparison.names)} tensors{of_layers}"),
         (
