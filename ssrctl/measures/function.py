@@ -42,6 +42,7 @@ _MAX_PROMPT_TOKENS = 256
 # The base's logits on all prompts stay in memory, for a prune curve the checkpoint's too: 2.5 GB each at this many positions
 # and a vocabulary of 150,000.
 _MOST_POSITIONS = 4096
+_MOST_SENTENCES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -391,26 +392,32 @@ class FunctionMeasure(Measure[Any, FunctionResult]):
 
 
 def headlines(result: FunctionResult) -> list[str]:
-    """Return a sentence on the distance, and on the part that the largest tenth of the changes makes, of each checkpoint.
+    """Return the distance, and the part of it that the largest tenth of the changes makes, in a sentence for each checkpoint.
 
-    Of many checkpoints those of the last.
+    Of a run those of the last, of more than ``_MOST_SENTENCES`` checkpoints the nearest and the farthest.
     """
-    lines = []
+    found = list(result.distances.items())
+    if result.steps:
+        found = found[-1:]
+    elif len(found) > _MOST_SENTENCES:
+        found.sort(key=lambda item: item[1].base_tuned.value)
+        found = [found[0], found[-1]]
     several = len(result.distances) > 1
-    shown = list(result.distances.items())[-1:] if result.steps else list(result.distances.items())
-    for label, one in shown:
-        of = f"{label}: " if several else ""
-        lines.append(
-            f"{of}the next-token distributions differ by KL(base, tuned) {_with_interval(one.base_tuned)} and KL(tuned, base) "
-            f"{_with_interval(one.tuned_base)} nats per token on {result.num_prompts} prompts (95% intervals over prompts)."
-        )
-        tenth = next((point for point in one.curve if point.share == 0.1), None)
-        if tenth is not None and tenth.largest_frac is not None:
-            lines.append(
-                f"{of}the largest 10% of the changes give {percent(tenth.largest_frac)} of the update's KL(base, tuned), "
-                f"a random 10% {percent(tenth.random_frac)}."
-            )
-    return [line[0].upper() + line[1:] if not several else line for line in lines]
+    return [
+        f"As {'a function, ' + label + ' differs from its base' if several else 'functions, the two differ'} by KL(base, tuned) "
+        f"{_with_interval(one.base_tuned)} and KL(tuned, base) {_with_interval(one.tuned_base)} nats per token{_tenth(one)}."
+        for label, one in found
+    ]
+
+
+def _tenth(one: Distance) -> str:
+    point = next((point for point in one.curve if point.share == 0.1), None)
+    if point is None or point.largest_frac is None:
+        return ""
+    return (
+        f"; the largest 10% of the changes give {percent(point.largest_frac)} of the former, a random 10% "
+        f"{percent(point.random_frac)}"
+    )
 
 
 def _with_interval(one: Estimate) -> str:

@@ -411,7 +411,7 @@ def overlap_section(result: OverlapResult, published: Sequence[Reference] = ()) 
     caption = "Mean share of the runs that changed a weight, by block of the matrix; without colour: the mean."
     return Section(
         title=title,
-        text=f"Do different runs from one base change the same weights? Changed: {result.rule}. Chance is "
+        text=f"Do different runs change the same weights? Changed: {result.rule}. Chance is "
         "independence within each tensor, so that runs which change the same tensors are not yet counted as agreeing.",
         figures=[
             *_maps(result),
