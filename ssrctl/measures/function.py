@@ -13,35 +13,26 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ssrctl.checkpoints.pairs import Checkpoint, Comparison
 from ssrctl.checkpoints.reader import DeltaReader, TensorReader
 from ssrctl.configs import DiagnoseConfig
-from ssrctl.configs.common import ModelConfig
-from ssrctl.core.kl import kl_both_ways
 from ssrctl.errors import UserError
 from ssrctl.evaluation.intervals import Estimate, mean_interval
-from ssrctl.io.console import note, progress
+from ssrctl.io.console import progress
 from ssrctl.io.prompt_sets import load_prompt_set, prompt_set_path
 from ssrctl.measures.base import Findings, Measure, Mode, register
 from ssrctl.measures.group_tables import RowColumn, row_table
 from ssrctl.measures.maths.averages import ratio
 from ssrctl.measures.maths.pruned_update import Order, PrunedUpdate
-from ssrctl.models.interventions import logits_on
-from ssrctl.models.loading import load_model
+from ssrctl.models.function_probe import FunctionProbe, divergences
 from ssrctl.models.stored_parameters import StoredParameters, stored_parameters
 from ssrctl.report.document import Column, Dots, Figure, Lines, Section, Table, spans_decades
 from ssrctl.report.formats import count, number, percent
-from ssrctl.text.prompt_tokens import tokenise_prompts
 
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 _ORDERS: tuple[Order, ...] = ("largest", "random")
-_MAX_PROMPT_TOKENS = 256
-# The base's logits on all prompts stay in memory, for a prune curve the checkpoint's too: 2.5 GB each at this many positions
-# and a vocabulary of 150,000.
-_MOST_POSITIONS = 4096
 _MOST_SENTENCES = 4
 
 
@@ -125,74 +116,7 @@ class FunctionResult:
 
 
 # --------------------------------------------------------------------------------------------------
-# models on prompts
-
-
-class Probe:
-    """A model whose weights are exchanged, and the logits of its own weights on prompts.
-
-    Attributes:
-        base: the model's own weights.
-        ids: the prompts, int64 ``[T]`` each.
-        reference: logits ``[T, V]`` of the own weights on each.
-    """
-
-    def __init__(self, base: StoredParameters, texts: Sequence[str]) -> None:
-        """Load the model in float32 and compute its logits.
-
-        Raises:
-            UserError: see ``load_model`` and ``tokenise_prompts``; logits that are not finite.
-        """
-        loaded = load_model(ModelConfig(model=str(base.reader.folder), dtype="float32"))
-        self.base, self._model = base, loaded.model
-        self._parameters = dict(loaded.model.named_parameters())
-        longest = min(_MAX_PROMPT_TOKENS, loaded.context_length or _MAX_PROMPT_TOKENS)
-        tokenised = tokenise_prompts(loaded.tokenizer, texts, longest)
-        if tokenised.num_cut_tokens:
-            note(f"{tokenised.num_cut_tokens} tokens beyond {longest} per prompt were cut off")
-        self.ids = _first_positions(tokenised.ids)
-        if len(self.ids) < len(tokenised.ids):
-            note(
-                f"the first {len(self.ids)} of {len(tokenised.ids)} prompts are used: they have {_MOST_POSITIONS} tokens"
-            )
-        self._foreign: set[str] = set()
-        self.reference = self.logits()
-
-    def logits(self) -> list[Tensor]:
-        """Return the logits ``[T, V]`` of the present weights on each prompt."""
-        return logits_on(self._model, self.ids)
-
-    @torch.no_grad()
-    def put(self, names: Sequence[str], value: Callable[[str], Tensor]) -> None:
-        """Take the values of some tensors; all others are the model's own again."""
-        for name in self._foreign.difference(names):
-            self._parameters[name].copy_(self.base.tensor(name))
-        for name in names:
-            self._parameters[name].copy_(value(name))
-        self._foreign = set(names)
-
-
-def _first_positions(ids: Sequence[Tensor]) -> list[Tensor]:
-    """Return the first prompts, at least two, with at most ``_MOST_POSITIONS`` tokens together."""
-    kept, total = list[Tensor](), 0
-    for one in ids:
-        total += one.numel()
-        if len(kept) >= 2 and total > _MOST_POSITIONS:
-            break
-        kept.append(one)
-    return kept
-
-
-def divergences(first: Sequence[Tensor], second: Sequence[Tensor]) -> tuple[list[float], list[float]]:
-    """Return for each prompt the means over its positions of KL(first || second) and KL(second || first).
-
-    Args:
-        first, second: logits ``[T, V]`` of each prompt.
-    """
-    both = [kl_both_ways(a, b) for a, b in zip(first, second, strict=True)]
-    # KL is at least 0; rounding can leave -1e-17 where nothing differs.
-    forward, backward = ([max(0.0, float(one[side].mean())) for one in both] for side in (0, 1))
-    return forward, backward
+# one checkpoint
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -200,7 +124,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def measure_distance(
-    probe: Probe, tuned: StoredParameters | DeltaReader, *, prune: bool, seed: int, tick: Callable[[], None]
+    probe: FunctionProbe, tuned: StoredParameters | DeltaReader, *, prune: bool, seed: int, tick: Callable[[], None]
 ) -> Distance:
     """Measure one checkpoint; its values stay in the model.
 
@@ -228,7 +152,7 @@ def measure_distance(
 
 
 def _prune_curve(
-    probe: Probe, update: PrunedUpdate, tuned: Sequence[Tensor], whole: float, tick: Callable[[], None]
+    probe: FunctionProbe, update: PrunedUpdate, tuned: Sequence[Tensor], whole: float, tick: Callable[[], None]
 ) -> tuple[PrunePoint, ...]:
     """Measure parts of an update.
 
@@ -238,41 +162,31 @@ def _prune_curve(
     """
     if not update.num_changed:
         return ()
-    parts = SHARES[:-1]
-    found: dict[tuple[Order, float], tuple[float, float, int]] = {
-        (order, 1.0): (whole, 0.0, update.num_changed) for order in _ORDERS
-    }
+    found: dict[float, dict[str, Any]] = {share: {"num_kept": update.num_changed} for share in SHARES}
     for order in _ORDERS:
-        for share, threshold in update.thresholds(order, parts).items():
-            kept = 0
-
-            def part(name: str, order: Order = order, threshold: float = threshold) -> Tensor:
-                nonlocal kept
-                values, num_kept = update.kept(name, order, threshold)
-                kept += num_kept
-                return values
-
-            probe.put(update.names, part)
+        found[1.0] |= {f"{order}_kl": whole, f"{order}_frac": ratio(whole, whole), f"{order}_left": 0.0}
+        for share, threshold in update.thresholds(order, SHARES[:-1]).items():
+            num_kept = _put_part(probe, update, order, threshold)
             logits = probe.logits()
             tick()
-            from_base, left = divergences(probe.reference, logits)[0], divergences(tuned, logits)[0]
-            found[order, share] = (_mean(from_base), _mean(left), kept)
-    points = []
-    for share in SHARES:
-        (largest, largest_left, kept), (random, random_left, _) = (found[order, share] for order in _ORDERS)
-        points.append(
-            PrunePoint(
-                share=share,
-                num_kept=kept,
-                largest_kl=largest,
-                random_kl=random,
-                largest_frac=ratio(largest, whole),
-                random_frac=ratio(random, whole),
-                largest_left=largest_left,
-                random_left=random_left,
-            )
-        )
-    return tuple(points)
+            kl, left = (_mean(divergences(of, logits)[0]) for of in (probe.reference, tuned))
+            found[share] |= {f"{order}_kl": kl, f"{order}_frac": ratio(kl, whole), f"{order}_left": left}
+            if order == "largest":
+                found[share]["num_kept"] = num_kept
+    return tuple(PrunePoint(share=share, **values) for share, values in found.items())
+
+
+def _put_part(probe: FunctionProbe, update: PrunedUpdate, order: Order, threshold: float) -> int:
+    """Give the model the base's weights with a part of the update; return the number of changes in it."""
+    counts = []
+
+    def part(name: str) -> Tensor:
+        values, num_kept = update.kept(name, order, threshold)
+        counts.append(num_kept)
+        return values
+
+    probe.put(update.names, part)
+    return sum(counts)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -354,14 +268,14 @@ class FunctionMeasure(Measure[Any, FunctionResult]):
         pruned = [one for one in tuned if self.config.wants("prune", default=False)][-1 if in_order else 0 :]
         total = len(tuned) + 2 * (len(SHARES) - 1) * len(pruned)
         distances: dict[str, Distance] = {}
-        probe: Probe | None = None
+        probe: FunctionProbe | None = None
         with progress(unit="models", transient=True) as bar:
             shown = bar.add_task("measuring function", total=total, status="")
             for checkpoint in sorted(tuned, key=lambda one: str(self.comparison.base_of(one).path)):
                 with self._opened(checkpoint) as (base, other):
                     if probe is None or probe.base.reader.path != base.reader.path:
                         probe = None  # before another model is loaded
-                        probe = Probe(base, self._texts)
+                        probe = FunctionProbe(base, self._texts)
                     probe.base = base  # whose files are open
                     distances[checkpoint.label] = measure_distance(
                         probe,

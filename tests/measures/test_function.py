@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ssrctl import tiny_reasoner
 from ssrctl.cli import main
+from ssrctl.measures import sparsity
 from ssrctl.report import write
 
 TEXTS = [
@@ -98,7 +99,9 @@ def test_the_same_function_has_distance_zero_whatever_is_pruned(shell: Any, tmp_
     assert near["same_top_frac"] == 1 and near["prune"] == {"num_changed": 0, "curve": []}
 
 
-def test_what_cannot_be_measured_is_said_before_anything_is_computed(shell: Any, tmp_path: Path) -> None:
+def test_what_cannot_be_measured_is_said_before_anything_is_computed(
+    shell: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tuned = model_folder(tmp_path / "tuned", noise)
     asked = ("--measures", "sparsity,function")
     assert "whole models" in shell("tiny-reasoner", tuned, *asked, "--layers", "0", code=2)
@@ -112,4 +115,9 @@ def test_what_cannot_be_measured_is_said_before_anything_is_computed(shell: Any,
     del tensors[first]
     save_file(tensors, tmp_path / "bare" / "model.safetensors", {"format": "pt"})
     assert first in shell("tiny-reasoner", "bare", *asked, code=2)
+    (tmp_path / "foreign.jsonl").write_text("".join(json.dumps({"text": "words " * 3}) + "\n" for _ in range(4)))
+    monkeypatch.setattr(sparsity.Sparsity, "tensor", None)  # the walk over the tensors comes last
+    assert "unknown to the model's tokenizer" in shell(
+        "tiny-reasoner", tuned, *asked, "--prompts", "foreign.jsonl", code=2
+    )
     assert not (tmp_path / "out").exists()
