@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from ssrctl.configs import TINY
 from ssrctl.errors import UserError
-
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+from ssrctl.io.hub import is_address
 
 
 def split_pairs(words: Sequence[str]) -> list[tuple[Path, Path]]:
@@ -60,7 +58,7 @@ def split_pair(word: str) -> tuple[Path, Path]:
             return Path(found[0][0]), Path(found[0][1])
     raise UserError(
         f"--pairs: {word!r} has {len(splits)} colons, and none has a path or a model's name on both sides",
-        "check the paths; a revision of a model on the hub is named by the folder that `hf download --revision` makes",
+        "check the paths; a revision of a model on the hub is OWNER/NAME@REVISION",
     )
 
 
@@ -69,4 +67,4 @@ def _exists(half: str) -> bool:
 
 
 def _is_named(half: str) -> bool:
-    return _exists(half) or HUB_NAME.fullmatch(half) is not None
+    return _exists(half) or is_address(half)

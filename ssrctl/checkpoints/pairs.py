@@ -16,12 +16,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ssrctl.checkpoints.pair_words import HUB_NAME
-from ssrctl.checkpoints.run_dir import RunDir
-from ssrctl.configs import TINY
+from ssrctl.checkpoints.run_dir import DELTA_FILE, RunDir
 from ssrctl.configs.common import PairOptions
 from ssrctl.configs.layers import layer_ranges
 from ssrctl.errors import UserError
+from ssrctl.io.hub import fetched
 from ssrctl.report.formats import text_safe
 
 if TYPE_CHECKING:
@@ -299,9 +298,10 @@ def open_pairs(
 def _open_base(stack: contextlib.ExitStack, path: Path) -> TensorReader:
     from ssrctl.checkpoints.reader import TensorReader, delta_meant_by
 
-    if path.exists() and delta_meant_by(path) is not None:
+    place = local_copy(path)
+    if delta_meant_by(place) is not None:
         raise UserError(f"BASE {path} is a delta, not whole weights", "give the model that the run started from")
-    return stack.enter_context(TensorReader(local_copy(path)))
+    return stack.enter_context(TensorReader(place))
 
 
 def _open_tuned(
@@ -310,13 +310,14 @@ def _open_tuned(
     """Return (the checkpoint without a label, the names that it has in common with the base, notes)."""
     from ssrctl.checkpoints.reader import TensorReader, delta_meant_by, open_delta
 
-    delta = delta_meant_by(path) if path.exists() else None
+    place = local_copy(path)
+    delta = delta_meant_by(place)
     if delta is not None:
         step = int(delta.parent.name) if delta.parent.name.isdecimal() else None
         or_else = ", or each checkpoint with its own base: --pairs BASE:TUNED ..." if several else ""
         one = Checkpoint("", open_delta(delta, base, or_else), True, step)
         return one, *_delta_names(base, one.reader)
-    reader = stack.enter_context(TensorReader(local_copy(path)))
+    reader = stack.enter_context(TensorReader(place))
     return Checkpoint("", reader, False), *_matching(base, reader, options)
 
 
@@ -396,24 +397,13 @@ def _unused(label: str, taken: set[str]) -> str:
 
 
 def local_copy(path: Path) -> Path:
-    """``path`` itself, or the folder to which a model of that name is downloaded from the hub.
+    """Return ``path``, or the folder or delta of a repository on the hub of that name, downloaded.
 
     Raises:
-        UserError: neither a path here nor a model that the hub gives.
+        UserError: neither a path here nor a repository that the hub gives.
     """
-    name = str(path)
-    if name == TINY or path.exists() or not HUB_NAME.fullmatch(name):
-        return path
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(
-            f"{name} is not a path here, and the hub gave no model of that name: {reason}", "check the name"
-        ) from error
+    found = fetched(path, _HUB_FILES)
+    return found / DELTA_FILE if found != path and (found / DELTA_FILE).is_file() else found
 
 
 def _in_layers(names: list[str], layers: str | None) -> list[str]:

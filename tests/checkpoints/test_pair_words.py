@@ -28,6 +28,8 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("run:1:base", "run:1", "base"),
         ("org/model:run:1", "org/model", "run:1"),
         ("run:1:org/model", "run:1", "org/model"),
+        ("org/model@v1:org/model@refs/pr/1", "org/model@v1", "org/model@refs/pr/1"),
+        ("run:1:org/model@v1", "run:1", "org/model@v1"),
     ],
 )
 def test_the_colon_with_something_on_both_sides(word: str, base: str, tuned: str) -> None:

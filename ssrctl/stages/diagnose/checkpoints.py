@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ssrctl.checkpoints.pair_words import split_pairs
-from ssrctl.checkpoints.pairs import Checkpoint, Comparison, checkpoints_of, is_run, open_pairs
+from ssrctl.checkpoints.pairs import Checkpoint, Comparison, checkpoints_of, is_run, local_copy, open_pairs
 from ssrctl.checkpoints.reader import TensorReader, delta_meant_by
 from ssrctl.configs import DiagnoseConfig
 from ssrctl.errors import CheckFailed, UserError
@@ -74,7 +74,7 @@ def diagnose_checkpoints(config: DiagnoseConfig) -> dict[str, Any]:
         document = _document(report, comparison, config)
     written = write_report(numbers, document, output, name, show=not config.json)
     if report.failed:
-        raise CheckFailed(" ".join(report.failed))
+        raise CheckFailed(" ".join(report.failed), result=written)
     return written
 
 
@@ -138,7 +138,7 @@ def _files(comparison: Comparison, paths: list[Path]) -> list[Path]:
     bases = [comparison.base, *map(comparison.base_of, comparison.tuned)]
     files = list(dict.fromkeys(file for base in bases for file in base.files))
     for path, tuned in zip(paths, comparison.tuned, strict=True):
-        delta = delta_meant_by(path)
+        delta = delta_meant_by(local_copy(path))
         if delta is not None:
             files.append(delta)
         elif isinstance(tuned.reader, TensorReader):
