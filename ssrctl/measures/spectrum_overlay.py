@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ssrctl.measures.group_tables import RowColumn, row_table
-from ssrctl.measures.maths.averages import ratio
 from ssrctl.measures.maths.grouping import Grouped
 from ssrctl.report.document import Figure, Lines, Numbers, Section, spans_decades
 from ssrctl.report.formats import percent
@@ -74,27 +73,25 @@ def _of_one_matrix(rows: Mapping[str, Grouped[Any, Any]]) -> list[Figure]:
     if not shifts:
         return []
     _, name = max(shifts)
-    found = {label: of.tensors[name].numbers() for label, of in rows.items() if name in of.tensors}
-    found = {label: one for label, one in found.items() if one["curve_index"]}
+    found = {label: of.tensors[name] for label, of in rows.items() if name in of.tensors}
+    found = {label: one for label, one in found.items() if one.gaussian is not None}
     first = next(iter(found.values()))
-    found = {label: one for label, one in found.items() if one["angle_index"] == first["angle_index"]}
-    angles = {label: one["curve_left"] for label, one in found.items()}
+    angles = {label: one.left for label, one in found.items() if one.k == first.k}
     changes = {
         label: [
-            None if (share := ratio(after, before)) is None else share - 1
-            for before, after in zip(one["curve_base"], one["curve_tuned"], strict=True)
+            (after - before) / one.curve_base[0] for before, after in zip(one.curve_base, one.curve_tuned, strict=True)
         ]
         for label, one in found.items()
-        if one["curve_index"] == first["curve_index"]
+        if one.curve_index == first.curve_index
     }
-    most = {label: percent(max(map(abs, filter(None, values)), default=0.0)) for label, values in changes.items()}
+    most = {label: percent(max(map(abs, values))) for label, values in changes.items()}
     caption = "The matrix with the largest shift of any checkpoint. Largest change: " + ", ".join(
         f"{label} {value}" for label, value in most.items()
     )
     return [
         Lines(
             title=f"Left principal angles of {name}",
-            x=first["angle_index"],
+            x=range(1, first.k + 1),
             series=angles,
             x_label="index",
             y_label="degrees",
@@ -103,10 +100,10 @@ def _of_one_matrix(rows: Mapping[str, Grouped[Any, Any]]) -> list[Figure]:
         ),
         Lines(
             title=f"Change of the singular values of {name}",
-            x=first["curve_index"],
+            x=first.curve_index,
             series=changes,
             x_label="index",
-            y_label="relative to the base's",
+            y_label="share of the base's largest",
             log_x=True,
             shares=True,
             caption=f"{caption}.",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -384,23 +383,6 @@ def test_pairs_that_cannot_be_compared(tmp_path: Path, shell: Shell, base: Weigh
     assert "exclude each other" in shell.refused("--pairs", "--series", "a:b", "c:d", "e:f")
     assert "no effect" in shell.refused("--pairs", "--jaccard", good)
     assert "no colon" in shell.refused("--pairs", good, good)
-
-
-def test_spectra_of_several_checkpoints_lie_over_one_another(tmp_path: Path, shell: Shell, base: Weights) -> None:
-    generator = torch.Generator().manual_seed(5)
-    name = Q.format(1)
-    paths = [folder(tmp_path / "base", base), folder(tmp_path / "still", base)]
-    for label, size in (("rl", 0.01), ("sft", 0.3)):
-        tuned = base | {name: base[name] + size * torch.randn(SIDE, SIDE, generator=generator)}
-        paths.append(folder(tmp_path / label, tuned))
-    report = shell(*paths, "--measures", "spectrum", page=True)
-    shifts = {row["label"]: row["spectrum"]["total"]["shift_largest"] for row in report["checkpoints"]}
-    page = (tmp_path / "out" / "diagnose.html").read_text()
-    assert f"Change of the singular values of {name}" in page and "Largest principal angle in each layer" in page
-    tables = tmp_path / "out" / "diagnose-tables"
-    rows = list(csv.DictReader((tables / "spectra-of-the-checkpoints.csv").open(encoding="utf-8")))
-    assert [row["checkpoint"] for row in rows] == ["still", "rl", "sft"]
-    assert float(rows[2]["left, largest"]) > 5 * float(rows[1]["left, largest"]) and shifts["sft"] > 5 * shifts["rl"]
 
 
 def test_labels_are_unique_whatever_folders_are_called(tmp_path: Path, shell: Shell, base: Weights) -> None:
