@@ -113,7 +113,12 @@ def versions_and_devices() -> dict[str, Any]:
 
 def all_checks() -> Iterator[Check]:
     """Yield the outcome of every check."""
-    yield from check_requirements(importlib.metadata.distribution("ssrctl").metadata)
+    try:
+        yield from check_requirements(importlib.metadata.distribution("ssrctl").metadata)
+    except importlib.metadata.PackageNotFoundError:
+        yield Check(
+            "packages", "warn", "ssrctl runs from its source, uninstalled: its needs are not known", "pip install -e ."
+        )
     yield from _check_devices()
     yield _check_memory()
     yield from _check_folders()
@@ -200,7 +205,7 @@ def _check_device(device: torch.device) -> Check:
         right = all(
             float((ones.to(dtype) @ ones.to(dtype)).sum()) == 64.0**3 for dtype in (torch.float32, torch.bfloat16)
         )
-    except (RuntimeError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         first = next(iter(str(error).splitlines()), type(error).__name__)
         return Check(str(device), "fail", f"cannot multiply matrices: {first}", "reinstall torch, or give --device cpu")
     if not right:

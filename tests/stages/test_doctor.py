@@ -68,6 +68,14 @@ def test_ranges_are_those_of_the_installed_metadata() -> None:
     assert found["extra math"].remedy == "pip install 'ssrctl[math]'"
 
 
+def test_a_source_that_was_not_installed(checks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> None:
+        raise doctor.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor.importlib.metadata, "distribution", absent)
+    assert checks()["packages"]["state"] == "warn"
+
+
 def test_a_failed_check_gives_exit_code_4(checks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.os, "access", lambda place, mode: False)
     found = checks(4)
@@ -89,6 +97,10 @@ def test_shortages_are_warned_about(checks: Any, monkeypatch: pytest.MonkeyPatch
 
 def test_a_device_that_computes_wrongly_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor._check_device(torch.device("cpu")).state == "ok"
+    if not torch.cuda.is_available():
+        assert doctor._check_device(torch.device("cuda")).text.startswith(
+            "cannot multiply matrices: Torch not compiled"
+        )
     monkeypatch.setattr(torch, "ones", torch.zeros)
     assert doctor._check_device(torch.device("cpu")).state == "fail"
     assert doctor._check_device(torch.device("meta")).state == "fail", "it has no values"

@@ -79,7 +79,9 @@ def test_a_mask_goes_to_the_hub_and_is_used_from_there(hub: Hub, capsys: pytest.
     assert "me/other is not a path here, and the hub gave no repository" in capsys.readouterr().err
 
 
-def test_a_delta_goes_to_the_hub_and_is_applied_from_there(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_delta_goes_to_the_hub_and_is_applied_from_there(
+    hub: Hub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     base, tuned = changed_copy(Path("base"), 0.0), changed_copy(Path("tuned"), 0.5)
     hub.repos["org/base"] = Repo(files={one.name: one.read_bytes() for one in base.iterdir()})
     assert run("delta", "diff", "org/base", str(tuned), "-o", "d.safetensors") == 0
@@ -95,6 +97,7 @@ def test_a_delta_goes_to_the_hub_and_is_applied_from_there(hub: Hub, capsys: pyt
     header, _ = card(hub, "me/model")
     assert header["library_name"] == "transformers" and header["base_model"] == "org/base"
     assert hub.repos["me/model"].files["model.safetensors"] == Path("again/model.safetensors").read_bytes()
+    monkeypatch.setattr("ssrctl.report.write.missing_libraries", lambda: ["jinja2"])  # a page takes a second
     for tuned_name in ("me/delta", "me/model"):
         capsys.readouterr()
         assert run("diagnose", "org/base", tuned_name, "--measures", "sparsity", "-o", "report", "--json") == 0
