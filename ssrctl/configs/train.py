@@ -69,6 +69,10 @@ class MethodOptions(Config):
     """paper is eq. 9, whose advantages sum to zero within every response, good or bad; group is eq. 6 alone;
     hybrid adds the response's standing in its group to eq. 9."""
 
+    advantage_sign: Literal["both", "positive", "negative"] = "both"
+    """Learn from advantages of one sign only: positive reinforces what was better than the mean, negative suppresses what
+    was worse. The others become 0 after the normalisation."""
+
     importance_level: Literal["token", "step", "sequence"] = "sequence"
     """Level of the importance ratio; sequence is the length-normalised ratio of GSPO."""
 
@@ -256,6 +260,10 @@ class LoggingOptions(Config):
     """With the masks, store the cosine between the per-step gradients before masking, and where their signs conflict
     (costs memory: one dense gradient per step)."""
 
+    log_signs_every: ZeroOrMore = 0
+    """Every N training steps, log the shares of the update that positive and negative advantages contribute; such a step
+    takes two more backward passes. 0 is off."""
+
     log_gradients: ZeroOrMore = 0
     """Store a sketch of each batch's gradient every N steps, for `ssrctl diagnose RUN`; 0 is off."""
 
@@ -353,6 +361,13 @@ class TrainConfig(
                 "--engine-correction-level token weighs tokens, and --importance-level step has one term per step",
                 "use --engine-correction-level step or sequence",
             )
+        processes = max(num_launched(), self.num_processes or 1)
+        if self.log_signs_every and processes > self.questions_per_step:
+            raise UserError(
+                f"--log-signs-every measures whole questions, and {processes} processes divide the responses of "
+                f"{self.questions_per_step}",
+                f"use at least {processes} --questions-per-step, or leave it out",
+            )
         self._check_optimizer()
         self._check_passes()
         if self.sharding != "none":
@@ -375,6 +390,7 @@ class TrainConfig(
             "--optimizer adamw with --mask": self.optimizer == "adamw" and self.mask is not None,
             "--log-gradients": self.log_gradients > 0,
             "--log-gradient-cosine": self.log_gradient_cosine,
+            "--log-signs-every": self.log_signs_every > 0,
             "--find-lr": self.find_lr,
             "--critic rollout with --sample-together step": (
                 self.critic == "rollout" and self.sample_together == "step"
@@ -424,11 +440,12 @@ class TrainConfig(
                     "--allocation shuffled needs whole gradients, which --scope tensor drops at once",
                     "use --scope global",
                 )
-            if self.scope == "tensor" and self.log_gradient_cosine:
-                raise UserError(
-                    "--log-gradient-cosine needs whole gradients, which --scope tensor drops at once",
-                    "use --scope global",
-                )
+            for name in ("log_gradient_cosine", "log_signs_every"):
+                if self.scope == "tensor" and getattr(self, name):
+                    raise UserError(
+                        f"{flag(type(self), name)} needs whole gradients, which --scope tensor drops at once",
+                        "use --scope global",
+                    )
             if self.reuse_factor is not None and self.allocation != "disjoint":
                 raise UserError(
                     f"--reuse-factor loosens the disjoint allocation; it has no meaning with {self.allocation}"

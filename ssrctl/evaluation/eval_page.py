@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ssrctl.errors import UserError
-from ssrctl.evaluation.run_page import first_of_each, transcript
+from ssrctl.evaluation.transcripts import first_of_each, transcript
 from ssrctl.io import console
 from ssrctl.io.jsonl import parse_json
 from ssrctl.io.records import Rollout, read_rollouts
@@ -81,6 +81,7 @@ def eval_document(evaluations: Sequence[EvalLog]) -> Document:
         figures=[accuracy, *_groups(evaluations), *_passed(evaluations), *_divergences(evaluations)],
         tables=[_table(evaluations)],
     )
+    formats = _formats(evaluations)
     transcripts = [
         transcript(sample, f"{one.label}, {sample.id}, {_verdict(sample)}")
         for one in evaluations
@@ -94,7 +95,7 @@ def eval_document(evaluations: Sequence[EvalLog]) -> Document:
         facts=[(one.label, _fact(one)) for one in evaluations],
         headlines=lines,
         notes=[],
-        sections=[section, *shown],
+        sections=[section, *([formats] if formats else []), *shown],
     )
 
 
@@ -181,6 +182,28 @@ def _divergences(evaluations: Sequence[EvalLog]) -> list[Figure]:
         caption="Mean over problems, with its interval over them.",
     )
     return [figure]
+
+
+def _formats(evaluations: Sequence[EvalLog]) -> Section | None:
+    """Return the diversity of the responses' formats; None where no evaluation has it."""
+    found = [(one.label, formats) for one in evaluations if (formats := one.summary.get("formats"))]
+    if not found:
+        return None
+    columns = {
+        "num_responses": Column("responses", count),
+        "distinct": Column("distinct", count),
+        "entropy": Column("entropy (bits)", number),
+        "largest_frac": Column("share of the largest", percent),
+    }
+    table = Table(
+        title="Sequences of step patterns",
+        columns=["evaluation", *columns.values(), "the largest"],
+        rows=[[label, *(one.get(key) for key in columns), text_safe(str(one.get("largest")))] for label, one in found],
+        note="Distinct sequences and entropy grow with the number of responses: compare evaluations with as many.",
+    )
+    return Section(
+        title="Formats of the responses", text="How many ways of writing does the model use?", tables=[table]
+    )
 
 
 def _table(evaluations: Sequence[EvalLog]) -> Table:

@@ -11,6 +11,7 @@ Their text gives one number for changes that did not last, 8.5% of the weights e
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -326,12 +327,15 @@ class OverTimeMeasure(JointMeasure[OverTime, OverTimeResult]):
         """Return sentences, figures and tables of a run over time."""
         total = result.rows.total
         moved = [1 - share for share in total.neighbour_sparsity if share is not None]
+        known = [checkpoint.step for checkpoint in self.comparison.tuned if checkpoint.step is not None]
+        every_step = known == list(result.steps) and {b - a for a, b in itertools.pairwise(known)} == {1}
+        per: PublishedKey = "changed_per_step" if every_step else "changed_per_checkpoint"
         return Findings(
             numbers={"over_time": result.numbers()},
             headlines=headlines(result),
             sections=[over_time_section(result, _PUBLISHED.get(self.config.changed_by))],
             published={
-                "changed_per_checkpoint": sum(moved) / len(moved) if moved else None,
+                per: sum(moved) / len(moved) if moved else None,
                 "outside_final": total.outside_final_of_ever,
             },
         )

@@ -20,6 +20,7 @@ from ssrctl.io.console import console, note, show_plan, warn
 from ssrctl.io.files import write_text
 from ssrctl.io.manifest import file_hash, published_settings, versions
 from ssrctl.io.prompt_sets import load_prompt_set, prompt_set_path
+from ssrctl.masks.published_superweights import published_superweights, superweights_of
 from ssrctl.masks.superweight_search import (
     DEFAULT_FRACTION,
     FIRST_MINIMAL_FRACTION,
@@ -30,6 +31,7 @@ from ssrctl.masks.superweight_search import (
 )
 from ssrctl.models.loading import describe_model, load_model
 from ssrctl.models.precision import itemsize_of, settle_dtype
+from ssrctl.report.formats import times
 from ssrctl.sampling.agreement import agree
 from ssrctl.text.prompt_tokens import TokenisedPrompts, tokenise_prompts
 
@@ -85,6 +87,8 @@ def _search_and_write(search: SuperweightSearch, path: Path, spread: Spread[Job,
     save_mask(config.output, mask, mask_kind="superweights", model=search.loaded.identity, settings=settings)
     report_path = config.output.with_name(config.output.stem + ".report.json")
     write_text(report_path, json.dumps(report, indent=1, allow_nan=False) + "\n")
+    if "spikes" in report:
+        report["published"] = _published(report)
     _show(report)
     size = f"{mask.count()} weights, {_percent(mask.density())}"
     note(f"wrote {config.output}: {size}; {report_path.name} next to it")
@@ -169,6 +173,23 @@ def _prompt_facts(search: SuperweightSearch, path: Path) -> dict[str, Any]:
     }
 
 
+def _published(report: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the published super weights of this model, each with a mark whether a spike is there; None without any."""
+    known = superweights_of(report["model"]["name"])
+    if known is None:
+        return None
+    places = {(spike["parameter"], spike["out_channel"], spike["in_channel"]) for spike in report["spikes"]}
+    rows = zip(known.weights, known.found(places), strict=True)
+    return {
+        "source": known.source,
+        "model": known.model,
+        "weights": [
+            {"layer": layer, "out_channel": out, "in_channel": into, "found": found}
+            for (layer, out, into), found in rows
+        ],
+    }
+
+
 # --------------------------------------------------------------------------------------------------
 # what the user sees
 
@@ -196,12 +217,31 @@ def _show(report: Mapping[str, Any]) -> None:
             ranks = f"{_percent(min(spike['gradient_rank_fracs']))} to {_percent(max(spike['gradient_rank_fracs']))}"
             table.add_row(where, f"{spike['weight']:.3f}", ratios, ranks, _pair(spike))
         console().print(table)
+    if "spikes" in report:
+        note(_published_line(report))
     last = labelled[-1][1]["random"]["kl_masked_reference"]
     if last is None or last >= report["kl_threshold"]:
         note(
             f"as many random weights also give KL {_number(last, 2)}, so reaching {report['kl_threshold']:g} "
             "proves little at this size: compare the columns"
         )
+
+
+def _published_line(report: Mapping[str, Any]) -> str:
+    """Return a sentence that puts the spikes beside the published ones: of this model, else of all."""
+    if known := report["published"]:
+        rows = [
+            f"layer {row['layer']} [{row['out_channel']}, {row['in_channel']}] {'found' if row['found'] else 'not found'}"
+            for row in known["weights"]
+        ]
+        return f"published for {known['model']} ({known['source']}): {'; '.join(rows)}"
+    models = published_superweights()
+    counts = [len(one.weights) for one in models]
+    layers = [layer for one in models for layer, _, _ in one.weights]
+    return (
+        f"published for {len(models)} other models ({models[0].source}): {min(counts)} to {max(counts)} weights each, in layers "
+        f"{min(layers)} to {max(layers)}; here {times(len(report['spikes']), 'spike')}"
+    )
 
 
 def _pair(row: Mapping[str, Any]) -> str:

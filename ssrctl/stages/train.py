@@ -26,7 +26,8 @@ from ssrctl.distributed.sharding import ShardedModel
 from ssrctl.distributed.traffic import dense_bytes_sent, kept_bytes_sent, scattered_bytes_sent, sharded_bytes_sent
 from ssrctl.distributed.world import World, joined_world
 from ssrctl.errors import UserError
-from ssrctl.evaluation.run_page import CRITIC_CALLS, PAGE, read_run, run_document
+from ssrctl.evaluation.run_log import CRITIC_CALLS, read_run
+from ssrctl.evaluation.run_page import PAGE, run_document
 from ssrctl.io import console
 from ssrctl.io.artifacts import ModelIdentity, load_mask_for, mask_at
 from ssrctl.io.budget_file import MIN_PROBLEMS, budget_at, load_budget_profile, shipped_budget_profile

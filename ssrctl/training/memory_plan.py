@@ -397,5 +397,6 @@ def updates(config: TrainConfig) -> Sequence[tuple[str, TrainConfig]]:
     if config.optimizer != "kronos":
         return [("masked adamw" if config.mask else "adamw", config)]
     whole = config.allocation == "shuffled" or config.log_gradient_cosine or config.micro_batch_tokens is not None
+    whole |= config.log_signs_every > 0
     scopes: list[Literal["global", "tensor"]] = ["global"] if whole else ["global", "tensor"]
     return [(f"kronos --scope {scope}", dataclasses.replace(config, scope=scope)) for scope in scopes]

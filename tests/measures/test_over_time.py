@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import weakref
@@ -223,6 +224,14 @@ def test_rows_and_columns_of_the_middle_layer_are_followed() -> None:
 
 def blocks(starts: list[int], size: int) -> list[tuple[int, int]]:
     return [(start, end - start) for start, end in itertools.pairwise([*starts, size])]
+
+
+def test_checkpoints_a_step_apart_are_put_next_to_published_steps() -> None:
+    opened_ones = opened(*({"model.norm.weight": torch.full((2, 3), value)} for value in (1.0, 2.0, 1.0)))
+    for steps, key in (((7, 8), "changed_per_step"), ((7, 9), "changed_per_checkpoint")):
+        tuned = [dataclasses.replace(one, step=step) for one, step in zip(opened_ones.tuned, steps, strict=True)]
+        (found,) = taken_of([OverTimeMeasure], dataclasses.replace(opened_ones, tuned=tuned), "run", changed_by="bf16")
+        assert found.findings.published == {key: 1.0, "outside_final": 1.0}
 
 
 def test_other_shapes_and_no_checkpoints_are_refused() -> None:

@@ -15,7 +15,8 @@ from ssrctl.cli import main
 from ssrctl.configs import EvalConfig, TrainConfig
 from ssrctl.core.mask import BlockMask
 from ssrctl.evaluation.eval_page import eval_document, read_evaluation
-from ssrctl.evaluation.run_page import read_run, run_document
+from ssrctl.evaluation.run_log import read_run
+from ssrctl.evaluation.run_page import run_document
 from ssrctl.io.mask_log import CONFLICTS, QuestionLog, StepMaskLog, UnitLog, load_claims, save_mask_log
 from ssrctl.report.document import Dots, Lines
 from ssrctl.report.formats import duration, sparkline

@@ -397,6 +397,8 @@ def test_max_units_bounds_the_updates_of_a_question(tmp_path: Path) -> None:
         ({"reuse_factor": 2.0, "allocation": "overlap"}, "--reuse-factor loosens the disjoint"),
         ({"reuse_factor": 0.5}, "--reuse-factor must be at least 1"),
         ({"optimizer": "adamw", "log_gradient_cosine": True}, "--log-gradient-cosine has no meaning"),
+        ({"scope": "tensor", "log_signs_every": 1}, "--log-signs-every needs whole gradients"),
+        ({"num_processes": 8, "log_signs_every": 1}, "8 processes divide the responses of 4"),
         ({"log_gradients": -1}, "--log-gradients must be 0 or more"),
         ({"log_gradients_size": 63}, "--log-gradients-size must be at least 64"),
         ({"max_units": 0}, "--max-units must be at least 1"),
