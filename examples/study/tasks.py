@@ -86,9 +86,9 @@ def alternating(split: str, num: int, seed: int, right_sign: float = 1.0) -> lis
             lines.append(f"{value:02d}{'+' if adds else '-'}{operand}={result:02d}")
             value = result
         lines.append(f"####{value:02d}")
-        name = f"{split}-{len(found)}"
-        solution = "\n".join(lines)
-        found.setdefault(question, Problem(id=name, question=question, answer=f"{value:02d}", solution=solution))
+        # a question drawn again keeps its place and has its last solution
+        name = found[question].id if question in found else f"{split}-{len(found)}"
+        found[question] = Problem(id=name, question=question, answer=f"{value:02d}", solution="\n".join(lines))
     return list(found.values())
 
 

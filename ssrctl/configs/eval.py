@@ -40,6 +40,10 @@ class EvalConfig(ModelConfig, DatasetConfig, SamplingConfig, RolloutOptions, Pag
     """A run directory, checkpoint folder, delta file, or delta on the hub to put on top of the model; a run knows its own
     model."""
 
+    kl_to: str | None = None
+    """Base model, on the hub or a folder: also measure KL(model, base) per token on the sampled responses. It is loaded next
+    to the other one."""
+
     responses: str | None = None
     """Grade these responses (jsonl, or - for stdin) instead of sampling; no model is loaded. References are the
     records' own answers, else those of --dataset."""
@@ -112,6 +116,6 @@ def _sampling_fields() -> list[str]:
     """Return the settings of sampling, in their order."""
     parts = (ModelConfig, SamplingConfig, RolloutOptions, ProcessOptions)
     idle = {spec.name for base in parts for spec in fields(base)}
-    idle |= {"num_samples", "checkpoint", "prompt_template", "limit"}
+    idle |= {"num_samples", "checkpoint", "kl_to", "prompt_template", "limit"}
     idle |= {"system_prompt", "chat_template", "chat_template_kwargs"}
     return [spec.name for spec in fields(EvalConfig) if spec.name in idle]

@@ -252,6 +252,10 @@ class LoggingOptions(Config):
     log_masks_every: ZeroOrMore = 10
     """Store every step's selected coordinates every N training steps; 0 is off."""
 
+    log_base_kl_every: ZeroOrMore = 0
+    """Measure the KL divergence from the start model every N training steps, without --beta, which measures it in each; a
+    copy of the start weights is kept. 0 is off."""
+
     log_gradient_cosine: bool = False
     """With the masks, store the cosine between the per-step gradients before masking, and where their signs conflict
     (costs memory: one dense gradient per step)."""
@@ -337,6 +341,8 @@ class TrainConfig(
             raise UserError("--find-lr writes nothing that --push-to-hub could upload", "leave one of them out")
         if self.find_lr and self.resume_from_checkpoint is not None:
             raise UserError("--find-lr starts from the model's weights", "leave out --resume-from-checkpoint")
+        if self.beta and self.log_base_kl_every:
+            raise UserError("--log-base-kl-every has no effect with --beta: every step measures the KL", "leave it out")
         if self.force and self.resume_from_checkpoint is None:
             raise UserError("--force is for --resume-from-checkpoint", "leave it out, or name a checkpoint")
         if self.scope == "tensor" and self.step_gradient in ("chunked", "recomputed"):
@@ -471,6 +477,11 @@ class TrainConfig(
         if self.micro_batch_tokens is not None:
             return "accumulated"
         return "piecemeal" if self.step_gradient == "auto" and self.scope == "tensor" else self.step_gradient
+
+    @property
+    def keeps_start_weights(self) -> bool:
+        """True if a copy of the weights that training starts from is kept."""
+        return self.beta > 0 or self.log_base_kl_every > 0
 
     @property
     def betas(self) -> tuple[float, float]:

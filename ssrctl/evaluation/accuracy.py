@@ -14,13 +14,14 @@ from dataclasses import asdict
 from typing import Any
 
 from ssrctl.errors import UserError
-from ssrctl.evaluation.intervals import accuracy_interval, holm, least_detectable, paired_difference
+from ssrctl.evaluation.intervals import accuracy_interval, holm, least_detectable, mean_interval, paired_difference
 from ssrctl.evaluation.step_patterns import FormatDiversity, compare_formats, signature
 from ssrctl.io.records import FinalAnswer, Rollout
 from ssrctl.report.formats import times
 
 OUTCOMES = ("correct", "wrong", "unparsed", "timed_out")
 GROUP_COLUMNS = ("level", "subject", "type", "difficulty", "category", "domain")
+KL_TO_BASE = "kl_to_base"  # of a sample's record: mean over its tokens, nats
 SIGNATURE = "step_patterns"  # field of records whose response was dropped to save memory
 MOST_GROUPS = 24  # a column with more values names problems rather than groups of them
 
@@ -67,8 +68,23 @@ def summarise(samples: Sequence[Rollout], confidence: float, *, runs: int = 1) -
         "answered_frac": sum(final.extracted is not None for final in finals) / len(finals),
         "finished_frac": sum(endings) / len(endings) if endings else None,
         "mean_response_tokens": statistics.fmean(lengths) if lengths else None,
+        "kl_to_base": _kl_to_base(graded, confidence),
         "formats": _formats(samples),
     }
+
+
+def _kl_to_base(samples: Sequence[Rollout], confidence: float) -> dict[str, Any] | None:
+    """Return the mean over problems of the samples' mean KL, with its interval; None where no sample records it."""
+    found: dict[str, list[float]] = {}
+    for sample in samples:
+        value = sample.extra.get(KL_TO_BASE)
+        if isinstance(value, float | int):
+            found.setdefault(sample.group, []).append(value)
+    means = [statistics.fmean(values) for values in found.values()]
+    if len(means) > 1:
+        return asdict(mean_interval(means, confidence, least=0.0))
+    unknown = {"low": None, "high": None, "confidence": confidence, "num_problems": 1}
+    return {"value": means[0]} | unknown if means else None
 
 
 def _formats(samples: Sequence[Rollout]) -> dict[str, Any] | None:

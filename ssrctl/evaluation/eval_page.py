@@ -77,7 +77,9 @@ def eval_document(evaluations: Sequence[EvalLog]) -> Document:
         caption=f"Lines: {evaluations[0].accuracy['confidence']:.0%} interval over problems.",
     )
     section = Section(
-        title="Accuracy", figures=[accuracy, *_groups(evaluations), *_passed(evaluations)], tables=[_table(evaluations)]
+        title="Accuracy",
+        figures=[accuracy, *_groups(evaluations), *_passed(evaluations), *_divergences(evaluations)],
+        tables=[_table(evaluations)],
     )
     formats = _formats(evaluations)
     transcripts = [
@@ -165,6 +167,23 @@ def _passed(evaluations: Sequence[EvalLog]) -> list[Figure]:
     return [figure]
 
 
+def _divergences(evaluations: Sequence[EvalLog]) -> list[Figure]:
+    """Return the KL divergence of each evaluation's model from its base; nothing where none was measured."""
+    found = {one.label: kl for one in evaluations if (kl := one.summary.get("kl_to_base"))}
+    if not found:
+        return []
+    figure = Dots(
+        title="Divergence from the base model",
+        labels=list(found),
+        series={"KL(model, base)": [one["value"] for one in found.values()]},
+        intervals={"KL(model, base)": [None if one["low"] is None else _interval(one) for one in found.values()]},
+        axis="nats per token of the responses",
+        shares=False,
+        caption="Mean over problems, with its interval over them.",
+    )
+    return [figure]
+
+
 def _formats(evaluations: Sequence[EvalLog]) -> Section | None:
     """Return the diversity of the responses' formats; None where no evaluation has it."""
     found = [(one.label, formats) for one in evaluations if (formats := one.summary.get("formats"))]
@@ -198,6 +217,7 @@ def _table(evaluations: Sequence[EvalLog]) -> Table:
             *(Column(name.replace("_", " "), count) for name in outcomes),
             *(Column(name, percent) for name in keys),
             Column("tokens", count),
+            Column("KL to base", number),
         ],
         rows=[
             [
@@ -206,8 +226,9 @@ def _table(evaluations: Sequence[EvalLog]) -> Table:
                 *((one.summary.get("outcomes") or {}).get(name, 0) for name in outcomes),
                 *(one.summary.get(key) for key in keys.values()),
                 one.summary.get("mean_response_tokens"),
+                (one.summary.get("kl_to_base") or {}).get("value"),
             ]
             for one in evaluations
         ],
-        note="Tokens: mean of a response. Solved once: problems with a right sample.",
+        note="Tokens: mean of a response. Solved once: problems with a right sample. KL to base: nats per token, with --kl-to.",
     )

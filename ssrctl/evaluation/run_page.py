@@ -150,21 +150,28 @@ def _curve(
     interval: Callable[[Sequence[float]], Interval | None] = lambda values: None,
     transform: Callable[[float], float] = lambda value: value,
 ) -> Lines | None:
-    """Return the mean of a metric over the last steps, a line for each run; None where no run has it."""
-    all_steps = sorted({step for run in runs for step in run.steps})
+    """Return the mean of a metric over the last steps that have it, a line for each run; None where no run has it."""
+    measured = {
+        run.label: {
+            step: transform(one) for step, one in zip(run.steps, run.values(metric), strict=True) if one is not None
+        }
+        for run in runs
+    }
+    all_steps = sorted({step for values in measured.values() for step in values})
+    if not all_steps:
+        return None
     stride = max(1, -(-len(all_steps) // _MOST_POINTS))
     places = sorted({*all_steps[::stride], all_steps[-1]})
     series: dict[str, Numbers] = {}
     intervals: dict[str, list[Interval | None]] = {}
-    for run in runs:
-        values = [None if value is None else transform(value) for value in run.values(metric)]
-        position = {step: place for place, step in enumerate(run.steps)}
+    for label, of_run in measured.items():
+        values, position = list(of_run.values()), {step: place for place, step in enumerate(of_run)}
         windows = [_window(values, position.get(step), window) for step in places]
         # A run without the metric stays in the legend, so that each has one colour in all figures.
-        series[run.label] = [statistics.fmean(one) if one else None for one in windows]
-        intervals[run.label] = [interval(one) if one else None for one in windows]
-    if not any(value is not None for values in series.values() for value in values):
-        return None
+        series[label] = [statistics.fmean(one) if one else None for one in windows]
+        intervals[label] = [interval(one) if one else None for one in windows]
+    partly = any(0 < len(measured[run.label]) < len(run.steps) for run in runs)
+    some = " that have it" if partly else ""
     ribbon = "; ribbon: 95% interval over these steps" if any(map(any, intervals.values())) else ""
     return Lines(
         title=title,
@@ -174,14 +181,12 @@ def _curve(
         x_label="training step",
         y_label=y_label,
         shares=shares,
-        caption=f"Mean of the last {window} steps{ribbon}.",
+        caption=f"Mean of the last {window} steps{some}{ribbon}.",
     )
 
 
-def _window(values: Sequence[float | None], place: int | None, window: int) -> list[float]:
-    if place is None:
-        return []
-    return [value for value in values[max(0, place + 1 - window) : place + 1] if value is not None]
+def _window(values: Sequence[float], place: int | None, window: int) -> Sequence[float]:
+    return [] if place is None else values[max(0, place + 1 - window) : place + 1]
 
 
 def _present(figures: Iterable[Figure | None]) -> list[Figure]:

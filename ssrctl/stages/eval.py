@@ -18,6 +18,7 @@ from ssrctl.core.seeds import derive_seed
 from ssrctl.errors import Interrupted, Stopped, UserError
 from ssrctl.evaluation.accuracy import (
     GROUP_COLUMNS,
+    KL_TO_BASE,
     SIGNATURE,
     by_problem,
     compare,
@@ -38,7 +39,7 @@ from ssrctl.io.problems import load_problems
 from ssrctl.io.records import Rollout, read_rollouts
 from ssrctl.io.row_fields import Reference
 from ssrctl.process_rank import num_launched
-from ssrctl.report.formats import times
+from ssrctl.report.formats import number, times
 from ssrctl.report.write import write_last_page
 from ssrctl.text.answers import check_answers
 
@@ -49,9 +50,15 @@ if TYPE_CHECKING:  # grading given responses loads no torch
     from ssrctl.models.loading import LoadedModel
     from ssrctl.sampling.engines.base import Engine
     from ssrctl.sampling.groups import Prompted
+    from ssrctl.training.kl_to_base import KlToBase
 
 SETTINGS, RESULTS = "settings.json", "results.json"
-_COUNTED = ("num_tokens", "finished", *GROUP_COLUMNS)  # what the summary reads of a record besides its verdict
+_COUNTED = (
+    "num_tokens",
+    "finished",
+    KL_TO_BASE,
+    *GROUP_COLUMNS,
+)  # what the summary reads of a record besides its verdict
 MOST_BATCHES = 8  # in a chunk, the part that one process draws at a time; a small evaluation has as many chunks
 GRADING_BATCH = 256  # responses read, compared in parallel and written at once
 # Settings that determine the samples; an evaluation continues only under the same ones.
@@ -59,12 +66,12 @@ DECISIVE = (
     "dataset", "dataset_config", "dataset_split", "question_column", "answer_column", "prompt_template", "limit",
     "temperature", "top_p", "top_k", "max_new_tokens", "sampling_batch_size", "num_samples", "seed", "dtype", "answer_extraction",
     "attn_implementation", "rollout_engine",
-    "system_prompt", "chat_template", "chat_template_kwargs", "stop",
+    "system_prompt", "chat_template", "chat_template_kwargs", "stop", "kl_to",
 )  # fmt: skip
 # Settings that evaluations of earlier versions do not name, with the value that they had.
 _ADDED: dict[str, Any] = {
     "answer_extraction": "lenient", "system_prompt": None, "chat_template": None, "chat_template_kwargs": None, "stop": [],
-    "attn_implementation": "auto", "rollout_engine": "transformers",
+    "attn_implementation": "auto", "rollout_engine": "transformers", "kl_to": None,
 }  # fmt: skip
 
 
@@ -141,7 +148,9 @@ def _compare(config: EvalConfig) -> dict[str, Any]:
         )
     settings = [_read_settings(file.parent) for file in files]
     for folder, mine in zip(config.folders[1:], settings[1:], strict=True):
-        odd = [key for key in DECISIVE if key not in ("seed", "dtype") and settings[0].get(key) != mine.get(key)]
+        odd = [
+            key for key in DECISIVE if key not in ("seed", "dtype", "kl_to") and settings[0].get(key) != mine.get(key)
+        ]
         if settings[0] and mine and odd:
             listed = ", ".join(f"{key} {settings[0].get(key)!r} and {mine.get(key)!r}" for key in odd)
             console.warn(f"{config.folders[0]} and {folder} were made under different settings: {listed}")
@@ -310,8 +319,10 @@ def _draw(config: EvalConfig, loaded: LoadedModel, prompts: Sequence[Prompted], 
     """
     from ssrctl.distributed.dividing import Spread, divide
     from ssrctl.sampling.engines.vllm_engine import connected_engine
+    from ssrctl.training.kl_to_base import KlToBase
 
     engine = connected_engine(config, loaded)
+    kl_to = None if config.kl_to is None else KlToBase(loaded, config, config.kl_to)
     per_run = config.num_samples
     jobs = [(p, run * per_run + number) for run in range(config.runs) for p in prompts for number in range(per_run)]
     size = config.sampling_batch_size
@@ -334,11 +345,15 @@ def _draw(config: EvalConfig, loaded: LoadedModel, prompts: Sequence[Prompted], 
                     log.append(row)
                 bar.update(task, advance=len(rows))
 
-    divide(world, lambda chunk: _chunk(config, loaded, engine, [jobs[place] for place in chunk]), draw)
+    divide(world, lambda chunk: _chunk(config, loaded, engine, kl_to, [jobs[place] for place in chunk]), draw)
 
 
 def _chunk(
-    config: EvalConfig, loaded: LoadedModel, engine: Engine | None, chunk: Sequence[tuple[Prompted, int]]
+    config: EvalConfig,
+    loaded: LoadedModel,
+    engine: Engine | None,
+    kl_to: KlToBase | None,
+    chunk: Sequence[tuple[Prompted, int]],
 ) -> Iterator[list[dict[str, Any]]]:
     """Yield the graded records of a chunk of samples, a batch at a time, in the order in which they are complete."""
     from ssrctl.sampling.engines.transformers_engine import TransformersEngine
@@ -352,10 +367,13 @@ def _chunk(
     while batch := list(itertools.islice(drawn, config.sampling_batch_size)):
         pairs = [(sample.text, chunk[place][0].problem.answer) for place, sample in batch]
         finals = check_answers(pairs, extraction=config.answer_extraction)
-        yield [
-            record_of(*chunk[place], sample, final=final).to_dict()
-            for (place, sample), final in zip(batch, finals, strict=True)
-        ]
+        rows = []
+        for (place, sample), final in zip(batch, finals, strict=True):
+            record = record_of(*chunk[place], sample, final=final)
+            if kl_to is not None:
+                record.extra[KL_TO_BASE] = kl_to.of(chunk[place][0].prompt_ids, sample.response_ids)
+            rows.append(record.to_dict())
+        yield rows
 
 
 def _read_samples(path: Path) -> list[Rollout]:
@@ -456,6 +474,9 @@ def _show(summary: dict[str, Any], config: EvalConfig) -> None:
             f"{len(made['accuracies'])} runs: mean {made['mean']:.3f}, standard deviation between runs {made['sd']:.3f} "
             "(sampling only; the interval is over problems)"
         )
+    if kl := summary["kl_to_base"]:
+        between = "" if kl["low"] is None else f" ({number(kl['low'])} to {number(kl['high'])})"
+        lines.append(f"KL to the base: {number(kl['value'])}{between} nats per token")
     if formats := summary["formats"]:
         lines.append(_formats_line(formats))
     if paired and paired["formats"]:

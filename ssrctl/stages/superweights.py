@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ssrctl.configs import TINY, SuperweightsConfig
+from ssrctl.configs import SuperweightsConfig
 from ssrctl.core.mask import BlockMask
 from ssrctl.core.unions import combinations
 from ssrctl.distributed.dividing import Spread, divide
@@ -19,8 +19,7 @@ from ssrctl.io.artifacts import save_mask
 from ssrctl.io.console import console, note, show_plan, warn
 from ssrctl.io.files import write_text
 from ssrctl.io.manifest import file_hash, published_settings, versions
-from ssrctl.io.package_data import profile_path
-from ssrctl.io.prompt_sets import load_prompt_set
+from ssrctl.io.prompt_sets import load_prompt_set, prompt_set_path
 from ssrctl.masks.published_superweights import published_superweights, superweights_of
 from ssrctl.masks.superweight_search import (
     DEFAULT_FRACTION,
@@ -30,11 +29,11 @@ from ssrctl.masks.superweight_search import (
     do_job,
     find_superweights,
 )
-from ssrctl.masks.superweights import TokenisedPrompts, tokenise_prompts
 from ssrctl.models.loading import describe_model, load_model
 from ssrctl.models.precision import itemsize_of, settle_dtype
 from ssrctl.report.formats import times
 from ssrctl.sampling.agreement import agree
+from ssrctl.text.prompt_tokens import TokenisedPrompts, tokenise_prompts
 
 
 def run(config: SuperweightsConfig) -> dict[str, Any]:
@@ -54,7 +53,7 @@ def run(config: SuperweightsConfig) -> dict[str, Any]:
 def _run(config: SuperweightsConfig, world: World) -> dict[str, Any]:
     if config.output.is_dir():
         raise UserError(f"cannot write {config.output}: it is a folder", "name a file")
-    path = _prompts_path(config)
+    path = prompt_set_path(config.prompts, config.model)
     prompts = load_prompt_set(path)
     search = _prepare(
         config, [p.text for p in prompts if p.split == "gradient"], [p.text for p in prompts if p.split == "heldout"]
@@ -98,14 +97,6 @@ def _search_and_write(search: SuperweightSearch, path: Path, spread: Spread[Job,
 
 # --------------------------------------------------------------------------------------------------
 # before anything is computed
-
-
-def _prompts_path(config: SuperweightsConfig) -> Path:
-    if config.prompts != "auto":
-        return profile_path("prompts", config.prompts, ".jsonl")
-    name = TINY if config.model == TINY else "general"
-    note(f"prompts: {name} (give --prompts for your own)")
-    return profile_path("prompts", name, ".jsonl")
 
 
 def _prepare(config: SuperweightsConfig, gradient: Sequence[str], heldout: Sequence[str]) -> SuperweightSearch:

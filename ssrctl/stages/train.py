@@ -342,8 +342,9 @@ def _prepared(config: TrainConfig, loaded: LoadedModel) -> LoadedModel:
 
 
 def _update_bytes(config: TrainConfig, itemsize: int) -> float:
-    """Return the bytes per weight of the update's gradient and state, and of the start weights that ``--beta`` keeps."""
-    return updater_kind(config).bytes_per_parameter(config, itemsize) + (itemsize if config.beta else 0)
+    """Return the bytes per weight of the update's gradient and state, and of the start weights, if they are kept."""
+    own = updater_kind(config).bytes_per_parameter(config, itemsize)
+    return own + (itemsize if config.keeps_start_weights else 0)
 
 
 def _budget_curve(config: TrainConfig, model: ModelIdentity) -> tuple[Sequence[float], str]:

@@ -135,7 +135,7 @@ class MemoryPlanner:
         sampled = -(-sampled // self.shards)
         held_while_sampling = sampled * (tokens * cache.token + cache.state)
         held = updater_kind(config).held_bytes(config, dtype.itemsize, self.trained_frac)
-        held += dtype.itemsize if config.beta else 0  # the start weights
+        held += dtype.itemsize if config.keeps_start_weights else 0
         return Breakdown(
             weights=complete,
             state=int(self.num_parameters * held) // self.shards,

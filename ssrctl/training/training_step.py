@@ -224,7 +224,8 @@ class TrainingStep:
         self.observer, self.pushes = observer, pushes
         self.engine: Engine = TransformersEngine(loaded, config) if pushes is None else pushes.engine
         named = dict(loaded.model.named_parameters() if sharded is None else sharded.local_parameters())
-        self.start_weights = StartWeights(named, copies=sharded is not None) if config.beta else None
+        self.start_weights = StartWeights(named, copies=sharded is not None) if config.keeps_start_weights else None
+        self.with_reference = config.beta > 0
         self.exchanges = world.size > 1 and sharded is None
         self.num_coordinates = loaded.num_parameters
         self.num_unprotected = self.num_coordinates - updater.num_protected
@@ -236,6 +237,7 @@ class TrainingStep:
         seed: int,
         log_masks: bool,
         log_gradient: bool = False,
+        log_base_kl: bool = False,
         log_signs: bool = False,
     ) -> StepResult:
         """Sample, score and learn from one batch of questions.
@@ -245,12 +247,14 @@ class TrainingStep:
             seed: of the sampling.
             log_masks: return the selections, and gradient cosines if the config asks for them.
             log_gradient: return the sketch of the batch's gradient.
+            log_base_kl: measure the KL divergence from the start model also without ``--beta``.
             log_signs: measure the shares of positive and negative advantages in the update.
 
         Raises:
             NonFiniteBatch: every question of the batch gave a NaN or infinite loss or gradient in a pass over it.
             Stopped: the engine that samples is gone, or has other weights than these; none has changed since the step before.
         """
+        self.with_reference = self.config.beta > 0 or log_base_kl
         with noticing_lost_processes(self.world):
             return self._run(prompts, seed, log_masks, log_gradient, log_signs)
 
@@ -461,7 +465,7 @@ class TrainingStep:
                 cap=config.engine_correction_cap,
             )
             batch = dataclasses.replace(batch, correction=correction)
-        if self.start_weights is not None:
+        if self.start_weights is not None and self.with_reference:
             with totals.timed("reference"), self.start_weights.in_place():
                 batch = dataclasses.replace(batch, reference=self._logprobs(batch))
         return batch
@@ -639,8 +643,8 @@ class TrainingStep:
         lengths = [len(sample.response_ids) for sample in samples]
         num_tokens = sum(lengths)
         kl = {}
-        if self.config.beta:
-            kl["kl_to_start"] = totals.kl_sum / totals.tokens if totals.tokens else None
+        if self.start_weights is not None:
+            kl["kl_to_start"] = totals.kl_sum / totals.tokens if totals.tokens and self.with_reference else None
             kl["reference_seconds"] = seconds["reference"]
         return {
             "reward": statistics.fmean(known) if known else None,

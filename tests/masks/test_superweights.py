@@ -15,8 +15,8 @@ from ssrctl.masks.superweights import (
     largest_weights,
     prompt_gradient,
     split_subsets,
-    tokenise_prompts,
 )
+from ssrctl.text.prompt_tokens import tokenise_prompts
 
 
 @pytest.fixture

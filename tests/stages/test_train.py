@@ -290,6 +290,19 @@ def test_kl_is_measured_to_the_start_model_also_after_a_resume(tmp_path: Path) -
     assert all(torch.equal(tensor, weights[name]) for name, tensor in final_weights(run).items())
 
 
+def test_kl_to_the_start_model_is_logged_every_so_often_and_changes_nothing(tmp_path: Path) -> None:
+    run, plain = tmp_path / "run", tmp_path / "plain"
+    train.run(config(run, max_steps=2, log_base_kl_every=2))
+    train.run(config(plain, max_steps=2))
+    first, second = metrics(run)
+    assert first["kl_to_start"] is None and second["kl_to_start"] > 1e-6
+    assert all("kl_to_start" not in row for row in metrics(plain))
+    weights = final_weights(plain)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in final_weights(run).items())
+    with pytest.raises(UserError, match="no effect with --beta"):
+        config(run, beta=0.1, log_base_kl_every=2)
+
+
 def test_an_outage_of_the_critic_stops_the_run_with_what_was_learned_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
