@@ -211,7 +211,7 @@ def _row(
     edge = " (edge)" if len(rates) > 1 and rate in (min(rates), max(rates)) else ""
     compared = [""] * 4
     apart, of_problems = (difference(done, reference, over) for over in ("seeds", "problems"))
-    if apart is not None and of_problems is not None and done != reference:
+    if apart is not None and of_problems is not None and apart.high - apart.low > 1e-6:  # not the same runs
         compared = [f"{100 * apart.value:+.1f} ({100 * apart.low:+.1f} to {100 * apart.high:+.1f})"]
         compared += [f"{apart.p_value:.2g}", f"{100 * apart.detectable:.1f}"]
         compared += [f"{100 * of_problems.low:+.1f} to {100 * of_problems.high:+.1f}"]
