@@ -282,7 +282,7 @@ def _draw(config: EvalConfig, loaded: LoadedModel, prompts: Sequence[Prompted], 
     from ssrctl.distributed.dividing import Spread, divide
     from ssrctl.sampling.engines.vllm_engine import connected_engine
 
-    engine = connected_engine(config, loaded)
+    engine = connected_engine(config, loaded, world)
     per_run = config.num_samples
     jobs = [(p, run * per_run + number) for run in range(config.runs) for p in prompts for number in range(per_run)]
     size = config.sampling_batch_size

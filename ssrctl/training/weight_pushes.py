@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from ssrctl.core.bits import bit_patterns
+from ssrctl.distributed.sharding import ShardedModel
+from ssrctl.distributed.world import ALONE, World
 from ssrctl.errors import Stopped
 from ssrctl.io import console
 from ssrctl.sampling.engines.base import ServedEngine
@@ -18,17 +20,29 @@ from ssrctl.training.updaters.base import Updater, values_at
 class WeightPushes:
     """Collects the coordinates whose stored bits the optimizer's steps change, and pushes them before the next sampling.
 
+    Of several processes the main one pushes; where each has a shard of the model, each collects in its own rows.
+
     Args:
         engine: that samples; it has the weights in force.
         updater: that writes them.
-        named: the parameters by name.
+        named: the parameters by name, of a sharded model this process's rows.
         verify_every: number of steps after which the engine is compared with itself after a push of all weights; 0 never.
+        world: the processes; all call the methods.
+        sharded: the model, where each of them has a shard of it.
     """
 
     def __init__(
-        self, engine: ServedEngine, updater: Updater, named: Mapping[str, Tensor], *, verify_every: int = 0
+        self,
+        engine: ServedEngine,
+        updater: Updater,
+        named: Mapping[str, Tensor],
+        *,
+        verify_every: int = 0,
+        world: World = ALONE,
+        sharded: ShardedModel | None = None,
     ) -> None:
         self.engine, self.updater, self.named, self.verify_every = engine, updater, named, verify_every
+        self.sharded, self._collects = sharded, world.is_main or sharded is not None
         self._written: dict[str, list[Tensor]] = {}
         self._all = False  # any coordinate may have changed
         self._steps = 0
@@ -36,6 +50,8 @@ class WeightPushes:
     @torch.no_grad()
     def step(self) -> dict[str, float | None]:
         """Let the updater step; note what it changes."""
+        if not self._collects:
+            return self.updater.step()
         places = self.updater.pending()
         if places is None:
             self._all = True
@@ -58,6 +74,8 @@ class WeightPushes:
         if not self._all:
             union = {name: torch.cat(parts).unique() for name, parts in self._written.items()}
             changes = values_at(self.named, union)
+            if self.sharded is not None:
+                changes = self.sharded.whole_changes(changes)
         done = self.engine.push(changes)
         self._written, self._all = {}, False
         if done.kind != "none":

@@ -44,7 +44,7 @@ def url(fake: FakeVllm) -> Iterator[str]:
 
 
 def engine_of(loaded: LoadedModel, url: str, sampling: SamplingConfig | None = None, **options: Any) -> Any:
-    """Connect to a server with a copy of the model, whose weights a test may change."""
+    """Return the engine of a server with a copy of the model, whose weights a test may change."""
     import copy
 
     mine = dataclasses.replace(loaded, model=copy.deepcopy(loaded.model))
@@ -163,7 +163,7 @@ def test_samples_of_other_weights_are_drawn_again(
     engine.connect()
     fake.restart()
     samples = sample_all(engine, requests_of(loaded))
-    assert {sample.version for sample in samples} == {2}
+    assert {sample.version for sample in samples} == {1}
     assert "sampled with version default of the weights" in " ".join(capfd.readouterr().err.split())
 
 
@@ -203,7 +203,28 @@ def test_a_server_that_comes_back_gets_all_weights(loaded: LoadedModel, fake: Fa
 
     fake.reply = back  # type: ignore[method-assign]
     samples = sample_all(engine, requests_of(loaded))
-    assert len(samples) == 2 and engine.version == 2 and engine.check().gap_max < 1e-4
+    assert len(samples) == 2 and engine.version == 1 and engine.check().gap_max < 1e-4
+
+
+def test_several_servers_share_the_requests_and_only_the_one_that_was_gone_is_healed(
+    loaded: LoadedModel, fake: FakeVllm, url: str
+) -> None:
+    other = FakeVllm(loaded)
+    with other.listening() as second:
+        engine = engine_of(loaded, url, rollout_server_url=[url, second])
+        engine.connect()
+        done = engine.push(changed(engine))
+        assert done.kind == "changes" and engine.check().gap_max < 1e-4
+        other.restart()
+        asked = len(fake.requests)
+        requests = [Request(one.ids, one.limit, seed) for seed in range(6) for one in requests_of(loaded)]
+        samples = sample_all(engine, requests)
+        here = sample_all(TransformersEngine(engine.loaded, SamplingConfig()), requests)
+        assert [s.response_ids for s in samples] == [s.response_ids for s in here]
+        drawn = [path for path, _ in fake.requests[asked:]]
+        assert set(drawn) == {"/inference/v1/generate"} and 3 <= len(drawn) < 12 + 6
+        updates = [body["update_info"]["base"] for path, body in other.requests if path == "/update_weights"]
+        assert len(updates) == 3 and updates[1] is not None and updates[2] is None
 
 
 def test_an_evaluation_continues_after_its_server_died(tmp_path: Path, fake: FakeVllm, url: str) -> None:
@@ -274,5 +295,5 @@ def test_addresses_and_settings_that_cannot_be_meant(loaded: LoadedModel, tmp_pa
         settings(tmp_path, rollout_server_url=["http://127.0.0.1:8000"])
     with pytest.raises(UserError, match="--verify-engine-every is for"):
         settings(tmp_path, verify_engine_every=2)
-    with pytest.raises(UserError, match="one process, without --find-lr"):
+    with pytest.raises(UserError, match="--find-lr samples in this process"):
         train.run(settings(tmp_path, rollout_engine="vllm-server", find_lr=True))

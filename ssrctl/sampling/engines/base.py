@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from ssrctl.errors import UserError
+from ssrctl.errors import Stopped, UserError
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,12 @@ class Probe:
         )
 
 
+class StaleSamples(Stopped):
+    """Responses that were sampled from other weights than those in force."""
+
+
 class ServedEngine(Engine, Protocol):
-    """An engine with weights of its own, which follow the trainer's by pushes.
+    """An engine with weights of its own, which follow the trainer's by pushes; all processes call its methods but ``sample``.
 
     Attributes:
         full_bytes: of all weights.
@@ -132,6 +136,13 @@ class ServedEngine(Engine, Protocol):
 
         Args:
             changes: the coordinates that differ from the push before, with their values; None for all weights.
+
+        Raises:
+            Stopped: the engine is gone, or does not take the weights.
+        """
+
+    def heal(self, reason: str) -> None:
+        """Bring the engine to the trainer's weights after ``StaleSamples`` in a process; ``reason`` is its message.
 
         Raises:
             Stopped: the engine is gone, or does not take the weights.
