@@ -37,8 +37,8 @@ def timed(call: Callable[[], Any]) -> tuple[float, float, Any]:
     return time.perf_counter() - wall, time.process_time() - cpu, result
 
 
-def stepped(model: torch.nn.Module, share: float, lr: float, seed: int) -> Changes:
-    """Take one step of KronosOpt on random gradients; return the coordinates whose stored bits changed."""
+def stepped(model: torch.nn.Module, share: float, lr: float, seed: int) -> tuple[Changes, dict[str, torch.Tensor]]:
+    """Take one step of KronosOpt on random gradients; return the coordinates whose bits changed, and the values before."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = KronosOpt(model.named_parameters(), lr=lr, budget=share, max_step_budget=share)
     optimizer.begin_question(1)
@@ -53,7 +53,11 @@ def stepped(model: torch.nn.Module, share: float, lr: float, seed: int) -> Chang
     optimizer.step()
     after = values_at(named, places)
     changed = {name: changed_indices(before[name][1], after[name][1]) for name in before}
-    return {name: (after[name][0][kept], after[name][1][kept]) for name, kept in changed.items() if kept.numel()}
+    changed = {name: kept for name, kept in changed.items() if kept.numel()}
+    return (
+        {name: (after[name][0][kept], after[name][1][kept]) for name, kept in changed.items()},
+        {name: before[name][1][kept] for name, kept in changed.items()},
+    )
 
 
 def main() -> None:
@@ -87,8 +91,8 @@ def main() -> None:
     for share in args.shares:
         rows = []
         for seed in range(args.repeats):
-            changes = stepped(loaded.model, share, args.lr, seed)
-            wall, cpu, done = timed(lambda changes=changes: engine.push(changes))  # type: ignore[misc]
+            changes, before = stepped(loaded.model, share, args.lr, seed)
+            wall, cpu, done = timed(lambda new=changes, old=before: engine.push(new, old))  # type: ignore[misc]
             assert done.kind == "changes", done
             named = dict(loaded.model.named_parameters())
             _, diff, found = timed(lambda named=named: {n: changed_indices(snapshot[n], p) for n, p in named.items()})  # type: ignore[misc]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,7 +43,7 @@ class WeightPushes:
     ) -> None:
         self.engine, self.updater, self.named, self.verify_every = engine, updater, named, verify_every
         self.sharded, self._collects = sharded, world.is_main or sharded is not None
-        self._written: dict[str, list[Tensor]] = {}
+        self._written: dict[str, list[tuple[Tensor, Tensor]]] = {}  # indices, and the values there before
         self._all = False  # any coordinate may have changed
         self._steps = 0
 
@@ -61,7 +61,7 @@ class WeightPushes:
         for name, old in before.items():
             where = places[name]
             changed = bit_patterns(self.named[name].view(-1)[where]) != bit_patterns(old)
-            self._written.setdefault(name, []).append(where[changed])
+            self._written.setdefault(name, []).append((where[changed], old[changed]))
         return metrics
 
     def push(self) -> dict[str, Any]:
@@ -70,13 +70,14 @@ class WeightPushes:
         Raises:
             Stopped: the engine is gone, or does not compute with the trainer's weights.
         """
-        changes = None
+        changes = before = None
         if not self._all:
-            union = {name: torch.cat(parts).unique() for name, parts in self._written.items()}
-            changes = values_at(self.named, union)
+            written = {name: _joined(parts) for name, parts in self._written.items()}
+            changes = values_at(self.named, {name: where for name, (where, _) in written.items()})
             if self.sharded is not None:
-                changes = self.sharded.whole_changes(changes)
-        done = self.engine.push(changes)
+                changes, written = self.sharded.whole_changes(changes), self.sharded.whole_changes(written)
+            before = {name: written[name][1].cpu() for name in changes}
+        done = self.engine.push(changes, before)
         self._written, self._all = {}, False
         if done.kind != "none":
             self.engine.check()
@@ -108,3 +109,13 @@ class WeightPushes:
                 "of changes before it, which was not applied as it was sent"
             )
         console.note(f"the engine computes the same after a push of all {full.num_bytes} bytes")
+
+
+def _joined(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Join (flat indices, values before) of several steps: ascending indices, each with its earliest value."""
+    where, old = parts[0]
+    for later, values in parts[1:]:
+        fresh = ~torch.isin(later, where)
+        where, old = torch.cat([where, later[fresh]]), torch.cat([old, values[fresh]])
+    order = where.argsort()
+    return where[order], old[order]

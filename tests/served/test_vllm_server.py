@@ -58,16 +58,17 @@ def engine_of(url: str, **options: Any) -> VllmServerEngine:
     return VllmServerEngine(loaded, "tiny-reasoner", SamplingConfig(max_new_tokens=32), made, names)
 
 
-def changed(engine: VllmServerEngine, seed: int) -> Changes:
-    """Change 1% of every tensor of the trainer."""
-    generator, changes = torch.Generator().manual_seed(seed), {}
+def changed(engine: VllmServerEngine, seed: int) -> tuple[Changes, dict[str, torch.Tensor]]:
+    """Change 1% of every tensor of the trainer; return the changes and the values before."""
+    generator, changes, before = torch.Generator().manual_seed(seed), {}, {}
     for name, parameter in engine.loaded.model.named_parameters():
         count = max(1, parameter.numel() // 100)
         places = torch.randperm(parameter.numel(), generator=generator)[:count].sort().values
         flat = parameter.data.view(-1)
+        before[name] = flat[places].clone()
         flat[places] += 0.05 * torch.randn(count, generator=generator)
         changes[name] = places, flat[places].clone()
-    return changes
+    return changes, before
 
 
 REQUESTS = [Request([1, 5, 6, 7, 9], 32, seed) for seed in range(8)]
@@ -78,7 +79,8 @@ def test_changes_equal_a_push_of_all_weights(url: str, carrier: str) -> None:
     engine = engine_of(url, rollout_push=carrier)
     engine.connect()
     for seed in (1, 2):
-        done = engine.push(changed(engine, seed))
+        changes, before = changed(engine, seed)
+        done = engine.push(changes, before if carrier == "file" else None)
         assert done.kind == "changes" and done.num_bytes < engine.full_bytes / 50
         sparse, samples = engine.check(), sample_all(engine, REQUESTS)
         assert sparse.gap_max < 1e-3
@@ -93,7 +95,7 @@ def test_a_push_to_another_base_is_refused_and_healed(url: str) -> None:
     first, second = engine_of(url), engine_of(url)
     first.connect()
     second.connect()  # the server holds this one's weights now
-    assert first.push(changed(first, 3)).kind == "full"
+    assert first.push(*changed(first, 3)).kind == "full"
     assert first.check().gap_max < 1e-3
     second.servers[0].held = second._label
     with pytest.raises(Stopped, match="the probe failed"):
@@ -111,7 +113,7 @@ def test_a_stale_cache_is_noticed(url: str, monkeypatch: pytest.MonkeyPatch) -> 
         "post",
         lambda self, path, *a, **k: plain(self, path.replace("abort", "abort&clear_cache=false"), *a, **k),
     )
-    engine.push(changed(engine, 4))
+    engine.push(*changed(engine, 4))
     with pytest.raises(Stopped, match="does not compute with the trainer's weights"):
         engine.check()
 

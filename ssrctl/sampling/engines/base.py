@@ -131,11 +131,12 @@ class ServedEngine(Engine, Protocol):
     @property
     def full_bytes(self) -> int: ...
 
-    def push(self, changes: Changes | None) -> Push:
+    def push(self, changes: Changes | None, before: Mapping[str, Tensor] | None = None) -> Push:
         """Bring the engine to the trainer's weights.
 
         Args:
             changes: the coordinates that differ from the push before, with their values; None for all weights.
+            before: the values there at the push before, by parameter name, which make a push smaller.
 
         Raises:
             Stopped: the engine is gone, or does not take the weights.

@@ -189,12 +189,13 @@ class VllmServerEngine:
         stale = self.world.gather([place for place, server in enumerate(self.servers) if server.held != self._label])
         self._push_all(sorted({place for places in stale for place in places}))
 
-    def push(self, changes: Changes | None) -> Push:
+    def push(self, changes: Changes | None, before: Mapping[str, Tensor] | None = None) -> Push:
         """Bring every server to the trainer's weights.
 
         Args:
             changes: the coordinates that differ from the push before; None for all weights. Those of the main process
                 count.
+            before: the values there at the push before; None sends whole values.
 
         Raises:
             Stopped: a server is gone, or refuses a push of all weights.
@@ -210,10 +211,10 @@ class VllmServerEngine:
         count, full = self.world.on_main(wanted)
         if not count and not full:
             return Push("none", 0, 0, time.perf_counter() - started)
-        before, self.version = self._label, self.version + 1
+        base, self.version = self._label, self.version + 1
         sent, left = 0, list(range(len(self.servers)))
         if not full:
-            sent, left = self.world.on_main(lambda: self._send_changes(changes or {}, before))
+            sent, left = self.world.on_main(lambda: self._send_changes(changes or {}, before, base))
         if left:
             sent += self._push_all(left)
         self._all_hold()
@@ -276,14 +277,17 @@ class VllmServerEngine:
         for server in self.servers:
             server.held = self._label
 
-    def _send_changes(self, changes: Changes, before: str) -> tuple[int, list[int]]:
-        """Push changes to the weights ``before``; return their bytes, and the servers that did not take them."""
+    def _send_changes(self, changes: Changes, before: Mapping[str, Tensor] | None, base: str) -> tuple[int, list[int]]:
+        """Push changes to the weights ``base``; return their bytes, and the servers that did not take them."""
         names = self.stored_names
-        shapes = {names[name]: shape for name, shape in self.loaded.shapes().items()}
-        tensors, metadata = packed_changes({names[name]: change for name, change in changes.items()}, shapes)
+        tensors, metadata = packed_changes(
+            {names[name]: change for name, change in changes.items()},
+            {names[name]: shape for name, shape in self.loaded.shapes().items()},
+            None if before is None else {names[name]: values for name, values in before.items()},
+        )
         with self._carried(tensors, metadata) as cargo:
-            update = {"base": before, "version": self._label, **cargo}
-            left = [n for n, s in enumerate(self.servers) if s.held != before or not self._took(s, update)]
+            update = {"base": base, "version": self._label, **cargo}
+            left = [n for n, s in enumerate(self.servers) if s.held != base or not self._took(s, update)]
         return num_bytes(tensors) * len(self.servers), left
 
     def _took(self, server: VllmServer, update: dict[str, Any]) -> bool:
