@@ -19,12 +19,13 @@ import torch
 from common import goal, machine
 
 from ssrctl.checkpoints.delta import changed_indices
+from ssrctl.checkpoints.stored_tensors import StoredTensors
 from ssrctl.configs import ModelConfig, SamplingConfig
 from ssrctl.configs.engines import RolloutOptions
 from ssrctl.core.kronos import KronosOpt
 from ssrctl.models.loading import folder_of, load_model
 from ssrctl.sampling.engines.base import Changes
-from ssrctl.sampling.engines.vllm_engine import VllmServerEngine, stored_names
+from ssrctl.sampling.engines.vllm_engine import VllmServerEngine
 from ssrctl.training.updaters.base import values_at
 
 LIMIT = 1 / 20
@@ -73,8 +74,8 @@ def main() -> None:
     config = ModelConfig(model=args.model, dtype=args.dtype)
     loaded = load_model(config)
     options = RolloutOptions(rollout_engine="vllm-server", rollout_server_url=[args.url])
-    names = stored_names(folder_of(config), loaded.shapes())
-    engine = VllmServerEngine(loaded, args.model, SamplingConfig(), options, names)
+    stored = StoredTensors.of(folder_of(config), loaded.shapes())
+    engine = VllmServerEngine(loaded, args.model, SamplingConfig(), options, stored)
     engine.connect()
     full = statistics.median(timed(lambda: engine.push(None))[0] for _ in range(args.repeats))
     reload = statistics.median(

@@ -12,6 +12,7 @@ import pytest
 import torch
 from fake_vllm import FakeVllm
 
+from ssrctl.checkpoints.stored_tensors import StoredTensors
 from ssrctl.configs import CriticConfig, CriticOptions, EvalConfig, ModelConfig, SamplingConfig, TrainConfig
 from ssrctl.configs.engines import RolloutOptions
 from ssrctl.core.bits import bit_patterns
@@ -53,8 +54,9 @@ def engine_of(loaded: LoadedModel, url: str, sampling: SamplingConfig | None = N
     mine = dataclasses.replace(loaded, model=copy.deepcopy(loaded.model))
     options = {"rollout_server_timeout": 0.0, "rollout_server_url": [url], **options}
     made = RolloutOptions(rollout_engine="vllm-server", **options)
-    names = {name: name for name in loaded.shapes()}
-    return VllmServerEngine(mine, "tiny-reasoner", sampling or SamplingConfig(), made, names)
+    return VllmServerEngine(
+        mine, "tiny-reasoner", sampling or SamplingConfig(), made, StoredTensors.same(loaded.shapes())
+    )
 
 
 def changed(engine: VllmServerEngine, name: str = "model.norm.weight") -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -309,6 +311,13 @@ def test_servers_that_cannot_follow_are_refused_with_the_command(
         with pytest.raises(UserError, match=message) as error:
             engine.connect()
     assert f"ssrctl serve-rollouts --model tiny-reasoner --dtype float32 --url {url}" in str(error.value.remedy)
+
+
+def test_experts_on_a_cpu_are_refused(loaded: LoadedModel, url: str) -> None:
+    engine = engine_of(loaded, url)
+    engine.stored = StoredTensors.same(loaded.shapes() | {"model.layers.0.mlp.experts.0.up_proj.weight": (2, 2)})
+    with pytest.raises(UserError, match="runs on a CPU, where vLLM 0.32 multiplies experts by packed copies"):
+        engine.connect()
 
 
 def test_addresses_and_settings_that_cannot_be_meant(loaded: LoadedModel, tmp_path: Path) -> None:

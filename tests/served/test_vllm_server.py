@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+from ssrctl.checkpoints.stored_tensors import StoredTensors
 from ssrctl.configs import ModelConfig, SamplingConfig, ServeRolloutsConfig, TrainConfig
 from ssrctl.configs.engines import RolloutOptions
 from ssrctl.errors import Stopped, UserError
@@ -54,8 +55,9 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def engine_of(url: str, **options: Any) -> VllmServerEngine:
     loaded = load_model(ModelConfig(dtype="float32"))
     made = RolloutOptions(rollout_engine="vllm-server", rollout_server_url=[url], rollout_server_timeout=0, **options)
-    names = {name: name for name in loaded.shapes()}
-    return VllmServerEngine(loaded, "tiny-reasoner", SamplingConfig(max_new_tokens=32), made, names)
+    return VllmServerEngine(
+        loaded, "tiny-reasoner", SamplingConfig(max_new_tokens=32), made, StoredTensors.same(loaded.shapes())
+    )
 
 
 def changed(engine: VllmServerEngine, seed: int) -> tuple[Changes, dict[str, torch.Tensor]]:

@@ -25,7 +25,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from ssrctl.checkpoints.reader import TensorReader
+from ssrctl.checkpoints.stored_tensors import StoredTensors
 from ssrctl.configs import ModelConfig, SamplingConfig
 from ssrctl.configs.engines import DEFAULT_SERVER, RolloutOptions
 from ssrctl.distributed.sharding import ShardedModel
@@ -69,7 +69,7 @@ class VllmServerEngine:
         model: its name or folder, as the user gave it.
         sampling: settings of the sampling.
         options: addresses and waiting times.
-        stored_names: the name in the checkpoint of each parameter.
+        stored: the model's parameters as the tensors of its folder, by whose names vLLM knows them.
         world: the processes that share the servers; all call the methods that connect, push, heal and check.
         sharded: the model, where each process has a shard of it.
 
@@ -86,12 +86,12 @@ class VllmServerEngine:
         model: str,
         sampling: SamplingConfig,
         options: RolloutOptions,
-        stored_names: Mapping[str, str],
+        stored: StoredTensors,
         world: World = ALONE,
         sharded: ShardedModel | None = None,
     ) -> None:
         self.loaded, self.model, self.sampling, self.options = loaded, model, sampling, options
-        self.stored_names, self.world, self.sharded = stored_names, world, sharded
+        self.stored, self.world, self.sharded = stored, world, sharded
         self.servers = [VllmServer(url) for url in options.rollout_server_url or [DEFAULT_SERVER]]
         first = world.rank % len(self.servers)  # the processes prefer different servers
         self._preferred = self.servers[first:] + self.servers[:first]
@@ -270,7 +270,7 @@ class VllmServerEngine:
         else:
             own = self.loaded.model.named_parameters() if self.world.is_main else ()
             named = {name: parameter.detach().cpu().contiguous() for name, parameter in own}
-        return {self.stored_names[name]: tensor for name, tensor in named.items()}
+        return self.stored.tensors(named)
 
     def _all_hold(self) -> None:
         """Note, in every process, that the servers hold the weights in force."""
@@ -279,12 +279,10 @@ class VllmServerEngine:
 
     def _send_changes(self, changes: Changes, before: Mapping[str, Tensor] | None, base: str) -> tuple[int, list[int]]:
         """Push changes to the weights ``base``; return their bytes, and the servers that did not take them."""
-        names = self.stored_names
-        tensors, metadata = packed_changes(
-            {names[name]: change for name, change in changes.items()},
-            {names[name]: shape for name, shape in self.loaded.shapes().items()},
-            None if before is None else {names[name]: values for name, values in before.items()},
-        )
+        if before is not None:
+            old = {name: (indices, before[name]) for name, (indices, _) in changes.items()}
+            before = {name: values for name, (_, values) in self.stored.changes(old).items()}
+        tensors, metadata = packed_changes(self.stored.changes(changes), self.stored.shapes, before)
         with self._carried(tensors, metadata) as cargo:
             update = {"base": base, "version": self._label, **cargo}
             left = [n for n, s in enumerate(self.servers) if s.held != base or not self._took(s, update)]
@@ -375,12 +373,18 @@ class VllmServerEngine:
             model, transfer = info["model_config"], info["weight_transfer_config"] or {}
             block_size = int(info["cache_config"]["block_size"])
             longest, kind, mode = int(model["max_model_len"]), str(model["dtype"]), str(model["logprobs_mode"])
+            on_cpu = info["device_config"]["device_type"] == "cpu"
         except (NoAnswer, Refused) as error:
             raise UserError(f"{server.url} is not a vLLM server in dev mode: {error}", fix) from error
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
                 f"{server.url} describes itself in another way than vLLM {TESTED}: {error!r}", fix
             ) from error
+        if on_cpu and any(".experts." in name for name in self.stored.shapes):
+            raise UserError(
+                f"{server.url} runs on a CPU, where vLLM {TESTED} multiplies experts by packed copies that no push reaches",
+                "use a server on a GPU, or --rollout-engine transformers",
+            )
         ours = str(self.loaded.model.dtype).removeprefix("torch.")
         needed = self.loaded.context_length or longest
         problems = {
@@ -504,13 +508,16 @@ def served_engine(
         sharded: the model, where each of them has a shard of it.
 
     Raises:
-        UserError: a model whose parameters are not the checkpoint's.
+        UserError: a model whose parameters cannot be found in its folder.
     """
     if config.rollout_engine == "transformers":
         return None
     assert isinstance(config, SamplingConfig) and isinstance(config, ModelConfig)
-    names = stored_names(folder_of(config), loaded.shapes())
-    return VllmServerEngine(loaded, config.model, config, config, names, world, sharded)
+    try:
+        stored = StoredTensors.of(folder_of(config), loaded.shapes())
+    except ValueError as error:
+        raise UserError(f"{error}, and a push is by the names there", "use --rollout-engine transformers") from error
+    return VllmServerEngine(loaded, config.model, config, config, stored, world, sharded)
 
 
 def connected_engine(config: RolloutOptions, loaded: LoadedModel, world: World = ALONE) -> VllmServerEngine | None:
@@ -519,20 +526,3 @@ def connected_engine(config: RolloutOptions, loaded: LoadedModel, world: World =
     if engine is not None:
         engine.connect()
     return engine
-
-
-def stored_names(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
-    """Return the name in the checkpoint of each parameter, as vLLM's loaders know it.
-
-    Raises:
-        UserError: a model whose tensors are joined on loading, so that its parameters are not the checkpoint's.
-    """
-    with TensorReader(folder) as reader:
-        reader.align(shapes)
-        if joined := sorted(reader.name_map.joined):
-            raise UserError(
-                f"{reader.label}: {len(joined)} parameters are put together on loading, first {joined[0]}: pushes to a "
-                "server are by the names of the checkpoint",
-                "use --rollout-engine transformers",
-            )
-        return {name: reader.name_map.to_file(name) for name in shapes}
