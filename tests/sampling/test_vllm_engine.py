@@ -316,7 +316,7 @@ def test_servers_that_cannot_follow_are_refused_with_the_command(
 def test_experts_on_a_cpu_are_refused(loaded: LoadedModel, url: str) -> None:
     engine = engine_of(loaded, url)
     engine.stored = StoredTensors.same(loaded.shapes() | {"model.layers.0.mlp.experts.0.up_proj.weight": (2, 2)})
-    with pytest.raises(UserError, match="runs on a CPU, where vLLM 0.32 multiplies experts by packed copies"):
+    with pytest.raises(UserError, match=r"runs on a CPU, where vLLM .* multiplies experts by packed copies"):
         engine.connect()
 
 
