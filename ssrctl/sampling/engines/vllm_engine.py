@@ -373,7 +373,7 @@ class VllmServerEngine:
             model, transfer = info["model_config"], info["weight_transfer_config"] or {}
             block_size = int(info["cache_config"]["block_size"])
             longest, kind, mode = int(model["max_model_len"]), str(model["dtype"]), str(model["logprobs_mode"])
-            on_cpu = info["device_config"]["device_type"] == "cpu"
+            on_cpu = info["device_config"]["device"] == "cpu"
         except (NoAnswer, Refused) as error:
             raise UserError(f"{server.url} is not a vLLM server in dev mode: {error}", fix) from error
         except (KeyError, TypeError, ValueError, AttributeError) as error:
