@@ -327,7 +327,7 @@ def _check_whole_weights(config: TrainConfig, loaded: LoadedModel, world: World)
     )  # the machine's memory is shared
     free = min(world.gather(math.inf if found is None else found / sharing))
     needed = loaded.num_parameters * itemsize_of(config, loaded.model)
-    if config.sampling_weights == "whole" and needed > free:
+    if config.gathers_whole and needed > free:
         raise UserError(
             f"sampling would gather {needed / 2**30:.3g} GiB of weights in each process, {max(free, 0) / 2**30:.3g} GiB are "
             "free",
@@ -504,10 +504,10 @@ def _exchange_of_shards(
     config: TrainConfig, count: int, itemsize: int, processes: int
 ) -> tuple[float, float, dict[str, Any]]:
     """Return the bytes that a process sends per step, those that it holds, and further facts, with ``--sharding``."""
-    whole = config.sampling_weights == "whole"
+    whole = config.gathers_whole
     passes = 1 if whole else math.ceil(config.questions_per_step / processes) * config.max_new_tokens
     if config.rollout_engine != "transformers":
-        whole, passes = False, 0
+        passes = 0
     sent = sharded_bytes_sent(
         count,
         itemsize=itemsize,

@@ -480,7 +480,7 @@ class TrainingStep:
         """Let each process run the model as often as it needs to sample."""
         if self.sharded is None or self.pushes is not None:
             return contextlib.nullcontext()
-        return self.sharded.each_as_often(whole=self.config.sampling_weights == "whole")
+        return self.sharded.each_as_often(whole=self.config.gathers_whole)
 
     def _wanted(self, log_masks: bool, log_gradient: bool) -> Wanted:
         sets = log_masks and self.config.optimizer == "kronos"

@@ -334,5 +334,7 @@ def test_addresses_and_settings_that_cannot_be_meant(loaded: LoadedModel, tmp_pa
         settings(tmp_path, rollout_server_url=["http://127.0.0.1:8000"])
     with pytest.raises(UserError, match="--verify-engine-every is for"):
         settings(tmp_path, verify_engine_every=2)
+    with pytest.raises(UserError, match="--sampling-weights shards is for --rollout-engine transformers"):
+        settings(tmp_path, rollout_engine="vllm-server", num_processes=2, sharding="fsdp2", sampling_weights="shards")
     with pytest.raises(UserError, match="--find-lr samples in this process"):
         train.run(settings(tmp_path, rollout_engine="vllm-server", find_lr=True))
