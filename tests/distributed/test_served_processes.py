@@ -18,6 +18,7 @@ from ssrctl.cli import main
 from ssrctl.configs import ModelConfig
 from ssrctl.io.jsonl import read_jsonl
 from ssrctl.models.loading import load_model
+from ssrctl.sampling.engines.vllm_http import VllmServer
 
 SMALL = [
     "train", "--questions-per-step", "2", "--num-generations", "2", "--max-new-tokens", "16", "--save-steps", "1",
@@ -36,16 +37,20 @@ class Restarting(FakeVllm):
         return super().reply(target, body)
 
 
-def trained(fakes: list[FakeVllm], run: Path, size: int, words: list[str]) -> list[Ended]:
-    """Train with these servers; of one process check the exit code."""
+def on_servers(fakes: list[FakeVllm], run: Path, size: int, words: list[str], before: Any = None) -> list[Ended]:
+    """Run a command with these servers; of one process check the exit code."""
     with contextlib.ExitStack() as stack:
         urls = [stack.enter_context(fake.listening()) for fake in fakes]
         served = [word for url in urls for word in ("--rollout-server-url", url)]
-        words = [*SMALL, *words, "--rollout-engine", "vllm-server", *served, "-o", str(run)]
+        words = [*words, "--rollout-engine", "vllm-server", *served, "-o", str(run)]
         if size > 1:
-            return run_processes(words, size, run.parent / "logs")
-        assert main([*words, "--sample-together", "question"]) == 0
+            return run_processes(words, size, run.parent / "logs", before)
+        assert main(words) == 0
         return []
+
+
+def trained(fakes: list[FakeVllm], run: Path, size: int, words: list[str], before: Any = None) -> list[Ended]:
+    return on_servers(fakes, run, size, [*SMALL, "--sample-together", "question", *words], before)
 
 
 def fakes_of(*kinds: type[FakeVllm]) -> list[FakeVllm]:
@@ -99,3 +104,34 @@ def test_shards_are_pushed_whole(tmp_path: Path) -> None:
     assert [row["push_kind"] for row in ours] == ["none", "changes"]
     assert ours[1]["push_coordinates"] == pytest.approx(theirs[1]["push_coordinates"], rel=0.01)
     assert all(row["probe_gap_max"] < 1e-4 for row in ours)
+
+
+@pytest.mark.slow
+def test_an_address_that_is_another_server_elsewhere_is_named(tmp_path: Path) -> None:
+    def before(rank: int) -> None:
+        plain = VllmServer.get
+
+        def get(self: VllmServer, path: str, **more: Any) -> Any:
+            return {"weight_version": "default"} if rank and path == "/weight_info" else plain(self, path, **more)
+
+        VllmServer.get = get  # type: ignore[method-assign]
+
+    ended = trained(fakes_of(FakeVllm), tmp_path / "run", 2, ["--max-steps", "2"], before)
+    assert [process.code for process in ended] == [2, 2], ended
+    said = [line for process in ended for line in process.err.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1 and "process 1 finds default at http://127.0.0.1" in said[0]
+
+
+@pytest.mark.slow
+def test_an_evaluation_shares_the_servers_too(tmp_path: Path) -> None:
+    words = ["eval", "--limit", "6", "--num-samples", "2", "--max-new-tokens", "8", "--sampling-batch-size", "2"]
+    for size in (1, 2):
+        fakes = fakes_of(FakeVllm, FakeVllm)
+        ended = on_servers(fakes, tmp_path / str(size) / "eval", size, words)
+        assert {process.code for process in ended} <= {0}, ended
+        for fake in fakes:
+            assert sum(path == "/update_weights" for path, _ in fake.requests) == 1
+    one, two = (read_jsonl(tmp_path / size / "eval" / "samples.jsonl") for size in ("1", "2"))
+    assert sorted((row["id"], row["response"]) for _, row in one) == sorted(
+        (row["id"], row["response"]) for _, row in two
+    )
