@@ -43,6 +43,7 @@ from ssrctl.sampling.engines.vllm_plugin import BACKEND
 
 TESTED = "0.32"  # releases of vLLM
 FULL_ABOVE = 1 / 3  # share of the weights above which a push of all of them is cheaper
+TAILS_ABOVE = 0.01  # share above which values come without their top byte, which takes the server a second pass
 _MISSING = -9999.0  # vLLM's reply in place of a log-probability that is NaN or infinite
 _SHARED_MEMORY = Path("/dev/shm")
 _POLL_SECONDS = 0.5
@@ -279,6 +280,9 @@ class VllmServerEngine:
 
     def _send_changes(self, changes: Changes, before: Mapping[str, Tensor] | None, base: str) -> tuple[int, list[int]]:
         """Push changes to the weights ``base``; return their bytes, and the servers that did not take them."""
+        count = sum(indices.numel() for indices, _ in changes.values())
+        if before is not None and count <= TAILS_ABOVE * self.loaded.num_parameters:
+            before = None
         if before is not None:
             old = {name: (indices, before[name]) for name, (indices, _) in changes.items()}
             before = {name: values for name, (_, values) in self.stored.changes(old).items()}
