@@ -92,9 +92,9 @@ def unpacked_changes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
 
 def _packed(indices: Tensor) -> tuple[Tensor, Tensor]:
     """Return ascending indices as the bits of their high parts and their low bytes or half bytes, whichever is less."""
-    high, low = pack_indices(indices)
-    if len(indices) == 1 or len(high) + len(low) <= (len(indices) + (int(indices[-1]) >> 4)) // 8 + len(indices) // 2:
-        return high, low
+    count, last = len(indices), int(indices[-1])
+    if count == 1 or (last >> 4) - (last >> 8) >= 4 * count:  # bits of the high parts against those of the low ones
+        return pack_indices(indices)
     high, low = pack_indices(indices, low_bits=4)
     low = torch.nn.functional.pad(low, (0, len(low) % 2)).view(-1, 2)
     return high, low[:, 0] | low[:, 1] << 4
