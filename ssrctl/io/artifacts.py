@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ssrctl.errors import UserError
 from ssrctl.io.checked import Count, checked
 from ssrctl.io.files import existing_file, whole_file
+from ssrctl.io.hub import artifact_at
 from ssrctl.io.packed_numbers import pack_indices, unpack_indices
 from ssrctl.io.tensor_writing import write_tensors
 from ssrctl.version import __version__
@@ -131,6 +132,7 @@ def identity_field(metadata: Mapping[str, str], key: str, path: str | Path) -> M
 
 
 MASK_KIND = "mask"
+MASK_FILE = "mask.safetensors"  # in a repository on the hub
 _PARTS = ("crow_indices", "col_indices", "tiles")
 _CODING = {"name": "gaps", "version": 1}
 # A tensor with more than this share selected keeps its tiles, which are hardly larger then and several times as fast.
@@ -211,8 +213,13 @@ def mask_from_tensors(
     return BlockMask(loaded)
 
 
+def mask_at(path: str | Path) -> Path:
+    """Return ``path``, or the mask of the repository on the hub that it names, downloaded."""
+    return artifact_at(path, MASK_FILE)
+
+
 def load_mask(path: str | Path) -> tuple[BlockMask, dict[str, str]]:
-    """Read a mask file: (mask, metadata), every tile checked against its shape.
+    """Read a mask file, or that of a repository on the hub: (mask, metadata), every tile checked against its shape.
 
     Raises:
         UserError: truncated or foreign file, or contents that do not describe a mask.
@@ -220,7 +227,7 @@ def load_mask(path: str | Path) -> tuple[BlockMask, dict[str, str]]:
     from ssrctl.core.mask import BlockMask
     from ssrctl.core.tile_bits import TILE
 
-    tensors, metadata = load_tensors(path, MASK_KIND)
+    tensors, metadata = load_tensors(mask_at(path), MASK_KIND)
     shapes = shapes_field(metadata, path)
     if json_field(metadata, "block_size", path) != [TILE, TILE]:
         raise UserError(f"{path}: block size {metadata['block_size']}, this version reads {TILE}x{TILE} only")
