@@ -10,9 +10,9 @@ import collections
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -48,12 +48,14 @@ class Checkpoint:
         reader: the open checkpoint.
         is_delta: True = a delta on top of the base.
         step: the training step that made it; None when it does not say.
+        own_base: the weights that it is compared with, where they are not those of the comparison's ``base``.
     """
 
     label: str
     reader: TensorReader | DeltaReader
     is_delta: bool
     step: int | None = None
+    own_base: TensorReader | None = None
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Comparison:
     """A base and its checkpoints, open.
 
     Attributes:
-        base: the weights that training began from.
+        base: the weights that training began from; of several pairs those of the first, whose shapes the others have.
         tuned: the checkpoints, in the order given.
         names: the tensors that all of them have and that are measured, sorted.
         notes: sentences that a reader needs so as not to be misled.
@@ -75,6 +77,15 @@ class Comparison:
     def numel(self, name: str) -> int:
         """Return the number of elements of a tensor."""
         return math.prod(self.base.shapes[name])
+
+    def base_of(self, checkpoint: Checkpoint) -> TensorReader:
+        """Return the weights that a checkpoint is compared with."""
+        return checkpoint.own_base or self.base
+
+    @property
+    def one_base(self) -> bool:
+        """True if all checkpoints are compared with the same weights."""
+        return all(one.own_base is None for one in self.tuned)
 
 
 class TensorPair:
@@ -104,7 +115,7 @@ class TensorPair:
         from ssrctl.checkpoints.reader import DeltaReader
 
         if self._base is None:
-            reader, base = self.checkpoint.reader, self._comparison.base
+            reader, base = self.checkpoint.reader, self._comparison.base_of(self.checkpoint)
             self._base = reader.base_tensor(self.name) if isinstance(reader, DeltaReader) else base.tensor(self.name)
         return self._base
 
@@ -132,7 +143,7 @@ class TensorPair:
         if isinstance(reader, DeltaReader):
             both = zip(reader.base_pieces(self.name, first, last), reader.pieces(self.name, first, last), strict=True)
         else:
-            ours = self._comparison.base.pieces(self.name, first, last, reuse=True)
+            ours = self._comparison.base_of(self.checkpoint).pieces(self.name, first, last, reuse=True)
             both = zip(ours, reader.pieces(self.name, first, last, reuse=True), strict=True)
         for before, after in both:
             yield first, before, after
@@ -140,7 +151,9 @@ class TensorPair:
 
     def share_base(self, other: TensorPair) -> None:
         """Take over the base tensor that ``other`` has read, where both began from the same values."""
-        if self._base is None and not self.checkpoint.is_delta and not other.checkpoint.is_delta:
+        mine, theirs = self.checkpoint, other.checkpoint
+        same = mine.own_base is theirs.own_base and not mine.is_delta and not theirs.is_delta
+        if self._base is None and same:
             self._base = other._base
 
     def release(self) -> None:
@@ -227,48 +240,116 @@ def open_comparison(
     layers: str | None = None,
     options: PairOptions | None = None,
 ) -> Comparison:
-    """Open the base and every checkpoint, and find the tensors to compare.
+    """Open one base and every checkpoint; see ``open_pairs``."""
+    return open_pairs(stack, [(base_path, path) for path in paths], layers, options)
+
+
+def open_pairs(
+    stack: contextlib.ExitStack,
+    pairs: Sequence[tuple[Path, Path]],
+    layers: str | None = None,
+    options: PairOptions | None = None,
+) -> Comparison:
+    """Open checkpoints and the base of each, and find the tensors to compare.
 
     Args:
         stack: closes the files.
-        base_path: a folder, a safetensors file, or a name on the hub.
-        paths: the same, or a delta, or a run.
+        pairs: (base, checkpoint), at least one. A base is a folder, a safetensors file, or a name on the hub; a
+            checkpoint also a delta, or a run. A base of several pairs is opened once.
         layers: compare these only, as ``layer_ranges`` reads them; None is all.
         options: patterns of names, and whether every difference is refused; by default neither.
 
     Raises:
-        UserError: something that cannot be opened, or that was not made from the base.
+        UserError: a path that cannot be opened, a checkpoint that was not made from its base, or bases of different
+            architectures.
     """
-    from ssrctl.checkpoints.parameter_names import matching_names
+    options = options or PairOptions()
+    bases: dict[Path, TensorReader] = {}
+    tuned: list[Checkpoint] = []
+    found: list[set[str]] = []
+    notes: list[str] = []
+    for base_path, path in pairs:
+        if base_path not in bases:
+            bases[base_path] = _open_base(stack, base_path)
+            if len(bases) > 1:
+                first = next(iter(bases.values()))
+                names, said = _matching(first, bases[base_path], options)
+                found.append(set(names))
+                notes += [f"{first.label} and {bases[base_path].label}, the bases of pairs: {note}" for note in said]
+        base = bases[base_path]
+        one, names, said = _open_tuned(stack, base, path, options, several=len(pairs) > 1)
+        found.append(set(names))
+        label = _unused(text_safe(one.reader.label), {other.label for other in tuned})
+        own = None if base is next(iter(bases.values())) else base
+        tuned.append(replace(one, label=label, own_base=own))
+        notes += said + _dtype_notes(base, one.reader, names)
+    first, shared = next(iter(bases.values())), set.intersection(*found)
+    if len(bases) > 1:
+        notes.append(
+            "Each checkpoint is compared with its own base. Overlaps are of weights at the same places; what chance gives "
+            "among weights of equal magnitude is not defined for several bases."
+        )
+    notes = list(dict.fromkeys(notes + _other_base_notes(first, tuned)))
+    _crop_to_common_rows(list(bases.values()), tuned, shared, notes)
+    names, said = chosen_names(sorted(shared), options, first.label)
+    return Comparison(first, tuned, _in_layers(names, layers), notes + said)
+
+
+def _open_base(stack: contextlib.ExitStack, path: Path) -> TensorReader:
+    from ssrctl.checkpoints.reader import TensorReader, delta_meant_by
+
+    place = local_copy(path)
+    if delta_meant_by(place) is not None:
+        raise UserError(f"BASE {path} is a delta, not whole weights", "give the model that the run started from")
+    return stack.enter_context(TensorReader(place))
+
+
+def _open_tuned(
+    stack: contextlib.ExitStack, base: TensorReader, path: Path, options: PairOptions, *, several: bool
+) -> tuple[Checkpoint, list[str], list[str]]:
+    """Return (the checkpoint without a label, the names that it has in common with the base, notes)."""
     from ssrctl.checkpoints.reader import TensorReader, delta_meant_by, open_delta
 
-    options = options or PairOptions()
-    place = local_copy(base_path)
-    if delta_meant_by(place) is not None:
-        raise UserError(f"BASE {base_path} is a delta, not whole weights", "give the model that the run started from")
-    base = stack.enter_context(TensorReader(place))
-    tuned: list[Checkpoint] = []
-    shared: set[str] | None = None
-    notes: list[str] = []
-    for path in paths:
-        place = local_copy(path)
-        delta = delta_meant_by(place)
-        if delta is not None:
-            step = int(delta.parent.name) if delta.parent.name.isdecimal() else None
-            one = Checkpoint("", open_delta(delta, base), True, step)
-            names, said = _delta_names(base, one.reader)
-        else:
-            reader = stack.enter_context(TensorReader(place))
-            names, said = matching_names(base, reader, strict=options.strict)
-            one = Checkpoint("", reader, False)
-        label = _unused(text_safe(one.reader.label), {other.label for other in tuned})
-        tuned.append(Checkpoint(label, one.reader, one.is_delta, one.step))
-        shared = set(names) if shared is None else shared & set(names)
-        notes += [note for note in said + _dtype_notes(base, one.reader, names) if note not in notes]
-    assert shared is not None
-    _crop_to_common_rows(base, tuned, shared, notes)
-    names, said = chosen_names(sorted(shared), options, base.label)
-    return Comparison(base, tuned, _in_layers(names, layers), notes + said)
+    place = local_copy(path)
+    delta = delta_meant_by(place)
+    if delta is not None:
+        step = int(delta.parent.name) if delta.parent.name.isdecimal() else None
+        or_else = ", or each checkpoint with its own base: --pairs BASE:TUNED ..." if several else ""
+        one = Checkpoint("", open_delta(delta, base, or_else), True, step)
+        return one, *_delta_names(base, one.reader)
+    reader = stack.enter_context(TensorReader(place))
+    return Checkpoint("", reader, False), *_matching(base, reader, options)
+
+
+def _matching(base: TensorReader, tuned: TensorReader, options: PairOptions) -> tuple[list[str], list[str]]:
+    from ssrctl.checkpoints.parameter_names import matching_names
+
+    return matching_names(base, tuned, strict=options.strict)
+
+
+def _other_base_notes(base: TensorReader, tuned: Sequence[Checkpoint]) -> list[str]:
+    """Return sentences on checkpoints whose folder says that they were trained from other weights than their base.
+
+    A folder that `delta apply` makes has the intervention.json of the model that the run started from.
+    """
+    from ssrctl.checkpoints.reader import TensorReader
+
+    def intervention(reader: TensorReader) -> bytes | None:
+        path = reader.folder / "intervention.json"
+        return path.read_bytes() if path.is_file() else None
+
+    notes = []
+    for one in tuned:
+        ours = one.own_base or base
+        if isinstance(one.reader, TensorReader) and one.reader.folder != ours.folder:
+            made = intervention(one.reader)
+            if made is not None and made != intervention(ours):
+                notes.append(
+                    f"{one.label} comes from a model whose weights were rotated or permuted (its intervention.json), "
+                    f"{text_safe(ours.label)} does not: that intervention is counted as update. --pairs BASE:TUNED "
+                    "compares each checkpoint with its own base."
+                )
+    return notes
 
 
 def chosen_names(names: list[str], options: PairOptions, owner: str) -> tuple[list[str], list[str]]:
@@ -288,12 +369,14 @@ def chosen_names(names: list[str], options: PairOptions, owner: str) -> tuple[li
     return [name for name in names if name in taken], notes
 
 
-def _crop_to_common_rows(base: TensorReader, tuned: list[Checkpoint], shared: set[str], notes: list[str]) -> None:
+def _crop_to_common_rows(
+    bases: Sequence[TensorReader], tuned: list[Checkpoint], shared: set[str], notes: list[str]
+) -> None:
     """Let every checkpoint read only the rows that all have; next to a delta, a resized tensor is left out."""
     from ssrctl.checkpoints.reader import TensorReader
 
     readers = [one.reader for one in tuned]
-    resized = sorted(name for name in shared if len({one.shapes[name] for one in (base, *readers)}) > 1)
+    resized = sorted(name for name in shared if len({one.shapes[name] for one in (*bases, *readers)}) > 1)
     if not resized:
         return
     dense = [one for one in readers if isinstance(one, TensorReader)]
@@ -302,8 +385,8 @@ def _crop_to_common_rows(base: TensorReader, tuned: list[Checkpoint], shared: se
         notes.append(f"Next to a delta, tensors with another number of rows were left out: {first_of(resized)}.")
         return
     for name in resized:
-        rows = min(one.shapes[name][0] for one in (base, *dense))
-        for one in (base, *dense):
+        rows = min(one.shapes[name][0] for one in (*bases, *dense))
+        for one in (*bases, *dense):
             one.crop(name, rows)
 
 
