@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -67,12 +68,14 @@ class Comparison:
         tuned: the checkpoints, in the order given.
         names: the tensors that all of them have and that are measured, sorted.
         notes: sentences that a reader needs so as not to be misled.
+        one_sided: names of weights, or of tensors with rows, that one side lacks; none where the settings choose tensors.
     """
 
     base: TensorReader
     tuned: list[Checkpoint]
     names: list[str]
     notes: list[str]
+    one_sided: list[str] = field(default_factory=list)
 
     def numel(self, name: str) -> int:
         """Return the number of elements of a tensor."""
@@ -114,8 +117,30 @@ class TensorPair:
     def tuned(self) -> Tensor:
         """The whole tensor of the checkpoint."""
         if self._tuned is None:
-            self._tuned = self.checkpoint.reader.tensor(self.name)
+            self._tuned = self.base if self.unchanged else self.checkpoint.reader.tensor(self.name)
         return self._tuned
+
+    @functools.cached_property
+    def unchanged(self) -> bool:
+        """True if both sides are known to be equal without reading them.
+
+        They are the same bytes of one file (two revisions in the hub's cache, or hard links, share a shard), or a delta
+        changes nothing of the tensor.
+        """
+        from ssrctl.checkpoints.reader import DeltaReader
+
+        reader = self.checkpoint.reader
+        if isinstance(reader, DeltaReader):
+            return self.name not in reader.delta.changes
+        return self._comparison.base.same_bytes(self.name, reader)
+
+    def _base_pieces(self, first: int, last: int) -> Iterator[Tensor]:
+        from ssrctl.checkpoints.reader import DeltaReader
+
+        reader = self.checkpoint.reader
+        if isinstance(reader, DeltaReader):
+            return reader.base_pieces(self.name, first, last)
+        return self._comparison.base.pieces(self.name, first, last, reuse=True)
 
     def pieces(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield (flat index of the first element, base, tuned) for pieces of at most ``RANGE`` elements, in order.
@@ -128,14 +153,19 @@ class TensorPair:
         if self._base is not None or self._tuned is not None or self._stop is None:
             base, tuned = self.base.flatten(), self.tuned.flatten()
             for start in range(0, base.numel(), RANGE):
-                yield start, base[start : start + RANGE], tuned[start : start + RANGE]
+                before = base[start : start + RANGE]
+                yield start, before, before if self.unchanged else tuned[start : start + RANGE]
             return
         reader, first, last = self.checkpoint.reader, self.start, self._stop
-        if isinstance(reader, DeltaReader):
-            both = zip(reader.base_pieces(self.name, first, last), reader.pieces(self.name, first, last), strict=True)
+        both: Iterable[tuple[Tensor, Tensor]]
+        if self.unchanged:
+            both = ((piece, piece) for piece in self._base_pieces(first, last))
         else:
-            ours = self._comparison.base.pieces(self.name, first, last, reuse=True)
-            both = zip(ours, reader.pieces(self.name, first, last, reuse=True), strict=True)
+            if isinstance(reader, DeltaReader):
+                theirs = reader.pieces(self.name, first, last)
+            else:
+                theirs = reader.pieces(self.name, first, last, reuse=True)
+            both = zip(self._base_pieces(first, last), theirs, strict=True)
         for before, after in both:
             yield first, before, after
             first += before.numel()
@@ -241,7 +271,8 @@ def open_comparison(
     Raises:
         UserError: something that cannot be opened, or that was not made from the base.
     """
-    from ssrctl.checkpoints.parameter_names import matching_names
+    from ssrctl.checkpoints.gguf import GgufReader
+    from ssrctl.checkpoints.parameter_names import matching_names, one_sided_weights
     from ssrctl.checkpoints.reader import TensorReader, delta_meant_by, open_delta
 
     options = options or PairOptions()
@@ -251,6 +282,7 @@ def open_comparison(
     tuned: list[Checkpoint] = []
     shared: set[str] | None = None
     notes: list[str] = []
+    one_sided: set[str] = set()
     for path in paths:
         delta = delta_meant_by(path) if path.exists() else None
         if delta is not None:
@@ -258,8 +290,10 @@ def open_comparison(
             one = Checkpoint("", open_delta(delta, base), True, step)
             names, said = _delta_names(base, one.reader)
         else:
-            reader = stack.enter_context(TensorReader(local_copy(path)))
+            reader = stack.enter_context(_opened(local_copy(path), base))
+            notes += reader.notes if isinstance(reader, GgufReader) else []
             names, said = matching_names(base, reader, strict=options.strict)
+            one_sided |= one_sided_weights(base, reader, names)
             one = Checkpoint("", reader, False)
         label = _unused(text_safe(one.reader.label), {other.label for other in tuned})
         tuned.append(Checkpoint(label, one.reader, one.is_delta, one.step))
@@ -268,7 +302,16 @@ def open_comparison(
     assert shared is not None
     _crop_to_common_rows(base, tuned, shared, notes)
     names, said = chosen_names(sorted(shared), options, base.label)
-    return Comparison(base, tuned, _in_layers(names, layers), notes + said)
+    chosen = bool(options.include or options.exclude or layers)
+    return Comparison(base, tuned, _in_layers(names, layers), notes + said, [] if chosen else sorted(one_sided))
+
+
+def _opened(path: Path, base: TensorReader) -> TensorReader:
+    """Open a checkpoint to compare with ``base``, by whose names the tensors of a GGUF file are called."""
+    from ssrctl.checkpoints.gguf import SUFFIX, GgufReader
+    from ssrctl.checkpoints.reader import TensorReader
+
+    return GgufReader(path, base.shapes) if path.is_file() and path.suffix == SUFFIX else TensorReader(path)
 
 
 def chosen_names(names: list[str], options: PairOptions, owner: str) -> tuple[list[str], list[str]]:

@@ -71,9 +71,13 @@ def command(app: typer.Typer, name: str, config: type[Config], stage: str) -> No
             ctx.fail(f"Got unexpected extra argument(s) ({' '.join(ctx.args)})")
         recipe, config_path, save_to = (given.pop(name, None) for name in ("recipe", "config", "save_config"))
 
+        made: Any = None
+        result: dict[str, Any] | None = None
+
         def run() -> int:
+            nonlocal made, result
             files = [] if recipe is None else [profile_path("recipes", recipe, ".yaml")]
-            made: Any = build_config(config, given, *files, *([] if config_path is None else [config_path]))
+            made = build_config(config, given, *files, *([] if config_path is None else [config_path]))
             if save_to is not None:
                 write_settings(save_to, settings_of(made))
                 note(f"settings -> {save_to}")
@@ -94,7 +98,8 @@ def command(app: typer.Typer, name: str, config: type[Config], stage: str) -> No
                 sys.stdout.write((text if _is_unicode(text) else json.dumps(result)) + "\n")
             return 0
 
-        raise typer.Exit(run_guarded(run))
+        code = run_guarded(run)
+        raise typer.Exit(code if made is None else made.exit_status(code, result))
 
     body.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [

@@ -53,6 +53,10 @@ class Config:
     def __post_init__(self) -> None:
         vars(self).update(_checked(type(self), vars(self)))
 
+    def exit_status(self, code: int, result: Mapping[str, Any] | None) -> int:
+        """Return the exit code of the command, given the usual one and the result; ``code`` unless a setting changes it."""
+        return code
+
 
 def build_config(kind: type[Made], given: Mapping[str, Any], *files: Path) -> Made:
     """Make a config of ``kind`` from flags and, below them, yaml files.

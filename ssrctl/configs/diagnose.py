@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ssrctl.configs.building import AtLeastOne, Config, Fraction, NotNegative, Share, output, positional
 from ssrctl.configs.common import CommonConfig, PairOptions
@@ -62,6 +63,10 @@ class CheckOptions(Config):
     assert_moved: str | None = None
     """Exit with code 4 unless every tensor whose name this glob pattern matches changed."""
 
+    exit_code: bool = False
+    """Exit as diff does: with code 0 if all weights are equal bit for bit, 1 if one differs or is on one side only, 2 or
+    more after an error."""
+
 
 @dataclass(kw_only=True)
 class DiagnoseConfig(MeasureOptions, PairOptions, CheckOptions, CommonConfig):
@@ -103,6 +108,14 @@ class DiagnoseConfig(MeasureOptions, PairOptions, CheckOptions, CommonConfig):
     def wants(self, measure: str, *, default: bool) -> bool:
         """Return True if ``measure`` was chosen, or ``default`` if the user did not choose."""
         return default if self.measures is None else measure in self.measures.replace(" ", "").split(",")
+
+    def exit_status(self, code: int, result: Mapping[str, Any] | None) -> int:
+        """Return the exit code; with ``--exit-code`` 1 says that weights differ, and failures that are 1 elsewhere are 2."""
+        if not self.exit_code:
+            return code
+        if code == 0:
+            return 0 if result is None or result.get("identical", True) else 1
+        return max(code, 2)
 
     def _check_paths(self) -> None:
         count = len(self.paths)

@@ -32,7 +32,8 @@ def piece_pairs(base: Tensor, tuned: Tensor) -> Iterator[PiecePair]:
 
     Args:
         base: any shape, any real dtype, on the CPU.
-        tuned: the same shape; two dtypes are compared in the one that holds both exactly.
+        tuned: the same shape; two dtypes are compared in the one that holds both exactly. ``base`` itself where both are
+            known to be equal, which are not compared then.
 
     Raises:
         ValueError: different shapes, or complex tensors.
@@ -41,7 +42,8 @@ def piece_pairs(base: Tensor, tuned: Tensor) -> Iterator[PiecePair]:
         raise ValueError(f"shapes differ: {list(base.shape)} and {list(tuned.shape)}")
     if base.is_complex() or tuned.is_complex():
         raise ValueError("complex tensors are not compared")
-    yield from map(PiecePair, base.flatten().split(_CHUNK), tuned.flatten().split(_CHUNK))
+    ours = base.flatten().split(_CHUNK)
+    yield from map(PiecePair, ours, ours if tuned is base else tuned.flatten().split(_CHUNK))
 
 
 class PiecePair:
@@ -59,7 +61,8 @@ class PiecePair:
         self._base = base.to(dtype)
         theirs = tuned.to(dtype)
         self.numel = base.numel()
-        self.where = np.flatnonzero(_bits(self._base) != _bits(theirs))
+        same = tuned is base
+        self.where = np.empty(0, np.int64) if same else np.flatnonzero(_bits(self._base) != _bits(theirs))
         self._stored = _taken(base, self.where), _taken(tuned, self.where)
         self._ours, self._theirs = (one.to(dtype) for one in self._stored)
         self.before, self.after = (one.to(torch.float64).numpy() for one in (self._ours, self._theirs))

@@ -35,7 +35,9 @@ def _refuse_without_effect(config: DiagnoseConfig) -> None:
     mode = "--jaccard" if config.jaccard else "--intervene" if config.intervene is not None else None
     if mode is None:
         return
-    names = ["series", "measures", "picture", "protect", "assert_frozen", "assert_moved"] + ["layers"] * config.jaccard
+    names = ["series", "measures", "picture", "protect", "assert_frozen", "assert_moved", "exit_code"] + [
+        "layers"
+    ] * config.jaccard
     for name in names:
         if getattr(config, name):
             flag = "--" + name.replace("_", "-")

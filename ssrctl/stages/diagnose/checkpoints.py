@@ -15,6 +15,7 @@ from ssrctl.errors import CheckFailed, UserError
 from ssrctl.measures.base import Findings, Measure, Mode, PairMeasure, Taken, registered, take
 from ssrctl.measures.matrix_measure import MatrixMeasure
 from ssrctl.measures.published import published_section, unusual
+from ssrctl.measures.sparsity import Sparsity
 from ssrctl.report.document import Document, Section
 from ssrctl.report.formats import text_safe
 from ssrctl.report.write import show_plan, write_report
@@ -65,6 +66,7 @@ def diagnose_checkpoints(config: DiagnoseConfig) -> dict[str, Any]:
             "atol": config.atol,
             "eta": config.bf16_rtol,
             "rule": config.changed_by,
+            "identical": _identical(taken, comparison),
             "failed": report.failed,
             "headlines": report.headlines,
             "notes": report.notes,
@@ -75,6 +77,12 @@ def diagnose_checkpoints(config: DiagnoseConfig) -> dict[str, Any]:
     if report.failed:
         raise CheckFailed(" ".join(report.failed))
     return written
+
+
+def _identical(taken: list[Taken[Any]], comparison: Comparison) -> bool:
+    """Return True if no compared weight differs bit for bit from the base, and no side has weights that the other lacks."""
+    counted = [one.result.changes.total for one in taken if isinstance(one.measure, Sparsity)]
+    return not (comparison.one_sided or any(total.num_bit_changed for total in counted))
 
 
 def _paths(config: DiagnoseConfig) -> tuple[Path, list[Path], Path | None]:
