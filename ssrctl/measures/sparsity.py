@@ -26,7 +26,7 @@ from ssrctl.measures.group_tables import RowColumn, cell_map, layer_lines, row_d
 from ssrctl.measures.maths.change import FIXED_TOLERANCES, Change, add_up
 from ssrctl.measures.maths.grouping import Grouped, group
 from ssrctl.measures.maths.largest_changes import LargestChanges, WeightChange
-from ssrctl.measures.maths.piece_pair import piece_pairs
+from ssrctl.measures.maths.piece_pair import Tally, piece_pairs
 from ssrctl.measures.published import PublishedKey, references
 from ssrctl.report.document import Column, Figure, Heatmap, Lines, Section, Table, spans_decades
 from ssrctl.report.formats import count, number, percent
@@ -85,14 +85,14 @@ class Sparsity(PairMeasure[tuple[list[Change], LargestChanges], SparsityResult])
 
         Sums are made range by range, so that they do not depend on whether the tensor is whole in memory.
         """
-        largest, ranges = LargestChanges(), dict[int, list[Change]]()
+        largest, ranges = LargestChanges(), dict[int, Tally]()
         for start, base, tuned in pair.pieces():
-            found = ranges.setdefault(start // RANGE, [])
+            if start // RANGE not in ranges:
+                ranges[start // RANGE] = Tally(pair.name, self.config.atol, self.config.bf16_rtol, largest)
             for piece in piece_pairs(base, tuned):
-                found += piece.changes(self.config.atol, self.config.bf16_rtol)
-                largest.add(pair.name, piece.before, piece.after, piece.where, start)
+                ranges[start // RANGE].add(piece, start)
                 start += piece.numel
-        return [add_up(parts) for parts in ranges.values()], largest
+        return [tally.total() for tally in ranges.values()], largest
 
     def combine(self, parts: Mapping[str, list[tuple[list[Change], LargestChanges]]]) -> SparsityResult:
         """Return the changes by layer, kind and tensor."""
