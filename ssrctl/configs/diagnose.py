@@ -44,6 +44,9 @@ class MeasureOptions(Config):
     mask_density: Fraction = 0.5
     """Share of each matrix in the principal and in the low-magnitude mask (Zhu et al. 2025, alpha)."""
 
+    device: str = "cpu"
+    """Device for the decompositions of rank, spectrum and landing: cpu, cuda, cuda:1; it computes in float64."""
+
     picture: str | None = None
     """Matrix of which landing and overlap show a picture, by its tensor's name; by default one of the middle layer."""
 

@@ -104,7 +104,7 @@ class MatrixMeasure(PairMeasure[dict[str, OfMatrix[Value]], MatrixResult[Row, Va
         shape = (pair.shape[-2], pair.shape[-1])
         return {
             label: OfMatrix(shape, update if isinstance(update, Unmeasured) else self.matrix(pair, label, update))
-            for label, update in updates(pair).items()
+            for label, update in updates(pair, self.config.device).items()
         }
 
     @staticmethod

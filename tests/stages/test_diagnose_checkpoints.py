@@ -268,6 +268,20 @@ def test_layers_restrict_what_is_measured(tmp_path: Path, shell: Shell, base: We
     assert shell(*paths, "--layers", "0", "--measures", "size")["total"]["num_bit_changed"] == 9
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--device", "cuda:99", "--measures", "rank"), "device cuda:99 cannot be used"),
+        (("--device", "gpu"), "device gpu cannot be used"),
+        (("--device", "cuda", "--measures", "sparsity"), "--device has no effect without rank, spectrum or landing"),
+    ],
+)
+def test_a_device_that_cannot_be_used(
+    tmp_path: Path, shell: Shell, base: Weights, words: tuple[str, ...], said: str
+) -> None:
+    assert said in shell.refused(folder(tmp_path / "base", base), folder(tmp_path / "tuned", base), *words)
+
+
 @pytest.mark.parametrize("layers", ["7", "0,7", "2-1", "first"])
 def test_layers_that_the_model_does_not_have(tmp_path: Path, shell: Shell, base: Weights, layers: str) -> None:
     paths = folder(tmp_path / "base", base), folder(tmp_path / "tuned", base)
@@ -550,7 +564,15 @@ def test_of_a_run_what_counts_is_how_it_ends(run: Path, shell: Shell) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [("--protect", "g"), ("--assert-frozen", "g"), ("--assert-moved", "*"), ("--series",)]
+    "words",
+    [
+        ("--protect", "g"),
+        ("--assert-frozen", "g"),
+        ("--assert-moved", "*"),
+        ("--series",),
+        ("--exit-code",),
+        ("--device", "cuda"),
+    ],
 )
 def test_nothing_is_asserted_in_vain(run: Path, shell: Shell, words: tuple[str, ...]) -> None:
     """Where no checkpoints are compared."""

@@ -16,6 +16,7 @@ from ssrctl.measures.base import Findings, Measure, Mode, PairMeasure, Taken, re
 from ssrctl.measures.matrix_measure import MatrixMeasure
 from ssrctl.measures.published import published_section, unusual
 from ssrctl.measures.sparsity import Sparsity
+from ssrctl.models.precision import resolve_device
 from ssrctl.report.document import Document, Section
 from ssrctl.report.formats import text_safe
 from ssrctl.report.write import show_plan, write_report
@@ -50,6 +51,7 @@ def diagnose_checkpoints(config: DiagnoseConfig) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         comparison = open_comparison(stack, base, paths, config.layers, config)
         _check_picture(config, comparison, chosen)
+        _check_device(config, chosen)
         measures = [measure(comparison, config, run) for measure in chosen]
         if of_matrices := [measure for measure in measures if isinstance(measure, MatrixMeasure)]:
             of_matrices[0].note_duration()
@@ -133,6 +135,22 @@ def _check_picture(config: DiagnoseConfig, comparison: Comparison, chosen: list[
         raise UserError(
             f"--picture: {config.picture} is not a matrix that is compared",
             f"name one of {len(matrices)}, such as {near[0]}" if near else "compare checkpoints with matrices",
+        )
+
+
+def _check_device(config: DiagnoseConfig, chosen: list[type[Measure[Any, Any]]]) -> None:
+    """Refuse a device that is not there, without float64, or for nothing to compute on.
+
+    Raises:
+        UserError: it is one.
+    """
+    if config.device == "cpu":
+        return
+    if not {"rank", "spectrum", "landing"} & {measure.name for measure in chosen}:
+        raise UserError("--device has no effect without rank, spectrum or landing", "add one of them to --measures")
+    if resolve_device(config.device).type == "mps":
+        raise UserError(
+            "--device mps: it has no float64, in which ranks and angles are computed", "leave out --device for the CPU"
         )
 
 
