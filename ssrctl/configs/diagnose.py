@@ -75,9 +75,9 @@ class CheckOptions(Config):
 class DiagnoseConfig(MeasureOptions, PairOptions, CheckOptions, CommonConfig):
     """Measure what updates did: to a checkpoint, between several, over a run, or between the steps of a run.
 
-    Paths are model folders, safetensors files, deltas, checkpoint folders or run directories, TUNED also a GGUF file (not
-    quantised). BASE TUNED measures one update, BASE TUNED TUNED ... several and their overlap, RUN a run over time against its own base, --jaccard RUN
-    the steps within a run.
+    Paths are model folders, safetensors files, deltas, checkpoint folders or run directories; TUNED may be a GGUF file
+    that is not quantised. BASE TUNED measures one update, BASE TUNED TUNED ... several and their overlap, RUN a run over
+    time against its own base, --jaccard RUN the steps within a run.
 
     Example: ssrctl diagnose base tuned --measures sparsity,rank
     """

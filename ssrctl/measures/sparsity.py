@@ -16,10 +16,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ssrctl.checkpoints.names import layer_index, matrix_kind
-from ssrctl.checkpoints.pairs import RANGE, TensorPair
+from ssrctl.checkpoints.pairs import RANGE, Comparison, TensorPair
 from ssrctl.configs import DiagnoseConfig
 from ssrctl.measures.base import Findings, Mode, PairMeasure, register
 from ssrctl.measures.group_tables import RowColumn, cell_map, layer_lines, row_dots, row_table
@@ -75,6 +76,12 @@ class Sparsity(PairMeasure[tuple[list[Change], LargestChanges], SparsityResult])
     default_in = frozenset({"pair", "several", "series", "run"})
     in_ranges = True
 
+    def __init__(self, comparison: Comparison, config: DiagnoseConfig, run: Path | None = None) -> None:
+        """Begin without any change."""
+        super().__init__(comparison, config, run)
+        # By checkpoint; another thread's may be lost, which costs time only.
+        self._floors: dict[str, tuple[float, float]] = {}
+
     @classmethod
     def wanted(cls, config: DiagnoseConfig, mode: Mode) -> bool:
         """Return True: other parts of a report need the counts."""
@@ -85,14 +92,17 @@ class Sparsity(PairMeasure[tuple[list[Change], LargestChanges], SparsityResult])
 
         Sums are made range by range, so that they do not depend on whether the tensor is whole in memory.
         """
-        largest, ranges = LargestChanges(), dict[int, Tally]()
+        label = pair.checkpoint.label
+        largest, ranges = LargestChanges(floors=self._floors.get(label, (-1.0, -1.0))), dict[int, Tally]()
         for start, base, tuned in pair.pieces():
             if start // RANGE not in ranges:
                 ranges[start // RANGE] = Tally(pair.name, self.config.atol, self.config.bf16_rtol, largest)
             for piece in piece_pairs(base, tuned):
                 ranges[start // RANGE].add(piece, start)
                 start += piece.numel
-        return [tally.total() for tally in ranges.values()], largest
+        found = [tally.total() for tally in ranges.values()]
+        self._floors[label] = largest.floors
+        return found, largest
 
     def combine(self, parts: Mapping[str, list[tuple[list[Change], LargestChanges]]]) -> SparsityResult:
         """Return the changes by layer, kind and tensor."""

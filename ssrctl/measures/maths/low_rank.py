@@ -16,8 +16,8 @@ from torch import Tensor
 CPU = torch.device("cpu")
 # Elements converted to float64 at once: 16 MiB.
 _PIECE = 1 << 21
-# Elements up to which a computed matrix may be kept: 64 MiB in float64, on a GPU 2 GiB.
-_HELD, _HELD_ON_GPU = 1 << 23, 1 << 28
+# Elements up to which a computed matrix may be kept: 512 MiB in float64, on a GPU 2 GiB.
+_HELD, _HELD_ON_GPU = 1 << 26, 1 << 28
 # Columns of a block of a Gram matrix.
 _GRAM_BLOCK = 512
 # Davidson: directions beyond k.
@@ -51,7 +51,7 @@ class Rows:
             yield start, stop, self.piece(start, stop)
 
     def held(self) -> Rows:
-        """Compute the matrix once and keep it in float64, if that takes no more than 64 MiB (2 GiB on a GPU)."""
+        """Compute the matrix once and keep it in float64, if that takes no more than 512 MiB (2 GiB on a GPU)."""
         rows, columns = self.shape
         if rows * columns > (_HELD if self.device.type == "cpu" else _HELD_ON_GPU):
             return self

@@ -58,31 +58,42 @@ class PiecePair:
     """
 
     def __init__(self, base: Tensor, tuned: Tensor) -> None:
-        dtype = common_dtype(base.dtype, tuned.dtype)
-        self._base = base.to(dtype)
-        self.numel = base.numel()
-        same = tuned is base
-        self.where = np.empty(0, np.int64) if same else np.flatnonzero(_bits(self._base) != _bits(tuned.to(dtype)))
-        self.stored = _taken(base, self.where), _taken(tuned, self.where)
+        self.numel, self._base = base.numel(), base
+        ours, theirs = _bits(base), _bits(tuned)
+        if base.dtype != tuned.dtype:
+            dtype = common_dtype(base.dtype, tuned.dtype)
+            self._base = base.to(dtype)
+            self.where = np.flatnonzero(_bits(self._base) != _bits(tuned.to(dtype)))
+        else:
+            self.where = np.empty(0, np.int64) if tuned is base else np.flatnonzero(ours != theirs)
+        # torch indexes fewer dtypes than it stores
+        self.stored = tuple(
+            torch.from_numpy(bits.take(self.where)).view(dtype)
+            for bits, dtype in ((ours, base.dtype), (theirs, tuned.dtype))
+        )
 
     @property
     def moved(self) -> Moved:
         """The differing elements."""
         return Moved(*self.stored)
 
-    def base_norm(self) -> tuple[float, int, int]:
-        """Return (sum of squares of the base's finite weights in float64, number of NaN, of infinite weights)."""
-        total = self._base_sum_sq()
+    def base_norm(self, room: Tensor) -> tuple[float, int, int]:
+        """Return (sum of squares of the base's finite weights in float64, number of NaN, of infinite weights).
+
+        Args:
+            room: float32, at least as long as the piece, to be written to.
+        """
+        total = self._base_sum_sq(room)
         if math.isfinite(total):
             return total, 0, 0
         base = self._base.to(torch.float64)
         odd = _count(base.isnan().numpy()), _count(base.isinf().numpy())
         return float(base[base.isfinite()].square().sum()), *odd
 
-    def _base_sum_sq(self) -> float:
+    def _base_sum_sq(self, room: Tensor) -> float:
         """Return the sum in float64; of 16-bit weights of usual size blocks are summed in float32, to six digits."""
         if self._base.element_size() == 2 and self._base.is_floating_point() and self.numel % _BLOCK == 0:
-            rows = self._base.to(torch.float32).view(-1, _BLOCK)
+            rows = room[: self.numel].copy_(self._base).view(-1, _BLOCK)
             total = float(torch.linalg.vector_norm(rows, dim=1).to(torch.float64).square().sum())
             if 1e-20 < total < 1e20:  # far from the limits of float32
                 return total
@@ -203,13 +214,16 @@ class Tally:
         self._name, self._tolerances, self._largest = name, (atol, eta), largest
         self._moved: list[Change] = []
         self._where: list[np.ndarray] = []
-        self._stored: list[tuple[Tensor, Tensor]] = []
+        self._stored: list[tuple[Tensor, ...]] = []
         self._waiting = self._numel = self._num_moved = self._num_nan = self._num_inf = 0
         self._base_sum_sq = 0.0
+        self._room = torch.empty(0)
 
     def add(self, piece: PiecePair, start: int) -> None:
         """Count a piece that begins at flat index ``start`` of the tensor; it may be overwritten afterwards."""
-        square, num_nan, num_inf = piece.base_norm()
+        if len(self._room) < piece.numel:
+            self._room = torch.empty(piece.numel)
+        square, num_nan, num_inf = piece.base_norm(self._room)
         self._base_sum_sq += square
         self._num_nan += num_nan
         self._num_inf += num_inf
@@ -258,11 +272,6 @@ def _sum_of_squares(values: np.ndarray) -> float:
 
 def _bits(tensor: Tensor) -> np.ndarray:
     return bit_patterns(tensor).numpy()
-
-
-def _taken(tensor: Tensor, where: np.ndarray) -> Tensor:
-    """Return ``tensor[where]``; torch indexes fewer dtypes than it stores."""
-    return torch.from_numpy(_bits(tensor)[where]).view(tensor.dtype)
 
 
 def _count(flags: np.ndarray) -> int:
