@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -135,7 +136,11 @@ def spectrum(rows: Rows) -> Spectrum:
 
 def eigenvectors(gram: Tensor) -> Spectrum:
     """Return the spectrum of a matrix from its Gram matrix."""
-    squares, vectors = torch.linalg.eigh(gram)
+    if gram.device.type == "cpu":
+        # numpy's LAPACK, mostly OpenBLAS, takes 14 s for a side of 4096 where torch's takes 23 (one core of an EPYC).
+        squares, vectors = map(torch.from_numpy, np.linalg.eigh(gram.numpy()))
+    else:
+        squares, vectors = torch.linalg.eigh(gram)
     return Spectrum(squares.flip(0).clamp_(min=0).sqrt_(), vectors.flip(1))
 
 

@@ -36,7 +36,7 @@ _SMALL = 0.02
 # Accuracy of the angles after random updates, relative to them, and iterations until they have it.
 _RANDOM_TOLERANCE, _RANDOM_ITERATIONS = 0.01, 5
 # The same of the measured angles; and the smaller side from which iterations take less time than all eigenvectors.
-_TOLERANCE, _ITERATIONS, _ITERATED_SIDE = 1e-8, 12, 2048
+_TOLERANCE, _ITERATIONS, _ITERATED_SIDE = 1e-8, 12, 3072
 # Points of a curve that are kept.
 _CURVE_POINTS = 32
 _RIGHT_ANGLE = 90.0
