@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class _Reported(Exception):
     """An exception that the command line prints as ``message`` and ``remedy``, a line each, without a traceback.
@@ -41,7 +43,16 @@ class LostProcess(Failed):
 
 
 class CheckFailed(_Reported):
-    """A check that the user asked for failed; its report is written. The exit code is 4, for continuous integration."""
+    """A check that the user asked for failed; its report is written. The exit code is 4, for continuous integration.
+
+    Args:
+        message, remedy: as above.
+        result: of the command, printed under ``--json``.
+    """
+
+    def __init__(self, message: str, remedy: str | None = None, result: dict[str, Any] | None = None) -> None:
+        super().__init__(message, remedy)
+        self.result = result
 
 
 class Interrupted(KeyboardInterrupt):

@@ -11,18 +11,17 @@ import contextlib
 import functools
 import itertools
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ssrctl.checkpoints.run_dir import RunDir
-from ssrctl.configs import TINY
+from ssrctl.checkpoints.run_dir import DELTA_FILE, RunDir
 from ssrctl.configs.common import PairOptions
 from ssrctl.configs.layers import layer_ranges
 from ssrctl.errors import UserError
+from ssrctl.io.hub import fetched
 from ssrctl.report.formats import text_safe
 
 if TYPE_CHECKING:
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
 
     from ssrctl.checkpoints.reader import DeltaReader, TensorReader
 
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json")
 
 
@@ -276,21 +274,23 @@ def open_comparison(
     from ssrctl.checkpoints.reader import TensorReader, delta_meant_by, open_delta
 
     options = options or PairOptions()
-    if base_path.exists() and delta_meant_by(base_path) is not None:
+    place = local_copy(base_path)
+    if delta_meant_by(place) is not None:
         raise UserError(f"BASE {base_path} is a delta, not whole weights", "give the model that the run started from")
-    base = stack.enter_context(TensorReader(local_copy(base_path)))
+    base = stack.enter_context(TensorReader(place))
     tuned: list[Checkpoint] = []
     shared: set[str] | None = None
     notes: list[str] = []
     one_sided: set[str] = set()
     for path in paths:
-        delta = delta_meant_by(path) if path.exists() else None
+        place = local_copy(path)
+        delta = delta_meant_by(place)
         if delta is not None:
             step = int(delta.parent.name) if delta.parent.name.isdecimal() else None
             one = Checkpoint("", open_delta(delta, base), True, step)
             names, said = _delta_names(base, one.reader)
         else:
-            reader = stack.enter_context(_opened(local_copy(path), base))
+            reader = stack.enter_context(_opened(place, base))
             notes += reader.notes if isinstance(reader, GgufReader) else []
             names, said = matching_names(base, reader, strict=options.strict)
             one_sided |= one_sided_weights(base, reader, names)
@@ -357,24 +357,13 @@ def _unused(label: str, taken: set[str]) -> str:
 
 
 def local_copy(path: Path) -> Path:
-    """``path`` itself, or the folder to which a model of that name is downloaded from the hub.
+    """Return ``path``, or the folder or delta of a repository on the hub of that name, downloaded.
 
     Raises:
-        UserError: neither a path here nor a model that the hub gives.
+        UserError: neither a path here nor a repository that the hub gives.
     """
-    name = str(path)
-    if name == TINY or path.exists() or not _HUB_NAME.fullmatch(name):
-        return path
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(
-            f"{name} is not a path here, and the hub gave no model of that name: {reason}", "check the name"
-        ) from error
+    found = fetched(path, _HUB_FILES)
+    return found / DELTA_FILE if found != path and (found / DELTA_FILE).is_file() else found
 
 
 def _in_layers(names: list[str], layers: str | None) -> list[str]:

@@ -25,6 +25,7 @@ from ssrctl.checkpoints.tensor_files import PIECE_ELEMENTS, StoredTensor, read_p
 from ssrctl.configs import TINY
 from ssrctl.errors import UserError
 from ssrctl.io.artifacts import ModelIdentity, open_safetensors
+from ssrctl.io.hub import hub_origin, label_of
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +36,7 @@ class TensorReader:
     """An open checkpoint: a model folder (one file or shards with an index) or one safetensors file.
 
     Attributes:
-        label: its last path part, for reports.
+        label: its name on the hub, or the last part of its path, for reports.
         folder: where the files are, and whatever belongs to them.
         files: the safetensors files, in order.
         sharded: a folder whose index says which file holds what.
@@ -56,7 +57,7 @@ class TensorReader:
                 the folder, an index that does not fit its shards, a truncated file.
         """
         location = tiny_location() if str(path) == TINY else Path(path)
-        self.label = TINY if str(path) == TINY else location.resolve().name
+        self.label = TINY if str(path) == TINY else label_of(location)
         self.name_map = NameMap()
         self.ties: dict[str, str | None] = {}
         self._path = location
@@ -301,12 +302,9 @@ class TensorReader:
 
     def identity(self, fingerprint: str) -> ModelIdentity:
         """Return the identity of these weights; a model in the hub's cache has its name on the hub and its revision."""
-        parts = self._path.absolute().parts
-        for model, snapshots, revision in zip(parts, parts[1:], parts[2:], strict=False):
-            if model.startswith("models--") and snapshots == "snapshots":
-                name = "/".join(model.split("--")[1:])
-                return ModelIdentity(name=name, revision=revision, fingerprint=fingerprint)
-        return ModelIdentity(name=self.label, revision=None, fingerprint=fingerprint)
+        origin = hub_origin(self._path)
+        revision = None if origin is None else origin[1]
+        return ModelIdentity(name=self.label, revision=revision, fingerprint=fingerprint)
 
     def load_dtype(self) -> torch.dtype | None:
         """Return the floating dtype in which transformers loads the weights, by the ``config.json`` next to them."""
@@ -497,6 +495,6 @@ def _loaded_dtype(stored: torch.dtype, dtype: torch.dtype | None) -> torch.dtype
 def _delta_label(path: Path) -> str:
     """Return ``RUN/checkpoints/000120`` for a run's delta; no more of the path than that is published."""
     parts = path.absolute().parts
-    if path.name != DELTA_FILE:
-        return path.name
+    if path.name != DELTA_FILE or hub_origin(path) is not None:
+        return label_of(path)
     return "/".join(parts[-4:-1] if parts[-3:-2] == ("checkpoints",) else parts[-2:]).lstrip("/")

@@ -23,6 +23,7 @@ from ssrctl.errors import UserError
 from ssrctl.io.artifacts import load_tensors, save_tensors
 from ssrctl.io.console import note
 from ssrctl.io.files import remove_parts_of_dead_processes, write_text
+from ssrctl.io.hub import artifact_at
 from ssrctl.io.jsonl import read_jsonl, write_jsonl
 from ssrctl.io.manifest import write_settings
 from ssrctl.io.mask_log import mask_log_paths
@@ -225,9 +226,12 @@ def newest_checkpoint(run: Path) -> Path:
 def find_delta(path: Path) -> Path:
     """Return the delta of a run directory (its newest checkpoint's), of a checkpoint folder, or the file itself.
 
+    Where there is no such path, a repository on the hub of that name gives its delta.
+
     Raises:
         UserError: there is none, or the checkpoint was not completed.
     """
+    path = artifact_at(path, DELTA_FILE, CHAT_TEMPLATE)
     if path.is_file():
         return path
     if (path / DELTA_FILE).is_file():
@@ -240,6 +244,12 @@ def find_delta(path: Path) -> Path:
     if not path.is_dir():
         raise UserError(f"checkpoint not found: {path}", "name a run directory, a checkpoint folder or a delta file")
     return newest_checkpoint(path) / DELTA_FILE
+
+
+def chat_template_of(delta: Path) -> Path | None:
+    """Return the chat template that a run, or a repository on the hub, keeps for its delta; None if it has none."""
+    places = (delta.parent, delta.resolve().parent.parent.parent)
+    return next((file for place in places if (file := place / CHAT_TEMPLATE).is_file()), None)
 
 
 def prune_checkpoints(run: RunDir, keep: int | None) -> None:

@@ -51,8 +51,10 @@ command(app, "profile-budget", configs.ProfileBudgetConfig, "ssrctl.stages.profi
 command(app, "segment", configs.SegmentConfig, "ssrctl.stages.segment:run")
 command(app, "critic", configs.CriticConfig, "ssrctl.stages.critic:run")
 command(app, "serve-rollouts", configs.ServeRolloutsConfig, "ssrctl.stages.serve_rollouts:run")
+command(app, "push", configs.PushConfig, "ssrctl.stages.push:run")
 command(app, "recipes", configs.RecipesConfig, "ssrctl.stages.recipes:run")
-command(app, "env", configs.EnvConfig, "ssrctl.stages.env:run")
+command(app, "doctor", configs.DoctorConfig, "ssrctl.stages.doctor:run")
+command(app, "env", configs.DoctorConfig, "ssrctl.stages.doctor:run", hidden=True)
 
 delta = _group("delta", "Make, apply and show sparse checkpoints: the coordinates that differ from a base model.")
 command(delta, "diff", configs.DeltaDiffConfig, "ssrctl.stages.delta:run_diff")

@@ -22,6 +22,7 @@ from typer.core import TyperCommand
 
 from ssrctl.configs import Config, build_config
 from ssrctl.configs.building import field_types, ranges
+from ssrctl.configs.common import HubOptions
 from ssrctl.configs.names import accepted_names, flag, old_names
 from ssrctl.errors import CheckFailed, Failed, Interrupted, LostProcess, Stopped, UserError
 from ssrctl.io.console import note
@@ -38,7 +39,7 @@ _METAVARS = {int: "INT", float: "FLOAT", Path: "PATH", str: "TEXT"}
 _OBVIOUS_RANGES = {"at least 1", "0 or more", "above 0"}  # not worth a sentence in the help
 
 
-def command(app: typer.Typer, name: str, config: type[Config], stage: str) -> None:
+def command(app: typer.Typer, name: str, config: type[Config], stage: str, *, hidden: bool = False) -> None:
     """Register subcommand ``name``: its flags are the fields of ``config``, its body calls ``stage``.
 
     Args:
@@ -50,6 +51,7 @@ def command(app: typer.Typer, name: str, config: type[Config], stage: str) -> No
             as an argument too, with a warning.
         stage: ``module:function`` taking the config; imported only when the command runs. A dict that it
             returns is the machine-readable result, printed on stdout under ``--json``.
+        hidden: leave the command out of the help, such as an old name of another.
     """
     movable = [spec.name for spec in dataclasses.fields(config) if spec.metadata.get("once_positional")]
 
@@ -87,15 +89,15 @@ def command(app: typer.Typer, name: str, config: type[Config], stage: str) -> No
                     f"`ssrctl {name}` runs in one process, {num_launched()} were launched",
                     "start it without a launcher",
                 )
+            if isinstance(made, HubOptions) and made.push_to_hub is not None:
+                from ssrctl.io.hub import check_can_push
+
+                check_can_push(made.push_to_hub)
             if made.several_processes and made.launches and not (made.dry_run or comes_from_launcher()):
                 from ssrctl.distributed.launch import launch
 
                 return launch([name, *ctx.meta[_WORDS]], made.num_processes, made.accelerate_config)
-            result = stage_function(stage)(made)
-            if made.json and result is not None and rank() == 0:
-                text = json.dumps(result, ensure_ascii=False)
-                # Lone surrogates, of a file name for instance, have no form in UTF-8, but json can escape them.
-                sys.stdout.write((text if _is_unicode(text) else json.dumps(result)) + "\n")
+            result = _run_stage(stage, made)
             return 0
 
         code = run_guarded(run)
@@ -111,7 +113,30 @@ def command(app: typer.Typer, name: str, config: type[Config], stage: str) -> No
     assert example.startswith("Example: "), config
     body.__doc__ = "\n\n".join(paragraphs)
     settings = {"allow_extra_args": bool(movable)}
-    app.command(name, cls=Command, epilog=example, context_settings=settings)(body)
+    app.command(name, cls=Command, epilog=example, context_settings=settings, hidden=hidden)(body)
+
+
+def _run_stage(stage: str, config: Any) -> dict[str, Any] | None:
+    """Call a stage, upload what it wrote if that is asked for, print its result under ``--json``, and return it."""
+    try:
+        result = stage_function(stage)(config)
+    except CheckFailed as check:
+        if config.json and check.result is not None:
+            _print_json(check.result)
+        raise
+    if result is None or rank() > 0:
+        return result
+    try:
+        if isinstance(config, HubOptions) and config.push_to_hub is not None and not config.dry_run:
+            from ssrctl.stages.push import push_written
+
+            written: Any = config
+            path = Path(result.get("run") or written.output)
+            result["pushed"] = push_written(path, config.push_to_hub, private=config.hub_private_repo)
+    finally:
+        if config.json:
+            _print_json(result)
+    return result
 
 
 def stage_function(stage: str) -> Callable[[Any], dict[str, Any] | None]:
@@ -310,6 +335,12 @@ def _guarded(call: Callable[[], int], terminated_by: Callable[[], str | None]) -
     except OSError as error:  # a full disk, a folder without permission: a traceback would explain nothing
         say_error(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""), None)
         return 1
+
+
+def _print_json(result: dict[str, Any]) -> None:
+    text = json.dumps(result, ensure_ascii=False)
+    # Lone surrogates, of a file name for instance, have no form in UTF-8, but json can escape them.
+    sys.stdout.write((text if _is_unicode(text) else json.dumps(result)) + "\n")
 
 
 def _is_unicode(text: str) -> bool:

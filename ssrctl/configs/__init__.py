@@ -14,7 +14,7 @@ from ssrctl.configs.common import (
 from ssrctl.configs.critic import CriticConfig, CriticOptions
 from ssrctl.configs.delta import DeltaApplyConfig, DeltaDiffConfig, DeltaInfoConfig
 from ssrctl.configs.diagnose import DiagnoseConfig
-from ssrctl.configs.env import EnvConfig
+from ssrctl.configs.doctor import DoctorConfig
 from ssrctl.configs.eval import EvalConfig
 from ssrctl.configs.mask import (
     MaskCompareConfig,
@@ -30,6 +30,7 @@ from ssrctl.configs.mask import (
     MaskUnionConfig,
 )
 from ssrctl.configs.profile_budget import ProfileBudgetConfig
+from ssrctl.configs.push import PushConfig
 from ssrctl.configs.recipes import RecipesConfig
 from ssrctl.configs.report import ReportConfig
 from ssrctl.configs.segment import SegmentConfig, SegmentOptions
@@ -49,7 +50,7 @@ __all__ = [
     "DeltaDiffConfig",
     "DeltaInfoConfig",
     "DiagnoseConfig",
-    "EnvConfig",
+    "DoctorConfig",
     "EvalConfig",
     "MaskCompareConfig",
     "MaskComplementConfig",
@@ -66,6 +67,7 @@ __all__ = [
     "ProcessOptions",
     "ProfileBudgetConfig",
     "PromptOptions",
+    "PushConfig",
     "RecipesConfig",
     "ReportConfig",
     "SamplingConfig",

@@ -76,8 +76,8 @@ def build_config(kind: type[Made], given: Mapping[str, Any], *files: Path) -> Ma
     for path in files:
         values |= _fields_of_yaml(kind, path)
     for spec in specs:
-        if spec.metadata.get("names_code") and spec.name not in given:
-            _refuse_code(kind, spec.name, values.get(spec.name))
+        if spec.name in values and spec.name not in given:
+            _refuse_code(kind, spec, values[spec.name])
     values |= given
     for spec in specs:
         if spec.name not in values and spec.default is spec.default_factory is dataclasses.MISSING:
@@ -85,11 +85,17 @@ def build_config(kind: type[Made], given: Mapping[str, Any], *files: Path) -> Ma
     return kind(**values)
 
 
-def _refuse_code(kind: type[Config], name: str, value: Any) -> None:
-    """Raise a UserError for code that only a file names: reading a file must not decide which code is run."""
+def _refuse_code(kind: type[Config], spec: dataclasses.Field[Any], value: Any) -> None:
+    """Raise a UserError for code that only a file names or allows: reading a file must not decide which code is run."""
+    shown = spec.name if "metavar" in spec.metadata else flag(kind, spec.name)
+    if spec.metadata.get("allows_code") and value != default_of(spec):
+        raise UserError(
+            f"{shown} comes from a file, and decides which code is run", "if you trust it, give it on the command line"
+        )
+    if not spec.metadata.get("names_code"):
+        return
     named = [one for one in (value if isinstance(value, list) else [value]) if ":" in str(one)]
     if named:
-        shown = flag(kind, name)
         raise UserError(
             f"{shown} {named[0]} comes from a file, and would be imported",
             "if you trust that code, give it on the command line: " + " ".join(f"{shown} {one}" for one in named),
@@ -250,6 +256,11 @@ def positional(*, metavar: str, default_factory: Any = dataclasses.MISSING, defa
     if default_factory is not dataclasses.MISSING:
         return field(default_factory=default_factory, metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def allows_code(default: Any) -> Any:
+    """Make a field whose value decides which code is run: one that is not the default has to be on the command line."""
+    return field(default=default, metadata={"allows_code": True})
 
 
 def output(default: Any = dataclasses.MISSING) -> Any:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from ssrctl.configs.building import AtLeastOne, Config, Positive, Share, ZeroOrMore
+from ssrctl.configs.building import AtLeastOne, Config, Positive, Share, ZeroOrMore, allows_code
 from ssrctl.configs.json_object import as_json_text, parse_json_object
 from ssrctl.errors import UserError
 
@@ -43,6 +43,24 @@ class PageOptions(Config):
 
 
 @dataclass(kw_only=True)
+class HubOptions(CommonConfig):
+    """Settings of the commands that can upload what they write."""
+
+    panel = "Hub"
+
+    push_to_hub: str | None = None
+    """Upload the result to this repository of the Hugging Face hub, OWNER/NAME, as `ssrctl push` does."""
+
+    hub_private_repo: bool = False
+    """Make a new repository private."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.hub_private_repo and self.push_to_hub is None:
+            raise UserError("--hub-private-repo is for --push-to-hub", "name the repository: --push-to-hub OWNER/NAME")
+
+
+@dataclass(kw_only=True)
 class ModelConfig(Config):
     """Settings of every stage that loads a model."""
 
@@ -66,7 +84,7 @@ class ModelConfig(Config):
     seed: int = 0
     """Random seed."""
 
-    trust_remote_code: bool = False
+    trust_remote_code: bool = allows_code(False)
     """Run python code that the model's folder contains. Only for models that you trust."""
 
 

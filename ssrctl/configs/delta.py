@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Literal
 
 from ssrctl.configs.building import output, positional
-from ssrctl.configs.common import CommonConfig, JsonConfig, PairOptions
+from ssrctl.configs.common import HubOptions, JsonConfig, PairOptions
 
 
 @dataclass(kw_only=True)
-class DeltaDiffConfig(PairOptions, CommonConfig):
+class DeltaDiffConfig(PairOptions, HubOptions):
     """Write the difference of a base and a tuned checkpoint as a delta: the coordinates that differ bit for bit.
 
     Checkpoints are model folders (one file or shards) or safetensors files. Where the dtypes differ, the tuned
@@ -36,7 +36,7 @@ class DeltaDiffConfig(PairOptions, CommonConfig):
 
 
 @dataclass(kw_only=True)
-class DeltaApplyConfig(CommonConfig):
+class DeltaApplyConfig(HubOptions):
     """Put a delta into its base and write the result as a model folder, with config and tokenizer.
 
     The folder has the base's layout, one file or the same shards. Values are written bit for bit, in the delta's
@@ -50,7 +50,7 @@ class DeltaApplyConfig(CommonConfig):
     tiny-reasoner."""
 
     delta: Path = positional(metavar="DELTA")
-    """A delta file, a checkpoint folder, or a run directory (its newest checkpoint)."""
+    """A delta file, a checkpoint folder, a run directory (its newest checkpoint), or a name on the hub."""
 
     output: Path = output()
     """Model folder to write; must not exist, or be empty."""
@@ -67,4 +67,4 @@ class DeltaInfoConfig(JsonConfig):
     """
 
     delta: Path = positional(metavar="DELTA")
-    """A delta file, a checkpoint folder, or a run directory (its newest checkpoint)."""
+    """A delta file, a checkpoint folder, a run directory (its newest checkpoint), or a name on the hub."""

@@ -34,7 +34,8 @@ class EvalConfig(ModelConfig, DatasetConfig, SamplingConfig, RolloutOptions, Pag
     """Folder for samples.jsonl and summary.json; samples already there are kept and not drawn again."""
 
     checkpoint: Path | None = None
-    """A run directory, checkpoint folder or delta file to put on top of the model; a run knows its own model."""
+    """A run directory, checkpoint folder, delta file, or delta on the hub to put on top of the model; a run knows its own
+    model."""
 
     responses: str | None = None
     """Grade these responses (jsonl, or - for stdin) instead of sampling; no model is loaded. References are the

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Literal
 
 from ssrctl.configs.building import Fraction, NotNegative, Positive, Share, output, positional
-from ssrctl.configs.common import CommonConfig, JsonConfig, PairOptions
+from ssrctl.configs.common import HubOptions, JsonConfig, PairOptions
 from ssrctl.configs.layers import layer_ranges
 from ssrctl.errors import UserError
 
 
 @dataclass(kw_only=True)
-class MaskOutput(CommonConfig):
+class MaskOutput(HubOptions):
     """Settings of every command that writes a mask."""
 
     output: Path = output()

@@ -9,11 +9,17 @@ from typing import Annotated, Literal
 from annotated_types import Ge
 
 from ssrctl.configs.building import AtLeastOne, Fraction, output
-from ssrctl.configs.common import CommonConfig, DatasetConfig, ModelConfig, ProcessOptions, SamplingConfig
+from ssrctl.configs.common import (
+    DatasetConfig,
+    HubOptions,
+    ModelConfig,
+    ProcessOptions,
+    SamplingConfig,
+)
 
 
 @dataclass(kw_only=True)
-class ProfileBudgetConfig(ModelConfig, DatasetConfig, SamplingConfig, ProcessOptions, CommonConfig):
+class ProfileBudgetConfig(ModelConfig, DatasetConfig, SamplingConfig, ProcessOptions, HubOptions):
     """Measure the decay of gradient magnitude over steps and write the budget profile (SSR section 2.3.3).
 
     Example: ssrctl profile-budget --model Qwen/Qwen2.5-0.5B-Instruct --protect superweights.safetensors -o budget.json

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from ssrctl.configs.building import AtLeastOne, Positive, positional
+from ssrctl.configs.building import AtLeastOne, Positive, allows_code
 from ssrctl.configs.common import TINY, CommonConfig
 from ssrctl.configs.engines import DEFAULT_SERVER, check_server
 
@@ -30,10 +30,10 @@ class ServeRolloutsConfig(CommonConfig):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision to compute in, which has to be that of the training. auto: bfloat16 on CUDA, float32 on a CPU."""
 
-    trust_remote_code: bool = False
+    trust_remote_code: bool = allows_code(False)
     """Run python code that the model's folder contains. Only for models that you trust."""
 
-    python: str = "python3"
+    python: str = allows_code("python3")
     """Python of the environment that has vLLM and this package's plugin."""
 
     url: str = DEFAULT_SERVER
@@ -48,10 +48,10 @@ class ServeRolloutsConfig(CommonConfig):
     log: Path | None = None
     """File for the server's output; stderr by default."""
 
-    vllm_arg: list[str] = field(default_factory=list)
+    vllm_arg: list[str] = field(default_factory=list, metadata={"allows_code": True})
     """Further argument of the server, such as --vllm-arg=--max-model-len=4096; give the flag again for several."""
 
-    command: list[str] = positional(metavar="[-- COMMAND ...]", default_factory=list)
+    command: list[str] = field(default_factory=list, metadata={"metavar": "[-- COMMAND ...]", "allows_code": True})
     """Command to run beside the server, which ends with it; without one it runs until Ctrl-C."""
 
     def __post_init__(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -20,7 +20,14 @@ from ssrctl.configs.building import (
     ZeroOrMore,
     output,
 )
-from ssrctl.configs.common import CommonConfig, DatasetConfig, ModelConfig, PageOptions, ProcessOptions, SamplingConfig
+from ssrctl.configs.common import (
+    DatasetConfig,
+    HubOptions,
+    ModelConfig,
+    PageOptions,
+    ProcessOptions,
+    SamplingConfig,
+)
 from ssrctl.configs.critic import CriticOptions
 from ssrctl.configs.engines import EngineOptions
 from ssrctl.configs.names import flag
@@ -28,6 +35,8 @@ from ssrctl.configs.own_code import REWARDS, check_name, names_code
 from ssrctl.configs.segment import SegmentOptions
 from ssrctl.errors import UserError
 from ssrctl.process_rank import num_launched
+
+TRACKERS = ("trackio", "tensorboard", "wandb")
 
 
 @dataclass(kw_only=True)
@@ -83,10 +92,10 @@ class MethodOptions(Config):
     """Sample a question again, at most N times in a step, while all advantages of its group are 0."""
 
     protect: Path | None = None
-    """Superweight mask whose coordinates never change."""
+    """Superweight mask whose coordinates never change: a file, or a name on the hub."""
 
     mask: Path | None = None
-    """Train only the coordinates of this mask; budgets are shares of these then."""
+    """Train only the coordinates of this mask, a file or a name on the hub; budgets are shares of these then."""
 
     ignore_fingerprint: bool = False
     """Use a mask that was made for other weights of the same shapes."""
@@ -103,8 +112,8 @@ class MethodOptions(Config):
     (SSR section 2.3.3); what the cap cuts off is lost."""
 
     budget_profile: str = "auto"
-    """Budget profile: a file from `ssrctl profile-budget`, a name in profiles/budgets, flat for equal budgets, or auto:
-    the profile that ships for weights with this fingerprint, flat if there is none."""
+    """Budget profile: a file from `ssrctl profile-budget`, a name in profiles/budgets or on the hub, flat for equal
+    budgets, or auto: the profile that ships for weights with this fingerprint, flat if there is none."""
 
     allocation: Literal["disjoint", "overlap", "pooled", "shuffled"] = "disjoint"
     """disjoint: no two steps of a question update the same weight. Controls: overlap, every step its own largest;
@@ -233,8 +242,8 @@ class LoggingOptions(Config):
     logging_steps: AtLeastOne = 10
     """When the output is not a terminal, print a line every N steps."""
 
-    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
-    """Also send metrics to this tracker."""
+    report_to: list[str] = field(default_factory=list)
+    """Also send metrics to this tracker: trackio, tensorboard, wandb or none. Give it again for several."""
 
     log_masks_every: ZeroOrMore = 10
     """Store every step's selected coordinates every N training steps; 0 is off."""
@@ -249,6 +258,18 @@ class LoggingOptions(Config):
     log_gradients_size: Annotated[int, Ge(64)] = 65_536
     """Numbers in a stored sketch: inner products are off by sqrt(2 / size) of the product of the norms at most, in the
     mean square. A model with fewer weights is stored exactly."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.report_to, str):  # one name in a yaml file
+            self.report_to = [self.report_to]
+        super().__post_init__()
+        self.report_to = list(dict.fromkeys(self.report_to))
+        if odd := [name for name in self.report_to if name not in ("none", *TRACKERS)]:
+            raise UserError(f"--report-to: '{odd[0]}' is not known", f"give {', '.join(TRACKERS)} or none")
+        if "none" in self.report_to:
+            if len(self.report_to) > 1:
+                raise UserError(f"--report-to none excludes {self.report_to[-1]}", "leave one of them out")
+            self.report_to = []
 
 
 @dataclass(kw_only=True)
@@ -279,7 +300,7 @@ class TrainConfig(
     LoggingOptions,
     PageOptions,
     ShardingOptions,
-    CommonConfig,
+    HubOptions,
 ):
     """Train with step-wise reinforcement learning and masked updates (SSR section 2.3).
 
@@ -304,6 +325,8 @@ class TrainConfig(
             self.sample_together = "question" if num_launched() > 1 or (self.num_processes or 1) > 1 else "step"
         if self.optimizer is None:
             self.optimizer = "kronos" if self.mask is None else "adamw"
+        if self.find_lr and self.push_to_hub is not None:
+            raise UserError("--find-lr writes nothing that --push-to-hub could upload", "leave one of them out")
         if self.find_lr and self.resume_from_checkpoint is not None:
             raise UserError("--find-lr starts from the model's weights", "leave out --resume-from-checkpoint")
         if self.force and self.resume_from_checkpoint is None:

@@ -54,7 +54,7 @@ def blamed(who: str, kind: type[UserError | Stopped], remedy: str = REPAIR) -> I
         yield
     except (UserError, Stopped, Failed):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script that was named as a module may call sys.exit
         frames = [
             f"{Path(frame.filename).name}, line {frame.lineno}"
             for frame in traceback.extract_tb(error.__traceback__)

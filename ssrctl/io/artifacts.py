@@ -17,6 +17,7 @@ from ssrctl.core.tiles import TILE
 from ssrctl.errors import UserError
 from ssrctl.io.checked import Count, checked
 from ssrctl.io.files import existing_file, whole_file
+from ssrctl.io.hub import artifact_at
 from ssrctl.io.packed_numbers import pack_indices, unpack_indices
 from ssrctl.io.tensor_writing import write_tensors
 from ssrctl.version import __version__
@@ -132,6 +133,7 @@ def identity_field(metadata: Mapping[str, str], key: str, path: str | Path) -> M
 
 
 MASK_KIND = "mask"
+MASK_FILE = "mask.safetensors"  # in a repository on the hub
 _PARTS = ("crow_indices", "col_indices", "tiles")
 _CODING = {"name": "gaps", "version": 1}
 # A tensor with more than this share selected keeps its tiles, which are hardly larger then and several times as fast.
@@ -210,15 +212,20 @@ def mask_from_tensors(
     return BlockMask(loaded)
 
 
+def mask_at(path: str | Path) -> Path:
+    """Return ``path``, or the mask of the repository on the hub that it names, downloaded."""
+    return artifact_at(path, MASK_FILE)
+
+
 def load_mask(path: str | Path) -> tuple[BlockMask, dict[str, str]]:
-    """Read a mask file: (mask, metadata), every tile checked against its shape.
+    """Read a mask file, or that of a repository on the hub: (mask, metadata), every tile checked against its shape.
 
     Raises:
         UserError: truncated or foreign file, or contents that do not describe a mask.
     """
     from ssrctl.core.mask import BlockMask
 
-    tensors, metadata = load_tensors(path, MASK_KIND)
+    tensors, metadata = load_tensors(mask_at(path), MASK_KIND)
     shapes, packed = _stored_shapes(tensors.keys(), metadata, path)
     tiled = {name: shape for name, shape in shapes.items() if name not in packed}
     found = dict(mask_from_tensors(tensors, tiled, path).tensors)
@@ -235,9 +242,10 @@ def count_mask(path: str | Path) -> tuple[dict[str, tuple[int, ...]], dict[str, 
     """
     from ssrctl.io.mask_tiles import count_tiles
 
-    metadata = read_metadata(path, MASK_KIND)
+    place = mask_at(path)
+    metadata = read_metadata(place, MASK_KIND)
     counts: dict[str, int] = {}
-    with open_safetensors(path, "np") as file:
+    with open_safetensors(place, "np") as file:
         shapes, packed = _stored_shapes(file.keys(), metadata, path)
         named = _named_counts(metadata, path) if packed else {}
         for name, shape in shapes.items():

@@ -17,10 +17,12 @@ from ssrctl.errors import UserError
 from ssrctl.io.artifacts import ModelIdentity
 from ssrctl.io.checked import Finite, checked
 from ssrctl.io.files import existing_file, write_text
+from ssrctl.io.hub import artifact_at
 from ssrctl.io.package_data import profile_path, shipped_names
 
 FORMAT = "ssrctl-budget-profile"
 VERSION = 2
+BUDGET_FILE = "budget.json"  # in a repository on the hub
 TABLE_STEPS = (1, 2, 4, 8, 16, 24)
 REMEDY = "make it again with `ssrctl profile-budget`"
 MIN_PROBLEMS = 8
@@ -132,6 +134,18 @@ class BudgetProfile:
 def save_budget_profile(path: str | Path, profile: BudgetProfile) -> None:
     """Write ``profile``, whole or not at all; a value that is not finite is a ValueError."""
     write_text(path, json.dumps(profile.to_dict(), indent=1, allow_nan=False) + "\n")
+
+
+def budget_at(name: str) -> Path:
+    """Return the file of a budget profile: ``name`` itself, or the profile that ships or a repository holds by that name.
+
+    ``auto`` and ``flat`` are returned as they are.
+
+    Raises:
+        UserError: none of these.
+    """
+    path = artifact_at(name, BUDGET_FILE)
+    return path if name in ("auto", "flat") else profile_path("budgets", str(path), ".json")
 
 
 def load_budget_profile(path: str | Path) -> BudgetProfile:

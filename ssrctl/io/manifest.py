@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ssrctl.configs import ProcessOptions
+from ssrctl.configs.common import HubOptions
 from ssrctl.io.files import existing_file, write_text
 from ssrctl.version import __version__
 
@@ -33,10 +34,11 @@ def write_settings(path: Path, settings: Mapping[str, Any]) -> None:
 def published_settings(config: Any) -> dict[str, Any]:
     """Return ``settings_of`` for metadata that travels with an artifact.
 
-    Local paths are cut to their last part; the settings of launching are left out, which do not bear on the result.
+    Local paths are cut to their last part; the settings of launching and uploading are left out, which do not bear on
+    the result.
     """
-    launching = {spec.name for spec in dataclasses.fields(ProcessOptions)}
-    out = {key: value for key, value in settings_of(config).items() if key not in launching}
+    left_out = {*ProcessOptions.__annotations__, *HubOptions.__annotations__}
+    out = {key: value for key, value in settings_of(config).items() if key not in left_out}
     for key, value in out.items():
         original = getattr(config, key)
         if isinstance(original, Path) or (isinstance(original, str) and original.startswith(("/", "~", "."))):

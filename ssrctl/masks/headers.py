@@ -14,6 +14,7 @@ from ssrctl.io.artifacts import (
     identity_field,
     json_field,
     load_mask,
+    mask_at,
     read_metadata,
     shapes_field,
 )
@@ -27,7 +28,7 @@ class MaskHeader:
     """The header of a mask file.
 
     Attributes:
-        path: the file.
+        path: the file, or the repository on the hub.
         kind: the recipe: ``random``, ``superweights``, ``union`` ...
         shapes: of all tensors of its model.
         model: the model whose weights it selects; None where the file does not say.
@@ -56,7 +57,7 @@ def read_mask_header(path: Path) -> MaskHeader:
     Raises:
         UserError: missing, truncated or foreign file, or metadata that does not describe a mask.
     """
-    metadata = read_metadata(path, MASK_KIND)
+    metadata = read_metadata(mask_at(path), MASK_KIND)
     shapes = shapes_field(metadata, path)
     counts = json_field(metadata, "counts", path)
     if not isinstance(counts, dict) or not all(type(count) is int for count in counts.values()):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
@@ -52,6 +53,21 @@ def is_wide(figure: Figure) -> bool:
     return isinstance(figure, Heatmap) and heatmap_is_wide(figure)
 
 
+def load_matplotlib() -> Any:
+    """Import matplotlib, whatever backend MPLBACKEND names: a notebook sets one that may be absent here.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        import matplotlib
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    return matplotlib
+
+
 def draw(figure: Figure, name: str = "figure") -> str:
     """Draw a figure as an ``<svg>`` element for a page that defines the css variables.
 
@@ -61,7 +77,7 @@ def draw(figure: Figure, name: str = "figure") -> str:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    import matplotlib as mpl
+    mpl = load_matplotlib()
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure as Canvas
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import json
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -400,8 +398,8 @@ def _check_f1(config: CriticConfig, result: dict[str, Any]) -> None:
     f1 = result["first_error"]["f1"]
     if f1 is not None and f1["value"] >= config.min_f1:
         return
-    if config.json:  # a result that is returned is printed, and this one is not returned
-        sys.stdout.write(json.dumps(result) + "\n")
     if f1 is None:
-        raise CheckFailed("the first-error F1 is not defined: it needs solutions with and without an error")
-    raise CheckFailed(f"the first-error F1 {f1['value']:.3f} is below --min-f1 {config.min_f1:g}")
+        raise CheckFailed(
+            "the first-error F1 is not defined: it needs solutions with and without an error", result=result
+        )
+    raise CheckFailed(f"the first-error F1 {f1['value']:.3f} is below --min-f1 {config.min_f1:g}", result=result)

@@ -63,10 +63,10 @@ def run_diff(config: DeltaDiffConfig) -> dict[str, Any]:
     from ssrctl.checkpoints.parameter_names import matching_names, same_constants
     from ssrctl.checkpoints.reader import TensorReader, delta_meant_by
 
-    for side, path in (("BASE", config.base), ("TUNED", config.tuned)):
-        if (delta := delta_meant_by(path)) is not None:
-            raise UserError(f"{side} {path} is a delta, not whole weights", f"see `ssrctl delta info {delta}`")
     ours, theirs = local_copy(config.base), local_copy(config.tuned)
+    for side, given, place in (("BASE", config.base, ours), ("TUNED", config.tuned, theirs)):
+        if delta_meant_by(place) is not None:
+            raise UserError(f"{side} {given} is a delta, not whole weights", f"see `ssrctl delta info {given}`")
     with _one_thread(), TensorReader(ours) as base, TensorReader(theirs) as tuned:
         if config.output.resolve() in {file.resolve() for file in (*base.files, *tuned.files)}:
             raise UserError(f"{config.output} is one of the weights to compare", "name another file with -o")
@@ -124,7 +124,8 @@ def run_apply(config: DeltaApplyConfig) -> dict[str, Any]:
     from ssrctl.checkpoints.pairs import local_copy
     from ssrctl.checkpoints.reader import TensorReader, check_shapes, check_weights, delta_meant_by
 
-    if delta_meant_by(config.base) is not None:
+    place = local_copy(config.base)
+    if delta_meant_by(place) is not None:
         raise UserError(f"BASE {config.base} is a delta, not whole weights", "give the model that it was made from")
     delta = DeltaFile(_delta_file(config.delta))
     if delta.small and config.ignore_fingerprint:
@@ -133,7 +134,7 @@ def run_apply(config: DeltaApplyConfig) -> dict[str, Any]:
             "apply it to its base, and take the difference from the other one: `ssrctl delta diff --format plain`",
         )
     check_free(config.output)
-    with _one_thread(), TensorReader(local_copy(config.base)) as base:
+    with _one_thread(), TensorReader(place) as base:
         check_shapes(delta.path, delta.base, delta.shapes, base)
         load_dtype = None
         if not (config.ignore_fingerprint or config.dry_run):
@@ -152,7 +153,7 @@ def run_apply(config: DeltaApplyConfig) -> dict[str, Any]:
 def _write_folder(config: DeltaApplyConfig, made: AppliedCheckpoint, notes: list[str]) -> dict[str, Any]:
     from ssrctl.checkpoints.delta_apply import write_applied
     from ssrctl.checkpoints.model_folder import CONFIG, copy_companions, set_config_dtype, whole_folder
-    from ssrctl.checkpoints.run_dir import CHAT_TEMPLATE
+    from ssrctl.checkpoints.run_dir import CHAT_TEMPLATE, chat_template_of
 
     base, delta = made.base, made.delta
     metadata = {
@@ -168,7 +169,7 @@ def _write_folder(config: DeltaApplyConfig, made: AppliedCheckpoint, notes: list
             )
         if (base.folder / CONFIG).is_file():
             copied = copy_companions(base.folder, folder)
-            if (template := delta.path.resolve().parent.parent.parent / CHAT_TEMPLATE).is_file():
+            if (template := chat_template_of(delta.path)) is not None:
                 shutil.copyfile(template, folder / CHAT_TEMPLATE)
                 copied = sorted({*copied, CHAT_TEMPLATE})
                 notes.append(f"The chat template is that of the run, {template}.")

@@ -34,7 +34,7 @@ from ssrctl.configs.layers import layer_ranges
 from ssrctl.configs.mask import MaskOutput, MaskSource
 from ssrctl.errors import UserError
 from ssrctl.io import console, manifest
-from ssrctl.io.artifacts import ModelIdentity
+from ssrctl.io.artifacts import ModelIdentity, mask_at
 from ssrctl.masks.headers import MaskHeader, check_same_model, read_mask_header
 from ssrctl.report.formats import times
 
@@ -153,14 +153,15 @@ def run_diff(config: MaskDiffConfig) -> dict[str, Any]:
     from ssrctl.checkpoints.reader import TensorReader, delta_meant_by
     from ssrctl.measures.maths.change_rule import changed
 
-    if delta_meant_by(config.base) is not None:
+    before, after = local_copy(config.base), local_copy(config.tuned)
+    if delta_meant_by(before) is not None:
         raise UserError(f"BASE {config.base} is a delta, not whole weights", "give the model that training began from")
     rule = functools.partial(changed, rule=config.changed_by, atol=config.atol, eta=config.bf16_rtol)
-    delta = delta_meant_by(config.tuned)
-    with TensorReader(local_copy(config.base)) as base:
+    delta = delta_meant_by(after)
+    with TensorReader(before) as base:
         if delta is not None:
             return _diff_delta(config, base, delta, rule)
-        with TensorReader(local_copy(config.tuned)) as tuned:
+        with TensorReader(after) as tuned:
             return _diff_pair(config, base, tuned, rule)
 
 
@@ -268,7 +269,12 @@ def _combined(
     mask = combine(one.load() for one in headers)
     settings = {key: value for key, value in _settings(config).items() if key not in ("mask", "masks")}
     settings["inputs"] = [
-        {"name": one.path.name, "hash": manifest.file_hash(one.path), "mask_kind": one.kind, "count": one.count}
+        {
+            "name": one.path.name,
+            "hash": manifest.file_hash(mask_at(one.path)),
+            "mask_kind": one.kind,
+            "count": one.count,
+        }
         for one in headers
     ]
     unknown = [one.path.name for one in headers if one.model is None]
@@ -398,7 +404,7 @@ def _report(
         "model": None if model is None else dataclasses.asdict(model),
         "settings": settings,
         "notes": notes,
-        "bytes": path.stat().st_size,
+        "bytes": mask_at(path).stat().st_size,
     } | mask_numbers(shapes, counts)
 
 

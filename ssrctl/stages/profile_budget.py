@@ -22,7 +22,7 @@ from ssrctl.critics.scoring import score_groups
 from ssrctl.distributed.dividing import Spread, divide
 from ssrctl.distributed.world import World, joined_world
 from ssrctl.errors import UserError
-from ssrctl.io.artifacts import load_mask_for
+from ssrctl.io.artifacts import load_mask_for, mask_at
 from ssrctl.io.budget_file import MIN_PROBLEMS, BudgetProfile, save_budget_profile
 from ssrctl.io.console import console, note, progress, show_plan, warn
 from ssrctl.io.files import whole_file
@@ -33,6 +33,7 @@ from ssrctl.io.records import Rollout, read_rollouts
 from ssrctl.masks.budget_profile import StepMass, mean_curves, problem_masses, traces_batch
 from ssrctl.models.loading import LoadedModel, describe_model, load_model
 from ssrctl.models.precision import settle_dtype
+from ssrctl.report.charts import load_matplotlib
 from ssrctl.sampling.agreement import agree
 from ssrctl.sampling.groups import Prompted, describe_prompt, prepare_prompts, sample_groups
 from ssrctl.text.prompts import build_prompt, load_prompt_format, use_chat_template
@@ -93,7 +94,9 @@ def _run(config: ProfileBudgetConfig, world: World) -> dict[str, Any]:
     if config.dry_run:
         show_plan("profile-budget", plan)
         return plan
-    files = {f"contents of {key}": file_hash(path) for key in ("traces", "protect") if (path := getattr(config, key))}
+    files = {} if config.traces is None else {"contents of traces": file_hash(config.traces)}
+    if config.protect is not None:
+        files["contents of protect"] = file_hash(mask_at(config.protect))
     agree(world, config, loaded, source.prompts, files)
     bits = {name: packed.to(loaded.device) for name, packed in bits_from_mask(mask).items()}
 
@@ -313,7 +316,7 @@ def _show_grants(profile: BudgetProfile, num_unprotected: int) -> None:
 def _plot(path: Path, profile: BudgetProfile) -> str | None:
     """Draw the curve next to the profile; return the file, or None where matplotlib is not installed."""
     try:
-        import matplotlib
+        matplotlib = load_matplotlib()
     except ImportError:
         note("no plot: matplotlib is not installed (pip install 'ssrctl[report]')")
         return None

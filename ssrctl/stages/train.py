@@ -28,10 +28,9 @@ from ssrctl.distributed.world import World, joined_world
 from ssrctl.errors import UserError
 from ssrctl.evaluation.run_page import CRITIC_CALLS, PAGE, read_run, run_document
 from ssrctl.io import console
-from ssrctl.io.artifacts import ModelIdentity, load_mask_for
-from ssrctl.io.budget_file import MIN_PROBLEMS, load_budget_profile, shipped_budget_profile
+from ssrctl.io.artifacts import ModelIdentity, load_mask_for, mask_at
+from ssrctl.io.budget_file import MIN_PROBLEMS, budget_at, load_budget_profile, shipped_budget_profile
 from ssrctl.io.locks import locked_folder
-from ssrctl.io.package_data import profile_path
 from ssrctl.io.problems import load_problems
 from ssrctl.models.loading import (
     UNREAD,
@@ -56,7 +55,7 @@ from ssrctl.training.lr_sweep import find_lr, sweep
 from ssrctl.training.memory_plan import memory_facts, settle_step_gradient
 from ssrctl.training.resuming import open_run, run_folder
 from ssrctl.training.time_plan import num_units, time_shares
-from ssrctl.training.tracking import check_tracker
+from ssrctl.training.tracking import check_trackers
 from ssrctl.training.trainer import Trainer, input_hashes, questions_of_step
 from ssrctl.training.training_step import TrainingStep
 from ssrctl.training.unit_gradients import trainable
@@ -143,7 +142,7 @@ class _Judges:
 def _start(config: TrainConfig, judges: _Judges) -> dict[str, Any] | None:
     console.note(describe_model(config))
     _check_masks_exist(config)
-    check_tracker(config.report_to)
+    check_trackers(config.report_to)
     with joined_world(config.device) as world:
         config = settle_dtype(config)
         _check_processes(config, world)
@@ -158,7 +157,7 @@ def _check_masks_exist(config: TrainConfig) -> None:
     """Raise a UserError for a mask that is not there, before a model or a data set is fetched."""
     for name in ("protect", "mask"):
         path = getattr(config, name)
-        if path is not None and not os.path.exists(path):  # noqa: PTH110 (Path.exists raises for names that are too long)
+        if path is not None and not os.path.exists(mask_at(path)):  # noqa: PTH110 (Path.exists raises for names that are too long)
             raise UserError(
                 f"--{name} {path} not found",
                 "make it with `ssrctl superweights` or `ssrctl mask`; `ssrctl recipes NAME` prints the commands of a recipe",
@@ -368,7 +367,7 @@ def _budget_curve(config: TrainConfig, model: ModelIdentity) -> tuple[Sequence[f
     if shipped is not None:
         name, profile = shipped
     else:
-        profile = load_budget_profile(profile_path("budgets", name, ".json"))
+        profile = load_budget_profile(budget_at(name))
     if model.fingerprint not in (profile.model.fingerprint, UNREAD):
         console.warn(
             f"the budget profile {name} was measured on other weights ({profile.model.name}); `ssrctl profile-budget` "

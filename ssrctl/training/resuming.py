@@ -15,7 +15,7 @@ from ssrctl.io import manifest
 # Settings that may differ when a run is resumed: they do not change its numbers.
 FREE_ON_RESUME = {
     "json", "dry_run", "output_dir", "resume_from_checkpoint", "force", "save_steps", "save_total_limit", "logging_steps",
-    "report", "report_to", "critic_max_concurrency", "critic_timeout", "critic_retries", "critic_requests_per_minute",
+    "push_to_hub", "hub_private_repo", "report", "report_to", "critic_max_concurrency", "critic_timeout", "critic_retries", "critic_requests_per_minute",
     "critic_input_price", "critic_output_price", "critic_budget_usd", "critic_cache", "critic_cache_dir",
     "critic_thinking_tokens", "critic_max_tokens",
     "num_processes", "accelerate_config", "sharding", "sampling_weights",

@@ -21,6 +21,8 @@ from ssrctl.configs.own_code import imported_names
 from ssrctl.core.seeds import derive_seed
 from ssrctl.errors import Interrupted, Stopped, UserError
 from ssrctl.io import console, manifest
+from ssrctl.io.artifacts import mask_at
+from ssrctl.io.budget_file import budget_at
 from ssrctl.io.files import CannotWrite, write_text
 from ssrctl.io.gradient_log import GradientHeader, gradient_log_path, save_gradient_log
 from ssrctl.io.interrupts import deferred_interrupt
@@ -299,6 +301,7 @@ class Trainer:
         # Code is not imported because a file names it.
         named = imported_names(self.config).items()
         code = "".join(f" {flag(TrainConfig, name)} {shlex.quote(value)}" for name, values in named for value in values)
+        code += " --trust-remote-code" * self.config.trust_remote_code
         return f"ssrctl train --config {config} --output-dir {run} --resume-from-checkpoint latest{code}"
 
     def _summary(self) -> dict[str, Any]:
@@ -318,10 +321,10 @@ class Trainer:
 
 def input_hashes(config: TrainConfig) -> dict[str, str]:
     """Return the hashes of the files that a run reads, by the setting that names them."""
-    found = {key: manifest.file_hash(path) for key in ("protect", "mask") if (path := getattr(config, key))}
-    for key in ("dataset", "budget_profile"):
-        if Path(getattr(config, key)).is_file():
-            found[key] = manifest.file_hash(getattr(config, key))
+    found = {key: manifest.file_hash(mask_at(path)) for key in ("protect", "mask") if (path := getattr(config, key))}
+    for key, path in (("dataset", Path(config.dataset)), ("budget_profile", budget_at(config.budget_profile))):
+        if path.is_file():
+            found[key] = manifest.file_hash(path)
     return found
 
 

@@ -40,7 +40,8 @@ COMMANDS = {
     "diagnose": configs.DiagnoseConfig,
     "serve-rollouts": configs.ServeRolloutsConfig,
     "report": configs.ReportConfig,
-    "env": configs.EnvConfig,
+    "doctor": configs.DoctorConfig,
+    "push": configs.PushConfig,
     "recipes": configs.RecipesConfig,
     "delta diff": configs.DeltaDiffConfig,
     "delta apply": configs.DeltaApplyConfig,
@@ -72,7 +73,7 @@ def test_every_command_is_known_here() -> None:
     found = set()
     for name, one in get_command(app_module.app).commands.items():  # type: ignore[attr-defined]
         found |= {f"{name} {inner}" for inner in one.commands} if hasattr(one, "commands") else {name}
-    assert found == set(COMMANDS)
+    assert found == {*COMMANDS, "env"}, "the old name of doctor"
 
 
 def leaf(name: str) -> Any:
@@ -123,7 +124,7 @@ def test_flags_stand_in_panels_that_begin_with_the_common_ones(
         return re.findall(r"^╭─ (\w+) ", shown_help(name, 100, capsys, monkeypatch), re.MULTILINE)
 
     parts = ["Method", "Optimizer", "Sampling", "Engine", "Segmentation", "Critic"]
-    parts += ["Checkpoints", "Logging", "Processes"]
+    parts += ["Checkpoints", "Logging", "Processes", "Hub"]
     assert panels("train") == ["Options", "Model", "Data", "Prompt", *parts]
     assert panels("critic") == ["Arguments", "Options", "Critic", "Model", "Prompt", "Sampling", "Engine", "Processes"]
 
@@ -579,3 +580,25 @@ def test_errors_are_not_markup() -> None:
     finally:
         sys.stderr = before
     assert stream.getvalue() == "error: [red]x[/red]\n  fix: [y]\n"
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "named"),
+    [
+        (configs.TrainConfig, "trust_remote_code: true", "--trust-remote-code"),
+        (configs.EvalConfig, "trust-remote-code: 'yes'", "--trust-remote-code"),
+        (configs.ServeRolloutsConfig, "python: ./python", "--python"),
+        (configs.ServeRolloutsConfig, "vllm_arg: [--trust-remote-code]", "--vllm-arg"),
+        (configs.ServeRolloutsConfig, "command: [rm, -r, x]", "command"),
+    ],
+)
+def test_a_file_does_not_decide_which_code_is_run(kind: Any, text: str, named: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=f"^{named} comes from a file, and decides which code is run"):
+        configs.build_config(kind, {}, path)
+    name = text.partition(":")[0].replace("-", "_")
+    given = {"trust_remote_code": True, "python": "python3", "vllm_arg": [], "command": []}[name]
+    assert getattr(configs.build_config(kind, {name: given}, path), name) == given, "the command line wins"
+    path.write_text("trust_remote_code: false")
+    assert configs.build_config(kind, {}, path).trust_remote_code is False

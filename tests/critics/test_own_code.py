@@ -141,6 +141,7 @@ def test_mistakes_of_a_critic_stop_the_work_and_name_it(name: str, said: str) ->
             "the critic no_parts:Fine raised ModuleNotFoundError: No module named 'no_parts'\n",
         ),
         (["--critic", "broken_parts:Fine"], "raised SyntaxError: invalid syntax (broken_parts.py, line 1)\n"),
+        (["--reward", "script:main"], "the reward script:main raised SystemExit: 3 (script.py, line 1)\n"),
         (["--critic", "rollot"], "--critic: 'rollot' is not known\n  fix: did you mean 'rollout'?"),
         (["--critic", "own parts:Fine"], "--critic: 'own parts:Fine' is not known"),
         (["--reward", "own_parts:nothing"], "the reward own_parts:nothing raised AttributeError"),
@@ -150,6 +151,7 @@ def test_mistakes_of_a_critic_stop_the_work_and_name_it(name: str, said: str) ->
 )
 def test_names_that_lead_nowhere_are_one_line(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     Path("broken_parts.py").write_text("class:\n")
+    Path("script.py").write_text("raise SystemExit(3)\n")
     assert cli.main(["train", *words]) == 2
     err = capsys.readouterr().err
     assert said in err and len(err.splitlines()) == 2, "before any model is loaded"

@@ -281,7 +281,7 @@ def test_scores_become_labels_by_the_threshold() -> None:
 def test_a_missing_score_is_no_label() -> None:
     writer = Writer("stepwise")
     assert list(writer.rows(scored(80, None, 60))) == []
-    assert writer.summary() == {"left_out": 1}
+    assert writer.summary() == {"left_out": 1, "dropped": {}}
     with pytest.raises(UserError, match="none of 1 responses has a label for every step"):
         writer.check()
 
@@ -302,6 +302,27 @@ def test_segment_converts_and_keeps_labelled_steps(tmp_path: Path, capsys: pytes
     capsys.readouterr()
     assert run("segment", written(source, ROWS["verl"]), "--output-format", "stepwise", "-o", ours) == 2
     assert "none of 1 responses has a label" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "dropped"),
+    [
+        ("prm800k", "stepwise", {"answer": 1}),
+        ("prmbench", "math-shepherd", {"answer": 1, "id": 1}),
+        ("processbench", "verl", {"final_answer_correct": 1, "label": 1, "labels": 1, "steps": 1}),
+        ("processbench", "processbench", {}),
+    ],
+)
+def test_what_a_format_has_no_place_for_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], source: str, target: str, dropped: dict[str, int]
+) -> None:
+    path, out = written(tmp_path / "in.jsonl", ROWS[source]), tmp_path / "out.jsonl"
+    assert main(["segment", str(path), "--output-format", target, "-o", str(out), "--json"]) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["dropped"] == dropped
+    assert "".join(f"{name} ({count}), " for name, count in dropped.items())[:-2] in shown.err
+    assert ("no place" in shown.err) == bool(dropped)
+    assert [one.question for one in read(out, target)] == [QUESTION]
 
 
 def test_critic_makes_training_data_and_continues(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

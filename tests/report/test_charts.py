@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 
 import pytest
@@ -431,3 +434,13 @@ def test_spread_keeps_the_order_and_the_gap(places: list[float], gap: float) -> 
     assert all(new >= old for new, old in zip(moved, places, strict=True))
     if all(places[b] - places[a] >= gap for a, b in itertools.pairwise(order)):
         assert moved == places
+
+
+def test_a_notebook_of_another_environment_draws_too() -> None:
+    """Its MPLBACKEND names a module that matplotlib cannot import here."""
+    code = (
+        "import os; from ssrctl.report.charts import load_matplotlib as load; load(); print(os.environ['MPLBACKEND'])"
+    )
+    variables = os.environ | {"MPLBACKEND": "module://absent_inline"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=variables, check=False)
+    assert done.stdout == "module://absent_inline\n", done.stderr

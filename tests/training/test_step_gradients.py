@@ -8,6 +8,7 @@ digit.
 import copy
 import gc
 import random
+import types
 
 import pytest
 import torch
@@ -206,6 +207,25 @@ def test_recomputed_runs_each_response_again_up_to_its_own_last_token(qwen, ever
         *[(3, (1, 1)), *prompt],  # the first unit: a token of the first response, and those that the prompt predicts
         *[(4, (1, 2)), (3, (1, 1)), (3, (1, 2)), (3, (1, 1)), *prompt],
     ]
+
+
+def test_units_at_once_end_their_chunks_where_that_pays(qwen, every_cut, monkeypatch):
+    case = CASES["ragged"].near(qwen)  # units end after 3, 6 and 8 tokens of a response
+    task = GradientTask(qwen, case.batch(), case.units)
+    run = types.SimpleNamespace(batch=task.batch, shared=3, order=torch.tensor([0, 2, 1]), chunks=[])
+    wanted = torch.zeros(2, 3, 8, dtype=torch.bool)
+    wanted[0, 0, 2], wanted[1, 0, 7], wanted[1, 2, 5] = True, True, True
+
+    def cuts(most):
+        return [[(c.start, c.stop) for c in block] for block in chunked.row_blocks(run, wanted, most, None)]
+
+    assert cuts(4) == [
+        [(3, 5), (5, 7), (7, 10)],
+        [(3, 5), (5, 8)],
+    ]  # chunks of at most 4 tokens; the first unit stops at 5
+    assert cuts(100) == [[(3, 5), (5, 10)]]  # both responses in one block
+    monkeypatch.setattr(chunked, "plan_boundaries", lambda shape, costs: [max(map(shape.input_end, shape.lengths))])
+    assert cuts(100) == [[(3, 10)]]
 
 
 @pytest.mark.parametrize("method", [*EXACT, "local", "auto"])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from ssrctl.errors import UserError
+from ssrctl.io.console import note
 from ssrctl.io.files import STDIO, text_bytes
 from ssrctl.io.formats.base import Format, Row, StepLabels, labels_before
 from ssrctl.io.formats.lm_eval import LM_EVAL
@@ -63,7 +65,7 @@ def read_formatted(
 
 
 class Writer:
-    """Makes rows of a format, and counts the rollouts that it cannot hold.
+    """Makes rows of a format, and counts the rollouts and fields that it cannot hold.
 
     Args:
         name: a name of ``FORMATS``.
@@ -71,11 +73,14 @@ class Writer:
 
     Attributes:
         num_written, num_left_out: rollouts; those without steps or without a needed label are left out.
+        dropped: number of written rollouts by field that reading their rows does not give back.
     """
 
     def __init__(self, name: str, right_from: float = 0.0) -> None:
         self.format, self.right_from = FORMATS[name], right_from
         self.num_written = self.num_left_out = 0
+        self.dropped: Counter[str] = Counter()
+        self._read = self.format.reader()
 
     def rows(self, rollout: Rollout) -> Iterator[Row]:
         """Yield the row of a rollout, or nothing."""
@@ -91,20 +96,40 @@ class Writer:
                 return
             rollout = _with_steps(rollout, places)
         self.num_written += 1
-        yield self.format.write(rollout, labels)
+        row = self.format.write(rollout, labels)
+        if self.format is not OURS:
+            self.dropped.update(self._lost(rollout, row))
+        yield row
+
+    def _lost(self, rollout: Rollout, row: Row) -> set[str]:
+        """Return the fields of a rollout that its row does not hold; scores count as held where they became labels."""
+        where = f"row:{self.num_written}"
+        held = {"scores"} if self.format.needs_labels else set[str]()
+        if row.keys() & {"final_answer_correct", "filtered_resps", "score"}:
+            held.add("final")
+        for made in self._read(row, where):
+            back = Rollout.from_dict(made, where=where)
+            held |= back.to_dict().keys()
+            if back.id != rollout.id:
+                held.discard("id")
+        return rollout.to_dict().keys() - held
 
     def check(self) -> None:
-        """Raise a UserError if there were rollouts and none could be written."""
+        """Say which fields were dropped; raise a UserError if there were rollouts and none could be written."""
         if self.num_left_out and not self.num_written:
             raise UserError(
                 f"none of {self.num_left_out} responses has a label for every step, which the format {self.format.name} "
                 "needs",
-                "score all of their steps with `ssrctl critic --output-format`, or give labelled solutions",
+                "use a critic that scores every step, or give labelled solutions",
             )
+        if self.dropped:
+            fields = ", ".join(f"{name} ({count:,})" for name, count in sorted(self.dropped.items()))
+            note(f"the format {self.format.name} has no place for some fields, which were left out: {fields}")
 
-    def summary(self) -> dict[str, int]:
-        """Return the number of rollouts that were left out; empty for a format that needs no labels."""
-        return {"left_out": self.num_left_out} if self.format.needs_labels else {}
+    def summary(self) -> dict[str, Any]:
+        """Return the number of rollouts that were left out, for a format that needs labels, and of dropped fields."""
+        left_out = {"left_out": self.num_left_out} if self.format.needs_labels else {}
+        return left_out | ({} if self.format is OURS else {"dropped": dict(sorted(self.dropped.items()))})
 
 
 def step_labels(rollout: Rollout, right_from: float) -> StepLabels:

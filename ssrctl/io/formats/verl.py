@@ -42,9 +42,7 @@ def _read(row: Row, where: str) -> list[Row]:
 
 def _write(rollout: Rollout, labels: StepLabels) -> Row:
     row: Row = {"id": rollout.id, "input": rollout.prompt or rollout.question, "output": rollout.response}
-    if rollout.answer is not None:
-        row["gts"] = rollout.answer
-    row |= kept(rollout)
+    row |= {"gts": rollout.answer} | kept(rollout)
     if rollout.final is not None and rollout.final.correct is not None:
         row["score"] = float(rollout.final.correct)
     return row

@@ -8,7 +8,7 @@ import difflib
 from pathlib import Path
 from typing import Any
 
-from ssrctl.checkpoints.pairs import Checkpoint, Comparison, checkpoints_of, is_run, open_comparison
+from ssrctl.checkpoints.pairs import Checkpoint, Comparison, checkpoints_of, is_run, local_copy, open_comparison
 from ssrctl.checkpoints.reader import TensorReader, delta_meant_by
 from ssrctl.configs import DiagnoseConfig
 from ssrctl.errors import CheckFailed, UserError
@@ -77,7 +77,7 @@ def diagnose_checkpoints(config: DiagnoseConfig) -> dict[str, Any]:
         document = _document(report, comparison, config)
     written = write_report(numbers, document, output, name, show=not config.json)
     if report.failed:
-        raise CheckFailed(" ".join(report.failed))
+        raise CheckFailed(" ".join(report.failed), result=written)
     return written
 
 
@@ -157,7 +157,7 @@ def _check_device(config: DiagnoseConfig, chosen: list[type[Measure[Any, Any]]])
 def _files(comparison: Comparison, paths: list[Path]) -> list[Path]:
     files = list(comparison.base.files)
     for path, tuned in zip(paths, comparison.tuned, strict=True):
-        delta = delta_meant_by(path)
+        delta = delta_meant_by(local_copy(path))
         if delta is not None:
             files.append(delta)
         elif isinstance(tuned.reader, TensorReader):

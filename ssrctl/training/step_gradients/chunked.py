@@ -11,7 +11,7 @@ from torch import Tensor
 from ssrctl.training.step_gradients.batch import GroupBatch
 from ssrctl.training.step_gradients.chunks import Chunk, ChunkedPass
 from ssrctl.training.step_gradients.cost import ModelCosts, plan_boundaries
-from ssrctl.training.step_gradients.shape import group_shape
+from ssrctl.training.step_gradients.shape import group_shape, units_shape
 from ssrctl.training.step_gradients.task import GradientTask, UnitGradient
 from ssrctl.training.step_gradients.walk import walk_chunks
 
@@ -42,20 +42,23 @@ def chunked_gradients(task: GradientTask) -> Iterator[UnitGradient]:
 def recomputed_gradients(task: GradientTask) -> Iterator[UnitGradient]:
     """Run the batch once without a graph, and for each unit the tokens before its end again (see ``task.Dials``).
 
-    The second time response after response, each up to its own last token of the unit, in chunks of at most so many tokens;
-    short responses share a chunk. The prompt comes once for all, if the cuts of ``chunked`` have it apart.
+    The second time response after response, each up to its own last token of the unit, in chunks of at most so many tokens, cut
+    where units end if that pays as in ``chunked``; short responses share a chunk. The prompt comes once for all, if the cuts of ``chunked`` have it apart.
 
     Needs a model without a ``cache_obstacle``. Memory: the keys and values of the group, the activations of one chunk,
     and for each of the units at once a gradient of the parameters and the gradients of one response's keys and values.
     """
     rows, prompt = len(task.batch.input_ids), task.batch.prompt_length
     most = task.settled_dials.chunk_tokens or RECOMPUTED_CHUNK_TOKENS
-    planned = plan_boundaries(group_shape(task), ModelCosts.of(task.model))
+    costs = ModelCosts.of(task.model)
+    planned = plan_boundaries(group_shape(task), costs)
     shared = prompt if prompt in planned else 0
     last = last_input(task) if task.needs_all_logprobs else max(planned, default=0)
     ends = split_range(0, shared, most) + split_range(shared, last, max(1, most // rows))
     run = ChunkedPass(task.model, task.batch, column_chunks(task.batch, ends, shared), task.head)
-    return walk_chunks(task, run, lambda wanted: row_blocks(run, wanted, most), task.settled_dials.units_at_once or 1)
+    return walk_chunks(
+        task, run, lambda wanted: row_blocks(run, wanted, most, costs), task.settled_dials.units_at_once or 1
+    )
 
 
 def last_input(task: GradientTask) -> int:
@@ -88,18 +91,19 @@ def column_chunks(batch: GroupBatch, ends: Sequence[int], shared: int | None = N
     return chunks
 
 
-def row_blocks(run: ChunkedPass, wanted: Tensor, most: int) -> list[list[Chunk]]:
+def row_blocks(run: ChunkedPass, wanted: Tensor, most: int, costs: ModelCosts) -> list[list[Chunk]]:
     """Cut the tokens on which the wanted ones depend into blocks of rows, and these into chunks of columns.
 
     Args:
         run: the pass over the group.
-        wanted: bool ``[G, R]``.
+        wanted: bool ``[units, G, R]``, the tokens in the loss of each unit.
         most: tokens of a chunk; a block has several rows only if one chunk holds them whole.
+        costs: of the model; they tell which cuts at units' ends pay.
 
     Returns:
         Blocks of chunks of the same rows, ascending; those of the shared prompt come last.
     """
-    past_last = (wanted * torch.arange(1, wanted.shape[1] + 1, device=wanted.device)).amax(1)
+    past_last = (wanted.any(0) * torch.arange(1, wanted.shape[2] + 1, device=wanted.device)).amax(1)
     # inputs that a row needs beyond the shared ones
     needed = [max(0, count + run.batch.prompt_length - 1 - run.shared) if count else 0 for count in past_last.tolist()]
     order = run.order.tolist()
@@ -110,8 +114,12 @@ def row_blocks(run: ChunkedPass, wanted: Tensor, most: int) -> list[list[Chunk]]
             if (stop + 1 - first) * max(width, more) > most:
                 break
             width, stop = max(width, more), stop + 1
-        cuts = [run.shared, *split_range(run.shared, run.shared + width, max(1, most // (stop - first)))]
-        if block := [_chunk(run.order[first:stop], a, b) for a, b in itertools.pairwise(cuts)]:
+        rows = run.order[first:stop]
+        planned = plan_boundaries(units_shape(wanted[:, rows], run.batch.prompt_length), costs) if width else []
+        cuts = [run.shared]
+        for end in planned:
+            cuts += split_range(cuts[-1], end, max(1, most // (stop - first))) if end > cuts[-1] else []
+        if block := [_chunk(rows, a, b) for a, b in itertools.pairwise(cuts)]:
             blocks.append(block)
         first = stop
     if bool(past_last.any()) and (prompt := [chunk for chunk in run.chunks if chunk.shared]):

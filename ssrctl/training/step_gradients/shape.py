@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from ssrctl.training.step_gradients.task import GradientTask
 
 
@@ -56,3 +58,19 @@ def group_shape(task: GradientTask) -> GroupShape:
         lengths=tuple(task.batch.known.sum(1).tolist()),
         units=tuple(UnitSpan(active.start, active.end, len(active.rows)) for active in task.active),
     )
+
+
+def units_shape(inside: Tensor, prompt_length: int) -> GroupShape:
+    """Return the shape of responses that end with the last unit's token.
+
+    Args:
+        inside: bool ``[units, G, R]``, the tokens in the loss of each unit.
+        prompt_length: tokens of the prompt.
+    """
+    spans = []
+    for unit in inside:
+        columns = unit.any(0).nonzero().flatten().tolist()
+        if columns:
+            spans.append(UnitSpan(columns[0], columns[-1] + 1, int(unit.any(1).sum())))
+    ends = [row.nonzero().flatten().tolist()[-1:] for row in inside.any(0)]
+    return GroupShape(prompt_length, tuple(end[0] + 1 if end else 0 for end in ends), tuple(spans))

@@ -44,7 +44,7 @@ def walk_chunks(
     Args:
         task: the group.
         run: its chunks.
-        again: returns the chunks that are run a second time for the tokens (bool ``[G, R]``) in the loss of some units:
+        again: returns the chunks that are run a second time for the tokens in the loss of some units (bool ``[units, G, R]``):
             blocks of the same rows one after the other, those of the shared prompt last. None keeps the graphs of the
             first pass, each until the last unit that goes through it.
         units_at_once: number of units that share a second run. Their gradients exist together.
@@ -72,8 +72,9 @@ def walk_chunks(
         alone = len(walkers) == 1
         if alone:
             task.announce(walkers[0].made.unit)
-        wanted = torch.stack([walker.derivative != 0 for walker in walkers]).any(0)
-        for block in [list(kept)] if again is None else again(wanted):
+        by_unit = torch.stack([walker.derivative != 0 for walker in walkers])
+        wanted = by_unit.any(0)
+        for block in [list(kept)] if again is None else again(by_unit):
             for walker in walkers:
                 walker.states.open(len(block[0].rows))
             for chunk in reversed(block):
