@@ -356,11 +356,11 @@ def test_a_shard_that_both_share_is_read_once(
     read, tensor, pieces = [], TensorReader.tensor, TensorReader.pieces
 
     def tensor_read(self: TensorReader, name: str) -> torch.Tensor:
-        read.append((self.label, name))
+        read.append((self.folder.name, name))
         return tensor(self, name)
 
     def pieces_read(self: TensorReader, name: str, *args: Any, **settings: Any) -> Iterator[torch.Tensor]:
-        read.append((self.label, name))
+        read.append((self.folder.name, name))
         return pieces(self, name, *args, **settings)
 
     monkeypatch.setattr(TensorReader, "tensor", tensor_read)
