@@ -11,9 +11,9 @@ import contextlib
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -49,12 +49,14 @@ class Checkpoint:
         reader: the open checkpoint.
         is_delta: True = a delta on top of the base.
         step: the training step that made it; None when it does not say.
+        own_base: the weights that it is compared with, where they are not those of the comparison's ``base``.
     """
 
     label: str
     reader: TensorReader | DeltaReader
     is_delta: bool
     step: int | None = None
+    own_base: TensorReader | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Comparison:
     """A base and its checkpoints, open.
 
     Attributes:
-        base: the weights that training began from.
+        base: the weights that training began from; of several pairs those of the first, whose shapes the others have.
         tuned: the checkpoints, in the order given.
         names: the tensors that all of them have and that are measured, sorted.
         notes: sentences that a reader needs so as not to be misled.
@@ -78,6 +80,15 @@ class Comparison:
     def numel(self, name: str) -> int:
         """Return the number of elements of a tensor."""
         return math.prod(self.base.shapes[name])
+
+    def base_of(self, checkpoint: Checkpoint) -> TensorReader:
+        """Return the weights that a checkpoint is compared with."""
+        return checkpoint.own_base or self.base
+
+    @property
+    def one_base(self) -> bool:
+        """True if all checkpoints are compared with the same weights."""
+        return all(one.own_base is None for one in self.tuned)
 
 
 class TensorPair:
@@ -107,7 +118,7 @@ class TensorPair:
         from ssrctl.checkpoints.reader import DeltaReader
 
         if self._base is None:
-            reader, base = self.checkpoint.reader, self._comparison.base
+            reader, base = self.checkpoint.reader, self._comparison.base_of(self.checkpoint)
             self._base = reader.base_tensor(self.name) if isinstance(reader, DeltaReader) else base.tensor(self.name)
         return self._base
 
@@ -130,7 +141,7 @@ class TensorPair:
         reader = self.checkpoint.reader
         if isinstance(reader, DeltaReader):
             return self.name not in reader.delta.changes
-        return self._comparison.base.same_bytes(self.name, reader)
+        return self._comparison.base_of(self.checkpoint).same_bytes(self.name, reader)
 
     def _base_pieces(self, first: int, last: int) -> Iterator[Tensor]:
         from ssrctl.checkpoints.reader import DeltaReader
@@ -138,7 +149,7 @@ class TensorPair:
         reader = self.checkpoint.reader
         if isinstance(reader, DeltaReader):
             return reader.base_pieces(self.name, first, last)
-        return self._comparison.base.pieces(self.name, first, last, reuse=True)
+        return self._comparison.base_of(self.checkpoint).pieces(self.name, first, last, reuse=True)
 
     def pieces(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield (flat index of the first element, base, tuned) for pieces of at most ``RANGE`` elements, in order.
@@ -170,7 +181,9 @@ class TensorPair:
 
     def share_base(self, other: TensorPair) -> None:
         """Take over the base tensor that ``other`` has read, where both began from the same values."""
-        if self._base is None and not self.checkpoint.is_delta and not other.checkpoint.is_delta:
+        mine, theirs = self.checkpoint, other.checkpoint
+        same = mine.own_base is theirs.own_base and not mine.is_delta and not theirs.is_delta
+        if self._base is None and same:
             self._base = other._base
 
     def release(self) -> None:
@@ -257,61 +270,129 @@ def open_comparison(
     layers: str | None = None,
     options: PairOptions | None = None,
 ) -> Comparison:
-    """Open the base and every checkpoint, and find the tensors to compare.
+    """Open one base and every checkpoint; see ``open_pairs``."""
+    return open_pairs(stack, [(base_path, path) for path in paths], layers, options)
+
+
+def open_pairs(
+    stack: contextlib.ExitStack,
+    pairs: Sequence[tuple[Path, Path]],
+    layers: str | None = None,
+    options: PairOptions | None = None,
+) -> Comparison:
+    """Open checkpoints and the base of each, and find the tensors to compare.
 
     Args:
         stack: closes the files.
-        base_path: a folder, a safetensors file, or a name on the hub.
-        paths: the same, or a delta, or a run.
+        pairs: (base, checkpoint), at least one. A base is a folder, a safetensors file, or a name on the hub; a
+            checkpoint also a delta, or a run. A base of several pairs is opened once.
         layers: compare these only, as ``layer_ranges`` reads them; None is all.
         options: patterns of names, and whether every difference is refused; by default neither.
 
     Raises:
-        UserError: something that cannot be opened, or that was not made from the base.
+        UserError: a path that cannot be opened, a checkpoint that was not made from its base, or bases of different
+            architectures.
     """
-    from ssrctl.checkpoints.gguf import GgufReader
-    from ssrctl.checkpoints.parameter_names import matching_names, one_sided_weights
-    from ssrctl.checkpoints.reader import TensorReader, delta_meant_by, open_delta
-
-    options = options or PairOptions()
-    place = local_copy(base_path)
-    if delta_meant_by(place) is not None:
-        raise UserError(f"BASE {base_path} is a delta, not whole weights", "give the model that the run started from")
-    base = stack.enter_context(TensorReader(place))
-    tuned: list[Checkpoint] = []
-    shared: set[str] | None = None
-    notes: list[str] = []
-    one_sided: set[str] = set()
-    for path in paths:
-        place = local_copy(path)
-        delta = delta_meant_by(place)
-        if delta is not None:
-            step = int(delta.parent.name) if delta.parent.name.isdecimal() else None
-            one = Checkpoint("", open_delta(delta, base), True, step)
-            names, said = _delta_names(base, one.reader)
-        else:
-            reader = stack.enter_context(_opened(place, base))
-            notes += reader.notes if isinstance(reader, GgufReader) else []
-            names, said = matching_names(base, reader, strict=options.strict)
-            one_sided |= one_sided_weights(base, reader, names)
-            one = Checkpoint("", reader, False)
-        label = _unused(text_safe(one.reader.label), {other.label for other in tuned})
-        tuned.append(Checkpoint(label, one.reader, one.is_delta, one.step))
-        shared = set(names) if shared is None else shared & set(names)
-        notes += [note for note in said + _dtype_notes(base, one.reader, names) if note not in notes]
-    assert shared is not None
-    _crop_to_common_rows(base, tuned, shared, notes)
-    names, said = chosen_names(sorted(shared), options, base.label)
-    chosen = bool(options.include or options.exclude or layers)
-    return Comparison(base, tuned, _in_layers(names, layers), notes + said, [] if chosen else sorted(one_sided))
-
-
-def _opened(path: Path, base: TensorReader) -> TensorReader:
-    """Open a checkpoint to compare with ``base``, by whose names the tensors of a GGUF file are called."""
-    from ssrctl.checkpoints.gguf import SUFFIX, GgufReader
+    from ssrctl.checkpoints.parameter_names import one_sided_weights
     from ssrctl.checkpoints.reader import TensorReader
 
-    return GgufReader(path, base.shapes) if path.is_file() and path.suffix == SUFFIX else TensorReader(path)
+    options = options or PairOptions()
+    bases: dict[Path, TensorReader] = {}
+    tuned: list[Checkpoint] = []
+    found: list[set[str]] = []
+    notes: list[str] = []
+    one_sided: set[str] = set()
+    for base_path, path in pairs:
+        if base_path not in bases:
+            bases[base_path] = _open_base(stack, base_path)
+            if len(bases) > 1:
+                first = next(iter(bases.values()))
+                names, said = _matching(first, bases[base_path], options)
+                found.append(set(names))
+                notes += [f"{first.label} and {bases[base_path].label}, the bases of pairs: {note}" for note in said]
+        base = bases[base_path]
+        one, names, said = _open_tuned(stack, base, path, options, several=len(pairs) > 1)
+        found.append(set(names))
+        if isinstance(one.reader, TensorReader):
+            one_sided |= one_sided_weights(base, one.reader, names)
+        label = _unused(text_safe(one.reader.label), {other.label for other in tuned})
+        own = None if base is next(iter(bases.values())) else base
+        tuned.append(replace(one, label=label, own_base=own))
+        notes += said + _dtype_notes(base, one.reader, names)
+    first, shared = next(iter(bases.values())), set.intersection(*found)
+    if len(bases) > 1:
+        notes.append(
+            "Each checkpoint is compared with its own base. Overlaps are of weights at the same places; what chance gives "
+            "among weights of equal magnitude is not defined for several bases."
+        )
+    notes = list(dict.fromkeys(notes + _other_base_notes(first, tuned)))
+    _crop_to_common_rows(list(bases.values()), tuned, shared, notes)
+    names, said = chosen_names(sorted(shared), options, first.label)
+    chosen = bool(options.include or options.exclude or layers)
+    return Comparison(first, tuned, _in_layers(names, layers), notes + said, [] if chosen else sorted(one_sided))
+
+
+def _open_base(stack: contextlib.ExitStack, path: Path) -> TensorReader:
+    from ssrctl.checkpoints.reader import TensorReader, delta_meant_by
+
+    place = local_copy(path)
+    if delta_meant_by(place) is not None:
+        raise UserError(f"BASE {path} is a delta, not whole weights", "give the model that the run started from")
+    return stack.enter_context(TensorReader(place))
+
+
+def _open_tuned(
+    stack: contextlib.ExitStack, base: TensorReader, path: Path, options: PairOptions, *, several: bool
+) -> tuple[Checkpoint, list[str], list[str]]:
+    """Return (the checkpoint without a label, the names that it has in common with the base, notes)."""
+    from ssrctl.checkpoints.gguf import SUFFIX, GgufReader
+    from ssrctl.checkpoints.reader import TensorReader, delta_meant_by, open_delta
+
+    place = local_copy(path)
+    delta = delta_meant_by(place)
+    if delta is not None:
+        step = int(delta.parent.name) if delta.parent.name.isdecimal() else None
+        or_else = ", or each checkpoint with its own base: --pairs BASE:TUNED ..." if several else ""
+        one = Checkpoint("", open_delta(delta, base, or_else), True, step)
+        return one, *_delta_names(base, one.reader)
+    if place.is_file() and place.suffix == SUFFIX:
+        other = GgufReader(place, base.shapes)
+        stack.enter_context(other)
+        names, said = _matching(base, other, options)
+        return Checkpoint("", other, False), names, other.notes + said
+    reader = stack.enter_context(TensorReader(place))
+    return Checkpoint("", reader, False), *_matching(base, reader, options)
+
+
+def _matching(base: TensorReader, tuned: TensorReader, options: PairOptions) -> tuple[list[str], list[str]]:
+    from ssrctl.checkpoints.parameter_names import matching_names
+
+    return matching_names(base, tuned, strict=options.strict)
+
+
+def _other_base_notes(base: TensorReader, tuned: Sequence[Checkpoint]) -> list[str]:
+    """Return sentences on checkpoints whose folder says that they were trained from other weights than their base.
+
+    A folder that `delta apply` makes has the intervention.json of the model that the run started from.
+    """
+    from ssrctl.checkpoints.reader import TensorReader
+
+    def intervention(reader: TensorReader) -> bytes | None:
+        path = reader.folder / "intervention.json"
+        return path.read_bytes() if path.is_file() else None
+
+    notes = []
+    for one in tuned:
+        ours = one.own_base or base
+        if isinstance(one.reader, TensorReader) and one.reader.folder != ours.folder:
+            made = intervention(one.reader)
+            if made is not None and made != intervention(ours):
+                notes.append(
+                    f"{one.label} comes from a model whose weights were rotated or permuted (its intervention.json), "
+                    f"{text_safe(ours.label)} does not: that intervention is counted as update. --pairs BASE:TUNED "
+                    "compares each checkpoint with its own base."
+                )
+    return notes
 
 
 def chosen_names(names: list[str], options: PairOptions, owner: str) -> tuple[list[str], list[str]]:
@@ -331,12 +412,14 @@ def chosen_names(names: list[str], options: PairOptions, owner: str) -> tuple[li
     return [name for name in names if name in taken], notes
 
 
-def _crop_to_common_rows(base: TensorReader, tuned: list[Checkpoint], shared: set[str], notes: list[str]) -> None:
+def _crop_to_common_rows(
+    bases: Sequence[TensorReader], tuned: list[Checkpoint], shared: set[str], notes: list[str]
+) -> None:
     """Let every checkpoint read only the rows that all have; next to a delta, a resized tensor is left out."""
     from ssrctl.checkpoints.reader import TensorReader
 
     readers = [one.reader for one in tuned]
-    resized = sorted(name for name in shared if len({one.shapes[name] for one in (base, *readers)}) > 1)
+    resized = sorted(name for name in shared if len({one.shapes[name] for one in (*bases, *readers)}) > 1)
     if not resized:
         return
     dense = [one for one in readers if isinstance(one, TensorReader)]
@@ -345,8 +428,8 @@ def _crop_to_common_rows(base: TensorReader, tuned: list[Checkpoint], shared: se
         notes.append(f"Next to a delta, tensors with another number of rows were left out: {first_of(resized)}.")
         return
     for name in resized:
-        rows = min(one.shapes[name][0] for one in (base, *dense))
-        for one in (base, *dense):
+        rows = min(one.shapes[name][0] for one in (*bases, *dense))
+        for one in (*bases, *dense):
             one.crop(name, rows)
 
 

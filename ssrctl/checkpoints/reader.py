@@ -37,6 +37,7 @@ class TensorReader:
 
     Attributes:
         label: its name on the hub, or the last part of its path, for reports.
+        path: of the folder or the file.
         folder: where the files are, and whatever belongs to them.
         files: the safetensors files, in order.
         sharded: a folder whose index says which file holds what.
@@ -60,7 +61,7 @@ class TensorReader:
         self.label = TINY if str(path) == TINY else label_of(location)
         self.name_map = NameMap()
         self.ties: dict[str, str | None] = {}
-        self._path = location
+        self.path = location
         self._places = self._locate(location)
         self.folder = location.parent if location.is_file() else location
         self.sharded = "" not in self._places
@@ -302,7 +303,7 @@ class TensorReader:
 
     def identity(self, fingerprint: str) -> ModelIdentity:
         """Return the identity of these weights; a model in the hub's cache has its name on the hub and its revision."""
-        origin = hub_origin(self._path)
+        origin = hub_origin(self.path)
         revision = None if origin is None else origin[1]
         return ModelIdentity(name=self.label, revision=revision, fingerprint=fingerprint)
 
@@ -410,15 +411,17 @@ def delta_meant_by(path: str | Path) -> Path | None:
     return find_delta(place) if any((place / name).exists() for name in ours) else None
 
 
-def open_delta(path: Path, base: TensorReader) -> DeltaReader:
+def open_delta(path: Path, base: TensorReader, or_else: str = "") -> DeltaReader:
     """Open a delta on top of ``base``, checked to belong to it by shapes and by fingerprint (reads all of the base).
+
+    ``or_else`` is added to the remedy of the last error.
 
     Raises:
         UserError: other tensors, other shapes, or other weights.
     """
     delta = DeltaFile(path)
     check_shapes(path, delta.base, delta.shapes, base)
-    load_dtype = check_weights(path, delta.base, delta.shapes, base)
+    load_dtype = check_weights(path, delta.base, delta.shapes, base, or_else)
 
     def before(name: str, indices: Tensor) -> Tensor:
         return _loaded(base.tensor(name).flatten()[indices], load_dtype)

@@ -10,6 +10,7 @@ from ssrctl.configs.common import (
     ProcessOptions,
     PromptOptions,
     SamplingConfig,
+    is_bundled,
 )
 from ssrctl.configs.critic import CriticConfig, CriticOptions
 from ssrctl.configs.delta import DeltaApplyConfig, DeltaDiffConfig, DeltaInfoConfig
@@ -78,4 +79,5 @@ __all__ = [
     "TrainConfig",
     "build_config",
     "current_names",
+    "is_bundled",
 ]

@@ -14,7 +14,7 @@ import inspect
 import reprlib
 import sys
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
@@ -48,7 +48,7 @@ class Config:
 
     panel: ClassVar[str | None] = None  # where `--help` shows the fields that a class defines itself
     several_processes: ClassVar[bool] = False  # True for a command that divides its work among the processes of a job
-    has_recipes: ClassVar[bool] = False  # True for the command whose settings `--recipe` takes from profiles/recipes
+    has_recipes: ClassVar[bool] = False  # True for a command whose settings `--recipe` takes from profiles/recipes
 
     def __post_init__(self) -> None:
         vars(self).update(_checked(type(self), vars(self)))
@@ -56,6 +56,11 @@ class Config:
     def exit_status(self, code: int, result: Mapping[str, Any] | None) -> int:
         """Return the exit code of the command, given the usual one and the result; ``code`` unless a setting changes it."""
         return code
+
+    @classmethod
+    def idle_in_files(cls, given: Mapping[str, Any]) -> Collection[str]:
+        """Return the fields that files may name without effect beside the given flags; as flags they are refused."""
+        return ()
 
 
 def build_config(kind: type[Made], given: Mapping[str, Any], *files: Path) -> Made:
@@ -78,7 +83,10 @@ def build_config(kind: type[Made], given: Mapping[str, Any], *files: Path) -> Ma
     for spec in specs:
         if spec.name in values and spec.name not in given:
             _refuse_code(kind, spec, values[spec.name])
-    values |= given
+    idle = [name for name in kind.idle_in_files(given) if name in values and name not in given]
+    if idle:
+        sys.stderr.write(f"note: of the file's settings {', '.join(idle)} have no effect here\n")
+    values = {name: value for name, value in values.items() if name not in idle} | dict(given)
     for spec in specs:
         if spec.name not in values and spec.default is spec.default_factory is dataclasses.MISSING:
             raise _needed(kind, spec.name)

@@ -11,9 +11,14 @@ from ssrctl.configs.json_object import as_json_text, parse_json_object
 from ssrctl.errors import UserError
 
 RecordFormat = Literal["ssrctl", "processbench", "prm800k", "prmbench", "stepwise", "math-shepherd", "lm-eval", "verl"]
-InputFormat = Literal["auto", RecordFormat]
+InputFormat = Literal["auto", RecordFormat, "lighteval", "inspect"]
 TINY = "tiny-reasoner"
 TINY_DATASET = "tiny-arithmetic"
+
+
+def is_bundled(dataset: str) -> bool:
+    """Return True for the bundled problems and their variants (``tiny-arithmetic:longer``)."""
+    return dataset.partition(":")[0] == TINY_DATASET
 
 
 @dataclass(kw_only=True)
@@ -195,8 +200,8 @@ class DatasetConfig(PromptOptions):
     panel = "Data"
 
     dataset: str = TINY_DATASET
-    """Problems: a jsonl, json, csv, tsv (or .gz of these) or parquet file, a datasets name on the hub, or
-    tiny-arithmetic (bundled)."""
+    """Problems: a jsonl, json, csv, tsv (or .gz of these) or parquet file, a datasets name on the hub, or tiny-arithmetic
+    (bundled), with :longer, :numbers or :order for problems out of its distribution, :probes for equal parts of all."""
 
     dataset_config: str | None = None
     """Configuration name of a hub dataset."""

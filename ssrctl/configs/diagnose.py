@@ -19,8 +19,10 @@ class MeasureOptions(Config):
     panel = "Measures"
 
     measures: str | None = None
-    """Measures to take, of sparsity, size, rank, spectrum, landing, overlap, time and gradients, separated by commas;
-    by default all that the paths allow, without the slow ones for several checkpoints."""
+    """Measures to take, of sparsity, size, rank, spectrum, landing, overlap, time, gradients, function and prune,
+    separated by commas; by default all that the paths allow, without the slow ones for several checkpoints and without
+    function (KL to the base on prompts) and prune (KL of the largest changes), which load the models: default,function
+    adds one."""
 
     layers: str | None = None
     """Only these layers: 0-3,7; tensors outside of the layers are left out then. Also for --intervene."""
@@ -44,11 +46,16 @@ class MeasureOptions(Config):
     mask_density: Fraction = 0.5
     """Share of each matrix in the principal and in the low-magnitude mask (Zhu et al. 2025, alpha)."""
 
+    prompts: str | None = None
+    """Texts for function and prune: a jsonl file with a text field each, or a name in profiles/prompts; by default
+    general."""
+
     device: str = "cpu"
     """Device for the decompositions of rank, spectrum and landing: cpu, cuda, cuda:1; it computes in float64."""
 
     picture: str | None = None
-    """Matrix of which landing and overlap show a picture, by its tensor's name; by default one of the middle layer."""
+    """Matrix of which landing and overlap show a picture, and time the rows and columns, by its tensor's name; by default
+    of the middle layer."""
 
 
 @dataclass(kw_only=True)
@@ -76,8 +83,9 @@ class DiagnoseConfig(MeasureOptions, PairOptions, CheckOptions, CommonConfig):
     """Measure what updates did: to a checkpoint, between several, over a run, or between the steps of a run.
 
     Paths are model folders, safetensors files, deltas, checkpoint folders or run directories; TUNED may be a GGUF file
-    that is not quantised. BASE TUNED measures one update, BASE TUNED TUNED ... several and their overlap, RUN a run over
-    time against its own base, --jaccard RUN the steps within a run.
+    that is not quantised. BASE TUNED measures one update, BASE TUNED TUNED ... several and their overlap, --pairs
+    BASE:TUNED ... the same with a base for each, RUN a run over time against its own base, --jaccard RUN the steps within a
+    run.
 
     Example: ssrctl diagnose base tuned --measures sparsity,rank
     """
@@ -93,6 +101,9 @@ class DiagnoseConfig(MeasureOptions, PairOptions, CheckOptions, CommonConfig):
 
     series: bool = False
     """The tuned checkpoints are one run's, in the order of training."""
+
+    pairs: bool = False
+    """Each path is a pair BASE:TUNED: every checkpoint is compared with its own base (Zhu et al. 2025, figure 6)."""
 
     intervene: Literal["rotate", "permute-heads"] | None = None
     """Instead of measuring, write a model whose function is that of BASE but whose weights are rotated, or whose
@@ -110,7 +121,10 @@ class DiagnoseConfig(MeasureOptions, PairOptions, CheckOptions, CommonConfig):
 
     def wants(self, measure: str, *, default: bool) -> bool:
         """Return True if ``measure`` was chosen, or ``default`` if the user did not choose."""
-        return default if self.measures is None else measure in self.measures.replace(" ", "").split(",")
+        if self.measures is None:
+            return default
+        asked = self.measures.replace(" ", "").split(",")
+        return measure in asked or (default and "default" in asked)
 
     def exit_status(self, code: int, result: Mapping[str, Any] | None) -> int:
         """Return the exit code; with ``--exit-code`` 1 says that weights differ, and failures that are 1 elsewhere are 2."""
@@ -124,6 +138,8 @@ class DiagnoseConfig(MeasureOptions, PairOptions, CheckOptions, CommonConfig):
         count = len(self.paths)
         if self.jaccard and self.intervene is not None:
             raise UserError("--jaccard and --intervene exclude each other", "give one of them")
+        if self.pairs and self.series:
+            raise UserError("--pairs and --series exclude each other", "a series has one base: give one of them")
         if self.jaccard and count > 1:
             raise UserError(f"--jaccard takes one run directory, got {count} paths")
         if self.intervene is not None:

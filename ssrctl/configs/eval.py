@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import Interval
 
@@ -30,12 +31,18 @@ class EvalConfig(ModelConfig, DatasetConfig, SamplingConfig, RolloutOptions, Pag
     Example: ssrctl eval --checkpoint runs/first --dataset problems.jsonl --num-samples 8 --output-dir eval/first
     """
 
+    has_recipes = True
+
     output_dir: Path = output(Path("eval"))
     """Folder for samples.jsonl and summary.json; samples already there are kept and not drawn again."""
 
     checkpoint: Path | None = None
     """A run directory, checkpoint folder, delta file, or delta on the hub to put on top of the model; a run knows its own
     model."""
+
+    kl_to: str | None = None
+    """Base model, on the hub or a folder: also measure KL(model, base) per token on the sampled responses. It is loaded next
+    to the other one."""
 
     responses: str | None = None
     """Grade these responses (jsonl, or - for stdin) instead of sampling; no model is loaded. References are the
@@ -53,7 +60,7 @@ class EvalConfig(ModelConfig, DatasetConfig, SamplingConfig, RolloutOptions, Pag
 
     runs: AtLeastOne = 1
     """Repeat the evaluation with fresh samples this often; the standard deviation between runs is reported apart from the
-    interval over problems."""
+    interval over problems. With --responses, the ids of N runs end in /0, /1 and so on, the first run's first."""
 
     baseline: Path | None = None
     """Folder of an earlier evaluation of the same problems; the paired difference is reported."""
@@ -84,13 +91,14 @@ class EvalConfig(ModelConfig, DatasetConfig, SamplingConfig, RolloutOptions, Pag
         if self.responses is not None:
             self._check_grading()
 
+    @classmethod
+    def idle_in_files(cls, given: Mapping[str, Any]) -> Collection[str]:
+        """With ``--responses``, a recipe's settings of sampling."""
+        return _sampling_fields() if given.get("responses") is not None else ()
+
     def _check_grading(self) -> None:
         """Refuse sampling settings beside given responses: nothing is sampled, so they would have no effect."""
-        idle = {
-            spec.name for base in (ModelConfig, SamplingConfig, RolloutOptions, ProcessOptions) for spec in fields(base)
-        }
-        idle |= {"num_samples", "runs", "checkpoint", "prompt_template", "limit"}
-        idle |= {"system_prompt", "chat_template", "chat_template_kwargs"}
+        idle = _sampling_fields()
         changed = [
             spec.name for spec in fields(self) if spec.name in idle and getattr(self, spec.name) != default_of(spec)
         ]
@@ -102,3 +110,12 @@ class EvalConfig(ModelConfig, DatasetConfig, SamplingConfig, RolloutOptions, Pag
             )
         if self.responses == self.dataset == "-":
             raise UserError("--responses and --dataset cannot both come from stdin", "give one of them as a file")
+
+
+def _sampling_fields() -> list[str]:
+    """Return the settings of sampling, in their order."""
+    parts = (ModelConfig, SamplingConfig, RolloutOptions, ProcessOptions)
+    idle = {spec.name for base in parts for spec in fields(base)}
+    idle |= {"num_samples", "checkpoint", "kl_to", "prompt_template", "limit"}
+    idle |= {"system_prompt", "chat_template", "chat_template_kwargs"}
+    return [spec.name for spec in fields(EvalConfig) if spec.name in idle]

@@ -10,7 +10,7 @@ from ssrctl.configs.common import JsonConfig
 
 @dataclass(kw_only=True)
 class RecipesConfig(JsonConfig):
-    """List the recipes of `ssrctl train --recipe`, or print one.
+    """List the recipes of `ssrctl train --recipe` and `ssrctl eval --recipe`, or print one.
 
     Example: ssrctl recipes ssr-kronos
     """

@@ -69,6 +69,10 @@ class MethodOptions(Config):
     """paper is eq. 9, whose advantages sum to zero within every response, good or bad; group is eq. 6 alone;
     hybrid adds the response's standing in its group to eq. 9."""
 
+    advantage_sign: Literal["both", "positive", "negative"] = "both"
+    """Learn from advantages of one sign only: positive reinforces what was better than the mean, negative suppresses what
+    was worse. The others become 0 after the normalisation."""
+
     importance_level: Literal["token", "step", "sequence"] = "sequence"
     """Level of the importance ratio; sequence is the length-normalised ratio of GSPO."""
 
@@ -248,9 +252,17 @@ class LoggingOptions(Config):
     log_masks_every: ZeroOrMore = 10
     """Store every step's selected coordinates every N training steps; 0 is off."""
 
+    log_base_kl_every: ZeroOrMore = 0
+    """Measure the KL divergence from the start model every N training steps, without --beta, which measures it in each; a
+    copy of the start weights is kept. 0 is off."""
+
     log_gradient_cosine: bool = False
     """With the masks, store the cosine between the per-step gradients before masking, and where their signs conflict
     (costs memory: one dense gradient per step)."""
+
+    log_signs_every: ZeroOrMore = 0
+    """Every N training steps, log the shares of the update that positive and negative advantages contribute; such a step
+    takes two more backward passes. 0 is off."""
 
     log_gradients: ZeroOrMore = 0
     """Store a sketch of each batch's gradient every N steps, for `ssrctl diagnose RUN`; 0 is off."""
@@ -329,6 +341,8 @@ class TrainConfig(
             raise UserError("--find-lr writes nothing that --push-to-hub could upload", "leave one of them out")
         if self.find_lr and self.resume_from_checkpoint is not None:
             raise UserError("--find-lr starts from the model's weights", "leave out --resume-from-checkpoint")
+        if self.beta and self.log_base_kl_every:
+            raise UserError("--log-base-kl-every has no effect with --beta: every step measures the KL", "leave it out")
         if self.force and self.resume_from_checkpoint is None:
             raise UserError("--force is for --resume-from-checkpoint", "leave it out, or name a checkpoint")
         if self.scope == "tensor" and self.step_gradient in ("chunked", "recomputed"):
@@ -346,6 +360,13 @@ class TrainConfig(
             raise UserError(
                 "--engine-correction-level token weighs tokens, and --importance-level step has one term per step",
                 "use --engine-correction-level step or sequence",
+            )
+        processes = max(num_launched(), self.num_processes or 1)
+        if self.log_signs_every and processes > self.questions_per_step:
+            raise UserError(
+                f"--log-signs-every measures whole questions, and {processes} processes divide the responses of "
+                f"{self.questions_per_step}",
+                f"use at least {processes} --questions-per-step, or leave it out",
             )
         self._check_optimizer()
         self._check_passes()
@@ -369,6 +390,7 @@ class TrainConfig(
             "--optimizer adamw with --mask": self.optimizer == "adamw" and self.mask is not None,
             "--log-gradients": self.log_gradients > 0,
             "--log-gradient-cosine": self.log_gradient_cosine,
+            "--log-signs-every": self.log_signs_every > 0,
             "--find-lr": self.find_lr,
             "--critic rollout with --sample-together step": (
                 self.critic == "rollout" and self.sample_together == "step"
@@ -418,11 +440,12 @@ class TrainConfig(
                     "--allocation shuffled needs whole gradients, which --scope tensor drops at once",
                     "use --scope global",
                 )
-            if self.scope == "tensor" and self.log_gradient_cosine:
-                raise UserError(
-                    "--log-gradient-cosine needs whole gradients, which --scope tensor drops at once",
-                    "use --scope global",
-                )
+            for name in ("log_gradient_cosine", "log_signs_every"):
+                if self.scope == "tensor" and getattr(self, name):
+                    raise UserError(
+                        f"{flag(type(self), name)} needs whole gradients, which --scope tensor drops at once",
+                        "use --scope global",
+                    )
             if self.reuse_factor is not None and self.allocation != "disjoint":
                 raise UserError(
                     f"--reuse-factor loosens the disjoint allocation; it has no meaning with {self.allocation}"
@@ -454,6 +477,11 @@ class TrainConfig(
         if self.micro_batch_tokens is not None:
             return "accumulated"
         return "piecemeal" if self.step_gradient == "auto" and self.scope == "tensor" else self.step_gradient
+
+    @property
+    def keeps_start_weights(self) -> bool:
+        """True if a copy of the weights that training starts from is kept."""
+        return self.beta > 0 or self.log_base_kl_every > 0
 
     @property
     def betas(self) -> tuple[float, float]:

@@ -98,6 +98,28 @@ def response_advantages(rewards: Sequence[float | None]) -> list[float | None]:
     return _standardise(rewards, mean, std)
 
 
+def of_sign(values: Rewards, sign: str, other: float | None = 0.0) -> Values:
+    """Replace the advantages that are not of a sign; missing ones stay missing.
+
+    Args:
+        values: advantages, one list per response or per step, None where missing.
+        sign: a key of ``SIGNS``.
+        other: what the advantages of the other sign become; of ``positive`` and ``negative`` also those that are 0.
+
+    Raises:
+        ValueError: an unknown sign.
+    """
+    if sign not in SIGNS:
+        raise ValueError(f"unknown sign of advantages {sign!r}; known: {', '.join(SIGNS)}")
+    return [[a if a is None or SIGNS[sign](a) else other for a in row] for row in values]
+
+
+SIGNS: dict[str, Callable[[float], bool]] = {
+    "both": lambda advantage: True,
+    "positive": lambda advantage: advantage > 0,
+    "negative": lambda advantage: advantage < 0,
+}
+
 RULES: dict[str, Callable[[Rewards], Values]] = {"paper": within_response, "group": group_normalised, "hybrid": hybrid}
 
 

@@ -14,11 +14,15 @@ from dataclasses import asdict
 from typing import Any
 
 from ssrctl.errors import UserError
-from ssrctl.evaluation.intervals import accuracy_interval, holm, least_detectable, paired_difference
+from ssrctl.evaluation.intervals import accuracy_interval, holm, least_detectable, mean_interval, paired_difference
+from ssrctl.evaluation.step_patterns import FormatDiversity, compare_formats, signature
 from ssrctl.io.records import FinalAnswer, Rollout
+from ssrctl.report.formats import times
 
 OUTCOMES = ("correct", "wrong", "unparsed", "timed_out")
 GROUP_COLUMNS = ("level", "subject", "type", "difficulty", "category", "domain")
+KL_TO_BASE = "kl_to_base"  # of a sample's record: mean over its tokens, nats
+SIGNATURE = "step_patterns"  # field of records whose response was dropped to save memory
 MOST_GROUPS = 24  # a column with more values names problems rather than groups of them
 
 
@@ -64,7 +68,43 @@ def summarise(samples: Sequence[Rollout], confidence: float, *, runs: int = 1) -
         "answered_frac": sum(final.extracted is not None for final in finals) / len(finals),
         "finished_frac": sum(endings) / len(endings) if endings else None,
         "mean_response_tokens": statistics.fmean(lengths) if lengths else None,
+        "kl_to_base": _kl_to_base(graded, confidence),
+        "formats": _formats(samples),
     }
+
+
+def _kl_to_base(samples: Sequence[Rollout], confidence: float) -> dict[str, Any] | None:
+    """Return the mean over problems of the samples' mean KL, with its interval; None where no sample records it."""
+    found: dict[str, list[float]] = {}
+    for sample in samples:
+        value = sample.extra.get(KL_TO_BASE)
+        if isinstance(value, float | int):
+            found.setdefault(sample.group, []).append(value)
+    means = [statistics.fmean(values) for values in found.values()]
+    if len(means) > 1:
+        return asdict(mean_interval(means, confidence, least=0.0))
+    unknown = {"low": None, "high": None, "confidence": confidence, "num_problems": 1}
+    return {"value": means[0]} | unknown if means else None
+
+
+def _formats(samples: Sequence[Rollout]) -> dict[str, Any] | None:
+    """Return the diversity of the responses' formats; None where no record has its response."""
+    found = [one for sample in samples if (one := _signature(sample)) is not None]
+    return asdict(FormatDiversity.of(found)) if found else None
+
+
+def _signature(sample: Rollout) -> str | None:
+    kept: str | None = sample.extra.get(SIGNATURE) if sample.response is None else None
+    return signature(sample) if kept is None else kept
+
+
+def _signatures(samples: Sequence[Rollout]) -> dict[str, list[str]]:
+    """Return the signatures of each problem's responses, in order."""
+    made: dict[str, list[str]] = defaultdict(list)
+    for problem, sample in zip(_problems(samples), samples, strict=True):
+        if (one := _signature(sample)) is not None:
+            made[problem].append(one)
+    return dict(made)
 
 
 def _ways(finals: Sequence[FinalAnswer]) -> dict[str, int]:
@@ -145,8 +185,19 @@ def _runs(samples: Sequence[Rollout], runs: int) -> dict[str, Any] | None:
     """Return the accuracies of repeated evaluations, their mean and their standard deviation (n - 1); None of one."""
     if runs == 1:
         return None
-    numbers = [int(sample.id.rsplit("/", 1)[1]) for sample in samples]
+    endings = [sample.id.rpartition("/")[2] for sample in samples]
+    numbers = [int(ending) if ending.isdecimal() else -1 for ending in endings]
+    of_problem: dict[str, list[int]] = defaultdict(list)
+    for sample, place in zip(samples, numbers, strict=True):
+        of_problem[sample.group].append(place)
     size = (max(numbers) + 1) // runs
+    for problem, found in of_problem.items():
+        if size < 1 or sorted(found) != list(range(size * runs)):
+            raise UserError(
+                f"{runs} runs need the ids PROBLEM/0 to PROBLEM/N of each problem, N + 1 a multiple of {runs}; {problem} "
+                f"has {times(len(found), 'response')}",
+                "give --runs 1 for responses of one run",
+            )
     accuracies = []
     for run in range(runs):
         mine = [sample for sample, number in zip(samples, numbers, strict=True) if number // size == run]
@@ -158,8 +209,8 @@ def compare(before: Sequence[Rollout], after: Sequence[Rollout], confidence: flo
     """Compare two evaluations over the problems that both have.
 
     Returns:
-        ``baseline_accuracy`` and ``difference`` with intervals, and ``unpaired_problems``: the number of problems in
-        only one of the two, which were left out.
+        ``baseline_accuracy`` and ``difference`` with intervals, ``formats`` (``step_patterns.compare_formats``), and
+        ``unpaired_problems``: the number of problems in only one of the two, which were left out.
 
     Raises:
         UserError: they share no problem, or one id names different questions.
@@ -183,6 +234,7 @@ def compare(before: Sequence[Rollout], after: Sequence[Rollout], confidence: flo
     return {
         "baseline_accuracy": asdict(accuracy_interval(first, confidence)),
         "difference": asdict(paired_difference(first, second, confidence, num_samples=fewest)),
+        "formats": compare_formats(_signatures(before), _signatures(after)),
         "unpaired_problems": len(old.keys() ^ new.keys()),
     }
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from ssrctl.errors import UserError
-from ssrctl.evaluation.run_page import first_of_each, transcript
+from ssrctl.evaluation.transcripts import first_of_each, transcript
 from ssrctl.io import console
 from ssrctl.io.jsonl import parse_json
 from ssrctl.io.records import Rollout, read_rollouts
 from ssrctl.report.document import Column, Document, Dots, Figure, Interval, Lines, Section, Table
-from ssrctl.report.formats import count, percent, text_safe
+from ssrctl.report.formats import count, number, percent, text_safe
 
 SUMMARY, SAMPLES = "summary.json", "samples.jsonl"
 
@@ -77,8 +77,11 @@ def eval_document(evaluations: Sequence[EvalLog]) -> Document:
         caption=f"Lines: {evaluations[0].accuracy['confidence']:.0%} interval over problems.",
     )
     section = Section(
-        title="Accuracy", figures=[accuracy, *_groups(evaluations), *_passed(evaluations)], tables=[_table(evaluations)]
+        title="Accuracy",
+        figures=[accuracy, *_groups(evaluations), *_passed(evaluations), *_divergences(evaluations)],
+        tables=[_table(evaluations)],
     )
+    formats = _formats(evaluations)
     transcripts = [
         transcript(sample, f"{one.label}, {sample.id}, {_verdict(sample)}")
         for one in evaluations
@@ -92,7 +95,7 @@ def eval_document(evaluations: Sequence[EvalLog]) -> Document:
         facts=[(one.label, _fact(one)) for one in evaluations],
         headlines=lines,
         notes=[],
-        sections=[section, *shown],
+        sections=[section, *([formats] if formats else []), *shown],
     )
 
 
@@ -164,6 +167,45 @@ def _passed(evaluations: Sequence[EvalLog]) -> list[Figure]:
     return [figure]
 
 
+def _divergences(evaluations: Sequence[EvalLog]) -> list[Figure]:
+    """Return the KL divergence of each evaluation's model from its base; nothing where none was measured."""
+    found = {one.label: kl for one in evaluations if (kl := one.summary.get("kl_to_base"))}
+    if not found:
+        return []
+    figure = Dots(
+        title="Divergence from the base model",
+        labels=list(found),
+        series={"KL(model, base)": [one["value"] for one in found.values()]},
+        intervals={"KL(model, base)": [None if one["low"] is None else _interval(one) for one in found.values()]},
+        axis="nats per token of the responses",
+        shares=False,
+        caption="Mean over problems, with its interval over them.",
+    )
+    return [figure]
+
+
+def _formats(evaluations: Sequence[EvalLog]) -> Section | None:
+    """Return the diversity of the responses' formats; None where no evaluation has it."""
+    found = [(one.label, formats) for one in evaluations if (formats := one.summary.get("formats"))]
+    if not found:
+        return None
+    columns = {
+        "num_responses": Column("responses", count),
+        "distinct": Column("distinct", count),
+        "entropy": Column("entropy (bits)", number),
+        "largest_frac": Column("share of the largest", percent),
+    }
+    table = Table(
+        title="Sequences of step patterns",
+        columns=["evaluation", *columns.values(), "the largest"],
+        rows=[[label, *(one.get(key) for key in columns), text_safe(str(one.get("largest")))] for label, one in found],
+        note="Distinct sequences and entropy grow with the number of responses: compare evaluations with as many.",
+    )
+    return Section(
+        title="Formats of the responses", text="How many ways of writing does the model use?", tables=[table]
+    )
+
+
 def _table(evaluations: Sequence[EvalLog]) -> Table:
     outcomes = list(dict.fromkeys(name for one in evaluations for name in one.summary.get("outcomes") or {}))
     keys = {"answered": "answered_frac", "finished": "finished_frac", "solved once": "solved_at_least_once"}
@@ -175,6 +217,7 @@ def _table(evaluations: Sequence[EvalLog]) -> Table:
             *(Column(name.replace("_", " "), count) for name in outcomes),
             *(Column(name, percent) for name in keys),
             Column("tokens", count),
+            Column("KL to base", number),
         ],
         rows=[
             [
@@ -183,8 +226,9 @@ def _table(evaluations: Sequence[EvalLog]) -> Table:
                 *((one.summary.get("outcomes") or {}).get(name, 0) for name in outcomes),
                 *(one.summary.get(key) for key in keys.values()),
                 one.summary.get("mean_response_tokens"),
+                (one.summary.get("kl_to_base") or {}).get("value"),
             ]
             for one in evaluations
         ],
-        note="Tokens: mean of a response. Solved once: problems with a right sample.",
+        note="Tokens: mean of a response. Solved once: problems with a right sample. KL to base: nats per token, with --kl-to.",
     )

@@ -75,6 +75,21 @@ def accuracy_interval(per_problem: Sequence[float], confidence: float = 0.95) ->
     return Estimate(mean, *wilson(mean, trials, quantile), confidence, count)
 
 
+def mean_interval(per_problem: Sequence[float], confidence: float = 0.95, *, least: float = -math.inf) -> Estimate:
+    """Return a mean over problems with Student's t interval, cut off at ``least``, the smallest value that there is.
+
+    Raises:
+        ValueError: fewer than two problems.
+    """
+    from scipy.stats import t
+
+    if len(per_problem) < 2:
+        raise ValueError(f"an interval needs two problems or more, got {len(per_problem)}")
+    mean, count = _mean(per_problem), len(per_problem)
+    half = float(t.ppf((1 + confidence) / 2, count - 1)) * math.sqrt(_variance(per_problem) / count)
+    return Estimate(mean, max(least, mean - half), mean + half, confidence, count)
+
+
 def wilson(share: float, trials: float, quantile: float) -> tuple[float, float]:
     """Return the ends of Wilson's interval for a share in [0, 1] of ``trials`` (> 0), at a quantile of the normal law."""
     square = quantile**2

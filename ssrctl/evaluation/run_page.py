@@ -5,21 +5,16 @@ Everything is read from the logs of the run directories, also while a run is in 
 
 from __future__ import annotations
 
-import functools
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ssrctl.checkpoints.run_dir import RunDir
-from ssrctl.errors import UserError
 from ssrctl.evaluation.intervals import accuracy_interval
-from ssrctl.io import console
-from ssrctl.io.jsonl import parse_json, read_jsonl
-from ssrctl.io.mask_log import Claims, load_claims, mask_log_paths
-from ssrctl.io.records import Rollout, read_rollouts
+from ssrctl.evaluation.run_log import RunLog
+from ssrctl.evaluation.transcripts import transcript
+from ssrctl.io.mask_log import Claims
 from ssrctl.report.document import (
     Column,
     Document,
@@ -36,132 +31,10 @@ from ssrctl.report.document import (
 from ssrctl.report.formats import count, duration, number, signed, text_safe
 
 PAGE = "report.html"
-CRITIC_CALLS = "critic_calls.jsonl"
 # Points of a curve; a mean over the last tenth of the steps, at least this many, smooths them.
 _MOST_POINTS, _LEAST_WINDOW = 150, 5
 _PHASES = {"sampling": "sample", "scoring": "score", "updates": "update", "reference model": "reference"}
 _NOT_COMPARED = ("output_dir", "report", "json", "force", "resume_from_checkpoint")
-# Characters of a question and a response on the page.
-_MOST_QUESTION, _MOST_RESPONSE = 600, 6000
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunLog:
-    """The logs of a run.
-
-    Attributes:
-        label: the folder's name, unique on the page.
-        version: of ssrctl; None where the manifest does not say.
-        rows: of metrics.jsonl, in order.
-        claims: of the logged steps, in order; none for dense updates.
-        cost_usd: of the critic's calls; None without calls or prices.
-        rollouts: a right and a wrong one of the last step, as far as there are.
-    """
-
-    label: str
-    settings: Mapping[str, Any]
-    version: str | None
-    rows: Sequence[Mapping[str, Any]]
-    claims: Sequence[Claims]
-    num_calls: int
-    cost_usd: float | None
-    rollouts: Sequence[Rollout]
-
-    @property
-    def steps(self) -> list[int]:
-        """The training steps, ascending."""
-        return [row["step"] for row in self.rows]
-
-    @property
-    def max_steps(self) -> int | None:
-        """The step at which the run ends; None where its config does not say."""
-        found = self.settings.get("max_steps")
-        return found if isinstance(found, int) else None
-
-    @property
-    def has_ended(self) -> bool:
-        """True if the run reached its last step."""
-        return self.max_steps is not None and self.steps[-1] >= self.max_steps
-
-    def values(self, metric: str) -> list[float | None]:
-        """Return a metric at each step; None where it is absent or not a number."""
-        return [_number(row.get(metric)) for row in self.rows]
-
-
-def _number(value: Any) -> float | None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if is_number else None
-
-
-# --------------------------------------------------------------------------------------------------
-# reading
-
-
-def read_run(folder: Path, label: str) -> RunLog:
-    """Read the logs of a run, which may be in progress: a truncated last line is reported and left out.
-
-    Raises:
-        UserError: not a run directory, a run without steps yet, or a log that cannot be read.
-    """
-    run = RunDir(folder)
-    if not folder.is_dir():
-        raise UserError(f"run directory not found: {folder}", "name the folder that `ssrctl train` wrote")
-    if not run.metrics.is_file():
-        has_begun = run.config.is_file()
-        raise UserError(
-            f"{folder} has no {run.metrics.name}" + (" yet" if has_begun else ": it is not a run directory"),
-            "wait for the first step" if has_begun else "name the folder that `ssrctl train` wrote",
-        )
-    rows = [row for _, row in read_jsonl(run.metrics, on_torn=console.warn, may_be_empty=True)]
-    rows = [row for row in rows if isinstance(row.get("step"), int)]
-    if not rows:
-        raise UserError(f"{run.metrics} has no steps yet", "wait for the first step")
-    num_calls, cost_usd = _critic_calls(folder / CRITIC_CALLS)
-    return RunLog(
-        label=label,
-        settings=run.read_config() if run.config.is_file() else {},
-        version=_version(run.manifest),
-        rows=rows,
-        claims=[_claims(path, path.stat().st_mtime_ns) for path in mask_log_paths(folder)],
-        num_calls=num_calls,
-        cost_usd=cost_usd,
-        rollouts=_rollouts(run, rows),
-    )
-
-
-def _version(manifest: Path) -> str | None:
-    """Return the version of ssrctl that wrote a run; None without a manifest that says it."""
-    if not manifest.is_file():
-        return None
-    try:
-        found = parse_json(manifest.read_text(encoding="utf-8"))
-        return str(found["versions"]["ssrctl"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        console.warn(f"{manifest} does not say which version of ssrctl wrote the run")
-        return None
-
-
-def _critic_calls(ledger: Path) -> tuple[int, float | None]:
-    """Return the number of requests to a paid critic and their cost; None without any price."""
-    if not ledger.is_file():
-        return 0, None
-    calls = [row for _, row in read_jsonl(ledger, on_torn=console.warn, may_be_empty=True) if not row.get("cached")]
-    costs = [cost for row in calls if (cost := _number(row.get("cost_usd"))) is not None]
-    return len(calls), math.fsum(costs) if costs else None
-
-
-@functools.lru_cache(maxsize=4096)
-def _claims(path: Path, modified: int) -> Claims:
-    """Read a mask log; ``modified``, in ns, lets a page that is written again read only what is new."""
-    return load_claims(path)
-
-
-def _rollouts(run: RunDir, rows: Sequence[Mapping[str, Any]]) -> list[Rollout]:
-    """Return a right and a wrong rollout of the last step whose file is there; one being written is not there yet."""
-    for row in reversed(rows):
-        if (path := run.rollouts(row["step"])).is_file():
-            return first_of_each(read_rollouts(path, needs=("response",), on_torn=console.warn))
-    return []
 
 
 # --------------------------------------------------------------------------------------------------
@@ -277,21 +150,28 @@ def _curve(
     interval: Callable[[Sequence[float]], Interval | None] = lambda values: None,
     transform: Callable[[float], float] = lambda value: value,
 ) -> Lines | None:
-    """Return the mean of a metric over the last steps, a line for each run; None where no run has it."""
-    all_steps = sorted({step for run in runs for step in run.steps})
+    """Return the mean of a metric over the last steps that have it, a line for each run; None where no run has it."""
+    measured = {
+        run.label: {
+            step: transform(one) for step, one in zip(run.steps, run.values(metric), strict=True) if one is not None
+        }
+        for run in runs
+    }
+    all_steps = sorted({step for values in measured.values() for step in values})
+    if not all_steps:
+        return None
     stride = max(1, -(-len(all_steps) // _MOST_POINTS))
     places = sorted({*all_steps[::stride], all_steps[-1]})
     series: dict[str, Numbers] = {}
     intervals: dict[str, list[Interval | None]] = {}
-    for run in runs:
-        values = [None if value is None else transform(value) for value in run.values(metric)]
-        position = {step: place for place, step in enumerate(run.steps)}
+    for label, of_run in measured.items():
+        values, position = list(of_run.values()), {step: place for place, step in enumerate(of_run)}
         windows = [_window(values, position.get(step), window) for step in places]
         # A run without the metric stays in the legend, so that each has one colour in all figures.
-        series[run.label] = [statistics.fmean(one) if one else None for one in windows]
-        intervals[run.label] = [interval(one) if one else None for one in windows]
-    if not any(value is not None for values in series.values() for value in values):
-        return None
+        series[label] = [statistics.fmean(one) if one else None for one in windows]
+        intervals[label] = [interval(one) if one else None for one in windows]
+    partly = any(0 < len(measured[run.label]) < len(run.steps) for run in runs)
+    some = " that have it" if partly else ""
     ribbon = "; ribbon: 95% interval over these steps" if any(map(any, intervals.values())) else ""
     return Lines(
         title=title,
@@ -301,14 +181,12 @@ def _curve(
         x_label="training step",
         y_label=y_label,
         shares=shares,
-        caption=f"Mean of the last {window} steps{ribbon}.",
+        caption=f"Mean of the last {window} steps{some}{ribbon}.",
     )
 
 
-def _window(values: Sequence[float | None], place: int | None, window: int) -> list[float]:
-    if place is None:
-        return []
-    return [value for value in values[max(0, place + 1 - window) : place + 1] if value is not None]
+def _window(values: Sequence[float], place: int | None, window: int) -> Sequence[float]:
+    return [] if place is None else values[max(0, place + 1 - window) : place + 1]
 
 
 def _present(figures: Iterable[Figure | None]) -> list[Figure]:
@@ -352,6 +230,14 @@ def _claim_figures(runs: Sequence[RunLog], window: int) -> list[Figure | None]:
             transform=lambda lost: 1 - lost,
         ),
         _curve(runs, window, "updated_frac", "Weights updated in a step", "share of all weights", shares=True),
+        _curve(
+            runs,
+            window,
+            "negative_energy_frac",
+            "Part of the update from negative advantages",
+            "share of the squared norm",
+            shares=True,
+        ),
     ]
 
 
@@ -433,44 +319,9 @@ _ROLLOUTS = (
 )
 
 
-def first_of_each(rollouts: Iterable[Rollout]) -> list[Rollout]:
-    """Return the first right and the first wrong rollout, as far as there are any; read no further."""
-    found: dict[bool, Rollout] = {}
-    for one in rollouts:
-        if one.response is not None and one.final is not None and one.final.correct is not None:
-            found.setdefault(one.final.correct, one)
-        if len(found) == 2:
-            break
-    return [found[correct] for correct in sorted(found, reverse=True)]
-
-
 def _transcripts(run: RunLog, several: bool) -> list[Transcript]:
     return [
         transcript(one, f"{f'{run.label}, ' if several else ''}{one.id}, {'right' if one.final.correct else 'wrong'}")
         for one in run.rollouts
         if one.final is not None
     ]
-
-
-def transcript(rollout: Rollout, title: str) -> Transcript:
-    """Return a response with its steps coloured by their rewards, long texts cut."""
-    assert rollout.response is not None
-    spans = rollout.steps or []
-    rewards = [one.reward for one in rollout.scores or []] or [None] * len(spans)
-    parts = [
-        (rollout.step_text(place), reward) for place, (_, reward) in enumerate(zip(spans, rewards, strict=False))
-    ] or [(rollout.response, None)]
-    kept: list[tuple[str, float | None]] = []
-    left = _MOST_RESPONSE
-    for text, reward in parts:
-        kept.append((text[:left], reward))
-        left -= len(text)
-        if left <= 0:
-            kept.append((" …", None))
-            break
-    question = rollout.question or ""
-    return Transcript(
-        title=title,
-        question=question[:_MOST_QUESTION] + (" …" if len(question) > _MOST_QUESTION else ""),
-        parts=kept,
-    )

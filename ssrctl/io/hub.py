@@ -32,8 +32,8 @@ def fetched(path: str | Path, patterns: Collection[str]) -> Path:
         UserError: neither a path here nor a repository that the hub gives.
     """
     name = str(path)
-    address = _ADDRESS.fullmatch(name)
-    if address is None or name.endswith(_FILE_ENDINGS) or os.path.lexists(name):
+    address = _ADDRESS.fullmatch(name) if is_address(name) else None
+    if address is None or os.path.lexists(name):
         return Path(path)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -45,6 +45,11 @@ def fetched(path: str | Path, patterns: Collection[str]) -> Path:
             f"{name} is not a path here, and the hub gave no repository of that name: {_reason(error)}",
             "check the name, and for a private repository `hf auth login`",
         ) from error
+
+
+def is_address(name: str) -> bool:
+    """Return True if ``name`` has the form of a repository, ``OWNER/NAME`` or ``OWNER/NAME@REVISION``."""
+    return _ADDRESS.fullmatch(name) is not None and not name.endswith(_FILE_ENDINGS)
 
 
 def hub_origin(path: Path) -> tuple[str, str] | None:

@@ -56,6 +56,8 @@ class UnitLog:
         captured: share of the squared norm that lies in ``mask``, in [0, 1].
         unconstrained: the k_i largest |g| among the unprotected coordinates, as if none were claimed.
         unconstrained_captured: share of the squared norm that lies in these.
+        positive_norm, negative_norm: L2 norms over ``mask`` of the gradients of the responses with a positive and with a
+            negative advantage, when the run logged them.
     """
 
     steps: list[int]
@@ -66,6 +68,8 @@ class UnitLog:
     captured: float | None = None
     unconstrained: BlockMask | None = None
     unconstrained_captured: float | None = None
+    positive_norm: float | None = None
+    negative_norm: float | None = None
 
 
 @dataclass(kw_only=True)
@@ -226,6 +230,8 @@ class _StoredUnit:
     captured: StrictFloat | None = None
     unconstrained: StrictBool = False
     unconstrained_captured: StrictFloat | None = None
+    positive_norm: StrictFloat | None = None
+    negative_norm: StrictFloat | None = None
 
 
 @dataclass(kw_only=True)

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from ssrctl.configs import TINY_DATASET, DatasetConfig
+from ssrctl.configs import TINY_DATASET, DatasetConfig, is_bundled
 from ssrctl.errors import UserError
 from ssrctl.io.files import FULL, CannotWrite
 from ssrctl.io.row_fields import (
@@ -44,6 +44,8 @@ ANSWER_COLUMNS = (
 # Columns of worked solutions: several lines without a marked final answer are not an answer.
 _WORKED = ("solution", "Solution", "extra_info.answer")
 BUNDLED_SIZES = {"train": 2000, "test": 256}
+# The variant of the bundled problems that holds all others, and the category there of the problems without a variant.
+PROBES, IN_DISTRIBUTION = "probes", "in-distribution"
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def load_problems(config: DatasetConfig, purpose: Purpose, seed: int = 0) -> lis
         UserError: not found, not readable, a row without question or answer (line and field are named), or
             nothing in it.
     """
-    if config.dataset == TINY_DATASET:
+    if is_bundled(config.dataset):
         rows = _bundled(config, purpose, seed)
     elif config.dataset == STDIO or is_file_name(config.dataset):
         if config.dataset_split or config.dataset_config:
@@ -103,13 +105,26 @@ def load_problems(config: DatasetConfig, purpose: Purpose, seed: int = 0) -> lis
 
 
 def _bundled(config: DatasetConfig, purpose: Purpose, seed: int) -> Iterable[tuple[str, dict[str, Any]]]:
-    from ssrctl.tiny_reasoner.problems import problems
+    """Generate the bundled problems, or those of a variant; of ``probes`` all of them in turn, with their ``category``."""
+    from ssrctl.tiny_reasoner.problems import Variant, problems
 
     split = config.dataset_split or {"train": "train", "test": "heldout"}[purpose]
     if split not in ("train", "heldout"):
-        raise UserError(f"{TINY_DATASET} has the splits train and heldout, not '{split}'")
-    made = problems(split, config.limit or BUNDLED_SIZES[purpose], seed)  # type: ignore[arg-type]
-    return [(f"{TINY_DATASET}:{split}:{p.id}", p.to_record()) for p in made]
+        raise UserError(f"{config.dataset} has the splits train and heldout, not '{split}'")
+    variants = get_args(Variant)
+    name = config.dataset.partition(":")[2]
+    if name not in ("", PROBES, *variants):
+        raise UserError(
+            f"{TINY_DATASET} has no variant '{name}'",
+            f"use {TINY_DATASET} or {TINY_DATASET}: with one of {', '.join((*variants, PROBES))}",
+        )
+    parts = [None, *variants] if name == PROBES else [name or None]
+    count = config.limit or BUNDLED_SIZES[purpose]
+    made = [problems(split, count, seed, variant=part) for part in parts]  # type: ignore[arg-type]
+    for of_each in zip(*made, strict=True):
+        for part, problem in zip(parts, of_each, strict=True):
+            row = problem.to_record() | ({"category": part or IN_DISTRIBUTION} if name == PROBES else {})
+            yield f"{config.dataset}:{split}:{problem.id}", row
 
 
 def _from_datasets(config: DatasetConfig, purpose: Purpose) -> Iterator[tuple[str, dict[str, Any]]]:

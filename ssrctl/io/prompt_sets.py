@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from ssrctl.configs import TINY
 from ssrctl.errors import UserError
+from ssrctl.io.console import note
 from ssrctl.io.jsonl import read_jsonl
+from ssrctl.io.package_data import profile_path
 
 Split = Literal["gradient", "heldout"]
 MIN_PROMPTS = 4
@@ -24,6 +27,18 @@ class LanguagePrompt:
 
     text: str
     split: Split
+
+
+def prompt_set_path(name: str, model: str) -> Path:
+    """Return the file of a prompt set: a path, a name in profiles/prompts, or for ``auto`` the one that fits the model.
+
+    Raises:
+        UserError: neither a file nor a set that ships.
+    """
+    if name == "auto":
+        name = TINY if model == TINY else "general"
+        note(f"prompts: {name} (give --prompts for your own)")
+    return profile_path("prompts", name, ".jsonl")
 
 
 def load_prompt_set(path: str | Path) -> list[LanguagePrompt]:

@@ -118,14 +118,14 @@ class Rollout:
     def to_dict(self) -> dict[str, Any]:
         """Return the jsonl row: fields that no stage has filled are left out, unknown ones kept."""
         row: dict[str, Any] = {}
-        for name in _NAMES:
+        for name in RECORD_FIELDS:
             value = getattr(self, name)
             if isinstance(value, list | tuple):
                 row[name] = [_as_json(item) for item in value]
             elif value is not None:
                 row[name] = _as_json(value)
         # A data set's column may be called like a field of ours; ours is the one that is meant.
-        return row | {key: value for key, value in self.extra.items() if key not in _NAMES}
+        return row | {key: value for key, value in self.extra.items() if key not in RECORD_FIELDS}
 
     @classmethod
     def from_dict(cls, row: dict[str, Any], *, where: str, needs: tuple[str, ...] = ()) -> Rollout:
@@ -145,11 +145,11 @@ class Rollout:
             if row.get(name) is None:
                 raise UserError(f"{where}: field '{name}' is missing", _REMEDIES.get(name))
         # A line without an id (as users' own files often are) is known by its line number.
-        known = {name: value for name, value in row.items() if name in _NAMES}
+        known = {name: value for name, value in row.items() if name in RECORD_FIELDS}
         known["id"] = where.rsplit(":", 1)[-1] if row.get("id") is None else str(row["id"])
         if not isinstance(answer := row.get("answer"), str | None):
             known["answer"] = None if is_empty(answer) else read_answer(answer, where, "answer")
-        made = checked(cls, known | {"extra": {key: row[key] for key in row if key not in _NAMES}}, where)
+        made = checked(cls, known | {"extra": {key: row[key] for key in row if key not in RECORD_FIELDS}}, where)
         if made.steps is not None:
             _check_cover(made.steps, made.response, where)
         if made.scores is not None and (made.steps is None or len(made.scores) != len(made.steps)):
@@ -161,13 +161,14 @@ class Rollout:
 
 
 # A column of the user's data set may be called "extra"; it is kept in ``extra`` like all others.
-_NAMES = tuple(spec.name for spec in dataclasses.fields(Rollout) if spec.name != "extra")
+RECORD_FIELDS = tuple(spec.name for spec in dataclasses.fields(Rollout) if spec.name != "extra")
 _REMEDIES = {
     "steps": "run `ssrctl segment` first",
     "scores": "run `ssrctl critic` first",
     "response": "each line needs the model's response as text",
     "question": "each line needs the question as text",
     "answer": "each line needs the reference answer",
+    "final": "grade the responses first: ssrctl eval --responses",
 }
 
 

@@ -28,13 +28,13 @@ from ssrctl.masks.superweights import (
     Divergence,
     SubsetCandidates,
     Tick,
-    TokenisedPrompts,
     collect_candidates,
     largest_weights,
     no_tick,
     split_subsets,
 )
 from ssrctl.models.loading import LoadedModel
+from ssrctl.text.prompt_tokens import TokenisedPrompts
 
 DEFAULT_FRACTION = 0.005
 FIRST_MINIMAL_FRACTION = 0.04

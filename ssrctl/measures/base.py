@@ -280,12 +280,14 @@ def take(
 ) -> list[Taken[Any]]:
     """Walk the tensors once for all measures; return them in the order given, pair measures once per checkpoint.
 
-    Of a series or a run, pair measures are taken of the last checkpoint only.
+    Of a series or a run, pair measures are taken of the last checkpoint only. Measures that read no tensors are taken
+    before the walk, whose hours an error in them would lose.
     """
     joint = [one for one in measures if isinstance(one, JointMeasure)]
     pairwise = [one for one in measures if isinstance(one, PairMeasure)]
     last = len(comparison.tuned) - 1
     places = [last] if mode in ("series", "run") else list(range(last + 1))
+    first = {one.name: one.combine({}) for one in measures if not isinstance(one, JointMeasure | PairMeasure)}
     keys = [(one, place) for one in measures for place in (places if isinstance(one, PairMeasure) else [None])]
     parts: dict[tuple[str, int | None], dict[str, list[Any]]] = {(one.name, place): {} for one, place in keys}
 
@@ -307,6 +309,7 @@ def take(
     taken = []
     for one, place in keys:
         by_tensor = parts[one.name, place]
-        result = one.combine({name: by_tensor[name] for name in comparison.names if name in by_tensor})
+        in_order = {name: by_tensor[name] for name in comparison.names if name in by_tensor}
+        result = first[one.name] if one.name in first else one.combine(in_order)
         taken.append(Taken(one, place, result, one.present(result)))
     return taken

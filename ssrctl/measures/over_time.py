@@ -10,6 +10,8 @@ Their text gives one number for changes that did not last, 8.5% of the weights e
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from ssrctl.measures.base import Findings, JointMeasure, TensorSeries, register
 from ssrctl.measures.group_tables import RowColumn, row_table
+from ssrctl.measures.line_ratios import LineRatios, line_ratios, pictured, ratio_figures
 from ssrctl.measures.maths.averages import mean, ratio
 from ssrctl.measures.maths.change_rule import Differs, Rule, change_rule
 from ssrctl.measures.maths.grouping import Grouped, group
@@ -48,6 +51,7 @@ class OverTime:
         num_cancelled: those of U_T that are, at the end, equal to the base bit for bit.
         row_stability, column_stability: rank correlation of the profile of C_t with that of C_T
             (``row_column_counts.stability``); empty for a tensor that is not a matrix.
+        profiles: of C_t, of a matrix where they were kept.
     """
 
     numel: int
@@ -59,10 +63,17 @@ class OverTime:
     num_cancelled: int
     row_stability: tuple[float | None, ...] = ()
     column_stability: tuple[float | None, ...] = ()
+    profiles: tuple[Profile, ...] = ()
 
 
 def over_time(
-    base: Tensor, last: Tensor, checkpoints: Iterable[Tensor], differs: Differs, bits_differ: Differs
+    base: Tensor,
+    last: Tensor,
+    checkpoints: Iterable[Tensor],
+    differs: Differs,
+    bits_differ: Differs,
+    *,
+    keep_profiles: bool = False,
 ) -> OverTime:
     """Follow one tensor through a run.
 
@@ -75,6 +86,7 @@ def over_time(
         checkpoints: the tensors of c_1, ..., c_T, of the base's shape.
         differs: of two pieces of one shape, a bool tensor of it, True = changed.
         bits_differ: the same for any difference of the stored values.
+        keep_profiles: return the profiles of a matrix.
 
     Raises:
         ValueError: no checkpoints, or another shape.
@@ -103,6 +115,7 @@ def over_time(
         num_cancelled=cancelled,
         row_stability=tuple(row_stability),
         column_stability=tuple(column_stability),
+        profiles=tuple(profiles) if keep_profiles else (),
     )
 
 
@@ -200,15 +213,18 @@ class OverTimeResult:
     Attributes:
         steps: the training step of each checkpoint, or its number from 1; ascending.
         rule: the criterion of a changed weight, in words.
+        ratios: of the rows and columns of some matrices.
     """
 
     steps: list[float]
     rule: str
     rows: Grouped[TimeRow, TimeRow]
+    ratios: list[LineRatios]
 
     def numbers(self) -> dict[str, Any]:
         """Return the form of the json report."""
-        return {"steps": self.steps, "rule": self.rule, **self.rows.numbers()}
+        ratios = [one.numbers() for one in self.ratios]
+        return {"steps": self.steps, "rule": self.rule, **self.rows.numbers(), "line_ratios": ratios}
 
 
 def time_row(tensors: Sequence[OverTime]) -> TimeRow:
@@ -264,7 +280,8 @@ def over_time_result(found: Mapping[str, OverTime], steps: Sequence[float], rule
     """
     if any(len(one.changed) != len(steps) for one in found.values()):
         raise ValueError(f"{len(steps)} steps, but another number of checkpoints")
-    return OverTimeResult(steps=list(steps), rule=rule, rows=group(found, time_row))
+    ratios = [line_ratios(name, one.profiles, steps) for name, one in found.items() if one.profiles]
+    return OverTimeResult(steps=list(steps), rule=rule, rows=group(found, time_row), ratios=ratios)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -285,7 +302,18 @@ class OverTimeMeasure(JointMeasure[OverTime, OverTimeResult]):
         """Follow one tensor through the checkpoints."""
         differs, _ = change_rule(self.config)
         bits_differ, _ = change_rule(self.config, "bits")
-        return over_time(pairs.last.base, pairs.last.tuned, (pair.tuned for pair in pairs), differs, bits_differ)
+        return over_time(
+            pairs.last.base,
+            pairs.last.tuned,
+            (pair.tuned for pair in pairs),
+            differs,
+            bits_differ,
+            keep_profiles=pairs.name in self._pictured,
+        )
+
+    @functools.cached_property
+    def _pictured(self) -> list[str]:
+        return pictured(self.comparison.base.shapes, self.comparison.names, self.config.picture)
 
     def combine(self, parts: Mapping[str, list[OverTime]]) -> OverTimeResult:
         """Return the series of all, by layer, by kind and of each tensor."""
@@ -299,12 +327,15 @@ class OverTimeMeasure(JointMeasure[OverTime, OverTimeResult]):
         """Return sentences, figures and tables of a run over time."""
         total = result.rows.total
         moved = [1 - share for share in total.neighbour_sparsity if share is not None]
+        known = [checkpoint.step for checkpoint in self.comparison.tuned if checkpoint.step is not None]
+        every_step = known == list(result.steps) and {b - a for a, b in itertools.pairwise(known)} == {1}
+        per: PublishedKey = "changed_per_step" if every_step else "changed_per_checkpoint"
         return Findings(
             numbers={"over_time": result.numbers()},
             headlines=headlines(result),
             sections=[over_time_section(result, _PUBLISHED.get(self.config.changed_by))],
             published={
-                "changed_per_checkpoint": sum(moved) / len(moved) if moved else None,
+                per: sum(moved) / len(moved) if moved else None,
                 "outside_final": total.outside_final_of_ever,
             },
         )
@@ -369,7 +400,11 @@ def over_time_section(result: OverTimeResult, published: PublishedKey | None = N
         title=title,
         text=f"How does the set of changed weights grow, and does it stay? Changed: {result.rule}. The final "
         "subnetwork is what differs from the base at the last checkpoint.",
-        figures=[*_layer_map(result), *_lines(result.steps, rows.total, published)],
+        figures=[
+            *_layer_map(result),
+            *_lines(result.steps, rows.total, published),
+            *(figure for one in result.ratios for figure in ratio_figures(one)),
+        ],
         tables=[
             _step_table(result.steps, rows.total),
             row_table("The end of the run by kind of matrix", "kind", rows.kinds, _AT_END, _END_NOTE),

@@ -29,7 +29,7 @@ from torch import Tensor
 from ssrctl.checkpoints.names import layer_index
 from ssrctl.core.mask import TileSet
 from ssrctl.measures.base import Findings, JointMeasure, TensorSeries, register
-from ssrctl.measures.group_tables import RowColumn, off_diagonal, picture, row_dots, row_table
+from ssrctl.measures.group_tables import RowColumn, layer_lines, off_diagonal, picture, row_dots, row_table
 from ssrctl.measures.maths.averages import mean, ratio
 from ssrctl.measures.maths.change_rule import change_rule
 from ssrctl.measures.maths.grouping import Grouped, group, middle_layer
@@ -300,17 +300,18 @@ class OverlapMeasure(JointMeasure[tuple[RunOverlap, Consensus | None], OverlapRe
     order = 70
     default_in = frozenset({"several"})
     possible_in = frozenset({"several"})
-    needs = "two or more checkpoints of one base, not in a series"
+    needs = "two or more checkpoints, not in a series"
 
     def tensor(self, pairs: TensorSeries) -> tuple[RunOverlap, Consensus | None]:
         """Return the counts of one tensor, and a picture of the consensus where one is shown."""
         differs, _ = change_rule(self.config)
         changed = [differs(pair.base, pair.tuned) for pair in pairs]
         base = pairs.last.base if not pairs.last.checkpoint.is_delta else self.comparison.base.tensor(pairs.name)
+        by_magnitude = self.comparison.one_base and base.dtype.is_floating_point
         found = run_overlap(
             [TileSet.from_dense(one) for one in changed],
             [profile(one) for one in changed],
-            count_by_magnitude(widened(base), *changed) if base.dtype.is_floating_point else None,
+            count_by_magnitude(widened(base), *changed) if by_magnitude else None,
         )
         return found, consensus_example(pairs.name, changed) if pairs.name == self._pictured else None
 
@@ -410,12 +411,21 @@ def overlap_section(result: OverlapResult, published: Sequence[Reference] = ()) 
     caption = "Mean share of the runs that changed a weight, by block of the matrix; without colour: the mean."
     return Section(
         title=title,
-        text=f"Do different runs from one base change the same weights? Changed: {result.rule}. Chance is "
+        text=f"Do different runs change the same weights? Changed: {result.rule}. Chance is "
         "independence within each tensor, so that runs which change the same tensors are not yet counted as agreeing.",
         figures=[
             *_maps(result),
             _consensus_figure(result.consensus),
             *_kind_figures(rows.kinds, published),
+            *layer_lines(
+                "One-sided overlap in each layer",
+                rows,
+                {"measured": "one_sided", _CHANCE: "expected_one_sided"},
+                "share of one run's changes that another made too",
+                shares=True,
+                caption="Mean over pairs of runs, both ways. With --pairs: layers whose base was rotated fall to chance "
+                "(compare Zhu et al. 2025, figure 6).",
+            ),
             *(picture(f"Consensus of runs on {one.name}", one.consensus, caption) for one in result.examples),
         ],
         tables=[

@@ -17,7 +17,8 @@ from ssrctl.report.formats import number, percent, times
 
 PublishedKey = Literal[
     "sparsity_1e-8", "sparsity_1e-7", "sparsity_1e-6", "sparsity_1e-5", "sparsity_bf16",
-    "rank", "run_overlap", "run_jaccard", "changed_per_checkpoint", "outside_final",
+    "rank", "run_overlap", "run_jaccard", "changed_per_checkpoint", "changed_per_step",
+    "outside_final",
 ]  # fmt: skip
 Training = Literal["RL", "SFT"]
 _KINDS: tuple[Training, ...] = ("RL", "SFT")
@@ -32,6 +33,7 @@ NAMES: dict[PublishedKey, str] = {
     "run_overlap": "one-sided overlap of two runs",
     "run_jaccard": "Jaccard index of runs, changed weights of a matrix",
     "changed_per_checkpoint": "weights changed from one checkpoint to the next",
+    "changed_per_step": "weights changed by one training step",
     "outside_final": "ever changed, but not in the final subnetwork",
 }
 

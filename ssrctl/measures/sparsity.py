@@ -24,6 +24,14 @@ from ssrctl.checkpoints.pairs import RANGE, Comparison, TensorPair
 from ssrctl.configs import DiagnoseConfig
 from ssrctl.measures.base import Findings, Mode, PairMeasure, register
 from ssrctl.measures.group_tables import RowColumn, cell_map, layer_lines, row_dots, row_table
+from ssrctl.measures.layer_spread import (
+    SPREAD_COLUMNS,
+    SPREAD_NOTE,
+    layer_spread,
+    spread_headlines,
+    spread_numbers,
+    spread_section,
+)
 from ssrctl.measures.maths.change import FIXED_TOLERANCES, Change, add_up
 from ssrctl.measures.maths.grouping import Grouped, group
 from ssrctl.measures.maths.largest_changes import LargestChanges, WeightChange
@@ -55,6 +63,7 @@ class SparsityResult:
             "cells": [
                 {"kind": kind, "layer": layer} | self.changes.cells[layer, kind].numbers() for layer, kind in cells
             ],
+            "layer_spread": spread_numbers(self.changes),
             "movers": {
                 "absolute": [self._weight(one) for one in self.largest.absolute],
                 "relative": [self._weight(one) for one in self.largest.relative],
@@ -121,7 +130,7 @@ class Sparsity(PairMeasure[tuple[list[Change], LargestChanges], SparsityResult])
             published = dict(zip(_PUBLISHED, total.fixed_sparsity.values(), strict=True))
             return Findings(
                 numbers=numbers,
-                headlines=headlines(result.changes, atol),
+                headlines=[*headlines(result.changes, atol), *spread_headlines(result.changes)],
                 notes=notes,
                 sections=sparsity_sections(result, atol),
                 published=published | {"sparsity_bf16": total.sparsity_bf16},
@@ -137,10 +146,18 @@ class Sparsity(PairMeasure[tuple[list[Change], LargestChanges], SparsityResult])
             ("bit-equal", "bit_equal_frac", percent),
             ("relative L2", "relative_l2", number),
             ("max |d|", "max_abs_difference", number),
+            ("sign flips", "sign_flip_frac", percent),
         ]
         totals = {label: result.changes.total for label, result in results.items()}
-        note = "Shares of unchanged weights by three rules; norm of the update over that of the base."
-        table = row_table("Against the base", "checkpoint", totals, columns, note)
+        note = (
+            "Shares of unchanged weights by three rules; norm of the update over that of the base; flipped signs among the "
+            "weights that are not bit-equal."
+        )
+        spreads = {one: layer_spread(list(found.changes.numbered_layers.values())) for one, found in results.items()}
+        tables = [
+            row_table("Against the base", "checkpoint", totals, columns, note),
+            row_table("Spread over layers", "checkpoint", spreads, SPREAD_COLUMNS, SPREAD_NOTE),
+        ]
         kinds = [kind for kind, row in next(iter(results.values())).changes.kinds.items() if row.numel]
         shares = [[result.changes.kinds[kind].bit_changed_frac for kind in kinds] for result in results.values()]
         heat = Heatmap(
@@ -154,7 +171,7 @@ class Sparsity(PairMeasure[tuple[list[Change], LargestChanges], SparsityResult])
             decimals=1,
             log=spans_decades(itertools.chain(*shares)),
         )
-        return [Section(title="The checkpoints side by side", figures=[heat], tables=[table])]
+        return [Section(title="The checkpoints side by side", figures=[heat], tables=tables)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -246,7 +263,7 @@ def sparsity_sections(result: SparsityResult, atol: float) -> list[Section]:
         row_table("All tensors", "tensor", changes.tensors, columns, note, terminal_rows=0),
     ]
     where = Section(title="Where weights changed", figures=_place_figures(changes, atol), tables=tables)
-    return [where, rules_section(changes, atol), size_section(result)]
+    return [where, spread_section(changes), rules_section(changes, atol), size_section(result)]
 
 
 def _place_figures(changes: Grouped[Change, Change], atol: float) -> list[Figure]:

@@ -19,6 +19,7 @@ from ssrctl.measures.maths.matrices import base_spectrum
 from ssrctl.measures.maths.spectrum_change import SpectrumChange, spectrum_change
 from ssrctl.measures.maths.update_matrix import Unmeasured, UpdateMatrix
 from ssrctl.measures.matrix_measure import MatrixMeasure, MatrixResult
+from ssrctl.measures.spectrum_overlay import overlay_section
 from ssrctl.report.document import Figure, Lines, Reference, Section
 from ssrctl.report.formats import count, number, percent
 
@@ -148,6 +149,11 @@ class SpectrumMeasure(MatrixMeasure[SpectrumChange, SpectrumRow]):
         return Findings(
             headlines=spectrum_headlines(total), notes=spectrum_notes(total), sections=[spectrum_section(result)]
         )
+
+    def side_by_side(self, results: Mapping[str, SpectrumResult]) -> list[Section]:
+        """Return the checkpoints' spectra in one figure each."""
+        rows = {label: result.rows for label, result in results.items() if result.shapes}
+        return [overlay_section(rows, _GROUP, _GROUP_NOTE)] if rows else []
 
 
 def spectrum_headlines(total: SpectrumRow) -> list[str]:

@@ -123,6 +123,8 @@ def _draw_on(axes: Any, figure: Figure) -> None:
 
 def _dots(axes: Any, figure: Dots) -> None:
     _fit(axes, "x", _numbers(figure), figure.log, figure.shares)
+    if not figure.log:
+        axes.locator_params(axis="x", nbins=6)  # room for labels such as 0.002%
     for order, (style, values, intervals) in enumerate(_series(figure)):
         for place, interval in enumerate(intervals):
             if interval is not None:
@@ -255,7 +257,7 @@ def _log_scale(axes: Any, which: str, ratio: float) -> None:
 
 def _power_text(value: float) -> str:
     """Return a short form: ``0.02``, ``500``, ``1e-6``."""
-    if 1e-3 <= value < 1e5:
+    if 1e-4 <= abs(value) < 1e5:
         return f"{value:.10g}"
     digits, power = f"{value:.0e}".split("e")
     return f"{digits}e{int(power)}"

@@ -23,6 +23,8 @@ from ssrctl.report.document import Heatmap
 # Inches, of figures as ``charts.draw`` makes them.
 _NARROW_ROOM, _WIDE_ROOM = 3.0, 7.7
 _CHARACTER = 0.072
+# Characters of a row's name: at most, and those that the rooms above leave out already.
+_ROW_NAME, _SHORT_NAME = 22, 6
 _MOST_NARROW_COLUMNS, _MOST_COLUMNS_OF_NUMBERS = 16, 48
 # Of the cells' width and height, on top of them.
 _MARGIN = 0.16
@@ -38,11 +40,10 @@ def heatmap_is_wide(figure: Heatmap) -> bool:
 
 def heatmap_height(figure: Heatmap) -> float:
     """Return inches."""
-    rows, wide = len(figure.row_labels), heatmap_is_wide(figure)
-    if _is_square(figure):
-        return (_WIDE_ROOM if wide else _NARROW_ROOM) + 0.6
-    labels = _column_labels(figure)
+    rows, labels = len(figure.row_labels), _column_labels(figure)
     beneath = 0.45 + (_CHARACTER * max(map(len, labels), default=0) if _rotated(figure, labels) else 0.15)
+    if _is_square(figure):
+        return _room(figure) + beneath
     return beneath + rows * (0.25 if rows <= 12 else max(0.12, 3.0 / rows))
 
 
@@ -51,8 +52,15 @@ def _is_square(figure: Heatmap) -> bool:
     return same or figure.marginals
 
 
+def _room(figure: Heatmap) -> float:
+    """Return the width of all cells: the figure's without the rows' names."""
+    names = max((len(label_text(one, _ROW_NAME)) for one in figure.row_labels), default=0)
+    whole = _WIDE_ROOM if heatmap_is_wide(figure) else _NARROW_ROOM
+    return whole - _CHARACTER * max(0, names - _SHORT_NAME)
+
+
 def _cell_width(figure: Heatmap) -> float:
-    return (_WIDE_ROOM if heatmap_is_wide(figure) else _NARROW_ROOM) / max(1, len(figure.column_labels))
+    return _room(figure) / max(1, len(figure.column_labels))
 
 
 def _column_labels(figure: Heatmap) -> list[str]:
@@ -67,7 +75,7 @@ def _rotated(figure: Heatmap, labels: Sequence[str]) -> bool:
 
 def draw_heatmap(axes: Any, figure: Heatmap) -> None:
     """Draw axes, ticks and frame; ``heatmap_cells`` adds the cells to the finished SVG."""
-    rows, columns = [label_text(one, 22) for one in figure.row_labels], _column_labels(figure)
+    rows, columns = [label_text(one, _ROW_NAME) for one in figure.row_labels], _column_labels(figure)
     margin = _MARGIN if figure.marginals else 0.0
     axes.set(
         xlim=(-0.5, max(1, len(columns)) * (1 + margin) - 0.5),

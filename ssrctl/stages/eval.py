@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 from collections.abc import Iterator, Sequence
@@ -12,12 +13,23 @@ from typing import TYPE_CHECKING, Any
 
 from ssrctl.checkpoints.delta import DeltaFile, apply_delta
 from ssrctl.checkpoints.run_dir import RunDir, find_delta
-from ssrctl.configs import TINY, TINY_DATASET, EvalConfig, current_names
+from ssrctl.configs import TINY, EvalConfig, SamplingConfig, current_names, is_bundled
 from ssrctl.core.seeds import derive_seed
 from ssrctl.errors import Interrupted, Stopped, UserError
-from ssrctl.evaluation.accuracy import GROUP_COLUMNS, compare, compare_all, summarise, with_reference
+from ssrctl.evaluation.accuracy import (
+    GROUP_COLUMNS,
+    KL_TO_BASE,
+    SIGNATURE,
+    by_problem,
+    compare,
+    compare_all,
+    summarise,
+    with_reference,
+)
 from ssrctl.evaluation.eval_page import SAMPLES, SUMMARY, eval_document, read_evaluation
+from ssrctl.evaluation.lm_eval_results import lm_eval_results
 from ssrctl.evaluation.run_page import PAGE
+from ssrctl.evaluation.step_patterns import signature
 from ssrctl.io import console, manifest
 from ssrctl.io.files import existing_file, write_text
 from ssrctl.io.formats.registry import read_formatted
@@ -27,7 +39,7 @@ from ssrctl.io.problems import load_problems
 from ssrctl.io.records import Rollout, read_rollouts
 from ssrctl.io.row_fields import Reference
 from ssrctl.process_rank import num_launched
-from ssrctl.report.formats import times
+from ssrctl.report.formats import number, times
 from ssrctl.report.write import write_last_page
 from ssrctl.text.answers import check_answers
 
@@ -38,9 +50,15 @@ if TYPE_CHECKING:  # grading given responses loads no torch
     from ssrctl.models.loading import LoadedModel
     from ssrctl.sampling.engines.base import Engine
     from ssrctl.sampling.groups import Prompted
+    from ssrctl.training.kl_to_base import KlToBase
 
-SETTINGS = "settings.json"
-_COUNTED = ("num_tokens", "finished", *GROUP_COLUMNS)  # what the summary reads of a record besides its verdict
+SETTINGS, RESULTS = "settings.json", "results.json"
+_COUNTED = (
+    "num_tokens",
+    "finished",
+    KL_TO_BASE,
+    *GROUP_COLUMNS,
+)  # what the summary reads of a record besides its verdict
 MOST_BATCHES = 8  # in a chunk, the part that one process draws at a time; a small evaluation has as many chunks
 GRADING_BATCH = 256  # responses read, compared in parallel and written at once
 # Settings that determine the samples; an evaluation continues only under the same ones.
@@ -48,12 +66,12 @@ DECISIVE = (
     "dataset", "dataset_config", "dataset_split", "question_column", "answer_column", "prompt_template", "limit",
     "temperature", "top_p", "top_k", "max_new_tokens", "sampling_batch_size", "num_samples", "seed", "dtype", "answer_extraction",
     "attn_implementation", "rollout_engine",
-    "system_prompt", "chat_template", "chat_template_kwargs", "stop",
+    "system_prompt", "chat_template", "chat_template_kwargs", "stop", "kl_to",
 )  # fmt: skip
 # Settings that evaluations of earlier versions do not name, with the value that they had.
 _ADDED: dict[str, Any] = {
     "answer_extraction": "lenient", "system_prompt": None, "chat_template": None, "chat_template_kwargs": None, "stop": [],
-    "attn_implementation": "auto", "rollout_engine": "transformers",
+    "attn_implementation": "auto", "rollout_engine": "transformers", "kl_to": None,
 }  # fmt: skip
 
 
@@ -71,7 +89,7 @@ def run(config: EvalConfig) -> dict[str, Any]:
         )
     if config.compare:
         return _compare(config)
-    baseline = None if config.baseline is None else _read_samples(config.baseline)
+    baseline = None if config.baseline is None else _read_graded(config.baseline / SAMPLES)
     if config.responses is not None:
         if config.dry_run:
             return _run(config, _grade(config, config.responses), baseline)
@@ -99,10 +117,16 @@ def _run(config: EvalConfig, found: _Found, baseline: list[Rollout] | None, *, i
     if baseline is not None:
         summary["paired"] = compare(baseline, found.samples, config.confidence) | {"baseline": str(config.baseline)}
         if left_out := summary["paired"]["unpaired_problems"]:
-            console.warn(
-                f"{left_out} problems are in only one of the two evaluations and are left out of the comparison"
-            )
+            console.warn(f"problems in only one of the two evaluations are left out of the comparison: {left_out}")
     write_text(config.output_dir / SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    sampling = (
+        {}
+        if config.responses
+        else {spec.name: getattr(config, spec.name) for spec in dataclasses.fields(SamplingConfig)}
+    )
+    source = config.responses if config.responses and is_bundled(config.dataset) else config.dataset
+    results = lm_eval_results(summary, found.samples, dataset=source, settings=sampling)
+    write_text(config.output_dir / RESULTS, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     if not config.json:
         _show(summary, config)
     if config.report:
@@ -114,16 +138,24 @@ def _run(config: EvalConfig, found: _Found, baseline: list[Rollout] | None, *, i
 def _compare(config: EvalConfig) -> dict[str, Any]:
     """Compare stored evaluations with the first of them."""
     files = [folder / SAMPLES if folder.is_dir() else folder for folder in config.folders]
-    samples = [list(read_rollouts(existing_file(file, "evaluation"), needs=("final",))) for file in files]
+    samples = [_read_graded(file) for file in files]
     found = compare_all(samples, config.confidence)
+    sizes = [_sizes(one) for one in samples]
+    if len({*sizes}) > 1:
+        listed = ", ".join(f"{folder} {size}" for folder, size in zip(config.folders, sizes, strict=True))
+        console.warn(
+            f"the evaluations have different numbers of samples per problem ({listed}): p-values are approximate"
+        )
     settings = [_read_settings(file.parent) for file in files]
     for folder, mine in zip(config.folders[1:], settings[1:], strict=True):
-        odd = [key for key in DECISIVE if key not in ("seed", "dtype") and settings[0].get(key) != mine.get(key)]
+        odd = [
+            key for key in DECISIVE if key not in ("seed", "dtype", "kl_to") and settings[0].get(key) != mine.get(key)
+        ]
         if settings[0] and mine and odd:
             listed = ", ".join(f"{key} {settings[0].get(key)!r} and {mine.get(key)!r}" for key in odd)
             console.warn(f"{config.folders[0]} and {folder} were made under different settings: {listed}")
     if left_out := found[0]["unpaired_problems"]:
-        console.warn(f"{left_out} problems are not in all of the evaluations and are left out")
+        console.warn(f"problems that are not in all of the evaluations are left out: {left_out}")
     result = {
         "baseline": str(config.folders[0]),
         "baseline_accuracy": found[0].pop("baseline_accuracy"),
@@ -175,9 +207,10 @@ def _grade(config: EvalConfig, source: str) -> _Found:
                     record.answer, record.final = reference, final
                     # The summary needs no texts, which may not fit into memory.
                     kept = {key: value for key, value in record.extra.items() if key in _COUNTED}
+                    kept[SIGNATURE] = signature(record)
                     slim.append(Rollout(id=record.id, question=record.question, final=final, extra=kept))
                     yield record.to_dict()
-            with_reference(slim)  # raises before the file is put into place
+            by_problem(with_reference(slim))  # raises before the file is put into place
 
         write_jsonl(config.output_dir / SAMPLES, graded())
     # A pipe cannot be read a second time.
@@ -200,16 +233,21 @@ class _References:
     """
 
     def __init__(self, config: EvalConfig) -> None:
-        problems = [] if config.dataset == TINY_DATASET else load_problems(config, "test")
-        self._by_question = {" ".join(p.question.split()): p.answer for p in problems}
-        self._by_id = {p.id: p.answer for p in problems}
+        self.config = config
+
+    @functools.cached_property
+    def _problems(self) -> tuple[dict[str, Reference], dict[str, Reference]]:
+        """Answers by question and by id; the data set is loaded when the first record asks for them."""
+        problems = [] if is_bundled(self.config.dataset) else load_problems(self.config, "test")
+        return {" ".join(p.question.split()): p.answer for p in problems}, {p.id: p.answer for p in problems}
 
     def of(self, record: Rollout) -> Reference | None:
         if record.answer is not None:
             return record.answer
+        by_question, by_id = self._problems
         if record.question is not None:
-            return self._by_question.get(" ".join(record.question.split()))
-        return self._by_id.get(record.id, self._by_id.get(record.group))
+            return by_question.get(" ".join(record.question.split()))
+        return by_id.get(record.id, by_id.get(record.group))
 
 
 def _claim_for_grading(folder: Path) -> None:
@@ -270,7 +308,7 @@ def _sample(config: EvalConfig, world: World) -> _Found:
         return _Found({})
     wanted = {f"{p.problem.id}/{i}" for p in prompts for i in range(config.num_samples * config.runs)}
     about = {"model": dataclasses.asdict(loaded.identity), "checkpoint": config.checkpoint and config.checkpoint.name}
-    return _Found(about, [s for s in _read_samples(config.output_dir) if s.id in wanted])
+    return _Found(about, [s for s in _read_samples(config.output_dir / SAMPLES) if s.id in wanted])
 
 
 def _draw(config: EvalConfig, loaded: LoadedModel, prompts: Sequence[Prompted], world: World) -> None:
@@ -281,8 +319,10 @@ def _draw(config: EvalConfig, loaded: LoadedModel, prompts: Sequence[Prompted], 
     """
     from ssrctl.distributed.dividing import Spread, divide
     from ssrctl.sampling.engines.vllm_engine import connected_engine
+    from ssrctl.training.kl_to_base import KlToBase
 
     engine = connected_engine(config, loaded)
+    kl_to = None if config.kl_to is None else KlToBase(loaded, config, config.kl_to)
     per_run = config.num_samples
     jobs = [(p, run * per_run + number) for run in range(config.runs) for p in prompts for number in range(per_run)]
     size = config.sampling_batch_size
@@ -291,7 +331,7 @@ def _draw(config: EvalConfig, loaded: LoadedModel, prompts: Sequence[Prompted], 
 
     def draw(spread: Spread[list[int], list[dict[str, Any]]]) -> None:
         with JsonlLog(path) as log, console.progress(unit="samples") as bar:
-            done = {s.id for s in _read_samples(path.parent)} if path.stat().st_size else set()
+            done = {s.id for s in _read_samples(path)} if path.stat().st_size else set()
             if done:
                 console.note(f"{len(done)} of {len(jobs)} samples are already in {path}")
             task = bar.add_task("eval", total=len(jobs), completed=len(done), status="")
@@ -305,11 +345,15 @@ def _draw(config: EvalConfig, loaded: LoadedModel, prompts: Sequence[Prompted], 
                     log.append(row)
                 bar.update(task, advance=len(rows))
 
-    divide(world, lambda chunk: _chunk(config, loaded, engine, [jobs[place] for place in chunk]), draw)
+    divide(world, lambda chunk: _chunk(config, loaded, engine, kl_to, [jobs[place] for place in chunk]), draw)
 
 
 def _chunk(
-    config: EvalConfig, loaded: LoadedModel, engine: Engine | None, chunk: Sequence[tuple[Prompted, int]]
+    config: EvalConfig,
+    loaded: LoadedModel,
+    engine: Engine | None,
+    kl_to: KlToBase | None,
+    chunk: Sequence[tuple[Prompted, int]],
 ) -> Iterator[list[dict[str, Any]]]:
     """Yield the graded records of a chunk of samples, a batch at a time, in the order in which they are complete."""
     from ssrctl.sampling.engines.transformers_engine import TransformersEngine
@@ -323,15 +367,31 @@ def _chunk(
     while batch := list(itertools.islice(drawn, config.sampling_batch_size)):
         pairs = [(sample.text, chunk[place][0].problem.answer) for place, sample in batch]
         finals = check_answers(pairs, extraction=config.answer_extraction)
-        yield [
-            record_of(*chunk[place], sample, final=final).to_dict()
-            for (place, sample), final in zip(batch, finals, strict=True)
-        ]
+        rows = []
+        for (place, sample), final in zip(batch, finals, strict=True):
+            record = record_of(*chunk[place], sample, final=final)
+            if kl_to is not None:
+                record.extra[KL_TO_BASE] = kl_to.of(chunk[place][0].prompt_ids, sample.response_ids)
+            rows.append(record.to_dict())
+        yield rows
 
 
-def _read_samples(folder: Path) -> list[Rollout]:
-    path = existing_file(folder / SAMPLES, "evaluation")
-    return list(read_rollouts(path, needs=("final",), on_torn=console.warn))
+def _read_samples(path: Path) -> list[Rollout]:
+    return list(read_rollouts(existing_file(path, "evaluation"), needs=("final",), on_torn=console.warn))
+
+
+def _read_graded(path: Path) -> list[Rollout]:
+    """Read the samples of an evaluation that is to be complete; warn if it was interrupted."""
+    made = _read_samples(path)
+    if path.name == SAMPLES and (path.parent / SETTINGS).exists() and not (path.parent / SUMMARY).exists():
+        console.warn(f"{path.parent} is not finished: it has {len(made)} samples and no {SUMMARY}")
+    return made
+
+
+def _sizes(samples: Sequence[Rollout]) -> str:
+    """Return the numbers of samples per problem: ``8``, or ``4 to 8``."""
+    counts = {len(finals) for finals in by_problem(samples).values()}
+    return " to ".join(str(one) for one in sorted({min(counts), max(counts)}))
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:
@@ -391,7 +451,7 @@ def _show(summary: dict[str, Any], config: EvalConfig) -> None:
     """Print the result as a small table on stdout, with what it can and cannot show below."""
     source = summary["responses"] if config.responses else config.dataset
     columns = ("accuracy", f"{config.confidence:.0%} interval", *(["p"] if "paired" in summary else []))
-    table = _table(f"{source}, {summary['num_problems']} problems", columns)
+    table = _table(f"{source}, {times(summary['num_problems'], 'problem')}", columns)
     if paired := summary.get("paired"):
         table.add_row("before", *_cells(paired["baseline_accuracy"]))
         table.add_row("after", *_cells(summary["accuracy"]))
@@ -414,9 +474,32 @@ def _show(summary: dict[str, Any], config: EvalConfig) -> None:
             f"{len(made['accuracies'])} runs: mean {made['mean']:.3f}, standard deviation between runs {made['sd']:.3f} "
             "(sampling only; the interval is over problems)"
         )
+    if kl := summary["kl_to_base"]:
+        between = "" if kl["low"] is None else f" ({number(kl['low'])} to {number(kl['high'])})"
+        lines.append(f"KL to the base: {number(kl['value'])}{between} nats per token")
+    if formats := summary["formats"]:
+        lines.append(_formats_line(formats))
+    if paired and paired["formats"]:
+        lines.append(_formats_change(paired["formats"]))
     least = paired["difference"]["detectable"] if paired else summary["detectable_difference"]
     lines.append(_power_line(summary["num_problems"], least))
     _print(table, lines)
+
+
+def _formats_line(formats: dict[str, Any]) -> str:
+    return (
+        f"formats: {times(formats['distinct'], 'sequence')} of step patterns in "
+        f"{times(formats['num_responses'], 'response')}, entropy {formats['entropy']:.2f} bits, "
+        f"the largest {formats['largest_frac']:.0%}"
+    )
+
+
+def _formats_change(found: dict[str, Any], name: str = "formats") -> str:
+    before, after = found["baseline"], found["evaluation"]
+    return (
+        f"{name}: entropy {before['entropy']:.2f} to {after['entropy']:.2f} bits (p {_p_value(found['p_value'])}), the "
+        f"largest {before['largest_frac']:.0%} to {after['largest_frac']:.0%}"
+    )
 
 
 def _power_line(num_problems: int, least: float) -> str:
@@ -430,7 +513,7 @@ def _show_comparisons(result: dict[str, Any], confidence: float) -> None:
     """Print each evaluation with its difference to the first."""
     first = result["baseline_accuracy"]
     columns = ("accuracy", f"{confidence:.0%} interval", "p")
-    table = _table(f"{first['num_problems']} problems, differences to {result['baseline']}", columns)
+    table = _table(f"{times(first['num_problems'], 'problem')}, differences to {result['baseline']}", columns)
     table.add_row(result["baseline"], *_cells(first))
     for one in result["comparisons"]:
         table.add_row(one["evaluation"], *_cells(one["accuracy"]))
@@ -441,6 +524,11 @@ def _show_comparisons(result: dict[str, Any], confidence: float) -> None:
     if len(differences) > 1:
         lines[0] += f", adjusted for {len(differences)} comparisons (Holm)"
     lines.append(_power_line(first["num_problems"], least))
+    lines += [
+        _formats_change(one["formats"], f"formats, {one['evaluation']}")
+        for one in result["comparisons"]
+        if one["formats"]
+    ]
     _print(table, lines)
 
 
@@ -471,5 +559,8 @@ def _cells(estimate: dict[str, float], signed: bool = False) -> tuple[str, str]:
 
 
 def _p(difference: dict[str, Any]) -> str:
-    value = difference.get("p_value_holm", difference["p_value"])
+    return _p_value(difference.get("p_value_holm", difference["p_value"]))
+
+
+def _p_value(value: float) -> str:
     return f"{value:.3f}" if value >= 0.001 else "<0.001"

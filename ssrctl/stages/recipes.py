@@ -1,4 +1,4 @@
-"""`ssrctl recipes`: the settings of the papers' runs, as yaml files for `ssrctl train --recipe`."""
+"""`ssrctl recipes`: the settings of the papers' runs, as yaml files for `ssrctl train --recipe` and `ssrctl eval --recipe`."""
 
 from __future__ import annotations
 

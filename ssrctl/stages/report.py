@@ -12,7 +12,8 @@ from ssrctl.checkpoints.run_dir import newest_run
 from ssrctl.configs import ReportConfig
 from ssrctl.errors import UserError
 from ssrctl.evaluation.eval_page import EvalLog, eval_document, is_evaluation, read_evaluation
-from ssrctl.evaluation.run_page import PAGE, RunLog, read_run, run_document
+from ssrctl.evaluation.run_log import RunLog, read_run
+from ssrctl.evaluation.run_page import PAGE, run_document
 from ssrctl.io.console import note
 from ssrctl.report.document import Document
 from ssrctl.report.render import missing_libraries

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ssrctl.configs import TINY, SuperweightsConfig
+from ssrctl.configs import SuperweightsConfig
 from ssrctl.core.mask import BlockMask
 from ssrctl.core.unions import combinations
 from ssrctl.distributed.dividing import Spread, divide
@@ -19,8 +19,8 @@ from ssrctl.io.artifacts import save_mask
 from ssrctl.io.console import console, note, show_plan, warn
 from ssrctl.io.files import write_text
 from ssrctl.io.manifest import file_hash, published_settings, versions
-from ssrctl.io.package_data import profile_path
-from ssrctl.io.prompt_sets import load_prompt_set
+from ssrctl.io.prompt_sets import load_prompt_set, prompt_set_path
+from ssrctl.masks.published_superweights import published_superweights, superweights_of
 from ssrctl.masks.superweight_search import (
     DEFAULT_FRACTION,
     FIRST_MINIMAL_FRACTION,
@@ -29,10 +29,11 @@ from ssrctl.masks.superweight_search import (
     do_job,
     find_superweights,
 )
-from ssrctl.masks.superweights import TokenisedPrompts, tokenise_prompts
 from ssrctl.models.loading import describe_model, load_model
 from ssrctl.models.precision import itemsize_of, settle_dtype
+from ssrctl.report.formats import times
 from ssrctl.sampling.agreement import agree
+from ssrctl.text.prompt_tokens import TokenisedPrompts, tokenise_prompts
 
 
 def run(config: SuperweightsConfig) -> dict[str, Any]:
@@ -52,7 +53,7 @@ def run(config: SuperweightsConfig) -> dict[str, Any]:
 def _run(config: SuperweightsConfig, world: World) -> dict[str, Any]:
     if config.output.is_dir():
         raise UserError(f"cannot write {config.output}: it is a folder", "name a file")
-    path = _prompts_path(config)
+    path = prompt_set_path(config.prompts, config.model)
     prompts = load_prompt_set(path)
     search = _prepare(
         config, [p.text for p in prompts if p.split == "gradient"], [p.text for p in prompts if p.split == "heldout"]
@@ -86,6 +87,8 @@ def _search_and_write(search: SuperweightSearch, path: Path, spread: Spread[Job,
     save_mask(config.output, mask, mask_kind="superweights", model=search.loaded.identity, settings=settings)
     report_path = config.output.with_name(config.output.stem + ".report.json")
     write_text(report_path, json.dumps(report, indent=1, allow_nan=False) + "\n")
+    if "spikes" in report:
+        report["published"] = _published(report)
     _show(report)
     size = f"{mask.count()} weights, {_percent(mask.density())}"
     note(f"wrote {config.output}: {size}; {report_path.name} next to it")
@@ -94,14 +97,6 @@ def _search_and_write(search: SuperweightSearch, path: Path, spread: Spread[Job,
 
 # --------------------------------------------------------------------------------------------------
 # before anything is computed
-
-
-def _prompts_path(config: SuperweightsConfig) -> Path:
-    if config.prompts != "auto":
-        return profile_path("prompts", config.prompts, ".jsonl")
-    name = TINY if config.model == TINY else "general"
-    note(f"prompts: {name} (give --prompts for your own)")
-    return profile_path("prompts", name, ".jsonl")
 
 
 def _prepare(config: SuperweightsConfig, gradient: Sequence[str], heldout: Sequence[str]) -> SuperweightSearch:
@@ -178,6 +173,23 @@ def _prompt_facts(search: SuperweightSearch, path: Path) -> dict[str, Any]:
     }
 
 
+def _published(report: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the published super weights of this model, each with a mark whether a spike is there; None without any."""
+    known = superweights_of(report["model"]["name"])
+    if known is None:
+        return None
+    places = {(spike["parameter"], spike["out_channel"], spike["in_channel"]) for spike in report["spikes"]}
+    rows = zip(known.weights, known.found(places), strict=True)
+    return {
+        "source": known.source,
+        "model": known.model,
+        "weights": [
+            {"layer": layer, "out_channel": out, "in_channel": into, "found": found}
+            for (layer, out, into), found in rows
+        ],
+    }
+
+
 # --------------------------------------------------------------------------------------------------
 # what the user sees
 
@@ -205,12 +217,31 @@ def _show(report: Mapping[str, Any]) -> None:
             ranks = f"{_percent(min(spike['gradient_rank_fracs']))} to {_percent(max(spike['gradient_rank_fracs']))}"
             table.add_row(where, f"{spike['weight']:.3f}", ratios, ranks, _pair(spike))
         console().print(table)
+    if "spikes" in report:
+        note(_published_line(report))
     last = labelled[-1][1]["random"]["kl_masked_reference"]
     if last is None or last >= report["kl_threshold"]:
         note(
             f"as many random weights also give KL {_number(last, 2)}, so reaching {report['kl_threshold']:g} "
             "proves little at this size: compare the columns"
         )
+
+
+def _published_line(report: Mapping[str, Any]) -> str:
+    """Return a sentence that puts the spikes beside the published ones: of this model, else of all."""
+    if known := report["published"]:
+        rows = [
+            f"layer {row['layer']} [{row['out_channel']}, {row['in_channel']}] {'found' if row['found'] else 'not found'}"
+            for row in known["weights"]
+        ]
+        return f"published for {known['model']} ({known['source']}): {'; '.join(rows)}"
+    models = published_superweights()
+    counts = [len(one.weights) for one in models]
+    layers = [layer for one in models for layer, _, _ in one.weights]
+    return (
+        f"published for {len(models)} other models ({models[0].source}): {min(counts)} to {max(counts)} weights each, in layers "
+        f"{min(layers)} to {max(layers)}; here {times(len(report['spikes']), 'spike')}"
+    )
 
 
 def _pair(row: Mapping[str, Any]) -> str:

@@ -26,7 +26,8 @@ from ssrctl.distributed.sharding import ShardedModel
 from ssrctl.distributed.traffic import dense_bytes_sent, kept_bytes_sent, scattered_bytes_sent, sharded_bytes_sent
 from ssrctl.distributed.world import World, joined_world
 from ssrctl.errors import UserError
-from ssrctl.evaluation.run_page import CRITIC_CALLS, PAGE, read_run, run_document
+from ssrctl.evaluation.run_log import CRITIC_CALLS, read_run
+from ssrctl.evaluation.run_page import PAGE, run_document
 from ssrctl.io import console
 from ssrctl.io.artifacts import ModelIdentity, load_mask_for, mask_at
 from ssrctl.io.budget_file import MIN_PROBLEMS, budget_at, load_budget_profile, shipped_budget_profile
@@ -341,8 +342,9 @@ def _prepared(config: TrainConfig, loaded: LoadedModel) -> LoadedModel:
 
 
 def _update_bytes(config: TrainConfig, itemsize: int) -> float:
-    """Return the bytes per weight of the update's gradient and state, and of the start weights that ``--beta`` keeps."""
-    return updater_kind(config).bytes_per_parameter(config, itemsize) + (itemsize if config.beta else 0)
+    """Return the bytes per weight of the update's gradient and state, and of the start weights, if they are kept."""
+    own = updater_kind(config).bytes_per_parameter(config, itemsize)
+    return own + (itemsize if config.keeps_start_weights else 0)
 
 
 def _budget_curve(config: TrainConfig, model: ModelIdentity) -> tuple[Sequence[float], str]:

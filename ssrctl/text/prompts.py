@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ssrctl.configs import TINY_DATASET, DatasetConfig, PromptOptions
+from ssrctl.configs import DatasetConfig, PromptOptions, is_bundled
 from ssrctl.errors import UserError
 from ssrctl.io.files import existing_file
 from ssrctl.io.package_data import profile_path
@@ -50,7 +50,7 @@ def load_template(name: str, dataset: str) -> str:
         UserError: no such template, or one without ``{question}``.
     """
     if name == "auto":
-        name = "plain" if dataset == TINY_DATASET else "steps"
+        name = "plain" if is_bundled(dataset) else "steps"
     path = profile_path("prompts", name, ".txt")
     try:
         template = path.read_text(encoding="utf-8-sig").removesuffix("\n")

@@ -14,6 +14,13 @@ right (no operator precedence), reducing modulo 100 after every operation:
 The start and every result are written with exactly two digits (`07`, not `7`), operands with one.
 So a line is always seven characters, which lets a two-layer model find the number it needs at a
 fixed distance. Answers are written the same way.
+
+Three variants leave the distribution that the model was warmed up on, or that a run trains on:
+
+- ``longer``: six to eight operations; the others have four or five.
+- ``numbers``: starts below 10 and operands from 0; the others start from 10 on, with operands from 2.
+- ``order``: of the orders of operators (`+*-+`) one in eight is held out, instead of one question in eight. A model that
+  trains on its train split never sees an order of its held-out split; the warm-up saw all orders.
 """
 
 import hashlib
@@ -23,12 +30,26 @@ from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
 Split = Literal["train", "heldout"]
+Variant = Literal["longer", "numbers", "order"]
 
 MODULUS = 100
-FIRST_START, LAST_START = 10, 99
 OPERATORS = "+-*"
-OPERANDS = range(2, 10)  # 0 and 1 would make steps that need no arithmetic
 HELDOUT_ONE_IN = 8
+
+
+@dataclass(frozen=True)
+class _Range:
+    """The questions that are drawn from: numbers of operations, starts and operands."""
+
+    num_ops: range
+    starts: range = range(10, 100)
+    operands: range = range(2, 10)  # 0 and 1 would make steps that need no arithmetic
+
+    @property
+    def size(self) -> int:
+        """The number of different questions."""
+        choices = len(OPERATORS) * len(self.operands)
+        return sum(len(self.starts) * choices**num_ops for num_ops in self.num_ops)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,43 +71,63 @@ class Problem:
         return asdict(self)
 
 
-def problems(split: Split, num: int, seed: int, min_ops: int = 4, max_ops: int = 5) -> list[Problem]:
+def problems(
+    split: Split, num: int, seed: int, min_ops: int = 4, max_ops: int = 5, *, variant: Variant | None = None
+) -> list[Problem]:
     """Return `num` different problems of `split` with `min_ops` to `max_ops` operations each.
 
     The same arguments always give the same list, and a longer list starts with the shorter one.
     `num=0` gives an empty list. Only the question itself decides whether it is held out, so
-    the two splits are disjoint whatever the seeds. Asking for more than half of the questions that
-    a split has is a ValueError.
+    the two splits are disjoint whatever the seeds. The variant `longer` has numbers of operations of its own. Asking
+    for more than half of the questions that a split has is a ValueError.
     """
     if split not in get_args(Split):
         raise ValueError(f"split is {split!r}; use one of {', '.join(get_args(Split))}")
+    if variant is not None and variant not in get_args(Variant):
+        raise ValueError(f"variant is {variant!r}; use one of {', '.join(get_args(Variant))}")
     if not 1 <= min_ops <= max_ops:
         raise ValueError(f"need 1 <= min_ops <= max_ops, got {min_ops} and {max_ops}")
     if num < 0:
         raise ValueError(f"num is {num}; it cannot be negative")
     # Drawing until a new question turns up stays cheap only while at least half of them are left.
-    available = _expected_size(split, min_ops, max_ops) // 2
+    drawn = _range(variant, min_ops, max_ops)
+    heldout = drawn.size // HELDOUT_ONE_IN
+    available = (heldout if split == "heldout" else drawn.size - heldout) // 2
     if num > available:
         raise ValueError(
             f"{num} {split} problems of {min_ops} to {max_ops} operations were asked for, but at "
             f"most {available} are given; ask for fewer or raise max_ops"
         )
     found: dict[str, Problem] = {}
-    draws = _draws(_rng(seed, f"tiny-arithmetic/{split}"), min_ops, max_ops)
+    named = [name for name in ("tiny-arithmetic", variant, split) if name]
+    draws = _draws(_rng(seed, "/".join(named)), drawn)
     while len(found) < num:
-        start, operations = next(draws)
-        problem = _problem(start, operations)
-        if problem.id.startswith(f"{split}-"):
+        problem = _problem(*next(draws), variant)
+        if split_of(problem.question, variant) == split:
             found.setdefault(problem.question, problem)
     return list(found.values())
 
 
-def split_of(question: str) -> Split:
-    """Return the split that a question belongs to: one question in eight is held out, by its hash."""
-    return "heldout" if int(_digest(question), 16) % HELDOUT_ONE_IN == 0 else "train"
+def split_of(question: str, variant: Variant | None = None) -> Split:
+    """Return the split that a question belongs to: one question in eight, or order of operators, is held out by its hash."""
+    decisive = order_of(question) if variant == "order" else question
+    return "heldout" if int(_digest(decisive), 16) % HELDOUT_ONE_IN == 0 else "train"
 
 
-def _problem(start: int, operations: list[tuple[str, int]]) -> Problem:
+def order_of(question: str) -> str:
+    """Return the operators of a question in order: `*-` of `48*6-2=?`."""
+    return "".join(character for character in question if character in OPERATORS)
+
+
+def _range(variant: Variant | None, min_ops: int, max_ops: int) -> _Range:
+    if variant == "longer":
+        return _Range(range(6, 9))
+    if variant == "numbers":
+        return _Range(range(min_ops, max_ops + 1), starts=range(10), operands=range(10))
+    return _Range(range(min_ops, max_ops + 1))
+
+
+def _problem(start: int, operations: list[tuple[str, int]], variant: Variant | None) -> Problem:
     value = start
     expression = _two_digits(start)
     lines = []
@@ -97,8 +138,9 @@ def _problem(start: int, operations: list[tuple[str, int]]) -> Problem:
         value = result
     question = f"{expression}=?"
     answer = _two_digits(value)
+    named = [name for name in (variant, split_of(question, variant)) if name]
     return Problem(
-        id=f"{split_of(question)}-{_digest(question)[:12]}",
+        id=f"{'-'.join(named)}-{_digest(question)[:12]}",
         question=question,
         answer=answer,
         solution="\n".join([*lines, f"####{answer}"]),
@@ -114,26 +156,12 @@ def _two_digits(value: int) -> str:
     return f"{value:02d}"
 
 
-def _draws(rng: random.Random, min_ops: int, max_ops: int) -> Iterator[tuple[int, list[tuple[str, int]]]]:
+def _draws(rng: random.Random, drawn: _Range) -> Iterator[tuple[int, list[tuple[str, int]]]]:
     """Yield random questions without end: the number of operations first, then everything uniformly."""
     while True:
-        num_ops = rng.randrange(min_ops, max_ops + 1)
-        start = rng.randrange(FIRST_START, LAST_START + 1)
-        yield (
-            start,
-            [
-                (OPERATORS[rng.randrange(len(OPERATORS))], OPERANDS[rng.randrange(len(OPERANDS))])
-                for _ in range(num_ops)
-            ],
-        )
-
-
-def _expected_size(split: Split, min_ops: int, max_ops: int) -> int:
-    choices = len(OPERATORS) * len(OPERANDS)
-    num_starts = LAST_START - FIRST_START + 1
-    total: int = sum(num_starts * choices**num_ops for num_ops in range(min_ops, max_ops + 1))
-    heldout = total // HELDOUT_ONE_IN
-    return heldout if split == "heldout" else total - heldout
+        num_ops = rng.choice(drawn.num_ops)
+        start = rng.choice(drawn.starts)
+        yield start, [(rng.choice(OPERATORS), rng.choice(drawn.operands)) for _ in range(num_ops)]
 
 
 def _rng(seed: int, purpose: str) -> random.Random:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from ssrctl.core.advantages import response_advantages, two_level_advantages
+from ssrctl.core.advantages import of_sign, response_advantages, two_level_advantages
 from ssrctl.sampling.groups import Group
 
 
 def group_advantages(
-    group: Group, credit: str, rule: str, *, mask_truncated: bool = False
+    group: Group, credit: str, rule: str, *, mask_truncated: bool = False, sign: str = "both"
 ) -> tuple[Sequence[Sequence[float | None]], int]:
     """Return the advantages of a scored group, and the number of responses without a signal.
 
@@ -19,6 +19,7 @@ def group_advantages(
         credit: ``step`` for an advantage per step; a key of ``RESPONSE_REWARDS`` for one per response.
         rule: see ``core.advantages.two_level_advantages``; for ``step`` only.
         mask_truncated: drop the advantages of responses that were cut off, after they counted in the group's mean.
+        sign: a key of ``core.advantages.SIGNS``; after the normalisation, advantages of the other sign become 0.
 
     Returns:
         Per response its steps' advantages (one value with credit per response), None where the score is missing.
@@ -33,6 +34,7 @@ def group_advantages(
         values = [
             row if sample.finished else [None] * len(row) for row, sample in zip(values, group.samples, strict=True)
         ]
+    values = of_sign(values, sign)
     return values, sum(1 for row in values if not any(row))
 
 

@@ -135,7 +135,7 @@ class MemoryPlanner:
         sampled = -(-sampled // self.shards)
         held_while_sampling = sampled * (tokens * cache.token + cache.state)
         held = updater_kind(config).held_bytes(config, dtype.itemsize, self.trained_frac)
-        held += dtype.itemsize if config.beta else 0  # the start weights
+        held += dtype.itemsize if config.keeps_start_weights else 0
         return Breakdown(
             weights=complete,
             state=int(self.num_parameters * held) // self.shards,
@@ -397,5 +397,6 @@ def updates(config: TrainConfig) -> Sequence[tuple[str, TrainConfig]]:
     if config.optimizer != "kronos":
         return [("masked adamw" if config.mask else "adamw", config)]
     whole = config.allocation == "shuffled" or config.log_gradient_cosine or config.micro_batch_tokens is not None
+    whole |= config.log_signs_every > 0
     scopes: list[Literal["global", "tensor"]] = ["global"] if whole else ["global", "tensor"]
     return [(f"kronos --scope {scope}", dataclasses.replace(config, scope=scope)) for scope in scopes]

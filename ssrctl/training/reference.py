@@ -1,4 +1,4 @@
-"""The start model's log-probabilities, for the KL term (``--beta``)."""
+"""The start model's log-probabilities, for the KL term (``--beta``) and for its log."""
 
 from __future__ import annotations
 

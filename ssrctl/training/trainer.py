@@ -205,6 +205,8 @@ class Trainer:
             seed=derive_seed(config.seed, "rollout", step),
             log_masks=config.log_masks_every > 0 and step % config.log_masks_every == 0,
             log_gradient=config.log_gradients > 0 and step % config.log_gradients == 0,
+            log_base_kl=config.log_base_kl_every > 0 and step % config.log_base_kl_every == 0,
+            log_signs=config.log_signs_every > 0 and step % config.log_signs_every == 0,
         )
         self.scheduler.step()
         self.step = step

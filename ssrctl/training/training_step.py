@@ -45,12 +45,13 @@ from ssrctl.sampling.groups import Group, Prompted, join_groups, sample_groups
 from ssrctl.training.credit import group_advantages
 from ssrctl.training.process_work import ProcessWork
 from ssrctl.training.reference import StartWeights
+from ssrctl.training.sign_shares import SignSums, sign_sums
 from ssrctl.training.step_gradients.accumulated import fixed_logprobs
 from ssrctl.training.step_gradients.batch import group_batch, response_logprobs
 from ssrctl.training.step_gradients.head import HeadSettings
-from ssrctl.training.step_gradients.parts import QuestionPart, units_of_parts
+from ssrctl.training.step_gradients.parts import QuestionPart, responses_by_step, units_of_parts
 from ssrctl.training.step_gradients.task import Dials
-from ssrctl.training.unit_gradients import GroupBatch, NonFiniteLoss, unit_gradients
+from ssrctl.training.unit_gradients import GroupBatch, NonFiniteLoss, UnitGradient, unit_gradients
 from ssrctl.training.unit_observer import QuestionView, UnitObserver, Wanted
 from ssrctl.training.updaters import QuestionUpdate, Updater
 from ssrctl.training.weight_pushes import WeightPushes
@@ -113,6 +114,7 @@ class _StepTotals:
     resampled: int = 0
     batch_tokens: float = 0.0
     kl_sum: float = 0.0
+    signs: SignSums = field(default_factory=SignSums)
     seconds: dict[str, float] = field(
         default_factory=lambda: {"push": 0.0, "sample": 0.0, "score": 0.0, "reference": 0.0, "old_logprobs": 0.0}
     )
@@ -222,12 +224,22 @@ class TrainingStep:
         self.observer, self.pushes = observer, pushes
         self.engine: Engine = TransformersEngine(loaded, config) if pushes is None else pushes.engine
         named = dict(loaded.model.named_parameters() if sharded is None else sharded.local_parameters())
-        self.start_weights = StartWeights(named, copies=sharded is not None) if config.beta else None
+        self.start_weights = StartWeights(named, copies=sharded is not None) if config.keeps_start_weights else None
+        self.with_reference = config.beta > 0
         self.exchanges = world.size > 1 and sharded is None
         self.num_coordinates = loaded.num_parameters
         self.num_unprotected = self.num_coordinates - updater.num_protected
 
-    def run(self, prompts: Sequence[Prompted], *, seed: int, log_masks: bool, log_gradient: bool = False) -> StepResult:
+    def run(
+        self,
+        prompts: Sequence[Prompted],
+        *,
+        seed: int,
+        log_masks: bool,
+        log_gradient: bool = False,
+        log_base_kl: bool = False,
+        log_signs: bool = False,
+    ) -> StepResult:
         """Sample, score and learn from one batch of questions.
 
         Args:
@@ -235,15 +247,20 @@ class TrainingStep:
             seed: of the sampling.
             log_masks: return the selections, and gradient cosines if the config asks for them.
             log_gradient: return the sketch of the batch's gradient.
+            log_base_kl: measure the KL divergence from the start model also without ``--beta``.
+            log_signs: measure the shares of positive and negative advantages in the update.
 
         Raises:
             NonFiniteBatch: every question of the batch gave a NaN or infinite loss or gradient in a pass over it.
             Stopped: the engine that samples is gone, or has other weights than these; none has changed since the step before.
         """
+        self.with_reference = self.config.beta > 0 or log_base_kl
         with noticing_lost_processes(self.world):
-            return self._run(prompts, seed, log_masks, log_gradient)
+            return self._run(prompts, seed, log_masks, log_gradient, log_signs)
 
-    def _run(self, prompts: Sequence[Prompted], seed: int, log_masks: bool, log_gradient: bool) -> StepResult:
+    def _run(
+        self, prompts: Sequence[Prompted], seed: int, log_masks: bool, log_gradient: bool, log_signs: bool
+    ) -> StepResult:
         config, totals, world = self.config, _StepTotals(), self.world
         pushed: dict[str, Any] = {}
         if self.pushes is not None:
@@ -287,6 +304,7 @@ class TrainingStep:
                         view,
                         is_first=iteration == 0,
                         observed=observed,
+                        log_signs=log_signs and iteration == 0,
                     )
                     if update is None:
                         continue
@@ -316,6 +334,8 @@ class TrainingStep:
         before = totals.seconds["reference"] + totals.seconds["old_logprobs"]
         totals.seconds["update"] = time.perf_counter() - scored - before
         metrics = self._metrics(groups, totals, totals.seconds) | update_metrics | pushed
+        if log_signs:
+            metrics |= totals.signs.metrics()
         work = self.work.shares(self.loaded.model.parameters() if self.sharded is None else None)
         return StepResult(metrics | work, groups, mask_log, gradient)
 
@@ -401,7 +421,13 @@ class TrainingStep:
 
     def _advantages(self, group: Group) -> tuple[Sequence[Sequence[float | None]], int]:
         config = self.config
-        return group_advantages(group, config.credit, config.advantage, mask_truncated=config.mask_truncated)
+        return group_advantages(
+            group,
+            config.credit,
+            config.advantage,
+            mask_truncated=config.mask_truncated,
+            sign=config.advantage_sign,
+        )
 
     def _trained_lengths(self, group: Group) -> list[int]:
         """Return the tokens of each response that the loss may train; 0 where the response is masked."""
@@ -439,7 +465,7 @@ class TrainingStep:
                 cap=config.engine_correction_cap,
             )
             batch = dataclasses.replace(batch, correction=correction)
-        if self.start_weights is not None:
+        if self.start_weights is not None and self.with_reference:
             with totals.timed("reference"), self.start_weights.in_place():
                 batch = dataclasses.replace(batch, reference=self._logprobs(batch))
         return batch
@@ -500,6 +526,7 @@ class TrainingStep:
         *,
         is_first: bool,
         observed: bool,
+        log_signs: bool,
     ) -> QuestionUpdate | None:
         """Backpropagate one question; drop and count it if a loss or gradient is NaN or infinite.
 
@@ -512,31 +539,15 @@ class TrainingStep:
                 view.before_unit(unit)
             self.updater.before_unit(unit)
 
-        lengths = torch.tensor(self._trained_lengths(group), device=self.loaded.device)
-        weights = response_weights(
-            self.config.loss_type, lengths, longest=self.config.max_new_tokens, batch_tokens=totals.batch_tokens
-        )
         part = own.part
-        gradients = unit_gradients(
-            self.loaded.model,
-            own.batch,
+        backpropagate = functools.partial(self._gradients, group, own, num_questions, totals.batch_tokens)
+        gradients = backpropagate(
             units if part is None else part.own_units,
-            temperature=self.config.temperature,
-            clip_epsilon=self.config.clip_epsilon,
-            level=self.config.importance_level,
-            loss_scale=1.0 / num_questions,
-            method=self.config.step_gradient_method,
-            micro_batch_tokens=self.config.micro_batch_tokens,
-            logit_chunk_tokens=self.config.logit_chunk_tokens,
-            dials=Dials(self.config.units_at_once, self.config.gradient_chunk_tokens),
             on_logprobs=lambda logprobs: totals.add_first_pass(logprobs, own.batch) if is_first else None,
             on_entropy=totals.add_entropy if is_first else None,
             on_unit=before_unit if part is None else None,
-            epsilon_high=self.config.epsilon_high,
-            token_weights=weights if part is None or weights is None else weights[own.share.responses],
             beta=self.config.beta,
             num_responses=None if part is None else part.num_responses,
-            share=None if self.sharded is None else self._share(own.batch),
         )
         if part is not None:
             team = self.world.team(teams(num_questions, self.world.size))
@@ -552,10 +563,41 @@ class TrainingStep:
                 return None
         if not own.share.leads:
             return None
+        if log_signs:
+            assert self.observer is not None and part is None, "the configuration refuses it"
+            of_units = functools.partial(backpropagate, num_responses=responses_by_step(own.batch, units))
+            learned = [made.unit for made in update.gradients]
+            update.signs = sign_sums(self.observer.named, learned, update.kept, self.observer.frozen, of_units)
+            totals.signs = sum(update.signs, SignSums())
         totals.add_update(update, self.num_unprotected)
         if update.granted and self._fills_budget(group):
             totals.granted_budget_frac.append(sum(update.granted) / (self.config.budget * self.num_unprotected))
         return update
+
+    def _gradients(
+        self, group: Group, own: _Own, num_questions: int, batch_tokens: float, units: Sequence[Unit], **settings: Any
+    ) -> Iterator[UnitGradient]:
+        """Backpropagate units of a question with the run's settings; ``settings`` are those in which passes differ."""
+        config = self.config
+        lengths = torch.tensor(self._trained_lengths(group), device=self.loaded.device)
+        weights = response_weights(config.loss_type, lengths, longest=config.max_new_tokens, batch_tokens=batch_tokens)
+        return unit_gradients(
+            self.loaded.model,
+            own.batch,
+            units,
+            temperature=config.temperature,
+            clip_epsilon=config.clip_epsilon,
+            level=config.importance_level,
+            loss_scale=1.0 / num_questions,
+            method=config.step_gradient_method,
+            micro_batch_tokens=config.micro_batch_tokens,
+            logit_chunk_tokens=config.logit_chunk_tokens,
+            dials=Dials(config.units_at_once, config.gradient_chunk_tokens),
+            epsilon_high=config.epsilon_high,
+            token_weights=weights if own.part is None or weights is None else weights[own.share.responses],
+            share=None if self.sharded is None else self._share(own.batch),
+            **settings,
+        )
 
     def _fills_budget(self, group: Group) -> bool:
         """Return True if T k_max >= B (to float rounding), where T is the number of steps that have a signal."""
@@ -577,6 +619,9 @@ class TrainingStep:
                 advantages=[a for column in made.unit.advantages for a in column if a is not None],
                 mask=BlockMask.from_indices(shapes, self._kept_sets(kept)),
             )
+            if update.signs:
+                unit.positive_norm = update.signs[place].positive ** 0.5
+                unit.negative_norm = update.signs[place].negative ** 0.5
             if view is not None:
                 seen = view.units[place]
                 unit.gradient_norm, unit.captured = seen.square**0.5, seen.captured(kept)
@@ -598,8 +643,8 @@ class TrainingStep:
         lengths = [len(sample.response_ids) for sample in samples]
         num_tokens = sum(lengths)
         kl = {}
-        if self.config.beta:
-            kl["kl_to_start"] = totals.kl_sum / totals.tokens if totals.tokens else None
+        if self.start_weights is not None:
+            kl["kl_to_start"] = totals.kl_sum / totals.tokens if totals.tokens and self.with_reference else None
             kl["reference_seconds"] = seconds["reference"]
         return {
             "reward": statistics.fmean(known) if known else None,

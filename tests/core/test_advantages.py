@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from reference import advantages as reference
 
-from ssrctl.core.advantages import response_advantages, two_level_advantages
+from ssrctl.core.advantages import of_sign, response_advantages, two_level_advantages
 
 scores = st.integers(-100, 100).map(lambda score: score / 100)
 rewards = st.lists(st.lists(st.none() | scores, max_size=6), min_size=1, max_size=8)
@@ -153,3 +153,13 @@ def test_one_reward_per_response():
     assert values[2] == pytest.approx((-4 / 3) / deviation, abs=1e-7)
     assert response_advantages([0.4, 0.4]) == [0.0, 0.0]
     assert response_advantages([]) == []
+
+
+def test_the_advantages_of_a_sign():
+    values = [[0.5, None, -1.0], [0.0, 2.0]]
+    assert of_sign(values, "both") == values
+    assert of_sign(values, "positive") == [[0.5, None, 0.0], [0.0, 2.0]]
+    assert of_sign(values, "negative") == [[0.0, None, -1.0], [0.0, 0.0]]
+    assert of_sign(values, "positive", other=None) == [[0.5, None, None], [None, 2.0]]
+    with pytest.raises(ValueError, match="unknown sign of advantages 'up'"):
+        of_sign(values, "up")

@@ -155,3 +155,26 @@ def test_several_evaluations_are_compared_over_what_all_have() -> None:
     assert first["unpaired_problems"] == 2 and first["accuracy"]["value"] == 1.0
     with pytest.raises(UserError, match="none in common"):
         compare_all([worse[:1], worse[1:]], 0.95)
+
+
+def test_formats_are_in_the_summary_and_compared() -> None:
+    def of(response: str) -> list[Rollout]:
+        return [
+            Rollout(id=f"q{k}/{i}", question=f"{k}?", response=response, final=OUTCOMES["correct"])
+            for k in range(8)
+            for i in range(2)
+        ]
+
+    before = [*of("1+1=2\n#### 2")[:8], *of("We add one and one.\n#### 2")[8:]]
+    assert summarise(before, 0.95)["formats"]["entropy"] == pytest.approx(1)
+    assert summarise([sample("a", "wrong")], 0.95)["formats"] is None
+    found = compare(before, of("1+1=2\n#### 2"), 0.95)["formats"]
+    assert found["entropy_difference"] == pytest.approx(-1) and found["evaluation"]["largest_frac"] == 1
+
+
+def test_runs_need_numbered_responses() -> None:
+    numbered = [sample(f"q{k}/{i}", ("correct", "wrong")[i == 1], f"{k}?") for k in range(3) for i in range(3)]
+    assert summarise(numbered, 0.95, runs=3)["runs"]["accuracies"] == [1, 0, 1]
+    for bad in (numbered[:-1], [sample("a", "correct"), sample("b", "wrong")]):
+        with pytest.raises(UserError, match="3 runs need the ids PROBLEM/0 to PROBLEM/N"):
+            summarise(bad, 0.95, runs=3)

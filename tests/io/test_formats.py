@@ -6,15 +6,18 @@ import copy
 import csv
 import gzip
 import json
+import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import zstandard
 
 from ssrctl.cli import main
 from ssrctl.errors import UserError
-from ssrctl.io.formats.registry import FORMATS, Writer, read_formatted
+from ssrctl.io.formats.registry import FORMATS, WRITTEN, Writer, read_formatted
 from ssrctl.io.labelled import read_labelled
 from ssrctl.io.records import FinalAnswer, Rollout, StepScore, StepSpan
 
@@ -92,6 +95,37 @@ ROWS: dict[str, dict[str, Any]] = {
         "doc_hash": "ab",
         "exact_match": 1.0,
     },
+    "lighteval": {
+        "doc": {
+            "query": QUESTION,
+            "choices": ["9", "12-2=10\n#### 10"],
+            "gold_index": 1,
+            "id": "3",
+            "specific": {"level": 2},
+        },
+        "model_response": {"text": ["It is 10.", "It is 9."], "output_tokens": [[1, 2, 3], [4]]},
+        "metric": {"em": 1.0},
+    },
+    "inspect": {
+        "id": "q",
+        "epoch": 2,
+        "input": [{"role": "system", "content": "Think."}, {"role": "user", "content": QUESTION}],
+        "target": ["10", "ten"],
+        "output": {
+            "choices": [
+                {
+                    "message": {
+                        "role": "assistant",
+                        "content": [{"type": "reasoning", "reasoning": "hm"}, {"type": "text", "text": "It is 10."}],
+                    },
+                    "stop_reason": "max_tokens",
+                }
+            ],
+            "usage": {"output_tokens": 7},
+        },
+        "metadata": {"level": 2, "answer": "not the reference"},
+        "scores": {"match": {"value": "C"}},
+    },
     "verl": {"input": f"user\n{QUESTION}\nassistant\n", "output": "It is 10.", "gts": "10", "score": 1.0, "step": 3},
 }
 # Step texts and labels of the labelled formats.
@@ -119,7 +153,7 @@ def again(path: Path, name: str, rollouts: list[Rollout]) -> list[Rollout]:
     return read(written(path, *(row for rollout in rollouts for row in writer.rows(rollout))), name)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", WRITTEN)
 def test_each_format_is_told_by_its_fields_and_survives_a_round_trip(tmp_path: Path, name: str) -> None:
     path = written(tmp_path / "in.jsonl", ROWS[name])
     found = read(path)
@@ -170,6 +204,59 @@ def test_what_other_formats_say_beside_the_steps(tmp_path: Path) -> None:
     ]
 
 
+def test_logs_of_other_tools(tmp_path: Path) -> None:
+    by_name = {name: read(written(tmp_path / "in.jsonl", ROWS[name])) for name in ("lighteval", "inspect")}
+    assert [(r.id, r.question, r.response, r.answer, r.extra["num_tokens"]) for r in by_name["lighteval"]] == [
+        ("3/0", QUESTION, "It is 10.", "10", 3),
+        ("3/1", QUESTION, "It is 9.", "10", 1),
+    ]
+    (sample,) = by_name["inspect"]
+    assert (sample.id, sample.question, sample.answer) == ("q/1", QUESTION, ("10", "ten"))
+    assert sample.response == "<think>hm</think>\nIt is 10."
+    assert sample.extra == {"level": 2, "finished": False, "num_tokens": 7}
+
+
+def archive(path: Path, samples: list[dict[str, Any]], *, zstd: bool) -> Path:
+    """A log as inspect_ai writes it; with zstd as method 93, which zipfile cannot write before Python 3.14."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as made:
+        made.writestr("header.json", "{}")
+        for sample in samples:
+            part = zipfile.ZipInfo(f"samples/{sample['id']}_epoch_{sample['epoch']}.json")
+            data = json.dumps(sample).encode()
+            made.writestr(part, zstandard.compress(data) if zstd else data)
+            part.file_size, part.CRC = (len(data), zlib.crc32(data)) if zstd else (part.file_size, part.CRC)
+            part.compress_type = 93 if zstd else part.compress_type
+    return path
+
+
+@pytest.mark.parametrize("zstd", [False, True])
+def test_archives_of_inspect_ai(tmp_path: Path, capsys: pytest.CaptureFixture[str], zstd: bool) -> None:
+    failed = ROWS["inspect"] | {"epoch": 1, "error": {"message": "429"}, "output": {"choices": []}}
+    path = archive(tmp_path / "log.eval", [ROWS["inspect"], failed], zstd=zstd)
+    as_json = tmp_path / "log.json"
+    as_json.write_text(json.dumps({"eval": {}, "samples": [ROWS["inspect"], failed], "reductions": [{}]}, indent=2))
+    assert read(path) == read(as_json) == read(written(tmp_path / "in.jsonl", ROWS["inspect"]))
+    assert capsys.readouterr().err.count("1 samples ended in an error without a response") == 2
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-40])
+    with pytest.raises(UserError, match="is not a whole log of inspect_ai"):
+        read(path)
+    path.write_bytes(whole.replace(whole[100:110], b"\0" * 10, 1))
+    with pytest.raises(UserError, match="is not a whole log of inspect_ai"):
+        read(path)
+
+
+def test_details_of_lighteval(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "details.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([ROWS["lighteval"]]), path)
+    assert read(path) == read(written(tmp_path / "in.jsonl", ROWS["lighteval"]))
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(UserError, match="not a whole parquet file"):
+        read(path)
+
+
 def test_lists_tables_and_gzip_are_read_alike(tmp_path: Path) -> None:
     row = {"id": "a", "question": "1+1=?", "response": "2"}
     (tmp_path / "a.json").write_text(json.dumps([row], indent=1))
@@ -204,6 +291,10 @@ REFUSED = {
     | {"label": {"steps": [{"completions": [completion("x", 2)], "chosen_completion": 0}]}},
     "step 0 has no completion 0": ROWS["prm800k"] | {"label": {"steps": [{"completions": []}]}},
     "no steps": ROWS["prm800k"] | {"label": {"steps": []}},
+    "'doc.gold_index' must number the 2 choices": ROWS["lighteval"]
+    | {"doc": ROWS["lighteval"]["doc"] | {"gold_index": 2}},
+    "'model_response.text' holds no generated text": ROWS["lighteval"] | {"model_response": {"text": []}},
+    "'epoch' must be a whole number from 1 on, found 0": ROWS["inspect"] | {"epoch": 0},
     "holds no generated text": ROWS["lm-eval"] | {"resps": [[["-1.5", "True"]]]},
 }
 
@@ -240,7 +331,7 @@ def test_any_value_in_any_place_is_read_or_refused(tmp_path: Path, name: str) ->
             inner[path[-1]] = copy.deepcopy(junk)
             try:
                 for rollout in read(written(tmp_path / "in.jsonl", row), name):
-                    for other in FORMATS:
+                    for other in WRITTEN:
                         list(Writer(other).rows(rollout))
             except UserError as error:
                 refused += 1

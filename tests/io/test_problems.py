@@ -148,3 +148,16 @@ def test_a_full_disk_below_the_cache_of_datasets_is_one_line(
     with pytest.raises(UserError, match="no space left") as caught:
         load_problems(DatasetConfig(dataset=str(tmp_path / "a.parquet")), "train")
     assert caught.value.remedy is not None and "HF_DATASETS_CACHE" in caught.value.remedy
+
+
+def test_the_variants_of_the_bundled_problems() -> None:
+    made = load_problems(DatasetConfig(dataset="tiny-arithmetic:probes", limit=8), "test")
+    assert [one.extra["category"] for one in made] == ["in-distribution", "longer", "numbers", "order"] * 2
+    assert len({one.id for one in made}) == 8
+    longer = load_problems(DatasetConfig(dataset="tiny-arithmetic:longer", limit=2), "test")
+    assert [one.question for one in longer] == [one.question for one in made if one.extra["category"] == "longer"]
+    assert len(load_problems(DatasetConfig(dataset="tiny-arithmetic:order"), "train")) == 2000
+    with pytest.raises(UserError, match="has no variant 'harder'"):
+        load_problems(DatasetConfig(dataset="tiny-arithmetic:harder"), "test")
+    with pytest.raises(UserError, match="has the splits train and heldout, not 'test'"):
+        load_problems(DatasetConfig(dataset="tiny-arithmetic:order", dataset_split="test"), "test")

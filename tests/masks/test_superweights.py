@@ -6,6 +6,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ssrctl.errors import UserError
+from ssrctl.masks.published_superweights import published_superweights, superweights_of
 from ssrctl.masks.spikes import down_projections, strongest_channels
 from ssrctl.masks.superweights import (
     AblationProbe,
@@ -14,8 +15,8 @@ from ssrctl.masks.superweights import (
     largest_weights,
     prompt_gradient,
     split_subsets,
-    tokenise_prompts,
 )
+from ssrctl.text.prompt_tokens import tokenise_prompts
 
 
 @pytest.fixture
@@ -265,3 +266,13 @@ def test_characters_that_get_no_token_are_unknown_too() -> None:
 def test_one_token_is_too_short() -> None:
     with pytest.raises(UserError, match="prompt 1 has 1 tokens"):
         tokenise_prompts(letters("<unk>"), ["a"], max_tokens=9)
+
+
+def test_published_super_weights_are_recognised() -> None:
+    known = superweights_of("/models/Llama-7B/")
+    assert known is not None and known.model == "huggyllama/llama-7b" and "table 2" in known.source
+    name = "model.layers.{}.mlp.down_proj.weight"
+    assert known.found({(name.format(2), 3968, 7003)}) == [True]
+    assert known.found({(name.format(12), 3968, 7003), (name.format(2), 3968, 7004)}) == [False]
+    assert superweights_of("tiny-reasoner") is None
+    assert [len(one.weights) for one in published_superweights()] == [1, 2, 3, 1, 1, 1, 2, 4, 6]

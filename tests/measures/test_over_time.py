@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
 import weakref
 
@@ -65,8 +67,11 @@ def plain(base: torch.Tensor, checkpoints: list[torch.Tensor], differs) -> dict:
     }
 
 
+APART = {"row_stability", "column_stability", "profiles"}
+
+
 def counts(one: OverTime) -> dict:
-    return {key: getattr(one, key) for key in OverTime.__dataclass_fields__ if "stability" not in key}
+    return {key: getattr(one, key) for key in OverTime.__dataclass_fields__ if key not in APART}
 
 
 @st.composite
@@ -188,6 +193,45 @@ def test_a_series_is_followed_through_the_protocol() -> None:
     steps, by_kind, _ = found.findings.sections[0].tables
     assert [row[0] for row in steps.rows] == [1, 2] and steps.rows[1][1] == 1.0
     assert [row[0] for row in by_kind.rows] == ["up", "norm"] and by_kind.formatted()[0][1] == "6"
+
+
+def test_rows_and_columns_of_the_middle_layer_are_followed() -> None:
+    form = "model.layers.{}.self_attn.{}_proj.weight"
+    names = [form.format(layer, kind) for layer in range(3) for kind in "qko"]
+    base = {name: torch.zeros(200, 4) for name in names}
+    series = []
+    for rows in (20, 40, 80, 120):
+        one = {name: tensor.clone() for name, tensor in base.items()}
+        one[form.format(1, "q")][:rows, :2] = 1.0
+        series.append(one)
+    (found,) = taken([OverTimeMeasure], base, *series, mode="series")
+    q, o = found.result.ratios
+    assert (q.name, o.name) == (form.format(1, "q"), form.format(1, "o"))
+    assert q.steps == [1, 2, 4] and q.row_starts == list(range(0, 200, 3)) and q.column_starts == [0, 1, 2, 3]
+    for place, rows in enumerate((20, 40, 120)):
+        # half of each of the first rows, and of the first two columns as many
+        by_row = [sum(start + i < rows for i in range(width)) / width / 2 for start, width in blocks(q.row_starts, 200)]
+        assert q.rows[place] == pytest.approx(by_row)
+        assert q.columns[place] == pytest.approx([rows / 200, rows / 200, 0, 0])
+    assert not any(map(any, o.rows))
+    titles = [figure.title for figure in found.findings.sections[0].figures]
+    assert titles[-4:] == [f"Changed share by {side} of {one.name}" for one in (q, o) for side in ("row", "column")]
+    (chosen,) = taken([OverTimeMeasure], base, *series, mode="series", picture=names[0])
+    assert [one.name for one in chosen.result.ratios] == names[:1]
+    (alone,) = taken([OverTimeMeasure], base, series[0], mode="run")
+    assert alone.result.ratios[0].steps == [1]
+
+
+def blocks(starts: list[int], size: int) -> list[tuple[int, int]]:
+    return [(start, end - start) for start, end in itertools.pairwise([*starts, size])]
+
+
+def test_checkpoints_a_step_apart_are_put_next_to_published_steps() -> None:
+    opened_ones = opened(*({"model.norm.weight": torch.full((2, 3), value)} for value in (1.0, 2.0, 1.0)))
+    for steps, key in (((7, 8), "changed_per_step"), ((7, 9), "changed_per_checkpoint")):
+        tuned = [dataclasses.replace(one, step=step) for one, step in zip(opened_ones.tuned, steps, strict=True)]
+        (found,) = taken_of([OverTimeMeasure], dataclasses.replace(opened_ones, tuned=tuned), "run", changed_by="bf16")
+        assert found.findings.published == {key: 1.0, "outside_final": 1.0}
 
 
 def test_other_shapes_and_no_checkpoints_are_refused() -> None:

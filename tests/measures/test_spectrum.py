@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ import scipy.linalg
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from in_memory import taken
 
 from ssrctl.measures.maths import low_rank
 from ssrctl.measures.maths import spectrum_change as spectrum
@@ -24,6 +25,8 @@ from ssrctl.measures.maths.spectrum_change import (
     spectrum_change,
 )
 from ssrctl.measures.maths.update_matrix import Unmeasured, UpdateMatrix, read_update
+from ssrctl.measures.spectrum import SpectrumMeasure
+from ssrctl.report.document import Lines
 
 K = 4
 
@@ -430,3 +433,31 @@ def test_rounding_alone_turns_no_more_than_a_random_update() -> None:
     assert found.gaussian is not None
     assert np.mean(found.left) == pytest.approx(found.gaussian.left_mean, rel=0.5)
     assert found.shift == pytest.approx(found.expected_shift, rel=0.3)
+
+
+# --------------------------------------------------------------------------------------------------
+# several checkpoints
+
+
+def test_spectra_of_several_checkpoints_lie_over_one_another() -> None:
+    generator = torch.Generator().manual_seed(5)
+    names = [f"model.layers.{layer}.self_attn.q_proj.weight" for layer in range(3)]
+    base = {name: torch.randn(40, 40, generator=generator) for name in names}
+    moved = [
+        base | {names[1]: base[names[1]] + size * torch.randn(40, 40, generator=generator)} for size in (0.01, 0.3)
+    ]
+    found = taken([SpectrumMeasure], base, base, *moved, mode="several")
+    results = {label: one.result for label, one in zip(("still", "rl", "sft"), found, strict=True)}
+    [section] = cast(SpectrumMeasure, found[0].measure).side_by_side(results)
+    angles, shifts, left, values = (cast(Lines, figure) for figure in section.figures)
+    assert list(angles.series) == list(results) and list(angles.x) == [0, 1, 2]
+    change = results["sft"].rows.tensors[names[1]]
+    assert angles.series["sft"] == [None, max(change.left_largest, change.right_largest), None]
+    assert shifts.series["sft"][1] == change.shift > 5 * results["rl"].rows.tensors[names[1]].shift
+    assert angles.series["still"] == [None] * 3
+    # of the one matrix that changed, by the checkpoints that changed it
+    assert names[1] in left.title and list(left.series) == list(values.series) == ["rl", "sft"]
+    before, after = (torch.linalg.svdvals(one[names[1]].double()) for one in (base, moved[1]))
+    wanted = [float((after[place - 1] - before[place - 1]) / before[0]) for place in values.x]
+    assert values.series["sft"] == pytest.approx(wanted, abs=1e-12)
+    assert section.tables[0].rows[2][0] == "sft" and len(section.tables[0].rows) == 3

@@ -423,6 +423,52 @@ def test_overlap_of_two_checkpoints_is_what_was_planted(tmp_path: Path, shell: S
     assert [row["count"] for row in report["overlap"]["consensus"]] == [160, 30, 0]
 
 
+def test_pairs_are_compared_each_with_its_own_base(tmp_path: Path, shell: Shell, base: Weights) -> None:
+    name, rotated = Q.format(0), {key: tensor.flip(0) for key, tensor in base.items()}
+    paths = {
+        label: folder(tmp_path / label, tensors)
+        for label, tensors in {
+            "base": base,
+            "one": moved(base, name, range(100)),
+            "rotated": rotated,
+            "two": moved(rotated, name, range(50, 200)),
+        }.items()
+    }
+    # `delta apply` copies what says that the base was rotated
+    for label in ("rotated", "two"):
+        (paths[label] / "intervention.json").write_text('{"kind": "rotate"}')
+    words = [f"{paths['base']}:{paths['one']}", f"{paths['rotated']}:{paths['two']}"]
+    report = shell("--pairs", *words)
+    assert (report["base"], report["tuned"]) == (["base", "rotated"], ["one", "two"])
+    assert [row["total"]["num_bit_changed"] for row in report["checkpoints"]] == [100, 150]
+    found = report["overlap"]["matrices"]
+    assert found["jaccard"][0][1] == 50 / 200
+    assert found["expected_jaccard"][0][1] and found["expected_jaccard_same_size"][0][1] is None
+    assert not any("intervention" in note for note in report["notes"])
+    # in ranges, without whole tensors in memory, and whole for the matrices
+    for measures in ("sparsity", "rank"):
+        report = shell("--pairs", *reversed(words), "--measures", measures)
+        assert [row["total"]["num_bit_changed"] for row in report["checkpoints"]] == [150, 100]
+    one = shell("--pairs", words[1], "--measures", "sparsity")
+    assert (one["kind"], one["base"], one["total"]["num_bit_changed"]) == ("checkpoint-difference", "rotated", 150)
+    plan = shell("--pairs", *words, "--dry-run")
+    assert [Path(one["path"]).parent.name for one in plan["reads"]] == ["base", "rotated", "one", "two"]
+    without = shell(paths["base"], paths["one"], paths["two"], "--measures", "size")
+    assert [row["total"]["num_bit_changed"] > 1000 for row in without["checkpoints"]] == [False, True]
+    [said] = [note for note in without["notes"] if "intervention" in note]
+    assert said.startswith("two comes from a model whose weights were rotated") and "--pairs" in said
+
+
+def test_pairs_that_cannot_be_compared(tmp_path: Path, shell: Shell, base: Weights) -> None:
+    good = folder(tmp_path / "good", base)
+    other = folder(tmp_path / "other", {"unrelated": torch.ones(4)})
+    assert "not the same architecture" in shell.refused("--pairs", f"{good}:{good}", f"{other}:{other}")
+    assert "twice" in shell.refused("--pairs", f"{good}:{good}", f"{good}:{good}")
+    assert "exclude each other" in shell.refused("--pairs", "--series", "a:b", "c:d", "e:f")
+    assert "no effect" in shell.refused("--pairs", "--jaccard", good)
+    assert "no colon" in shell.refused("--pairs", good, good)
+
+
 def test_labels_are_unique_whatever_folders_are_called(tmp_path: Path, shell: Shell, base: Weights) -> None:
     names = ["a/x", "a/x #2", "b/x", "b/x #2", "c/x"]
     paths = [folder(tmp_path / name, base) for name in names]

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ssrctl import tiny_reasoner
 from ssrctl.cli import main
 from ssrctl.configs import EvalConfig, TrainConfig
 from ssrctl.errors import UserError
@@ -52,6 +57,35 @@ def test_paired_comparison_of_a_model_with_itself_is_zero(tmp_path: Path) -> Non
     difference = paired["difference"]
     assert (difference["value"], difference["p_value"]) == (0.0, 1.0)
     assert difference["low"] < 0 < difference["high"], "six problems alike do not prove that no problem differs"
+
+
+def test_kl_to_the_base_is_that_of_the_samples_under_both_models(tmp_path: Path) -> None:
+    tuned = shutil.copytree(tiny_reasoner.path(), tmp_path / "tuned")
+    tensors = load_file(tuned / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for name in sorted(tensors):
+        tensors[name] += 0.02 * torch.randn(tensors[name].shape, generator=generator)
+    save_file(tensors, tuned / "model.safetensors", {"format": "pt"})
+    settings = {"num_samples": 2, "limit": 3, "max_new_tokens": 24, "temperature": 0.7}
+    summary = evaluate.run(config(tmp_path / "e", model=str(tuned), kl_to="tiny-reasoner", **settings))
+    rows = [json.loads(line) for line in (tmp_path / "e" / "samples.jsonl").read_text().splitlines()]
+    tokenizer = AutoTokenizer.from_pretrained(tuned)
+    models = [AutoModelForCausalLM.from_pretrained(folder) for folder in (tuned, tiny_reasoner.path())]
+    for row in rows:
+        prompt, whole = (tokenizer(text)["input_ids"] for text in (row["prompt"], row["prompt"] + row["response"]))
+        ids = torch.tensor([whole + [tokenizer.eos_token_id] * row["finished"]])
+        assert ids.shape[1] - len(prompt) == row["num_tokens"]
+        with torch.no_grad():
+            logs = [model(ids).logits[0, len(prompt) - 1 : -1].double().div(0.7).log_softmax(-1) for model in models]
+        ours, base = (one.gather(1, ids[0, len(prompt) :, None])[:, 0] for one in logs)
+        assert row["kl_to_base"] == pytest.approx(float(((base - ours).exp() - (base - ours) - 1).mean()), rel=1e-4)
+    by_problem = [sum(row["kl_to_base"] for row in rows[place : place + 2]) / 2 for place in (0, 2, 4)]
+    assert summary["kl_to_base"]["value"] == pytest.approx(sum(by_problem) / 3)
+    assert 0 <= summary["kl_to_base"]["low"] < summary["kl_to_base"]["value"] < summary["kl_to_base"]["high"]
+    with pytest.raises(UserError, match="kl_to was 'tiny-reasoner'"):
+        evaluate.run(config(tmp_path / "e", model=str(tuned), **settings))
+    with pytest.raises(UserError, match="--kl-to would have no effect"):
+        config(tmp_path / "f", responses="file.jsonl", kl_to="tiny-reasoner", limit=None, num_samples=8)
 
 
 def test_runs_add_samples_and_stored_evaluations_are_compared(

@@ -56,6 +56,15 @@ def test_records_come_back_with_their_grade(tmp_path: Path) -> None:
     assert summary["outcomes"] == {"correct": 2, "wrong": 1, "unparsed": 1, "timed_out": 0}
     assert summary["ways"] == {"hashes": 1, "last-number": 1, "boxed": 1}
     assert summary["responses"] == "responses.jsonl"
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    (task,) = results["results"].values()
+    # accuracies 1/2, 1 and 0: the standard error of their mean is 1/2 / sqrt(3)
+    assert task == {
+        "alias": "responses",
+        "exact_match,none": pytest.approx(0.5),
+        "exact_match_stderr,none": pytest.approx(0.5 / 3**0.5),
+    }
+    assert results["n-samples"]["responses"]["effective"] == 3 and str(tmp_path) not in json.dumps(results)
 
 
 def test_the_shares_of_the_ways_and_strict_extraction(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -213,3 +222,32 @@ def test_agreement_with_human_labels_through_the_command(tmp_path: Path, data_di
     rows = read(tmp_path / "out" / "samples.jsonl")
     agree = sum(row["final"]["correct"] is row["is_correct"] for row in rows)
     assert len(rows) == summary["num_problems"] == 1319 and agree / len(rows) >= 0.995
+
+
+def test_what_is_wrong_with_evaluations_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        {"id": f"q{k}/{i}", "question": f"{k}?", "answer": str(k), "response": f"#### {k + i}"}
+        for k in range(3)
+        for i in range(2)
+    ]
+    with pytest.raises(UserError, match="1 ids occur more than once, 'q0/0' 2 times"):
+        grade(tmp_path, [*rows, rows[0]], output_dir=tmp_path / "twice")
+    assert not (tmp_path / "twice" / "samples.jsonl").exists()  # nothing is left behind
+    grade(tmp_path, rows, output_dir=tmp_path / "whole")
+    torn = tmp_path / "torn"
+    torn.mkdir()
+    for name in ("samples.jsonl", "settings.json"):
+        text = (tmp_path / "whole" / name).read_text()
+        (torn / name).write_text(text[:-20] if name == "samples.jsonl" else text)
+    capsys.readouterr()
+    assert main(["eval", "--compare", str(tmp_path / "whole"), str(torn)]) == 0
+    captured = capsys.readouterr()
+    said = " ".join(captured.err.split())
+    assert "the last line is torn" in said and f"{torn} is not finished: it has 5 samples" in said
+    assert f"whole 2, {torn} 1 to 2): p-values are approximate" in said
+    assert "3 problems, differences to" in captured.out
+    one = grade(tmp_path, rows[:1], output_dir=tmp_path / "one", json=False)
+    assert one["num_problems"] == 1 and "responses.jsonl, 1 problem " in capsys.readouterr().out
+    ungraded = write(tmp_path / "ungraded.jsonl", rows)
+    assert main(["eval", "--compare", ungraded, ungraded]) == 2
+    assert "grade the responses first" in capsys.readouterr().err

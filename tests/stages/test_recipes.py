@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -10,12 +11,13 @@ from typing import Any
 import pytest
 
 from ssrctl import cli
-from ssrctl.configs import TrainConfig, build_config
+from ssrctl.configs import EvalConfig, TrainConfig, build_config
 from ssrctl.io.artifacts import ModelIdentity, save_mask
 from ssrctl.io.package_data import profile_path, shipped_names
 from ssrctl.stages import train
 
-NAMES = shipped_names("recipes", ".yaml")
+ALL = shipped_names("recipes", ".yaml")
+NAMES = [name for name in ALL if name != "aime"]  # of training
 # The bundled reasoner's chat template has no system message.
 ON_TINY = ("--model", "tiny-reasoner", "--dataset", "tiny-arithmetic", "--limit", "8", "--system-prompt", "")
 
@@ -43,7 +45,7 @@ def test_the_recipes_of_the_papers_ship() -> None:
         assert settings(name).mask == Path(f"{name}.safetensors")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_a_recipe_says_what_it_follows_and_where_it_differs(name: str) -> None:
     head = recipe(name).read_text().partition("\n\n")[0]
     assert all(line.startswith("#") for line in head.splitlines())
@@ -123,11 +125,11 @@ def test_files_and_flags_win_over_a_recipe_and_the_result_can_be_saved(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["train", "--recipe", "ssr"], "error: recipe 'ssr' is neither a file nor one that ships\n  fix: shipped: gspo-cot,"),
+        (["train", "--recipe", "ssr"], "error: recipe 'ssr' is neither a file nor one that ships\n  fix: shipped: aime, gspo-cot,"),
         (["train", "--recipe", "wrong.yaml"], "error: wrong.yaml: unknown key 'learning_rat'\n  fix: did you mean 'learning_rate'?\n"),
         (["train", "--recipe", "principal", *ON_TINY], "error: --mask principal.safetensors not found\n  fix: make it with"),
         (["recipes", "ssr"], "error: recipe 'ssr' is neither a file nor one that ships"),
-        (["eval", "--recipe", "safe"], "No such option"),
+        (["eval", "--recipe", "safe"], "safe.yaml: unknown key 'max_steps'"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line(
@@ -142,6 +144,30 @@ def test_mistakes_are_one_line(
 def test_recipes_are_listed_and_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["recipes"]) == 0
     rows: dict[str, Any] = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    assert list(rows) == NAMES and rows["safe"] == "The safe mask: weights that are non-principal or small."
+    assert list(rows) == ALL and rows["safe"] == "The safe mask: weights that are non-principal or small."
     assert cli.main(["recipes", "safe"]) == 0
     assert capsys.readouterr().out == recipe("safe").read_text()
+
+
+def test_the_recipe_of_the_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = build_config(EvalConfig, {}, recipe("aime"))
+    assert (made.dataset, made.temperature, made.num_samples, made.runs) == ("di-zhang-fdu/AIME_1983_2024", 0.7, 1, 3)
+    words = ["eval", "--recipe", "aime", "-o", str(tmp_path / "out"), "--json"]
+    assert cli.main([*words, *ON_TINY, "--dry-run"]) == 0
+    assert json.loads(capsys.readouterr().out)["samples"] == 8 * 3
+    rows = [
+        {"id": f"1983-{k}/{run}", "question": f"{k}+0?", "answer": str(k), "response": f"#### {k + (run == 2)}"}
+        for k in range(4)
+        for run in range(3)
+    ]
+    responses = tmp_path / "responses.jsonl"
+    responses.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert cli.main([*words, "--responses", str(responses)]) == 0  # without the data set, whose answers it has
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["runs"]["accuracies"] == [1, 1, 0]
+    assert "note: of the file's settings temperature, max_new_tokens" in captured.err
+    assert cli.main([*words, "--responses", str(responses), "--temperature", "0.5"]) == 2
+    assert "--temperature would have no effect" in capsys.readouterr().err
+    responses.write_text(json.dumps(rows[0]) + "\n")
+    assert cli.main([*words, "--responses", str(responses)]) == 2
+    assert "3 runs need the ids PROBLEM/0" in capsys.readouterr().err

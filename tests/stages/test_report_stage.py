@@ -15,7 +15,8 @@ from ssrctl.cli import main
 from ssrctl.configs import EvalConfig, TrainConfig
 from ssrctl.core.mask import BlockMask
 from ssrctl.evaluation.eval_page import eval_document, read_evaluation
-from ssrctl.evaluation.run_page import read_run, run_document
+from ssrctl.evaluation.run_log import read_run
+from ssrctl.evaluation.run_page import run_document
 from ssrctl.io.mask_log import CONFLICTS, QuestionLog, StepMaskLog, UnitLog, load_claims, save_mask_log
 from ssrctl.report.document import Dots, Lines
 from ssrctl.report.formats import duration, sparkline
@@ -88,7 +89,7 @@ def test_a_runs_numbers_are_those_of_its_logs(tmp_path: Path) -> None:
     assert took == "48.0 s (75% sampling, 25% updates)." and cost == "$0.75 for 1 calls of the critic."
     shown = series(document, "Accuracy")["run"]
     assert shown[0] == pytest.approx(0.1) and shown[5] == pytest.approx(0.25)  # of steps 2 to 6
-    assert series(document, "Reward")["run"][0] is None
+    assert series(document, "Reward")["run"] == [-0.5] * 11  # the first of 12 steps has none
     assert series(document, "Updates that survive storage")["run"] == [0.75] * 12
     assert series(document, "Claimed share by step index")["run"] == pytest.approx([(0.1 + 0.05) / 2, 0.05])
     assert series(document, "Conflict of a question's steps")["run"] == [0.25]

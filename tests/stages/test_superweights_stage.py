@@ -121,7 +121,7 @@ def test_no_spike(tmp_path: Path) -> None:
     assert not made.output.exists()
 
 
-def test_both_adds_the_spikes_to_the_gradients_mask(tmp_path: Path) -> None:
+def test_both_adds_the_spikes_to_the_gradients_mask(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     report = run(config(tmp_path, method="both", spike_threshold=1.5, fraction=0.0001))
     mask = load_mask(tmp_path / "out" / "g.safetensors")[0]
     selected = mask.to_indices()
@@ -131,6 +131,9 @@ def test_both_adds_the_spikes_to_the_gradients_mask(tmp_path: Path) -> None:
         assert len(spike["gradient_rank_fracs"]) == 4
     assert report["sizes"][0]["count"] <= mask.count() <= report["sizes"][0]["count"] + len(report["spikes"])
     assert report["final"]["count"] == mask.count()
+    assert report["published"] is None
+    said = " ".join(capfd.readouterr().err.split())
+    assert f"1 to 6 weights each, in layers 1 to 24; here {len(report['spikes'])} spike" in said
 
 
 def test_dry_run_writes_nothing(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:

@@ -290,6 +290,19 @@ def test_kl_is_measured_to_the_start_model_also_after_a_resume(tmp_path: Path) -
     assert all(torch.equal(tensor, weights[name]) for name, tensor in final_weights(run).items())
 
 
+def test_kl_to_the_start_model_is_logged_every_so_often_and_changes_nothing(tmp_path: Path) -> None:
+    run, plain = tmp_path / "run", tmp_path / "plain"
+    train.run(config(run, max_steps=2, log_base_kl_every=2))
+    train.run(config(plain, max_steps=2))
+    first, second = metrics(run)
+    assert first["kl_to_start"] is None and second["kl_to_start"] > 1e-6
+    assert all("kl_to_start" not in row for row in metrics(plain))
+    weights = final_weights(plain)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in final_weights(run).items())
+    with pytest.raises(UserError, match="no effect with --beta"):
+        config(run, beta=0.1, log_base_kl_every=2)
+
+
 def test_an_outage_of_the_critic_stops_the_run_with_what_was_learned_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -384,6 +397,8 @@ def test_max_units_bounds_the_updates_of_a_question(tmp_path: Path) -> None:
         ({"reuse_factor": 2.0, "allocation": "overlap"}, "--reuse-factor loosens the disjoint"),
         ({"reuse_factor": 0.5}, "--reuse-factor must be at least 1"),
         ({"optimizer": "adamw", "log_gradient_cosine": True}, "--log-gradient-cosine has no meaning"),
+        ({"scope": "tensor", "log_signs_every": 1}, "--log-signs-every needs whole gradients"),
+        ({"num_processes": 8, "log_signs_every": 1}, "8 processes divide the responses of 4"),
         ({"log_gradients": -1}, "--log-gradients must be 0 or more"),
         ({"log_gradients_size": 63}, "--log-gradients-size must be at least 64"),
         ({"max_units": 0}, "--max-units must be at least 1"),

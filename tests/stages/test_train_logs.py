@@ -18,6 +18,7 @@ from ssrctl.io.artifacts import save_mask
 from ssrctl.io.gradient_log import gradient_log_paths, load_gradient_log
 from ssrctl.io.jsonl import read_jsonl
 from ssrctl.io.mask_log import load_mask_log, mask_log_paths
+from ssrctl.io.records import read_rollouts
 from ssrctl.models.loading import load_model
 from ssrctl.stages import train
 
@@ -128,3 +129,58 @@ def test_short_questions_do_not_count_towards_the_granted_budget(tmp_path: Path)
     run = tmp_path / "run"
     train.run(config(run, max_step_budget=0.001))
     assert [row["granted_budget_frac"] for row in metrics(run)] == [None]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        pytest.param({"optimizer": "adamw"}, marks=pytest.mark.slow),
+        pytest.param({"credit": "cot", "loss_type": "grpo"}, marks=pytest.mark.slow),
+        pytest.param({"allocation": "shuffled", "step_gradient": "truncated"}, marks=pytest.mark.slow),
+        pytest.param({"num_iterations": 2}, marks=pytest.mark.slow),
+    ],
+    ids=["kronos", "adamw", "cot", "shuffled", "iterations"],
+)
+def test_the_parts_of_both_signs_make_up_the_update(tmp_path: Path, settings: dict) -> None:
+    """p + n is the gradient that is applied: |p|^2 + |n|^2 + 2 p n is its squared norm. Measuring changes no bit."""
+    one = {"questions_per_step": 1, "num_generations": 8, "max_new_tokens": 64, "num_iterations": 1} | settings
+    train.run(config(tmp_path / "plain", **one))
+    train.run(config(tmp_path / "run", log_signs_every=1, **one))
+    ((plain,), (row,)) = metrics(tmp_path / "plain"), metrics(tmp_path / "run")
+    assert {key: row[key] for key in plain} == plain
+    p, n, cosine = (row[key] for key in ("positive_norm", "negative_norm", "sign_cosine"))
+    assert p > 0 and n > 0 and row["negative_energy_frac"] == pytest.approx(n**2 / (p**2 + n**2))
+    assert 0 < row["negative_coordinate_frac"] < 1 and cosine != 0
+    if one["num_iterations"] == 1:
+        assert p**2 + n**2 + 2 * cosine * p * n == pytest.approx(row["grad_norm"] ** 2, rel=1e-4)
+    if "optimizer" not in settings:
+        [question] = load_mask_log(mask_log_paths(tmp_path / "run")[0]).questions
+        assert sum(unit.positive_norm**2 for unit in question.units) == pytest.approx(p**2)  # type: ignore[operator]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["protect", "mask"])
+def test_frozen_coordinates_are_in_neither_part(tmp_path: Path, kind: str) -> None:
+    loaded = load_model(TrainConfig())
+    generator = torch.Generator().manual_seed(derive_seed(0, "frozen"))
+    dense = {name: torch.rand(shape, generator=generator) < 0.5 for name, shape in loaded.shapes().items()}
+    path = tmp_path / "m.safetensors"
+    save_mask(path, BlockMask.from_dense(dense), mask_kind="random", model=loaded.identity, settings={})
+    settings = {"questions_per_step": 1, "num_generations": 8, "max_new_tokens": 64, "optimizer": "adamw", kind: path}
+    train.run(config(tmp_path / "run", log_signs_every=1, **settings))
+    (row,) = metrics(tmp_path / "run")
+    p, n, cosine = (row[key] for key in ("positive_norm", "negative_norm", "sign_cosine"))
+    assert p**2 + n**2 + 2 * cosine * p * n == pytest.approx(row["grad_norm"] ** 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("sign", [pytest.param("positive", marks=pytest.mark.slow), "negative"])
+def test_learning_from_one_sign(tmp_path: Path, sign: str) -> None:
+    train.run(config(tmp_path / "run", advantage_sign=sign, log_signs_every=1))
+    (row,) = metrics(tmp_path / "run")
+    assert row["negative_energy_frac"] == (1 if sign == "negative" else 0) and row["grad_norm"] > 0
+    rollouts = list(read_rollouts(RunDir(tmp_path / "run").rollouts(1)))
+    advantages = [a for rollout in rollouts for a in rollout.advantages or () if a]
+    assert advantages and all((a > 0) == (sign == "positive") for a in advantages)
+    for question in load_mask_log(mask_log_paths(tmp_path / "run")[0]).questions:
+        assert all(any(unit.advantages) for unit in question.units)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssrctl import tiny_reasoner
-from ssrctl.tiny_reasoner.problems import Problem, problems, split_of
+from ssrctl.tiny_reasoner.problems import Problem, order_of, problems, split_of
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -28,7 +28,7 @@ def running_results(question: str) -> list[int]:
     start, *operations = re.findall(r"^\d+|[-+*]\d", expression)
     assert start + "".join(operations) == expression
     results = []
-    nested = start
+    nested = str(int(start))  # 07 is no number of Python's
     for operation in operations:
         nested = f"({nested}){operation}"
         results.append(eval(nested) % 100)
@@ -97,6 +97,39 @@ def test_the_dataset_does_not_drift(split, question, identifier):
     assert (problem.question, problem.id) == (question, identifier)
 
 
+IN_DISTRIBUTION = re.compile(r"[1-9]\d([-+*][2-9]){4,5}=\?")
+
+
+@pytest.mark.parametrize("variant", ["longer", "numbers"])
+def test_variants_are_outside_of_the_training_distribution(variant):
+    trained = problems("train", 300, 0) + problems("heldout", 300, 0)
+    assert all(IN_DISTRIBUTION.fullmatch(problem.question) for problem in trained)
+    found = problems("heldout", 200, 3, variant=variant)
+    assert not any(IN_DISTRIBUTION.fullmatch(problem.question) for problem in found)
+    assert found == problems("heldout", 200, 3, variant=variant) and found[:50] == problems(
+        "heldout", 50, 3, variant=variant
+    )
+    assert len({problem.id for problem in found}) == 200 and found[0].id.startswith(f"{variant}-heldout-")
+    sizes = {len(order_of(problem.question)) for problem in found}
+    assert sizes == ({6, 7, 8} if variant == "longer" else {4, 5})
+    assert all(running_results(problem.question)[-1] == int(problem.answer) for problem in found)
+    if variant == "numbers":
+        assert all(int(problem.question[:2]) < 10 for problem in found)
+        assert {operand for problem in found for operand in re.findall(r"[-+*](\d)", problem.question)} == set(
+            "0123456789"
+        )
+
+
+def test_orders_of_operators_are_held_out_whole():
+    orders = {
+        split: {order_of(problem.question) for problem in problems(split, 400, 0, variant="order")}
+        for split in ("train", "heldout")
+    }
+    assert not orders["train"] & orders["heldout"]
+    assert 10 < len(orders["heldout"]) < 81 and len(orders["train"]) > 150
+    assert all(IN_DISTRIBUTION.fullmatch(problem.question) for problem in problems("heldout", 100, 0, variant="order"))
+
+
 def test_record_has_the_documented_fields():
     [problem] = problems("heldout", 1, 3)
     record = problem.to_record()
@@ -113,6 +146,7 @@ def test_record_has_the_documented_fields():
         ({"min_ops": 0}, "min_ops"),
         ({"min_ops": 3, "max_ops": 2}, "min_ops"),
         ({"num": 136, "min_ops": 1, "max_ops": 1}, "at most 135"),
+        ({"variant": "harder"}, "longer, numbers, order"),
     ],
 )
 def test_impossible_requests_are_refused(arguments, message):

@@ -31,7 +31,7 @@ class Format:
         fields: the fields by which its rows are known, for messages.
         fits: returns True for a row that has these fields.
         reader: returns a function from a row and its place to rows of ours, made anew for each file.
-        write: makes a row of a rollout whose steps have these labels; None where it cannot be written.
+        write: makes a row of a rollout whose steps have these labels; None for a format that is only read.
         needs_labels: ``write`` needs a label for every step that is written.
     """
 
@@ -39,7 +39,7 @@ class Format:
     fields: tuple[str, ...]
     fits: Callable[[Mapping[str, Any]], bool]
     reader: Callable[[], Callable[[Row, str], list[Row]]]
-    write: Callable[[Rollout, StepLabels], Row]
+    write: Callable[[Rollout, StepLabels], Row] | None = None
     needs_labels: bool = False
 
 

@@ -12,6 +12,10 @@ from ssrctl.errors import UserError
 from ssrctl.io.console import note
 from ssrctl.io.files import STDIO, text_bytes
 from ssrctl.io.formats.base import Format, Row, StepLabels, labels_before
+from ssrctl.io.formats.inspect_ai import INSPECT, archive_rows
+from ssrctl.io.formats.inspect_ai import SUFFIX as INSPECT_SUFFIX
+from ssrctl.io.formats.lighteval import LIGHTEVAL, parquet_rows
+from ssrctl.io.formats.lighteval import SUFFIX as LIGHTEVAL_SUFFIX
 from ssrctl.io.formats.lm_eval import LM_EVAL
 from ssrctl.io.formats.math_shepherd import MATH_SHEPHERD
 from ssrctl.io.formats.ours import OURS
@@ -20,13 +24,15 @@ from ssrctl.io.formats.prmbench import PRMBENCH
 from ssrctl.io.formats.processbench import PROCESSBENCH
 from ssrctl.io.formats.stepwise import STEPWISE
 from ssrctl.io.formats.verl import VERL
-from ssrctl.io.jsonl import read_jsonl
+from ssrctl.io.jsonl import parse_json, read_jsonl
 from ssrctl.io.records import Rollout
 from ssrctl.io.tables import is_table, json_rows, read_rows
 
 FORMATS: dict[str, Format] = {
-    one.name: one for one in (OURS, PROCESSBENCH, PRM800K, PRMBENCH, STEPWISE, MATH_SHEPHERD, LM_EVAL, VERL)
+    one.name: one
+    for one in (OURS, PROCESSBENCH, PRM800K, PRMBENCH, STEPWISE, MATH_SHEPHERD, LM_EVAL, VERL, LIGHTEVAL, INSPECT)
 }
+WRITTEN = [name for name, one in FORMATS.items() if one.write is not None]
 
 
 def read_formatted_rows(
@@ -35,7 +41,8 @@ def read_formatted_rows(
     """Yield ``(where, row)`` of a file in any format, as rows of ours.
 
     Args:
-        path: jsonl, a list of rows in json, csv or tsv (gzipped or not), or ``-`` for jsonl on stdin.
+        path: jsonl, a list of rows in json, csv or tsv (gzipped or not), parquet, an ``.eval`` archive of inspect_ai, or
+            ``-`` for jsonl on stdin.
         name: a name of ``FORMATS``; ``auto`` tells it for each row, and takes a row that fits none for ours.
         on_torn: as for ``read_jsonl``.
 
@@ -68,7 +75,7 @@ class Writer:
     """Makes rows of a format, and counts the rollouts and fields that it cannot hold.
 
     Args:
-        name: a name of ``FORMATS``.
+        name: one of ``WRITTEN``.
         right_from: a step whose score, in [-100, 100], is at least this counts as right.
 
     Attributes:
@@ -96,6 +103,7 @@ class Writer:
                 return
             rollout = _with_steps(rollout, places)
         self.num_written += 1
+        assert self.format.write is not None, self.format.name
         row = self.format.write(rollout, labels)
         if self.format is not OURS:
             self.dropped.update(self._lost(rollout, row))
@@ -178,15 +186,34 @@ def _format_of(row: Row, name: str, where: str) -> Format:
 def _source(path: str | Path, on_torn: Callable[[str], None] | None) -> Iterator[tuple[str, dict[str, Any]]]:
     if str(path) == STDIO:
         return read_jsonl(path, on_torn=on_torn)
+    suffix = Path(path).suffix
+    if suffix in _ARCHIVES:
+        return _ARCHIVES[suffix](Path(path))
     if is_table(str(path)):
         return read_rows(str(path))
-    return json_rows(Path(path)) if _is_list(path) else read_jsonl(path, on_torn=on_torn)
+    match _first_line(path):
+        case b"{":
+            return iter([_object(Path(path))])
+        case line if line.startswith(b"["):
+            return json_rows(Path(path))
+    return read_jsonl(path, on_torn=on_torn)
 
 
-def _is_list(path: str | Path) -> bool:
-    """Return True if the file's first character that is not white space opens a json list."""
+_ARCHIVES = {INSPECT_SUFFIX: archive_rows, LIGHTEVAL_SUFFIX: parquet_rows}
+
+
+def _first_line(path: str | Path) -> bytes:
+    """Return the file's first line that is not blank, without white space around it; empty without any."""
     with text_bytes(path, "file of records") as stream:
-        for line in stream:
-            if line.strip():
-                return bool(line.lstrip().startswith(b"["))
-    return False
+        return next((line.strip() for line in stream if line.strip()), b"")
+
+
+def _object(path: Path) -> tuple[str, dict[str, Any]]:
+    """Return ``(where, object)`` of a file that holds one json object over several lines."""
+    with text_bytes(path, "json file") as stream:
+        data = stream.read()
+    try:
+        value: dict[str, Any] = parse_json(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid json: {error}", "fix the file, or write one object per line") from error
+    return f"{path}", value

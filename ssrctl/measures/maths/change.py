@@ -35,6 +35,7 @@ class Change:
         ulps: weights that moved by 1, 2, 3-4, 5-8, ... representable steps (``ulp.count_by_powers``), without those
             that were 0: thousands of steps lie between 0 and a small number.
         num_from_zero: weights that were exactly 0 and are not any more.
+        num_sign_flipped: weights that went from below 0 to above it, or back.
         num_below_step: finite weights that are not equal bit for bit, yet 0 steps apart: 0 against -0, and where the
             dtypes differ what the narrower one does not show.
         num_nan_base, num_inf_base, num_nan_tuned, num_inf_tuned: NaN or infinite weights.
@@ -52,6 +53,7 @@ class Change:
     base_sum_sq: float = 0.0
     ulps: tuple[int, ...] = ()
     num_from_zero: int = 0
+    num_sign_flipped: int = 0
     num_below_step: int = 0
     num_nan_base: int = 0
     num_inf_base: int = 0
@@ -127,6 +129,11 @@ class Change:
         return ratio(self.num_one_step, self.num_stepped)
 
     @property
+    def sign_flip_frac(self) -> float | None:
+        """Share of flipped signs among the weights that are not equal bit for bit; None when all are."""
+        return ratio(self.num_sign_flipped, self.num_bit_changed)
+
+    @property
     def mean_abs_difference(self) -> float | None:
         """Mean ``|difference|`` over the finite differences, changed or not."""
         return ratio(self.sum_abs, self.num_finite)
@@ -166,6 +173,7 @@ def add_up(changes: Iterable[Change]) -> Change:
 _REPORTED = (
     "numel", "sparsity", "sparsity_bf16", "bit_equal_frac", "num_changed", "num_bf16_changed", "num_bit_changed",
     "relative_l2", "mean_abs_difference", "max_abs_difference", "num_stepped", "one_step_frac", "num_below_step", "num_from_zero",
+    "num_sign_flipped", "sign_flip_frac",
     "num_nan_base", "num_inf_base", "num_nan_tuned", "num_inf_tuned",
 )  # fmt: skip
 _SUMMED = [field.name for field in fields(Change) if field.name not in ("nums_within", "ulps", "max_abs")]

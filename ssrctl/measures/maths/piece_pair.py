@@ -169,6 +169,7 @@ class Moved:
             ulps=ulps,
             num_below_step=below,
             num_from_zero=_count((self.before == 0) & (self.after != 0)),
+            num_sign_flipped=_count(np.sign(self.before) * np.sign(self.after) < 0),
             **odd,
         )
 

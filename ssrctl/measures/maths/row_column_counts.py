@@ -69,8 +69,8 @@ def stacked(parts: Sequence[Profile | None]) -> Profile | None:
 # how unevenly
 
 
-def gini(counts: Sequence[int] | Tensor) -> float | None:
-    """Return the Gini coefficient of counts: ``sum_ij |x_i - x_j| / (2 n^2 mean(x))``, 0 (all equal) to 1 - 1/n.
+def gini(counts: Sequence[float] | Tensor) -> float | None:
+    """Return the Gini coefficient of counts, or of other numbers from 0 up: ``sum_ij |x_i - x_j| / (2 n^2 mean(x))``, 0 (all equal) to 1 - 1/n.
 
     None for counts that are all 0, or none.
     """

@@ -35,7 +35,17 @@ def _refuse_without_effect(config: DiagnoseConfig) -> None:
     mode = "--jaccard" if config.jaccard else "--intervene" if config.intervene is not None else None
     if mode is None:
         return
-    names = ["series", "measures", "picture", "protect", "assert_frozen", "assert_moved", "exit_code"]
+    names = [
+        "series",
+        "pairs",
+        "measures",
+        "picture",
+        "prompts",
+        "protect",
+        "assert_frozen",
+        "assert_moved",
+        "exit_code",
+    ]
     for name in names + ["layers"] * config.jaccard + ["device"] * (config.device != "cpu"):
         if getattr(config, name):
             flag = "--" + name.replace("_", "-")

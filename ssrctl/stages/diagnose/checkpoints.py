@@ -8,7 +8,8 @@ import difflib
 from pathlib import Path
 from typing import Any
 
-from ssrctl.checkpoints.pairs import Checkpoint, Comparison, checkpoints_of, is_run, local_copy, open_comparison
+from ssrctl.checkpoints.pair_words import split_pairs
+from ssrctl.checkpoints.pairs import Checkpoint, Comparison, checkpoints_of, is_run, local_copy, open_pairs
 from ssrctl.checkpoints.reader import TensorReader, delta_meant_by
 from ssrctl.configs import DiagnoseConfig
 from ssrctl.errors import CheckFailed, UserError
@@ -38,9 +39,9 @@ def diagnose_checkpoints(config: DiagnoseConfig) -> dict[str, Any]:
         UserError: inputs that cannot be opened or do not fit each other, or nothing to measure.
         CheckFailed: the report is written, and ``--assert-frozen`` or ``--assert-moved`` does not hold.
     """
-    base, paths, run = _paths(config)
+    pairs, run = _pairs(config)
     output = config.output_dir or run or _DEFAULT_FOLDER
-    mode: Mode = "pair" if len(paths) == 1 else "series" if config.series else "several"
+    mode: Mode = "pair" if len(pairs) == 1 else "series" if config.series else "several"
     if run is not None:
         mode = "run"
     # Reports on a run lie next to one another in its folder.
@@ -49,21 +50,21 @@ def diagnose_checkpoints(config: DiagnoseConfig) -> dict[str, Any]:
     if output.exists() and not output.is_dir():  # said now, not when everything is measured
         raise UserError(f"{output} is a file", "name a folder for the report")
     with contextlib.ExitStack() as stack:
-        comparison = open_comparison(stack, base, paths, config.layers, config)
+        comparison = open_pairs(stack, pairs, config.layers, config)
         _check_picture(config, comparison, chosen)
         _check_device(config, chosen)
         measures = [measure(comparison, config, run) for measure in chosen]
         if of_matrices := [measure for measure in measures if isinstance(measure, MatrixMeasure)]:
             of_matrices[0].note_duration()
         if config.dry_run:
-            return show_plan(_files(comparison, paths), output, name, show=not config.json)
+            return show_plan(_files(comparison, [tuned for _, tuned in pairs]), output, name, show=not config.json)
         taken = take(comparison, measures, mode, config.num_workers)
         report = _arranged(taken, comparison, mode)
         labels = [tuned.label for tuned in comparison.tuned]
         numbers = {
             "kind": _KINDS[mode],
             "ssrctl_version": __version__,
-            "base": text_safe(comparison.base.label),
+            "base": _bases(comparison)[0] if comparison.one_base else _bases(comparison),
             "tuned": labels[0] if len(labels) == 1 else labels,
             "atol": config.atol,
             "eta": config.bf16_rtol,
@@ -87,10 +88,13 @@ def _identical(taken: list[Taken[Any]], comparison: Comparison) -> bool:
     return not (comparison.one_sided or any(total.num_bit_changed for total in counted))
 
 
-def _paths(config: DiagnoseConfig) -> tuple[Path, list[Path], Path | None]:
-    """Return (base, checkpoints, the run that all of them belong to)."""
+def _pairs(config: DiagnoseConfig) -> tuple[list[tuple[Path, Path]], Path | None]:
+    """Return ((base, checkpoint) of each, the run that all of them belong to)."""
+    if config.pairs:
+        return split_pairs(list(map(str, config.paths))), None
     if len(config.paths) > 1:
-        return config.paths[0], config.paths[1:], None
+        base, *checkpoints = config.paths
+        return [(base, one) for one in checkpoints], None
     (run,) = config.paths
     if not is_run(run):
         raise UserError(
@@ -98,7 +102,7 @@ def _paths(config: DiagnoseConfig) -> tuple[Path, list[Path], Path | None]:
             "name a run of ssrctl train, or a base and a tuned checkpoint: ssrctl diagnose BASE TUNED",
         )
     base, checkpoints = checkpoints_of(run)
-    return base, checkpoints, run
+    return [(base, one) for one in checkpoints], run
 
 
 def _chosen(config: DiagnoseConfig, mode: Mode) -> list[type[Measure[Any, Any]]]:
@@ -111,10 +115,12 @@ def _chosen(config: DiagnoseConfig, mode: Mode) -> list[type[Measure[Any, Any]]]
     names = [name for one in measures.values() if not one.audits for name in (one.name, *one.also)]
     asked = [] if config.measures is None else config.measures.replace(" ", "").split(",")
     for name in asked:
-        if name not in names:
-            raise UserError(f"--measures: there is no measure {name!r}", f"choose of {', '.join(names)}")
+        if name not in [*names, "default"]:
+            raise UserError(f"--measures: there is no measure {name!r}", f"choose of {', '.join([*names, 'default'])}")
         if name in measures and mode not in measures[name].possible_in:
             raise UserError(f"--measures {name} cannot be taken of these paths", f"it needs {measures[name].needs}")
+    if config.prompts is not None and not {"function", "prune"} & set(asked):
+        raise UserError("--prompts has no effect without function or prune", "add one of them to --measures")
     return [measure for measure in measures.values() if measure.wanted(config, mode)]
 
 
@@ -126,8 +132,8 @@ def _check_picture(config: DiagnoseConfig, comparison: Comparison, chosen: list[
     """
     if config.picture is None:
         return
-    if not {"landing", "overlap"} & {measure.name for measure in chosen}:
-        raise UserError("--picture has no effect without landing or overlap", "add one of them to --measures")
+    if not {"landing", "overlap", "time"} & {measure.name for measure in chosen}:
+        raise UserError("--picture has no effect without landing, overlap or time", "add one of them to --measures")
     shapes = comparison.base.shapes
     matrices = [name for name in comparison.names if len(shapes[name]) == 2]
     if config.picture not in matrices:
@@ -155,7 +161,8 @@ def _check_device(config: DiagnoseConfig, chosen: list[type[Measure[Any, Any]]])
 
 
 def _files(comparison: Comparison, paths: list[Path]) -> list[Path]:
-    files = list(comparison.base.files)
+    bases = [comparison.base, *map(comparison.base_of, comparison.tuned)]
+    files = list(dict.fromkeys(file for base in bases for file in base.files))
     for path, tuned in zip(paths, comparison.tuned, strict=True):
         delta = delta_meant_by(local_copy(path))
         if delta is not None:
@@ -180,10 +187,9 @@ def _arranged(taken: list[Taken[Any]], comparison: Comparison, mode: Mode) -> Fi
     pairs = [one for one in taken if one.place is not None and not one.measure.audits]
     if mode == "several":
         report.sections.extend(_side_by_side(pairs, labels))
-    for one in taken:
-        if one.place is None:
-            report.add(one.findings)
-            report.numbers.update(one.findings.numbers)
+    joint = [one.findings for one in taken if one.place is None]
+    for found in joint if mode != "pair" else []:
+        report.add(found)
     for place in dict.fromkeys(one.place for one in pairs):
         assert place is not None
         of_place = [one.findings for one in pairs if one.place == place]
@@ -196,6 +202,10 @@ def _arranged(taken: list[Taken[Any]], comparison: Comparison, mode: Mode) -> Fi
             report.numbers["last"] = {"label": labels[place]} | numbers
         else:
             report.numbers.setdefault("checkpoints", []).append({"label": labels[place]} | numbers)
+    for found in joint if mode == "pair" else []:  # of one checkpoint its changes come first
+        report.add(found)
+    for found in joint:
+        report.numbers.update(found.numbers)
     for one in taken:
         if one.measure.audits:
             assert one.place is not None
@@ -215,8 +225,16 @@ def _side_by_side(pairs: list[Taken[Any]], labels: list[str]) -> list[Section]:
 
 
 def _detail(findings: Findings, label: str) -> Findings:
-    """Return the notes and, collapsed, the sections of one checkpoint of several."""
-    sections = [dataclasses.replace(one, title=f"{one.title}: {label}", collapsed=True) for one in findings.sections]
+    """Return the notes and, collapsed, the sections of one checkpoint of several; tables say of which they are."""
+    sections = [
+        dataclasses.replace(
+            one,
+            title=f"{one.title}: {label}",
+            tables=[dataclasses.replace(table, title=f"{table.title}: {label}") for table in one.tables],
+            collapsed=True,
+        )
+        for one in findings.sections
+    ]
     return Findings(notes=[f"{label}: {note}" for note in findings.notes], sections=sections)
 
 
@@ -235,9 +253,10 @@ def _document(report: Findings, comparison: Comparison, config: DiagnoseConfig) 
     published = [published_section(report.published)] if report.published else []
     numel = sum(map(comparison.numel, comparison.names))
     of_layers = f" of layers {config.layers}" if config.layers else ""
+    bases = _bases(comparison)
     facts = [
-        ("base", text_safe(comparison.base.label)),
-        ("checkpoints" if len(comparison.tuned) > 1 else "tuned", ", ".join(map(_described, comparison.tuned))),
+        ("base", bases[0]) if comparison.one_base else ("bases of each", ", ".join(bases)),
+        ("checkpoints" if len(comparison.tuned) > 1 else "tuned", _described(comparison.tuned)),
         ("weights", f"{numel:,} in {len(comparison.names)} tensors{of_layers}"),
         (
             "tolerance",
@@ -254,5 +273,15 @@ def _document(report: Findings, comparison: Comparison, config: DiagnoseConfig) 
     )
 
 
-def _described(tuned: Checkpoint) -> str:
-    return tuned.label + (" (delta on top of the base)" if tuned.is_delta else "")
+def _bases(comparison: Comparison) -> list[str]:
+    """Return the label of each checkpoint's base."""
+    return [text_safe(comparison.base_of(one).label) for one in comparison.tuned]
+
+
+def _described(tuned: list[Checkpoint]) -> str:
+    """Return the labels of checkpoints; of more than three of a run the first and the last with their number."""
+    labels = [one.label for one in tuned]
+    kind = " (deltas on top of the base)" if len(tuned) > 1 else " (delta on top of the base)"
+    short = len(labels) > 3 and all(one.step is not None for one in tuned)
+    shown = f"{labels[0]} to {labels[-1]}, {len(labels)} in all" if short else ", ".join(labels)
+    return shown + (kind if all(one.is_delta for one in tuned) else "")

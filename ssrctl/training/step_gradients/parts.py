@@ -39,17 +39,22 @@ class QuestionPart:
             batch.of_responses(rows),
             [one.unit for one in active],
             [one.unit.of_responses(rows) if set(one.rows) & set(rows) else None for one in active],
-            {
-                step: int(scored_tokens(batch.step_ids, step, column).any(1).sum())
-                for one in active
-                for step, column in zip(one.unit.steps, one.unit.advantages, strict=True)
-            },
+            responses_by_step(batch, [one.unit for one in active]),
         )
 
     @property
     def own_units(self) -> list[Unit]:
         """The units that these responses have tokens of."""
         return [unit for unit in self.own if unit is not None]
+
+
+def responses_by_step(batch: GroupBatch, units: Sequence[Unit]) -> dict[int, int]:
+    """Count the responses that have a token of each step of the units and a known advantage for it."""
+    return {
+        step: int(scored_tokens(batch.step_ids, step, column).any(1).sum())
+        for unit in units
+        for step, column in zip(unit.steps, unit.advantages, strict=True)
+    }
 
 
 def units_of_parts(

@@ -15,6 +15,7 @@ from ssrctl.core.units import Unit
 from ssrctl.distributed.world import World
 from ssrctl.errors import UserError
 from ssrctl.sampling.engines.base import Changes as Changes
+from ssrctl.training.sign_shares import SignSums
 from ssrctl.training.unit_gradients import UnitGradient
 
 
@@ -27,12 +28,14 @@ class QuestionUpdate:
         kept: per unit, the selected part of its gradient; empty for dense updates.
         granted: per unit, the budget in coordinates; empty for dense updates.
         tally: counts of the selections, where the question waits for those of other processes.
+        signs: per unit, the parts of positive and of negative advantages; empty unless measured.
     """
 
     gradients: list[UnitGradient] = field(default_factory=list)
     kept: list[KeptUnit] = field(default_factory=list)
     granted: list[int] = field(default_factory=list)
     tally: Tally = field(default_factory=Tally)
+    signs: list[SignSums] = field(default_factory=list)
 
 
 class Updater(Protocol):

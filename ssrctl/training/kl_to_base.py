@@ -1,0 +1,61 @@
+"""KL divergence of a model from a base model, on responses that the model sampled (Zhu et al. 2025, figures 9 and 15)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ssrctl.configs import EvalConfig
+from ssrctl.configs.common import ModelConfig
+from ssrctl.core.losses import k3
+from ssrctl.errors import UserError
+from ssrctl.models.loading import LoadedModel, load_model
+from ssrctl.training.step_gradients.accumulated import fixed_logprobs
+from ssrctl.training.step_gradients.batch import make_batch
+from ssrctl.training.step_gradients.head import HeadSettings
+
+
+class KlToBase:
+    """The base model, loaded in addition to the model that samples."""
+
+    def __init__(self, loaded: LoadedModel, config: EvalConfig, base: str) -> None:
+        """Load the base model in the precision and on the device of the other.
+
+        Args:
+            loaded: the model that samples, as it is when ``of`` is called.
+            config: of its loading and sampling.
+            base: name on the hub or folder of the base model.
+
+        Raises:
+            UserError: see ``load_model``; a base with other tokens.
+        """
+        settings: dict[str, Any] = {spec.name: getattr(config, spec.name) for spec in dataclasses.fields(ModelConfig)}
+        self._loaded, self._base = loaded, load_model(ModelConfig(**settings | {"model": base, "revision": None}))
+        if self._base.tokenizer.get_vocab() != loaded.tokenizer.get_vocab():
+            raise UserError(
+                f"--kl-to {base} has other tokens than the model that samples",
+                "name the model that the training started from",
+            )
+        self._settings = HeadSettings(config.temperature)
+
+    @torch.no_grad()
+    def of(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> float | None:
+        """Return the mean over a response's tokens of the estimator k3 of KL(model || base), nats; None without a token.
+
+        Distributions are those of the temperature-scaled logits, from which the response was sampled.
+        """
+        if not response_ids:
+            return None
+        batch = make_batch(
+            prompt_ids,
+            [response_ids],
+            [torch.zeros(len(response_ids))],
+            [[0] * len(response_ids)],
+            pad_token_id=self._loaded.tokenizer.pad_token_id,
+            device=self._loaded.device,
+        )
+        ours, base = (fixed_logprobs(one.model, batch, self._settings, None) for one in (self._loaded, self._base))
+        return float(k3(ours.double(), base.double(), batch.known).mean())
