@@ -232,7 +232,7 @@ def steps_table(grid: Grid) -> str:
                 shown = [", ".join(f"{value:.2f}" for value in values) for values in lists]
                 rows.append([task, grid.tuned(method), *(f"{mean:.2f}" for mean in means), *shown])
     heads = "task | sets | cosine, alike | other | conflict, alike | other | top, alike | other | energy | reward"
-    return _table(heads, rows)
+    return _table(heads, rows) if rows else ""
 
 
 def _table(heads: str, rows: Sequence[Sequence[str]]) -> str:
@@ -276,7 +276,7 @@ def main() -> None:
     facts = f"{len(grid.rows)} runs, {seconds / 60:.0f} minutes of one core.\n"
     tables = {"facts": facts, "claims": claims_table(grid), "steps": steps_table(grid), "blocks": block_tables(grid)}
     if name != "full":
-        (RESULTS / f"{name}.md").write_text("\n".join(tables.values()), encoding="utf-8")
+        (RESULTS / f"{name}.md").write_text("\n".join(filter(None, tables.values())), encoding="utf-8")
         return
     PICTURE.write_text(picture(grid, "main"), encoding="utf-8")
     page = PAGE.read_text(encoding="utf-8")
