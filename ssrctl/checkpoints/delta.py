@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import StrictStr
 
-from ssrctl.checkpoints.tensor_files import StoredTensor, TensorBytes, read_pieces, stored_tensors
+from ssrctl.checkpoints.tensor_files import StoredTensor, TensorBytes, read_integers, read_pieces, stored_tensors
 from ssrctl.errors import UserError
 from ssrctl.io.artifacts import ModelIdentity, identity_field, json_field, read_metadata, save_tensors, shapes_field
 from ssrctl.io.checked import Count, checked
@@ -35,7 +35,7 @@ from ssrctl.io.packed_numbers import (
     unpack_indices,
     unpack_steps,
 )
-from ssrctl.io.tensor_writing import DTYPES
+from ssrctl.io.tensor_writing import DTYPES, dtype_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -162,7 +162,11 @@ class _Entries:
     indices: StoredTensor
     values: StoredTensor
     count: int
-    dtype: torch.dtype
+    dtype_name: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch_dtype(self.dtype_name)
 
 
 class DeltaFile:
@@ -173,7 +177,7 @@ class DeltaFile:
         base: the model it applies to.
         tuned: what it was compared with, which applying it gives again; None for a run's.
         shapes: of every tensor of the base, changed or not.
-        dtypes: of every tensor once applied; None for a run's delta, whose tensors are all of one dtype.
+        dtype_names: of every tensor once applied; None for a run's delta, whose tensors are all of one dtype.
         counts: entries by name, of the tensors that have any.
         small: True = gaps and steps, False = indices and values.
         settings: what made it.
@@ -189,7 +193,7 @@ class DeltaFile:
         metadata = read_metadata(path, KIND)
         self.version = metadata.get("ssrctl_version")
         self.shapes = shapes_field(metadata, path)
-        self.dtypes = _dtypes_field(metadata, self.shapes, path)
+        self.dtype_names = _dtypes_field(metadata, self.shapes, path)
         self.tuned = identity_field(metadata, "tuned", path) if "tuned" in metadata else None
         self.settings: dict[str, Any] = json_field(metadata, "settings", path)
         base = identity_field(metadata, "base", path)
@@ -211,13 +215,11 @@ class DeltaFile:
                 raise UserError(f"{self.path}: {name}: indices and values do not pair up", DAMAGED)
             if len(indices.shape) != 1 or indices.stored_dtype not in ("I32", "I64"):
                 raise UserError(f"{self.path}: {name}: the indices are not a list of integers", DAMAGED)
-            dtype = self._checked_dtype(name, values.dtype, values.stored_dtype)
+            dtype = self._checked_dtype(name, values.dtype_name, values.stored_dtype)
             found[name] = _Entries(indices, values, indices.numel, dtype)
         return found
 
     def _packed_entries(self, metadata: Mapping[str, str], stored: Mapping[str, StoredTensor]) -> dict[str, _Entries]:
-        import torch
-
         if (coding := json_field(metadata, "coding", self.path)) != CODING:
             raise UserError(
                 f"{self.path}: its entries are coded as {ascii(coding)[:80]}, this version reads {CODING}",
@@ -230,16 +232,21 @@ class DeltaFile:
             one_list = all(part and part.stored_dtype == "U8" and len(part.shape) == 1 for part in (gaps, steps))
             if name not in self.shapes or gaps is None or steps is None or not one_list:
                 raise UserError(f"{self.path}: {name}: gaps and steps do not pair up", DAMAGED)
-            known = getattr(torch, entry.dtype) if entry.dtype in DTYPES.values() else None
+            known = entry.dtype if entry.dtype in DTYPES.values() else None
             found[name] = _Entries(gaps, steps, entry.count, self._checked_dtype(name, known, entry.dtype))
         return found
 
-    def _checked_dtype(self, name: str, dtype: torch.dtype | None, stored: str) -> torch.dtype:
-        declared = None if self.dtypes is None else self.dtypes[name]
-        if dtype is None or (dtype != declared if declared else not dtype.is_floating_point):
-            wanted = "floating-point numbers" if declared is None else dtype_name(declared)
+    def _checked_dtype(self, name: str, dtype: str | None, stored: str) -> str:
+        declared = None if self.dtype_names is None else self.dtype_names[name]
+        if dtype is None or (dtype != declared if declared else not dtype.startswith(("float", "bfloat"))):
+            wanted = declared or "floating-point numbers"
             raise UserError(f"{self.path}: {name}: the values are {stored}, not {wanted}", DAMAGED)
         return dtype
+
+    @property
+    def dtypes(self) -> dict[str, torch.dtype] | None:
+        """``dtype_names`` as dtypes."""
+        return None if self.dtype_names is None else {name: torch_dtype(one) for name, one in self.dtype_names.items()}
 
     @property
     def count(self) -> int:
@@ -250,17 +257,34 @@ class DeltaFile:
         """Return the dtype of a tensor's values; None when it has no entries."""
         return self._entries[name].dtype if name in self._entries else None
 
+    def dtype_name(self, name: str) -> str | None:
+        """Return the name of a tensor's dtype once applied, without torch; None where the delta does not say."""
+        if self.dtype_names is not None:
+            return self.dtype_names[name]
+        listed = {entries.dtype_name for entries in self._entries.values()}
+        if name in self._entries:
+            return self._entries[name].dtype_name
+        return listed.pop() if len(listed) == 1 else None
+
     def blocks(self, name: str) -> Iterator[tuple[Tensor, Any]]:
         """Yield a tensor's changes in order, as (indices int64 ``[m]``, ``[m]`` for ``values``) with m at most 2^20.
 
         Raises:
             UserError: indices out of range or out of order, or corrupt data.
         """
+        import torch
+
+        for indices, coded in self._checked_blocks(name):
+            yield torch.from_numpy(indices), coded
+
+    def _checked_blocks(self, name: str, *, values: bool = True) -> Iterator[tuple[Any, Any]]:
+        """Yield as ``blocks`` does, indices as numpy arrays; plain values only where they are wanted."""
         if name not in self._entries:
             return
         numel, done = math.prod(self.shapes[name]), 0
+        blocks = self._packed_blocks(name, numel) if self.small else self._plain_blocks(name, numel, values)
         try:
-            for indices, coded in self._packed_blocks(name, numel) if self.small else self._plain_blocks(name, numel):
+            for indices, coded in blocks:
                 done += len(indices)
                 if len(indices) != len(coded) or done > self.counts[name]:
                     raise ValueError("indices and values do not pair up")
@@ -271,25 +295,28 @@ class DeltaFile:
             raise UserError(f"{self.path}: {name}: {error}", DAMAGED) from error
 
     def check(self, name: str) -> None:
-        """Read a tensor's changes for their errors, which are those of ``blocks``; values are not looked at."""
-        for _ in self.blocks(name):
+        """Read a tensor's changes for their errors, which are those of ``blocks``; values are not looked at, torch not used."""
+        for _ in self._checked_blocks(name, values=False):
             pass
 
-    def _plain_blocks(self, name: str, numel: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _plain_blocks(self, name: str, numel: int, values: bool) -> Iterator[tuple[Any, Any]]:
+        import numpy as np
+
         entries, last = self._entries[name], -1
-        pieces = (read_pieces(self.path, one, BLOCK_ENTRIES) for one in (entries.indices, entries.values))
-        for indices, values in zip(*pieces, strict=True):
-            indices = indices.long()
-            if int(indices[0]) <= last or int(indices[-1]) >= numel or bool((indices.diff() <= 0).any()):
+        pieces = read_pieces(self.path, entries.values, BLOCK_ENTRIES) if values else None
+        for stored in read_integers(self.path, entries.indices, BLOCK_ENTRIES):
+            indices = stored.astype(np.int64)
+            if indices[0] <= last or indices[-1] >= numel or (np.diff(indices) <= 0).any():
                 raise ValueError(f"indices are not ascending within 0..{numel - 1}")
             last = int(indices[-1])
-            yield indices, values
+            yield indices, indices if pieces is None else next(pieces)
 
-    def _packed_blocks(self, name: str, numel: int) -> Iterator[tuple[Tensor, Any]]:
+    def _packed_blocks(self, name: str, numel: int) -> Iterator[tuple[Any, Any]]:
         entries = self._entries[name]
         with self.path.open("rb") as one, self.path.open("rb") as other:
             gaps, steps = TensorBytes(one, entries.indices), TensorBytes(other, entries.values)
-            yield from zip(unpack_indices(gaps, numel), unpack_steps(steps, entries.dtype), strict=True)
+            width = dtype_bytes(entries.dtype_name)
+            yield from zip(unpack_indices(gaps, numel), unpack_steps(steps, width), strict=True)
 
     def values(self, name: str, coded: Any, before: Tensor) -> Tensor:
         """Return the new values ``[m]`` of a block, in the tensor's dtype.
@@ -397,15 +424,19 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _dtypes_field(
-    metadata: Mapping[str, str], shapes: Mapping[str, object], path: str | Path
-) -> dict[str, torch.dtype] | None:
+def torch_dtype(name: str) -> torch.dtype:
+    """Return the dtype that ``dtype_name`` names."""
     import torch
 
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def _dtypes_field(metadata: Mapping[str, str], shapes: Mapping[str, object], path: str | Path) -> dict[str, str] | None:
     if "dtypes" not in metadata:
         return None
     names = json_field(metadata, "dtypes", path)
     known = DTYPES.values()
     if not isinstance(names, dict) or names.keys() != shapes.keys() or not all(one in known for one in names.values()):
         raise UserError(f"{path}: metadata 'dtypes' does not name every tensor's dtype", DAMAGED)
-    return {name: getattr(torch, one) for name, one in names.items()}
+    return names

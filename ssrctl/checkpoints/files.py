@@ -45,7 +45,7 @@ def locate(place: Path) -> dict[str, Path]:
         )
     if place.is_file():
         if place.suffix == ".gguf":
-            raise UserError(f"{place} is a GGUF file, which is not read", _FROM_GGUF)
+            raise UserError(f"{place} is a GGUF file, which only `diagnose` reads, as TUNED", _FROM_GGUF)
         if place.suffix in _PICKLES:
             raise UserError(f"{place} is a pickle, which may run code when it is loaded and is not read", _CONVERT)
         return {"": place}

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -67,12 +68,14 @@ class Comparison:
         tuned: the checkpoints, in the order given.
         names: the tensors that all of them have and that are measured, sorted.
         notes: sentences that a reader needs so as not to be misled.
+        one_sided: names of weights, or of tensors with rows, that one side lacks; none where the settings choose tensors.
     """
 
     base: TensorReader
     tuned: list[Checkpoint]
     names: list[str]
     notes: list[str]
+    one_sided: list[str] = field(default_factory=list)
 
     def numel(self, name: str) -> int:
         """Return the number of elements of a tensor."""
@@ -123,8 +126,30 @@ class TensorPair:
     def tuned(self) -> Tensor:
         """The whole tensor of the checkpoint."""
         if self._tuned is None:
-            self._tuned = self.checkpoint.reader.tensor(self.name)
+            self._tuned = self.base if self.unchanged else self.checkpoint.reader.tensor(self.name)
         return self._tuned
+
+    @functools.cached_property
+    def unchanged(self) -> bool:
+        """True if both sides are known to be equal without reading them.
+
+        They are the same bytes of one file (two revisions in the hub's cache, or hard links, share a shard), or a delta
+        changes nothing of the tensor.
+        """
+        from ssrctl.checkpoints.reader import DeltaReader
+
+        reader = self.checkpoint.reader
+        if isinstance(reader, DeltaReader):
+            return self.name not in reader.delta.changes
+        return self._comparison.base_of(self.checkpoint).same_bytes(self.name, reader)
+
+    def _base_pieces(self, first: int, last: int) -> Iterator[Tensor]:
+        from ssrctl.checkpoints.reader import DeltaReader
+
+        reader = self.checkpoint.reader
+        if isinstance(reader, DeltaReader):
+            return reader.base_pieces(self.name, first, last)
+        return self._comparison.base_of(self.checkpoint).pieces(self.name, first, last, reuse=True)
 
     def pieces(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield (flat index of the first element, base, tuned) for pieces of at most ``RANGE`` elements, in order.
@@ -137,14 +162,19 @@ class TensorPair:
         if self._base is not None or self._tuned is not None or self._stop is None:
             base, tuned = self.base.flatten(), self.tuned.flatten()
             for start in range(0, base.numel(), RANGE):
-                yield start, base[start : start + RANGE], tuned[start : start + RANGE]
+                before = base[start : start + RANGE]
+                yield start, before, before if self.unchanged else tuned[start : start + RANGE]
             return
         reader, first, last = self.checkpoint.reader, self.start, self._stop
-        if isinstance(reader, DeltaReader):
-            both = zip(reader.base_pieces(self.name, first, last), reader.pieces(self.name, first, last), strict=True)
+        both: Iterable[tuple[Tensor, Tensor]]
+        if self.unchanged:
+            both = ((piece, piece) for piece in self._base_pieces(first, last))
         else:
-            ours = self._comparison.base_of(self.checkpoint).pieces(self.name, first, last, reuse=True)
-            both = zip(ours, reader.pieces(self.name, first, last, reuse=True), strict=True)
+            if isinstance(reader, DeltaReader):
+                theirs = reader.pieces(self.name, first, last)
+            else:
+                theirs = reader.pieces(self.name, first, last, reuse=True)
+            both = zip(self._base_pieces(first, last), theirs, strict=True)
         for before, after in both:
             yield first, before, after
             first += before.numel()
@@ -263,11 +293,15 @@ def open_pairs(
         UserError: a path that cannot be opened, a checkpoint that was not made from its base, or bases of different
             architectures.
     """
+    from ssrctl.checkpoints.parameter_names import one_sided_weights
+    from ssrctl.checkpoints.reader import TensorReader
+
     options = options or PairOptions()
     bases: dict[Path, TensorReader] = {}
     tuned: list[Checkpoint] = []
     found: list[set[str]] = []
     notes: list[str] = []
+    one_sided: set[str] = set()
     for base_path, path in pairs:
         if base_path not in bases:
             bases[base_path] = _open_base(stack, base_path)
@@ -279,6 +313,8 @@ def open_pairs(
         base = bases[base_path]
         one, names, said = _open_tuned(stack, base, path, options, several=len(pairs) > 1)
         found.append(set(names))
+        if isinstance(one.reader, TensorReader):
+            one_sided |= one_sided_weights(base, one.reader, names)
         label = _unused(text_safe(one.reader.label), {other.label for other in tuned})
         own = None if base is next(iter(bases.values())) else base
         tuned.append(replace(one, label=label, own_base=own))
@@ -292,7 +328,8 @@ def open_pairs(
     notes = list(dict.fromkeys(notes + _other_base_notes(first, tuned)))
     _crop_to_common_rows(list(bases.values()), tuned, shared, notes)
     names, said = chosen_names(sorted(shared), options, first.label)
-    return Comparison(first, tuned, _in_layers(names, layers), notes + said)
+    chosen = bool(options.include or options.exclude or layers)
+    return Comparison(first, tuned, _in_layers(names, layers), notes + said, [] if chosen else sorted(one_sided))
 
 
 def _open_base(stack: contextlib.ExitStack, path: Path) -> TensorReader:
@@ -308,6 +345,7 @@ def _open_tuned(
     stack: contextlib.ExitStack, base: TensorReader, path: Path, options: PairOptions, *, several: bool
 ) -> tuple[Checkpoint, list[str], list[str]]:
     """Return (the checkpoint without a label, the names that it has in common with the base, notes)."""
+    from ssrctl.checkpoints.gguf import SUFFIX, GgufReader
     from ssrctl.checkpoints.reader import TensorReader, delta_meant_by, open_delta
 
     place = local_copy(path)
@@ -317,6 +355,11 @@ def _open_tuned(
         or_else = ", or each checkpoint with its own base: --pairs BASE:TUNED ..." if several else ""
         one = Checkpoint("", open_delta(delta, base, or_else), True, step)
         return one, *_delta_names(base, one.reader)
+    if place.is_file() and place.suffix == SUFFIX:
+        other = GgufReader(place, base.shapes)
+        stack.enter_context(other)
+        names, said = _matching(base, other, options)
+        return Checkpoint("", other, False), names, other.notes + said
     reader = stack.enter_context(TensorReader(place))
     return Checkpoint("", reader, False), *_matching(base, reader, options)
 

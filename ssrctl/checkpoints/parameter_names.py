@@ -139,6 +139,20 @@ def matching_names(base: TensorReader, tuned: TensorReader, *, strict: bool = Fa
     return kept, notes
 
 
+def one_sided_weights(base: TensorReader, tuned: TensorReader, matched: Collection[str]) -> set[str]:
+    """Return the names of weights that ``matching_names`` left out, or of which one side has more rows.
+
+    Constants, and heads that are tied copies, are none.
+    """
+    others = {
+        name
+        for name in (base.shapes.keys() | tuned.shapes.keys()) - set(matched)
+        if not is_constant(name)
+        and not (is_head(name) and all(tied_embedding(one, name) for one in (base, tuned) if name in one.shapes))
+    }
+    return others | {name for name in matched if base.shapes[name] != tuned.shapes[name]}
+
+
 def common_rows(name: str, base: TensorReader, tuned: TensorReader) -> int:
     """Return the rows that a tensor has in both checkpoints; 1 for a single number."""
     return min(one.shapes[name][0] if one.shapes[name] else 1 for one in (base, tuned))

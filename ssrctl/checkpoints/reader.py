@@ -62,7 +62,7 @@ class TensorReader:
         self.name_map = NameMap()
         self.ties: dict[str, str | None] = {}
         self.path = location
-        self._places = locate(location)
+        self._places = self._locate(location)
         self.folder = location.parent if location.is_file() else location
         self.sharded = "" not in self._places
         self.files = sorted(set(self._places.values()))
@@ -79,6 +79,10 @@ class TensorReader:
         except BaseException:
             self.close()
             raise
+
+    def _locate(self, location: Path) -> dict[str, Path]:
+        """Return {tensor name: file}, ``{"": file}`` for a single file."""
+        return locate(location)
 
     def _read_headers(self) -> None:
         for file in self.files:
@@ -136,7 +140,12 @@ class TensorReader:
         if name in self._cropped:
             numel = math.prod(self.shapes[name])
             stop = numel if stop is None else min(stop, numel)
-        return read_pieces(self._places[name], self._stored_tensor(name), start=start, stop=stop, reuse=reuse)
+        return self._stored_pieces(self.name_map.to_file(name), start, stop, reuse=reuse)
+
+    def _stored_pieces(self, name: str, start: int, stop: int | None, *, reuse: bool = False) -> Iterator[Tensor]:
+        """Yield a tensor of the file, by its name there."""
+        file = self._file_of_stored[name]
+        return read_pieces(file, self._stored[file][name], start=start, stop=stop, reuse=reuse)
 
     def _joined_pieces(self, name: str, start: int, stop: int | None) -> Iterator[Tensor]:
         import torch
@@ -156,9 +165,8 @@ class TensorReader:
             part = parts[place]
             inside = first + done - (ends[place] - part.count)
             count = min(part.count - inside, room.numel() - done)
-            file = self._file_of_stored[part.name]
             begin = part.start + inside
-            for piece in read_pieces(file, self._stored[file][part.name], start=begin, stop=begin + count):
+            for piece in self._stored_pieces(part.name, begin, begin + count):
                 room[done : done + piece.numel()] = piece
                 done += piece.numel()
             place += 1
@@ -176,6 +184,22 @@ class TensorReader:
     def stored_in(self, file: Path) -> dict[str, StoredTensor]:
         """Return the tensors of a file by the names that it has for them, as far as the index names the file for them."""
         return {name: self._stored[file][name] for name, place in self._file_of_stored.items() if place == file}
+
+    def same_bytes(self, name: str, other: TensorReader) -> bool:
+        """Return True if a tensor of this name is the same bytes of the same file for both, whatever the file is called."""
+        ours, theirs = ((one.dtypes[name], one.shapes[name], one._sources(name)) for one in (self, other))
+        return ours == theirs
+
+    def _sources(self, name: str) -> list[tuple[object, int, int]]:
+        """Return (file, first byte, elements) of each piece of the file that a tensor consists of."""
+        whole = Part(self.name_map.to_file(name), 0, math.prod(self.shapes[name]))
+        found = []
+        for part in self.name_map.joined.get(name) or (whole,):
+            file = self._file_of_stored[part.name]
+            stored = self._stored[file][part.name]
+            assert stored.dtype is not None
+            found.append((_inode(file), stored.start + part.start * stored.dtype.itemsize, part.count))
+        return found
 
     def in_file_order(self, names: Collection[str]) -> list[str]:
         """Return the names in the order in which their bytes lie on disk."""
@@ -300,6 +324,12 @@ class TensorReader:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _inode(file: Path) -> object:
+    found = file.stat()
+    # Some network file systems number no files: each path is a file of its own then.
+    return (found.st_dev, found.st_ino, found.st_size) if found.st_ino else file.resolve()
 
 
 @dataclass

@@ -9,6 +9,7 @@ tensors' bytes in the header's order without gaps.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import shutil
 from collections.abc import Iterator, Mapping
@@ -35,20 +36,32 @@ class StoredTensor:
     """The place of a tensor in a file.
 
     Attributes:
-        dtype: None for one that torch has no name for here (4-bit floats and the like).
         stored_dtype: as the file spells it.
         shape: as stored.
         start: byte offset in the file.
+        nbytes: length in the file.
     """
 
-    dtype: torch.dtype | None
     stored_dtype: str
     shape: tuple[int, ...]
     start: int
+    nbytes: int
 
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def dtype_name(self) -> str | None:
+        """Torch's name of the dtype; None for one that it has no name for here (4-bit floats and the like)."""
+        return DTYPES.get(self.stored_dtype)
+
+    @functools.cached_property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype; None for one without a name. Only this imports torch."""
+        import torch
+
+        return None if self.dtype_name is None else getattr(torch, self.dtype_name)
 
 
 def stored_tensors(path: str | Path) -> dict[str, StoredTensor]:
@@ -57,14 +70,11 @@ def stored_tensors(path: str | Path) -> dict[str, StoredTensor]:
     Raises:
         UserError: missing, truncated, foreign or hostile file.
     """
-    import torch
-
     entries, data = read_header(path)
     found = {}
     for name, entry in entries.items():
-        ours = DTYPES.get(entry["dtype"])
-        dtype = None if ours is None else getattr(torch, ours)
-        found[name] = StoredTensor(dtype, entry["dtype"], tuple(entry["shape"]), data + entry["data_offsets"][0])
+        start, end = entry["data_offsets"]
+        found[name] = StoredTensor(entry["dtype"], tuple(entry["shape"]), data + start, end - start)
     return found
 
 
@@ -103,17 +113,38 @@ def read_pieces(
             piece = room[:length] if reuse else torch.empty(length, dtype=place.dtype)
             buffer = piece.view(torch.uint8).numpy().data
             if _fill(file, buffer) < len(buffer):
-                raise UserError(f"{path} ends too early", "it was changed while it was read; copy it again")
+                raise _too_short(path)
             yield piece
+
+
+def _too_short(path: str | Path) -> UserError:
+    return UserError(f"{path} ends too early", "it was changed while it was read; copy it again")
+
+
+def read_integers(path: str | Path, place: StoredTensor, most: int) -> Iterator[Any]:
+    """Yield a stored tensor of dtype I32 or I64 as flat numpy arrays of at most ``most`` elements, without torch.
+
+    Raises:
+        UserError: the file became shorter since its header was read.
+    """
+    import numpy as np
+
+    dtype = np.dtype(f"<i{int(place.stored_dtype[1:]) // 8}")
+    with Path(path).open("rb") as file:
+        source = TensorBytes(file, place)
+        for first in range(0, place.numel, most):
+            data = source.read(min(most, place.numel - first) * dtype.itemsize)
+            if len(data) < min(most, place.numel - first) * dtype.itemsize:
+                raise _too_short(path)
+            yield np.frombuffer(data, dtype)
 
 
 class TensorBytes:
     """The bytes of a stored tensor, from an open file that nothing else reads, as a stream of their own."""
 
     def __init__(self, file: BinaryIO, place: StoredTensor) -> None:
-        assert place.dtype is not None
         file.seek(place.start)
-        self._file, self._left = file, place.numel * place.dtype.itemsize
+        self._file, self._left = file, place.nbytes
 
     def read(self, size: int = -1) -> bytes:
         """Return at most ``size`` bytes (all without one), none at the tensor's end."""

@@ -73,9 +73,13 @@ def command(app: typer.Typer, name: str, config: type[Config], stage: str, *, hi
             ctx.fail(f"Got unexpected extra argument(s) ({' '.join(ctx.args)})")
         recipe, config_path, save_to = (given.pop(name, None) for name in ("recipe", "config", "save_config"))
 
+        made: Any = None
+        result: dict[str, Any] | None = None
+
         def run() -> int:
+            nonlocal made, result
             files = [] if recipe is None else [profile_path("recipes", recipe, ".yaml")]
-            made: Any = build_config(config, given, *files, *([] if config_path is None else [config_path]))
+            made = build_config(config, given, *files, *([] if config_path is None else [config_path]))
             if save_to is not None:
                 write_settings(save_to, settings_of(made))
                 note(f"settings -> {save_to}")
@@ -93,10 +97,11 @@ def command(app: typer.Typer, name: str, config: type[Config], stage: str, *, hi
                 from ssrctl.distributed.launch import launch
 
                 return launch([name, *ctx.meta[_WORDS]], made.num_processes, made.accelerate_config)
-            _run_stage(stage, made)
+            result = _run_stage(stage, made)
             return 0
 
-        raise typer.Exit(run_guarded(run))
+        code = run_guarded(run)
+        raise typer.Exit(code if made is None else made.exit_status(code, result))
 
     body.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [
@@ -111,8 +116,8 @@ def command(app: typer.Typer, name: str, config: type[Config], stage: str, *, hi
     app.command(name, cls=Command, epilog=example, context_settings=settings, hidden=hidden)(body)
 
 
-def _run_stage(stage: str, config: Any) -> None:
-    """Call a stage, upload what it wrote if that is asked for, and print its result under ``--json``."""
+def _run_stage(stage: str, config: Any) -> dict[str, Any] | None:
+    """Call a stage, upload what it wrote if that is asked for, print its result under ``--json``, and return it."""
     try:
         result = stage_function(stage)(config)
     except CheckFailed as check:
@@ -120,7 +125,7 @@ def _run_stage(stage: str, config: Any) -> None:
             _print_json(check.result)
         raise
     if result is None or rank() > 0:
-        return
+        return result
     try:
         if isinstance(config, HubOptions) and config.push_to_hub is not None and not config.dry_run:
             from ssrctl.stages.push import push_written
@@ -131,6 +136,7 @@ def _run_stage(stage: str, config: Any) -> None:
     finally:
         if config.json:
             _print_json(result)
+    return result
 
 
 def stage_function(stage: str) -> Callable[[Any], dict[str, Any] | None]:

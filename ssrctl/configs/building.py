@@ -53,6 +53,10 @@ class Config:
     def __post_init__(self) -> None:
         vars(self).update(_checked(type(self), vars(self)))
 
+    def exit_status(self, code: int, result: Mapping[str, Any] | None) -> int:
+        """Return the exit code of the command, given the usual one and the result; ``code`` unless a setting changes it."""
+        return code
+
     @classmethod
     def idle_in_files(cls, given: Mapping[str, Any]) -> Collection[str]:
         """Return the fields that files may name without effect beside the given flags; as flags they are refused."""

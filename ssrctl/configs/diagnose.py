@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ssrctl.configs.building import AtLeastOne, Config, Fraction, NotNegative, Share, output, positional
 from ssrctl.configs.common import CommonConfig, PairOptions
@@ -49,6 +50,9 @@ class MeasureOptions(Config):
     """Texts for function and prune: a jsonl file with a text field each, or a name in profiles/prompts; by default
     general."""
 
+    device: str = "cpu"
+    """Device for the decompositions of rank, spectrum and landing: cpu, cuda, cuda:1; it computes in float64."""
+
     picture: str | None = None
     """Matrix of which landing and overlap show a picture, and time the rows and columns, by its tensor's name; by default
     of the middle layer."""
@@ -69,14 +73,19 @@ class CheckOptions(Config):
     assert_moved: str | None = None
     """Exit with code 4 unless every tensor whose name this glob pattern matches changed."""
 
+    exit_code: bool = False
+    """Exit as diff does: with code 0 if all weights are equal bit for bit, 1 if one differs or is on one side only, 2 or
+    more after an error."""
+
 
 @dataclass(kw_only=True)
 class DiagnoseConfig(MeasureOptions, PairOptions, CheckOptions, CommonConfig):
     """Measure what updates did: to a checkpoint, between several, over a run, or between the steps of a run.
 
-    Paths are model folders, safetensors files, deltas, checkpoint folders or run directories. BASE TUNED measures one
-    update, BASE TUNED TUNED ... several and their overlap, --pairs BASE:TUNED ... the same with a base for each, RUN
-    a run over time against its own base, --jaccard RUN the steps within a run.
+    Paths are model folders, safetensors files, deltas, checkpoint folders or run directories; TUNED may be a GGUF file
+    that is not quantised. BASE TUNED measures one update, BASE TUNED TUNED ... several and their overlap, --pairs
+    BASE:TUNED ... the same with a base for each, RUN a run over time against its own base, --jaccard RUN the steps within a
+    run.
 
     Example: ssrctl diagnose base tuned --measures sparsity,rank
     """
@@ -116,6 +125,14 @@ class DiagnoseConfig(MeasureOptions, PairOptions, CheckOptions, CommonConfig):
             return default
         asked = self.measures.replace(" ", "").split(",")
         return measure in asked or (default and "default" in asked)
+
+    def exit_status(self, code: int, result: Mapping[str, Any] | None) -> int:
+        """Return the exit code; with ``--exit-code`` 1 says that weights differ, and failures that are 1 elsewhere are 2."""
+        if not self.exit_code:
+            return code
+        if code == 0:
+            return 0 if result is None or result.get("identical", True) else 1
+        return max(code, 2)
 
     def _check_paths(self) -> None:
         count = len(self.paths)

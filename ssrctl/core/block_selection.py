@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ssrctl.core.bits import bits_from_indices, get_bits, unpack_bits
-from ssrctl.core.mask import matrix_shape
+from ssrctl.core.tiles import matrix_shape
 from ssrctl.core.topk import NonFiniteGradient, count_non_finite, select_topk
 from ssrctl.core.topk_plain import CHUNK
 

@@ -18,17 +18,8 @@ import torch
 from torch import Tensor
 
 from ssrctl.core.popcount import count_bits
-from ssrctl.core.tile_bits import TILE, TILE_BYTES, inside, pack_tiles, strips, unpack_tiles
-
-
-def matrix_shape(shape: Iterable[int]) -> tuple[int, int]:
-    """Return the (rows, columns) view of a tensor shape: ``(first, rest)``, 1-d as one row, 0-d as one cell."""
-    sizes = tuple(shape)
-    if len(sizes) == 0:
-        return 1, 1
-    if len(sizes) == 1:
-        return 1, sizes[0]
-    return sizes[0], math.prod(sizes[1:])
+from ssrctl.core.tile_bits import inside, pack_tiles, strips, unpack_tiles
+from ssrctl.core.tiles import TILE, TILE_BYTES, matrix_shape, tile_grid
 
 
 @dataclass(frozen=True)
@@ -48,8 +39,7 @@ class TileSet:
     @property
     def grid(self) -> tuple[int, int]:
         """(tile rows, tile columns)."""
-        rows, columns = matrix_shape(self.shape)
-        return -(-rows // TILE), -(-columns // TILE)
+        return tile_grid(self.shape)
 
     @property
     def numel(self) -> int:

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-TILE = 16
-TILE_BYTES = TILE * TILE // 8
+from ssrctl.core.tiles import TILE, TILE_BYTES
+
 _TILE_WORDS = TILE_BYTES // 8
 
 # Coordinates of a strip: one that is wholly selected takes some 200 MB of scratch.

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ssrctl.core.tiles import TILE
 from ssrctl.errors import UserError
 from ssrctl.io.checked import Count, checked
 from ssrctl.io.files import existing_file, whole_file
@@ -72,8 +73,8 @@ def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
 
 
 def read_metadata(path: str | Path, kind: str) -> dict[str, str]:
-    """Read only the metadata, checked to be of ``kind``."""
-    with open_safetensors(path) as file:
+    """Read only the metadata, checked to be of ``kind``; without torch."""
+    with open_safetensors(path, "np") as file:
         metadata = dict(file.metadata() or {})
     found = metadata.get("ssrctl_kind")
     if found != kind:
@@ -84,13 +85,13 @@ def read_metadata(path: str | Path, kind: str) -> dict[str, str]:
     return metadata
 
 
-def open_safetensors(path: str | Path) -> Any:
-    """Call ``safetensors.safe_open``, with a truncated or foreign file as a ``UserError``."""
+def open_safetensors(path: str | Path, framework: str = "pt") -> Any:
+    """Call ``safetensors.safe_open``, with a truncated or foreign file as a ``UserError``; "np" does not import torch."""
     from safetensors import SafetensorError, safe_open
 
     file = existing_file(path, "safetensors file")
     try:
-        return safe_open(file, framework="pt")
+        return safe_open(file, framework=framework)
     except (SafetensorError, OSError) as error:
         said = ascii(str(error)[:200])[1:-1]  # may quote a name from the file
         raise UserError(
@@ -161,8 +162,6 @@ def save_mask(
         small: write packed gaps between the selected indices of sparse tensors; False: block sparse rows with
             bit-packed 16x16 tiles for all.
     """
-    from ssrctl.core.tile_bits import TILE
-
     counts = {name: tiles.count() for name, tiles in mask.tensors.items()}
     sparse = {name for name, tiles in mask.tensors.items() if small and counts[name] <= _MOST_GAPS * tiles.numel}
     metadata = {
@@ -225,22 +224,81 @@ def load_mask(path: str | Path) -> tuple[BlockMask, dict[str, str]]:
         UserError: truncated or foreign file, or contents that do not describe a mask.
     """
     from ssrctl.core.mask import BlockMask
-    from ssrctl.core.tile_bits import TILE
 
     tensors, metadata = load_tensors(mask_at(path), MASK_KIND)
-    shapes = shapes_field(metadata, path)
-    if json_field(metadata, "block_size", path) != [TILE, TILE]:
-        raise UserError(f"{path}: block size {metadata['block_size']}, this version reads {TILE}x{TILE} only")
-    packed = {name: shape for name, shape in shapes.items() if f"{name}.gaps" in tensors}
+    shapes, packed = _stored_shapes(tensors.keys(), metadata, path)
     tiled = {name: shape for name, shape in shapes.items() if name not in packed}
-    expected = {f"{name}.{part}" for name in tiled for part in _PARTS} | {f"{name}.gaps" for name in packed}
-    if expected != tensors.keys():
-        odd = sorted(expected ^ tensors.keys())
-        raise UserError(f"{path}: tensors and shapes do not match, first difference: {odd[0]}", "make the mask again")
     found = dict(mask_from_tensors(tensors, tiled, path).tensors)
     if packed:
         found |= _from_gaps(tensors, packed, metadata, path)
     return BlockMask({name: found[name] for name in shapes}), metadata
+
+
+def count_mask(path: str | Path) -> tuple[dict[str, tuple[int, ...]], dict[str, int], dict[str, str]]:
+    """Check a mask file as ``load_mask`` does, and count its weights, without torch: (shapes, selected, metadata).
+
+    Raises:
+        UserError: as in ``load_mask``.
+    """
+    from ssrctl.io.mask_tiles import count_tiles
+
+    place = mask_at(path)
+    metadata = read_metadata(place, MASK_KIND)
+    counts: dict[str, int] = {}
+    with open_safetensors(place, "np") as file:
+        shapes, packed = _stored_shapes(file.keys(), metadata, path)
+        named = _named_counts(metadata, path) if packed else {}
+        for name, shape in shapes.items():
+            try:
+                if name in packed:
+                    counts[name] = sum(
+                        map(len, _index_parts(file.get_tensor(f"{name}.gaps"), shape, named.get(name, 0)))
+                    )
+                else:
+                    counts[name] = count_tiles(shape, *(file.get_tensor(f"{name}.{part}") for part in _PARTS))
+            except (ValueError, TypeError) as error:
+                raise UserError(f"{path}: {name}: {error}", "make the mask again") from error
+    return shapes, counts, metadata
+
+
+def _stored_shapes(
+    stored: Iterable[str], metadata: Mapping[str, str], path: str | Path
+) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    """Return (all shapes, those of tensors stored as gaps) by name, checked against the names of the stored tensors."""
+    there = set(stored)
+    shapes = shapes_field(metadata, path)
+    if json_field(metadata, "block_size", path) != [TILE, TILE]:
+        raise UserError(f"{path}: block size {metadata['block_size']}, this version reads {TILE}x{TILE} only")
+    packed = {name: shape for name, shape in shapes.items() if f"{name}.gaps" in there}
+    expected = {f"{name}.{part}" for name in shapes.keys() - packed.keys() for part in _PARTS}
+    if odd := sorted((expected | {f"{name}.gaps" for name in packed}) ^ there):
+        raise UserError(f"{path}: tensors and shapes do not match, first difference: {odd[0]}", "make the mask again")
+    return shapes, packed
+
+
+def _named_counts(metadata: Mapping[str, str], path: str | Path) -> dict[str, int]:
+    """Return the counts of selected weights that the metadata of a mask with gaps name, after a check of their coding."""
+    if (coding := json_field(metadata, "coding", path)) != _CODING:
+        raise UserError(f"{path}: it is coded as {ascii(coding)[:80]}, not {_CODING}", "install a newer ssrctl")
+    return checked(dict[str, Count], json_field(metadata, "counts", path), f"{path}: counts", "make the mask again")
+
+
+def _index_parts(gaps: Any, shape: tuple[int, ...], count: int) -> Iterator[Any]:
+    """Yield the indices of a stream of gaps, a numpy array, part by part as numpy arrays.
+
+    Raises:
+        ValueError: not bytes, corrupt data, or not ``count`` indices.
+    """
+    if gaps.dtype != "uint8" or gaps.ndim != 1:
+        raise ValueError(f"its gaps are {gaps.dtype} {list(gaps.shape)}, not bytes")
+    left = count
+    for part in unpack_indices(gaps.data, math.prod(shape)):
+        left -= len(part)
+        if left < 0:
+            break
+        yield part
+    if left:
+        raise ValueError(f"it does not hold the {count:,} coordinates that the metadata name")
 
 
 def _from_gaps(
@@ -255,9 +313,7 @@ def _from_gaps(
 
     from ssrctl.core.mask import TileSet
 
-    if (coding := json_field(metadata, "coding", path)) != _CODING:
-        raise UserError(f"{path}: it is coded as {ascii(coding)[:80]}, not {_CODING}", "install a newer ssrctl")
-    counts = checked(dict[str, Count], json_field(metadata, "counts", path), f"{path}: counts", "make the mask again")
+    counts = _named_counts(metadata, path)
     # A few bytes may stand for more coordinates than fit into memory, or for a tensor of more rows.
     rows = sum(TileSet.empty(shape).grid[0] for shape in shapes.values())
     needed = _BYTES_PER_GAP * sum(counts.get(name, 0) for name in shapes) + 4 * rows
@@ -268,27 +324,13 @@ def _from_gaps(
         )
     found = {}
     for name, shape in shapes.items():
-        indices, left = [torch.empty(0, dtype=torch.int64)], counts.get(name, 0)
         try:
-            for part in unpack_indices(_bytes_of(tensors[f"{name}.gaps"]), math.prod(shape)):
-                left -= len(part)
-                indices.append(part)
-                if left < 0:
-                    break
-            if left:
-                raise ValueError(f"it does not hold the {counts.get(name, 0):,} coordinates that the metadata name")
-            found[name] = TileSet.from_indices(shape, torch.cat(indices))
+            parts = [*map(torch.from_numpy, _index_parts(tensors[f"{name}.gaps"].numpy(), shape, counts.get(name, 0)))]
+            indices = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+            found[name] = TileSet.from_indices(shape, indices)
         except (ValueError, TypeError) as error:
             raise UserError(f"{path}: {name}: {error}", "make the mask again") from error
     return found
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    import torch
-
-    if tensor.dtype != torch.uint8 or tensor.dim() != 1:
-        raise ValueError(f"its gaps are {tensor.dtype} {list(tensor.shape)}, not bytes")
-    return tensor.numpy().data
 
 
 def load_mask_for(

@@ -141,14 +141,13 @@ def pack_indices(parts: Iterable[Tensor], numel: int) -> Tensor:
     return byte_tensor(b"".join([*map(packer.add, parts), packer.finish()]))
 
 
-def unpack_indices(source: ByteSource | memoryview, numel: int) -> Iterator[Tensor]:
-    """Yield the indices of a stream in order, as int64 tensors of at most 2^20.
+def unpack_indices(source: ByteSource | memoryview, numel: int) -> Iterator[Any]:
+    """Yield the indices of a stream in order, as int64 numpy arrays of at most 2^20.
 
     Raises:
         ValueError: truncated or corrupt data, or an index outside of the tensor.
     """
     import numpy as np
-    import torch
 
     last = -1
     for indices in unpack_numbers(source, _index_width(numel), "int64"):
@@ -161,7 +160,7 @@ def unpack_indices(source: ByteSource | memoryview, numel: int) -> Iterator[Tens
             last = int(indices[-1])
         if outside or last >= numel:
             raise ValueError(f"indices are not ascending within 0..{numel - 1}")
-        yield torch.from_numpy(indices)
+        yield indices
 
 
 def _index_width(numel: int) -> int:
@@ -189,9 +188,14 @@ class StepPacker(_Packer):
         return self._add(zigzag.view(f"u{values.dtype.itemsize}"))
 
 
-def unpack_steps(source: ByteSource, dtype: torch.dtype) -> Iterator[Any]:
-    """Yield the zigzag coded steps of a stream, as numpy arrays of at most 2^20; errors as in ``unpack_numbers``."""
-    return unpack_numbers(source, dtype.itemsize, f"u{dtype.itemsize}")
+def unpack_steps(source: ByteSource, width: int) -> Iterator[Any]:
+    """Yield the zigzag coded steps of a stream, as numpy arrays of at most 2^20; errors as in ``unpack_numbers``.
+
+    Args:
+        source: the stream.
+        width: bytes of a value.
+    """
+    return unpack_numbers(source, width, f"u{width}")
 
 
 def add_steps(before: Tensor, steps: Any) -> Tensor:

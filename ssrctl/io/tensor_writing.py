@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,14 @@ DTYPES = {
     "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2",
 }
+_BITS = re.compile(r"\d+")
 _STORED = {ours: stored for stored, ours in DTYPES.items()}
+
+
+def dtype_bytes(name: str) -> int:
+    """Return the bytes of an element of one of the dtypes that ``DTYPES`` names."""
+    bits = _BITS.search(name)
+    return 1 if bits is None else int(bits[0]) // 8
 
 
 def stored_bytes(tensor: Tensor) -> memoryview:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import math
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -84,20 +82,19 @@ def principal_recipe(density: float, rank: float) -> Recipe:
     """
     from ssrctl.core.static_masks import principal_mask, rank_of
 
-    share, residuals = _share_of(density), dict[str, float]()
+    share = _share_of(density)
 
     def count(name: str, shape: Shape) -> int:
         return share(name, shape) if len(shape) == 2 else 0
 
     def select(name: str, stored: StoredParameters) -> TileSet:
-        k, svd = rank_of(rank, stored.shapes[name]), functools.partial(_leading_triplets, name, residuals)
-        return _selected(name, stored, lambda weight: principal_mask(weight, k, density, svd))
+        k = rank_of(rank, stored.shapes[name])
+        return _selected(name, stored, lambda weight: principal_mask(weight, k, density, _leading_triplets))
 
     def remarks(nothing: Mapping[str, Shape]) -> list[str]:
         odd = [name for name, shape in nothing.items() if len(shape) != 2]
         notes = [f"{times(len(odd), 'tensor')} that are not matrices left out, first {min(odd)}."] if odd else []
-        notes += _too_small({name: shape for name, shape in nothing.items() if name not in odd})
-        return notes + _residual_notes(residuals)
+        return notes + _too_small({name: shape for name, shape in nothing.items() if name not in odd})
 
     return Recipe("principal", count, select, remarks)
 
@@ -184,26 +181,12 @@ def _selected(name: str, stored: StoredParameters, choose: Callable[[Tensor], Te
         ) from error
 
 
-def _leading_triplets(
-    name: str, residuals: dict[str, float], weight: Tensor, rank: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (U, S, V); the residual of a randomised method goes to ``residuals``, over the last singular value."""
+def _leading_triplets(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (U, S, V)."""
     from ssrctl.measures.maths.low_rank import rank_k_svd
 
-    found = rank_k_svd(weight, rank, seed=derive_seed(0, "principal mask", name))
-    if found.error is not None:
-        residuals[name] = found.error / max(float(found.S[-1]), sys.float_info.min)
+    found = rank_k_svd(weight, rank)
     return found.U, found.S, found.V
-
-
-def _residual_notes(residuals: Mapping[str, float]) -> list[str]:
-    if not residuals:
-        return []
-    worst = max(residuals, key=lambda name: (residuals[name], name))
-    return [
-        f"Reconstructed by a randomised method: {times(len(residuals), 'tensor')}; largest residual "
-        f"{residuals[worst]:.1e} of the last singular value kept, in {worst}."
-    ]
 
 
 def _too_small(nothing: Mapping[str, Shape]) -> list[str]:

@@ -2,41 +2,41 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ssrctl.checkpoints.names import KINDS
 from ssrctl.measures.maths.grouping import by_kind, by_layer
 from ssrctl.report.document import Column, Document, Section, Table
 from ssrctl.report.formats import count, percent, times
 
-if TYPE_CHECKING:
-    from ssrctl.core.mask import BlockMask
-
 OUTSIDE = "other"  # where a tensor that lies in no layer is counted
 _MOST_LAYERS = 200
 
 
-def mask_numbers(mask: BlockMask) -> dict[str, Any]:
+def mask_numbers(shapes: Mapping[str, tuple[int, ...]], selected: Mapping[str, int]) -> dict[str, Any]:
     """Count a mask's coordinates, selected and all, in total and by layer, kind and tensor.
+
+    Args:
+        shapes: of the tensors, by name.
+        selected: the number of selected coordinates of each.
 
     Returns:
         ``coordinates``, ``selected``, ``selected_frac`` (the density); ``num_tensors``, ``num_tensors_selected``;
         ``layers``, ``kinds`` and ``tensors``, one row of counts for each. A share of nothing is None.
     """
-    counts = {name: (tiles.numel, tiles.count()) for name, tiles in sorted(mask.tensors.items())}
+    counts = {name: (math.prod(shape), selected[name]) for name, shape in sorted(shapes.items())}
     return {
         **_counted(counts.values()),
         "num_tensors": len(counts),
-        "num_tensors_selected": sum(selected > 0 for _, selected in counts.values()),
+        "num_tensors_selected": sum(number > 0 for _, number in counts.values()),
         "layers": [
             {"layer": OUTSIDE if layer is None else str(layer)} | _counted(pairs)
             for layer, pairs in by_layer(counts).items()
         ],
         "kinds": [{"kind": kind} | _counted(pairs) for kind, pairs in by_kind(counts).items()],
-        "tensors": [
-            {"name": name, "shape": list(mask.tensors[name].shape)} | _counted([pair]) for name, pair in counts.items()
-        ],
+        "tensors": [{"name": name, "shape": list(shapes[name])} | _counted([pair]) for name, pair in counts.items()],
     }
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ssrctl.checkpoints.pairs import Comparison, TensorPair, first_of
 from ssrctl.configs import DiagnoseConfig
-from ssrctl.core.mask import BlockMask, TileSet, matrix_shape
+from ssrctl.core.mask import BlockMask, TileSet
+from ssrctl.core.tiles import matrix_shape
 from ssrctl.errors import UserError
 from ssrctl.io.artifacts import load_mask
 from ssrctl.io.console import note

@@ -12,7 +12,8 @@ of each magnitude (of each power of two) as M has: a remaining difference is not
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,7 +22,6 @@ from torch import Tensor
 
 from ssrctl.checkpoints.names import layer_index, matrix_kind
 from ssrctl.checkpoints.pairs import TensorPair
-from ssrctl.core.seeds import derive_seed
 from ssrctl.core.static_masks import NonFiniteWeights, low_magnitude_mask, principal_mask, rank_of
 from ssrctl.measures.base import Findings, PairMeasure, register
 from ssrctl.measures.group_tables import RowColumn, cell_map, layer_lines, picture, row_dots, row_table
@@ -29,7 +29,7 @@ from ssrctl.measures.maths import matrices
 from ssrctl.measures.maths.change_rule import change_rule
 from ssrctl.measures.maths.grouping import Grouped, group, middle_layer
 from ssrctl.measures.maths.landings import CONFIDENCE, Landings, SetLanding, land, land_by_magnitude, summary
-from ssrctl.measures.maths.low_rank import rank_k_svd
+from ssrctl.measures.maths.low_rank import Spectrum, spectrum, upright
 from ssrctl.measures.maths.magnitude import widened
 from ssrctl.measures.maths.row_column_counts import (
     CoarseMap,
@@ -65,7 +65,14 @@ def skip_reason(name: str, shape: Sequence[int], dtype: torch.dtype) -> str | No
     return f"it is {_LEFT_OUT[kind]}" if kind in _LEFT_OUT else matrices.skip_reason(shape, dtype)
 
 
-def reference_sets(base: Tensor, *, rank_share: float, density: float, seed: int) -> dict[str, Tensor] | Unmeasured:
+def reference_sets(
+    base: Tensor,
+    *,
+    rank_share: float,
+    density: float,
+    decomposed: Callable[[], Spectrum] | None = None,
+    device: str = "cpu",
+) -> dict[str, Tensor] | Unmeasured:
     """Return the sets of weights that changes are compared with.
 
     ``principal``: the ``density`` share with the largest ``|U_k S_k V_k^T|``, k = ``rank_share`` of the smaller side;
@@ -76,14 +83,17 @@ def reference_sets(base: Tensor, *, rank_share: float, density: float, seed: int
         base: W, ``[m, n]``, any floating dtype.
         rank_share: in (0, 1].
         density: alpha, in (0, 1).
-        seed: of the randomised decomposition of large matrices.
+        decomposed: returns the spectrum of W, if another measure has it.
+        device: for the decomposition and the reconstruction.
 
     Returns:
         bool ``[m, n]`` by name, or the reason why there are none: weights that are NaN or infinite.
     """
 
     def leading(weight: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-        found = rank_k_svd(weight, k, seed=seed)
+        rows = upright(weight, device)
+        found = (decomposed() if decomposed is not None else spectrum(rows)).top(rows, k)
+        found = found if weight.shape[0] >= weight.shape[1] else found.transposed()
         return found.U, found.S, found.V
 
     ordered = base if base.dtype in (torch.float32, torch.bfloat16, torch.float16) else base.float()
@@ -217,7 +227,8 @@ class LandingMeasure(PairMeasure[LandingPart, LandingResult]):
                 one,
                 rank_share=self.config.principal_rank,
                 density=self.config.mask_density,
-                seed=derive_seed(self.config.seed, "principal", label),
+                decomposed=functools.partial(matrices.base_spectrum, pair, label, one, self.config.device),
+                device=self.config.device,
             )
             landings[label] = sets if isinstance(sets, Unmeasured) else measure_landing(one, hit, sets)
             if not isinstance(sets, Unmeasured) and base.dim() == 2 and self._pictured(pair.name):

@@ -28,8 +28,9 @@ class HasNumbers(Protocol):
 Value = TypeVar("Value", bound=HasNumbers)
 Row = TypeVar("Row")
 
-# One core's time for rank, spectrum and landing of a matrix, over its size times its smaller side.
-SECONDS_PER_UNIT = 1e-9
+# One core's time for rank, spectrum and landing of a matrix, over the cube of its smaller side (eigenvectors) and over
+# its size times that side (products); `benchmarks/diagnose_matrices.py`.
+SECONDS_PER_CUBE, SECONDS_PER_PRODUCT = 4e-10, 2e-10
 LONG_SECONDS = 900
 
 
@@ -86,11 +87,13 @@ class MatrixMeasure(PairMeasure[dict[str, OfMatrix[Value]], MatrixResult[Row, Va
     def note_duration(self) -> None:
         """Say how long this measure and the others of matrices take together, where that is long."""
         shapes = [self.comparison.base.shapes[name] for name in self.comparison.names if name not in self.skipped]
-        seconds = SECONDS_PER_UNIT * sum(math.prod(one) * min(one[-2:]) for one in shapes) / self.config.num_workers
-        if seconds > LONG_SECONDS:
+        cubes = sum(math.prod(one[:-2]) * min(one[-2:]) ** 3 for one in shapes)
+        products = sum(math.prod(one) * min(one[-2:]) for one in shapes)
+        seconds = (SECONDS_PER_CUBE * cubes + SECONDS_PER_PRODUCT * products) / self.config.num_workers
+        if seconds > LONG_SECONDS and self.config.device == "cpu":
             note(
                 f"decomposing {len(shapes)} matrices takes about {seconds / 3600:.1f} hours; "
-                "--layers 0,15,31 takes some of them, --measures sparsity,size none"
+                "--layers 0,15,31 takes some of them, --measures sparsity,size none, --device cuda a GPU"
             )
 
     @abc.abstractmethod
@@ -104,7 +107,7 @@ class MatrixMeasure(PairMeasure[dict[str, OfMatrix[Value]], MatrixResult[Row, Va
         shape = (pair.shape[-2], pair.shape[-1])
         return {
             label: OfMatrix(shape, update if isinstance(update, Unmeasured) else self.matrix(pair, label, update))
-            for label, update in updates(pair).items()
+            for label, update in updates(pair, self.config.device).items()
         }
 
     @staticmethod

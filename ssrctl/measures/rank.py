@@ -97,7 +97,7 @@ def update_rank(update: UpdateMatrix) -> UpdateRank:
         largest = tolerance = effective = stable = 0.0
         rank = signal = 0
     else:
-        values = singular_values(update.update_rows)
+        values = singular_values(update.update_rows.gram())
         largest = float(values[0])
         tolerance = rows * EPS * largest
         kept = values[values > tolerance]

@@ -16,10 +16,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ssrctl.checkpoints.names import layer_index, matrix_kind
-from ssrctl.checkpoints.pairs import RANGE, TensorPair
+from ssrctl.checkpoints.pairs import RANGE, Comparison, TensorPair
 from ssrctl.configs import DiagnoseConfig
 from ssrctl.measures.base import Findings, Mode, PairMeasure, register
 from ssrctl.measures.group_tables import RowColumn, cell_map, layer_lines, row_dots, row_table
@@ -34,7 +35,7 @@ from ssrctl.measures.layer_spread import (
 from ssrctl.measures.maths.change import FIXED_TOLERANCES, Change, add_up
 from ssrctl.measures.maths.grouping import Grouped, group
 from ssrctl.measures.maths.largest_changes import LargestChanges, WeightChange
-from ssrctl.measures.maths.piece_pair import piece_pairs
+from ssrctl.measures.maths.piece_pair import Tally, piece_pairs
 from ssrctl.measures.published import PublishedKey, references
 from ssrctl.report.document import Column, Figure, Heatmap, Lines, Section, Table, spans_decades
 from ssrctl.report.formats import count, number, percent
@@ -84,6 +85,12 @@ class Sparsity(PairMeasure[tuple[list[Change], LargestChanges], SparsityResult])
     default_in = frozenset({"pair", "several", "series", "run"})
     in_ranges = True
 
+    def __init__(self, comparison: Comparison, config: DiagnoseConfig, run: Path | None = None) -> None:
+        """Begin without any change."""
+        super().__init__(comparison, config, run)
+        # By checkpoint; another thread's may be lost, which costs time only.
+        self._floors: dict[str, tuple[float, float]] = {}
+
     @classmethod
     def wanted(cls, config: DiagnoseConfig, mode: Mode) -> bool:
         """Return True: other parts of a report need the counts."""
@@ -94,14 +101,17 @@ class Sparsity(PairMeasure[tuple[list[Change], LargestChanges], SparsityResult])
 
         Sums are made range by range, so that they do not depend on whether the tensor is whole in memory.
         """
-        largest, ranges = LargestChanges(), dict[int, list[Change]]()
+        label = pair.checkpoint.label
+        largest, ranges = LargestChanges(floors=self._floors.get(label, (-1.0, -1.0))), dict[int, Tally]()
         for start, base, tuned in pair.pieces():
-            found = ranges.setdefault(start // RANGE, [])
+            if start // RANGE not in ranges:
+                ranges[start // RANGE] = Tally(pair.name, self.config.atol, self.config.bf16_rtol, largest)
             for piece in piece_pairs(base, tuned):
-                found += piece.changes(self.config.atol, self.config.bf16_rtol)
-                largest.add(pair.name, piece.before, piece.after, piece.where, start)
+                ranges[start // RANGE].add(piece, start)
                 start += piece.numel
-        return [add_up(parts) for parts in ranges.values()], largest
+        found = [tally.total() for tally in ranges.values()]
+        self._floors[label] = largest.floors
+        return found, largest
 
     def combine(self, parts: Mapping[str, list[tuple[list[Change], LargestChanges]]]) -> SparsityResult:
         """Return the changes by layer, kind and tensor."""

@@ -15,6 +15,7 @@ from ssrctl.measures.base import Findings, register
 from ssrctl.measures.group_tables import RowColumn, cell_map, group_tables, layer_lines, row_dots
 from ssrctl.measures.maths.averages import mean, ratio
 from ssrctl.measures.maths.grouping import Grouped
+from ssrctl.measures.maths.matrices import base_spectrum
 from ssrctl.measures.maths.spectrum_change import SpectrumChange, spectrum_change
 from ssrctl.measures.maths.update_matrix import Unmeasured, UpdateMatrix
 from ssrctl.measures.matrix_measure import MatrixMeasure, MatrixResult
@@ -107,7 +108,9 @@ class SpectrumMeasure(MatrixMeasure[SpectrumChange, SpectrumRow]):
         """Return the change of one matrix's spectrum; the update's norm is the rank's, where that was measured."""
         seed = derive_seed(self.config.seed, "spectrum", label)
         norm = pair.memo.get(("spectral_norm", label))
-        return spectrum_change(update, k=self.config.num_directions, seed=seed, update_norm=norm)
+        turns = update.norm > 0 and update.base_norm > 0
+        base = base_spectrum(pair, label, update.base, self.config.device) if turns else None
+        return spectrum_change(update, k=self.config.num_directions, seed=seed, update_norm=norm, base=base)
 
     @staticmethod
     def row(matrices: Sequence[tuple[str, SpectrumChange]]) -> SpectrumRow:

@@ -18,6 +18,7 @@ from ssrctl.checkpoints.run_dir import find_delta
 from ssrctl.configs import DeltaApplyConfig, DeltaDiffConfig, DeltaInfoConfig
 from ssrctl.errors import UserError
 from ssrctl.io import console, manifest
+from ssrctl.io.tensor_writing import dtype_bytes
 from ssrctl.measures.maths.grouping import by_layer
 from ssrctl.report.document import Column, Document, Section, Table
 from ssrctl.report.formats import count, percent, times
@@ -35,11 +36,11 @@ MOST_LAYERS = 200
 
 @dataclasses.dataclass(frozen=True)
 class TensorRow:
-    """One tensor of a delta; ``dtype`` is None where the delta does not say."""
+    """One tensor of a delta; ``dtype`` is torch's name, None where the delta does not say."""
 
     name: str
     shape: tuple[int, ...]
-    dtype: torch.dtype | None
+    dtype: str | None
     changed: int
 
     @property
@@ -86,7 +87,7 @@ def run_diff(config: DeltaDiffConfig) -> dict[str, Any]:
             settings=_settings(config),
             small=config.format == "small",
         )
-    rows = [TensorRow(one.name, one.shape, one.dtype, one.changed) for one in made.tensors]
+    rows = [TensorRow(one.name, one.shape, dtype_name(one.dtype), one.changed) for one in made.tensors]
     report: dict[str, Any] = {
         "delta": str(config.output),
         "base": dataclasses.asdict(made.base),
@@ -194,7 +195,7 @@ def _write_folder(config: DeltaApplyConfig, made: AppliedCheckpoint, notes: list
         "entries": delta.count,
         "coordinates": sum(math.prod(shape) for shape in delta.shapes.values()),
         "bytes": made.nbytes,
-        "dtypes": _dtype_counts(made.dtypes.values()),
+        "dtypes": _dtype_counts(map(dtype_name, made.dtypes.values())),
         "weights": sorted(one.relative_to(config.output).as_posix() for one in config.output.rglob("*.safetensors")),
         "copied": copied,
         "notes": notes,
@@ -224,14 +225,12 @@ def run_info(config: DeltaInfoConfig) -> dict[str, Any]:
         UserError: no delta, or a damaged one.
     """
     delta = DeltaFile(_delta_file(config.delta))
-    with _one_thread():
-        for name in console.tracked(list(delta.counts), "checking"):
-            delta.check(name)
-    listed = {delta.dtype(name) for name in delta.counts}
-    common = listed.pop() if len(listed) == 1 else None
-    dtypes = dict.fromkeys(delta.shapes, common) | {name: delta.dtype(name) for name in delta.counts}
-    dtypes |= delta.dtypes or {}
-    rows = [TensorRow(name, delta.shapes[name], dtypes[name], delta.counts.get(name, 0)) for name in delta.shapes]
+    for name in console.tracked(list(delta.counts), "checking"):
+        delta.check(name)
+    rows = [
+        TensorRow(name, shape, delta.dtype_name(name), delta.counts.get(name, 0))
+        for name, shape in delta.shapes.items()
+    ]
     report: dict[str, Any] = {
         "delta": str(delta.path),
         "ssrctl_version": delta.version,
@@ -268,7 +267,7 @@ def _settings(config: Any) -> dict[str, Any]:
 def _measures(rows: Sequence[TensorRow], size: int) -> dict[str, Any]:
     """Count the changes by tensor and layer, with shares and sizes."""
     coordinates, changed = sum(row.numel for row in rows), sum(row.changed for row in rows)
-    known = [row.numel * row.dtype.itemsize for row in rows if row.dtype is not None]
+    known = [row.numel * dtype_bytes(row.dtype) for row in rows if row.dtype is not None]
     dense = sum(known) if len(known) == len(rows) else None
     return {
         "coordinates": coordinates,
@@ -286,8 +285,7 @@ def _measures(rows: Sequence[TensorRow], size: int) -> dict[str, Any]:
             for layer, of_it in by_layer({row.name: row for row in rows}).items()
         ],
         "tensors": [
-            {"name": row.name, "shape": list(row.shape), "dtype": row.dtype and dtype_name(row.dtype)}
-            | _counted(row.numel, row.changed)
+            {"name": row.name, "shape": list(row.shape), "dtype": row.dtype} | _counted(row.numel, row.changed)
             for row in sorted(rows, key=lambda row: row.name)
         ],
     }
@@ -301,9 +299,9 @@ def _share(part: int, whole: int) -> float | None:
     return part / whole if whole else None
 
 
-def _dtype_counts(dtypes: Iterable[torch.dtype]) -> dict[str, int]:
-    """Count tensors by dtype."""
-    return dict(sorted(Counter(dtype_name(dtype) for dtype in dtypes).items()))
+def _dtype_counts(names: Iterable[str]) -> dict[str, int]:
+    """Count tensors by the name of their dtype."""
+    return dict(sorted(Counter(names).items()))
 
 
 def _show(title: str, facts: list[tuple[str, str]], report: Mapping[str, Any], tables: list[Table]) -> None:

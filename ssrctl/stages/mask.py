@@ -323,12 +323,12 @@ def run_info(config: MaskInfoConfig) -> dict[str, Any]:
     Raises:
         UserError: no mask, or a damaged one.
     """
-    from ssrctl.io.artifacts import identity_field, json_field, load_mask
+    from ssrctl.io.artifacts import count_mask, identity_field, json_field
 
-    mask, metadata = load_mask(config.mask)
+    shapes, counts, metadata = count_mask(config.mask)
     model = identity_field(metadata, "model", config.mask)
     settings = json_field(metadata, "settings", config.mask)
-    report = _report(config.mask, metadata.get("mask_kind", "unknown"), mask, model, settings, [])
+    report = _report(config.mask, metadata.get("mask_kind", "unknown"), shapes, counts, model, settings, [])
     report["ssrctl_version"] = metadata.get("ssrctl_version")
     if not config.json:
         _show(report)
@@ -378,7 +378,8 @@ def _deliver(
     _check_proper(what or f"the {kind} mask", mask.count(), mask.numel, when_empty)
     small = config.format == "small"
     save_mask(config.output, mask, mask_kind=kind, model=model, settings=settings, small=small)
-    report = _report(config.output, kind, mask, model, settings, notes)
+    counts = {name: tiles.count() for name, tiles in mask.tensors.items()}
+    report = _report(config.output, kind, mask.shapes, counts, model, settings, notes)
     if not config.json:
         _show(report)
         console.note(f"wrote {config.output}")
@@ -388,7 +389,8 @@ def _deliver(
 def _report(
     path: Path,
     kind: str,
-    mask: BlockMask,
+    shapes: Mapping[str, tuple[int, ...]],
+    counts: Mapping[str, int],
     model: ModelIdentity | None,
     settings: Any,
     notes: list[str],
@@ -403,7 +405,7 @@ def _report(
         "settings": settings,
         "notes": notes,
         "bytes": mask_at(path).stat().st_size,
-    } | mask_numbers(mask)
+    } | mask_numbers(shapes, counts)
 
 
 def _show(report: Mapping[str, Any]) -> None:

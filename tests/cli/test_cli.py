@@ -15,16 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 from typer.main import get_command
 
 from ssrctl import __version__, cli, configs
+from ssrctl.checkpoints.delta import Delta, save_delta
 from ssrctl.cli import app as app_module
 from ssrctl.cli import glue
 from ssrctl.configs import building
 from ssrctl.configs.layers import layer_ranges
 from ssrctl.configs.names import accepted_names, old_names
+from ssrctl.core.mask import BlockMask
 from ssrctl.errors import UserError
+from ssrctl.io.artifacts import ModelIdentity, save_mask
 
 COMMANDS = {
     "superweights": configs.SuperweightsConfig,
@@ -149,6 +153,24 @@ def test_help_loads_no_heavy_library() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.splitlines()[-1] == "loaded"
+
+
+def test_showing_a_file_needs_no_torch(tmp_path: Path) -> None:
+    model = ModelIdentity(name="m", revision=None, fingerprint="xxh3:0")
+    mask = BlockMask.from_dense({"w": torch.arange(600).view(20, 30) % 7 == 0})
+    values, before = torch.ones(2), torch.zeros(2)
+    for small in (True, False):
+        save_mask(tmp_path / f"mask{small}", mask, mask_kind="random", model=model, settings={}, small=small)
+        changes = {"w": (torch.tensor([3, 9]), values)}
+        delta = Delta(model, {"w": (20, 30), "v": (5,)}, changes, {"w": before} if small else None)
+        save_delta(tmp_path / f"delta{small}.safetensors", delta)
+    calls = [[what, "info", str(file)] for what in ("mask", "delta") for file in sorted(tmp_path.glob(f"{what}*"))]
+    calls += [["recipes"], ["recipes", "safe"], ["diagnose", "--help"], ["--help"]]
+    code = f"import sys; sys.modules['torch'] = None; from ssrctl.cli import main; print([main(c) for c in {calls}])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines()[-1] == str([0] * 8), done.stderr
+    assert done.stdout.count("86 of 600 weights selected") == 2
+    assert done.stdout.count("2 of 605 coordinates changed") == 2
 
 
 def test_the_shell_completes_flags() -> None:

@@ -24,6 +24,7 @@ from ssrctl.core.mask import BlockMask
 from ssrctl.errors import UserError
 from ssrctl.io.artifacts import (
     ModelIdentity,
+    count_mask,
     load_mask,
     load_mask_for,
     load_tensors,
@@ -60,6 +61,8 @@ def test_masks_survive_the_file(tmp_path: Path, seed: int, density: float, small
     found, metadata = load_mask(write(tmp_path / "m.safetensors", mask, small=small))
     assert same(found, mask)
     assert json.loads(metadata["counts"]) == {n: t.count() for n, t in mask.tensors.items()}
+    shapes, counts, again = count_mask(tmp_path / "m.safetensors")
+    assert (shapes, counts, again) == (mask.shapes, json.loads(metadata["counts"]), metadata)
 
 
 def test_the_file_is_as_the_design_says(tmp_path: Path) -> None:
@@ -131,8 +134,9 @@ def test_damaged_masks_are_user_errors(tmp_path: Path, change: Any) -> None:
 
     # all of it selected, so that every tensor has tiles; a bias of [4] has a bit in its padding
     path = rewrite(write(tmp_path / "m.safetensors", ~BlockMask.empty(SHAPES)), everything_but)
-    with pytest.raises(UserError, match=str(path)):
-        load_mask(path)
+    for read in (load_mask, count_mask):
+        with pytest.raises(UserError, match=str(path)):
+            read(path)
 
 
 @pytest.mark.parametrize(
@@ -158,6 +162,8 @@ def test_damaged_small_masks_are_user_errors(tmp_path: Path, change: Any, messag
     path = rewrite(write(tmp_path / "m.safetensors", mask), change)
     with pytest.raises(UserError, match=message):
         load_mask(path)
+    with pytest.raises(UserError, match="does not hold|too early" if "memory" in message else message):
+        count_mask(path)
 
 
 @pytest.mark.parametrize("keep", [0, 5, 100, -1])

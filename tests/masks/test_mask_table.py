@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ssrctl.core.mask import BlockMask
@@ -12,6 +14,10 @@ def flags(shape: tuple[int, ...], count: int) -> torch.Tensor:
     flat = torch.zeros(shape, dtype=torch.bool).flatten()
     flat[:count] = True
     return flat.view(shape)
+
+
+def numbers_of(mask: BlockMask) -> dict[str, Any]:
+    return mask_numbers(mask.shapes, {name: tiles.count() for name, tiles in mask.tensors.items()})
 
 
 def test_counts_by_layer_and_by_kind() -> None:
@@ -25,7 +31,7 @@ def test_counts_by_layer_and_by_kind() -> None:
             "lm_head.weight": flags((3,), 3),
         }
     )
-    numbers = mask_numbers(mask)
+    numbers = numbers_of(mask)
     assert (numbers["coordinates"], numbers["selected"], numbers["selected_frac"]) == (423, 70, 70 / 423)
     assert (numbers["num_tensors"], numbers["num_tensors_selected"]) == (6, 4)
 
@@ -44,12 +50,12 @@ def test_counts_by_layer_and_by_kind() -> None:
 
 
 def test_a_mask_over_nothing_has_no_share() -> None:
-    numbers = mask_numbers(BlockMask({}))
+    numbers = mask_numbers({}, {})
     assert numbers["selected_frac"] is None and numbers["layers"] == numbers["kinds"] == numbers["tensors"] == []
 
 
 def test_the_document_shows_the_numbers() -> None:
-    numbers = mask_numbers(BlockMask.from_dense({"model.layers.0.mlp.up_proj.weight": flags((50, 40), 1999)}))
+    numbers = numbers_of(BlockMask.from_dense({"model.layers.0.mlp.up_proj.weight": flags((50, 40), 1999)}))
     report = {"mask": "m", "mask_kind": "steps", "model": None, "bytes": 1234, "notes": ["odd"]} | numbers
     document = mask_document(report)
     assert document.headlines == ["1,999 of 2,000 weights selected (99.95%), in 1 of 1 tensor; 1.2 kB."]

@@ -27,6 +27,9 @@ class MemoryReader:
     def tensor(self, name: str) -> torch.Tensor:
         return self.tensors[name]
 
+    def same_bytes(self, name: str, other: MemoryReader) -> bool:
+        return False
+
 
 def opened(base: Weights, *tuned: Weights) -> Comparison:
     """Return a comparison of checkpoints called 1, 2, ..."""

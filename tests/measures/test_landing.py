@@ -69,7 +69,7 @@ def result_of(
 
 
 def landed(weight: torch.Tensor, changed: torch.Tensor, *, rank_share: float, density: float) -> dict[str, Landings]:
-    sets = reference_sets(weight, rank_share=rank_share, density=density, seed=0)
+    sets = reference_sets(weight, rank_share=rank_share, density=density)
     assert not isinstance(sets, Unmeasured)
     return measure_landing(weight, changed, sets)
 
@@ -207,7 +207,7 @@ def planted_matrix() -> torch.Tensor:
 
 def test_the_sets_are_those_of_the_definition() -> None:
     weight = planted_matrix()
-    sets = reference_sets(weight, rank_share=1 / 24, density=1 / 8, seed=0)
+    sets = reference_sets(weight, rank_share=1 / 24, density=1 / 8)
     assert not isinstance(sets, Unmeasured) and list(sets) == list(SETS)[:3]
     block = torch.zeros(32, 24, dtype=torch.bool)
     block[:8, :12] = True  # 96 of 768: an eighth
@@ -220,7 +220,7 @@ def test_the_sets_are_those_of_the_definition() -> None:
 def test_principal_and_small_at_once_are_left_out_of_the_third_set() -> None:
     weight = planted_matrix()
     weight[0, 0] = 0.0  # still large in the reconstruction
-    sets = reference_sets(weight, rank_share=1 / 24, density=1 / 8, seed=0)
+    sets = reference_sets(weight, rank_share=1 / 24, density=1 / 8)
     assert not isinstance(sets, Unmeasured)
     assert sets["principal"][0, 0] and sets["low_magnitude"][0, 0] and not sets["principal_not_low"][0, 0]
     assert int(sets["principal_not_low"].sum()) == 95
@@ -260,7 +260,7 @@ def test_noise_seems_to_avoid_principal_weights_until_magnitudes_are_matched() -
 
 def test_real_avoidance_is_still_seen_at_equal_magnitude() -> None:
     weight, _ = rounded_noise()
-    sets = reference_sets(weight, rank_share=8 / 96, density=0.5, seed=0)
+    sets = reference_sets(weight, rank_share=8 / 96, density=0.5)
     assert not isinstance(sets, Unmeasured)
     half = sets["principal"] & masks_of((96, 128), 6144, seed=12)[0]
     _, changed = rounded_noise(avoid=half)

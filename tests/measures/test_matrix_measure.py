@@ -11,7 +11,8 @@ import torch
 from in_memory import taken
 
 from ssrctl.measures.base import Taken
-from ssrctl.measures.maths import matrices
+from ssrctl.measures.landing import LandingMeasure
+from ssrctl.measures.maths import low_rank, matrices
 from ssrctl.measures.maths.update_matrix import UpdateMatrix, read_update
 from ssrctl.measures.rank import RankMeasure, RankResult, update_rank
 from ssrctl.measures.spectrum import SpectrumMeasure, SpectrumResult
@@ -105,6 +106,18 @@ def test_a_measure_alone_finds_what_both_together_find() -> None:
     assert found.spectral_norm == rank.result.rows.tensors["w"].spectral_norm
     assert alone.spectral_norm == pytest.approx(found.spectral_norm, rel=1e-9)
     assert alone.left == found.left
+
+
+def test_the_base_is_decomposed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, tuned = {"w": normal(40, 30, seed=1)}, {"w": normal(40, 30, seed=2)}
+    alone = [taken([measure], base, tuned)[0].result for measure in (SpectrumMeasure, LandingMeasure)]
+    decomposed = []
+    monkeypatch.setattr(matrices, "spectrum", lambda rows: decomposed.append(rows.shape) or low_rank.spectrum(rows))
+    together = taken([RankMeasure, SpectrumMeasure, LandingMeasure], base, tuned)
+    assert decomposed == [(40, 30)]
+    assert together[2].result == alone[1]
+    found, other = (result.rows.tensors["w"] for result in (together[1].result, alone[0]))
+    assert (found.left, found.right, found.curve_base) == (other.left, other.right, other.curve_base)
 
 
 def test_names_and_seeds_decide_the_random_updates() -> None:

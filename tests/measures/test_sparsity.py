@@ -24,7 +24,7 @@ from ssrctl.measures.maths.change import Change, add_up
 from ssrctl.measures.maths.change_rule import changed
 from ssrctl.measures.maths.grouping import Grouped, group
 from ssrctl.measures.maths.largest_changes import LargestChanges
-from ssrctl.measures.maths.piece_pair import piece_pairs
+from ssrctl.measures.maths.piece_pair import Tally, piece_pairs
 from ssrctl.measures.sparsity import (
     Sparsity,
     SparsityResult,
@@ -40,7 +40,11 @@ ATOL, ETA = 1e-5, 1e-3
 
 
 def compare_tensors(base: torch.Tensor, tuned: torch.Tensor, atol: float = ATOL, eta: float = ETA) -> Change:
-    return add_up(part for piece in piece_pairs(base, tuned) for part in piece.changes(atol, eta))
+    tally, start = Tally("w", atol, eta, LargestChanges()), 0
+    for piece in piece_pairs(base, tuned):
+        tally.add(piece, start)
+        start += piece.numel
+    return tally.total()
 
 
 def grouped(**changes: Change) -> Grouped[Change, Change]:

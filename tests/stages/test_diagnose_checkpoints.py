@@ -12,12 +12,14 @@ import torch
 from safetensors.torch import save_file
 
 from ssrctl.checkpoints.delta import DeltaFile
+from ssrctl.checkpoints.reader import TensorReader
 from ssrctl.cli import main
 from ssrctl.core.mask import BlockMask
 from ssrctl.io.artifacts import ModelIdentity, save_mask
 from ssrctl.measures import landing, over_time, sparsity
 from ssrctl.measures import overlap as run_overlap
 from ssrctl.report import write
+from ssrctl.stages.diagnose import checkpoints
 
 Weights = dict[str, torch.Tensor]
 
@@ -266,6 +268,20 @@ def test_layers_restrict_what_is_measured(tmp_path: Path, shell: Shell, base: We
     assert shell(*paths, "--layers", "0", "--measures", "size")["total"]["num_bit_changed"] == 9
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--device", "cuda:99", "--measures", "rank"), "device cuda:99 cannot be used"),
+        (("--device", "gpu"), "device gpu cannot be used"),
+        (("--device", "cuda", "--measures", "sparsity"), "--device has no effect without rank, spectrum or landing"),
+    ],
+)
+def test_a_device_that_cannot_be_used(
+    tmp_path: Path, shell: Shell, base: Weights, words: tuple[str, ...], said: str
+) -> None:
+    assert said in shell.refused(folder(tmp_path / "base", base), folder(tmp_path / "tuned", base), *words)
+
+
 @pytest.mark.parametrize("layers", ["7", "0,7", "2-1", "first"])
 def test_layers_that_the_model_does_not_have(tmp_path: Path, shell: Shell, base: Weights, layers: str) -> None:
     paths = folder(tmp_path / "base", base), folder(tmp_path / "tuned", base)
@@ -287,6 +303,74 @@ def test_identical_checkpoints_have_no_division_by_zero(tmp_path: Path, shell: S
     assert report["over_time"]["total"]["ever_frac"] == [0.0, 0.0, 0.0]
     assert report["over_time"]["total"]["cancelled_of_ever"] is None
     assert "No weight changed at any checkpoint." in report["headlines"]
+
+
+def test_the_exit_code_is_that_of_diff(
+    tmp_path: Path, shell: Shell, base: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, same = folder(tmp_path / "one", base), folder(tmp_path / "same", base)
+    other = folder(tmp_path / "other", moved(base, NORM, [0], 1e-3))
+    more = folder(tmp_path / "more", base | {"value_head.weight": torch.ones(1, SIDE)})
+    words = ("--measures", "sparsity", "--exit-code")
+    assert shell(one, same, *words)["identical"]
+    assert not shell(one, other, *words, code=1)["identical"]
+    assert not shell(one, same, other, *words, code=1)["identical"]
+    assert not shell(more, one, *words, code=1)["identical"]  # nothing that both have differs
+    assert shell(more, one, *words, "--include", "model*")["identical"]
+    assert not shell(one, other, *words[:-1])["identical"]
+    shell(one, tmp_path / "nowhere", *words, code=2)
+
+    def full(*args: object, **settings: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "write_report", full)
+    shell(one, same, *words, code=2)
+    shell(one, same, *words[:-1], code=1)
+
+
+@pytest.mark.parametrize("linked", ["hard link", "hub's cache"])
+def test_a_shard_that_both_share_is_read_once(
+    tmp_path: Path, shell: Shell, base: Weights, monkeypatch: pytest.MonkeyPatch, linked: str
+) -> None:
+    def write(tensors: Weights, revision: str) -> Path:
+        place = tmp_path / "models--o--m" / "snapshots" / revision
+        place.mkdir(parents=True)
+        shards = {name: f"model-{1 + (name == NORM)}.safetensors" for name in tensors}
+        for shard in set(shards.values()):
+            save_file({name: tensors[name] for name in tensors if shards[name] == shard}, place / shard)
+        (place / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+        return place
+
+    before, after = write(base, "before"), write(moved(base, NORM, [1, 7]), "after")
+    apart = shell(before, after)
+    shared, blob = "model-1.safetensors", tmp_path / "models--o--m" / "blobs" / "0123abcd"
+    if linked == "hard link":
+        (after / shared).unlink()
+        (after / shared).hardlink_to(before / shared)
+    else:
+        blob.parent.mkdir()
+        (before / shared).rename(blob)
+        (after / shared).unlink()
+        for side in (before, after):
+            (side / shared).symlink_to(Path("../../blobs") / blob.name)
+    read, tensor, pieces = [], TensorReader.tensor, TensorReader.pieces
+
+    def tensor_read(self: TensorReader, name: str) -> torch.Tensor:
+        read.append((self.folder.name, name))
+        return tensor(self, name)
+
+    def pieces_read(self: TensorReader, name: str, *args: Any, **settings: Any) -> Iterator[torch.Tensor]:
+        read.append((self.folder.name, name))
+        return pieces(self, name, *args, **settings)
+
+    monkeypatch.setattr(TensorReader, "tensor", tensor_read)
+    monkeypatch.setattr(TensorReader, "pieces", pieces_read)
+    assert shell(before, after) == apart
+    assert {name for side, name in read if side == "after"} == {NORM}
+    assert {name for side, name in read if side == "before"} == base.keys()
+    read.clear()
+    assert shell(before, after, "--measures", "sparsity")["total"] == apart["total"]
+    assert {name for side, name in read if side == "after"} == {NORM}
 
 
 def test_weights_that_are_no_numbers_are_said_and_hurt_no_measure(tmp_path: Path, shell: Shell, base: Weights) -> None:
@@ -526,7 +610,15 @@ def test_of_a_run_what_counts_is_how_it_ends(run: Path, shell: Shell) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [("--protect", "g"), ("--assert-frozen", "g"), ("--assert-moved", "*"), ("--series",)]
+    "words",
+    [
+        ("--protect", "g"),
+        ("--assert-frozen", "g"),
+        ("--assert-moved", "*"),
+        ("--series",),
+        ("--exit-code",),
+        ("--device", "cuda"),
+    ],
 )
 def test_nothing_is_asserted_in_vain(run: Path, shell: Shell, words: tuple[str, ...]) -> None:
     """Where no checkpoints are compared."""

@@ -131,20 +131,6 @@ def test_principal_selects_the_largest_of_each_reconstruction(
     assert "12 tensors left out by --include and --exclude." in out
 
 
-def test_a_large_matrix_says_how_good_its_reconstruction_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    from ssrctl.measures.maths import low_rank
-
-    words = ["principal", "--model", TINY, "--include", UP, "--rank", 0.02]
-    exact = mask_of(tmp_path, *words)
-    monkeypatch.setattr(low_rank, "EXACT_SIDE", 64)
-    out, _ = out_of([*words, "-o", tmp_path / "p"], capfd)
-    assert re.search(rf"randomised method: 1 tensor; largest residual \S+ of the last .*{re.escape(UP)}", one_line(out))
-    found = load_mask(tmp_path / "p")[0]
-    assert (found & exact).count() > 0.999 * exact.count()
-
-
 def one_line(text: str) -> str:
     return " ".join(text.split())
 

@@ -56,7 +56,7 @@ def changed(base: Tensor, tuned: Tensor, rule: Rule, *, atol: float = DEFAULT_AT
     for pair in piece_pairs(base, tuned):
         mark = torch.zeros(pair.numel, dtype=torch.bool)
         mark.numpy()[pair.where] = (
-            True if rule == "bits" else ~(pair.within(atol) if rule == "atol" else pair.same_bf16(eta))
+            True if rule == "bits" else ~(pair.moved.within(atol) if rule == "atol" else pair.moved.same_bf16(eta))
         )
         marks.append(mark)
     return torch.cat(marks).view(base.shape)

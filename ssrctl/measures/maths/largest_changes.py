@@ -57,12 +57,28 @@ class LargestChanges:
         relative: by ``|after - before| / |before|``, largest first; weights that were 0 are left out.
     """
 
-    def __init__(self, count: int = DEFAULT_COUNT) -> None:
+    def __init__(self, count: int = DEFAULT_COUNT, floors: tuple[float, float] = (-1.0, -1.0)) -> None:
+        """Keep nothing yet.
+
+        Args:
+            count: at least 1.
+            floors: sizes by the two criteria below which a change need not be kept, from others that were found
+                elsewhere (``floors`` of theirs).
+        """
         if count < 1:
             raise ValueError(f"at least one change is kept, not {count}")
         self.count = count
+        self._given = floors
         self.absolute: list[WeightChange] = []
         self.relative: list[WeightChange] = []
+
+    @property
+    def floors(self) -> tuple[float, float]:
+        """The sizes by the two criteria that a change needs at least to be kept."""
+        sizes = ((self.absolute, _by_change), (self.relative, _by_relative_change))
+        own = (key(kept[-1]) if len(kept) == self.count else -1.0 for kept, key in sizes)
+        absolute, relative = (max(pair) for pair in zip(self._given, own, strict=True))
+        return absolute, relative
 
     def add(self, name: str, before: np.ndarray, after: np.ndarray, indices: np.ndarray, start: int = 0) -> None:
         """Consider some coordinates of one tensor.
@@ -80,11 +96,12 @@ class LargestChanges:
             change = np.abs(after - before)
             # The smallest positive number instead of 0 makes that quotient overflow, and no other.
             relative = change / np.maximum(np.abs(before), _TINY)
-        for kept, size, key in ((self.absolute, change, _by_change), (self.relative, relative, _by_relative_change)):
-            floor = key(kept[-1]) if len(kept) == self.count else -1.0
+        criteria = ((self.absolute, change, _by_change), (self.relative, relative, _by_relative_change))
+        for (kept, size, key), floor in zip(criteria, self.floors, strict=True):
             largest = size.max()
             # A tie with the last one that is kept wins only if it lies before it.
-            if largest < floor or (largest == floor and (name, start) > (kept[-1].name, kept[-1].index)):
+            tied = largest == floor and len(kept) == self.count
+            if largest < floor or (tied and (name, start) > (kept[-1].name, kept[-1].index)):
                 continue
             chosen = self._candidates(size, floor, before != 0 if key is _by_relative_change else None)
             places = indices[chosen]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ssrctl.checkpoints.pairs import TensorPair
+from ssrctl.measures.maths.low_rank import Spectrum, spectrum, upright
 from ssrctl.measures.maths.update_matrix import Unmeasured, UpdateMatrix, read_update
 
 # Of a stack of experts at most this many are measured, evenly spread.
@@ -44,11 +45,21 @@ def stacked(name: str, *tensors: Tensor) -> Iterator[tuple[str, tuple[Tensor, ..
         yield f"{name}.{expert}", tuple(one[expert] for one in tensors)
 
 
-def updates(pair: TensorPair) -> dict[str, UpdateMatrix | Unmeasured]:
+def updates(pair: TensorPair, device: str = "cpu") -> dict[str, UpdateMatrix | Unmeasured]:
     """Return the update of each matrix of a pair, by label; read once and shared by all measures of the pair."""
     if "updates" not in pair.memo:
         pair.memo["updates"] = {
-            label: read_update(base, tuned) for label, (base, tuned) in stacked(pair.name, pair.base, pair.tuned)
+            label: read_update(base, tuned, device)
+            for label, (base, tuned) in stacked(pair.name, pair.base, pair.tuned)
         }
     found: dict[str, UpdateMatrix | Unmeasured] = pair.memo["updates"]
+    return found
+
+
+def base_spectrum(pair: TensorPair, label: str, base: Tensor, device: str = "cpu") -> Spectrum:
+    """Return the spectrum of a matrix of the base, decomposed once for all measures of the pair."""
+    key = "base spectrum", label
+    if key not in pair.memo:
+        pair.memo[key] = spectrum(upright(base, device))
+    found: Spectrum = pair.memo[key]
     return found

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +15,8 @@ from torch import Tensor
 
 from ssrctl.checkpoints.pairs import common_dtype
 from ssrctl.core.bits import bit_patterns
-from ssrctl.measures.maths.change import FIXED_TOLERANCES, Change
+from ssrctl.measures.maths.change import FIXED_TOLERANCES, Change, add_up
+from ssrctl.measures.maths.largest_changes import LargestChanges
 from ssrctl.measures.maths.ulp import count_by_powers, step_dtype, ulp_distance
 
 # Below this, distinct bfloat16 numbers are further apart than eta times the larger one, subnormal ones included: the
@@ -25,6 +25,8 @@ _BF16_GAP = 2**-8
 _BLOCK = 1024
 # Elements compared at once: their float64 copies stay near the caches.
 _CHUNK = 1 << 18
+# Moved elements taken at once.
+_BATCH = 1 << 15
 
 
 def piece_pairs(base: Tensor, tuned: Tensor) -> Iterator[PiecePair]:
@@ -32,7 +34,8 @@ def piece_pairs(base: Tensor, tuned: Tensor) -> Iterator[PiecePair]:
 
     Args:
         base: any shape, any real dtype, on the CPU.
-        tuned: the same shape; two dtypes are compared in the one that holds both exactly.
+        tuned: the same shape; two dtypes are compared in the one that holds both exactly. ``base`` itself where both are
+            known to be equal, which are not compared then.
 
     Raises:
         ValueError: different shapes, or complex tensors.
@@ -41,7 +44,8 @@ def piece_pairs(base: Tensor, tuned: Tensor) -> Iterator[PiecePair]:
         raise ValueError(f"shapes differ: {list(base.shape)} and {list(tuned.shape)}")
     if base.is_complex() or tuned.is_complex():
         raise ValueError("complex tensors are not compared")
-    yield from map(PiecePair, base.flatten().split(_CHUNK), tuned.flatten().split(_CHUNK))
+    ours = base.flatten().split(_CHUNK)
+    yield from map(PiecePair, ours, ours if tuned is base else tuned.flatten().split(_CHUNK))
 
 
 class PiecePair:
@@ -50,18 +54,69 @@ class PiecePair:
     Attributes:
         numel: n.
         where: the places of the differing elements, int64 ``[m]``, ascending.
-        before, after: the differing elements, float64 ``[m]``.
-        difference: float64 ``[m]``, ``|after - before|``; NaN and infinity where one of the two is.
+        stored: the differing elements of (base, tuned), ``[m]`` in their own dtypes.
     """
 
     def __init__(self, base: Tensor, tuned: Tensor) -> None:
-        dtype = common_dtype(base.dtype, tuned.dtype)
-        self._base = base.to(dtype)
-        theirs = tuned.to(dtype)
-        self.numel = base.numel()
-        self.where = np.flatnonzero(_bits(self._base) != _bits(theirs))
-        self._stored = _taken(base, self.where), _taken(tuned, self.where)
-        self._ours, self._theirs = (one.to(dtype) for one in self._stored)
+        self.numel, self._base = base.numel(), base
+        ours, theirs = _bits(base), _bits(tuned)
+        if base.dtype != tuned.dtype:
+            dtype = common_dtype(base.dtype, tuned.dtype)
+            self._base = base.to(dtype)
+            self.where = np.flatnonzero(_bits(self._base) != _bits(tuned.to(dtype)))
+        else:
+            self.where = np.empty(0, np.int64) if tuned is base else np.flatnonzero(ours != theirs)
+        # torch indexes fewer dtypes than it stores
+        self.stored = tuple(
+            torch.from_numpy(bits.take(self.where)).view(dtype)
+            for bits, dtype in ((ours, base.dtype), (theirs, tuned.dtype))
+        )
+
+    @property
+    def moved(self) -> Moved:
+        """The differing elements."""
+        return Moved(*self.stored)
+
+    def base_norm(self, room: Tensor) -> tuple[float, int, int]:
+        """Return (sum of squares of the base's finite weights in float64, number of NaN, of infinite weights).
+
+        Args:
+            room: float32, at least as long as the piece, to be written to.
+        """
+        total = self._base_sum_sq(room)
+        if math.isfinite(total):
+            return total, 0, 0
+        base = self._base.to(torch.float64)
+        odd = _count(base.isnan().numpy()), _count(base.isinf().numpy())
+        return float(base[base.isfinite()].square().sum()), *odd
+
+    def _base_sum_sq(self, room: Tensor) -> float:
+        """Return the sum in float64; of 16-bit weights of usual size blocks are summed in float32, to six digits."""
+        if self._base.element_size() == 2 and self._base.is_floating_point() and self.numel % _BLOCK == 0:
+            rows = room[: self.numel].copy_(self._base).view(-1, _BLOCK)
+            total = float(torch.linalg.vector_norm(rows, dim=1).to(torch.float64).square().sum())
+            if 1e-20 < total < 1e20:  # far from the limits of float32
+                return total
+        wide = self._base.to(torch.float64)
+        return float(wide.dot(wide))
+
+
+class Moved:
+    """Elements ``[m]`` of the base and the tuned tensor that differ bit for bit.
+
+    Attributes:
+        before, after: float64 ``[m]``.
+        difference: float64 ``[m]``, ``|after - before|``; NaN and infinity where one of the two is.
+
+    Args:
+        base: ``[m]``, any real dtype.
+        tuned: ``[m]``.
+    """
+
+    def __init__(self, base: Tensor, tuned: Tensor) -> None:
+        self._dtype = common_dtype(base.dtype, tuned.dtype)
+        self._stored = base, tuned
+        self._ours, self._theirs = (one.to(self._dtype) for one in self._stored)
         self.before, self.after = (one.to(torch.float64).numpy() for one in (self._ours, self._theirs))
         with np.errstate(invalid="ignore", over="ignore"):
             self.difference: np.ndarray = self.after - self.before
@@ -74,10 +129,10 @@ class PiecePair:
 
     def same_bf16(self, eta: float) -> np.ndarray:
         """Return bool ``[m]``, True = the differing weight is unchanged by the bf16-aware rule (Zhu et al. 2025, def. 2.1)."""
-        if not self._base.dtype.is_floating_point:
-            return np.zeros(len(self.where), dtype=bool)
+        if not self._dtype.is_floating_point:
+            return np.zeros(len(self.before), dtype=bool)
         a, b, difference = self.before, self.after, self.difference
-        if self._base.dtype != torch.bfloat16:
+        if self._dtype != torch.bfloat16:
             a, b = (one.to(torch.bfloat16).to(torch.float64).numpy() for one in (self._ours, self._theirs))
             with np.errstate(invalid="ignore"):
                 difference = np.abs(b - a)
@@ -86,37 +141,13 @@ class PiecePair:
         unchanged: np.ndarray = within | (a == b)
         return unchanged
 
-    def changes(self, atol: float, eta: float) -> list[Change]:
-        """Return all counts and sums, in parts to be added up.
+    def change(self, atol: float, eta: float) -> Change:
+        """Return the counts and sums over the elements, without their number and the base's, which ``Tally`` has.
 
         Args:
             atol: fixed tolerance of ``num_within``, 0 or more.
             eta: relative tolerance of ``num_same_bf16``, 0 or more.
         """
-        numel, equal = self.numel, self.numel - len(self.where)
-        base_sum_sq, odd = self._base_sum_sq(), {"nan": 0, "inf": 0}
-        if not math.isfinite(base_sum_sq):
-            base = self._base.to(torch.float64)
-            odd = {"nan": _count(base.isnan().numpy()), "inf": _count(base.isinf().numpy())}
-            base_sum_sq = float(base[base.isfinite()].square().sum())
-        counts: dict[str, Any] = dict.fromkeys(("num_within", "num_same_bf16", "num_equal", "num_finite"), equal)
-        counts |= {f"num_{kind}_{side}": number for kind, number in odd.items() for side in ("base", "tuned")}
-        within = (equal,) * len(FIXED_TOLERANCES)
-        whole = Change(numel=numel, nums_within=within, base_sum_sq=base_sum_sq, **counts)
-        return [whole, self._moved(atol, eta)] if equal < numel else [whole]
-
-    def _base_sum_sq(self) -> float:
-        """Return the sum in float64; of 16-bit weights of usual size blocks are summed in float32, to six digits."""
-        if self._base.element_size() == 2 and self._base.is_floating_point() and self.numel % _BLOCK == 0:
-            rows = self._base.to(torch.float32).view(-1, _BLOCK)
-            total = float(torch.linalg.vector_norm(rows, dim=1).to(torch.float64).square().sum())
-            if 1e-20 < total < 1e20:  # far from the limits of float32
-                return total
-        wide = self._base.to(torch.float64)
-        return float(wide.dot(wide))
-
-    def _moved(self, atol: float, eta: float) -> Change:
-        """Return the sums over the differing weights, without their number."""
         kept, odd = self.difference, {}
         sum_sq = _sum_of_squares(kept)
         finite = math.isfinite(sum_sq)
@@ -164,11 +195,75 @@ class PiecePair:
             return 0, ()
         ours, theirs = (one.to(dtype) for one in self._stored)
         nonzero = self.before != 0
-        if not finite or dtype != self._base.dtype:  # rounding to the narrower one may overflow
+        if not finite or dtype != self._dtype:  # rounding to the narrower one may overflow
             good = ours.to(torch.float64).isfinite() & theirs.to(torch.float64).isfinite()
             ours, theirs, nonzero = ours[good], theirs[good], nonzero[good.numpy()]
         distances = ulp_distance(ours, theirs)
         return distances.size - _count(distances), count_by_powers(distances[nonzero])
+
+
+class Tally:
+    """The counts and sums of pieces of one tensor, in order; moved elements are taken together, to save calls.
+
+    Args:
+        name: of the tensor.
+        atol, eta: tolerances, as of ``Moved.change``.
+        largest: gets the largest changes.
+    """
+
+    def __init__(self, name: str, atol: float, eta: float, largest: LargestChanges) -> None:
+        self._name, self._tolerances, self._largest = name, (atol, eta), largest
+        self._moved: list[Change] = []
+        self._where: list[np.ndarray] = []
+        self._stored: list[tuple[Tensor, ...]] = []
+        self._waiting = self._numel = self._num_moved = self._num_nan = self._num_inf = 0
+        self._base_sum_sq = 0.0
+        self._room = torch.empty(0)
+
+    def add(self, piece: PiecePair, start: int) -> None:
+        """Count a piece that begins at flat index ``start`` of the tensor; it may be overwritten afterwards."""
+        if len(self._room) < piece.numel:
+            self._room = torch.empty(piece.numel)
+        square, num_nan, num_inf = piece.base_norm(self._room)
+        self._base_sum_sq += square
+        self._num_nan += num_nan
+        self._num_inf += num_inf
+        self._numel += piece.numel
+        if len(piece.where):
+            self._where.append(piece.where + start)
+            self._stored.append(piece.stored)
+            self._waiting += len(piece.where)
+            self._num_moved += len(piece.where)
+        if self._waiting >= _BATCH:
+            self._flush()
+
+    def total(self) -> Change:
+        """Return the counts and sums of all pieces."""
+        self._flush()
+        equal = self._numel - self._num_moved
+        counts = dict.fromkeys(("num_within", "num_same_bf16", "num_equal", "num_finite"), equal)
+        for side in ("base", "tuned"):
+            counts |= {f"num_nan_{side}": self._num_nan, f"num_inf_{side}": self._num_inf}
+        within = (equal,) * len(FIXED_TOLERANCES)
+        whole = Change(numel=self._numel, nums_within=within, base_sum_sq=self._base_sum_sq, **counts)  # type: ignore[arg-type]
+        return add_up([whole, *self._moved])
+
+    def _flush(self) -> None:
+        if not self._waiting:
+            return
+        where = np.concatenate(self._where)
+        moved = Moved(*(_joined(side) for side in zip(*self._stored, strict=True)))
+        self._moved.append(moved.change(*self._tolerances))
+        first = int(where[0])
+        self._largest.add(self._name, moved.before, moved.after, where - first, first)
+        self._where, self._stored, self._waiting = [], [], 0
+
+
+def _joined(parts: tuple[Tensor, ...]) -> Tensor:
+    """Return the concatenation; torch concatenates fewer dtypes than it stores."""
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([bit_patterns(one) for one in parts]).view(parts[0].dtype)
 
 
 def _sum_of_squares(values: np.ndarray) -> float:
@@ -178,11 +273,6 @@ def _sum_of_squares(values: np.ndarray) -> float:
 
 def _bits(tensor: Tensor) -> np.ndarray:
     return bit_patterns(tensor).numpy()
-
-
-def _taken(tensor: Tensor, where: np.ndarray) -> Tensor:
-    """Return ``tensor[where]``; torch indexes fewer dtypes than it stores."""
-    return torch.from_numpy(_bits(tensor)[where]).view(tensor.dtype)
 
 
 def _count(flags: np.ndarray) -> int:

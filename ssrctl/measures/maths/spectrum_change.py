@@ -7,6 +7,7 @@ matrix, since one whose singular values lie close together turns easily, and to 
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 from dataclasses import asdict, dataclass, field, replace
@@ -16,17 +17,26 @@ import torch
 from torch import Tensor
 
 from ssrctl.core.seeds import derive_seed
-from ssrctl.measures.maths.low_rank import EPS, LowRank, Rows, nearby_top_k, singular_values, spectral_norm, top_k
+from ssrctl.measures.maths.low_rank import (
+    EPS,
+    LowRank,
+    Rows,
+    Spectrum,
+    eigenvectors,
+    nearby_top_k,
+    singular_values,
+    spectrum,
+)
 from ssrctl.measures.maths.update_matrix import Unmeasured, UpdateMatrix
 
 # By default a tenth of the smaller side, within these.
 _MIN_K, _MAX_K, _K_SHARE = 8, 128, 10
 # Relative norm up to which an update counts as small: first-order perturbation theory is good to some percent there.
 _SMALL = 0.02
-# Rows per column from which a matrix, such as an embedding, counts as tall.
-_TALL = 8
-# Accuracy of the angles after random updates.
-_RANDOM_TOLERANCE = 0.01
+# Accuracy of the angles after random updates, relative to them, and iterations until they have it.
+_RANDOM_TOLERANCE, _RANDOM_ITERATIONS = 0.01, 5
+# The same of the measured angles; and the smaller side from which iterations take less time than all eigenvectors.
+_TOLERANCE, _ITERATIONS, _ITERATED_SIDE = 1e-8, 12, 3072
 # Points of a curve that are kept.
 _CURVE_POINTS = 32
 _RIGHT_ANGLE = 90.0
@@ -37,8 +47,7 @@ class RandomUpdate:
     """The effect of a random update on the base; one draw.
 
     Attributes:
-        left_largest, left_mean, right_largest, right_mean: principal angles, degrees, good to about 1% where the
-            base was decomposed exactly. The largest differs between draws by a factor of two, the mean by little.
+        left_largest, left_mean, right_largest, right_mean: principal angles, degrees, good to about 1%. The largest differs between draws by a factor of two, the mean by little.
     """
 
     left_largest: float
@@ -53,9 +62,8 @@ class SpectrumChange:
 
     Attributes:
         k: directions compared: as asked for, but less than min(m, n) and no more than the rank of W0.
-        exact: True = the decompositions were exact.
         left, right: the k principal angles between the top-k left (right) subspaces, ascending, in [0, 90].
-        angle_error: bound on their error from round-off or from the randomised method; 90 when no angle is resolved.
+        angle_error: bound on their error from round-off; 90 when no angle is resolved.
         relative_gap: s_k(W0) / s_{k+1}(W0) - 1; None when s_{k+1} is 0 to the tolerance of the rank.
         well_defined: s_k(W0) - s_{k+1}(W0) > ||D||_2. Otherwise the update could exchange directions across the cut,
             and large angles need not mean much.
@@ -65,8 +73,7 @@ class SpectrumChange:
         shift: normalised spectral shift ||s(W1) - s(W0)||_2 / ||s(W0)||_2, over all singular values.
         shift_bound: ||D||_F / ||W0||_F: no shift can be larger (Mirsky 1960; Zhu et al., cor. 3.4).
         expected_shift: by ``gaussian``: shift_bound / sqrt(max(m, n)), the first order of perturbation theory, for
-            updates of at most 2% of the norm of W0; beyond, that of the draw itself. None when that was not decomposed
-            exactly, or nothing changed.
+            updates of at most 2% of the norm of W0; beyond, that of the draw itself. None when nothing changed.
         shift_top_k: the same over the first k values only.
         gaussian: a random update with independent normal entries and the Frobenius norm of D, in expectation.
         signs: D with random signs: the same coordinates and sizes. Both None when nothing changed.
@@ -76,7 +83,7 @@ class SpectrumChange:
         curve_index: from 1, ascending; of ``curve_base`` and ``curve_tuned``, singular values at these places. Empty
             when nothing changed.
         angle_index: from 1, ascending; of ``curve_left`` and ``curve_right`` in ``numbers``.
-        spectral_norm: ||D||_2, for a large matrix an upper bound.
+        spectral_norm: ||D||_2.
     """
 
     k: int
@@ -86,7 +93,6 @@ class SpectrumChange:
     expected_energy_right: float
     expected_energy_both: float
     # Defaults are the values of an update of zero.
-    exact: bool = True
     angle_error: float = 0.0
     relative_gap: float | None = None
     well_defined: bool = True
@@ -149,15 +155,21 @@ def default_k(m: int, n: int) -> int:
 
 
 def spectrum_change(
-    update: UpdateMatrix, *, k: int | None = None, seed: int, update_norm: float | None = None
+    update: UpdateMatrix,
+    *,
+    k: int | None = None,
+    seed: int,
+    update_norm: float | None = None,
+    base: Spectrum | None = None,
 ) -> SpectrumChange | Unmeasured:
     """Compare the spectra of a matrix before and after.
 
     Args:
         update: at least 2 by 2.
         k: by default ``default_k``.
-        seed: of the random updates and of the randomised decomposition; derive it from the tensor's name.
+        seed: of the random updates; derive it from the tensor's name.
         update_norm: ||D||_2 if known, to save its computation.
+        base: the spectrum of the base if known, likewise.
 
     Returns:
         ``Unmeasured`` when the base is zero, which has no principal directions.
@@ -174,35 +186,35 @@ def spectrum_change(
     if update.norm == 0:
         zeros = [0.0] * k
         return _turned(update, SpectrumChange(k=k, left=zeros, right=zeros, **_expected_energies(rows, columns, k)))
+    around = base or spectrum(update.base_rows)
     # One direction more than is compared, for the gap after the last.
-    base = top_k(update.base_rows, k + 1, seed=derive_seed(seed, "base"))
-    floor = rows * EPS * float(base.S[0])
-    k = min(k, int(base.S.gt(floor).sum()))
-    tuned = top_k(update.tuned_rows, k + 1, seed=derive_seed(seed, "tuned"), start=base.V)
+    before = around.top(update.base_rows, k + 1)
+    floor = rows * EPS * float(before.S[0])
+    k = min(k, int(before.S.gt(floor).sum()))
+    after, tuned_values = _tuned(update, around, k + 1)
     if update_norm is None:
-        update_norm = spectral_norm(update.update_rows, seed=derive_seed(seed, "norm"))
-    base_values = singular_values(update.base_rows) if base.values is None else base.values
-    tuned_values = singular_values(update.tuned_rows) if tuned.values is None else tuned.values
-    gaussian, gaussian_values = _random_update(update, "gaussian", base, k, seed)
-    signs, _ = _random_update(update, "signs", base, k, seed)
-    gap = float(base.S[k - 1] - base.S[k])
+        update_norm = float(singular_values(update.update_rows.gram())[0])
+    # The largest are known better from the matrix itself than from its square.
+    base_values = torch.cat((before.S, around.values[len(before.S) :]))
+    gaussian, gaussian_values = _random_update(update, "gaussian", around, before, k, seed)
+    signs, _ = _random_update(update, "signs", around, before, k, seed)
+    gap = float(before.S[k - 1] - before.S[k])
     places = curve_places(columns)
     change = SpectrumChange(
         k=k,
-        exact=base.exact and tuned.exact,
-        left=principal_angles(base.U[:, :k], tuned.U[:, :k]),
-        right=principal_angles(base.V[:, :k], tuned.V[:, :k]),
-        angle_error=min(_RIGHT_ANGLE, _subspace_error(base, k, rows) + _subspace_error(tuned, k, rows)),
-        relative_gap=gap / float(base.S[k]) if float(base.S[k]) > floor else None,
+        left=principal_angles(before.U[:, :k], after.U[:, :k]),
+        right=principal_angles(before.V[:, :k], after.V[:, :k]),
+        angle_error=min(_RIGHT_ANGLE, _subspace_error(before, k, rows) + _subspace_error(after, k, rows)),
+        relative_gap=gap / float(before.S[k]) if float(before.S[k]) > floor else None,
         well_defined=gap > update_norm,
-        wedin_angle=_wedin_angle(base.S, tuned.S, k, update_norm),
+        wedin_angle=_wedin_angle(before.S, after.S, k, update_norm),
         shift=float((tuned_values - base_values).norm()) / update.base_norm,
         shift_bound=update.norm / update.base_norm,
-        expected_shift=_expected_shift(update, base.values, gaussian_values),
-        shift_top_k=float((tuned.S[:k] - base.S[:k]).norm() / base.S[:k].norm()),
+        expected_shift=_expected_shift(update, base_values, gaussian_values),
+        shift_top_k=float((after.S[:k] - before.S[:k]).norm() / before.S[:k].norm()),
         gaussian=gaussian,
         signs=signs,
-        **_energies(update, base.U[:, :k], base.V[:, :k]),
+        **_energies(update, before.U[:, :k], before.V[:, :k]),
         **_expected_energies(rows, columns, k),
         curve_index=places,
         curve_base=[float(base_values[place - 1]) for place in places],
@@ -237,11 +249,8 @@ def curve_places(length: int) -> list[int]:
 def _subspace_error(found: LowRank, k: int, rows: int) -> float:
     """Return a bound (degrees) on the angle between the computed and the true top-k subspaces."""
     largest, last, following = (float(found.S[place]) for place in (0, k - 1, k))
-    if found.error is None:
-        # The Gram matrix is good to max(m, n) eps s_1^2, its eigenvectors to that over the gap of the squares.
-        noise, gap = rows * 2.0**-52 * largest**2, last**2 - following**2
-    else:
-        noise, gap = found.error, last - following - found.error
+    # The Gram matrix is good to max(m, n) eps s_1^2, its eigenvectors to that over the gap of the squares.
+    noise, gap = rows * 2.0**-52 * largest**2, last**2 - following**2
     return _degrees_of_sine(noise, gap)
 
 
@@ -257,31 +266,45 @@ def _degrees_of_sine(numerator: float, denominator: float) -> float:
     return math.degrees(math.asin(numerator / denominator))
 
 
+def _tuned(update: UpdateMatrix, base: Spectrum, k: int) -> tuple[LowRank, Tensor]:
+    """Return the top k of the tuned matrix, and all its singular values."""
+    rows = update.tuned_rows
+    gram, found = rows.gram(), None
+    if update.shape[1] >= _ITERATED_SIDE and update.norm <= _SMALL * update.base_norm:
+        times = functools.partial(torch.mm, gram)
+        found = nearby_top_k(rows, base, k, tolerance=_TOLERANCE, iterations=_ITERATIONS, normal_times=times)
+    if found is None:
+        whole = eigenvectors(gram)
+        found, values = whole.top(rows, k), whole.values
+    else:
+        values = singular_values(gram)
+    return found, torch.cat((found.S, values[k:]))
+
+
 def _random_update(
-    update: UpdateMatrix, kind: Literal["gaussian", "signs"], base: LowRank, k: int, seed: int
+    update: UpdateMatrix, kind: Literal["gaussian", "signs"], around: Spectrum, base: LowRank, k: int, seed: int
 ) -> tuple[RandomUpdate, Tensor | None]:
     """Return the effect of a random update on the base, and all singular values after it, if they were computed."""
-    rows = _perturbed(update, kind, seed)
+    rows, values = _perturbed(update, kind, seed), None
     found = None
-    # Of a tall matrix the Gram matrix is the larger part of the work, and iterations save none of it.
-    tall = update.shape[0] > _TALL * update.shape[1]
-    if base.exact and not tall and update.norm <= _SMALL * update.base_norm:
-        found = nearby_top_k(rows, base, k, tolerance=_RANDOM_TOLERANCE)
+    if update.norm <= _SMALL * update.base_norm:
+        found = nearby_top_k(rows, around, k, tolerance=_RANDOM_TOLERANCE, iterations=_RANDOM_ITERATIONS)
     if found is None:
-        # A baseline can be less accurate than the measured angles: one cycle from a near start.
-        found = top_k(rows, k, seed=derive_seed(seed, kind), start=base.V, cycles=1)
+        whole = spectrum(rows)
+        found = whole.top(rows, k)
+        values = torch.cat((found.S, whole.values[k:]))
     left = principal_angles(base.U[:, :k], found.U[:, :k])
     right = principal_angles(base.V[:, :k], found.V[:, :k])
     means = {"left_mean": statistics.fmean(left), "right_mean": statistics.fmean(right)}
-    return RandomUpdate(left_largest=left[-1], right_largest=right[-1], **means), found.values
+    return RandomUpdate(left_largest=left[-1], right_largest=right[-1], **means), values
 
 
-def _expected_shift(update: UpdateMatrix, base: Tensor | None, values: Tensor | None) -> float | None:
+def _expected_shift(update: UpdateMatrix, base: Tensor, values: Tensor | None) -> float | None:
     """Return the shift by the Gaussian update; ``values`` are the base's after it, where they were computed."""
     if update.norm <= _SMALL * update.base_norm:
         # Each value moves by u^T E v, normal with the variance of E's entries; there are min(m, n) of them.
         return update.norm / update.base_norm / math.sqrt(update.shape[0])
-    if base is None or values is None:
+    if values is None:
         return None
     return float((values - base).norm()) / update.base_norm
 
@@ -296,17 +319,17 @@ def _perturbed(update: UpdateMatrix, kind: Literal["gaussian", "signs"], seed: i
         generator = torch.Generator().manual_seed(derive_seed(seed, kind, start))
         shape = (stop - start, update.shape[1])
         if kind == "gaussian":
-            noise = torch.randn(shape, generator=generator).to(torch.float64) * scale
+            noise = torch.randn(shape, generator=generator).to(update.device).to(torch.float64) * scale
         else:
             signs = torch.randint(0, 2, shape, generator=generator, dtype=torch.int8).mul_(2).sub_(1)
-            noise = update_rows.piece(start, stop) * signs
+            noise = update_rows.piece(start, stop) * signs.to(update.device)
         return noise.add_(base_rows.piece(start, stop))
 
-    return Rows(update.shape, piece).held()
+    return Rows(update.shape, piece, update.device).held()
 
 
 def _energies(update: UpdateMatrix, left: Tensor, right: Tensor) -> dict[str, float]:
-    projected = torch.zeros(left.shape[1], right.shape[0], dtype=torch.float64)
+    projected = torch.zeros(left.shape[1], right.shape[0], dtype=torch.float64, device=left.device)
     right_square = 0.0
     for start, stop, piece in update.update_rows.pieces():
         projected.addmm_(left[start:stop].T, piece)

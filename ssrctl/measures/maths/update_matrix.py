@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ssrctl.measures.maths.low_rank import Rows, difference, plain
+from ssrctl.measures.maths.low_rank import CPU, Rows, difference, plain
 
 # Elements up to which a pair is converted once and for all: 32 MiB each.
 _SMALL = 1 << 22
@@ -34,6 +34,7 @@ class UpdateMatrix:
         rounding_norm: expected Frobenius norm of the rounding errors of the tuned weights, if each was rounded once
             to its dtype from a value spread evenly within its step: sqrt(sum of (step^2 / 12)). The coarser dtype of
             base and tuned counts.
+        device: where products and decompositions are computed.
     """
 
     base: Tensor
@@ -46,6 +47,7 @@ class UpdateMatrix:
     changed_rows: int
     changed_columns: int
     rounding_norm: float
+    device: torch.device = CPU
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -55,21 +57,26 @@ class UpdateMatrix:
     @property
     def base_rows(self) -> Rows:
         """The base in float64 pieces."""
-        return plain(self.base)
+        return plain(self.base, self.device)
 
     @property
     def tuned_rows(self) -> Rows:
         """The tuned matrix in float64 pieces."""
-        return plain(self.tuned)
+        return plain(self.tuned, self.device)
 
     @property
     def update_rows(self) -> Rows:
         """D in float64 pieces; for weights of 16 bits the subtraction is exact."""
-        return difference(self.base, self.tuned)
+        return difference(self.base, self.tuned, self.device)
 
 
-def read_update(base: Tensor, tuned: Tensor) -> UpdateMatrix | Unmeasured:
-    """Read the update of a pair of matrices ``[m, n]`` of any real floating dtypes.
+def read_update(base: Tensor, tuned: Tensor, device: torch.device | str = "cpu") -> UpdateMatrix | Unmeasured:
+    """Read the update of a pair of matrices ``[m, n]`` of any real floating dtypes, on the CPU.
+
+    Args:
+        base: before.
+        tuned: after.
+        device: for the products and decompositions that follow.
 
     Returns:
         ``Unmeasured`` when weights are NaN or infinite, or so large or small that their squares are.
@@ -117,6 +124,7 @@ def read_update(base: Tensor, tuned: Tensor) -> UpdateMatrix | Unmeasured:
         changed_rows=changed_rows,
         changed_columns=int(changed_columns.sum()),
         rounding_norm=math.sqrt(rounding_square),
+        device=torch.device(device),
     )
 
 

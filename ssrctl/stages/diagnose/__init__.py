@@ -35,10 +35,18 @@ def _refuse_without_effect(config: DiagnoseConfig) -> None:
     mode = "--jaccard" if config.jaccard else "--intervene" if config.intervene is not None else None
     if mode is None:
         return
-    names = ["series", "pairs", "measures", "picture", "prompts", "protect", "assert_frozen", "assert_moved"] + [
-        "layers"
-    ] * config.jaccard
-    for name in names:
+    names = [
+        "series",
+        "pairs",
+        "measures",
+        "picture",
+        "prompts",
+        "protect",
+        "assert_frozen",
+        "assert_moved",
+        "exit_code",
+    ]
+    for name in names + ["layers"] * config.jaccard + ["device"] * (config.device != "cpu"):
         if getattr(config, name):
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag} has no effect with {mode}", f"leave out {flag}, or compare checkpoints with it")

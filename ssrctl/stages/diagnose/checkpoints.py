@@ -16,6 +16,8 @@ from ssrctl.errors import CheckFailed, UserError
 from ssrctl.measures.base import Findings, Measure, Mode, PairMeasure, Taken, registered, take
 from ssrctl.measures.matrix_measure import MatrixMeasure
 from ssrctl.measures.published import published_section, unusual
+from ssrctl.measures.sparsity import Sparsity
+from ssrctl.models.precision import resolve_device
 from ssrctl.report.document import Document, Section
 from ssrctl.report.formats import text_safe
 from ssrctl.report.write import show_plan, write_report
@@ -50,6 +52,7 @@ def diagnose_checkpoints(config: DiagnoseConfig) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         comparison = open_pairs(stack, pairs, config.layers, config)
         _check_picture(config, comparison, chosen)
+        _check_device(config, chosen)
         measures = [measure(comparison, config, run) for measure in chosen]
         if of_matrices := [measure for measure in measures if isinstance(measure, MatrixMeasure)]:
             of_matrices[0].note_duration()
@@ -66,6 +69,7 @@ def diagnose_checkpoints(config: DiagnoseConfig) -> dict[str, Any]:
             "atol": config.atol,
             "eta": config.bf16_rtol,
             "rule": config.changed_by,
+            "identical": _identical(taken, comparison),
             "failed": report.failed,
             "headlines": report.headlines,
             "notes": report.notes,
@@ -76,6 +80,12 @@ def diagnose_checkpoints(config: DiagnoseConfig) -> dict[str, Any]:
     if report.failed:
         raise CheckFailed(" ".join(report.failed), result=written)
     return written
+
+
+def _identical(taken: list[Taken[Any]], comparison: Comparison) -> bool:
+    """Return True if no compared weight differs bit for bit from the base, and no side has weights that the other lacks."""
+    counted = [one.result.changes.total for one in taken if isinstance(one.measure, Sparsity)]
+    return not (comparison.one_sided or any(total.num_bit_changed for total in counted))
 
 
 def _pairs(config: DiagnoseConfig) -> tuple[list[tuple[Path, Path]], Path | None]:
@@ -131,6 +141,22 @@ def _check_picture(config: DiagnoseConfig, comparison: Comparison, chosen: list[
         raise UserError(
             f"--picture: {config.picture} is not a matrix that is compared",
             f"name one of {len(matrices)}, such as {near[0]}" if near else "compare checkpoints with matrices",
+        )
+
+
+def _check_device(config: DiagnoseConfig, chosen: list[type[Measure[Any, Any]]]) -> None:
+    """Refuse a device that is not there, without float64, or for nothing to compute on.
+
+    Raises:
+        UserError: it is one.
+    """
+    if config.device == "cpu":
+        return
+    if not {"rank", "spectrum", "landing"} & {measure.name for measure in chosen}:
+        raise UserError("--device has no effect without rank, spectrum or landing", "add one of them to --measures")
+    if resolve_device(config.device).type == "mps":
+        raise UserError(
+            "--device mps: it has no float64, in which ranks and angles are computed", "leave out --device for the CPU"
         )
 
 
