@@ -19,12 +19,13 @@ import torch
 from common import goal, machine
 
 from ssrctl.checkpoints.delta import changed_indices
+from ssrctl.checkpoints.stored_tensors import StoredTensors
 from ssrctl.configs import ModelConfig, SamplingConfig
 from ssrctl.configs.engines import RolloutOptions
 from ssrctl.core.kronos import KronosOpt
 from ssrctl.models.loading import folder_of, load_model
 from ssrctl.sampling.engines.base import Changes
-from ssrctl.sampling.engines.vllm_engine import VllmServerEngine, stored_names
+from ssrctl.sampling.engines.vllm_engine import VllmServerEngine
 from ssrctl.training.updaters.base import values_at
 
 LIMIT = 1 / 20
@@ -37,8 +38,8 @@ def timed(call: Callable[[], Any]) -> tuple[float, float, Any]:
     return time.perf_counter() - wall, time.process_time() - cpu, result
 
 
-def stepped(model: torch.nn.Module, share: float, lr: float, seed: int) -> Changes:
-    """Take one step of KronosOpt on random gradients; return the coordinates whose stored bits changed."""
+def stepped(model: torch.nn.Module, share: float, lr: float, seed: int) -> tuple[Changes, dict[str, torch.Tensor]]:
+    """Take one step of KronosOpt on random gradients; return the coordinates whose bits changed, and the values before."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = KronosOpt(model.named_parameters(), lr=lr, budget=share, max_step_budget=share)
     optimizer.begin_question(1)
@@ -53,7 +54,11 @@ def stepped(model: torch.nn.Module, share: float, lr: float, seed: int) -> Chang
     optimizer.step()
     after = values_at(named, places)
     changed = {name: changed_indices(before[name][1], after[name][1]) for name in before}
-    return {name: (after[name][0][kept], after[name][1][kept]) for name, kept in changed.items() if kept.numel()}
+    changed = {name: kept for name, kept in changed.items() if kept.numel()}
+    return (
+        {name: (after[name][0][kept], after[name][1][kept]) for name, kept in changed.items()},
+        {name: before[name][1][kept] for name, kept in changed.items()},
+    )
 
 
 def main() -> None:
@@ -69,8 +74,8 @@ def main() -> None:
     config = ModelConfig(model=args.model, dtype=args.dtype)
     loaded = load_model(config)
     options = RolloutOptions(rollout_engine="vllm-server", rollout_server_url=[args.url])
-    names = stored_names(folder_of(config), loaded.shapes())
-    engine = VllmServerEngine(loaded, args.model, SamplingConfig(), options, names)
+    stored = StoredTensors.of(folder_of(config), loaded.shapes())
+    engine = VllmServerEngine(loaded, args.model, SamplingConfig(), options, stored)
     engine.connect()
     full = statistics.median(timed(lambda: engine.push(None))[0] for _ in range(args.repeats))
     reload = statistics.median(
@@ -87,8 +92,8 @@ def main() -> None:
     for share in args.shares:
         rows = []
         for seed in range(args.repeats):
-            changes = stepped(loaded.model, share, args.lr, seed)
-            wall, cpu, done = timed(lambda changes=changes: engine.push(changes))  # type: ignore[misc]
+            changes, before = stepped(loaded.model, share, args.lr, seed)
+            wall, cpu, done = timed(lambda new=changes, old=before: engine.push(new, old))  # type: ignore[misc]
             assert done.kind == "changes", done
             named = dict(loaded.model.named_parameters())
             _, diff, found = timed(lambda named=named: {n: changed_indices(snapshot[n], p) for n, p in named.items()})  # type: ignore[misc]

@@ -25,7 +25,8 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ssrctl.checkpoints.delta import INT32_MAX, Delta, dtype_name
-from ssrctl.checkpoints.names import FUSED, Part
+from ssrctl.checkpoints.names import FUSED
+from ssrctl.checkpoints.stored_tensors import StoredTensors
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -83,7 +84,8 @@ def vllm_sparse_patches(
     rounded = {name: (indices, _rounded(name, values, dtype)) for name, (indices, values) in delta.changes.items()}
     shapes: Mapping[str, tuple[int, ...]] = delta.shapes
     if base is not None:
-        rounded, shapes = _as_stored(rounded, delta.shapes, base)
+        stored = StoredTensors.of(base, delta.shapes)
+        rounded, shapes = stored.changes(rounded), stored.shapes
     if layout == "checkpoint":
         for name, (_, values) in rounded.items():
             if base is None and _JOINED.search(name):
@@ -111,35 +113,6 @@ def vllm_update_info(patches: Iterable[SparsePatch]) -> dict[str, Any]:
         "shapes": [list(patch.full_shape) for patch in listed],
         "num_updates_list": [patch.indices.numel() for patch in listed],
     }
-
-
-def _as_stored(
-    changes: Mapping[str, tuple[Tensor, Tensor]], shapes: Mapping[str, tuple[int, ...]], base: str | Path
-) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, tuple[int, ...]]]:
-    """Return changes of parameters as changes of a folder's tensors, and the shapes of these."""
-    import torch
-
-    from ssrctl.checkpoints.reader import TensorReader
-
-    found: dict[str, tuple[Tensor, Tensor]] = {}
-    with TensorReader(base) as reader:
-        reader.align(shapes)
-        stored = {name: one.shape for file in reader.files for name, one in reader.stored_in(file).items()}
-        for name, (indices, values) in changes.items():
-            if name not in reader.shapes or reader.shapes[name] != shapes[name]:
-                raise ValueError(f"{base} has no tensors that make up {name} of shape {list(shapes[name])}")
-            start = 0
-            whole = (Part(reader.name_map.to_file(name), 0, math.prod(shapes[name])),)
-            for part in reader.name_map.joined.get(name, whole):
-                first, past = torch.searchsorted(indices, torch.tensor([start, start + part.count])).tolist()
-                before = found.get(part.name, (indices[:0], values[:0]))
-                mine = indices[first:past] - start + part.start, values[first:past]
-                found[part.name] = (torch.cat([before[0], mine[0]]), torch.cat([before[1], mine[1]]))
-                start += part.count
-    for name, (indices, values) in found.items():
-        order = indices.argsort()
-        found[name] = (indices[order], values[order])
-    return found, stored
 
 
 def _rounded(name: str, values: Tensor, dtype: torch.dtype | None) -> Tensor:

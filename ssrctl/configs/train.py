@@ -374,6 +374,11 @@ class TrainConfig(
             self._check_sharding()
         elif self.sampling_weights != "whole":
             raise UserError(f"--sampling-weights {self.sampling_weights} is for --sharding fsdp2", "leave it out")
+        if self.sampling_weights != "whole" and self.rollout_engine != "transformers":
+            raise UserError(
+                f"--sampling-weights {self.sampling_weights} is for --rollout-engine transformers: a server has all weights",
+                "leave it out",
+            )
 
     def _check_sharding(self) -> None:
         """Refuse what does not work on shards."""
@@ -458,6 +463,11 @@ class TrainConfig(
         if odd := [name for name in kronos_only if getattr(self, name) != defaults[name]]:
             flags = ", ".join(flag(type(self), name) for name in odd)
             raise UserError(f"{flags} has no meaning for adamw", "use --optimizer kronos")
+
+    @property
+    def gathers_whole(self) -> bool:
+        """True if each process of a sharded run holds all weights while it samples."""
+        return self.sampling_weights == "whole" and self.rollout_engine == "transformers"
 
     @property
     def correction_level(self) -> str:

@@ -112,18 +112,18 @@ def unpack_unit(packed: Tensor, numbering: Numbering) -> KeptUnit:
     return unit
 
 
-def pack_indices(where: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ascending numbers (int64 ``[k]``) as the bits of their high parts and their low bytes, both uint8."""
+def pack_indices(where: Tensor, low_bits: int = 8) -> tuple[Tensor, Tensor]:
+    """Return ascending numbers (int64 ``[k]``) as the bits of their high parts and their low parts, both uint8."""
     if not where.numel():
         return torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.uint8)
-    places = (where >> 8) + torch.arange(where.numel(), device=where.device)
-    return bits_from_indices(places, int(places[-1]) + 1), (where & 255).to(torch.uint8)
+    places = (where >> low_bits) + torch.arange(where.numel(), device=where.device)
+    return bits_from_indices(places, int(places[-1]) + 1), (where & ((1 << low_bits) - 1)).to(torch.uint8)
 
 
-def unpack_indices(high: Tensor, low: Tensor) -> Tensor:
+def unpack_indices(high: Tensor, low: Tensor, low_bits: int = 8) -> Tensor:
     """Return the numbers (int64) that ``pack_indices`` packed."""
     found = bits_to_indices(high, 8 * high.numel())
-    return ((found - torch.arange(low.numel(), device=low.device)) << 8) + low
+    return ((found - torch.arange(low.numel(), device=low.device)) << low_bits) + low
 
 
 def _runs(order: list[int], cuts: list[int], numbering: Numbering) -> list[list[int]]:

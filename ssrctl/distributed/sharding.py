@@ -233,6 +233,15 @@ class ShardedModel:
             indices[name] = whole[rows.own(whole)] - rows.start
         return BlockMask.from_indices(self.shapes(), indices)
 
+    def whole_weights(self) -> dict[str, Tensor]:
+        """Join the processes' rows on the main one, on the CPU, tensor by tensor; empty on the others."""
+        found = {}
+        for name, local in self.local_parameters():
+            parts = self.world.gather_on_main(local.detach().cpu().clone())
+            if parts:
+                found[name] = torch.cat(parts)
+        return found
+
     def whole_indices(self, indices: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Join the processes' flat indices on the main one, tensor by tensor; empty on the others."""
         return {name: whole for name, (whole, _) in self._joined_changes({n: (i, i) for n, i in indices.items()})}

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from ssrctl.errors import LostProcess, UserError
+from ssrctl.errors import LostProcess, Stopped, UserError
 from ssrctl.io import console
 from ssrctl.process_rank import is_launched, num_launched, rank
 
@@ -119,14 +119,14 @@ class World:
         return result
 
     def together(self, call: Callable[[], T]) -> T:
-        """Return this process's result of ``call``; a UserError in one process is raised in all."""
+        """Return this process's result of ``call``; a UserError or Stopped in one process is raised in all."""
         if self.size == 1:
             return call()
         result: Any = None
-        failed: UserError | None = None
+        failed: UserError | Stopped | None = None
         try:
             result = call()
-        except UserError as error:
+        except (UserError, Stopped) as error:
             failed = error
         for of_process in self.gather(failed):
             if of_process is not None:

@@ -65,7 +65,7 @@ def _run(config: CriticConfig, world: World | None = None) -> dict[str, Any]:
     do = _score if config.calibrate is None else functools.partial(_calibrate, _labelled(config))
     is_main = world is None or world.is_main
     locked = locked_file(Path(config.output)) if is_main and config.output != STDIO else contextlib.nullcontext()
-    with locked, contextlib.closing(_make(config)) as critic:
+    with locked, contextlib.closing(_make(config, world)) as critic:
         if world is None or world.size == 1:
             return do(config, critic)
         from ssrctl.critics.rollout import EstimateJob, Estimates, RolloutCritic
@@ -131,7 +131,7 @@ def _records_path(config: CriticConfig) -> str:
     return config.output if config.output_format == OURS.name else f"{config.output}.records.jsonl"
 
 
-def _make(config: CriticConfig) -> Critic:
+def _make(config: CriticConfig, world: World | None = None) -> Critic:
     def policy() -> Any:
         from ssrctl.models.loading import describe_model, load_model
 
@@ -141,9 +141,10 @@ def _make(config: CriticConfig) -> Critic:
         return loaded
 
     def engine(loaded: LoadedModel) -> Engine | None:
+        from ssrctl.distributed.world import ALONE
         from ssrctl.sampling.engines.vllm_engine import connected_engine
 
-        return connected_engine(config, loaded)
+        return connected_engine(config, loaded, world or ALONE)
 
     prompt_format = load_prompt_format(config)
     resources = CriticResources(

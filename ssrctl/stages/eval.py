@@ -321,7 +321,7 @@ def _draw(config: EvalConfig, loaded: LoadedModel, prompts: Sequence[Prompted], 
     from ssrctl.sampling.engines.vllm_engine import connected_engine
     from ssrctl.training.kl_to_base import KlToBase
 
-    engine = connected_engine(config, loaded)
+    engine = connected_engine(config, loaded, world)
     kl_to = None if config.kl_to is None else KlToBase(loaded, config, config.kl_to)
     per_run = config.num_samples
     jobs = [(p, run * per_run + number) for run in range(config.runs) for p in prompts for number in range(per_run)]

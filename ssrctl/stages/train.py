@@ -169,10 +169,10 @@ def _check_processes(config: TrainConfig, world: World) -> None:
     """Raise a UserError for what several processes cannot divide."""
     processes = max(world.size, config.num_processes or 1)
     questions, responses = config.questions_per_step, config.questions_per_step * config.num_generations
-    if config.rollout_engine != "transformers" and (processes > 1 or config.find_lr):
+    if config.rollout_engine != "transformers" and config.find_lr:
         raise UserError(
-            f"--rollout-engine {config.rollout_engine} samples for a run of one process, without --find-lr",
-            "use --rollout-engine transformers there",
+            f"--find-lr samples in this process, not with --rollout-engine {config.rollout_engine}",
+            "leave out --rollout-engine, and give the rate to the run with it",
         )
     if config.sharding != "none":
         if processes > config.num_generations:
@@ -249,7 +249,7 @@ def _run(config: TrainConfig, run_dir: RunDir, world: World, judges: _Judges) ->
     agree(world, config, loaded, prompts, more)
     scores_here = world.is_main or config.critic == "rollout"
     ledger = run_dir.path / CRITIC_CALLS if config.critic == "llm" and not config.find_lr else None
-    engine = served_engine(config, loaded)
+    engine = served_engine(config, loaded, world, sharded)
     made: Any = contextlib.nullcontext()
     if scores_here:
         made = contextlib.closing(judges.make_critic(config, loaded, ledger, engine))
@@ -267,7 +267,9 @@ def _run(config: TrainConfig, run_dir: RunDir, world: World, judges: _Judges) ->
         updater = make_updater(parameters, config, protected, mask, world, sharded)
         pushes = None
         if engine is not None:
-            pushes = WeightPushes(engine, updater, dict(parameters), verify_every=config.verify_engine_every)
+            named = dict(parameters if sharded is None else sharded.local_parameters())
+            every = config.verify_engine_every
+            pushes = WeightPushes(engine, updater, named, verify_every=every, world=world, sharded=sharded)
         step = TrainingStep(
             loaded,
             critic,
@@ -325,7 +327,7 @@ def _check_whole_weights(config: TrainConfig, loaded: LoadedModel, world: World)
     )  # the machine's memory is shared
     free = min(world.gather(math.inf if found is None else found / sharing))
     needed = loaded.num_parameters * itemsize_of(config, loaded.model)
-    if config.sampling_weights == "whole" and needed > free:
+    if config.gathers_whole and needed > free:
         raise UserError(
             f"sampling would gather {needed / 2**30:.3g} GiB of weights in each process, {max(free, 0) / 2**30:.3g} GiB are "
             "free",
@@ -503,13 +505,16 @@ def _exchange_of_shards(
     config: TrainConfig, count: int, itemsize: int, processes: int
 ) -> tuple[float, float, dict[str, Any]]:
     """Return the bytes that a process sends per step, those that it holds, and further facts, with ``--sharding``."""
-    whole = config.sampling_weights == "whole"
+    whole = config.gathers_whole
+    passes = 1 if whole else math.ceil(config.questions_per_step / processes) * config.max_new_tokens
+    if config.rollout_engine != "transformers":
+        passes = 0
     sent = sharded_bytes_sent(
         count,
         itemsize=itemsize,
         questions=config.questions_per_step,
         units=num_units(config),
-        sampling_passes=1 if whole else math.ceil(config.questions_per_step / processes) * config.max_new_tokens,
+        sampling_passes=passes,
         processes=processes,
     )
     facts = {"gib_of_whole_weights_in_sampling": round(count * itemsize / 2**30, 3) if whole else 0.0}

@@ -146,7 +146,7 @@ class MemoryPlanner:
             sampling=int(
                 held_while_sampling * (1 + 2 / len(self.layers.kinds)) + sampled * self.vocabulary * 4 * SAMPLED_LOGITS
             )
-            + (whole if self.shards > 1 and config.sampling_weights == "whole" else 0),
+            + (whole if self.shards > 1 and config.gathers_whole else 0),
         )
 
     def cheapest(self, config: TrainConfig, limit: int) -> TrainConfig | None:

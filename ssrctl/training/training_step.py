@@ -14,7 +14,7 @@ import itertools
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -39,7 +39,7 @@ from ssrctl.distributed.world import ALONE, World
 from ssrctl.errors import UserError
 from ssrctl.io.mask_log import QuestionLog, UnitLog
 from ssrctl.models.loading import LoadedModel
-from ssrctl.sampling.engines.base import Engine
+from ssrctl.sampling.engines.base import Engine, StaleSamples
 from ssrctl.sampling.engines.transformers_engine import TransformersEngine
 from ssrctl.sampling.groups import Group, Prompted, join_groups, sample_groups
 from ssrctl.training.credit import group_advantages
@@ -344,9 +344,9 @@ class TrainingStep:
 
         def made(wanted: Sequence[Prompted], seed: int) -> list[Group]:
             with totals.timed("sample"):
-                mine = self.world.together(lambda: self._sample(wanted, seed))
+                mine = self._drawn(lambda: self.world.together(lambda: self._sample(wanted, seed)))
             with totals.timed("score"):
-                return self._scored(mine)
+                return self._drawn(lambda: self._scored(mine))
 
         groups = made(prompts, seed)
         for again in range(self.config.resample_without_signal):
@@ -358,6 +358,16 @@ class TrainingStep:
             for place, group in zip(silent, fresh, strict=True):
                 groups[place] = group
         return groups
+
+    def _drawn(self, call: Callable[[], T]) -> T:
+        """Call what samples; once more, after all processes have healed the engine, if all raise StaleSamples."""
+        try:
+            return call()
+        except StaleSamples as stale:
+            if self.pushes is None or self.world.size == 1:  # which has healed it
+                raise
+            self.pushes.engine.heal(stale.message)
+        return call()
 
     def _sample(self, prompts: Sequence[Prompted], seed: int) -> list[_Sampled]:
         """Sample this process's responses."""
@@ -397,9 +407,14 @@ class TrainingStep:
         config, world = self.config, self.world
         if config.critic == "rollout" and config.sample_together == "question":
             assert self.critic is not None
-            with self._passes_together():
-                for _, group in mine:
-                    score_groups([group], self.critic, config.answer_extraction, self.rewards)
+            critic = self.critic
+
+            def score_own() -> None:
+                with self._passes_together():
+                    for _, group in mine:
+                        score_groups([group], critic, config.answer_extraction, self.rewards)
+
+            world.together(score_own)
             return _whole_groups(world.gather(mine))
         parts = world.gather_on_main(mine)
 
@@ -488,10 +503,10 @@ class TrainingStep:
         return self.sharded.share(batch.known.sum(1).tolist())
 
     def _passes_together(self) -> contextlib.AbstractContextManager[None]:
-        """Let each process run the model as often as it needs."""
-        if self.sharded is None:
+        """Let each process run the model as often as it needs to sample."""
+        if self.sharded is None or self.pushes is not None:
             return contextlib.nullcontext()
-        return self.sharded.each_as_often(whole=self.config.sampling_weights == "whole")
+        return self.sharded.each_as_often(whole=self.config.gathers_whole)
 
     def _wanted(self, log_masks: bool, log_gradient: bool) -> Wanted:
         sets = log_masks and self.config.optimizer == "kronos"

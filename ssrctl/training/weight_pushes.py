@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ssrctl.core.bits import bit_patterns
+from ssrctl.distributed.sharding import ShardedModel
+from ssrctl.distributed.world import ALONE, World
 from ssrctl.errors import Stopped
 from ssrctl.io import console
 from ssrctl.sampling.engines.base import ServedEngine
@@ -18,24 +20,38 @@ from ssrctl.training.updaters.base import Updater, values_at
 class WeightPushes:
     """Collects the coordinates whose stored bits the optimizer's steps change, and pushes them before the next sampling.
 
+    Of several processes the main one pushes; where each has a shard of the model, each collects in its own rows.
+
     Args:
         engine: that samples; it has the weights in force.
         updater: that writes them.
-        named: the parameters by name.
+        named: the parameters by name, of a sharded model this process's rows.
         verify_every: number of steps after which the engine is compared with itself after a push of all weights; 0 never.
+        world: the processes; all call the methods.
+        sharded: the model, where each of them has a shard of it.
     """
 
     def __init__(
-        self, engine: ServedEngine, updater: Updater, named: Mapping[str, Tensor], *, verify_every: int = 0
+        self,
+        engine: ServedEngine,
+        updater: Updater,
+        named: Mapping[str, Tensor],
+        *,
+        verify_every: int = 0,
+        world: World = ALONE,
+        sharded: ShardedModel | None = None,
     ) -> None:
         self.engine, self.updater, self.named, self.verify_every = engine, updater, named, verify_every
-        self._written: dict[str, list[Tensor]] = {}
+        self.sharded, self._collects = sharded, world.is_main or sharded is not None
+        self._written: dict[str, list[tuple[Tensor, Tensor]]] = {}  # indices, and the values there before
         self._all = False  # any coordinate may have changed
         self._steps = 0
 
     @torch.no_grad()
     def step(self) -> dict[str, float | None]:
         """Let the updater step; note what it changes."""
+        if not self._collects:
+            return self.updater.step()
         places = self.updater.pending()
         if places is None:
             self._all = True
@@ -45,7 +61,7 @@ class WeightPushes:
         for name, old in before.items():
             where = places[name]
             changed = bit_patterns(self.named[name].view(-1)[where]) != bit_patterns(old)
-            self._written.setdefault(name, []).append(where[changed])
+            self._written.setdefault(name, []).append((where[changed], old[changed]))
         return metrics
 
     def push(self) -> dict[str, Any]:
@@ -54,11 +70,14 @@ class WeightPushes:
         Raises:
             Stopped: the engine is gone, or does not compute with the trainer's weights.
         """
-        changes = None
+        changes = before = None
         if not self._all:
-            union = {name: torch.cat(parts).unique() for name, parts in self._written.items()}
-            changes = values_at(self.named, union)
-        done = self.engine.push(changes)
+            written = {name: _joined(parts) for name, parts in self._written.items()}
+            changes = values_at(self.named, {name: where for name, (where, _) in written.items()})
+            if self.sharded is not None:
+                changes, written = self.sharded.whole_changes(changes), self.sharded.whole_changes(written)
+            before = {name: written[name][1].cpu() for name in changes}
+        done = self.engine.push(changes, before)
         self._written, self._all = {}, False
         if done.kind != "none":
             self.engine.check()
@@ -90,3 +109,13 @@ class WeightPushes:
                 "of changes before it, which was not applied as it was sent"
             )
         console.note(f"the engine computes the same after a push of all {full.num_bytes} bytes")
+
+
+def _joined(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Join (flat indices, values before) of several steps: ascending indices, each with its earliest value."""
+    where, old = parts[0]
+    for later, values in parts[1:]:
+        fresh = ~torch.isin(later, where)
+        where, old = torch.cat([where, later[fresh]]), torch.cat([old, values[fresh]])
+    order = where.argsort()
+    return where[order], old[order]

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+from ssrctl.checkpoints.stored_tensors import StoredTensors
 from ssrctl.configs import ModelConfig, SamplingConfig, ServeRolloutsConfig, TrainConfig
 from ssrctl.configs.engines import RolloutOptions
 from ssrctl.errors import Stopped, UserError
@@ -54,20 +55,22 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def engine_of(url: str, **options: Any) -> VllmServerEngine:
     loaded = load_model(ModelConfig(dtype="float32"))
     made = RolloutOptions(rollout_engine="vllm-server", rollout_server_url=[url], rollout_server_timeout=0, **options)
-    names = {name: name for name in loaded.shapes()}
-    return VllmServerEngine(loaded, "tiny-reasoner", SamplingConfig(max_new_tokens=32), made, names)
+    return VllmServerEngine(
+        loaded, "tiny-reasoner", SamplingConfig(max_new_tokens=32), made, StoredTensors.same(loaded.shapes())
+    )
 
 
-def changed(engine: VllmServerEngine, seed: int) -> Changes:
-    """Change 1% of every tensor of the trainer."""
-    generator, changes = torch.Generator().manual_seed(seed), {}
+def changed(engine: VllmServerEngine, seed: int) -> tuple[Changes, dict[str, torch.Tensor]]:
+    """Change 2% of every tensor of the trainer; return the changes and the values before."""
+    generator, changes, before = torch.Generator().manual_seed(seed), {}, {}
     for name, parameter in engine.loaded.model.named_parameters():
-        count = max(1, parameter.numel() // 100)
+        count = max(1, parameter.numel() // 50)
         places = torch.randperm(parameter.numel(), generator=generator)[:count].sort().values
         flat = parameter.data.view(-1)
+        before[name] = flat[places].clone()
         flat[places] += 0.05 * torch.randn(count, generator=generator)
         changes[name] = places, flat[places].clone()
-    return changes
+    return changes, before
 
 
 REQUESTS = [Request([1, 5, 6, 7, 9], 32, seed) for seed in range(8)]
@@ -78,8 +81,9 @@ def test_changes_equal_a_push_of_all_weights(url: str, carrier: str) -> None:
     engine = engine_of(url, rollout_push=carrier)
     engine.connect()
     for seed in (1, 2):
-        done = engine.push(changed(engine, seed))
-        assert done.kind == "changes" and done.num_bytes < engine.full_bytes / 50
+        changes, before = changed(engine, seed)
+        done = engine.push(changes, before if carrier == "file" else None)
+        assert done.kind == "changes" and done.num_bytes < engine.full_bytes / 25
         sparse, samples = engine.check(), sample_all(engine, REQUESTS)
         assert sparse.gap_max < 1e-3
         engine.push(None)
@@ -93,7 +97,7 @@ def test_a_push_to_another_base_is_refused_and_healed(url: str) -> None:
     first, second = engine_of(url), engine_of(url)
     first.connect()
     second.connect()  # the server holds this one's weights now
-    assert first.push(changed(first, 3)).kind == "full"
+    assert first.push(*changed(first, 3)).kind == "full"
     assert first.check().gap_max < 1e-3
     second.servers[0].held = second._label
     with pytest.raises(Stopped, match="the probe failed"):
@@ -111,7 +115,7 @@ def test_a_stale_cache_is_noticed(url: str, monkeypatch: pytest.MonkeyPatch) -> 
         "post",
         lambda self, path, *a, **k: plain(self, path.replace("abort", "abort&clear_cache=false"), *a, **k),
     )
-    engine.push(changed(engine, 4))
+    engine.push(*changed(engine, 4))
     with pytest.raises(Stopped, match="does not compute with the trainer's weights"):
         engine.check()
 

@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from ssrctl.errors import UserError
+from ssrctl.errors import Stopped, UserError
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,12 @@ class Probe:
         )
 
 
+class StaleSamples(Stopped):
+    """Responses that were sampled from other weights than those in force."""
+
+
 class ServedEngine(Engine, Protocol):
-    """An engine with weights of its own, which follow the trainer's by pushes.
+    """An engine with weights of its own, which follow the trainer's by pushes; all processes call its methods but ``sample``.
 
     Attributes:
         full_bytes: of all weights.
@@ -127,11 +131,19 @@ class ServedEngine(Engine, Protocol):
     @property
     def full_bytes(self) -> int: ...
 
-    def push(self, changes: Changes | None) -> Push:
+    def push(self, changes: Changes | None, before: Mapping[str, Tensor] | None = None) -> Push:
         """Bring the engine to the trainer's weights.
 
         Args:
             changes: the coordinates that differ from the push before, with their values; None for all weights.
+            before: the values there at the push before, by parameter name, which make a push smaller.
+
+        Raises:
+            Stopped: the engine is gone, or does not take the weights.
+        """
+
+    def heal(self, reason: str) -> None:
+        """Bring the engine to the trainer's weights after ``StaleSamples`` in a process; ``reason`` is its message.
 
         Raises:
             Stopped: the engine is gone, or does not take the weights.

@@ -1,15 +1,18 @@
 """The worker's side of a push: vLLM's weights follow the trainer's.
 
-Changed entries go through vLLM's loader of checkpoint patches, which knows fused layouts and tensor parallelism; whole
-tensors go through its layerwise reload. Each worker knows the version that it holds and refuses changes to another one.
+Changed entries go through the loaders of vLLM's models, which know fused layouts and tensor parallelism; whole tensors go
+through its layerwise reload. Each worker knows the version that it holds and refuses changes to another one.
 """
 
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -21,7 +24,8 @@ from vllm.model_executor.model_loader.checkpoint_weight_patch import (
 )
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from ssrctl.sampling.engines.push_bytes import from_bytes, from_file, unpacked_changes
+from ssrctl.sampling.engines.nearest import marked, place_tails
+from ssrctl.sampling.engines.push_bytes import TensorChanges, from_bytes, from_file, unpacked_changes
 
 
 @dataclass
@@ -83,15 +87,38 @@ class PushedWeights(WeightTransferEngine[InitInfo, UpdateInfo]):
             initialize_layerwise_reload(self.model)
             self.model.load_weights((name, tensor.to(self.device)) for name, tensor in tensors.items())
         else:
-            load_checkpoint_weight_patches(
-                self.model,
-                [
-                    CheckpointWeightPatch(name, shape, values.dtype, values.to(self.device), indices.to(self.device))
-                    for name, (shape, indices, values) in unpacked_changes(tensors, metadata).items()
-                ],
-                validate_unique_indices=False,
-            )
+            self._apply(unpacked_changes(tensors, metadata))
         self._version = update_info.version
+
+    def _apply(self, changes: Sequence[TensorChanges]) -> None:
+        """Write changed entries: those near the weights here by their tails, the others by vLLM's checkpoint patches."""
+        near = [one for one in changes if one.near[0].numel()]
+        tensors = (
+            (one.name, marked(one.shape, one.dtype, *(part.to(self.device) for part in one.near))) for one in near
+        )
+        plain = Tensor.copy_
+
+        def copy_(destination: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+            if destination.shape != source.shape:
+                raise NotImplementedError(f"a loader copies {tuple(source.shape)} into {tuple(destination.shape)}")
+            place_tails(destination, source)
+            return destination
+
+        with torch.no_grad():
+            Tensor.copy_ = copy_  # type: ignore[method-assign, assignment]
+            try:
+                if near:
+                    self.model.load_weights(tensors)
+            finally:
+                Tensor.copy_ = plain  # type: ignore[method-assign]
+        patches = [
+            CheckpointWeightPatch(
+                one.name, one.shape, one.dtype, one.far[1].to(self.device), one.far[0].to(self.device)
+            )
+            for one in changes
+            if one.far[0].numel()
+        ]
+        load_checkpoint_weight_patches(self.model, patches, validate_unique_indices=False)
 
     def finish_weight_update(self) -> None:
         """Finish a reload."""

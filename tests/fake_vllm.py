@@ -192,6 +192,7 @@ class FakeVllm:
                 "model_config": model,
                 "weight_transfer_config": transfer,
                 "cache_config": {"block_size": 32},
+                "device_config": {"device": "cpu"},
             }
         }
 
