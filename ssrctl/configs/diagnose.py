@@ -51,7 +51,7 @@ class MeasureOptions(Config):
     general."""
 
     device: str = "cpu"
-    """Device for the decompositions of rank, spectrum and landing: cpu, cuda, cuda:1; it computes in float64."""
+    """Device for the decompositions of rank, spectrum and landing: cpu, cuda, cuda:1, auto; it computes in float64."""
 
     picture: str | None = None
     """Matrix of which landing and overlap show a picture, and time the rows and columns, by its tensor's name; by default

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ssrctl.checkpoints.gguf import GgufReader
 from ssrctl.checkpoints.pairs import Checkpoint, Comparison
 from ssrctl.checkpoints.reader import DeltaReader, TensorReader
 from ssrctl.configs import DiagnoseConfig
@@ -242,6 +243,9 @@ class FunctionMeasure(Measure[Any, FunctionResult]):
             theirs: StoredParameters | DeltaReader
             if isinstance(checkpoint.reader, DeltaReader):
                 theirs = checkpoint.reader
+            elif isinstance(checkpoint.reader, GgufReader):
+                reader = stack.enter_context(GgufReader(checkpoint.reader.path, ours.shapes))
+                theirs = StoredParameters(reader, [name for name in ours.names if name in reader.shapes], None)
             else:
                 reader = stack.enter_context(TensorReader(checkpoint.reader.path))
                 reader.align(ours.shapes)

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+import ssrctl
 from ssrctl.cli import main
 from ssrctl.report import write as write_report
 
@@ -48,7 +49,8 @@ def write(path: Path, weights: Weights, kind: str, architecture: str = "llama") 
     writer.add_block_count(2)
     writer.add_head_count(HEADS["q_proj"])
     writer.add_head_count_kv(HEADS["k_proj"])
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+    known = gguf.MODEL_ARCH.QWEN3 if architecture == "qwen3" else gguf.MODEL_ARCH.LLAMA
+    names = gguf.get_tensor_name_map(known, 2)
     for name, tensor in weights.items():
         for part, heads in HEADS.items():
             if part in name and architecture == "llama":
@@ -120,3 +122,14 @@ def test_without_the_package_it_is_named(
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
     said = diagnosed(capfd, folder(tmp_path / "base", base), tmp_path / "m.gguf", code=2)
     assert "m.gguf needs the gguf package" in said and "fix: pip install 'ssrctl[gguf]'" in said
+
+
+def test_functions_are_compared(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    base = Path(ssrctl.__file__).parent / "tiny_reasoner" / "weights"
+    weights = load_file(base / "model.safetensors")
+    for name, change in (("same", 0.0), ("other", 0.1)):
+        tuned = {key: one + change * (one.dim() == 1) for key, one in weights.items()}
+        file = write(tmp_path / f"{name}.gguf", tuned, "F32", "qwen3")
+        found = diagnosed(capfd, base, file, "--measures", "function", "--prompts", "tiny-reasoner")
+        (kl,) = [one["kl_base_tuned"]["value"] for one in found["function"]["checkpoints"]]
+        assert (abs(kl) < 1e-8) == (change == 0)

@@ -273,6 +273,7 @@ def test_layers_restrict_what_is_measured(tmp_path: Path, shell: Shell, base: We
     [
         (("--device", "cuda:99", "--measures", "rank"), "device cuda:99 cannot be used"),
         (("--device", "gpu"), "device gpu cannot be used"),
+        (("--device", "mps"), "--device mps: it has no float64"),
         (("--device", "cuda", "--measures", "sparsity"), "--device has no effect without rank, spectrum or landing"),
     ],
 )

@@ -52,7 +52,7 @@ def diagnose_checkpoints(config: DiagnoseConfig) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         comparison = open_pairs(stack, pairs, config.layers, config)
         _check_picture(config, comparison, chosen)
-        _check_device(config, chosen)
+        config = _with_device(config, chosen)
         measures = [measure(comparison, config, run) for measure in chosen]
         if of_matrices := [measure for measure in measures if isinstance(measure, MatrixMeasure)]:
             of_matrices[0].note_duration()
@@ -144,20 +144,21 @@ def _check_picture(config: DiagnoseConfig, comparison: Comparison, chosen: list[
         )
 
 
-def _check_device(config: DiagnoseConfig, chosen: list[type[Measure[Any, Any]]]) -> None:
-    """Refuse a device that is not there, without float64, or for nothing to compute on.
+def _with_device(config: DiagnoseConfig, chosen: list[type[Measure[Any, Any]]]) -> DiagnoseConfig:
+    """Return the settings with the device by its own name.
 
     Raises:
-        UserError: it is one.
+        UserError: it is not there, has no float64, or has nothing to compute.
     """
     if config.device == "cpu":
-        return
+        return config
     if not {"rank", "spectrum", "landing"} & {measure.name for measure in chosen}:
         raise UserError("--device has no effect without rank, spectrum or landing", "add one of them to --measures")
-    if resolve_device(config.device).type == "mps":
+    if config.device.startswith("mps"):
         raise UserError(
             "--device mps: it has no float64, in which ranks and angles are computed", "leave out --device for the CPU"
         )
+    return dataclasses.replace(config, device=str(resolve_device(config.device)))
 
 
 def _files(comparison: Comparison, paths: list[Path]) -> list[Path]:
