@@ -396,7 +396,7 @@ def _load_error(config: ModelConfig, error: Exception, part: str = "") -> UserEr
     if isinstance(error, OSError) and not Path(config.model).expanduser().is_dir() and config.model != TINY:
         return UserError(
             f"model '{config.model}' is not a local folder, and the hub did not provide it: {reason}",
-            "check the name and the network, or download it elsewhere and give --model FOLDER",
+            "check the name and the network, or download it elsewhere and name its folder",
         )
     return UserError(
         f"{part}{config.model} cannot be loaded: {reason}", "check that the folder is complete and its files are whole"

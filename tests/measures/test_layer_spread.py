@@ -9,13 +9,17 @@ import torch
 from ssrctl.measures.layer_spread import expected_gini, layer_spread, spread_rows
 from ssrctl.measures.maths.change import Change, add_up
 from ssrctl.measures.maths.grouping import group
-from ssrctl.measures.maths.piece_pair import piece_pairs
+from ssrctl.measures.maths.largest_changes import LargestChanges
+from ssrctl.measures.maths.piece_pair import Tally, piece_pairs
 
 Q, K = "model.layers.{}.self_attn.q_proj.weight", "model.layers.{}.self_attn.k_proj.weight"
 
 
 def change(base: torch.Tensor, tuned: torch.Tensor) -> Change:
-    return add_up(one for pair in piece_pairs(base, tuned) for one in pair.changes(1e-5, 1e-3))
+    tally = Tally("w", 1e-5, 1e-3, LargestChanges())
+    for piece in piece_pairs(base, tuned):
+        tally.add(piece, 0)
+    return tally.total()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
