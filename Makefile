@@ -9,7 +9,7 @@ STAMP  := $(VENV)/.installed-$(EXTRAS)
 WORKERS ?= logical
 PYTEST  := $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test test-all test-vllm check format docs dist picture clean
+.PHONY: demo test test-all test-vllm check format docs dist picture study study-quick clean
 
 demo: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/quickstart.sh
@@ -53,6 +53,11 @@ dist: $(STAMP)
 # The README's picture, from the report of `make demo`; needs chromium.
 picture: $(STAMP)
 	$(BIN)/python docs/images/take.py demo/diagnose/diagnose.html docs/images/diagnose.png --height 845
+
+# The study of docs/study.md: the whole grid takes hours; both continue where they were stopped.
+study study-quick: $(STAMP)
+	$(BIN)/python -m examples.study.run $(if $(findstring quick,$@),quick,full)
+	$(BIN)/python -m examples.study.summarise $(if $(findstring quick,$@),quick,full)
 
 # torch comes first and pinned: without a version, pip would fetch its CUDA build of several GB.
 $(VENV)/.installed-%: pyproject.toml constraints.txt
