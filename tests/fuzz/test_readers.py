@@ -280,7 +280,7 @@ def case_model(good: Good, at: Path, rng: random.Random) -> list[Any]:
 
 # Cases that load a model take a tenth of a second, and the others a hundredth.
 READERS: dict[Callable[[Good, Path, random.Random], list[Any]], int] = {
-    case_jsonl: 75, case_table: 75, case_yaml: 45, case_mask: 30, case_delta: 30, case_profile: 12, case_template: 12,
+    case_jsonl: 75, case_table: 75, case_yaml: 45, case_mask: 30, case_delta: 30, case_profile: 6, case_template: 12,
     case_model: 21,
 }  # fmt: skip
 BATCHES = [(reader, part) for reader in READERS for part in range(3)]

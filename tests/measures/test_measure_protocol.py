@@ -98,7 +98,7 @@ def test_two_measures_of_one_name_are_refused(toy: None) -> None:
         register(Other)
 
 
-@pytest.mark.parametrize("labels", [("base", "one"), ("base", "one", "two")])
+@pytest.mark.parametrize("labels", [("base", "one"), pytest.param(("base", "one", "two"), marks=pytest.mark.slow)])
 def test_all_measures_read_each_tensor_of_each_checkpoint_once(
     toy: None, labels: tuple[str, ...], folders: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -146,7 +146,9 @@ RESUMED = {
 }
 
 
-@pytest.mark.parametrize("kind", RESUMED)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow) if kind in ("rms-tensor", "sgd") else kind for kind in RESUMED]
+)
 def test_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
     tmp_path: Path, kind: str, request: pytest.FixtureRequest
 ) -> None:
