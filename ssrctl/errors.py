@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+LONGEST_REASON = 300  # characters of another program's message in ours
+
 
 class _Reported(Exception):
     """An exception that the command line prints as ``message`` and ``remedy``, a line each, without a traceback.
@@ -66,3 +68,12 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, message: str, remedy: str) -> None:
         super().__init__(message)
         self.message, self.remedy = message, remedy
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, at most ``LONGEST_REASON`` characters; its type where that says more."""
+    lines = str(error).strip().splitlines()
+    kind = type(error).__name__
+    if not lines or isinstance(error, (RecursionError, KeyError, IndexError, AssertionError, AttributeError)):
+        return f"{kind}: {lines[0][:LONGEST_REASON]}" if lines else kind
+    return lines[0][:LONGEST_REASON]

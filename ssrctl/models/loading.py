@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from ssrctl.checkpoints.files import check_folder
 from ssrctl.configs import TINY, ModelConfig
-from ssrctl.errors import UserError
+from ssrctl.errors import UserError, first_line
 from ssrctl.io import console
 from ssrctl.io.artifacts import ModelIdentity
-from ssrctl.models.precision import first_line, repeat_sums, resolve_device, settle_dtype
+from ssrctl.models.precision import repeat_sums, resolve_device, settle_dtype
 from ssrctl.models.weight_checks import check_all_loaded, check_finite, check_tokens, head_is_untied
 
 if TYPE_CHECKING:

@@ -7,12 +7,11 @@ import os
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ssrctl.configs import ModelConfig
-from ssrctl.errors import UserError
+from ssrctl.errors import UserError, first_line
 
 if TYPE_CHECKING:
     import torch
 
-LONGEST_REASON = 300
 Settings = TypeVar("Settings", bound=ModelConfig)
 
 
@@ -98,12 +97,3 @@ def describe_precision(model: Any) -> str:
     made = precision_of(model)
     tf32 = "" if made["device"] == "cpu" else f", TF32 {'on' if made['tf32'] else 'off'}"
     return f"precision: {made['dtype']} on {made['device']}, attention {made['attention']}{tf32}"
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, at most ``LONGEST_REASON`` characters; its type where that says more."""
-    lines = str(error).strip().splitlines()
-    kind = type(error).__name__
-    if not lines or isinstance(error, (RecursionError, KeyError, IndexError, AssertionError, AttributeError)):
-        return f"{kind}: {lines[0][:LONGEST_REASON]}" if lines else kind
-    return lines[0][:LONGEST_REASON]

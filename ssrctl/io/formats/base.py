@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,19 @@ class Format:
     reader: Callable[[], Callable[[Row, str], list[Row]]]
     write: Callable[[Rollout, StepLabels], Row] | None = None
     needs_labels: bool = False
+
+
+def numbering() -> Callable[[str, list[Row]], list[Row]]:
+    """Return a function that gives the rows of a problem, as they come, the ids ``NAME/0``, ``NAME/1``, ..."""
+    counts: Counter[str] = Counter()
+
+    def number(name: str, rows: list[Row]) -> list[Row]:
+        for row in rows:
+            row["id"] = f"{name}/{counts[name]}"
+            counts[name] += 1
+        return rows
+
+    return number
 
 
 def joined(steps: Sequence[Any], where: str) -> Row:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ssrctl.errors import UserError
+from ssrctl.errors import UserError, first_line
 from ssrctl.io.files import existing_file
-from ssrctl.io.formats.base import Format, Row, is_texts
+from ssrctl.io.formats.base import Format, Row, is_texts, numbering
 from ssrctl.io.row_fields import final_answer, is_empty, read_answer
 
 SUFFIX = ".parquet"
@@ -34,8 +33,7 @@ def parquet_rows(path: Path) -> Iterator[tuple[str, Row]]:
                     number += 1
                     yield f"{path}:row {number}", row
     except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"{path}: not a whole parquet file: {reason[0]}", "write it again") from error
+        raise UserError(f"{path}: not a whole parquet file: {first_line(error)}", "write it again") from error
 
 
 def _fits(row: Mapping[str, Any]) -> bool:
@@ -43,17 +41,8 @@ def _fits(row: Mapping[str, Any]) -> bool:
 
 
 def _reader() -> Callable[[Row, str], list[Row]]:
-    counts: Counter[str] = Counter()
-
-    def read(row: Row, where: str) -> list[Row]:
-        rows = _read(row, where)
-        for one in rows:
-            name = one["id"]
-            one["id"] = f"{name}/{counts[name]}"
-            counts[name] += 1
-        return rows
-
-    return read
+    number = numbering()
+    return lambda row, where: number(str(row["doc"].get("id") or where.rsplit(" ", 1)[-1]), _read(row, where))
 
 
 def _read(row: Row, where: str) -> list[Row]:
@@ -64,7 +53,7 @@ def _read(row: Row, where: str) -> list[Row]:
             f"{where}: field 'model_response.text' holds no generated text",
             "only tasks that generate text have responses to read",
         )
-    made: Row = {"question": doc.get("query"), "id": str(doc.get("id") or where.rsplit(" ", 1)[-1])}
+    made: Row = {"question": doc.get("query")}
     if not is_empty(doc.get("specific")):
         made["specific"] = doc["specific"]
     if not is_empty(row.get("metric")):

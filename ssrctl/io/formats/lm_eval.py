@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from ssrctl.errors import UserError
-from ssrctl.io.formats.base import Format, Row, StepLabels, kept, others
+from ssrctl.io.formats.base import Format, Row, StepLabels, kept, numbering, others
 from ssrctl.io.problems import QUESTION_COLUMNS
 from ssrctl.io.records import Rollout
 from ssrctl.io.row_fields import final_answer, is_empty, read_answer
@@ -20,17 +19,13 @@ def _fits(row: Mapping[str, Any]) -> bool:
 def _reader() -> Callable[[Row, str], list[Row]]:
     """Return a function that leaves out a document's rows of further filters: they hold the same responses."""
     filters: dict[str, Any] = {}
-    counts: Counter[str] = Counter()
+    number = numbering()
 
     def read(row: Row, where: str) -> list[Row]:
         name = str(row.get("doc_id", where.rsplit(":", 1)[-1]))
         if filters.setdefault(name, row.get("filter")) != row.get("filter"):
             return []
-        rows = _read(row, where)
-        for one in rows:
-            one["id"] = f"{name}/{counts[name]}"
-            counts[name] += 1
-        return rows
+        return number(name, _read(row, where))
 
     return read
 
