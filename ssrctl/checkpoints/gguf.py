@@ -49,6 +49,9 @@ class GgufReader(TensorReader):
         self._read = functools.lru_cache(maxsize=2)(self._values)  # a tensor is read in ranges by a few threads
         super().__init__(path)
 
+    def reopened(self, names: Collection[str]) -> GgufReader:
+        return GgufReader(self.path, names)
+
     def _locate(self, location: Path) -> dict[str, Path]:
         return {"": location}
 

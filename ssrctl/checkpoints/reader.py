@@ -209,6 +209,10 @@ class TensorReader:
         parts = self.name_map.joined.get(name)
         return self._stored[self._places[name]][parts[0].name if parts else self.name_map.to_file(name)]
 
+    def reopened(self, names: Collection[str]) -> TensorReader:
+        """Open the same files once more, to be aligned with other names."""
+        return TensorReader(self.path)
+
     def align(self, names: Collection[str]) -> None:
         """Take the names of ``names`` for this file's tensors, where a prefix or transformers' loading keeps them apart.
 

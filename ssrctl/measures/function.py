@@ -15,7 +15,6 @@ from typing import Any
 
 from torch import Tensor
 
-from ssrctl.checkpoints.gguf import GgufReader
 from ssrctl.checkpoints.pairs import Checkpoint, Comparison
 from ssrctl.checkpoints.reader import DeltaReader, TensorReader
 from ssrctl.configs import DiagnoseConfig
@@ -243,11 +242,8 @@ class FunctionMeasure(Measure[Any, FunctionResult]):
             theirs: StoredParameters | DeltaReader
             if isinstance(checkpoint.reader, DeltaReader):
                 theirs = checkpoint.reader
-            elif isinstance(checkpoint.reader, GgufReader):
-                reader = stack.enter_context(GgufReader(checkpoint.reader.path, ours.shapes))
-                theirs = StoredParameters(reader, [name for name in ours.names if name in reader.shapes], None)
             else:
-                reader = stack.enter_context(TensorReader(checkpoint.reader.path))
+                reader = stack.enter_context(checkpoint.reader.reopened(ours.shapes))
                 reader.align(ours.shapes)
                 theirs = stored_parameters(reader)
             differing = [

@@ -42,6 +42,7 @@ OPTIONAL = (
 USES = {
     "critic": "--critic llm",
     "math": "answers in LaTeX",
+    "gguf": "GGUF files in `diagnose`",
     "report": "pictures of budget profiles",
     "integrations": "TRL, PEFT and the Triton kernel",
 }
