@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from .tasks import CONSTANTS
+from .tasks import CONSTANTS, MORE_CONSTANTS
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -35,7 +35,8 @@ class Run:
     @property
     def key(self) -> str:
         """The run's identity: all that decides its result, but not the names of its method and block."""
-        decisive = {"task": self.task, "split": self.split, "constants": CONSTANTS, **self.settings}
+        constants = [*CONSTANTS, *MORE_CONSTANTS.get(self.task, ())]
+        decisive = {"task": self.task, "split": self.split, "constants": constants, **self.settings}
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
 
     def but(self, **changed: Any) -> Run:

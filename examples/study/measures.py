@@ -5,24 +5,30 @@ from __future__ import annotations
 import json
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ssrctl import read_rollouts
+from ssrctl import Rollout, read_rollouts
 from ssrctl.checkpoints.delta import DeltaFile, apply_delta
 from ssrctl.checkpoints.run_dir import find_delta
-from ssrctl.configs import DiagnoseConfig, ModelConfig
+from ssrctl.configs import DiagnoseConfig, EvalConfig, ModelConfig
+from ssrctl.evaluation.step_patterns import FormatDiversity
 from ssrctl.io.mask_log import load_mask_log, mask_log_paths
 from ssrctl.models.loading import load_model
 from ssrctl.stages import diagnose
+from ssrctl.stages import eval as evaluation
 
-from .tasks import Task
+from .tasks import EQUAL, FORMATS, NUM_SAMPLES, Task, format_of
+
+Settings = Mapping[str, Any]
+PROBLEMS = 256  # of each kind of probes
+PROBE_TOKENS = 80  # eight operations and the answer have 72
 
 
-def steps(task: Task, folder: Path, other: Path | None) -> dict[str, Any]:
+def steps(task: Task, folder: Path, other: Path | None, settings: Settings) -> dict[str, Any]:
     """Measure the step gradients of a run with mask logs, before masking.
 
     Returns:
@@ -61,7 +67,7 @@ def steps(task: Task, folder: Path, other: Path | None) -> dict[str, Any]:
     }
 
 
-def weights(task: Task, folder: Path, other: Path | None) -> dict[str, Any]:
+def weights(task: Task, folder: Path, other: Path | None, settings: Settings) -> dict[str, Any]:
     """Measure what a run did to the weights, and its agreement with ``other``, a run with another seed.
 
     Returns:
@@ -81,7 +87,7 @@ def weights(task: Task, folder: Path, other: Path | None) -> dict[str, Any]:
     return found
 
 
-def same(task: Task, folder: Path, other: Path | None) -> dict[str, Any]:
+def same(task: Task, folder: Path, other: Path | None, settings: Settings) -> dict[str, Any]:
     """Return the share of weights of two runs of one start model that agree within 1e-5 and 1e-4 (Mukherjee et al. sec. 4).
 
     ``untrained_within_...`` is that of the start model and the other run: equality is cheap where little has moved.
@@ -95,7 +101,7 @@ def same(task: Task, folder: Path, other: Path | None) -> dict[str, Any]:
     return found | {"distance_over_update": (apart.norm() / moved.norm()).item()}
 
 
-def places(task: Task, folder: Path, other: Path | None) -> dict[str, Any]:
+def places(task: Task, folder: Path, other: Path | None, settings: Settings) -> dict[str, Any]:
     """Return the Jaccard index of the weights that two runs changed, by their places only, and that of chance per tensor.
 
     Unlike ``weights`` it takes runs from different start models of the same shapes.
@@ -112,7 +118,7 @@ def places(task: Task, folder: Path, other: Path | None) -> dict[str, Any]:
     return {"jaccard": both / (sizes - both), "expected_jaccard": chance / (sizes - chance)}
 
 
-def signs(task: Task, folder: Path, other: Path | None) -> dict[str, Any]:
+def signs(task: Task, folder: Path, other: Path | None, settings: Settings) -> dict[str, Any]:
     """Return the means over a run of what ``--log-signs-every`` logs."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     names = ("negative_energy_frac", "negative_coordinate_frac", "sign_cosine")
@@ -120,12 +126,67 @@ def signs(task: Task, folder: Path, other: Path | None) -> dict[str, Any]:
     return {name: statistics.fmean(values) for name, values in found.items() if values}
 
 
-MEASURES: dict[str, Callable[[Task, Path, Path | None], dict[str, Any]]] = {
+def formats(task: Task, folder: Path, other: Path | None, settings: Settings) -> dict[str, Any]:
+    """Measure the formats of a run's test responses on the task ``formats``.
+
+    Returns:
+        ``entropy`` in bits, ``distinct`` and ``largest``, the share of the most frequent one, ``largest_equal`` that among
+        ``EQUAL`` alone; of each format of the warm-up its share by its name and, where it occurs, the share of its answers
+        that are right (``right_...``).
+    """
+    found: dict[str, list[bool]] = defaultdict(list)
+    for one in read_rollouts(folder / "eval" / "samples.jsonl", needs=("final",)):
+        found[format_of(one.response or "")].append(bool(one.final and one.final.correct))
+    diversity = FormatDiversity.of([name for name, finals in found.items() for _ in finals])
+    equal = [len(found.get(name, ())) for name in EQUAL]
+    return (
+        {"entropy": diversity.entropy, "distinct": diversity.distinct, "largest": diversity.largest_frac}
+        | {"largest_equal": max(equal) / max(1, sum(equal))}
+        | {name: len(found.get(name, ())) / diversity.num_responses for name in FORMATS}
+        | {f"right_{name}": statistics.fmean(found[name]) for name in FORMATS if name in found}
+    )
+
+
+def probes(task: Task, folder: Path, other: Path | None, settings: Settings) -> dict[str, Any]:
+    """Return accuracies of ``tiny-arithmetic:probes`` by category, and those out of distribution minus that within."""
+    found: dict[str, list[bool]] = defaultdict(list)
+    settings = {**settings, "max_new_tokens": PROBE_TOKENS}
+    for one in sampled(task, folder, "tiny-arithmetic:probes", folder / "probes", settings):
+        found[one.extra["category"]].append(bool(one.final and one.final.correct))
+    within, *apart = {name: statistics.fmean(finals) for name, finals in found.items()}.items()
+    return dict([within, *apart]) | {f"{name}_apart": value - within[1] for name, value in apart}
+
+
+def sampled(task: Task, folder: Path, dataset: str, output: Path, settings: Settings) -> list[Rollout]:
+    """Sample answers of the run in ``folder``, of the start model for a run without steps, and return them."""
+    evaluation.run(
+        EvalConfig(
+            model=task.model,
+            checkpoint=folder if settings["max_steps"] else None,
+            dataset=dataset,
+            limit=PROBLEMS,
+            prompt_template=settings["prompt_template"],
+            max_new_tokens=settings["max_new_tokens"],
+            num_samples=NUM_SAMPLES,
+            sampling_batch_size=512,
+            seed=settings["seed"],
+            dtype=settings.get("dtype", "auto"),
+            output_dir=output,
+            report=False,
+            json=True,
+        )
+    )
+    return list(read_rollouts(output / "samples.jsonl", needs=("final",)))
+
+
+MEASURES: dict[str, Callable[[Task, Path, Path | None, Settings], dict[str, Any]]] = {
     "steps": steps,
     "weights": weights,
     "same": same,
     "places": places,
     "signs": signs,
+    "formats": formats,
+    "probes": probes,
 }
 
 

@@ -18,17 +18,15 @@ from typing import Any
 
 import torch
 
-from ssrctl import TrainConfig, __version__, read_rollouts, train
-from ssrctl.configs import EvalConfig
+from ssrctl import TrainConfig, __version__, train
 from ssrctl.evaluation.accuracy import per_problem
 from ssrctl.io import console
 from ssrctl.sampling.engines.transformers_engine import NonFiniteLogits
-from ssrctl.stages import eval as evaluation
 from ssrctl.training.training_step import NonFiniteBatch
 
 from . import inputs, tasks
 from .grid import Grid, Run
-from .measures import MEASURES
+from .measures import MEASURES, sampled
 
 KEPT = ("weights", "places")  # runs that later ones are compared with
 
@@ -78,10 +76,9 @@ def done(run: Run, work: Path) -> dict[str, Any]:
         if settings["max_steps"]:
             config = TrainConfig(
                 model=task.model,
-                dataset=str(task.folder / "train.jsonl"),
                 output_dir=folder,
                 report=False,
-                **settings,
+                **{"dataset": str(task.folder / "train.jsonl"), **settings},
             )
             row["changed_frac"] = (train(config, critic=task.critic) or {})["changed_frac"]
         right = _right(run, task, folder)
@@ -89,7 +86,7 @@ def done(run: Run, work: Path) -> dict[str, Any]:
         row["diverged"] = True
         right = [0] * tasks.SIZES[run.split]
     if measure is not None and not row["diverged"]:
-        row["measured"] = MEASURES[measure](task, folder, other)
+        row["measured"] = MEASURES[measure](task, folder, other, run.settings)
     if measure not in KEPT:
         shutil.rmtree(folder, ignore_errors=True)
     row |= {"accuracy": sum(right) / len(right) / tasks.NUM_SAMPLES, "right": "".join(map(str, right))}
@@ -98,24 +95,8 @@ def done(run: Run, work: Path) -> dict[str, Any]:
 
 def _right(run: Run, task: tasks.Task, folder: Path) -> list[int]:
     """Return the number of correct samples of each problem, in the order of their ids."""
-    output = folder / "eval"
-    evaluation.run(
-        EvalConfig(
-            model=task.model,
-            checkpoint=folder if run.settings["max_steps"] else None,
-            dataset=str(task.folder / f"{run.split}.jsonl"),
-            prompt_template=run.settings["prompt_template"],
-            max_new_tokens=run.settings["max_new_tokens"],
-            num_samples=tasks.NUM_SAMPLES,
-            sampling_batch_size=512,
-            seed=run.settings["seed"],
-            dtype=run.settings.get("dtype", "auto"),
-            output_dir=output,
-            report=False,
-            json=True,
-        )
-    )
-    shares = per_problem(list(read_rollouts(output / "samples.jsonl", needs=("final",))))
+    samples = sampled(task, folder, str(task.folder / f"{run.split}.jsonl"), folder / "eval", run.settings)
+    shares = per_problem(samples)
     return [round(tasks.NUM_SAMPLES * shares[problem]) for problem in sorted(shares)]
 
 

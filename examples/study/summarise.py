@@ -21,12 +21,16 @@ from ssrctl.report.charts import draw
 from ssrctl.report.document import Dots
 
 from .grid import RESULTS, Grid
-from .tasks import NUM_SAMPLES
+from .tasks import FORMATS, NUM_SAMPLES
 
 LEVEL = 0.95
 Row = Mapping[str, Any]
 PAIRS = ("alike", "opposite")  # steps whose numbers have the same parity, and the others
 LISTS = ("energy", "reward")  # by step
+MEASURED = {  # tables of measured numbers, by block
+    "formats": ["entropy", "largest", "largest_equal", *FORMATS, *(f"right_{name}" for name in FORMATS)],
+    "probes": ["in-distribution", "longer", "numbers", "order"],
+}
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE, PICTURE = DOCS / "study.md", DOCS / "images" / "study.svg"
 INK = {"text": "#111", "rule": "#ccc", "muted": "#666", "series-1": "#2a78d6", "series-2": "#c9531d"}  # for white paper
@@ -127,8 +131,11 @@ def lines_of(grid: Grid) -> list[Line]:
             block = claim["block"]
             one = grid.done(block, task, claim["of"])
             if claim["rule"] == "within":
-                values = [value for row in one.values() if (value := _value(row, claim["value"])) is not None]
-                found = estimate(values) if len(values) > 1 else None
+                values = _values(one, claim["value"])
+                if "to" in claim:
+                    less = _values(grid.done(block, task, claim["to"]), claim["value"])
+                    values = {seed: values[seed] - less[seed] for seed in values.keys() & less.keys()}
+                found = estimate(list(values.values())) if len(values) > 1 else None
             else:
                 found = difference(one, grid.done(claim.get("other_block", block), task, claim["to"]))
             lines.append(Line(claim, task, found))
@@ -136,6 +143,11 @@ def lines_of(grid: Grid) -> list[Line]:
     for line, adjusted in zip(compared, holm([one.found.p_value for one in compared if one.found]), strict=True):
         line.p_holm = adjusted
     return lines
+
+
+def _values(rows: Mapping[int, Row], name: str) -> dict[int, float]:
+    """Return a measured number by seed, of the rows that have it."""
+    return {seed: value for seed, row in rows.items() if (value := _value(row, name)) is not None}
 
 
 def _value(row: Mapping[str, Any], name: str) -> float | None:
@@ -148,6 +160,14 @@ def _value(row: Mapping[str, Any], name: str) -> float | None:
     if over not in measured:
         return None
     return float(measured[over]) / (float(measured[under]) if under else 1.0)
+
+
+def facts(grid: Grid) -> str:
+    """Return the number of runs and their time; runs at rates that are no longer chosen are in no table."""
+    seconds = sum(row["cpu_seconds"] for row in grid.rows.values())
+    unused = len(grid.rows.keys() - {run.key for run in grid.planned()})
+    more = f" {unused} of them, at rates that were chosen from fewer, are in no table." if unused else ""
+    return f"{len(grid.rows)} runs, {seconds / 60:.0f} minutes of one core.{more}\n"
 
 
 def claims_table(grid: Grid) -> str:
@@ -205,7 +225,6 @@ def _row(
 ) -> list[str]:
     accuracies = [row["accuracy"] for row in done.values()]
     mean = statistics.fmean(accuracies)
-    spread = f" ± {statistics.stdev(accuracies):.3f}" if len(accuracies) > 1 else ""
     rates, rate = grid.data["methods"][grid.tuned(method)]["rates"], grid.rate(task, method)
     used = next(iter(done.values()))["settings"]["learning_rate"]
     edge = " (edge)" if len(rates) > 1 and rate in (min(rates), max(rates)) else ""
@@ -216,7 +235,13 @@ def _row(
         compared += [f"{apart.p_value:.2g}", f"{100 * apart.detectable:.1f}"]
         compared += [f"{100 * of_problems.low:+.1f} to {100 * of_problems.high:+.1f}"]
     collapsed = sum(value < COLLAPSE * start for value in accuracies)
-    cells = [method, f"{used:g}{edge}", str(len(done)), f"{mean:.3f}{spread}", f"{100 * (mean - start):+.1f}"]
+    cells = [
+        method,
+        f"{used:g}{edge}",
+        str(len(done)),
+        f"{mean:.3f}{_spread(accuracies, 3)}",
+        f"{100 * (mean - start):+.1f}",
+    ]
     return [*cells, *compared, str(collapsed)]
 
 
@@ -233,6 +258,21 @@ def steps_table(grid: Grid) -> str:
                 rows.append([task, grid.tuned(method), *(f"{mean:.2f}" for mean in means), *shown])
     heads = "task | sets | cosine, alike | other | conflict, alike | other | top, alike | other | energy | reward"
     return _table(heads, rows) if rows else ""
+
+
+def measured_table(grid: Grid, block: str, names: Sequence[str]) -> str:
+    """Return the means over seeds of measured numbers, and their standard deviations, for each method of a block."""
+    rows = []
+    about = grid.data["blocks"].get(block, {"tasks": [], "methods": []})
+    for task, method in ((task, method) for task in about["tasks"] for method in about["methods"]):
+        found = [list(_values(grid.done(block, task, method), name).values()) for name in names]
+        if any(found):
+            rows.append([method, *(f"{statistics.fmean(one):.2f}{_spread(one)}" if one else "" for one in found)])
+    return _table(" | ".join(["method", *(name.replace("_", ", ") for name in names)]), rows) if rows else ""
+
+
+def _spread(values: Sequence[float], digits: int = 2) -> str:
+    return f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
 
 
 def _table(heads: str, rows: Sequence[Sequence[str]]) -> str:
@@ -272,9 +312,9 @@ def main() -> None:
     parser.add_argument("grid", nargs="?", default="full")
     name = parser.parse_args().grid
     grid = Grid(name)
-    seconds = sum(row["cpu_seconds"] for row in grid.rows.values())
-    facts = f"{len(grid.rows)} runs, {seconds / 60:.0f} minutes of one core.\n"
-    tables = {"facts": facts, "claims": claims_table(grid), "steps": steps_table(grid), "blocks": block_tables(grid)}
+    tables = {"facts": facts(grid), "claims": claims_table(grid), "steps": steps_table(grid)}
+    tables |= {block: measured_table(grid, block, names) for block, names in MEASURED.items()}
+    tables["blocks"] = block_tables(grid)
     if name != "full":
         (RESULTS / f"{name}.md").write_text("\n".join(filter(None, tables.values())), encoding="utf-8")
         return

@@ -14,20 +14,32 @@
   weights that do not see the position the two gradients are opposite, and their sum cancels. The start model is the
   bundled reasoner after a short supervised warm-up in which each step has the right operator with probability
   ``RIGHT_SIGN`` only, so that it computes well, knows the position weakly, and is often wrong about the operator.
+- ``formats``: four operations of the bundled arithmetic, with solutions in four formats, one drawn for each question. The
+  start model is the bundled reasoner after a supervised warm-up on them, so that it writes all four. ``48*6-2`` is::
+
+      plain      restated   paired         skipped
+      48*6=88    48*6=88    48*6=88-2=86   48*6-2=86
+      88-2=86    88
+                 88-2=86
+                 86
+
+  The first three do the same sums; ``skipped`` has to do two at once.
 """
 
 from __future__ import annotations
 
 import json
 import random
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ssrctl import ResponseCritic, Rollout, StepScore, tiny_reasoner
-from ssrctl.critics.rule import RuleCritic
-from ssrctl.tiny_reasoner.problems import MODULUS, Problem, problems, split_of
+from ssrctl.critics.base import missing, scored
+from ssrctl.critics.rule import MISPLACED, RIGHT, WRONG, RuleCritic
+from ssrctl.tiny_reasoner.problems import MODULUS, Problem, Split, problems, split_of
 
 SEED = 2026
 SIZES = {"train": 2000, "valid": 256, "test": 256}
@@ -36,6 +48,14 @@ LONG = 11
 WARM_UP = {"long": 300, "conflict": 300}  # supervised steps of 32 problems
 NUM_SAMPLES = 4  # for each problem of an evaluation
 CONSTANTS = [SEED, SIZES, RIGHT_SIGN, LONG, WARM_UP, NUM_SAMPLES]
+# The lines that a solution in each format has: n is a number, o an operator.
+FORMATS = {"plain": ["non=n"], "restated": ["non=n", "n"], "paired": ["non=non=n"], "skipped": ["nonon=n"]}
+EQUAL = ("plain", "restated", "paired")  # the formats that do the same sums
+OF_FORMATS = {"min_ops": 4, "max_ops": 4}
+FORMATS_WARM_UP = 300
+MORE_CONSTANTS = {"formats": [FORMATS, OF_FORMATS, FORMATS_WARM_UP]}  # of one task, to keep the others' keys
+_OPERATION = re.compile(r"([-+*])(\d)(?:=(\d\d))?")
+_LINE = re.compile(r"\d\d(?:[-+*]\d(?:=\d\d)?)*[-+*]\d=\d\d")
 
 
 @dataclass(frozen=True)
@@ -92,11 +112,73 @@ def alternating(split: str, num: int, seed: int, right_sign: float = 1.0) -> lis
     return list(found.values())
 
 
+class AnyFormat(ResponseCritic):
+    """The rule critic for lines of one operation or more: the worst of its operations decides about a line.
+
+    A line that restates the last result has no score: there is nothing to compute in it.
+    """
+
+    def score(self, rollout: Rollout) -> Sequence[StepScore | float | None]:
+        """Return the scores of the steps."""
+        question = rollout.question or ""
+        value, links = question[:2], [link[:2] for link in _OPERATION.findall(question)]
+        found: list[StepScore] = []
+        for index, (step, judged) in enumerate(zip(rollout.steps or (), RuleCritic().score(rollout), strict=True)):
+            line = rollout.step_text(index).strip()
+            if step.kind == "final":
+                found.append(judged)
+            elif line == value:
+                found.append(missing("no_equation"))
+            elif not _LINE.fullmatch(line):
+                found.append(scored(WRONG, "step"))
+            else:
+                operations = _OPERATION.findall(line[2:])
+                here, links = links[: len(operations)], links[len(operations) :]
+                follows = line[:2] == value and [operation[:2] for operation in operations] == here
+                found.append(scored((RIGHT if follows else MISPLACED) if _is_true(line) else WRONG, "step"))
+                value = line[-2:]
+        return found
+
+
+def _is_true(line: str) -> bool:
+    """Compute a line from left to right and compare all results that it writes."""
+    exact = int(line[:2])
+    for operator, operand, result in _OPERATION.findall(line[2:]):
+        exact = {"+": exact + int(operand), "-": exact - int(operand), "*": exact * int(operand)}[operator] % MODULUS
+        if result and int(result) != exact:
+            return False
+    return True
+
+
+def in_formats(split: Split, num: int, seed: int, **ops: int) -> list[Problem]:
+    """Return problems whose solutions have one of the four formats, each as likely as the others."""
+    rng = random.Random(f"{seed}/{split}/formats")
+    return [in_format(one, rng.choice(list(FORMATS))) for one in problems(split, num, seed, **ops)]
+
+
+def in_format(problem: Problem, name: str) -> Problem:
+    """Return a problem with its solution rewritten in a format."""
+    *lines, final = problem.solution.split("\n")
+    if name == "restated":
+        lines = [part for line in lines for part in (line, line[-2:])]
+    elif name != "plain":
+        end = -3 if name == "skipped" else None
+        lines = [first[:end] + second[2:] for first, second in zip(lines[::2], lines[1::2], strict=True)]
+    return replace(problem, solution="\n".join([*lines, final]))
+
+
+def format_of(response: str) -> str:
+    """Return the format of a response by the shapes of its lines, or these shapes if they are those of no format."""
+    lines = [line for line in response.split("\n") if line and not line.startswith("####")]
+    shapes = list(dict.fromkeys(re.sub("[-+*]", "o", re.sub(r"\d+", "n", line)) for line in lines))
+    return next((name for name, wanted in FORMATS.items() if shapes == wanted), ", ".join(shapes))
+
+
 def build(name: str, work: Path) -> Task:
     """Return a task, and make its files and its start model in ``work`` if they are not there."""
     folder = work / name
-    made = {"arithmetic": _arithmetic, "long": _arithmetic, "conflict": alternating}[name]
-    more = {"min_ops": LONG, "max_ops": LONG} if name == "long" else {}
+    made = {"arithmetic": problems, "long": problems, "conflict": alternating, "formats": in_formats}[name]
+    more = {"long": {"min_ops": LONG, "max_ops": LONG}, "formats": OF_FORMATS}.get(name, {})
     if not (folder / "test.jsonl").exists():
         folder.mkdir(parents=True, exist_ok=True)
         heldout = made("heldout", SIZES["valid"] + SIZES["test"], SEED, **more)
@@ -109,14 +191,9 @@ def build(name: str, work: Path) -> Task:
     if not (model / "model.safetensors").exists():
         if name == "conflict":
             more = {"right_sign": RIGHT_SIGN}
-        warm_up(made("train", 32 * WARM_UP[name], SEED + 1, **more), model)
-    if name == "conflict":
-        return Task(str(model), folder, AlternatingSigns(), 4)
-    return Task(str(model), folder, None, LONG)
-
-
-def _arithmetic(split: str, num: int, seed: int, **more: int) -> list[Problem]:
-    return problems(split, num, seed, **more)  # type: ignore[arg-type]
+        warm_up(made("train", 32 * WARM_UP.get(name, FORMATS_WARM_UP), SEED + 1, **more), model)
+    critic = {"conflict": AlternatingSigns, "formats": AnyFormat}.get(name)
+    return Task(str(model), folder, critic and critic(), LONG if name == "long" else 4)
 
 
 def _write(path: Path, rows: Sequence[Problem]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ssrctl import Rollout, segment
+from ssrctl import ResponseCritic, Rollout, segment
 
 sys.path.append(str(Path(__file__).parents[2]))
 
@@ -15,7 +15,9 @@ from examples.study import summarise, tasks
 from examples.study.grid import Grid
 
 
-def scores(question: str, response: str, answer: str | None = None) -> list[float | None]:
+def scores(
+    question: str, response: str, answer: str | None = None, critic: type[ResponseCritic] = tasks.AlternatingSigns
+) -> list[float | None]:
     row = Rollout(
         id="p/0",
         question=question,
@@ -24,7 +26,7 @@ def scores(question: str, response: str, answer: str | None = None) -> list[floa
         steps=segment(response),
         extra={"modulus": 100},
     )
-    return [score.score for score in tasks.AlternatingSigns().score(row)]  # type: ignore[union-attr]
+    return [score.score for score in critic().score(row)]  # type: ignore[union-attr]
 
 
 def test_the_critic_of_alternating_signs_wants_plus_then_minus() -> None:
@@ -41,6 +43,28 @@ def test_the_conflict_task_keeps_its_splits_apart_and_warms_up_with_wrong_signs(
     found = [score for one in noisy for score in scores(one.question, one.solution)[:-1]]
     assert set(found) == {100, -50}
     assert 0.65 < found.count(100) / len(found) < 0.75
+
+
+def test_solutions_in_four_formats_are_all_right_and_told_apart() -> None:
+    written = tasks.in_formats("train", 200, 1, **tasks.OF_FORMATS)
+    found = [tasks.format_of(one.solution) for one in written]
+    assert set(found) == set(tasks.FORMATS)
+    for one in written:
+        assert set(scores(one.question, one.solution, one.answer, tasks.AnyFormat)) <= {100, None}
+    assert tasks.format_of("48*6=88\n88-2+1=87\n####87") == "non=n, nonon=n"
+
+
+@pytest.mark.parametrize(
+    ("response", "wanted"),
+    [
+        ("48*6=87\n87\n87-2=85\n####85", [-100, None, 100, 0]),
+        ("48*6=87-2=85\n####85", [-100, 0]),  # the second sum is true, the line is not
+        ("48+6-2=52\n####52", [-50, 0]),
+        ("48*6=88\n87\n88-2=86\n####86", [100, -100, 100, 100]),
+    ],
+)
+def test_the_critic_of_formats_judges_a_line_by_its_worst_operation(response: str, wanted: list[float | None]) -> None:
+    assert scores("48*6-2=?", response, "86", tasks.AnyFormat) == wanted
 
 
 @pytest.fixture
@@ -78,6 +102,19 @@ def test_every_setting_and_every_claim_of_the_grids_is_known(grid: Grid) -> None
             assert ("why" in claim) or claim["of"] in data["blocks"][claim["block"]]["methods"]
     for method in grid.data["methods"]:
         assert grid.settings("long", method).keys() <= known, method
+
+
+def test_a_measured_number_is_compared_with_that_of_another_method_by_seed(grid: Grid) -> None:
+    for method, shares in (("start", (0.2, 0.3)), ("gspo-final", (0.6, 0.8))):
+        for run in grid.tuning("formats", method):
+            grid.add({"key": run.key, "accuracy": 0.5})
+        for run, share in zip(grid.runs("formats", "formats", method), shares, strict=False):
+            grid.add({"key": run.key, "accuracy": 0.5, "measured": {"largest": share}, "right": ""})
+    line = next(one for one in summarise.lines_of(grid) if one.claim.get("value") == "largest")
+    assert line.found is not None
+    assert line.found.value == pytest.approx(0.45)
+    assert line.found.count == 2
+    assert "| gspo-final | 0.70 ± 0.14 |" in summarise.measured_table(grid, "formats", ["largest"])
 
 
 @pytest.mark.parametrize(
