@@ -17,6 +17,7 @@ from ssrctl.checkpoints.run_dir import find_delta
 from ssrctl.configs import DiagnoseConfig, EvalConfig, ModelConfig
 from ssrctl.evaluation.step_patterns import FormatDiversity
 from ssrctl.io.mask_log import load_mask_log, mask_log_paths
+from ssrctl.io.problems import IN_DISTRIBUTION
 from ssrctl.models.loading import load_model
 from ssrctl.stages import diagnose
 from ssrctl.stages import eval as evaluation
@@ -24,8 +25,8 @@ from ssrctl.stages import eval as evaluation
 from .tasks import EQUAL, FORMATS, NUM_SAMPLES, Task, format_of
 
 Settings = Mapping[str, Any]
-PROBLEMS = 256  # of each kind of probes
-PROBE_TOKENS = 80  # eight operations and the answer have 72
+# Probes: problems of each kind, and tokens; eight operations and the answer have 72.
+PROBES, PROBE_TOKENS = 256, 80
 
 
 def steps(task: Task, folder: Path, other: Path | None, settings: Settings) -> dict[str, Any]:
@@ -151,20 +152,24 @@ def probes(task: Task, folder: Path, other: Path | None, settings: Settings) -> 
     """Return accuracies of ``tiny-arithmetic:probes`` by category, and those out of distribution minus that within."""
     found: dict[str, list[bool]] = defaultdict(list)
     settings = {**settings, "max_new_tokens": PROBE_TOKENS}
-    for one in sampled(task, folder, "tiny-arithmetic:probes", folder / "probes", settings):
+    for one in sampled(task, folder, "tiny-arithmetic:probes", folder / "probes", settings, PROBES):
         found[one.extra["category"]].append(bool(one.final and one.final.correct))
-    within, *apart = {name: statistics.fmean(finals) for name, finals in found.items()}.items()
-    return dict([within, *apart]) | {f"{name}_apart": value - within[1] for name, value in apart}
+    means = {name: statistics.fmean(finals) for name, finals in found.items()}
+    return means | {
+        f"{name}_apart": mean - means[IN_DISTRIBUTION] for name, mean in means.items() if name != IN_DISTRIBUTION
+    }
 
 
-def sampled(task: Task, folder: Path, dataset: str, output: Path, settings: Settings) -> list[Rollout]:
+def sampled(
+    task: Task, folder: Path, dataset: str, output: Path, settings: Settings, limit: int | None = None
+) -> list[Rollout]:
     """Sample answers of the run in ``folder``, of the start model for a run without steps, and return them."""
     evaluation.run(
         EvalConfig(
             model=task.model,
             checkpoint=folder if settings["max_steps"] else None,
             dataset=dataset,
-            limit=PROBLEMS,
+            limit=limit,
             prompt_template=settings["prompt_template"],
             max_new_tokens=settings["max_new_tokens"],
             num_samples=NUM_SAMPLES,
