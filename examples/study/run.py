@@ -1,7 +1,7 @@
 """Run a grid of the study in one process, and append a row per run as soon as it is done.
 
     python -m examples.study.run           # make study: hours
-    python -m examples.study.run quick     # make study-quick: ten minutes
+    python -m examples.study.run quick     # make study-quick: twelve minutes
 
 A run whose row is in results/GRID.jsonl is not run again, so the same command continues an interrupted study. Start
 models, masks and runs that others need lie under ``--work``. ``--minutes`` starts no run after that time.
