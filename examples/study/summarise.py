@@ -21,14 +21,14 @@ from ssrctl.report.charts import draw
 from ssrctl.report.document import Dots
 
 from .grid import RESULTS, Grid
-from .tasks import FORMATS, NUM_SAMPLES
+from .tasks import EQUAL, FORMATS, NUM_SAMPLES
 
 LEVEL = 0.95
 Row = Mapping[str, Any]
 PAIRS = ("alike", "opposite")  # steps whose numbers have the same parity, and the others
 LISTS = ("energy", "reward")  # by step
 MEASURED = {  # tables of measured numbers, by block
-    "formats": ["entropy", "largest", "largest_equal", *FORMATS, *(f"right_{name}" for name in FORMATS)],
+    "formats": ["entropy", "largest", "largest_equal", *FORMATS, "right_equal", "right_skipped"],
     "probes": ["in-distribution", "longer", "numbers", "order"],
 }
 DOCS = Path(__file__).parents[2] / "docs"
@@ -151,8 +151,15 @@ def _values(rows: Mapping[int, Row], name: str) -> dict[int, float]:
 
 
 def _value(row: Mapping[str, Any], name: str) -> float | None:
-    """Return a measured number; ``a/b`` is a quotient, and ``energy`` the last operation's share over the first's."""
+    """Return a measured number; ``a/b`` is a quotient.
+
+    ``energy`` is the last operation's share over the first's, ``right_equal`` the share of right answers in ``EQUAL`` formats.
+    """
     measured = row.get("measured", {})
+    if name == "right_equal":
+        used = [format_ for format_ in EQUAL if measured.get(format_)]
+        right = sum(measured[format_] * measured[f"right_{format_}"] for format_ in used)
+        return right / sum(measured[format_] for format_ in used) if used else None
     if name == "energy":
         energy = measured.get("energy")
         return energy[-1] / energy[0] if energy else None
