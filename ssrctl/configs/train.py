@@ -18,6 +18,7 @@ from ssrctl.configs.building import (
     Positive,
     Share,
     ZeroOrMore,
+    default_of,
     output,
 )
 from ssrctl.configs.common import (
@@ -203,6 +204,16 @@ class OptimizerOptions(Config):
     adam_epsilon: Positive = 1e-8
     """Added to the denominator of adam, adamw and rms."""
 
+    lora_r: AtLeastOne | None = None
+    """Train LoRA adapters of this rank, made by peft, with adamw; the model's own weights stay as they are."""
+
+    lora_alpha: AtLeastOne = 32
+    """With --lora-r: what an adapter adds is scaled by alpha / r."""
+
+    lora_target_modules: list[str] = field(default_factory=list)
+    """With --lora-r: name of the layers that get an adapter, or all-linear for every linear layer but the output head. Give it
+    again for several. By default those that peft names for the architecture."""
+
     master_weights: bool = True
     """Keep, with bfloat16 or float16 weights, the exact float32 value of those that are updated."""
 
@@ -336,7 +347,7 @@ class TrainConfig(
         if self.sample_together is None:
             self.sample_together = "question" if num_launched() > 1 or (self.num_processes or 1) > 1 else "step"
         if self.optimizer is None:
-            self.optimizer = "kronos" if self.mask is None else "adamw"
+            self.optimizer = "kronos" if self.mask is None and self.lora_r is None else "adamw"
         if self.find_lr and self.push_to_hub is not None:
             raise UserError("--find-lr writes nothing that --push-to-hub could upload", "leave one of them out")
         if self.find_lr and self.resume_from_checkpoint is not None:
@@ -368,6 +379,7 @@ class TrainConfig(
                 f"{self.questions_per_step}",
                 f"use at least {processes} --questions-per-step, or leave it out",
             )
+        self._check_lora()
         self._check_optimizer()
         self._check_passes()
         if self.sharding != "none":
@@ -432,6 +444,27 @@ class TrainConfig(
                 "several",
                 "use --scope global, or --gradient-checkpointing instead",
             )
+
+    def _check_lora(self) -> None:
+        """Refuse settings of LoRA without it, and those that it excludes."""
+        defaults = {spec.name: default_of(spec) for spec in dataclasses.fields(self)}
+        if self.lora_r is None:
+            for name in ("lora_alpha", "lora_target_modules"):
+                if getattr(self, name) != defaults[name]:
+                    raise UserError(f"{flag(type(self), name)} is for --lora-r", "give --lora-r 16, or leave it out")
+            return
+        if self.optimizer == "kronos":
+            raise UserError("--optimizer kronos does not work with --lora-r: adapters are trained whole", "use adamw")
+        own, whole = "it is for the model's own weights, which do not change", "adapters are trained whole"
+        reasons = {
+            "protect": own, "mask": own, "rollout_engine": own, "sharding": "adapters are not sharded",
+            "budget": whole, "max_step_budget": whole, "budget_rule": whole,
+        }  # fmt: skip
+        for name, reason in reasons.items():
+            if getattr(self, name) != defaults[name]:
+                raise UserError(
+                    f"{flag(type(self), name)} does not work with --lora-r: {reason}", "leave one of them out"
+                )
 
     def _check_optimizer(self) -> None:
         """Refuse settings that the optimizer would ignore."""
