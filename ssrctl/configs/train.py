@@ -168,8 +168,8 @@ class OptimizerOptions(Config):
     and state for the masked weights only. By default kronos, with --mask adamw."""
 
     learning_rate: Positive | None = None
-    """Step size; by default 3e-2 for kronos with sgd, 1e-5 with rms, and 1e-4 for everything else. It does not
-    carry over between optimizers, rules or models."""
+    """Step size; by default 3e-2 for kronos with sgd, 1e-5 with rms, 1e-3 for LoRA, and 1e-4 for everything else. It does
+    not carry over between optimizers, rules or models."""
 
     update_rule: Literal["sgd", "adam", "rms"] = "sgd"
     """Kronos: update made of the kept gradient. sgd: the gradient itself; adam: moments for the weights that were ever
@@ -447,11 +447,9 @@ class TrainConfig(
 
     def _check_lora(self) -> None:
         """Refuse settings of LoRA without it, and those that it excludes."""
-        defaults = {spec.name: default_of(spec) for spec in dataclasses.fields(self)}
         if self.lora_r is None:
-            for name in ("lora_alpha", "lora_target_modules"):
-                if getattr(self, name) != defaults[name]:
-                    raise UserError(f"{flag(type(self), name)} is for --lora-r", "give --lora-r 16, or leave it out")
+            if odd := self._given("lora_alpha", "lora_target_modules"):
+                raise UserError(f"{odd[0]} is for --lora-r", "give --lora-r 16, or leave it out")
             return
         if self.optimizer == "kronos":
             raise UserError("--optimizer kronos does not work with --lora-r: adapters are trained whole", "use adamw")
@@ -461,10 +459,8 @@ class TrainConfig(
             "budget": whole, "max_step_budget": whole, "budget_rule": whole,
         }  # fmt: skip
         for name, reason in reasons.items():
-            if getattr(self, name) != defaults[name]:
-                raise UserError(
-                    f"{flag(type(self), name)} does not work with --lora-r: {reason}", "leave one of them out"
-                )
+            if odd := self._given(name):
+                raise UserError(f"{odd[0]} does not work with --lora-r: {reason}", "leave one of them out")
 
     def _check_optimizer(self) -> None:
         """Refuse settings that the optimizer would ignore."""
@@ -489,13 +485,16 @@ class TrainConfig(
                     f"--reuse-factor loosens the disjoint allocation; it has no meaning with {self.allocation}"
                 )
             return
-        defaults = {spec.name: spec.default for spec in dataclasses.fields(self)}
-        kronos_only = (
-            "update_rule", "scope", "allocation", "selection", "reuse_factor", "max_units", "log_gradient_cosine",
-        )  # fmt: skip
-        if odd := [name for name in kronos_only if getattr(self, name) != defaults[name]]:
-            flags = ", ".join(flag(type(self), name) for name in odd)
-            raise UserError(f"{flags} has no meaning for adamw", "use --optimizer kronos")
+        odd = self._given(
+            "update_rule", "scope", "allocation", "selection", "reuse_factor", "max_units", "log_gradient_cosine"
+        )
+        if odd:
+            raise UserError(f"{', '.join(odd)} has no meaning for adamw", "use --optimizer kronos")
+
+    def _given(self, *names: str) -> list[str]:
+        """Return the flags of those of these settings that are not at their defaults."""
+        defaults = {spec.name: default_of(spec) for spec in dataclasses.fields(self)}
+        return [flag(type(self), name) for name in names if getattr(self, name) != defaults[name]]
 
     @property
     def gathers_whole(self) -> bool:
@@ -512,6 +511,8 @@ class TrainConfig(
         """The learning rate in force."""
         if self.learning_rate is not None:
             return self.learning_rate
+        if self.lora_r is not None:
+            return 1e-3
         return {"sgd": 3e-2, "rms": 1e-5, "adam": 1e-4}[self.update_rule if self.optimizer == "kronos" else "adam"]
 
     @property

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from ssrctl.checkpoints.delta import check_base
 from ssrctl.checkpoints.run_dir import Adapter, Checkpoint
@@ -96,7 +97,7 @@ def check_peft() -> None:
     try:
         import peft  # noqa: F401
     except ImportError as error:
-        raise UserError(f"--lora-r needs peft: {first_line(error)}", "pip install 'ssrctl[integrations]'") from error
+        raise UserError(f"--lora-r needs peft: {first_line(error)}", "pip install 'ssrctl[lora]'") from error
 
 
 def add_adapters(loaded: LoadedModel, config: TrainConfig) -> AdaptedModel:
@@ -131,12 +132,18 @@ def add_adapters(loaded: LoadedModel, config: TrainConfig) -> AdaptedModel:
         raise UserError(
             f"--lora-target-modules: no layer is called {odd[0]!a}", f"such as {adapted[0].split('.')[-1]} is"
         )
-    if any(isinstance(table, LoraLayer) for table in (model.get_input_embeddings(), model.get_output_embeddings())):
-        raise UserError(
-            "--lora-target-modules names the embedding or the output head, which may be one tensor", "leave it out"
-        )
-    names = {id(parameter): name for name, parameter in own.items()}
-    layers = {names[id(m.get_base_layer().weight)]: m for m in model.modules() if isinstance(m, LoraLayer)}
+    names, layers = {id(parameter): name for name, parameter in own.items()}, {}
+    for place, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        base = layer.get_base_layer()
+        # a head may be the embedding too, and peft takes more than the linear layers that are asked for
+        if not _is_linear(base) or layer is model.get_output_embeddings():
+            raise UserError(
+                f"peft would adapt {place} ({type(base).__name__}); adapters are for linear layers, without the output head",
+                "name others with --lora-target-modules, such as q_proj",
+            )
+        layers[names[id(base.weight)]] = layer
     return AdaptedModel(
         model, loaded.tokenizer, loaded.identity, loaded.context_length, own=own, layers=layers, wrapped=wrapped
     )
@@ -147,9 +154,18 @@ def wrap(model: Any, settings: Any, revision: str | None = None) -> Any:
     from peft import get_peft_model
 
     with warnings.catch_warnings():
-        for about in ("fan_in_fan_out is set", "`is_gradient_checkpointing`", "Model has `tie_word_embeddings=True`"):
+        for about in ("fan_in_fan_out is set", "`is_gradient_checkpointing`", "Model .* `tie_word_embeddings=True`"):
             warnings.filterwarnings("ignore", about)
         return get_peft_model(model, settings, revision=revision)
+
+
+@torch.no_grad()
+def _is_linear(layer: torch.nn.Module) -> bool:
+    """Return True for linear layers: fused experts are others, and routers may be linear by class only."""
+    if not isinstance(layer, torch.nn.Linear):
+        return isinstance(layer, Conv1D)
+    plain = type(layer).forward is torch.nn.Linear.forward
+    return plain or isinstance(layer(layer.weight.new_zeros(1, layer.in_features)), Tensor)
 
 
 def _is_called(module: str, name: str) -> bool:

@@ -197,8 +197,8 @@ def test_what_adapters_exclude_is_refused_in_one_line(given, reason):
     [
         (["q_proj", "queries"], "no layer is called 'queries'"),
         (["queries"], "peft cannot adapt"),
-        (["lm_head"], "the embedding or the output head"),
-        (["embed_tokens", "q_proj"], "the embedding or the output head"),
+        (["lm_head"], r"would adapt lm_head \(Linear\)"),
+        (["embed_tokens", "q_proj"], r"would adapt model.embed_tokens \(Embedding\)"),
     ],
 )
 def test_names_of_layers_are_checked(named, reason):
