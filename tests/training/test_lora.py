@@ -131,7 +131,7 @@ def test_a_resumed_run_writes_the_bytes_of_an_uninterrupted_one(trained, tmp_pat
         train.run(config(run, **more))
     again = tmp_path / "again" / "run"  # whose name the delta has
     shutil.copytree(run, again)
-    for folder in RunDir(again).checkpoints()[1:]:
+    for folder in RunDir(again).checkpoints()[2:]:  # the first step has no signal
         shutil.rmtree(folder)
     train.run(config(again, **more, resume_from_checkpoint="latest"))
     first, second = (RunDir(one).checkpoints()[-1] for one in (run, again))
