@@ -130,7 +130,8 @@ def add_adapters(loaded: LoadedModel, config: TrainConfig) -> AdaptedModel:
     adapted = wrapped.targeted_module_names
     if odd := [name for name in named if wanted == named and not any(_is_called(one, name) for one in adapted)]:
         raise UserError(
-            f"--lora-target-modules: no layer is called {odd[0]!a}", f"such as {adapted[0].split('.')[-1]} is"
+            f"--lora-target-modules: no layer is called {odd[0]!a}",
+            f"name layers that it has, such as {adapted[0].split('.')[-1]}",
         )
     names, layers = {id(parameter): name for name, parameter in own.items()}, {}
     for place, layer in model.named_modules():

@@ -114,7 +114,7 @@ def test_the_delta_is_the_merged_adapter_and_other_commands_read_it(trained, tmp
     rows = []
     for given in (["--checkpoint", str(run)], ["--model", str(tmp_path / "merged")]):
         out = tmp_path / str(len(rows))
-        tail = ["--limit", "8", "--max-new-tokens", "48", "--no-report", "--output-dir", str(out)]
+        tail = ["--limit", "4", "--num-samples", "2", "--max-new-tokens", "48", "--no-report", "--output-dir", str(out)]
         assert main(["eval", *given, *tail]) == 0
         rows.append([row["response"] for _, row in read_jsonl(out / "samples.jsonl")])
     assert rows[0] == rows[1]
