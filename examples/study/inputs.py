@@ -32,7 +32,7 @@ def mask_file(name: str, task: Task, seed: int) -> Path:
         return path
     path.parent.mkdir(exist_ok=True)
     if name == "superweights":
-        superweights.run(SuperweightsConfig(model=task.model, prompts=str(_prompts(task)), output=path, json=True))
+        superweights.run(SuperweightsConfig(model=task.model, **_prompts(task), output=path, json=True))
     elif name == "random":
         mask.run_random(MaskRandomConfig(model=task.model, density=0.01, seed=seed, output=path, json=True))
     elif name == "principal":
@@ -58,11 +58,16 @@ def rotated(task: Task) -> str:
     return str(folder)
 
 
-def _prompts(task: Task) -> Path:
-    """Write 48 worked solutions as texts whose loss gives the superweights; the last third is held out."""
+def _prompts(task: Task) -> dict[str, str]:
+    """Write 48 worked solutions as texts whose loss gives the superweights; the last third is held out.
+
+    A task of a pretrained model has no solutions, and its superweights come from the prompts of ``ssrctl superweights``.
+    """
     path = task.folder / "prompts.jsonl"
     with (task.folder / "train.jsonl").open(encoding="utf-8") as file:
         rows = [json.loads(next(file)) for _ in range(48)]
+    if "solution" not in rows[0]:
+        return {}
     texts = [f"<bos>{row['question']}\n{row['solution']}<eos>" for row in rows]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    return path
+    return {"prompts": str(path)}

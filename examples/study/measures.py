@@ -173,7 +173,7 @@ def sampled(
             prompt_template=settings["prompt_template"],
             max_new_tokens=settings["max_new_tokens"],
             num_samples=NUM_SAMPLES,
-            sampling_batch_size=512,
+            sampling_batch_size=settings.get("sampling_batch_size", 512),
             seed=settings["seed"],
             dtype=settings.get("dtype", "auto"),
             output_dir=output,

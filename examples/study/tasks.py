@@ -24,6 +24,7 @@
                  86
 
   The first three do the same sums; ``skipped`` has to do two at once.
+- ``words``: a pretrained model on word problems, of words.py.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ from ssrctl.critics.base import missing, scored
 from ssrctl.critics.rule import MISPLACED, RIGHT, WRONG, RuleCritic
 from ssrctl.tiny_reasoner.problems import MODULUS, Problem, Split, problems, split_of
 
+from . import words
+
 SEED = 2026
 SIZES = {"train": 2000, "valid": 256, "test": 256}
 RIGHT_SIGN = 0.7
@@ -53,7 +56,10 @@ FORMATS = {"plain": ["non=n"], "restated": ["non=n", "n"], "paired": ["non=non=n
 EQUAL = ("plain", "restated", "paired")  # the formats that do the same sums
 OF_FORMATS = {"min_ops": 4, "max_ops": 4}
 FORMATS_WARM_UP = 300
-MORE_CONSTANTS = {"formats": [FORMATS, OF_FORMATS, FORMATS_WARM_UP]}  # of one task, to keep the others' keys
+MORE_CONSTANTS = {  # of one task, to keep the others' keys
+    "formats": [FORMATS, OF_FORMATS, FORMATS_WARM_UP],
+    "words": words.CONSTANTS,
+}
 _OPERATION = re.compile(r"([-+*])(\d)(?:=(\d\d))?")
 _LINE = re.compile(r"\d\d(?:[-+*]\d(?:=\d\d)?)*[-+*]\d=\d\d")
 
@@ -66,7 +72,7 @@ class Task:
         model: folder of the start model, or ``tiny-reasoner``.
         folder: has train.jsonl, valid.jsonl and test.jsonl.
         critic: scores the steps; None for the rule critic.
-        operations: steps before the answer that every problem has.
+        operations: steps before the answer that every problem has; of ``words`` most problems.
     """
 
     model: str
@@ -177,6 +183,8 @@ def format_of(response: str) -> str:
 def build(name: str, work: Path) -> Task:
     """Return a task, and make its files and its start model in ``work`` if they are not there."""
     folder = work / name
+    if name == "words":
+        return _words(folder)
     made = {"arithmetic": problems, "long": problems, "conflict": alternating, "formats": in_formats}[name]
     more = {"long": {"min_ops": LONG, "max_ops": LONG}, "formats": OF_FORMATS}.get(name, {})
     if not (folder / "test.jsonl").exists():
@@ -196,8 +204,22 @@ def build(name: str, work: Path) -> Task:
     return Task(str(model), folder, critic and critic(), LONG if name == "long" else 4)
 
 
-def _write(path: Path, rows: Sequence[Problem]) -> None:
-    path.write_text("".join(json.dumps(row.to_record()) + "\n" for row in rows), encoding="utf-8")
+def _words(folder: Path) -> Task:
+    if not (folder / "test.jsonl").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = words.problems(SEED)
+        for split in ("train", "valid", "test"):  # what is left over is for training
+            size = len(rows) - SIZES["valid"] - SIZES["test"] if split == "train" else SIZES[split]
+            _write(folder / f"{split}.jsonl", rows[:size])
+            del rows[:size]
+    if not (folder / "model" / "model.safetensors").exists():
+        words.warm_up(folder / "model", SEED)
+    return Task(str(folder / "model"), folder, None, 2)
+
+
+def _write(path: Path, rows: Sequence[Problem] | Sequence[dict[str, str]]) -> None:
+    records = [row.to_record() if isinstance(row, Problem) else row for row in rows]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 
 def warm_up(rows: Sequence[Problem], folder: Path, rate: float = 1e-3) -> None:

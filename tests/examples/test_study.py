@@ -1,5 +1,6 @@
 """The study of examples/study: its tasks, its grid, and the statistics of its verdicts."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ from ssrctl import ResponseCritic, Rollout, segment
 
 sys.path.append(str(Path(__file__).parents[2]))
 
-from examples.study import summarise, tasks
+from examples.study import summarise, tasks, words
 from examples.study.grid import Grid
+from examples.study.run import next_run
 
 
 def scores(
@@ -67,6 +69,32 @@ def test_the_critic_of_formats_judges_a_line_by_its_worst_operation(response: st
     assert scores("48*6-2=?", response, "86", tasks.AnyFormat) == wanted
 
 
+def test_word_problems_are_read_from_files_with_whole_answers_and_solutions_without_marks(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    sets = {
+        "multiarith": [{"input": " Ada has 3 pens and buys 4. How many now? ", "target": 7}],
+        "svamp": [
+            {"Body": "Bo had 9 nuts. ", "Question": "How many are 9 nuts and 2?", "Answer": 11.0},
+            {"Body": "Bo cut 3 m of rope in two", "Question": "How long is a half?", "Answer": 1.5},
+        ],
+        "gsm8k_train": [
+            {"question": "2 and 3?", "solution": "It is 2+3 = <<2+3=5>>5.", "answer": "5"},
+            {"question": "2 and 4?", "answer": "It is 2+4 = <<2+4=6>>6.\n#### 6"},  # as on the hub
+        ],
+    }
+    for name, rows in sets.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    monkeypatch.setenv("SSRCTL_DATA", str(tmp_path))
+    found = words.problems(seed=1)
+    assert {one["question"]: one["answer"] for one in found} == {
+        "Ada has 3 pens and buys 4. How many now?": "7",
+        "Bo had 9 nuts. How many are 9 nuts and 2?": "11",
+    }
+    assert [one["id"] for one in found] == ["0", "1"]
+    assert [one["solution"] for one in words.solutions()] == ["It is 2+3 = 5.\n#### 5", "It is 2+4 = 6.\n#### 6"]
+
+
 @pytest.fixture
 def grid(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Grid:
     monkeypatch.setattr("examples.study.grid.RESULTS", tmp_path)
@@ -90,11 +118,28 @@ def test_a_grid_tunes_on_other_problems_and_seeds_and_reads_its_rows_again(grid:
     assert Grid("full").rows == grid.rows
 
 
+def test_no_run_starts_beside_one_that_it_is_compared_with(grid: Grid) -> None:
+    """Of each run, the full run's folder is made by itself or by the first that needs it, and then only read."""
+    grid.data["order"] = [["weights", "arithmetic", ["subnetwork", "full"]]]
+    for run in grid.tuning("arithmetic", "full"):
+        grid.add({"key": run.key, "accuracy": 0.5})
+    subnetwork, full = (grid.runs("weights", "arithmetic", method) for method in ("subnetwork", "full"))
+    assert next_run(grid, []) == subnetwork[0]
+    assert next_run(grid, full[:1]) is None  # all others need it, the subnetwork of seed 1 for the full run of seed 1
+    assert next_run(grid, full[1:2]) == subnetwork[0]
+    assert (
+        next_run(grid, subnetwork[:1]) == subnetwork[1]
+    )  # both may read the full run of seed 0, but not make it again
+    for run in subnetwork:
+        grid.add({"key": run.key, "accuracy": 0.5})
+    assert next_run(grid, subnetwork[1:2]) == full[2]
+
+
 def test_every_setting_and_every_claim_of_the_grids_is_known(grid: Grid) -> None:
     from ssrctl.configs import TrainConfig
 
     known = {*TrainConfig.__dataclass_fields__, "measure", "rotated"}
-    for data in (grid.data, Grid("quick").data):
+    for data in (Grid("pretrained").data, Grid("quick").data, grid.data):
         for about in data["blocks"].values():
             assert {*about["methods"], about["reference"]} <= data["methods"].keys()
         for claim in data["claims"]:
