@@ -17,7 +17,7 @@ from ssrctl.training.step_gradients.walk import walk_chunks
 
 # Tokens of a chunk of recomputed gradients, by device, where neither the user nor a plan says: on a GPU a chunk of a few
 # thousand takes as long as a small one.
-RECOMPUTED_CHUNK_TOKENS = {"cpu": 1024, "cuda": 8192}
+RECOMPUTED_CHUNK_TOKENS = {"cpu": 1024, "cuda": 4096}
 
 
 def chunked_gradients(task: GradientTask) -> Iterator[UnitGradient]:
