@@ -23,6 +23,7 @@ from ssrctl.configs.building import (
 )
 from ssrctl.configs.common import (
     DatasetConfig,
+    GradientOptions,
     HubOptions,
     ModelConfig,
     PageOptions,
@@ -151,7 +152,7 @@ class MethodOptions(Config):
     """Recomputed: steps that share a second forward pass. Each costs the memory of a gradient; auto plans it, else 1."""
 
     gradient_chunk_tokens: AtLeastOne | None = None
-    """Recomputed: most tokens that go through the model together the second time; auto plans it, else 1,024."""
+    """Recomputed: most tokens that go through the model together the second time; auto plans it, else 1,024, on CUDA 4,096."""
 
     logit_chunk_tokens: AtLeastOne = 128
     """Tokens whose logits over the whole vocabulary may exist at once."""
@@ -312,6 +313,7 @@ class ShardingOptions(ProcessOptions):
 @dataclass(kw_only=True)
 class TrainConfig(
     ModelConfig,
+    GradientOptions,
     DatasetConfig,
     MethodOptions,
     OptimizerOptions,

@@ -318,7 +318,8 @@ def _load(config: TrainConfig, world: World) -> tuple[LoadedModel, ShardedModel 
             sharded = ShardedModel(loaded.model, outer_layers(loaded.model), world)
         world.wait()
     assert sharded is not None
-    repeat_sums(world.device)
+    if config.repeatable_sums:
+        repeat_sums(world.device)
     sharded.begin()
     console.note(f"weights, gradients and state are sharded over {world.size} processes (FSDP2)")
     _check_whole_weights(config, loaded, world)

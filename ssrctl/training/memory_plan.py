@@ -20,7 +20,7 @@ from ssrctl.io import console
 from ssrctl.models.loading import LoadedModel, free_bytes
 from ssrctl.models.precision import resolve_device
 from ssrctl.training.layer_bytes import LayerProbe, UnknownActivations
-from ssrctl.training.step_gradients.chunked import RECOMPUTED_CHUNK_TOKENS
+from ssrctl.training.step_gradients.chunked import default_chunk_tokens
 from ssrctl.training.step_gradients.chunks import cache_obstacle
 from ssrctl.training.updaters import updater_kind
 
@@ -29,9 +29,11 @@ FORWARD_LOGITS, BACKWARD_LOGITS, SAMPLED_LOGITS = 3, 2, 3.9
 # Share of a limit that plans leave to the allocator and the device's context.
 MARGIN = 0.08
 # Dials of recomputed step gradients that are tried, the cheaper first: more steps at once save forward passes, smaller chunks
-# cost more of them, each with its own overhead.
+# cost more of them, each with its own overhead. On a GPU the overhead is most of a small chunk's time, so that large chunks
+# come before more steps at once.
 STEPS_AT_ONCE = (8, 4, 2, 1)
 CHUNK_TOKENS = (1024, 256)
+CHUNK_TOKENS_ON_CUDA = (8192, 4096, 2048, *CHUNK_TOKENS)
 GIB = 2**30
 MOST_TOKENS = 1 << 20  # planned for where the config names no context
 
@@ -95,7 +97,8 @@ class MemoryPlanner:
             rows = max(1, min(rows, config.micro_batch_tokens // tokens))
         recomputed = config.step_gradient == "recomputed"
         # recomputed chunks have one response's tokens, or several whole responses
-        chunk = config.gradient_chunk_tokens or RECOMPUTED_CHUNK_TOKENS
+        device = resolve_device(config.device).type
+        chunk = config.gradient_chunk_tokens or default_chunk_tokens(device)
         rows_at_once = max(1, min(rows, chunk // tokens)) if recomputed else rows
         held_at_once = min(tokens, chunk) if recomputed else tokens
         layers = self.layers.activations(
@@ -216,9 +219,12 @@ class MemoryPlanner:
         """Yield the settings with recomputed step gradients, the cheaper first; none if they cannot be."""
         if not (self.may_recompute and recomputes_if_needed(config)):
             return
+        on_cuda = resolve_device(config.device).type == "cuda"
         steps = STEPS_AT_ONCE if config.units_at_once is None else (config.units_at_once,)
-        chunks = CHUNK_TOKENS if config.gradient_chunk_tokens is None else (config.gradient_chunk_tokens,)
-        for count, tokens in itertools.product(steps, chunks):
+        usual = CHUNK_TOKENS_ON_CUDA if on_cuda else CHUNK_TOKENS
+        chunks = usual if config.gradient_chunk_tokens is None else (config.gradient_chunk_tokens,)
+        pairs = itertools.product(steps, chunks)
+        for count, tokens in sorted(pairs, key=lambda pair: -pair[1]) if on_cuda else pairs:
             yield dataclasses.replace(
                 config, step_gradient="recomputed", units_at_once=count, gradient_chunk_tokens=tokens
             )

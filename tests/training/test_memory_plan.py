@@ -19,6 +19,7 @@ from ssrctl.errors import UserError
 from ssrctl.io.artifacts import ModelIdentity
 from ssrctl.models.loading import LoadedModel
 from ssrctl.stages import train
+from ssrctl.training import memory_plan
 from ssrctl.training.checkpointing import enable_checkpointing
 from ssrctl.training.layer_bytes import LayerProbe, UnknownActivations
 from ssrctl.training.live_bytes import LiveBytes
@@ -221,6 +222,17 @@ def test_a_limit_that_cannot_be_met_says_what_it_would_take(folder: Path, capfd:
     said = " ".join(capfd.readouterr().err.split())
     assert re.search(r"the run needs 0\.00\d+ GiB at the least \(--.*the limit is 0\.002 GiB", said)
     assert "change --optimizer kronos or --mask" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("device", "first"),
+    [("cpu", [(8, 1024), (8, 256), (4, 1024)]), ("cuda", [(8, 8192), (4, 8192), (2, 8192), (1, 8192), (8, 4096)])],
+)
+def test_on_a_gpu_large_chunks_come_before_more_steps_at_once(monkeypatch, device, first):
+    monkeypatch.setattr(memory_plan, "resolve_device", lambda name: torch.device(device))
+    tried = MemoryPlanner(build(), 256)._recomputed(TrainConfig(step_gradient="recomputed"))
+    dials = [(made.units_at_once, made.gradient_chunk_tokens) for made in itertools.islice(tried, len(first))]
+    assert dials == first
 
 
 @pytest.mark.slow
