@@ -367,13 +367,14 @@ def _chunk(
     while batch := list(itertools.islice(drawn, config.sampling_batch_size)):
         pairs = [(sample.text, chunk[place][0].problem.answer) for place, sample in batch]
         finals = check_answers(pairs, extraction=config.answer_extraction)
-        rows = []
-        for (place, sample), final in zip(batch, finals, strict=True):
-            record = record_of(*chunk[place], sample, final=final)
-            if kl_to is not None:
-                record.extra[KL_TO_BASE] = kl_to.of(chunk[place][0].prompt_ids, sample.response_ids)
-            rows.append(record.to_dict())
-        yield rows
+        records = [
+            record_of(*chunk[place], sample, final=final) for (place, sample), final in zip(batch, finals, strict=True)
+        ]
+        if kl_to is not None:
+            ids = [(chunk[place][0].prompt_ids, sample.response_ids) for place, sample in batch]
+            for record, divergence in zip(records, kl_to.of(ids), strict=True):
+                record.extra[KL_TO_BASE] = divergence
+        yield [record.to_dict() for record in records]
 
 
 def _read_samples(path: Path) -> list[Rollout]:
