@@ -65,7 +65,6 @@ from ssrctl.training.updaters import frozen_coordinates, make_updater, updater_k
 from ssrctl.training.weight_pushes import WeightPushes
 
 ASSUMED_PROMPT_TOKENS = 256  # in plans for a model without a tokenizer
-ACTIVATION_BYTES_PER_PARAMETER = 2.0  # a rough allowance for graphs and caches in the memory check
 
 
 def run(config: TrainConfig) -> dict[str, Any] | None:
@@ -300,7 +299,7 @@ def _load(config: TrainConfig, world: World) -> tuple[LoadedModel, ShardedModel 
     """Load the model; for a plan read its config only, unless it is the one that comes with the package."""
     if config.dry_run and config.model != TINY:
         return load_skeleton(config), None
-    beside = _update_bytes(config, itemsize_of(config)) + ACTIVATION_BYTES_PER_PARAMETER
+    beside = _update_bytes(config, itemsize_of(config))  # activations are planned when the lengths are known
     if config.sharding == "none" or world.size == 1:
         loaded = load_model(config, bytes_per_parameter=beside)
         return _prepared(config, loaded), None
