@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
-import urllib.error
 import urllib.request
 from typing import Any, Literal
 
+from ssrctl.configs.credentials import key_in
 from ssrctl.configs.engines import KEY_VARIABLE
 
 LONGEST_REPLY = 2**28  # bytes
@@ -38,15 +37,17 @@ class Refused(Exception):
         self.status = status
 
 
-class _SameHost(urllib.request.HTTPRedirectHandler):
-    """Refuses redirects, which would carry the key to another host."""
+class _AnyStatus(urllib.request.HTTPErrorProcessor):
+    """Returns replies of every status, and follows no redirect, which would carry the key to another host."""
 
-    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
-        return None
+    def http_response(self, request: Any, response: Any) -> Any:
+        return response
+
+    https_response = http_response
 
 
-_OPENER = urllib.request.build_opener(_SameHost)
-_DIRECT = urllib.request.build_opener(_SameHost, urllib.request.ProxyHandler({}))
+_OPENER = urllib.request.build_opener(_AnyStatus)
+_DIRECT = urllib.request.build_opener(_AnyStatus, urllib.request.ProxyHandler({}))
 
 
 def ask(url: str, body: Any = None, *, seconds: float, direct: bool = False) -> Any:
@@ -60,22 +61,25 @@ def ask(url: str, body: Any = None, *, seconds: float, direct: bool = False) -> 
 
     Raises:
         NoAnswer, Refused: as their classes say.
+        UserError: the user's key cannot be sent.
     """
     headers = {"Content-Type": "application/json"}
-    if key := os.environ.get(KEY_VARIABLE):
+    if key := key_in(KEY_VARIABLE):
         headers["Authorization"] = f"Bearer {key}"
     request = urllib.request.Request(url, None if body is None else json.dumps(body).encode(), headers)
     try:
         with (_DIRECT if direct else _OPENER).open(request, timeout=seconds) as reply:
             text = reply.read(LONGEST_REPLY)
-    except urllib.error.HTTPError as error:
-        said = " ".join(error.read(1000).decode("utf-8", "replace").split())
-        raise Refused(error.code, said[:300] or error.reason) from error
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         if isinstance(reason, TimeoutError):
             raise NoAnswer("timeout", "no reply in time") from error
         raise NoAnswer("connection", str(reason) or type(error).__name__) from error
+    if reply.status >= 300:
+        said = " ".join(text[:1000].decode("utf-8", "replace").split())
+        raise Refused(reply.status, said[:300] or reply.reason)
+    if reply.length:  # http.client reports the missing bytes by this only
+        raise NoAnswer("connection", f"the reply breaks off after {len(text)} bytes")
     try:
         return json.loads(text) if text else {}
     except ValueError:
