@@ -265,7 +265,7 @@ def _sample(config: EvalConfig, world: World) -> _Found:
     from ssrctl.models.loading import describe_model, load_model
     from ssrctl.models.precision import describe_precision, settle_dtype
     from ssrctl.sampling.agreement import agree
-    from ssrctl.sampling.groups import describe_prompt, prepare_prompts
+    from ssrctl.sampling.groups import prepare_prompts
     from ssrctl.text.prompts import load_prompt_format
 
     config = settle_dtype(_with_checkpoint(config))
@@ -275,11 +275,7 @@ def _sample(config: EvalConfig, world: World) -> _Found:
     loaded = load_model(config)
     console.note(describe_precision(loaded.model))
     changed = _apply_checkpoint(config, loaded)
-    prompts, num_left_out = prepare_prompts(loaded, problems, prompt_format, config.max_new_tokens)
-    if num_left_out:
-        console.warn(f"{num_left_out} of {len(problems)} questions do not fit the context and are left out")
-    first_prompt = describe_prompt(loaded, prompts[0])
-    console.note(f"first prompt: {first_prompt}")
+    prompts, first_prompt = prepare_prompts(loaded, problems, prompt_format, config.max_new_tokens)
     if config.dry_run:
         plan = {
             "problems": len(prompts),

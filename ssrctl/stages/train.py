@@ -49,7 +49,7 @@ from ssrctl.report.write import write_last_page
 from ssrctl.sampling.agreement import agree
 from ssrctl.sampling.engines.base import Engine
 from ssrctl.sampling.engines.vllm_engine import served_engine
-from ssrctl.sampling.groups import Prompted, describe_prompt, prepare_prompts
+from ssrctl.sampling.groups import Prompted, prepare_prompts
 from ssrctl.text.prompts import load_prompt_format
 from ssrctl.training.checkpointing import enable_checkpointing, outer_layers
 from ssrctl.training.lr_sweep import find_lr, sweep
@@ -215,11 +215,7 @@ def _run(config: TrainConfig, run_dir: RunDir, world: World, judges: _Judges) ->
     prompts: list[Prompted] = []
     first_prompt = None
     if loaded.tokenizer is not None:
-        prompts, num_left_out = prepare_prompts(loaded, problems, prompt_format, config.max_new_tokens)
-        if num_left_out:
-            console.warn(f"{num_left_out} of {len(problems)} questions do not fit the context and are left out")
-        first_prompt = describe_prompt(loaded, prompts[0])
-        console.note(f"first prompt: {first_prompt}")
+        prompts, first_prompt = prepare_prompts(loaded, problems, prompt_format, config.max_new_tokens)
     trained_frac = 1.0 if mask is None else mask.density()
     longest = max((len(prompt.prompt_ids) for prompt in prompts), default=ASSUMED_PROMPT_TOKENS)
     context = loaded.context_length
