@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ssrctl.checkpoints.delta import DeltaFile, apply_delta
 from ssrctl.checkpoints.run_dir import RunDir, find_delta
-from ssrctl.configs import TINY, EvalConfig, SamplingConfig, current_names, is_bundled
+from ssrctl.configs import TINY, EvalConfig, SamplingConfig, is_bundled
 from ssrctl.core.seeds import derive_seed
 from ssrctl.errors import Interrupted, Stopped, UserError
 from ssrctl.evaluation.accuracy import (
@@ -68,11 +68,6 @@ DECISIVE = (
     "attn_implementation", "rollout_engine",
     "system_prompt", "chat_template", "chat_template_kwargs", "stop", "kl_to",
 )  # fmt: skip
-# Settings that evaluations of earlier versions do not name, with the value that they had.
-_ADDED: dict[str, Any] = {
-    "answer_extraction": "lenient", "system_prompt": None, "chat_template": None, "chat_template_kwargs": None, "stop": [],
-    "attn_implementation": "auto", "rollout_engine": "transformers", "kl_to": None,
-}  # fmt: skip
 
 
 def run(config: EvalConfig) -> dict[str, Any]:
@@ -397,7 +392,7 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        return current_names(EvalConfig, dict(json.loads(path.read_text(encoding="utf-8"))))
+        return dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is corrupt: {error}", "remove that folder or name another --output-dir") from error
 
@@ -432,7 +427,7 @@ def _claim_folder(config: EvalConfig, loaded: LoadedModel) -> None:
     decisive["fingerprint"] = loaded.identity.fingerprint
     decisive["checkpoint"] = None if config.checkpoint is None else manifest.file_hash(find_delta(config.checkpoint))
     if (config.output_dir / SETTINGS).exists():
-        before = _ADDED | _read_settings(config.output_dir)
+        before = _read_settings(config.output_dir)
         odd = [key for key in decisive if before.get(key) != decisive[key]]
         if odd:
             listed = ", ".join(f"{key} was {before.get(key)!r}, is {decisive[key]!r}" for key in odd)

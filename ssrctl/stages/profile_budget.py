@@ -272,7 +272,6 @@ def _show(profile: BudgetProfile) -> None:
     for heading in ("step", "share", "std error", "mass", "std", "problems", "energy available", "energy claimed"):
         table.add_column(heading, justify="right")
     share, mass = profile.share, profile.mass
-    assert share is not None
     for index, problems in enumerate(mass.num_problems):
         known = index < len(share.mean)
         error = share.standard_error[index] if known else None
@@ -320,7 +319,6 @@ def _plot(path: Path, profile: BudgetProfile) -> str | None:
     from matplotlib import pyplot
 
     share, mass = profile.share, profile.mass
-    assert share is not None
     errors = [error or 0.0 for error in share.standard_error]
     # Fixed ids and no date, so that equal profiles give equal files.
     with matplotlib.rc_context({"svg.hashsalt": "ssrctl"}):

@@ -196,7 +196,7 @@ def test_what_steps_wanted_is_reported_beside_what_they_got(tmp_path: Path) -> N
     for line in report["headlines"]:
         assert line in page
     assert "What would have collided without claims" in page and "Sign conflict by pair of units" in page
-    assert not any("earlier version" in note for note in report["notes"])
+    assert not any("--sharding" in note for note in report["notes"])
 
 
 @pytest.mark.usefixtures("no_matplotlib")
