@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-# dev holds the needs of tests and demo; dev,integrations adds trl, peft and triton, whose tests are skipped without them.
+# dev holds the needs of tests and demo; dev,integrations adds trl and triton, whose tests are skipped without them.
 EXTRAS ?= dev
 STAMP  := $(VENV)/.installed-$(EXTRAS)
 # Tests run in one process per core, at most four, since each holds about 1 GB; `make test WORKERS=0` runs them in one.

@@ -3,17 +3,20 @@
 Parts, each in a process of its own so that one that fails or runs out of memory leaves the others alone:
 
 - ``tests``: ``python -m pytest -m gpu``.
+- ``stages``: every stage as its own command on the bundled reasoner.
+- ``processes``: a run under ``torchrun`` with one process against a plain one. Shards need two GPUs.
 - ``selection``: the 0.25% largest of 1.7B bfloat16 gradients, against the time of reading them once at the measured copy
   bandwidth (goal: at most 3 times), ``torch.topk``, and the same selection without the Triton kernels.
 - ``step``: one KronosOpt step of one question on Qwen3-1.7B (its sizes, random weights, bfloat16): 8 responses of 2,048 and
   of 4,096 tokens in 16 steps, by each way of computing step gradients. Peak memory (goal: at most 60 GiB at 4,096), and
   seconds by phase.
 - ``calibration``: single chunks against the cost model's numbers (``step_gradients.py --calibrate``).
+- ``diagnose``: rank, spectrum and landing of an 8B pair (``diagnose_matrices.py``; goal: at most 3 hours).
 
 It needs torch, transformers and, for the tests, pytest. Without a GPU it runs small sizes on the CPU, which shows only
 that the script works.
 
-    python benchmarks/gpu.py [-o gpu.json] [--parts tests selection step calibration] [--seconds 480]
+    python benchmarks/gpu.py [-o gpu.json] [--parts tests selection step ...] [--seconds 480]
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from typing import Any
 import torch
 from common import Clock, goal, machine, peak_rss_bytes, table, timed
 
-PARTS = ("tests", "selection", "step", "calibration")
+PARTS = ("tests", "stages", "processes", "selection", "step", "calibration", "diagnose")
 WAYS = ("recomputed", "chunked", "local")
 RESPONSES, PROMPT, UNITS = 8, 128, 16
 GIB = 2**30
@@ -86,7 +89,9 @@ def in_own_process(piece: str, seconds: float) -> Row:
                 env=os.environ | {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"},
             )
         except subprocess.TimeoutExpired:
-            return {"piece": piece, "failed": f"no end within {seconds:.0f} s"}
+            errors.seek(0)
+            last = (errors.read().strip().splitlines() or ["nothing"])[-1]
+            return {"piece": piece, "failed": f"no end within {seconds:.0f} s; last it said: {last}"}
         errors.seek(0)
         said = errors.read().strip().splitlines()
     took = {"piece": piece, "process_seconds": round(time.monotonic() - started, 1)}
@@ -98,12 +103,12 @@ def in_own_process(piece: str, seconds: float) -> Row:
 def run_piece(piece: str, device: str) -> Row:
     """Run one piece in this process and return its measurements."""
     name, *details = piece.split()
-    if name == "tests":
-        return tests()
-    if name == "selection":
-        return selection(device)
-    if name == "calibration":
-        return calibration(device)
+    whole = {"tests": tests, "stages": stages, "processes": processes}
+    on_device = {"selection": selection, "calibration": calibration, "diagnose": diagnose}
+    if name in whole:
+        return whole[name]()
+    if name in on_device:
+        return on_device[name](device)
     return step(device, int(details[0]), details[1])
 
 
@@ -113,10 +118,71 @@ def run_piece(piece: str, device: str) -> Row:
 
 def tests() -> Row:
     """Run the tests that are marked ``gpu``."""
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "gpu"], capture_output=True, text=True)
+    words = [sys.executable, "-m", "pytest", "-q", "-m", "gpu"]
+    done = subprocess.run(words, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
     said = (done.stdout + done.stderr).strip().splitlines()
     made = {"tests": said[-1] if said else ""}
-    return made if done.returncode == 0 else made | {"failed": made["tests"], "output": said[-60:]}
+    return made if done.returncode == 0 else made | {"failed": made["tests"], "output": said[-200:]}
+
+
+def stages() -> Row:
+    """Run every stage on the device that ``auto`` finds, in a folder of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        return in_turn(
+            [
+                "superweights -o g.safetensors",
+                "eval --limit 64 -o before",
+                "segment before/samples.jsonl -o steps.jsonl",
+                "critic steps.jsonl -o scored.jsonl",
+                "profile-budget --protect g.safetensors --limit 16 -o budget.json",
+                "train --optimizer kronos --protect g.safetensors --budget-profile budget.json --max-steps 6 --log-masks-every 1 -o run",
+                "diagnose tiny-reasoner run --device auto -o diagnosis",
+                "diagnose --jaccard run",
+                "eval --limit 64 --checkpoint run --baseline before -o after",
+            ],
+            Path(folder),
+        )
+
+
+def processes() -> Row:
+    """Compare the weights of a plain run and of one process under torchrun."""
+    train = "train --max-steps 3 --sample-together question --no-report -o"
+    with tempfile.TemporaryDirectory() as folder:
+        row = in_turn(
+            [f"{train} plain", f"torchrun {train} launched"],
+            Path(folder),
+        )
+        if "failed" not in row and _written(Path(folder, "plain")) != _written(Path(folder, "launched")):
+            row["failed"] = "the two runs changed the weights differently"
+        return row
+
+
+def _written(run: Path) -> dict[str, list[int]]:
+    """Return the tensors of a run's deltas as bytes; the files say besides which settings made them."""
+    from safetensors.torch import load_file
+
+    return {
+        f"{path.parent.name} {name}": tensor.flatten().view(torch.uint8).tolist()
+        for path in sorted(run.glob("checkpoints/*/delta.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
+
+
+def in_turn(commands: list[str], folder: Path) -> Row:
+    """Run commands of ssrctl one after another; return the seconds of each, and the first that failed with its last words."""
+    seconds = {}
+    environment = os.environ | {"PYTHONPATH": f"{Path(__file__).parent.parent}:{os.environ.get('PYTHONPATH', '')}"}
+    for command in commands:
+        print(command, flush=True, file=sys.stderr)
+        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "1"] if command.startswith("torchrun ") else []
+        words = [sys.executable, *launcher, "-m", "ssrctl", *command.removeprefix("torchrun ").split()]
+        started = time.monotonic()
+        done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
+        seconds[command] = round(time.monotonic() - started, 1)
+        if done.returncode:
+            said = (done.stdout + done.stderr).strip().splitlines()
+            return {"failed": f"ssrctl {command}: {said[-1] if said else done.returncode}", "output": said[-60:]}
+    return {"commands": seconds}
 
 
 def selection(device: str) -> Row:
@@ -152,12 +218,21 @@ def calibration(device: str) -> Row:
     return {"text": subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout}
 
 
+def diagnose(device: str) -> Row:
+    """Time the decompositions of an 8B pair; the table is kept as text."""
+    words = [sys.executable, str(Path(__file__).with_name("diagnose_matrices.py")), "--device", device]
+    words += [] if device == "cuda" else ["--side", "256"]
+    return {"text": subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout}
+
+
 def step(device: str, tokens: int, way: str) -> Row:
     """Run two KronosOpt steps of one question; the second is measured, when state exists and kernels are loaded."""
     from step_gradients import build
 
     from ssrctl.core.kronos import KronosOpt
+    from ssrctl.models.precision import repeat_sums
 
+    repeat_sums(torch.device(device))
     with torch.device(device):
         model = build(*(("qwen3-1.7b", torch.bfloat16) if device == "cuda" else ("small", torch.float32)))
     optimizer = KronosOpt(model.named_parameters(), lr=1e-5)
@@ -219,7 +294,8 @@ def print_rows(rows: list[Row]) -> None:
             limit = f"{row['limits']:.2f} bandwidth limits; " if "limits" in row else ""
             lines.append([row["piece"], "", "", f"{ours:.4f}", "", f"{limit}times ours: {peers}"])
         else:
-            lines.append([row["piece"], "", "", "", "", row.get("tests", "")])
+            took = ", ".join(f"{words.split()[0]} {seconds}" for words, seconds in row.get("commands", {}).items())
+            lines.append([row["piece"], "", "", "", "", row.get("tests", took)])
     print()
     print(table(["piece", "peak GiB", "gradients s", "claims s", "update s", ""], lines))
     for row in rows:

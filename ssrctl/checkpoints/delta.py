@@ -371,6 +371,15 @@ def load_delta(path: str | Path, before: BaseValues | None = None) -> Delta:
     return DeltaFile(path).load(before)
 
 
+def check_base(delta: DeltaFile, fingerprint: str) -> None:
+    """Raise a UserError unless a delta belongs to the model with this fingerprint."""
+    if fingerprint != delta.base.fingerprint:
+        raise UserError(
+            f"{delta.path} belongs to {delta.base.name} {delta.base.fingerprint}, this model has {fingerprint}",
+            "give the model that the run started from",
+        )
+
+
 def apply_delta(
     delta: DeltaFile, tensors: Mapping[str, Tensor], fingerprint: str, starts: Mapping[str, int] | None = None
 ) -> None:
@@ -390,11 +399,7 @@ def apply_delta(
 
     from ssrctl.core.bits import bit_patterns
 
-    if fingerprint != delta.base.fingerprint:
-        raise UserError(
-            f"{delta.path} belongs to {delta.base.name} {delta.base.fingerprint}, this model has {fingerprint}",
-            "give the model that the run started from",
-        )
+    check_base(delta, fingerprint)
     for name in delta.counts:
         tensor, dtype = tensors.get(name), delta.dtype(name)
         rows = 0 if starts is None else 1  # the number of rows is a process's own

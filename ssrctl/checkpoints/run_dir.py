@@ -6,6 +6,7 @@
          rollouts/000123.jsonl  masks/000123.safetensors
          gradients/000123.safetensors
          checkpoints/000200/ delta.safetensors  optimizer.safetensors  state.json  COMPLETE
+                             adapter/ adapter_model.safetensors  adapter_config.json (with LoRA)
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ COMPLETE = "COMPLETE"
 RUNS = Path("runs")
 CHAT_TEMPLATE = "chat_template.jinja"  # the name by which transformers finds it in a model's folder
 DELTA_FILE = "delta.safetensors"
+ADAPTER_KIND = "adapter"
+ADAPTER_FILE = Path("adapter") / "adapter_model.safetensors"  # by this name peft finds it in the folder
 _LOGS = (("rollouts", ".jsonl"), ("masks", ".safetensors"), ("gradients", ".safetensors"))
 
 
@@ -140,16 +143,36 @@ class Checkpoint:
         delta: what differs from the base model, checked.
         optimizer: the updater's tensors.
         state: step, learning-rate schedule, and whatever else json holds.
+        adapter: tensors of the LoRA adapters by peft's names; empty where the model's own weights were trained.
     """
 
     path: Path
     delta: DeltaFile
     optimizer: dict[str, Tensor]
     state: dict[str, Any]
+    adapter: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """LoRA adapters in peft's form.
+
+    Attributes:
+        tensors: by peft's names.
+        config: of adapter_config.json.
+    """
+
+    tensors: Mapping[str, Tensor]
+    config: Mapping[str, Any]
 
 
 def save_checkpoint(
-    folder: Path, delta: Delta, optimizer: Mapping[str, Tensor], state: Mapping[str, Any], settings: Mapping[str, Any]
+    folder: Path,
+    delta: Delta,
+    optimizer: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    adapter: Adapter | None = None,
 ) -> None:
     """Write a checkpoint; the file COMPLETE comes last, so that a truncated one is known as such."""
     if folder.exists():
@@ -157,6 +180,10 @@ def save_checkpoint(
     try:
         save_delta(folder / DELTA_FILE, delta, settings)
         save_tensors(folder / "optimizer.safetensors", optimizer, OPTIMIZER_KIND, {})
+        if adapter is not None:
+            save_tensors(folder / ADAPTER_FILE, adapter.tensors, ADAPTER_KIND, {})
+            text = json.dumps(dict(adapter.config), indent=2, sort_keys=True) + "\n"
+            write_text(folder / ADAPTER_FILE.with_name("adapter_config.json"), text)
         write_text(folder / "state.json", json.dumps(dict(state), indent=2) + "\n")
         write_text(folder / COMPLETE, "")
     except BaseException:
@@ -177,10 +204,13 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             f"{folder / 'state.json'} cannot be read: {error}", "continue from an earlier checkpoint of the run"
         ) from error
     optimizer, _ = load_tensors(folder / "optimizer.safetensors", OPTIMIZER_KIND)
+    adapter: dict[str, Tensor] = {}
+    if (folder / ADAPTER_FILE.parent).is_dir():
+        adapter, _ = load_tensors(folder / ADAPTER_FILE, ADAPTER_KIND)
     delta = DeltaFile(folder / DELTA_FILE)
     for name in delta.counts:
         delta.check(name)
-    return Checkpoint(folder, delta, optimizer, state)
+    return Checkpoint(folder, delta, optimizer, state, adapter)
 
 
 def newest_run(example: str) -> Path:

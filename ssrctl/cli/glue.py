@@ -47,11 +47,10 @@ def command(app: typer.Typer, name: str, config: type[Config], stage: str, *, hi
         name: the subcommand.
         config: a dataclass of ``ssrctl.configs``; its docstring is the help text and ends with an example, the string under each
             field is the flag's help, the ``panel`` of the class that defines a field is the help's panel. Fields with
-            metadata ``metavar`` are positional, ``flags`` adds short forms, and ``once_positional`` accepts the value
-            as an argument too, with a warning.
+            metadata ``metavar`` are positional, and ``flags`` adds short forms.
         stage: ``module:function`` taking the config; imported only when the command runs. A dict that it
             returns is the machine-readable result, printed on stdout under ``--json``.
-        hidden: leave the command out of the help, such as an old name of another.
+        hidden: leave the command out of the help, such as a second name of another.
     """
 
     class Command(TyperCommand):

@@ -94,6 +94,17 @@ class ModelConfig(Config):
 
 
 @dataclass(kw_only=True)
+class GradientOptions(Config):
+    """Settings of the commands that compute gradients."""
+
+    panel = "Model"
+
+    repeatable_sums: bool = True
+    """On CUDA, add up gradients in a fixed order, so that two runs select the same coordinates. Without it some kernels are
+    faster, and a model may have operations that add in no fixed order."""
+
+
+@dataclass(kw_only=True)
 class ProcessOptions(Config):
     """Settings of the commands that divide their work among processes."""
 

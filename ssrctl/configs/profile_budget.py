@@ -11,6 +11,7 @@ from annotated_types import Ge
 from ssrctl.configs.building import AtLeastOne, Fraction, output
 from ssrctl.configs.common import (
     DatasetConfig,
+    GradientOptions,
     HubOptions,
     ModelConfig,
     ProcessOptions,
@@ -19,7 +20,7 @@ from ssrctl.configs.common import (
 
 
 @dataclass(kw_only=True)
-class ProfileBudgetConfig(ModelConfig, DatasetConfig, SamplingConfig, ProcessOptions, HubOptions):
+class ProfileBudgetConfig(ModelConfig, GradientOptions, DatasetConfig, SamplingConfig, ProcessOptions, HubOptions):
     """Measure the decay of gradient magnitude over steps and write the budget profile (SSR section 2.3.3).
 
     Example: ssrctl profile-budget --model Qwen/Qwen2.5-0.5B-Instruct --protect superweights.safetensors -o budget.json

@@ -9,12 +9,12 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt
 
 from ssrctl.configs.building import AtLeastOne, Fraction, Positive, output
-from ssrctl.configs.common import HubOptions, ModelConfig, ProcessOptions
+from ssrctl.configs.common import GradientOptions, HubOptions, ModelConfig, ProcessOptions
 from ssrctl.errors import UserError
 
 
 @dataclass(kw_only=True)
-class SuperweightsConfig(ModelConfig, ProcessOptions, HubOptions):
+class SuperweightsConfig(ModelConfig, GradientOptions, ProcessOptions, HubOptions):
     """Find the language-critical weights and write them as a mask (SSR section 2.2).
 
     Example: ssrctl superweights --model Qwen/Qwen2.5-0.5B-Instruct -o superweights.safetensors

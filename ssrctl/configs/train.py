@@ -18,10 +18,12 @@ from ssrctl.configs.building import (
     Positive,
     Share,
     ZeroOrMore,
+    default_of,
     output,
 )
 from ssrctl.configs.common import (
     DatasetConfig,
+    GradientOptions,
     HubOptions,
     ModelConfig,
     PageOptions,
@@ -150,7 +152,7 @@ class MethodOptions(Config):
     """Recomputed: steps that share a second forward pass. Each costs the memory of a gradient; auto plans it, else 1."""
 
     gradient_chunk_tokens: AtLeastOne | None = None
-    """Recomputed: most tokens that go through the model together the second time; auto plans it, else 1,024."""
+    """Recomputed: most tokens that go through the model together the second time; auto plans it, else 1,024, on CUDA 4,096."""
 
     logit_chunk_tokens: AtLeastOne = 128
     """Tokens whose logits over the whole vocabulary may exist at once."""
@@ -167,8 +169,8 @@ class OptimizerOptions(Config):
     and state for the masked weights only. By default kronos, with --mask adamw."""
 
     learning_rate: Positive | None = None
-    """Step size; by default 3e-2 for kronos with sgd, 1e-5 with rms, and 1e-4 for everything else. It does not
-    carry over between optimizers, rules or models."""
+    """Step size; by default 3e-2 for kronos with sgd, 1e-5 with rms, 1e-3 for LoRA, and 1e-4 for everything else. It does
+    not carry over between optimizers, rules or models."""
 
     update_rule: Literal["sgd", "adam", "rms"] = "sgd"
     """Kronos: update made of the kept gradient. sgd: the gradient itself; adam: moments for the weights that were ever
@@ -202,6 +204,16 @@ class OptimizerOptions(Config):
 
     adam_epsilon: Positive = 1e-8
     """Added to the denominator of adam, adamw and rms."""
+
+    lora_r: AtLeastOne | None = None
+    """Train LoRA adapters of this rank, made by peft, with adamw; the model's own weights stay as they are."""
+
+    lora_alpha: AtLeastOne = 32
+    """With --lora-r: what an adapter adds is scaled by alpha / r."""
+
+    lora_target_modules: list[str] = field(default_factory=list)
+    """With --lora-r: name of the layers that get an adapter, or all-linear for every linear layer but the output head. Give it
+    again for several. By default those that peft names for the architecture."""
 
     master_weights: bool = True
     """Keep, with bfloat16 or float16 weights, the exact float32 value of those that are updated."""
@@ -301,6 +313,7 @@ class ShardingOptions(ProcessOptions):
 @dataclass(kw_only=True)
 class TrainConfig(
     ModelConfig,
+    GradientOptions,
     DatasetConfig,
     MethodOptions,
     OptimizerOptions,
@@ -336,7 +349,7 @@ class TrainConfig(
         if self.sample_together is None:
             self.sample_together = "question" if num_launched() > 1 or (self.num_processes or 1) > 1 else "step"
         if self.optimizer is None:
-            self.optimizer = "kronos" if self.mask is None else "adamw"
+            self.optimizer = "kronos" if self.mask is None and self.lora_r is None else "adamw"
         if self.find_lr and self.push_to_hub is not None:
             raise UserError("--find-lr writes nothing that --push-to-hub could upload", "leave one of them out")
         if self.find_lr and self.resume_from_checkpoint is not None:
@@ -368,6 +381,7 @@ class TrainConfig(
                 f"{self.questions_per_step}",
                 f"use at least {processes} --questions-per-step, or leave it out",
             )
+        self._check_lora()
         self._check_optimizer()
         self._check_passes()
         if self.sharding != "none":
@@ -433,6 +447,23 @@ class TrainConfig(
                 "use --scope global, or --gradient-checkpointing instead",
             )
 
+    def _check_lora(self) -> None:
+        """Refuse settings of LoRA without it, and those that it excludes."""
+        if self.lora_r is None:
+            if odd := self._given("lora_alpha", "lora_target_modules"):
+                raise UserError(f"{odd[0]} is for --lora-r", "give --lora-r 16, or leave it out")
+            return
+        if self.optimizer == "kronos":
+            raise UserError("--optimizer kronos does not work with --lora-r: adapters are trained whole", "use adamw")
+        own, whole = "it is for the model's own weights, which do not change", "adapters are trained whole"
+        reasons = {
+            "protect": own, "mask": own, "rollout_engine": own, "sharding": "adapters are not sharded",
+            "budget": whole, "max_step_budget": whole, "budget_rule": whole,
+        }  # fmt: skip
+        for name, reason in reasons.items():
+            if odd := self._given(name):
+                raise UserError(f"{odd[0]} does not work with --lora-r: {reason}", "leave one of them out")
+
     def _check_optimizer(self) -> None:
         """Refuse settings that the optimizer would ignore."""
         if self.optimizer == "kronos":
@@ -456,13 +487,16 @@ class TrainConfig(
                     f"--reuse-factor loosens the disjoint allocation; it has no meaning with {self.allocation}"
                 )
             return
-        defaults = {spec.name: spec.default for spec in dataclasses.fields(self)}
-        kronos_only = (
-            "update_rule", "scope", "allocation", "selection", "reuse_factor", "max_units", "log_gradient_cosine",
-        )  # fmt: skip
-        if odd := [name for name in kronos_only if getattr(self, name) != defaults[name]]:
-            flags = ", ".join(flag(type(self), name) for name in odd)
-            raise UserError(f"{flags} has no meaning for adamw", "use --optimizer kronos")
+        odd = self._given(
+            "update_rule", "scope", "allocation", "selection", "reuse_factor", "max_units", "log_gradient_cosine"
+        )
+        if odd:
+            raise UserError(f"{', '.join(odd)} has no meaning for adamw", "use --optimizer kronos")
+
+    def _given(self, *names: str) -> list[str]:
+        """Return the flags of those of these settings that are not at their defaults."""
+        defaults = {spec.name: default_of(spec) for spec in dataclasses.fields(self)}
+        return [flag(type(self), name) for name in names if getattr(self, name) != defaults[name]]
 
     @property
     def gathers_whole(self) -> bool:
@@ -479,6 +513,8 @@ class TrainConfig(
         """The learning rate in force."""
         if self.learning_rate is not None:
             return self.learning_rate
+        if self.lora_r is not None:
+            return 1e-3
         return {"sgd": 3e-2, "rms": 1e-5, "adam": 1e-4}[self.update_rule if self.optimizer == "kronos" else "adam"]
 
     @property

@@ -9,7 +9,7 @@ the k-th largest falls follows from the cumulative counts, and the lower 16 bits
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -29,7 +29,10 @@ def keys_of(pattern: Tensor, dtype: torch.dtype) -> Tensor:
     """int32 keys of the integer patterns of magnitudes in ``dtype``; negative patterns give negative keys."""
     if dtype == torch.bfloat16:
         return pattern.to(torch.int32) << 16
-    return pattern if dtype == torch.float32 else pattern.view(torch.float16).float().view(torch.int32)
+    if dtype == torch.float32:
+        return pattern
+    # a negative pattern may be a NaN, whose sign CUDA's conversion drops
+    return pattern.view(torch.float16).float().view(torch.int32) | (pattern.to(torch.int32) & -(1 << 31))
 
 
 def pattern_bound(bound: int, dtype: torch.dtype) -> int:
@@ -133,7 +136,7 @@ def choose(keys: Tensor, k: int, group: Group = ALONE, edges: Tensor | None = No
         chosen.index_fill_(0, ties[: k - int(chosen.sum())], True)
         return chosen, threshold
     high = group.total(torch.bincount(keys >> 16, minlength=HIGH_BINS).cpu())
-    if int(high.sum()) <= k:
+    if number_of(high) <= k:
         return torch.ones_like(keys, dtype=torch.bool), -1
     high_bin, above = threshold_bin(high, k)
     inside = keys[keys >> 16 == high_bin] & (LOW_BINS - 1)
@@ -154,18 +157,23 @@ def threshold_bin(counts: Tensor, k: int) -> tuple[int, int]:
     Args:
         counts: int64 ``[bins]`` (CPU), which sum to at least ``k``; the number of bins is a multiple of 256.
     """
-    blocks = counts.view(-1, 256)
+    blocks = counts.view(-1, 256).numpy()  # torch would share these few numbers out among all cores
     block, above = _last_from_top(blocks.sum(1), k)
     place, above_inside = _last_from_top(blocks[block], k - above)
     return block * 256 + place, above + above_inside
 
 
-def _last_from_top(counts: Tensor, k: int) -> tuple[int, int]:
-    """``threshold_bin`` for few bins: one cumulative sum over all."""
-    from_top = counts.flip(0).cumsum(0)
-    place = int(torch.searchsorted(from_top, k))
+def number_of(counts: Tensor) -> int:
+    """Return the sum of counts, int64 on the CPU."""
+    return int(counts.numpy().sum())
+
+
+def _last_from_top(counts: Any, k: int) -> tuple[int, int]:
+    """``threshold_bin`` for few bins, an array of numpy: one cumulative sum over all."""
+    from_top = counts[::-1].cumsum()
+    place = int(from_top.searchsorted(k))
     above = int(from_top[place - 1]) if place else 0
-    return counts.numel() - 1 - place, above
+    return len(counts) - 1 - place, above
 
 
 class Candidates:

@@ -11,7 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-SHARD = 1 << 22  # coordinates of a shard, whose update takes scratch for all of it; a larger tensor is one by itself
+# Coordinates of a shard, whose update takes scratch for all of it; a larger tensor is one by itself. On a GPU an operation costs
+# more than the work of a small shard.
+SHARD, DEVICE_SHARD = 1 << 22, 1 << 26
 WORD = 64  # tensors begin at whole words of bits
 
 
@@ -61,7 +63,7 @@ class Shards:
     """Layouts that cover all tensors, in order.
 
     Attributes:
-        layouts: of neighbouring tensors of one dtype on one device, each of up to ``SHARD`` coordinates.
+        layouts: of neighbouring tensors of one dtype on one device, each of up to ``SHARD`` coordinates, or ``DEVICE_SHARD``.
         number_of: by tensor name, the number of its layout.
     """
 
@@ -75,7 +77,8 @@ class Shards:
         opened: dict[str, Tensor] = {}
         size, kind = 0, None
         for name, tensor in tensors.items():
-            if opened and (kind != (tensor.dtype, tensor.device) or size + tensor.numel() > SHARD):
+            most = SHARD if tensor.device.type in ("cpu", "meta") else DEVICE_SHARD
+            if opened and (kind != (tensor.dtype, tensor.device) or size + tensor.numel() > most):
                 self._close(opened)
                 opened, size = {}, 0
             opened[name], kind = tensor, (tensor.dtype, tensor.device)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from ssrctl.core.counting import INFINITY, PATTERN_DTYPES, Candidates, Group, choose, threshold_bin
+from ssrctl.core.counting import INFINITY, PATTERN_DTYPES, Candidates, Group, choose, number_of, threshold_bin
 from ssrctl.core.layout import Layout
 from ssrctl.core.topk_plain import CHUNK, PlainReader
 
@@ -174,7 +174,7 @@ def _bound(reader: Reader, k: int, stride: int, group: Group) -> int:
     """Return a key that at least k coordinates of all processes reach: surely at stride 1, very likely above."""
     counts = group.total(reader.histogram(stride))
     rank = k if stride == 1 else math.ceil(k / stride + MARGIN * math.sqrt(k / stride) + MARGIN)
-    if int(counts.sum()) <= rank:
+    if number_of(counts) <= rank:
         return 0
     # NaN and infinity must always be candidates: that is how they are noticed
     return min(threshold_bin(counts, rank)[0] << 16, INFINITY)

@@ -15,7 +15,7 @@ from ssrctl.configs.common import HubOptions
 from ssrctl.io.files import existing_file, write_text
 from ssrctl.version import __version__
 
-PACKAGES = ("torch", "transformers", "accelerate", "datasets", "safetensors", "litellm")
+PACKAGES = ("torch", "transformers", "accelerate", "datasets", "safetensors", "peft", "litellm")
 
 
 def settings_of(config: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from ssrctl.core.kl import kl_both_ways
 from ssrctl.core.topk import NonFiniteGradient, select_topk
 from ssrctl.core.unions import Candidates, Indices, find_candidates
 from ssrctl.errors import UserError
+from ssrctl.models.precision import ordered_sums
 
 Tick = Callable[[], None]
 
@@ -65,7 +66,8 @@ def prompt_gradient(model: Any, prompts: Sequence[Tensor], tick: Tick = no_tick)
         loss = torch.nn.functional.cross_entropy(logits[:-1].float(), ids[1:]) / len(prompts)
         if not bool(loss.isfinite()):
             raise UserError(f"the next-token loss of a prompt is {float(loss.detach())}", "use --dtype float32")
-        loss.backward()
+        with ordered_sums():
+            loss.backward()
         tick()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 

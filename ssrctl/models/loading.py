@@ -93,7 +93,8 @@ def load_model(config: ModelConfig, *, bytes_per_parameter: float = 0.0, kind: A
     source = _source(config)
     config = settle_dtype(config)
     device = resolve_device(config.device)
-    repeat_sums(device)
+    if getattr(config, "repeatable_sums", True):
+        repeat_sums(device)
     _check_memory(config, device, bytes_per_parameter, kind)
     tokenizer = _load_tokenizer(config, source)
     with _explained(config), _quiet_report():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ssrctl.configs import ModelConfig
@@ -76,17 +78,47 @@ def suit_threads(num_parameters: int) -> None:
 def repeat_sums(device: torch.device) -> None:
     """Make sums on a CUDA device the same in every run, since gradients decide which coordinates are selected.
 
-    Attention, embeddings and matrix products then add in a fixed order; selection itself counts in integers. An operation
-    that has no such form warns by its name. Call it before the first matrix product.
+    Embeddings and matrix products then add in a fixed order, attention within ``ordered_sums``; selection itself counts in
+    integers. An operation that has no such form warns by its name. cuDNN's attention is switched off: it compiles a plan for
+    each length, and lengths differ all the time. Call it before the first matrix product.
     """
     import torch
 
     if device.type != "cuda":
         return
+    torch.backends.cuda.enable_cudnn_sdp(False)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     # a check for reads of unwritten memory, not needed here
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def ordered_sums() -> Iterator[None]:
+    """Let backward passes within add up in a fixed order, if ``repeat_sums`` was called for a CUDA device.
+
+    torch's attention does so only where operations without such a form are errors instead of warnings.
+
+    Raises:
+        UserError: the model has an operation without a fixed order.
+    """
+    import torch
+
+    if not torch.is_deterministic_algorithms_warn_only_enabled():
+        yield
+        return
+    torch.use_deterministic_algorithms(True, warn_only=False)
+    try:
+        yield
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        raise UserError(
+            f"the gradients cannot be added up in a fixed order: {first_line(error)}",
+            "give --no-repeatable-sums, or --device cpu",
+        ) from error
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def precision_of(model: Any) -> dict[str, Any]:

@@ -30,7 +30,6 @@ OPTIONAL = (
     "jinja2",
     "triton",
     "trl",
-    "peft",
     "numpy",
     "scipy",
     "pydantic",
@@ -44,6 +43,7 @@ USES = {
     "math": "answers in LaTeX",
     "gguf": "GGUF files in `diagnose`",
     "report": "pictures of budget profiles",
+    "lora": "`train --lora-r`",
     "integrations": "TRL, PEFT and the Triton kernel",
 }
 GIB = 2**30

@@ -52,6 +52,7 @@ from ssrctl.sampling.engines.vllm_engine import served_engine
 from ssrctl.sampling.groups import Prompted, prepare_prompts
 from ssrctl.text.prompts import load_prompt_format
 from ssrctl.training.checkpointing import enable_checkpointing, outer_layers
+from ssrctl.training.lora import AdaptedModel, add_adapters, check_peft
 from ssrctl.training.lr_sweep import find_lr, sweep
 from ssrctl.training.memory_plan import memory_facts, settle_step_gradient
 from ssrctl.training.resuming import open_run, run_folder
@@ -143,6 +144,8 @@ def _start(config: TrainConfig, judges: _Judges) -> dict[str, Any] | None:
     console.note(describe_model(config))
     _check_masks_exist(config)
     check_trackers(config.report_to)
+    if config.lora_r is not None:
+        check_peft()
     with joined_world(config.device) as world:
         config = settle_dtype(config)
         _check_processes(config, world)
@@ -207,6 +210,8 @@ def _run(config: TrainConfig, run_dir: RunDir, world: World, judges: _Judges) ->
     prompt_format = load_prompt_format(config)
     problems = load_problems(config, "train", derive_seed(config.seed, "problems"))
     loaded, sharded = _load(config, world)
+    if config.lora_r is not None:
+        loaded = add_adapters(loaded, config)
     protected = _mask_at(config.protect, config, loaded)
     mask = _mask_at(config.mask, config, loaded)
     _check_trainable(config, loaded, protected, mask)
@@ -295,7 +300,8 @@ def _load(config: TrainConfig, world: World) -> tuple[LoadedModel, ShardedModel 
     """Load the model; for a plan read its config only, unless it is the one that comes with the package."""
     if config.dry_run and config.model != TINY:
         return load_skeleton(config), None
-    beside = _update_bytes(config, itemsize_of(config))  # activations are planned when the lengths are known
+    # activations are planned when the lengths are known, adapters are small
+    beside = 0.0 if config.lora_r is not None else _update_bytes(config, itemsize_of(config))
     if config.sharding == "none" or world.size == 1:
         loaded = load_model(config, bytes_per_parameter=beside)
         return _prepared(config, loaded), None
@@ -307,7 +313,8 @@ def _load(config: TrainConfig, world: World) -> tuple[LoadedModel, ShardedModel 
             sharded = ShardedModel(loaded.model, outer_layers(loaded.model), world)
         world.wait()
     assert sharded is not None
-    repeat_sums(world.device)
+    if config.repeatable_sums:
+        repeat_sums(world.device)
     sharded.begin()
     console.note(f"weights, gradients and state are sharded over {world.size} processes (FSDP2)")
     _check_whole_weights(config, loaded, world)
@@ -442,12 +449,12 @@ def _plan(
 ) -> dict[str, Any]:
     """Return the plan that ``--dry-run`` prints."""
     responses = config.max_steps * config.questions_per_step * config.num_generations
-    stored = itemsize_of(config, loaded.model)
+    trained, itemsize, frozen = _trained(config, loaded)
     return {
         "parameters": loaded.num_parameters,
         "protected": 0 if protected is None else protected.count(),
         "optimizer": config.optimizer,
-        "trained": loaded.num_parameters if mask is None else mask.count(),
+        "trained": trained if mask is None else mask.count(),
         "problems": num_problems,
         "epochs": round(config.max_steps * config.questions_per_step / num_problems, 3),
         "responses": responses,
@@ -464,24 +471,32 @@ def _plan(
             for found in grants
         },
         "gib_for_weights_and_updates": round(
-            loaded.num_parameters * (stored + _update_bytes(config, stored)) / 2**30, 3
+            (trained * (itemsize + _update_bytes(config, itemsize)) + frozen) / 2**30, 3
         ),
         "checkpoints": math.ceil(config.max_steps / config.save_steps),
         "output_dir": str(run_dir.path),
     }
 
 
+def _trained(config: TrainConfig, loaded: LoadedModel) -> tuple[int, int, int]:
+    """Return the number of parameters that an updater holds, the bytes of each, and those of weights outside of it."""
+    stored = itemsize_of(config, loaded.model)
+    if isinstance(loaded, AdaptedModel):
+        return loaded.num_trained, 4, loaded.num_parameters * stored
+    return loaded.num_parameters, stored, 0
+
+
 def _step_plan(config: TrainConfig, loaded: LoadedModel, prompt_tokens: int, processes: int) -> dict[str, Any]:
     """Return the part of the plan about several processes, and where the time of a step goes; one process sends nothing."""
-    stored, count = itemsize_of(config, loaded.model), loaded.num_parameters
+    count, itemsize, frozen = _trained(config, loaded)
     plan: dict[str, Any] = {"num_processes": processes}
     sent = 0.0
     if processes > 1:
         exchange = _exchange_of_replicas if config.sharding == "none" else _exchange_of_shards
-        sent, held, more = exchange(config, count, stored, processes)
+        sent, held, more = exchange(config, count, itemsize, processes)
         plan |= {
             **more,
-            "gib_per_process": round(held / 2**30, 3),
+            "gib_per_process": round((held + frozen) / 2**30, 3),
             "mib_sent_per_step_and_process": round(sent / 2**20, 3),
         }
     shares = time_shares(
@@ -489,7 +504,7 @@ def _step_plan(config: TrainConfig, loaded: LoadedModel, prompt_tokens: int, pro
         loaded.model,
         prompt_tokens,
         device=resolve_device(config.device).type,
-        itemsize=stored,
+        itemsize=itemsize,
         processes=processes,
         sent=sent,
     )

@@ -25,6 +25,7 @@ from ssrctl.errors import UserError, first_line
 from ssrctl.models.loading import context_length
 from ssrctl.training.checkpointing import enable_checkpointing, outer_layers
 from ssrctl.training.live_bytes import LiveBytes
+from ssrctl.training.lora import wrap
 from ssrctl.training.step_gradients.head import projecting_nothing
 
 # Tokens; longer responses follow from the parabola through the probed lengths. Layers with operations per token get fewer.
@@ -76,7 +77,7 @@ class LayerProbe:
     """
 
     def __init__(self, model: Any) -> None:
-        self.described = model.config
+        self.described, self.adapters = model.config, getattr(model, "peft_config", {})
         self.kinds = [_kind(layer) for layer in outer_layers(model.get_decoder())]
         self.depth = max((self.kinds.index(kind) + 1 for kind in set(self.kinds)), default=1)
         self.context = context_length(model.config) or MOST_PROBED
@@ -110,7 +111,8 @@ class LayerProbe:
             if checkpointed:
                 enable_checkpointing(model)
             for parameter in model.parameters():
-                parameter.register_post_accumulate_grad_hook(_drop)
+                if parameter.requires_grad:
+                    parameter.register_post_accumulate_grad_hook(_drop)
             lengths = (most // 4, most // 2, most)
             return {length: (self._measured(model, 1, length), self._measured(model, 2, length)) for length in lengths}
 
@@ -198,6 +200,10 @@ class LayerProbe:
                     model = AutoModelForCausalLM.from_config(
                         _shallow(self.described, self.depth), dtype=dtype, **chosen
                     )
+                # torch cannot move parameters without data, and peft makes them where they belong
+                with mock.patch.object(torch.nn.Module, "to", lambda module, *_, **__: module):
+                    for settings in self.adapters.values():
+                        wrap(model, settings)
                 model.get_input_embeddings().register_forward_hook(_cut)
                 yield model.eval()
         except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:

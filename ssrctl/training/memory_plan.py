@@ -20,7 +20,7 @@ from ssrctl.io import console
 from ssrctl.models.loading import LoadedModel, free_bytes
 from ssrctl.models.precision import resolve_device
 from ssrctl.training.layer_bytes import LayerProbe, UnknownActivations
-from ssrctl.training.step_gradients.chunked import RECOMPUTED_CHUNK_TOKENS
+from ssrctl.training.step_gradients.chunked import default_chunk_tokens
 from ssrctl.training.step_gradients.chunks import cache_obstacle
 from ssrctl.training.updaters import updater_kind
 
@@ -29,9 +29,11 @@ FORWARD_LOGITS, BACKWARD_LOGITS, SAMPLED_LOGITS = 3, 2, 3.9
 # Share of a limit that plans leave to the allocator and the device's context.
 MARGIN = 0.08
 # Dials of recomputed step gradients that are tried, the cheaper first: more steps at once save forward passes, smaller chunks
-# cost more of them, each with its own overhead.
+# cost more of them, each with its own overhead. On a GPU the overhead is most of a small chunk's time, so that large chunks
+# come before more steps at once.
 STEPS_AT_ONCE = (8, 4, 2, 1)
 CHUNK_TOKENS = (1024, 256)
+CHUNK_TOKENS_ON_CUDA = (8192, 4096, 2048, *CHUNK_TOKENS)
 GIB = 2**30
 MOST_TOKENS = 1 << 20  # planned for where the config names no context
 
@@ -79,6 +81,9 @@ class MemoryPlanner:
         self.may_recompute = cache_obstacle(model) is None
         inputs, outputs = model.get_input_embeddings().weight, model.get_output_embeddings().weight
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        self.adapters = trained if trained < self.num_parameters else 0  # of LoRA, in float32
+        self.num_parameters -= self.adapters
         self.table, self.tied = outputs.numel(), outputs is inputs
         self.vocabulary, self.width = outputs.shape
         self.layers = LayerProbe(model)
@@ -92,7 +97,8 @@ class MemoryPlanner:
             rows = max(1, min(rows, config.micro_batch_tokens // tokens))
         recomputed = config.step_gradient == "recomputed"
         # recomputed chunks have one response's tokens, or several whole responses
-        chunk = config.gradient_chunk_tokens or RECOMPUTED_CHUNK_TOKENS
+        device = resolve_device(config.device).type
+        chunk = config.gradient_chunk_tokens or default_chunk_tokens(device)
         rows_at_once = max(1, min(rows, chunk // tokens)) if recomputed else rows
         held_at_once = min(tokens, chunk) if recomputed else tokens
         layers = self.layers.activations(
@@ -108,14 +114,17 @@ class MemoryPlanner:
         if several_units and config.micro_batch_tokens is None and config.step_gradient in ("auto", "kept", "chunked"):
             first = kept  # the graph stays for the next unit
         whole, table = self.num_parameters * dtype.itemsize, self.table * dtype.itemsize
+        trained, size = (self.adapters, 4) if self.adapters else (self.num_parameters, dtype.itemsize)
         gathered = 0
         if self.shards > 1:
             tables = (2 - self.tied) * table
             # beside the shards, the tables' whole weights, and two layers': FSDP gathers the next one early
             gathered = tables + 2 * (whole - tables) // len(self.layers.kinds)
-        complete = whole // self.shards + gathered
+        complete = gradient = whole // self.shards + gathered
+        if self.adapters:
+            gradient, table = trained * size, 0
         # gradients of the micro-batches that are done; of later chunks, and of other steps
-        before = steps_at_once * whole if recomputed else complete if rows < mine else 0
+        before = steps_at_once * gradient if recomputed else gradient if rows < mine else 0
         piecemeal = config.optimizer == "kronos" and config.scope == "tensor"
         projected = rows_at_once * min(config.max_new_tokens, held_at_once)
         logits = min(projected, config.logit_chunk_tokens) * self.vocabulary * 4
@@ -126,19 +135,19 @@ class MemoryPlanner:
             # the last layer; a tied table's gradient waits for the embedding's
             (before + (0 if piecemeal and not self.tied else table), kept + layers.backward, 0),
             # the first layer
-            (max(table * self.tied if piecemeal else complete, before), first + layers.backward, 0),
+            (max(table * self.tied if piecemeal else gradient, before), first + layers.backward, 0),
             # the embedding: its gradient, that of a tied head, and their sum, before it is added to earlier ones
-            (max(table if piecemeal else complete, before) + table * (2 * self.tied + (before > 0)), first, 0),
+            (max(table if piecemeal else gradient, before) + table * (2 * self.tied + (before > 0)), first, 0),
         ]
         at_peak = [int(size) for size in max(moments, key=sum)]
         sampled = min(config.sampling_batch_size, config.questions_per_step * config.num_generations)
         sampled = -(-sampled // self.shards)
         held_while_sampling = sampled * (tokens * cache.token + cache.state)
-        held = updater_kind(config).held_bytes(config, dtype.itemsize, self.trained_frac)
-        held += dtype.itemsize if config.keeps_start_weights else 0
+        held = updater_kind(config).held_bytes(config, size, self.trained_frac)
+        held += size if config.keeps_start_weights else 0
         return Breakdown(
-            weights=complete,
-            state=int(self.num_parameters * held) // self.shards,
+            weights=complete + self.adapters * 4,
+            state=int(trained * held) // self.shards,
             gradients=at_peak[0],
             activations=at_peak[1],
             logits=at_peak[2],
@@ -210,9 +219,12 @@ class MemoryPlanner:
         """Yield the settings with recomputed step gradients, the cheaper first; none if they cannot be."""
         if not (self.may_recompute and recomputes_if_needed(config)):
             return
+        on_cuda = resolve_device(config.device).type == "cuda"
         steps = STEPS_AT_ONCE if config.units_at_once is None else (config.units_at_once,)
-        chunks = CHUNK_TOKENS if config.gradient_chunk_tokens is None else (config.gradient_chunk_tokens,)
-        for count, tokens in itertools.product(steps, chunks):
+        usual = CHUNK_TOKENS_ON_CUDA if on_cuda else CHUNK_TOKENS
+        chunks = usual if config.gradient_chunk_tokens is None else (config.gradient_chunk_tokens,)
+        pairs = itertools.product(steps, chunks)
+        for count, tokens in sorted(pairs, key=lambda pair: -pair[1]) if on_cuda else pairs:
             yield dataclasses.replace(
                 config, step_gradient="recomputed", units_at_once=count, gradient_chunk_tokens=tokens
             )
@@ -350,6 +362,8 @@ def require_fit(planner: MemoryPlanner, config: TrainConfig, limit: int) -> Trai
 
 
 def _state_remedy(config: TrainConfig) -> str:
+    if config.lora_r is not None:
+        return "--lora-r or --lora-target-modules"
     if config.optimizer == "adamw":
         return "--optimizer kronos or --mask, whose state is for the trained weights only"
     return "--questions-per-step or --budget, or use --no-master-weights"
@@ -397,7 +411,7 @@ def memory_facts(
 def updates(config: TrainConfig) -> Sequence[tuple[str, TrainConfig]]:
     """Return the run's update by name; for kronos both scopes, where the settings allow them."""
     if config.optimizer != "kronos":
-        return [("masked adamw" if config.mask else "adamw", config)]
+        return [("lora" if config.lora_r else "masked adamw" if config.mask else "adamw", config)]
     whole = config.allocation == "shuffled" or config.log_gradient_cosine or config.micro_batch_tokens is not None
     whole |= config.log_signs_every > 0
     scopes: list[Literal["global", "tensor"]] = ["global"] if whole else ["global", "tensor"]

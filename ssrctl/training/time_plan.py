@@ -72,7 +72,7 @@ def time_shares(
         sent: bytes that a process sends per step.
     """
     costs = ModelCosts.of(model, device=device)
-    count = sum(parameter.numel() for parameter in model.parameters())
+    count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     moving = MOVING_COSTS.get(device, MOVING_COSTS["cuda"])
     read = DEVICE_COSTS.get(device, DEVICE_COSTS["cuda"]).forward_weights
     per_byte = read / (body_parameters(model) * moving.itemsize)

@@ -36,6 +36,7 @@ from ssrctl.sampling.engines.transformers_engine import NonFiniteLogits
 from ssrctl.sampling.groups import Prompted
 from ssrctl.training.exact_changes import exact_changes
 from ssrctl.training.gap_warning import GapWarning
+from ssrctl.training.lora import AdaptedModel
 from ssrctl.training.obstacles import Obstacles
 from ssrctl.training.tracking import tracking
 from ssrctl.training.training_step import NonFiniteBatch, StepResult, TrainingStep
@@ -106,12 +107,15 @@ class Trainer:
     def resume(self, checkpoint: Checkpoint) -> None:
         """Restore weights, optimizer, schedule and logs to the state of a checkpoint."""
         sharded = self.training_step.sharded
-        apply_delta(
-            checkpoint.delta,
-            dict(self.loaded.model.named_parameters() if sharded is None else sharded.local_parameters()),
-            self.loaded.identity.fingerprint,
-            None if sharded is None else {name: rows.start for name, rows in sharded.rows.items()},
-        )
+        if isinstance(self.loaded, AdaptedModel):
+            self.loaded.restore(checkpoint)
+        else:
+            apply_delta(
+                checkpoint.delta,
+                dict(self.loaded.model.named_parameters() if sharded is None else sharded.local_parameters()),
+                self.loaded.identity.fingerprint,
+                None if sharded is None else {name: rows.start for name, rows in sharded.rows.items()},
+            )
         self.num_changed = checkpoint.delta.count
         self.updater.load_state(checkpoint.optimizer)
         self.step = self.last_saved = checkpoint.state["step"]
@@ -263,7 +267,8 @@ class Trainer:
 
     def _write_checkpoint(self) -> None:
         """Write what the updater has; of a sharded model the main process has it all, once every process was asked."""
-        touched, updater_state = self.updater.changes(), self.updater.state()
+        adapted = self.loaded if isinstance(self.loaded, AdaptedModel) else None
+        touched, updater_state = (adapted or self.updater).changes(), self.updater.state()
         if not self.world.is_main:
             return
         changes, before = exact_changes(touched, self.config)
@@ -284,7 +289,8 @@ class Trainer:
                 sampling_weights="whole",
             )
         )
-        save_checkpoint(self.run_dir.checkpoint(self.step), delta, updater_state, state, settings)
+        adapter = None if adapted is None else adapted.adapter()
+        save_checkpoint(self.run_dir.checkpoint(self.step), delta, updater_state, state, settings, adapter)
         prune_checkpoints(self.run_dir, self.config.save_total_limit)
         self.num_changed = delta.count
 

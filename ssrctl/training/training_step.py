@@ -51,7 +51,7 @@ from ssrctl.training.step_gradients.batch import group_batch, response_logprobs
 from ssrctl.training.step_gradients.head import HeadSettings
 from ssrctl.training.step_gradients.parts import QuestionPart, responses_by_step, units_of_parts
 from ssrctl.training.step_gradients.task import Dials
-from ssrctl.training.unit_gradients import GroupBatch, NonFiniteLoss, UnitGradient, unit_gradients
+from ssrctl.training.unit_gradients import GroupBatch, NonFiniteLoss, UnitGradient, trainable, unit_gradients
 from ssrctl.training.unit_observer import QuestionView, UnitObserver, Wanted
 from ssrctl.training.updaters import QuestionUpdate, Updater
 from ssrctl.training.weight_pushes import WeightPushes
@@ -223,7 +223,7 @@ class TrainingStep:
         self.loaded, self.critic, self.updater, self.config, self.curve = loaded, critic, updater, config, curve
         self.observer, self.pushes = observer, pushes
         self.engine: Engine = TransformersEngine(loaded, config) if pushes is None else pushes.engine
-        named = dict(loaded.model.named_parameters() if sharded is None else sharded.local_parameters())
+        named = dict(trainable(loaded.model) if sharded is None else sharded.local_parameters())
         self.start_weights = StartWeights(named, copies=sharded is not None) if config.keeps_start_weights else None
         self.exchanges = world.size > 1 and sharded is None
         self.num_coordinates = loaded.num_parameters

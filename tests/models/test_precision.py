@@ -8,9 +8,9 @@ import torch
 
 from ssrctl.configs import ModelConfig, TrainConfig
 from ssrctl.errors import UserError
-from ssrctl.models import precision
+from ssrctl.models import loading, precision
 from ssrctl.models.loading import load_model
-from ssrctl.models.precision import describe_precision, precision_of, repeat_sums, settle_dtype
+from ssrctl.models.precision import describe_precision, ordered_sums, precision_of, repeat_sums, settle_dtype
 from ssrctl.stages import train
 
 
@@ -41,9 +41,28 @@ def test_sums_repeat_on_cuda_only(monkeypatch):
         repeat_sums(torch.device("cpu"))
         assert not torch.are_deterministic_algorithms_enabled()
         repeat_sums(torch.device("cuda"))
-        assert torch.are_deterministic_algorithms_enabled() and torch.is_deterministic_algorithms_warn_only_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled() and not torch.backends.cuda.cudnn_sdp_enabled()
+        with ordered_sums():  # attention takes no fixed order while its like only warns
+            assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        with pytest.raises(UserError, match="fixed order: median of CUDA is not") as refused, ordered_sums():
+            raise RuntimeError("median of CUDA is not deterministic\nsecond line")
+        assert refused.value.remedy == "give --no-repeatable-sums, or --device cpu"
+        with pytest.raises(RuntimeError, match="out of memory"), ordered_sums():
+            raise RuntimeError("out of memory")
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
     finally:
         torch.use_deterministic_algorithms(False)
+        torch.backends.cuda.enable_cudnn_sdp(True)
+    with ordered_sums():
+        assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_only_a_run_that_wants_no_repeatable_sums_has_none(monkeypatch):
+    asked = []
+    monkeypatch.setattr(loading, "repeat_sums", asked.append)
+    for wanted in (False, True):
+        load_model(TrainConfig(device="cpu", repeatable_sums=wanted))
+        assert len(asked) == wanted
 
 
 def test_a_run_states_its_precision(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,9 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ssrctl.training.live_bytes import LiveBytes
-from ssrctl.training.step_gradients.attention import grouped_attention
+from ssrctl.training.step_gradients.attention import _Grouped, grouped_attention
+
+CUDA = torch.cuda.is_available()
 
 
 @pytest.mark.parametrize("heads", [1, 4])
@@ -42,6 +44,36 @@ def test_it_is_that_of_transformers_and_keeps_no_copy_of_keys(heads, key_heads, 
         torch.testing.assert_close(other, one, rtol=1e-12, atol=1e-12)
     if key_heads == 2:  # of one head transformers makes no copy either
         assert plain_bytes - size >= 2 * (key.nbytes + value.nbytes)
+
+
+@pytest.mark.parametrize("past", [0, 5])
+@pytest.mark.parametrize(
+    "device",
+    ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="no CUDA device")])],
+)
+def test_a_causal_mask_is_known_and_left_out(past, device):
+    torch.manual_seed(0)
+    dtype = torch.float64 if device == "cpu" else torch.bfloat16
+    query, key, value = (
+        torch.randn(2, heads, 7 + more, 16, dtype=dtype, device=device, requires_grad=True)
+        for heads, more in ((4, 0), (2, past), (2, past))
+    )
+    mask = torch.ones(1, 1, 7, 7 + past, dtype=torch.bool, device=device).tril(past)
+    grouped = _Grouped(ALL_ATTENTION_FUNCTIONS["sdpa"])
+    assert grouped._is_causal(mask) and not grouped._is_causal(mask.flip(3)) and not grouped._is_causal(mask.double())
+    windowed = mask & ~mask.tril(past - 3)
+    assert not grouped._is_causal(windowed)
+    module = types.SimpleNamespace(num_key_value_groups=2)
+    found = []
+    for output in (
+        grouped._without_mask(query, key, value, {"scaling": 0.3}),
+        ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, scaling=0.3)[0],
+    ):
+        found.append((output, *torch.autograd.grad(output.square().sum(), (query, key, value))))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(
+            one, other, **({"rtol": 1e-12, "atol": 1e-12} if device == "cpu" else {"rtol": 0.05, "atol": 0.05})
+        )
 
 
 def test_the_name_has_its_function_again_after_an_error():

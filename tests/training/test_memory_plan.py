@@ -16,10 +16,14 @@ from ssrctl.cli import main
 from ssrctl.configs import TrainConfig
 from ssrctl.core.units import Unit
 from ssrctl.errors import UserError
+from ssrctl.io.artifacts import ModelIdentity
+from ssrctl.models.loading import LoadedModel
 from ssrctl.stages import train
+from ssrctl.training import memory_plan
 from ssrctl.training.checkpointing import enable_checkpointing
 from ssrctl.training.layer_bytes import LayerProbe, UnknownActivations
 from ssrctl.training.live_bytes import LiveBytes
+from ssrctl.training.lora import add_adapters
 from ssrctl.training.memory_plan import CHUNK_TOKENS, GIB, MemoryPlanner, settle_step_gradient
 from ssrctl.training.step_gradients.task import Dials
 from ssrctl.training.unit_gradients import make_batch, trainable, unit_gradients
@@ -45,11 +49,18 @@ def build(shape=SHAPE):
         return transformers.AutoModelForCausalLM.from_config(copy.deepcopy(shape)).eval().float()
 
 
+def adapt(model, config):
+    if config.lora_r is not None:
+        pytest.importorskip("peft")
+        add_adapters(LoadedModel(model, None, ModelIdentity(name="", revision=None, fingerprint=""), None), config)
+
+
 def measured(config, shape=SHAPE):
     """The most bytes alive in one question of two units, besides the weights."""
     model = build(shape)
     if config.gradient_checkpointing:
         enable_checkpointing(model)
+    adapt(model, config)
     responses = torch.randint(2, 300, (ROWS, RESPONSE)).tolist()
     steps = [[place * 2 // RESPONSE for place in range(RESPONSE)]] * ROWS
     units = [Unit((step,), 0.01, ((0.5, -0.5, 0.2, -0.2),)) for step in (0, 1)]
@@ -75,12 +86,13 @@ def measured(config, shape=SHAPE):
         {"optimizer": "adamw"},
         {"optimizer": "adamw", "gradient_checkpointing": True},
         {"optimizer": "adamw", "gradient_checkpointing": True, "micro_batch_tokens": PROMPT + RESPONSE},
+        {"lora_r": 16, "lora_target_modules": ["all-linear"]},
         {"step_gradient": "kept"},
         {"step_gradient": "recomputed", "units_at_once": 1, "gradient_chunk_tokens": 64},
         {"step_gradient": "recomputed", "units_at_once": 2, "gradient_chunk_tokens": 256},
         {"step_gradient": "kept", "gradient_checkpointing": True, "scope": "tensor"},
     ],
-    ids=["dense", "checkpointed", "one response", "kept", "recomputed", "two at once", "tensor"],
+    ids=["dense", "checkpointed", "one response", "lora", "kept", "recomputed", "two at once", "tensor"],
 )
 def test_plans_are_within_a_fifth_of_what_is_alive(changes):
     assert planned(changes) == pytest.approx(measured(settings(changes)), rel=0.2)
@@ -97,6 +109,7 @@ def planned(changes, shape=SHAPE):
     with torch.device("meta"):
         empty = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(shape))
     config = settings(changes)
+    adapt(empty, config)
     plan = MemoryPlanner(empty, PROMPT).breakdown(config)
     state = plan.state if config.optimizer == "kronos" else 0  # adamw makes its own at the first step
     return plan.gradients + plan.activations + plan.logits + state
@@ -209,6 +222,17 @@ def test_a_limit_that_cannot_be_met_says_what_it_would_take(folder: Path, capfd:
     said = " ".join(capfd.readouterr().err.split())
     assert re.search(r"the run needs 0\.00\d+ GiB at the least \(--.*the limit is 0\.002 GiB", said)
     assert "change --optimizer kronos or --mask" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("device", "first"),
+    [("cpu", [(8, 1024), (8, 256), (4, 1024)]), ("cuda", [(8, 8192), (4, 8192), (2, 8192), (1, 8192), (8, 4096)])],
+)
+def test_on_a_gpu_large_chunks_come_before_more_steps_at_once(monkeypatch, device, first):
+    monkeypatch.setattr(memory_plan, "resolve_device", lambda name: torch.device(device))
+    tried = MemoryPlanner(build(), 256)._recomputed(TrainConfig(step_gradient="recomputed"))
+    dials = [(made.units_at_once, made.gradient_chunk_tokens) for made in itertools.islice(tried, len(first))]
+    assert dials == first
 
 
 @pytest.mark.slow

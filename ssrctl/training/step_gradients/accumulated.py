@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssrctl.models.precision import ordered_sums
 from ssrctl.training.step_gradients.batch import GroupBatch, response_logprobs, response_values
 from ssrctl.training.step_gradients.head import HeadSettings
 from ssrctl.training.step_gradients.task import GradientTask, UnitGradient
@@ -45,7 +46,8 @@ def accumulated_gradients(task: GradientTask) -> Iterator[UnitGradient]:
             end = int(lengths[rows].max()) if whole else min(active.end, int(lengths[rows].max()))
             made = _run(task, rows, end, values, entropy if run_once else None, with_graph=bool(has_unit.any()))
             if made.requires_grad:
-                made.backward(task.differentiate(active.unit, values)[1][rows, :end])
+                with ordered_sums():
+                    made.backward(task.differentiate(active.unit, values)[1][rows, :end])
         if run_once:
             task.report(values, entropy)
         yield task.differentiate(active.unit, values)[0]

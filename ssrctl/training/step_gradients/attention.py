@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+FLASH_DTYPES = (torch.bfloat16, torch.float16)
+
 
 @contextlib.contextmanager
 def grouped_attention() -> Iterator[None]:
@@ -40,6 +42,7 @@ class _Grouped:
     def __init__(self, plain: Callable[..., Any]) -> None:
         self.plain = plain
         self.masks: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self.causal: dict[int, tuple[Tensor, bool]] = {}
 
     def __call__(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
@@ -58,6 +61,9 @@ class _Grouped:
         """
         if attention_mask is None or settings.get("position_bias") is not None:
             return self.plain(module, query, key, value, attention_mask, **settings)
+        flash = query.is_cuda and query.dtype in FLASH_DTYPES and settings.get("softcap") is None
+        if flash and self._is_causal(attention_mask):
+            return self._without_mask(query, key, value, settings), None
         rows, heads, queries, width = query.shape
         key_heads = key.shape[1]
         each = heads // key_heads
@@ -67,6 +73,29 @@ class _Grouped:
         out, weights = self.plain(ungrouped, query, key, value, mask, **settings)
         split = out.view(rows, each, queries, key_heads, -1).permute(0, 2, 3, 1, 4)
         return split.reshape(rows, queries, heads, -1), weights
+
+    def _is_causal(self, mask: Tensor) -> bool:
+        """Return whether the mask hides from each query what follows it and nothing else, the last query being the last key."""
+        if id(mask) not in self.causal:
+            queries, keys = mask.shape[2:]
+            past = torch.ones(queries, keys, dtype=torch.bool, device=mask.device).tril(keys - queries)
+            self.causal[id(mask)] = mask, mask.dtype == torch.bool and bool((mask == past).all())
+        return self.causal[id(mask)][1]
+
+    def _without_mask(self, query: Tensor, key: Tensor, value: Tensor, settings: dict[str, Any]) -> Tensor:
+        """Attend with the flash kernel, which reads shared keys in place and takes no mask."""
+        from torch.nn.attention.bias import causal_lower_right
+
+        out = torch.nn.functional.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=causal_lower_right(query.shape[2], key.shape[2]),
+            dropout_p=settings.get("dropout", 0.0),
+            scale=settings.get("scaling"),
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        return out.transpose(1, 2).contiguous()
 
     def _folded(self, mask: Tensor, query: Tensor, each: int) -> Tensor:
         """Return the mask of the folded queries as numbers, the same tensor for the same mask."""

@@ -15,8 +15,9 @@ from ssrctl.training.step_gradients.shape import group_shape, units_shape
 from ssrctl.training.step_gradients.task import GradientTask, UnitGradient
 from ssrctl.training.step_gradients.walk import walk_chunks
 
-# Tokens of a chunk of recomputed gradients, where neither the user nor a plan says.
-RECOMPUTED_CHUNK_TOKENS = 1024
+# Tokens of a chunk of recomputed gradients, by device, where neither the user nor a plan says: on a GPU a chunk of a few
+# thousand takes as long as a small one.
+RECOMPUTED_CHUNK_TOKENS = {"cpu": 1024, "cuda": 4096}
 
 
 def chunked_gradients(task: GradientTask) -> Iterator[UnitGradient]:
@@ -49,7 +50,7 @@ def recomputed_gradients(task: GradientTask) -> Iterator[UnitGradient]:
     and for each of the units at once a gradient of the parameters and the gradients of one response's keys and values.
     """
     rows, prompt = len(task.batch.input_ids), task.batch.prompt_length
-    most = task.settled_dials.chunk_tokens or RECOMPUTED_CHUNK_TOKENS
+    most = task.settled_dials.chunk_tokens or default_chunk_tokens(task.model.device.type)
     costs = ModelCosts.of(task.model)
     planned = plan_boundaries(group_shape(task), costs)
     shared = prompt if prompt in planned else 0
@@ -59,6 +60,11 @@ def recomputed_gradients(task: GradientTask) -> Iterator[UnitGradient]:
     return walk_chunks(
         task, run, lambda wanted: row_blocks(run, wanted, most, costs), task.settled_dials.units_at_once or 1
     )
+
+
+def default_chunk_tokens(device: str) -> int:
+    """Return the tokens of a chunk on a device of this type, where neither the user nor a plan says."""
+    return RECOMPUTED_CHUNK_TOKENS.get(device, RECOMPUTED_CHUNK_TOKENS["cpu"])
 
 
 def last_input(task: GradientTask) -> int:

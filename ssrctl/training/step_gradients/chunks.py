@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ssrctl.errors import UserError
+from ssrctl.models.precision import ordered_sums
 from ssrctl.training.checkpointing import is_checkpointed
 from ssrctl.training.step_gradients.attention import grouped_attention
 from ssrctl.training.step_gradients.batch import GroupBatch
@@ -280,7 +281,8 @@ class ChunkedPass:
             retain: keep the graph for another backward pass.
         """
         self.receiver = gradients
-        torch.autograd.backward([root for root, _ in roots], [outer for _, outer in roots], retain_graph=retain)
+        with ordered_sums():
+            torch.autograd.backward([root for root, _ in roots], [outer for _, outer in roots], retain_graph=retain)
         self.receiver = None
 
 

@@ -45,11 +45,11 @@ class DeviceCosts:
 
 
 # cpu: fitted to the processor time of kept, truncated and chunked in dense passes, 20 groups of 1 to 16 steps on models of
-# 0.4M, 3M and 135M parameters in float32 (benchmarks/step_gradients.py --cpu-time). cuda: not measured; arithmetic with
-# 0.3 ms per layer, 2e14 operations/s, 2e12 bytes/s and bfloat16.
+# 0.4M, 3M and 135M parameters in float32 (benchmarks/step_gradients.py --cpu-time). cuda: arithmetic with 2e14 operations/s,
+# 2e12 bytes/s and bfloat16; the time per layer, 3 and 1.3 ms, is that of Qwen3-1.7B's sizes on an H100 (docs/benchmarks.md).
 DEVICE_COSTS = {
     "cpu": DeviceCosts(5.5e7, 3e7, 26.0, 24.0, 240.0, 26.0, 21.0),
-    "cuda": DeviceCosts(6e10, 3e10, 100.0, 300.0, 300.0, 400.0, 800.0),
+    "cuda": DeviceCosts(6e11, 2.6e11, 100.0, 300.0, 300.0, 400.0, 800.0),
 }
 
 # Keeping a cache and gathering log-probabilities from pieces, as a share of a chunk's own forward cost: what one

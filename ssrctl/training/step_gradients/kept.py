@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ssrctl.models.precision import ordered_sums
 from ssrctl.training.step_gradients.batch import response_values
 from ssrctl.training.step_gradients.task import GradientTask, UnitGradient
 
@@ -19,5 +20,6 @@ def kept_gradients(task: GradientTask) -> Iterator[UnitGradient]:
     for number, active in enumerate(task.active, start=1):
         made, derivative = task.differentiate(active.unit, logprobs)
         task.announce(active.unit)
-        logprobs.backward(derivative, retain_graph=number < len(task.active))
+        with ordered_sums():
+            logprobs.backward(derivative, retain_graph=number < len(task.active))
         yield made

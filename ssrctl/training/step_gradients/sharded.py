@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ssrctl.distributed.sharding import ResponseShare
+from ssrctl.models.precision import ordered_sums
 from ssrctl.training.step_gradients.batch import response_values
 from ssrctl.training.step_gradients.task import GradientTask, UnitGradient
 
@@ -24,7 +25,8 @@ def kept_shares(task: GradientTask, share: ResponseShare) -> Iterator[UnitGradie
         made, derivative = task.differentiate(active.unit, values)
         task.announce(active.unit)
         wanted = derivative[share.rows, : logprobs.shape[1]] * share.counts
-        share.sharded.backward(logprobs, wanted, retain=number < len(task.active))
+        with ordered_sums():
+            share.sharded.backward(logprobs, wanted, retain=number < len(task.active))
         yield made
 
 
@@ -46,7 +48,8 @@ def truncated_shares(task: GradientTask, share: ResponseShare) -> Iterator[UnitG
         values = torch.where(run, mine.whole(made, values.shape[1]), values.to(made.dtype))
         gradient, derivative = task.differentiate(active.unit, values)
         task.announce(active.unit)
-        share.sharded.backward(made, derivative[mine.rows, :end] * mine.counts)
+        with ordered_sums():
+            share.sharded.backward(made, derivative[mine.rows, :end] * mine.counts)
         yield gradient
 
 

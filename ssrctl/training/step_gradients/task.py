@@ -23,7 +23,7 @@ class Dials:
 
     Attributes:
         units_at_once: units that share a recomputed forward pass, whose gradients exist together; None for one.
-        chunk_tokens: most tokens of a chunk; None for ``RECOMPUTED_CHUNK_TOKENS``.
+        chunk_tokens: most tokens of a chunk; None for ``chunked.default_chunk_tokens``.
     """
 
     units_at_once: int | None = None

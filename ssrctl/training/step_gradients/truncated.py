@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
+from ssrctl.models.precision import ordered_sums
 from ssrctl.training.step_gradients.batch import response_values
 from ssrctl.training.step_gradients.task import GradientTask, UnitGradient
 
@@ -30,5 +31,6 @@ def truncated_gradients(task: GradientTask) -> Iterator[UnitGradient]:
         places = (rows[:, None], torch.arange(active.end, device=values.device))
         gradient, derivative = task.differentiate(active.unit, values.to(made.dtype).index_put(places, made.detach()))
         task.announce(active.unit)
-        made.backward(derivative[places])
+        with ordered_sums():
+            made.backward(derivative[places])
         yield gradient

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -106,21 +106,29 @@ class AdamWUpdater(DenseGradients):
 
     def changes(self) -> Changes:
         trained = [name for name, parameter in self.named.items() if parameter in self.optimizer.state]
-        return _DenseChanges({name: self.named[name] for name in trained}, self._protected)
+        return DenseChanges(trained, lambda name: self.named[name], self._protected)
 
 
 def _has_masters(config: TrainConfig, named: Mapping[str, Tensor]) -> bool:
     return config.master_weights and any(parameter.dtype in REMAINDER_DTYPES for parameter in named.values())
 
 
-class _DenseChanges(Mapping[str, tuple[Tensor, Tensor]]):
-    """All unprotected coordinates, read one tensor at a time: their indices take 8 bytes each."""
+class DenseChanges(Mapping[str, tuple[Tensor, Tensor]]):
+    """All unprotected coordinates, read one tensor at a time: their indices take 8 bytes each.
 
-    def __init__(self, named: Mapping[str, torch.nn.Parameter], protected: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        self._named, self._protected = named, protected
+    Args:
+        names: of the tensors.
+        read: returns the tensor of a name.
+        protected: by name, flat indices that are left out, and their values.
+    """
+
+    def __init__(
+        self, names: Sequence[str], read: Callable[[str], Tensor], protected: Mapping[str, tuple[Tensor, Tensor]]
+    ) -> None:
+        self._names, self._read, self._protected = names, read, protected
 
     def __getitem__(self, name: str) -> tuple[Tensor, Tensor]:
-        values = self._named[name].detach().view(-1).cpu()
+        values = self._read(name).detach().view(-1).cpu()
         free = torch.ones(values.numel(), dtype=torch.bool)
         if name in self._protected:
             free[self._protected[name][0].cpu()] = False
@@ -128,7 +136,7 @@ class _DenseChanges(Mapping[str, tuple[Tensor, Tensor]]):
         return indices, values[indices]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._named)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self._named)
+        return len(self._names)
