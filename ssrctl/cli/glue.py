@@ -237,8 +237,9 @@ def _docs_by_class(module: str) -> dict[str, dict[str, str]]:
 def current_words(config: type[Config], argv: list[str]) -> tuple[list[str], dict[str, bool]]:
     """Return the words of a command line with today's flags, and the switches that were set to their default.
 
-    Underscores in flags are accepted, as Hugging Face scripts write them, and so are aliases. A switch has a flag only for the value that is not its default; the other one, which may be
-    needed on top of a yaml file, is taken out of the words.
+    Underscores in flags are accepted, as Hugging Face scripts write them, and so are aliases. A switch has a flag only
+    for the value that is not its default; the other one, which may be needed on top of a yaml file, is taken out of the
+    words.
     """
     words: list[str] = []
     defaults: dict[str, bool] = {}
