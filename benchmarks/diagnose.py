@@ -95,7 +95,7 @@ MEASURED = """
 import contextlib, json, sys, time
 from pathlib import Path
 import torch
-from ssrctl.checkpoints.pairs import open_comparison
+from ssrctl.checkpoints.pairs import open_pairs
 from ssrctl.configs import DiagnoseConfig
 from ssrctl.measures.base import take
 from ssrctl.measures.sparsity import Sparsity
@@ -105,7 +105,7 @@ workers, repeats = int(sys.argv[3]), int(sys.argv[4])
 before, times, cpu = peak(), [], []
 paths = list(map(Path, sys.argv[1:3]))
 with contextlib.ExitStack() as stack:
-    comparison = open_comparison(stack, paths[0], paths[1:])
+    comparison = open_pairs(stack, [tuple(paths)])
     measure = Sparsity(comparison, DiagnoseConfig(paths=paths))
     for _ in range(repeats):
         start, begun = time.perf_counter(), time.process_time()

@@ -1,6 +1,6 @@
 """A base and the checkpoints that were made from it, opened together and walked tensor by tensor.
 
-``open_comparison`` opens them and finds the tensors that all of them have; ``walk`` hands each tensor to a function in
+``open_pairs`` opens them and finds the tensors that all of them have; ``walk`` hands each tensor to a function in
 a few worker threads. A tensor is read from a file when it is first asked for, and once.
 """
 
@@ -261,17 +261,6 @@ def checkpoints_of(run: Path) -> tuple[Path, list[Path]]:
 def is_run(path: Path) -> bool:
     """Return True if ``path`` is a run directory rather than a model or a checkpoint."""
     return (path / "config.yaml").is_file() and (path / "checkpoints").is_dir()
-
-
-def open_comparison(
-    stack: contextlib.ExitStack,
-    base_path: Path,
-    paths: list[Path],
-    layers: str | None = None,
-    options: PairOptions | None = None,
-) -> Comparison:
-    """Open one base and every checkpoint; see ``open_pairs``."""
-    return open_pairs(stack, [(base_path, path) for path in paths], layers, options)
 
 
 def open_pairs(

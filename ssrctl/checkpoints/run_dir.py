@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssrctl.checkpoints.delta import Delta, DeltaFile, save_delta
-from ssrctl.configs import TrainConfig, current_names
 from ssrctl.errors import UserError
 from ssrctl.io.artifacts import load_tensors, save_tensors
 from ssrctl.io.console import note
@@ -88,7 +87,7 @@ class RunDir:
         write_settings(self.config, settings)
 
     def read_config(self) -> dict[str, Any]:
-        """Return the run's settings, by today's field names."""
+        """Return the run's settings."""
         import yaml
 
         try:
@@ -97,7 +96,7 @@ class RunDir:
             raise UserError(f"{self.config} cannot be read: {error}", "name a run directory of ssrctl train") from error
         if not isinstance(loaded, dict):
             raise UserError(f"{self.config} holds no settings", "name a run directory of ssrctl train")
-        return current_names(TrainConfig, loaded)
+        return loaded
 
     def write_manifest(self, manifest: Mapping[str, Any]) -> None:
         write_text(self.manifest, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")

@@ -23,7 +23,7 @@ from typer.core import TyperCommand
 from ssrctl.configs import Config, build_config
 from ssrctl.configs.building import field_types, ranges
 from ssrctl.configs.common import HubOptions
-from ssrctl.configs.names import accepted_names, flag, old_names
+from ssrctl.configs.names import accepted_names, flag
 from ssrctl.errors import CheckFailed, Failed, Interrupted, LostProcess, Stopped, UserError
 from ssrctl.io.console import note
 from ssrctl.io.interrupts import termination_as_interrupt
@@ -47,18 +47,16 @@ def command(app: typer.Typer, name: str, config: type[Config], stage: str, *, hi
         name: the subcommand.
         config: a dataclass of ``ssrctl.configs``; its docstring is the help text and ends with an example, the string under each
             field is the flag's help, the ``panel`` of the class that defines a field is the help's panel. Fields with
-            metadata ``metavar`` are positional, ``flags`` adds short forms, and ``once_positional`` accepts the value
-            as an argument too, with a warning.
+            metadata ``metavar`` are positional, and ``flags`` adds short forms.
         stage: ``module:function`` taking the config; imported only when the command runs. A dict that it
             returns is the machine-readable result, printed on stdout under ``--json``.
-        hidden: leave the command out of the help, such as an old name of another.
+        hidden: leave the command out of the help, such as a second name of another.
     """
-    movable = [spec.name for spec in dataclasses.fields(config) if spec.metadata.get("once_positional")]
 
     class Command(TyperCommand):
         def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
             ctx.meta[_WORDS] = list(args)
-            words, ctx.meta[_DEFAULTS_GIVEN] = current_words(config, args, quiet=ctx.resilient_parsing)
+            words, ctx.meta[_DEFAULTS_GIVEN] = current_words(config, args)
             return super().parse_args(ctx, words)
 
     def body(ctx: typer.Context, **values: Any) -> None:
@@ -66,11 +64,6 @@ def command(app: typer.Typer, name: str, config: type[Config], stage: str, *, hi
         for key, value in values.items():
             if ctx.get_parameter_source(key).name in ("COMMANDLINE", "ENVIRONMENT"):  # type: ignore[union-attr]
                 given |= {key.removeprefix("no_"): False} if key.startswith("no_") else {key: value}
-        if len(ctx.args) == len(movable) == 1 and movable[0] not in given:
-            given[movable[0]] = ctx.args.pop()
-            warn(f"the model is now given as {flag(config, movable[0])} {given[movable[0]]}")
-        if ctx.args:
-            ctx.fail(f"Got unexpected extra argument(s) ({' '.join(ctx.args)})")
         recipe, config_path, save_to = (given.pop(name, None) for name in ("recipe", "config", "save_config"))
 
         made: Any = None
@@ -112,8 +105,7 @@ def command(app: typer.Typer, name: str, config: type[Config], stage: str, *, hi
     *paragraphs, example = (" ".join(part.split()) for part in (inspect.getdoc(config) or "").split("\n\n"))
     assert example.startswith("Example: "), config
     body.__doc__ = "\n\n".join(paragraphs)
-    settings = {"allow_extra_args": bool(movable)}
-    app.command(name, cls=Command, epilog=example, context_settings=settings, hidden=hidden)(body)
+    app.command(name, cls=Command, epilog=example, hidden=hidden)(body)
 
 
 def _run_stage(stage: str, config: Any) -> dict[str, Any] | None:
@@ -242,17 +234,17 @@ def _docs_by_class(module: str) -> dict[str, dict[str, str]]:
     return found
 
 
-def current_words(config: type[Config], argv: list[str], *, quiet: bool = False) -> tuple[list[str], dict[str, bool]]:
+def current_words(config: type[Config], argv: list[str]) -> tuple[list[str], dict[str, bool]]:
     """Return the words of a command line with today's flags, and the switches that were set to their default.
 
-    Underscores in flags are accepted, as Hugging Face scripts write them, and so are aliases. Old names give a warning
-    unless ``quiet``. A switch has a flag only for the value that is not its default; the other one, which may be
-    needed on top of a yaml file, is taken out of the words.
+    Underscores in flags are accepted, as Hugging Face scripts write them, and so are aliases. A switch has a flag only
+    for the value that is not its default; the other one, which may be needed on top of a yaml file, is taken out of the
+    words.
     """
     words: list[str] = []
     defaults: dict[str, bool] = {}
     specs = {spec.name: spec for spec in dataclasses.fields(config)}
-    others, old = accepted_names(config), old_names(config)
+    others = accepted_names(config)
     for position, word in enumerate(argv):
         if word == "--":
             return words + argv[position:], defaults
@@ -271,11 +263,7 @@ def current_words(config: type[Config], argv: list[str], *, quiet: bool = False)
         now = ("--no-" if is_off else "--") + flag(config, spec.name)[2:]
         if isinstance(spec.default, bool) and spec.default is not is_off:
             defaults[spec.name] = spec.default
-            if is_off and not quiet:
-                warn(f"{given} is the default and will not be a flag in the next version")
             continue
-        if key in old and not quiet:
-            warn(f"{given} is now {now}")
         words.append(now + equals + value)
     return words, defaults
 

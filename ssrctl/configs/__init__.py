@@ -1,6 +1,6 @@
 """One dataclass per command: every setting, its default, and the doc line that `--help` shows."""
 
-from ssrctl.configs.building import Config, build_config, current_names
+from ssrctl.configs.building import Config, build_config
 from ssrctl.configs.common import (
     TINY,
     TINY_DATASET,
@@ -78,6 +78,5 @@ __all__ = [
     "SuperweightsConfig",
     "TrainConfig",
     "build_config",
-    "current_names",
     "is_bundled",
 ]

@@ -21,7 +21,7 @@ from typing import Annotated, Any, ClassVar, TypeVar
 
 from annotated_types import Ge, Gt, Interval, Le, Lt
 
-from ssrctl.configs.names import accepted_names, flag, old_names, once_per_class
+from ssrctl.configs.names import accepted_names, flag, once_per_class
 from ssrctl.errors import UserError
 
 AtLeastOne = Annotated[int, Ge(1)]
@@ -70,7 +70,7 @@ def build_config(kind: type[Made], given: Mapping[str, Any], *files: Path) -> Ma
         kind: a subclass of ``Config``.
         given: values of the given flags, by field name.
         files: yaml files with a mapping of field names (dashes or underscores) to values, a later one above an earlier
-            one. Old names are accepted with a warning on stderr.
+            one.
 
     Raises:
         UserError: a file is missing or not a mapping, a key is unknown, a value has the wrong type or
@@ -108,11 +108,6 @@ def _refuse_code(kind: type[Config], spec: dataclasses.Field[Any], value: Any) -
             f"{shown} {named[0]} comes from a file, and would be imported",
             "if you trust that code, give it on the command line: " + " ".join(f"{shown} {one}" for one in named),
         )
-
-
-def current_names(kind: type[Config], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return stored settings with the old field names of ``kind`` replaced by today's."""
-    return {old_names(kind).get(key, key): value for key, value in settings.items()}
 
 
 @once_per_class
@@ -201,11 +196,9 @@ def _needed(kind: type[Config], name: str) -> UserError:
 
 def _fields_of_yaml(kind: type[Config], path: Path) -> dict[str, Any]:
     names = [spec.name for spec in dataclasses.fields(kind)]
-    values, renamed = {}, []
+    values = {}
     for key, value in _read_yaml(path).items():
         name = str(key).replace("-", "_")
-        if name in old_names(kind):
-            renamed.append(f"{key} is now {old_names(kind)[name]}")
         name = accepted_names(kind).get(name, name)
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
@@ -214,8 +207,6 @@ def _fields_of_yaml(kind: type[Config], path: Path) -> dict[str, Any]:
                 f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(names)}",
             )
         values[name] = value
-    if renamed:
-        sys.stderr.write(f"warning: {path}: {', '.join(renamed)}\n")
     return values
 
 

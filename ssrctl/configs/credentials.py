@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -75,6 +76,21 @@ def check_address(setting: str, address: str, *, variable: str, example: str) ->
         raise UserError(f"{setting} must not contain {credential}", f"leave it out and set the variable {variable}")
     if not usable:
         raise UserError(f"{setting} is not the address of a server", f"give an address such as {example}")
+
+
+def key_in(variable: str) -> str:
+    """Return the key in an environment variable; an empty text if it is not set.
+
+    Raises:
+        UserError: it cannot be a key; its text is not shown.
+    """
+    value = os.environ.get(variable, "")
+    if value.strip() != value or not value.isascii() or not value.isprintable():
+        raise UserError(
+            f"{variable} cannot be a key: it contains a space, a line end or a non-ASCII character",
+            f"set {variable} again",
+        )
+    return value
 
 
 def _named_values(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

@@ -9,7 +9,7 @@ from ssrctl.errors import UserError
 _SPELLING = re.compile(r"[0-9]{1,6}(-[0-9]{1,6})?(,[0-9]{1,6}(-[0-9]{1,6})?)*")
 
 
-def layer_ranges(text: str, flag: str = "--layers") -> list[range]:
+def layer_ranges(text: str) -> list[range]:
     """Read ``0-3,7`` as the ranges 0..3 and 7..7; layers count from 0.
 
     Raises:
@@ -17,11 +17,11 @@ def layer_ranges(text: str, flag: str = "--layers") -> list[range]:
     """
     compact = text.replace(" ", "")
     if not _SPELLING.fullmatch(compact):
-        raise UserError(f"{flag} must list layers like 0-3,7, got {text!r}")
+        raise UserError(f"--layers must list layers like 0-3,7, got {text!r}")
     ranges = []
     for part in compact.split(","):
         first, _, last = part.partition("-")
         ranges.append(range(int(first), int(last or first) + 1))
         if not ranges[-1]:
-            raise UserError(f"{flag}: the range {part} runs backwards", f"write {last}-{first}")
+            raise UserError(f"--layers: the range {part} runs backwards", f"write {last}-{first}")
     return ranges

@@ -28,7 +28,7 @@ class MaskOutput(HubOptions):
 class MaskSource(MaskOutput):
     """A mask made from a model's weights."""
 
-    model: str = field(metadata={"once_positional": True})
+    model: str
     """Model folder, safetensors file (read one tensor at a time) or name on the hub; or tiny-reasoner."""
 
     include: list[str] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Names of settings: the flag that a field is shown as, old names and aliases."""
+"""Names of settings: the flag that a field is shown as, and aliases."""
 
 from __future__ import annotations
 
@@ -6,32 +6,6 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import TypeVar
-
-# Old name -> field, by the config that has the field: accepted with a warning, in flags and in yaml files.
-OLD_NAMES: Mapping[str, Mapping[str, str]] = {
-    "SamplingConfig": {"generation_batch_size": "sampling_batch_size"},
-    "CriticOptions": {
-        "rubric": "critic_rubric",
-        "per_step": "critic_per_step",
-        "show_reference": "critic_show_reference",
-        "max_concurrency": "critic_max_concurrency",
-        "requests_per_minute": "critic_requests_per_minute",
-        "input_price": "critic_input_price",
-        "output_price": "critic_output_price",
-        "budget_usd": "critic_budget_usd",
-        "cache": "critic_cache",
-        "cache_dir": "critic_cache_dir",
-        "rollout_value": "critic_rollout_value",
-    },
-    "SegmentConfig": {
-        "style": "segment_style",
-        "max_steps": "max_segments",
-        "min_chars": "min_segment_chars",
-        "max_chars": "max_segment_chars",
-    },
-    "DiagnoseConfig": {"k": "num_directions", "eta": "bf16_rtol", "rule": "changed_by"},
-    "MaskDiffConfig": {"eta": "bf16_rtol", "rule": "changed_by"},
-}
 
 # Name that other tools use -> field: accepted without a word.
 ALIASES: Mapping[str, Mapping[str, str]] = {
@@ -48,8 +22,24 @@ ALIASES: Mapping[str, Mapping[str, str]] = {
 # `ssrctl critic` shows the critic's settings without their prefix where nothing else has that name.
 SHORT_NAMES: Mapping[str, Mapping[str, str]] = {
     "CriticConfig": {
-        **OLD_NAMES["CriticOptions"],
-        **{name: f"critic_{name}" for name in ("prm_style", "prm_step_tag", "prm_tokenizer", "prm_zero")},
+        name: f"critic_{name}"
+        for name in (
+            "rubric",
+            "per_step",
+            "show_reference",
+            "max_concurrency",
+            "requests_per_minute",
+            "input_price",
+            "output_price",
+            "budget_usd",
+            "cache",
+            "cache_dir",
+            "rollout_value",
+            "prm_style",
+            "prm_step_tag",
+            "prm_tokenizer",
+            "prm_zero",
+        )
     }
 }
 
@@ -66,16 +56,9 @@ def once_per_class(function: Callable[[type], Result]) -> Callable[[type], Resul
 
 
 @once_per_class
-def old_names(kind: type) -> dict[str, str]:
-    """Return {old name: field} of the names that are accepted with a warning."""
-    short = _merged(SHORT_NAMES, kind)
-    return {old: name for old, name in _merged(OLD_NAMES, kind).items() if old not in short}
-
-
-@once_per_class
 def accepted_names(kind: type) -> dict[str, str]:
     """Return {name: field} of every name that is accepted besides the fields' own."""
-    return old_names(kind) | _merged(ALIASES, kind) | _merged(SHORT_NAMES, kind)
+    return _merged(ALIASES, kind) | _merged(SHORT_NAMES, kind)
 
 
 def flag(kind: type, name: str) -> str:

@@ -181,7 +181,7 @@ class TileSet:
             raise ValueError("row pointers do not ascend from 0 to the number of tiles")
         if bool((col < 0).any()) or bool((col >= columns).any()):
             raise ValueError(f"a tile column lies outside 0..{columns - 1}")
-        row = torch.repeat_interleave(torch.arange(rows, device=crow.device), steps)
+        row = torch.searchsorted(crow, torch.arange(col.numel(), device=crow.device), right=True) - 1
         tile_ids = row * columns + col
         if bool((tile_ids.diff() <= 0).any()):
             raise ValueError("tiles are not in ascending order")

@@ -7,19 +7,20 @@ state) are trained this way. Outside the mask every bit of the weights stays as 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ssrctl.core.adamw import CountedAdamW, adamw
 from ssrctl.core.index_sets import IndexSet
 from ssrctl.core.mask import BlockMask
 from ssrctl.core.masters import REMAINDER_DTYPES, join_master, split_master
 from ssrctl.core.sparse_update import Survival
 
 
-class MaskedAdamW(torch.optim.Optimizer):
+class MaskedAdamW(CountedAdamW):
     """``torch.optim.AdamW`` for the coordinates of a mask; weight decay, too, applies to them only.
 
     State of a parameter with ``k`` coordinates in the mask, in 10 bytes per coordinate: ``exp_avg`` and
@@ -39,17 +40,14 @@ class MaskedAdamW(torch.optim.Optimizer):
         weight_decay: decoupled (Loshchilov & Hutter 2019).
         master_weights: keep the exact float32 value of bfloat16 and float16 coordinates.
 
-    Attributes:
-        survival: counts of the last step.
+    ``step`` raises a RuntimeError for a sparse gradient.
 
     Raises:
         ValueError: an empty mask, a mask over other tensors, parameters without names or with equal ones, that
             are not floating point or not contiguous, or a setting out of range.
     """
 
-    # Copies and unpickled optimizers skip the constructor.
-    _closed = True
-    survival = Survival()
+    _closed = True  # of copies and unpickled optimizers, which skip the constructor
 
     def __init__(
         self,
@@ -82,42 +80,18 @@ class MaskedAdamW(torch.optim.Optimizer):
         """Memory of all state."""
         return sum(value.numel() * value.element_size() for state in self.state.values() for value in state.values())
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter that has a gradient; returns what the closure returns.
-
-        Raises:
-            RuntimeError: a sparse gradient.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self.survival = Survival()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None and parameter in self.state:
-                    self.survival += _update(parameter, parameter.grad, self.state[parameter], group)
-        return loss
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch, but every tensor keeps its dtype, and the state must be one of the same mask.
+        """Load a state, which must be one of the same mask.
 
         Raises:
             ValueError: the state of another mask, or of weights with another kind of master.
         """
         ids = [key for group in state_dict["param_groups"] for key in group["params"]]
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        if len(ids) == len(parameters):  # torch says what is wrong otherwise
-            for key, (name, parameter) in zip(ids, self._in_order(), strict=True):
+        named = self._in_order()
+        if len(ids) == len(named):  # torch says what is wrong otherwise
+            for key, (name, parameter) in zip(ids, named, strict=True):
                 _check_state(name, self.state.get(parameter, {}), state_dict["state"].get(key, {}))
         super().load_state_dict(state_dict)
-        # torch casts state to the dtype of its parameter, and int16 bits to bfloat16 values with it.
-        for key, parameter in zip(ids, parameters, strict=True):
-            for field, value in state_dict["state"].get(key, {}).items():
-                # A step count on the CPU is read without waiting for the GPU.
-                device = "cpu" if field == "step" else parameter.device
-                self.state[parameter][field] = value.to(device, copy=True)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group for the constructor only: the mask is over the parameters given at the start.
@@ -139,6 +113,36 @@ class MaskedAdamW(torch.optim.Optimizer):
             if not parameter.is_floating_point() or not parameter.is_contiguous():
                 raise ValueError(f"{name} ({parameter.dtype}) is not a contiguous floating-point tensor")
 
+    def _update(self, parameter: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> Survival:
+        if parameter not in self.state:
+            return Survival()
+        state = self.state[parameter]
+        if gradient.is_sparse:
+            raise RuntimeError("MaskedAdamW takes dense gradients, not sparse ones")
+        indices = IndexSet(parameter.numel(), state["low"], state["counts"]).to_indices()
+        flat = parameter.view(-1)
+        moments = state["exp_avg"], state["exp_avg_sq"]
+        stored = flat[indices]
+        before = join_master(stored, state["remainder"]) if "remainder" in state else stored.to(moments[0].dtype)
+        weights = before.clone()
+        state["step"] += 1  # in place: a tensor, as torch has it
+        adamw(
+            weights,
+            gradient.reshape(-1)[indices].to(weights.dtype),
+            *moments,
+            step=int(state["step"]),
+            lr=float(group["lr"]),
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+        )
+        if "remainder" in state:
+            written, state["remainder"] = split_master(weights, parameter.dtype)
+        else:
+            written = weights.to(parameter.dtype)
+        flat[indices] = written
+        return Survival.of(stored, written, before, weights)
+
     def _in_order(self) -> list[tuple[str, Tensor]]:
         """All (name, parameter) pairs, group after group."""
         return [
@@ -146,67 +150,6 @@ class MaskedAdamW(torch.optim.Optimizer):
             for group in self.param_groups
             for pair in zip(group.get("param_names", ()), group["params"], strict=True)
         ]
-
-
-def adamw(
-    weights: Tensor,
-    gradient: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    *,
-    step: int,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-) -> None:
-    """One step of AdamW (Loshchilov & Hutter 2019, algorithm 2), in place, in torch's order of operations.
-
-    Args:
-        weights: float32 (or float64) ``[k]``.
-        gradient: as ``weights``; left as it was.
-        exp_avg: first moment, as ``weights``.
-        exp_avg_sq: second moment, as ``weights``.
-        step: number of this step, from 1.
-        lr: step size.
-        betas: decay of the first and the second moment.
-        eps: added to the denominator.
-        weight_decay: decoupled: the weights shrink by ``lr * weight_decay`` of themselves first.
-    """
-    b1, b2 = betas
-    weights.mul_(1 - lr * weight_decay)
-    exp_avg.lerp_(gradient, 1 - b1)
-    exp_avg_sq.mul_(b2).addcmul_(gradient, gradient, value=1 - b2)
-    denominator = (exp_avg_sq.sqrt() / (1 - b2**step) ** 0.5).add_(eps)
-    weights.addcdiv_(exp_avg, denominator, value=-(lr / (1 - b1**step)))
-
-
-def _update(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], group: Mapping[str, Any]) -> Survival:
-    if gradient.is_sparse:
-        raise RuntimeError("MaskedAdamW takes dense gradients, not sparse ones")
-    indices = IndexSet(parameter.numel(), state["low"], state["counts"]).to_indices()
-    flat = parameter.view(-1)
-    moments = state["exp_avg"], state["exp_avg_sq"]
-    stored = flat[indices]
-    before = join_master(stored, state["remainder"]) if "remainder" in state else stored.to(moments[0].dtype)
-    weights = before.clone()
-    state["step"] += 1  # in place: a tensor, as torch has it
-    adamw(
-        weights,
-        gradient.reshape(-1)[indices].to(weights.dtype),
-        *moments,
-        step=int(state["step"]),
-        lr=float(group["lr"]),
-        betas=group["betas"],
-        eps=group["eps"],
-        weight_decay=group["weight_decay"],
-    )
-    if "remainder" in state:
-        written, state["remainder"] = split_master(weights, parameter.dtype)
-    else:
-        written = weights.to(parameter.dtype)
-    flat[indices] = written
-    return Survival.of(stored, written, before, weights)
 
 
 def _fresh_state(parameter: Tensor, trained: IndexSet, *, masters: bool) -> dict[str, Tensor]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ssrctl.core.masked_adamw import adamw
+from ssrctl.core.adamw import CountedAdamW, adamw
 from ssrctl.core.masters import REMAINDER_DTYPES, join_master, split_master
 from ssrctl.core.sparse_update import Survival
 
@@ -16,7 +16,7 @@ from ssrctl.core.sparse_update import Survival
 CHUNK = 1 << 22
 
 
-class MasterAdamW(torch.optim.Optimizer):
+class MasterAdamW(CountedAdamW):
     """``torch.optim.AdamW`` with float32 moments and exact float32 masters of bfloat16 and float16 weights.
 
     State of a parameter, made at its first gradient: ``exp_avg`` and ``exp_avg_sq`` float32, and the master's
@@ -29,9 +29,6 @@ class MasterAdamW(torch.optim.Optimizer):
         betas: decay of the first and the second moment.
         eps: added to the denominator.
         weight_decay: decoupled (Loshchilov & Hutter 2019).
-
-    Attributes:
-        survival: counts of the last step.
     """
 
     def __init__(
@@ -44,33 +41,37 @@ class MasterAdamW(torch.optim.Optimizer):
         weight_decay: float = 1e-2,
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
-        self.survival = Survival()
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter that has a gradient; returns what the closure returns."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self.survival = Survival()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    if not self.state[parameter]:
-                        self.state[parameter] = _fresh_state(parameter)
-                    self.survival += _update(parameter, self.state[parameter], group)
-        return loss
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch, but every tensor keeps its dtype: torch casts state to the dtype of its parameter."""
-        super().load_state_dict(state_dict)
-        ids = [key for group in state_dict["param_groups"] for key in group["params"]]
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        for key, parameter in zip(ids, parameters, strict=True):
-            for field, value in state_dict["state"].get(key, {}).items():
-                device = "cpu" if field == "step" else parameter.device
-                self.state[parameter][field] = value.to(device, copy=True)
+    def _update(self, parameter: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> Survival:
+        state = self.state[parameter]
+        if not state:
+            state.update(_fresh_state(parameter))
+        state["step"] += 1  # in place: a tensor, as torch has it
+        flat, gradient = parameter.view(-1), gradient.reshape(-1)
+        columns = {name: value.view(-1) for name, value in state.items() if name != "step"}
+        survival = Survival()
+        for start in range(0, flat.numel(), CHUNK):
+            part = slice(start, start + CHUNK)
+            stored = flat[part].clone()
+            before = join_master(stored, columns["remainder"][part]) if "remainder" in columns else stored.float()
+            master = before.clone()
+            adamw(
+                master,
+                gradient[part].to(master.dtype),
+                columns["exp_avg"][part],
+                columns["exp_avg_sq"][part],
+                step=int(state["step"]),
+                lr=float(group["lr"]),
+                betas=group["betas"],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+            )
+            if "remainder" in columns:
+                flat[part], columns["remainder"][part] = split_master(master, parameter.dtype)
+            else:
+                flat[part] = master
+            survival += Survival.of(stored, flat[part], before, master)
+        return survival
 
 
 def _fresh_state(parameter: Tensor) -> dict[str, Tensor]:
@@ -79,33 +80,3 @@ def _fresh_state(parameter: Tensor) -> dict[str, Tensor]:
     if parameter.dtype in REMAINDER_DTYPES:
         state["remainder"] = torch.zeros_like(zeros, dtype=REMAINDER_DTYPES[parameter.dtype])
     return state
-
-
-def _update(parameter: Tensor, state: dict[str, Tensor], group: Mapping[str, Any]) -> Survival:
-    state["step"] += 1  # in place: a tensor, as torch has it
-    assert parameter.grad is not None
-    flat, gradient = parameter.view(-1), parameter.grad.reshape(-1)
-    columns = {name: value.view(-1) for name, value in state.items() if name != "step"}
-    survival = Survival()
-    for start in range(0, flat.numel(), CHUNK):
-        part = slice(start, start + CHUNK)
-        stored = flat[part].clone()
-        before = join_master(stored, columns["remainder"][part]) if "remainder" in columns else stored.float()
-        master = before.clone()
-        adamw(
-            master,
-            gradient[part].to(master.dtype),
-            columns["exp_avg"][part],
-            columns["exp_avg_sq"][part],
-            step=int(state["step"]),
-            lr=float(group["lr"]),
-            betas=group["betas"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-        )
-        if "remainder" in columns:
-            flat[part], columns["remainder"][part] = split_master(master, parameter.dtype)
-        else:
-            flat[part] = master
-        survival += Survival.of(stored, flat[part], before, master)
-    return survival

@@ -74,9 +74,10 @@ def unpack_tiles(tile_ids: Tensor, tiles: Tensor, columns: int) -> Tensor:
     tile_column = tile_ids - tile_row * -(-columns // TILE)
     # Ascending order goes along a matrix row through all tiles of a tile row, then to the next matrix row. With
     # m tiles in the tile row, the first being number f: row r of tile t comes at 16 f + r m + (t - f).
-    _, in_row = torch.unique_consecutive(tile_row, return_counts=True)
-    width = torch.repeat_interleave(in_row, in_row).unsqueeze(1)
-    start = torch.repeat_interleave(in_row.cumsum(0) - in_row, in_row).unsqueeze(1)
+    # By indexing: repeat_interleave wakes all threads for any size, which costs milliseconds where cores are busy.
+    _, of_tile, in_row = torch.unique_consecutive(tile_row, return_inverse=True, return_counts=True)
+    width = in_row[of_tile].unsqueeze(1)
+    start = (in_row.cumsum(0) - in_row)[of_tile].unsqueeze(1)
     number = torch.arange(tile_ids.numel(), device=device).unsqueeze(1)
     place = 16 * start + torch.arange(TILE, device=device) * width + (number - start)
     source = torch.empty(place.numel(), dtype=torch.int64, device=device)

@@ -172,7 +172,7 @@ class RolloutCritic:
             *(sampling.temperature, sampling.top_p, sampling.top_k, sampling.max_new_tokens),
             *map(repr, sampling.stop),
         ]
-        if self.prompt_format is not None:  # absent without one, so that earlier records keep their critic
+        if self.prompt_format is not None:
             parts.append(f"prompts {hashlib.sha256(repr(self.prompt_format).encode()).hexdigest()[:12]}")
         if self.engine is not None:  # which draws other continuations
             parts.append(type(self.engine).__name__)

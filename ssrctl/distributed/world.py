@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from ssrctl.errors import LostProcess, Stopped, UserError
+from ssrctl.errors import LostProcess, Stopped, UserError, first_line
 from ssrctl.io import console
 from ssrctl.process_rank import is_launched, num_launched, rank
 
@@ -239,7 +239,7 @@ def joined_world(device: str = "auto") -> Iterator[World]:
         state = PartialState(cpu=cpu, timeout=LONGEST_WAIT)
     except (RuntimeError, ValueError) as error:
         raise LostProcess(
-            f"process {rank()} of {num_launched()} cannot reach the others: {str(error).splitlines()[0]}",
+            f"process {rank()} of {num_launched()} cannot reach the others: {first_line(error)}",
             "check that all were started and that MASTER_ADDR and MASTER_PORT can be reached",
         ) from error
     assert state.num_processes == num_launched(), "something asked accelerate for the device before"

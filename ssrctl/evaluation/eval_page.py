@@ -209,6 +209,8 @@ def _formats(evaluations: Sequence[EvalLog]) -> Section | None:
 def _table(evaluations: Sequence[EvalLog]) -> Table:
     outcomes = list(dict.fromkeys(name for one in evaluations for name in one.summary.get("outcomes") or {}))
     keys = {"answered": "answered_frac", "finished": "finished_frac", "solved once": "solved_at_least_once"}
+    divergences = [(one.summary.get("kl_to_base") or {}).get("value") for one in evaluations]
+    measured = any(value is not None for value in divergences)
     return Table(
         title="Evaluations",
         columns=[
@@ -217,7 +219,7 @@ def _table(evaluations: Sequence[EvalLog]) -> Table:
             *(Column(name.replace("_", " "), count) for name in outcomes),
             *(Column(name, percent) for name in keys),
             Column("tokens", count),
-            Column("KL to base", number),
+            *([Column("KL to base", number)] if measured else []),
         ],
         rows=[
             [
@@ -226,9 +228,10 @@ def _table(evaluations: Sequence[EvalLog]) -> Table:
                 *((one.summary.get("outcomes") or {}).get(name, 0) for name in outcomes),
                 *(one.summary.get(key) for key in keys.values()),
                 one.summary.get("mean_response_tokens"),
-                (one.summary.get("kl_to_base") or {}).get("value"),
+                *([divergence] if measured else []),
             ]
-            for one in evaluations
+            for one, divergence in zip(evaluations, divergences, strict=True)
         ],
-        note="Tokens: mean of a response. Solved once: problems with a right sample. KL to base: nats per token, with --kl-to.",
+        note="Tokens: mean of a response. Solved once: problems with a right sample."
+        + (" KL to base: nats per token." if measured else ""),
     )

@@ -80,7 +80,7 @@ class BudgetProfile:
 
     Attributes:
         model: whose gradients these are.
-        share: curve of rule ``share``; None in a file of version 1.
+        share: curve of rule ``share``.
         mass: curve of rule ``paper``.
         energy_available: mean share of the step's squared gradient on coordinates that are neither protected
             nor claimed before it, over all coordinates, in [0, 1]; one value per value of ``mass``.
@@ -90,7 +90,7 @@ class BudgetProfile:
     """
 
     model: ModelIdentity
-    share: ShareCurve | None
+    share: ShareCurve
     mass: MassCurve
     energy_available: list[Annotated[Finite, Interval(ge=0, le=1)]]
     energy_claimed: list[Annotated[Finite, Interval(ge=0, le=1)]]
@@ -98,19 +98,8 @@ class BudgetProfile:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def curve(self, rule: str) -> list[float]:
-        """Return v_1.. for a budget rule; past its end the last value holds.
-
-        Raises:
-            UserError: rule ``share`` with a file of version 1.
-        """
-        if rule == "paper":
-            return self.mass.mean
-        if self.share is None:
-            raise UserError(
-                f"the budget profile of {self.model.name} has format version 1, which lacks the curve of rule share",
-                f"{REMEDY}, or pass --budget-rule paper",
-            )
-        return self.share.reliable()
+        """Return v_1.. for a budget rule; past its end the last value holds."""
+        return self.mass.mean if rule == "paper" else self.share.reliable()
 
     def table(self) -> dict[str, dict[str, dict[str, list[float]]]]:
         """Return, by rule, weights w_i and budgets k_i (B = 5%, k_max = 1%) for some numbers of steps, for readers."""
@@ -123,7 +112,6 @@ class BudgetProfile:
                 for steps in TABLE_STEPS
             }
             for rule in RULES
-            if rule == "paper" or self.share is not None
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -149,10 +137,9 @@ def budget_at(name: str) -> Path:
 
 
 def load_budget_profile(path: str | Path) -> BudgetProfile:
-    """Read a profile of format version 1 or 2 and check every field.
+    """Read a profile and check every field.
 
-    The ``table`` is for human readers and is not read: budgets are computed from the curves. A file of version 1
-    has only the curve of rule ``paper``.
+    The ``table`` is for human readers and is not read: budgets are computed from the curves.
 
     Raises:
         UserError: a missing or truncated file, another format or version, or a field that is absent or outside its
@@ -166,17 +153,8 @@ def load_budget_profile(path: str | Path) -> BudgetProfile:
     if not isinstance(row, dict) or row.get("format") != FORMAT:
         found = row.get("format") if isinstance(row, dict) else type(row).__name__
         raise UserError(f"{file} is not a budget profile: 'format' is {found!r}, expected {FORMAT!r}", REMEDY)
-    if row.get("version") not in (1, VERSION):
-        raise UserError(
-            f"{file}: 'version' is {row.get('version')!r}, this version of ssrctl reads 1 to {VERSION}", REMEDY
-        )
-    old = row["version"] == 1
-    if old:
-        mass = {new: row[name] for new, name in _MASS_OF_VERSION_1.items() if name in row}
-        row = {name: value for name, value in row.items() if name not in _MASS_OF_VERSION_1.values()}
-        row |= {"share": None, "mass": mass}
-    elif row.get("share") is None:
-        raise UserError(f"{file}: 'share' is missing", REMEDY)
+    if row.get("version") != VERSION:
+        raise UserError(f"{file}: 'version' is {row.get('version')!r}, this version of ssrctl reads {VERSION}", REMEDY)
     profile = checked(BudgetProfile, {"settings": None} | row, str(file), REMEDY)  # settings are needed in a file
     _check_lengths(profile, str(file))
     return profile
@@ -191,17 +169,13 @@ def shipped_budget_profile(fingerprint: str) -> tuple[str, BudgetProfile] | None
     return None
 
 
-_MASS_OF_VERSION_1 = {"mean": "curve", "std": "std", "num_problems": "num_problems"}
-
-
 def _check_lengths(profile: BudgetProfile, file: str) -> None:
     """Raise a UserError unless curves begin with v_1 = 1 and lists of one curve have one length."""
     lists: dict[str, dict[str, list[Any]]] = {
         "mass": vars(profile.mass)
-        | {"energy_available": profile.energy_available, "energy_claimed": profile.energy_claimed}
+        | {"energy_available": profile.energy_available, "energy_claimed": profile.energy_claimed},
+        "share": vars(profile.share),
     }
-    if profile.share is not None:
-        lists["share"] = vars(profile.share)
     for name, fields in lists.items():
         mean = fields["mean"]
         if not mean or not math.isclose(mean[0], 1.0, abs_tol=1e-9):

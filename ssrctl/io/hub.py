@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ssrctl.errors import UserError
+from ssrctl.errors import UserError, first_line
 from ssrctl.io.console import console
 
 if TYPE_CHECKING:
@@ -173,5 +173,5 @@ def _files_of(info: ModelInfo, tags: Collection[str]) -> list[str]:
 def _reason(error: Exception) -> str:
     """Return the first line of an error of the hub, with what the server said."""
     said = getattr(error, "server_message", None)
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    first = first_line(error)
     return first if not said or said in first else f"{first} {' '.join(said.split())}"

@@ -3,8 +3,7 @@
 One safetensors file per logged training step, ``masks/000123.safetensors``. Set ``u`` of question ``q`` is
 stored as a mask (see ``io.artifacts``) whose tensor names carry the prefix ``q.u.``; the metadata holds one
 json object per question under ``questions``. The set that the unit would have taken without claims is stored with the
-prefix ``free.q.u.``, as two-byte indices (``core.index_sets``): a tenth of the size. Fields that older logs lack are
-read as None.
+prefix ``free.q.u.``, as two-byte indices (``core.index_sets``): a tenth of the size.
 """
 
 from __future__ import annotations
@@ -221,17 +220,15 @@ def _stored(path: str | Path, metadata: Mapping[str, str]) -> _Stored:
 
 @dataclass(kw_only=True)
 class _StoredUnit:
-    """A unit in the metadata; logs of earlier versions lack the fields that have a default."""
-
     steps: list[Count]
     budget: StrictFloat
     advantages: list[StrictFloat]
-    gradient_norm: StrictFloat | None = None
-    captured: StrictFloat | None = None
-    unconstrained: StrictBool = False
-    unconstrained_captured: StrictFloat | None = None
-    positive_norm: StrictFloat | None = None
-    negative_norm: StrictFloat | None = None
+    gradient_norm: StrictFloat | None
+    captured: StrictFloat | None
+    unconstrained: StrictBool
+    unconstrained_captured: StrictFloat | None
+    positive_norm: StrictFloat | None
+    negative_norm: StrictFloat | None
 
 
 @dataclass(kw_only=True)
@@ -239,7 +236,7 @@ class _StoredQuestion:
     id: StrictStr
     units: list[_StoredUnit]
     gradient_cosine: list[list[StrictFloat]] | None
-    conflict: dict[str, list[list[StrictFloat | None]]] | None = None
+    conflict: dict[str, list[list[StrictFloat | None]]] | None
 
 
 @dataclass(kw_only=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ssrctl.configs import TINY_DATASET, DatasetConfig, is_bundled
-from ssrctl.errors import UserError
+from ssrctl.errors import UserError, first_line
 from ssrctl.io.files import FULL, CannotWrite
 from ssrctl.io.row_fields import (
     Message,
@@ -154,9 +154,8 @@ def _from_datasets(config: DatasetConfig, purpose: Purpose) -> Iterator[tuple[st
                 "no space left",
                 "make room, or set HF_DATASETS_CACHE to a folder on another disk, and run the same command again",
             ) from error
-        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
-            f"dataset '{config.dataset}' (split {split}) cannot be loaded: {reason[0]}",
+            f"dataset '{config.dataset}' (split {split}) cannot be loaded: {first_line(error)}",
             "give a local jsonl, json, csv, tsv or parquet file, or check the name, --dataset-split and the network",
         ) from error
     return ((f"{config.dataset}:{number}", row) for number, row in enumerate(loaded, start=1))

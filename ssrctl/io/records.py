@@ -60,8 +60,8 @@ class FinalAnswer(_Part):
         correct: None when it cannot be told: no reference, or the comparison was given up.
         way: how it was found: boxed, hashes, marker, heading, phrase, answer-tag or last-number.
         outcome: ``correct``; ``wrong``; ``unparsed``, no answer was found (``correct`` is False); ``timed_out``,
-            one was found and comparing it took too long (``correct`` is None); None without a reference. Records
-            of earlier versions have none; it is then made of the other fields.
+            one was found and comparing it took too long (``correct`` is None); None without a reference.
+            Where it is not given, it is made of the other fields.
 
     Raises:
         ValueError: ``outcome`` and ``correct`` contradict each other.

@@ -34,7 +34,6 @@ ENERGY_SHARES = (0.9, 0.95, 0.99)
 # More steps than this cannot be told apart in a heat map, and the matrix would fill the report.
 MOST_COSINES = 60
 _CHANCE = "expected for independent directions"
-_TOP_ROWS = 20
 
 
 def gram_matrix(load: Callable[[int], Tensor], count: int, size: int) -> Tensor:
@@ -195,12 +194,11 @@ class GradientsResult:
         return asdict(self) | spectra
 
 
-def gradients_result(paths: Sequence[Path], seed: int = 0) -> GradientsResult | None:
+def gradients_result(paths: Sequence[Path]) -> GradientsResult | None:
     """Measure the stored gradients of a run; None without any.
 
     Args:
         paths: gradient logs of one run, in order.
-        seed: of the random gradients that serve as a yardstick.
 
     Raises:
         UserError: a log that is torn, or not of the same sketch as the first.
@@ -238,8 +236,8 @@ def gradients_result(paths: Sequence[Path], seed: int = 0) -> GradientsResult | 
         eigenvalue_error=sketch_error(len(paths), first),
         steps=steps,
         norms=norms.tolist(),
-        gradients=_compared(gram, norms.tolist(), first.size, seed),
-        directions=_compared(directions, [1.0] * len(directions), first.size, seed),
+        gradients=_compared(gram, norms.tolist(), first.size),
+        directions=_compared(directions, [1.0] * len(directions), first.size),
         mean_cosine=float(directions.sum() - directions.diagonal().sum()) / pairs if pairs else None,
         neighbour_cosines=[cosine(i, i + 1) for i in range(last)],
         cosine_steps=[steps[i] for i in places],
@@ -247,8 +245,8 @@ def gradients_result(paths: Sequence[Path], seed: int = 0) -> GradientsResult | 
     )
 
 
-def _compared(gram: Tensor, norms: Sequence[float], size: int, seed: int) -> ComparedSpectrum:
-    return ComparedSpectrum(spectrum_of(gram), spectrum_of(random_gram(norms, size, seed)))
+def _compared(gram: Tensor, norms: Sequence[float], size: int) -> ComparedSpectrum:
+    return ComparedSpectrum(spectrum_of(gram), spectrum_of(random_gram(norms, size, seed=0)))
 
 
 # --------------------------------------------------------------------------------------------------

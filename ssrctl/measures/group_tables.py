@@ -107,8 +107,13 @@ def cell_map(title: str, cells: Mapping[tuple[int | None, str], Any], path: str,
     )
 
 
-def _series(rows: Mapping[Any, Any], series: Mapping[str, str]) -> dict[str, Numbers]:
-    return {name: [value_of(row, path) for row in rows.values()] for name, path in series.items()}
+def _series(
+    rows: Mapping[Any, Any], series: Mapping[str, str], settings: Mapping[str, Any]
+) -> tuple[dict[str, Numbers], bool]:
+    """Return the values by series, and True if they and the figure's references span decades."""
+    found: dict[str, Numbers] = {name: [value_of(row, path) for row in rows.values()] for name, path in series.items()}
+    ends = [end for one in settings.get("references", ()) for end in (one.low, one.high)]
+    return found, spans_decades(itertools.chain(ends, *found.values()))
 
 
 def row_dots(title: str, rows: Mapping[Any, Any], series: Mapping[str, str], axis: str, **settings: Any) -> Dots:
@@ -119,17 +124,13 @@ def row_dots(title: str, rows: Mapping[Any, Any], series: Mapping[str, str], axi
         axis: meaning of the dots' places.
         settings: further fields of ``Dots``.
     """
-    found = _series(rows, series)
-    ends = [end for one in settings.get("references", ()) for end in (one.low, one.high)]
-    log = spans_decades(itertools.chain(ends, *found.values()))
+    found, log = _series(rows, series, settings)
     return Dots(title=title, labels=list(map(str, rows)), series=found, axis=axis, **({"log": log} | settings))
 
 
 def row_lines(title: str, rows: Mapping[Any, Any], series: Mapping[str, str], **settings: Any) -> Lines:
     """Return lines over the rows' keys, which are numbers; arguments as of ``row_dots``."""
-    found = _series(rows, series)
-    ends = [end for one in settings.get("references", ()) for end in (one.low, one.high)]
-    log = spans_decades(itertools.chain(ends, *found.values()))
+    found, log = _series(rows, series, settings)
     return Lines(title=title, x=list(rows), series=found, **({"log_y": log} | settings))
 
 

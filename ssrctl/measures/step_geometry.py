@@ -221,9 +221,7 @@ _TRAINING_COLUMNS: tuple[RowColumn, ...] = (
     ("conflict", "pairs.conflict", percent),
     ("in largest", "pairs.top_conflict", percent),
 )
-_MISSING_SETS = (
-    "The mask logs hold neither unconstrained sets nor energies: they were written by an earlier version of ssrctl."
-)
+_MISSING_SETS = "The mask logs hold neither unconstrained sets nor energies: a run with --sharding does not log them."
 _MISSING_CONFLICT = "Gradients of steps were not compared before masking: train with --log-gradient-cosine for that."
 # Deviations from even odds smaller than this are not worth full colour.
 _LEAST_SCALE = 0.05

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from ssrctl.configs import TINY, ModelConfig
 from ssrctl.errors import UserError, first_line
 from ssrctl.io import console
 from ssrctl.io.artifacts import ModelIdentity
-from ssrctl.models.precision import repeat_sums, resolve_device, settle_dtype
+from ssrctl.models.precision import repeat_sums, resolve_device, settle_dtype, suit_threads
 from ssrctl.models.weight_checks import check_all_loaded, check_finite, check_tokens, head_is_untied
 
 if TYPE_CHECKING:
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
 
 # Headers, config and tokenizer take far less than this reserve.
 MEMORY_RESERVE_BYTES = 512 * 2**20
-# Below this many parameters, sharing an operation among threads costs more than the operation.
-SINGLE_THREAD_PARAMETERS = 5_000_000
 # More than any model has; a config that asks for more would keep transformers building modules for hours.
 MOST_LAYERS = 10_000
 UNREAD = "not read"  # the fingerprint of a model of which only the config was read
@@ -137,12 +134,8 @@ def load_model(config: ModelConfig, *, bytes_per_parameter: float = 0.0, kind: A
             f"{config.model} does not fit on {device}: {first_line(error)}", "use --dtype bfloat16 or another --device"
         ) from error
     check_finite(config.model, dict(model.named_parameters()))
-    if (
-        device.type == "cpu"
-        and "OMP_NUM_THREADS" not in os.environ
-        and model.num_parameters() < SINGLE_THREAD_PARAMETERS
-    ):
-        torch.set_num_threads(1)
+    if device.type == "cpu":
+        suit_threads(model.num_parameters())
     return LoadedModel(model, tokenizer, identity, context_length(model.config))
 
 

@@ -1,4 +1,4 @@
-"""The precision of a run: its dtype by device, its attention, TF32, and sums that repeat."""
+"""The precision of a run: its dtype by device, its attention, TF32, sums that repeat; and the threads of small models."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     import torch
 
 Settings = TypeVar("Settings", bound=ModelConfig)
+
+# Below this many parameters, sharing an operation among threads costs more than the operation.
+SINGLE_THREAD_PARAMETERS = 5_000_000
 
 
 def resolve_device(name: str) -> torch.device:
@@ -62,6 +65,14 @@ def itemsize_of(config: ModelConfig, model: Any = None) -> int:
     if config.dtype == "stored" and model is not None:
         return next(model.parameters()).element_size()  # type: ignore[no-any-return]
     return 2 if config.dtype in ("bfloat16", "float16") else 4
+
+
+def suit_threads(num_parameters: int) -> None:
+    """Let torch use one thread for tensors of a small model, unless ``OMP_NUM_THREADS`` says how many."""
+    import torch
+
+    if "OMP_NUM_THREADS" not in os.environ and num_parameters < SINGLE_THREAD_PARAMETERS:
+        torch.set_num_threads(1)
 
 
 def repeat_sums(device: torch.device) -> None:

@@ -17,7 +17,7 @@ from ssrctl.checkpoints.model_folder import CONFIG
 from ssrctl.checkpoints.names import is_constant, is_head
 from ssrctl.checkpoints.parameter_names import tied_copies
 from ssrctl.checkpoints.reader import TensorReader, check_weights
-from ssrctl.errors import UserError
+from ssrctl.errors import UserError, first_line
 from ssrctl.report.formats import times
 
 if TYPE_CHECKING:
@@ -75,8 +75,8 @@ def stored_parameters(reader: TensorReader) -> StoredParameters:
     try:
         model = empty_model(reader.folder)
     except Exception as error:  # whatever a foreign config makes transformers raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return _as_stored(reader, [f"Tensors were taken as stored, as transformers cannot use {CONFIG}: {reason}"])
+        note = f"Tensors were taken as stored, as transformers cannot use {CONFIG}: {first_line(error)}"
+        return _as_stored(reader, [note])
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     tied = [name for name, _ in model.named_parameters(remove_duplicate=False) if name not in shapes]
     reader.align(shapes)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from ssrctl.configs import SamplingConfig, SegmentOptions
 from ssrctl.core.seeds import derive_seed
 from ssrctl.errors import UserError
+from ssrctl.io import console
 from ssrctl.io.problems import Problem
 from ssrctl.io.records import FinalAnswer, Rollout, StepSpan
 from ssrctl.models.loading import LoadedModel
@@ -73,14 +74,15 @@ def join_groups(parts: Sequence[tuple[Sequence[int], Group]]) -> Group:
 
 def prepare_prompts(
     loaded: LoadedModel, problems: Iterable[Problem], prompt_format: PromptFormat, max_new_tokens: int
-) -> tuple[list[Prompted], int]:
-    """Build and encode the prompt of every question; leave out those that do not fit the model's context.
+) -> tuple[list[Prompted], str]:
+    """Build and encode the prompt of every question; leave out those that do not fit the model's context, with a warning.
 
     A prompt fits when it leaves room for ``max_new_tokens`` or for half the context, whichever is less;
     responses then end where the context does.
 
     Returns:
-        The prompts that fit, and the number left out.
+        The prompts that fit; and the first as the model gets it, special tokens included, escaped and shortened for one
+        line, which is also printed.
 
     Raises:
         UserError: none fits, one cannot be built or encoded (``build_prompt``, ``encode_prompt``), or one has a token that
@@ -110,12 +112,11 @@ def prepare_prompts(
             f"half of it (or --max-new-tokens {max_new_tokens}) is kept for the response",
             "use shorter questions or a model with a longer context",
         )
-    return kept, total - len(kept)
-
-
-def describe_prompt(loaded: LoadedModel, prompted: Prompted) -> str:
-    """Return a prompt as the model gets it, special tokens included, escaped and shortened for one line."""
-    return shown_prompt(loaded.tokenizer.decode(prompted.prompt_ids, clean_up_tokenization_spaces=False))
+    if len(kept) < total:
+        console.warn(f"{total - len(kept)} of {total} questions do not fit the context and are left out")
+    first_prompt = shown_prompt(loaded.tokenizer.decode(kept[0].prompt_ids, clean_up_tokenization_spaces=False))
+    console.note(f"first prompt: {first_prompt}")
+    return kept, first_prompt
 
 
 def sample_groups(

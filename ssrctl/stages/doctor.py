@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ssrctl.configs import DoctorConfig
-from ssrctl.errors import CheckFailed
+from ssrctl.errors import CheckFailed, first_line
 from ssrctl.io import manifest
 from ssrctl.io.visible import visible
 from ssrctl.sampling.engines.vllm_plugin import BACKEND
@@ -207,8 +207,12 @@ def _check_device(device: torch.device) -> Check:
             float((ones.to(dtype) @ ones.to(dtype)).sum()) == 64.0**3 for dtype in (torch.float32, torch.bfloat16)
         )
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        first = next(iter(str(error).splitlines()), type(error).__name__)
-        return Check(str(device), "fail", f"cannot multiply matrices: {first}", "reinstall torch, or give --device cpu")
+        return Check(
+            str(device),
+            "fail",
+            f"cannot multiply matrices: {first_line(error)}",
+            "reinstall torch, or give --device cpu",
+        )
     if not right:
         return Check(
             str(device), "fail", "a product of matrices of ones is wrong", "reinstall torch, or check the device"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ssrctl.checkpoints.delta import DeltaFile, apply_delta
 from ssrctl.checkpoints.run_dir import RunDir, find_delta
-from ssrctl.configs import TINY, EvalConfig, SamplingConfig, current_names, is_bundled
+from ssrctl.configs import TINY, EvalConfig, SamplingConfig, is_bundled
 from ssrctl.core.seeds import derive_seed
 from ssrctl.errors import Interrupted, Stopped, UserError
 from ssrctl.evaluation.accuracy import (
@@ -68,11 +68,6 @@ DECISIVE = (
     "attn_implementation", "rollout_engine",
     "system_prompt", "chat_template", "chat_template_kwargs", "stop", "kl_to",
 )  # fmt: skip
-# Settings that evaluations of earlier versions do not name, with the value that they had.
-_ADDED: dict[str, Any] = {
-    "answer_extraction": "lenient", "system_prompt": None, "chat_template": None, "chat_template_kwargs": None, "stop": [],
-    "attn_implementation": "auto", "rollout_engine": "transformers", "kl_to": None,
-}  # fmt: skip
 
 
 def run(config: EvalConfig) -> dict[str, Any]:
@@ -265,7 +260,7 @@ def _sample(config: EvalConfig, world: World) -> _Found:
     from ssrctl.models.loading import describe_model, load_model
     from ssrctl.models.precision import describe_precision, settle_dtype
     from ssrctl.sampling.agreement import agree
-    from ssrctl.sampling.groups import describe_prompt, prepare_prompts
+    from ssrctl.sampling.groups import prepare_prompts
     from ssrctl.text.prompts import load_prompt_format
 
     config = settle_dtype(_with_checkpoint(config))
@@ -275,11 +270,7 @@ def _sample(config: EvalConfig, world: World) -> _Found:
     loaded = load_model(config)
     console.note(describe_precision(loaded.model))
     changed = _apply_checkpoint(config, loaded)
-    prompts, num_left_out = prepare_prompts(loaded, problems, prompt_format, config.max_new_tokens)
-    if num_left_out:
-        console.warn(f"{num_left_out} of {len(problems)} questions do not fit the context and are left out")
-    first_prompt = describe_prompt(loaded, prompts[0])
-    console.note(f"first prompt: {first_prompt}")
+    prompts, first_prompt = prepare_prompts(loaded, problems, prompt_format, config.max_new_tokens)
     if config.dry_run:
         plan = {
             "problems": len(prompts),
@@ -367,13 +358,14 @@ def _chunk(
     while batch := list(itertools.islice(drawn, config.sampling_batch_size)):
         pairs = [(sample.text, chunk[place][0].problem.answer) for place, sample in batch]
         finals = check_answers(pairs, extraction=config.answer_extraction)
-        rows = []
-        for (place, sample), final in zip(batch, finals, strict=True):
-            record = record_of(*chunk[place], sample, final=final)
-            if kl_to is not None:
-                record.extra[KL_TO_BASE] = kl_to.of(chunk[place][0].prompt_ids, sample.response_ids)
-            rows.append(record.to_dict())
-        yield rows
+        records = [
+            record_of(*chunk[place], sample, final=final) for (place, sample), final in zip(batch, finals, strict=True)
+        ]
+        if kl_to is not None:
+            ids = [(chunk[place][0].prompt_ids, sample.response_ids) for place, sample in batch]
+            for record, divergence in zip(records, kl_to.of(ids), strict=True):
+                record.extra[KL_TO_BASE] = divergence
+        yield [record.to_dict() for record in records]
 
 
 def _read_samples(path: Path) -> list[Rollout]:
@@ -400,7 +392,7 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        return current_names(EvalConfig, dict(json.loads(path.read_text(encoding="utf-8"))))
+        return dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is corrupt: {error}", "remove that folder or name another --output-dir") from error
 
@@ -435,7 +427,7 @@ def _claim_folder(config: EvalConfig, loaded: LoadedModel) -> None:
     decisive["fingerprint"] = loaded.identity.fingerprint
     decisive["checkpoint"] = None if config.checkpoint is None else manifest.file_hash(find_delta(config.checkpoint))
     if (config.output_dir / SETTINGS).exists():
-        before = _ADDED | _read_settings(config.output_dir)
+        before = _read_settings(config.output_dir)
         odd = [key for key in decisive if before.get(key) != decisive[key]]
         if odd:
             listed = ", ".join(f"{key} was {before.get(key)!r}, is {decisive[key]!r}" for key in odd)

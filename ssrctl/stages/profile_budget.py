@@ -35,7 +35,7 @@ from ssrctl.models.loading import LoadedModel, describe_model, load_model
 from ssrctl.models.precision import settle_dtype
 from ssrctl.report.charts import load_matplotlib
 from ssrctl.sampling.agreement import agree
-from ssrctl.sampling.groups import Prompted, describe_prompt, prepare_prompts, sample_groups
+from ssrctl.sampling.groups import Prompted, prepare_prompts, sample_groups
 from ssrctl.text.prompts import build_prompt, load_prompt_format, use_chat_template
 from ssrctl.training.step_gradients.batch import group_batch
 from ssrctl.training.unit_gradients import GroupBatch
@@ -161,11 +161,7 @@ def _problems(config: ProfileBudgetConfig) -> list[Any]:
 
 def _from_sampling(config: ProfileBudgetConfig, loaded: LoadedModel, problems: list[Any]) -> _Source:
     prompt_format = load_prompt_format(config)
-    prompts, num_left_out = prepare_prompts(loaded, problems, prompt_format, config.max_new_tokens)
-    if num_left_out:
-        warn(f"{num_left_out} of {len(problems)} questions do not fit the context and are left out")
-    first_prompt = describe_prompt(loaded, prompts[0])
-    note(f"first prompt: {first_prompt}")
+    prompts, first_prompt = prepare_prompts(loaded, problems, prompt_format, config.max_new_tokens)
     critic = make_critic(CriticOptions())
 
     def make(number: int) -> tuple[GroupBatch, Rewards]:
@@ -276,7 +272,6 @@ def _show(profile: BudgetProfile) -> None:
     for heading in ("step", "share", "std error", "mass", "std", "problems", "energy available", "energy claimed"):
         table.add_column(heading, justify="right")
     share, mass = profile.share, profile.mass
-    assert share is not None
     for index, problems in enumerate(mass.num_problems):
         known = index < len(share.mean)
         error = share.standard_error[index] if known else None
@@ -324,7 +319,6 @@ def _plot(path: Path, profile: BudgetProfile) -> str | None:
     from matplotlib import pyplot
 
     share, mass = profile.share, profile.mass
-    assert share is not None
     errors = [error or 0.0 for error in share.standard_error]
     # Fixed ids and no date, so that equal profiles give equal files.
     with matplotlib.rc_context({"svg.hashsalt": "ssrctl"}):

@@ -162,7 +162,7 @@ def _mask(path: Path) -> Artifact:
 
 def _budget_profile(path: Path) -> Artifact:
     profile = load_budget_profile(path)
-    curve = ", ".join(f"{value:.3f}" for value in profile.curve("share" if profile.share else "paper"))
+    curve = ", ".join(f"{value:.3f}" for value in profile.curve("share"))
     summary = (
         f"A budget profile: the share of each reasoning step's gradient that earlier steps have left, over "
         f"{profile.mass.num_problems[0]} problems: {curve}."

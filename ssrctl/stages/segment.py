@@ -10,7 +10,7 @@ from typing import Any
 
 from ssrctl.checkpoints.files import check_links
 from ssrctl.configs import TINY, SegmentConfig
-from ssrctl.errors import UserError
+from ssrctl.errors import UserError, first_line
 from ssrctl.io import console
 from ssrctl.io.formats.registry import Writer, read_formatted
 from ssrctl.io.jsonl import STDIO, write_jsonl
@@ -151,9 +151,8 @@ def _load_tokenizer(name: str) -> Any:
         # False: transformers would otherwise ask whether to run code that the folder brings.
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # a damaged tokenizer.json makes its parsers raise nearly any type
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        if "trust_remote_code" in str(error):
-            reason = "it brings its own code, which is not run"
+        own_code = "trust_remote_code" in str(error)
+        reason = "it brings its own code, which is not run" if own_code else first_line(error)
         raise UserError(
             f"the tokenizer {name} cannot be loaded: {reason}",
             "name a folder with tokenizer.json or a model on the hub",

@@ -19,9 +19,10 @@ from ssrctl.configs import TINY, ModelConfig
 from ssrctl.configs.serve_rollouts import ServeRolloutsConfig
 from ssrctl.errors import UserError
 from ssrctl.io import console
+from ssrctl.io.json_requests import NoAnswer, Refused
 from ssrctl.models.loading import folder_of
 from ssrctl.models.precision import settle_dtype
-from ssrctl.sampling.engines.vllm_http import NoAnswer, Refused, VllmServer
+from ssrctl.sampling.engines.vllm_http import VllmServer
 from ssrctl.sampling.engines.vllm_plugin import BACKEND
 
 _END_SECONDS = 20.0

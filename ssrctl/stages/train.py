@@ -49,7 +49,7 @@ from ssrctl.report.write import write_last_page
 from ssrctl.sampling.agreement import agree
 from ssrctl.sampling.engines.base import Engine
 from ssrctl.sampling.engines.vllm_engine import served_engine
-from ssrctl.sampling.groups import Prompted, describe_prompt, prepare_prompts
+from ssrctl.sampling.groups import Prompted, prepare_prompts
 from ssrctl.text.prompts import load_prompt_format
 from ssrctl.training.checkpointing import enable_checkpointing, outer_layers
 from ssrctl.training.lora import AdaptedModel, add_adapters, check_peft
@@ -66,7 +66,6 @@ from ssrctl.training.updaters import frozen_coordinates, make_updater, updater_k
 from ssrctl.training.weight_pushes import WeightPushes
 
 ASSUMED_PROMPT_TOKENS = 256  # in plans for a model without a tokenizer
-ACTIVATION_BYTES_PER_PARAMETER = 2.0  # a rough allowance for graphs and caches in the memory check
 
 
 def run(config: TrainConfig) -> dict[str, Any] | None:
@@ -221,11 +220,7 @@ def _run(config: TrainConfig, run_dir: RunDir, world: World, judges: _Judges) ->
     prompts: list[Prompted] = []
     first_prompt = None
     if loaded.tokenizer is not None:
-        prompts, num_left_out = prepare_prompts(loaded, problems, prompt_format, config.max_new_tokens)
-        if num_left_out:
-            console.warn(f"{num_left_out} of {len(problems)} questions do not fit the context and are left out")
-        first_prompt = describe_prompt(loaded, prompts[0])
-        console.note(f"first prompt: {first_prompt}")
+        prompts, first_prompt = prepare_prompts(loaded, problems, prompt_format, config.max_new_tokens)
     trained_frac = 1.0 if mask is None else mask.density()
     longest = max((len(prompt.prompt_ids) for prompt in prompts), default=ASSUMED_PROMPT_TOKENS)
     context = loaded.context_length
@@ -305,8 +300,8 @@ def _load(config: TrainConfig, world: World) -> tuple[LoadedModel, ShardedModel 
     """Load the model; for a plan read its config only, unless it is the one that comes with the package."""
     if config.dry_run and config.model != TINY:
         return load_skeleton(config), None
-    own = 0.0 if config.lora_r is not None else _update_bytes(config, itemsize_of(config))
-    beside = own + ACTIVATION_BYTES_PER_PARAMETER
+    # activations are planned when the lengths are known, adapters are small
+    beside = 0.0 if config.lora_r is not None else _update_bytes(config, itemsize_of(config))
     if config.sharding == "none" or world.size == 1:
         loaded = load_model(config, bytes_per_parameter=beside)
         return _prepared(config, loaded), None

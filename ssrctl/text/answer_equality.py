@@ -248,7 +248,6 @@ _LEAD = re.compile(
 _COEFFICIENT = re.compile(r"\d[a-zA-Z]\b|^-[a-zA-Z]")  # 2x = 10 and -x = 5 are unsolved equations
 _UNFINISHED = re.compile(r"[\d\s.,+*/()-]*\d\)?\s*[-+*/]\s*\(?[\d\s.,+*/()-]*")
 _MATHS = re.compile(r"[\d\\^_=+*/<>(\[{!]|^-|\b\w-\w\b")
-_DECIMAL = re.compile(rf"[-+]?\s*(?:{NUMBER})")
 
 
 def _same_value(mine: str, theirs: str, algebra: Algebra | None) -> bool | None:

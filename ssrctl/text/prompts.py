@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ssrctl.configs import DatasetConfig, PromptOptions, is_bundled
-from ssrctl.errors import UserError
+from ssrctl.errors import UserError, first_line
 from ssrctl.io.files import existing_file
 from ssrctl.io.package_data import profile_path
 from ssrctl.io.row_fields import Message
@@ -162,10 +162,9 @@ def _rendered(tokenizer: Any, prompt_format: PromptFormat, messages: Sequence[Me
             list(messages), add_generation_prompt=True, tokenize=False, **prompt_format.variables
         )
     except Exception as error:  # a template is a program: it raises whatever its expressions raise
-        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         roles = ", ".join(str(message["role"]) for message in messages)
         raise UserError(
-            f"the chat template fails for messages of the roles {roles[:100]}: {reason[:300]}",
+            f"the chat template fails for messages of the roles {roles[:100]}: {first_line(error)}",
             "see --system-prompt and --chat-template-kwargs, or give another template with --chat-template FILE",
         ) from error
     return prompt

@@ -17,6 +17,8 @@ from ssrctl.training.step_gradients.accumulated import fixed_logprobs
 from ssrctl.training.step_gradients.batch import make_batch
 from ssrctl.training.step_gradients.head import HeadSettings
 
+BATCH_TOKENS = 2048  # that go through a model together, without a graph
+
 
 class KlToBase:
     """The base model, loaded in addition to the model that samples."""
@@ -41,21 +43,38 @@ class KlToBase:
             )
         self._settings = HeadSettings(config.temperature)
 
-    @torch.no_grad()
-    def of(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> float | None:
-        """Return the mean over a response's tokens of the estimator k3 of KL(model || base), nats; None without a token.
+    def of(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[float | None]:
+        """Return per response the mean over its tokens of the estimator k3 of KL(model || base), nats.
 
-        Distributions are those of the temperature-scaled logits, from which the response was sampled.
+        Distributions are those of the temperature-scaled logits, from which the responses were sampled.
+
+        Args:
+            pairs: token ids of a prompt and of a response to it; responses to the same prompt run together.
+
+        Returns:
+            In the order of the pairs; None for a response without a token.
         """
-        if not response_ids:
-            return None
+        by_prompt: dict[tuple[int, ...], list[int]] = {}
+        for place, (prompt_ids, response_ids) in enumerate(pairs):
+            if response_ids:
+                by_prompt.setdefault(tuple(prompt_ids), []).append(place)
+        found: list[float | None] = [None] * len(pairs)
+        for prompt, places in by_prompt.items():
+            for place, mean in zip(places, self._means(prompt, [pairs[place][1] for place in places]), strict=True):
+                found[place] = mean
+        return found
+
+    def _means(self, prompt_ids: Sequence[int], responses: Sequence[Sequence[int]]) -> list[float]:
         batch = make_batch(
             prompt_ids,
-            [response_ids],
-            [torch.zeros(len(response_ids))],
-            [[0] * len(response_ids)],
+            responses,
+            [torch.zeros(len(response)) for response in responses],
+            [[0] * len(response) for response in responses],
             pad_token_id=self._loaded.tokenizer.pad_token_id,
             device=self._loaded.device,
         )
-        ours, base = (fixed_logprobs(one.model, batch, self._settings, None) for one in (self._loaded, self._base))
-        return float(k3(ours.double(), base.double(), batch.known).mean())
+        ours, base = (
+            fixed_logprobs(one.model, batch, self._settings, BATCH_TOKENS) for one in (self._loaded, self._base)
+        )
+        estimates = k3(ours.double(), base.double(), batch.known)
+        return [float(value) for value in estimates.sum(1) / batch.known.sum(1)]

@@ -21,7 +21,7 @@ from unittest import mock
 import torch
 from torch.utils._pytree import tree_leaves
 
-from ssrctl.errors import UserError
+from ssrctl.errors import UserError, first_line
 from ssrctl.models.loading import context_length
 from ssrctl.training.checkpointing import enable_checkpointing, outer_layers
 from ssrctl.training.live_bytes import LiveBytes
@@ -207,10 +207,8 @@ class LayerProbe:
                 model.get_input_embeddings().register_forward_hook(_cut)
                 yield model.eval()
         except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
-            first = "".join(str(error).strip().splitlines()[:1])
             raise UnknownActivations(
-                f"the memory of {self.described.model_type} cannot be planned from its config: "
-                f"{type(error).__name__}: {first}"
+                f"the memory of {self.described.model_type} cannot be planned from its config: {first_line(error)}"
             ) from error
 
 

@@ -257,7 +257,8 @@ def settle_step_gradient(
     """Return the settings with ``--step-gradient auto`` and the dials of recomputed gradients decided by memory.
 
     By lengths and sizes only: where the longest responses fit the limit with every activation kept, ``auto`` stays, which
-    takes the cheapest exact way for each question. Otherwise recomputed gradients with the dials that fit.
+    takes the cheapest exact way for each question. Otherwise recomputed gradients with the dials that fit. Other updates
+    and ways stay as they are; a plan that does not fit is warned about.
 
     Args:
         config, loaded, prompt_tokens, trained_frac: as in ``memory_facts``.
@@ -266,11 +267,11 @@ def settle_step_gradient(
         UserError: ``--memory-limit`` cannot be met.
     """
     limit = _limit(config)
-    if limit is None or not recomputes_if_needed(config) or _surely_fits(config, loaded.model, prompt_tokens, limit):
+    if limit is not None and config.memory_limit is None and resolve_device(config.device).type == "cuda":
+        limit += sum(parameter.nbytes for parameter in loaded.model.parameters())  # loaded already, and planned for
+    if limit is None or _surely_fits(config, loaded.model, prompt_tokens, limit):
         return config
     planner = MemoryPlanner(loaded.model, prompt_tokens, trained_frac)
-    if not planner.may_recompute:
-        return config
     try:
         plans = [config, *planner._recomputed(config)]
         settled = next((made for made in plans if planner.fits(made, limit, sampling=False)), None)
@@ -280,9 +281,10 @@ def settle_step_gradient(
         if config.memory_limit is not None:
             require_fit(planner, config, limit)  # raises, unless other settings than these would fit
         settled = plans[-1]
+        even = " even with recomputed step gradients" if len(plans) > 1 else ""
         console.warn(
-            f"the longest responses are planned to take {planner.breakdown(settled).total / GIB:.3g} GiB even with recomputed "
-            f"step gradients, {limit / GIB:.3g} are there; ssrctl train --dry-run names settings that fit"
+            f"the longest responses are planned to take {planner.breakdown(settled).total / GIB:.3g} GiB{even}, "
+            f"{limit / GIB:.3g} are there; ssrctl train --dry-run names settings that fit"
         )
     if settled.step_gradient == "recomputed":
         console.note(
@@ -301,7 +303,7 @@ def _surely_fits(config: TrainConfig, model: Any, prompt_tokens: int, limit: int
     """
     described = model.config.get_text_config()
     inner, heads = (getattr(described, name, None) for name in ("intermediate_size", "num_attention_heads"))
-    if config.step_gradient != "auto" or not isinstance(inner, int) or not isinstance(heads, int):
+    if config.step_gradient == "recomputed" or not isinstance(inner, int) or not isinstance(heads, int):
         return False
     tokens = prompt_tokens + config.max_new_tokens
     each = 40 * (described.hidden_size + inner) + 8 * heads * tokens

@@ -116,10 +116,8 @@ def _check_same_settings(config: TrainConfig, run_dir: RunDir) -> None:
 
 def _other_settings(config: TrainConfig, run_dir: RunDir) -> str:
     """List the settings that differ from the run's and change its numbers."""
-    # a run of an earlier version had the default of a setting that its config does not name
-    defaults = {spec.name: default_of(spec) for spec in dataclasses.fields(config)} | {"sample_together": "step"}
-    if config.optimizer == "kronos" and config.credit == "step":
-        defaults["budget_rule"] = "paper"  # the only rule before there was a choice
+    # a run that was made before a setting existed had its default
+    defaults = {spec.name: default_of(spec) for spec in dataclasses.fields(config)}
     before, now = defaults | run_dir.read_config(), manifest.settings_of(config)
     free = FREE_ON_RESUME | ({"max_steps"} if config.lr_scheduler_type.startswith("constant") else set())
     odd = [key for key in now if key not in free and before.get(key) != now[key]]

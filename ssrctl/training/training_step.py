@@ -225,7 +225,6 @@ class TrainingStep:
         self.engine: Engine = TransformersEngine(loaded, config) if pushes is None else pushes.engine
         named = dict(trainable(loaded.model) if sharded is None else sharded.local_parameters())
         self.start_weights = StartWeights(named, copies=sharded is not None) if config.keeps_start_weights else None
-        self.with_reference = config.beta > 0
         self.exchanges = world.size > 1 and sharded is None
         self.num_coordinates = loaded.num_parameters
         self.num_unprotected = self.num_coordinates - updater.num_protected
@@ -254,14 +253,20 @@ class TrainingStep:
             NonFiniteBatch: every question of the batch gave a NaN or infinite loss or gradient in a pass over it.
             Stopped: the engine that samples is gone, or has other weights than these; none has changed since the step before.
         """
-        self.with_reference = self.config.beta > 0 or log_base_kl
         with noticing_lost_processes(self.world):
-            return self._run(prompts, seed, log_masks, log_gradient, log_signs)
+            return self._run(prompts, seed, log_masks, log_gradient, log_base_kl, log_signs)
 
     def _run(
-        self, prompts: Sequence[Prompted], seed: int, log_masks: bool, log_gradient: bool, log_signs: bool
+        self,
+        prompts: Sequence[Prompted],
+        seed: int,
+        log_masks: bool,
+        log_gradient: bool,
+        log_base_kl: bool,
+        log_signs: bool,
     ) -> StepResult:
         config, totals, world = self.config, _StepTotals(), self.world
+        with_reference = config.beta > 0 or log_base_kl
         pushed: dict[str, Any] = {}
         if self.pushes is not None:
             with totals.timed("push"):
@@ -277,7 +282,9 @@ class TrainingStep:
             shares = deal_questions(costs, world.size)[world.rank]
         else:  # every process has a shard of every question's gradient
             shares = deal_questions(costs, 1)[0]
-        mine = [self._own(share, groups[share.question], plans[share.question], totals) for share in shares]
+        mine = [
+            self._own(share, groups[share.question], plans[share.question], totals, with_reference) for share in shares
+        ]
         mask_log: list[QuestionLog] = []
         gradient: Tensor | None = None
         update_metrics: dict[str, float | None] = {}
@@ -333,7 +340,7 @@ class TrainingStep:
                 ) from error
         before = totals.seconds["reference"] + totals.seconds["old_logprobs"]
         totals.seconds["update"] = time.perf_counter() - scored - before
-        metrics = self._metrics(groups, totals, totals.seconds) | update_metrics | pushed
+        metrics = self._metrics(groups, totals, with_reference) | update_metrics | pushed
         if log_signs:
             metrics |= totals.signs.metrics()
         work = self.work.shares(self.loaded.model.parameters() if self.sharded is None else None)
@@ -449,14 +456,14 @@ class TrainingStep:
         masks = self.config.mask_truncated
         return [0 if masks and not sample.finished else len(sample.response_ids) for sample in group.samples]
 
-    def _own(self, share: Share, group: Group, units: list[Unit], totals: _StepTotals) -> _Own:
+    def _own(self, share: Share, group: Group, units: list[Unit], totals: _StepTotals, with_reference: bool) -> _Own:
         """Return this process's share of a question as tensors; those of a question without a unit are not needed."""
         batch = group_batch(self.loaded, group, whole_response=self.config.credit != "step")
         part = None if len(share.team) == 1 else QuestionPart.of(batch, units, share.responses)
         batch = batch if part is None else part.batch
-        return _Own(share, self._prepared(batch, totals) if units else batch, part)
+        return _Own(share, self._prepared(batch, totals, with_reference) if units else batch, part)
 
-    def _prepared(self, batch: GroupBatch, totals: _StepTotals) -> GroupBatch:
+    def _prepared(self, batch: GroupBatch, totals: _StepTotals, with_reference: bool) -> GroupBatch:
         """Return a batch with what stays the same in all passes over it.
 
         A log-probability that the engine did not give is the trainer's own, as all are with ``--old-logprobs trainer``.
@@ -480,7 +487,7 @@ class TrainingStep:
                 cap=config.engine_correction_cap,
             )
             batch = dataclasses.replace(batch, correction=correction)
-        if self.start_weights is not None and self.with_reference:
+        if self.start_weights is not None and with_reference:
             with totals.timed("reference"), self.start_weights.in_place():
                 batch = dataclasses.replace(batch, reference=self._logprobs(batch))
         return batch
@@ -650,7 +657,8 @@ class TrainingStep:
             log.gradient_cosine, log.conflict = found.cosine, found.shares
         return log
 
-    def _metrics(self, groups: list[Group], totals: _StepTotals, seconds: dict[str, float]) -> dict[str, Any]:
+    def _metrics(self, groups: list[Group], totals: _StepTotals, with_reference: bool) -> dict[str, Any]:
+        seconds = totals.seconds
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         samples = [sample for group in groups for sample in group.samples]
         scores = [score for rollout in rollouts for score in rollout.scores or ()]
@@ -659,7 +667,7 @@ class TrainingStep:
         num_tokens = sum(lengths)
         kl = {}
         if self.start_weights is not None:
-            kl["kl_to_start"] = totals.kl_sum / totals.tokens if totals.tokens and self.with_reference else None
+            kl["kl_to_start"] = totals.kl_sum / totals.tokens if totals.tokens and with_reference else None
             kl["reference_seconds"] = seconds["reference"]
         return {
             "reward": statistics.fmean(known) if known else None,

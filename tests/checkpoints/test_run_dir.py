@@ -154,9 +154,6 @@ def test_the_config_of_a_run_can_be_given_again(tmp_path: Path) -> None:
     run.write_config(settings_of(config))
     assert run.read_config() == settings_of(config)
     assert build_config(TrainConfig, {}, run.config) == config
-    old = {"sampling_batch_size": "generation_batch_size", "critic_rubric": "rubric"}
-    run.write_config({old.get(name, name): value for name, value in settings_of(config).items()})
-    assert run.read_config() == settings_of(config), "a run of an earlier version"
 
 
 @pytest.mark.parametrize("content", [None, b"[1, 2]", b"a: [", b"\xff\xfe\xfa"])

@@ -25,7 +25,7 @@ from ssrctl.cli import app as app_module
 from ssrctl.cli import glue
 from ssrctl.configs import building
 from ssrctl.configs.layers import layer_ranges
-from ssrctl.configs.names import accepted_names, old_names
+from ssrctl.configs.names import accepted_names
 from ssrctl.core.mask import BlockMask
 from ssrctl.errors import UserError
 from ssrctl.io.artifacts import ModelIdentity, save_mask
@@ -73,7 +73,7 @@ def test_every_command_is_known_here() -> None:
     found = set()
     for name, one in get_command(app_module.app).commands.items():  # type: ignore[attr-defined]
         found |= {f"{name} {inner}" for inner in one.commands} if hasattr(one, "commands") else {name}
-    assert found == {*COMMANDS, "env"}, "the old name of doctor"
+    assert found == {*COMMANDS, "env"}, "the other name of doctor"
 
 
 def leaf(name: str) -> Any:
@@ -277,7 +277,7 @@ def test_a_switch_has_a_flag_for_the_value_that_is_not_its_default(
     # the other form still wins over a file
     assert main(["try", "x", "--config", str(tmp_path / "run.yaml"), "--no-quiet", "--careful"]) == 0
     assert (ran[-1].quiet, ran[-1].careful) == (False, True)
-    assert capsys.readouterr().err == "warning: --no-quiet is the default and will not be a flag in the next version\n"
+    assert capsys.readouterr().err == ""
 
 
 def test_a_wrong_flag_names_the_nearest(main: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -493,7 +493,6 @@ def test_other_names_lead_to_fields_and_hide_none(kind: Any) -> None:
     fields = {spec.name for spec in dataclasses.fields(kind)}
     accepted = accepted_names(kind)
     assert set(accepted.values()) <= fields and not accepted.keys() & fields
-    assert old_names(kind).items() <= accepted.items()
 
 
 def parsed(monkeypatch: pytest.MonkeyPatch, line: str) -> Any:
@@ -504,40 +503,26 @@ def parsed(monkeypatch: pytest.MonkeyPatch, line: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("line", "expected", "said"),
+    ("line", "expected"),
     [
-        ("train --budget-usd 2", {"critic_budget_usd": 2}, "--budget-usd is now --critic-budget-usd"),
-        ("train --no-cache", {"critic_cache": False}, "--no-cache is now --no-critic-cache"),
-        ("train --per_step", {"critic_per_step": True}, "--per-step is now --critic-per-step"),
-        ("critic x --budget-usd 2 --no-cache", {"critic_budget_usd": 2, "critic_cache": False}, None),
-        ("critic x --critic-budget-usd 2 --no-critic-cache", {"critic_budget_usd": 2, "critic_cache": False}, None),
-        (
-            "eval --generation_batch_size=2",
-            {"sampling_batch_size": 2},
-            "--generation-batch-size is now --sampling-batch-size",
-        ),
-        ("train --lr 1 --optim adamw", {"learning_rate": 1, "optimizer": "adamw"}, None),
-        ("train --model_name_or_path m --dataset-name d", {"model": "m", "dataset": "d"}, None),
-        ("segment x --max-steps 3", {"max_segments": 3}, "--max-steps is now --max-segments"),
-        ("segment x --style newline", {"segment_style": "newline"}, "--style is now --segment-style"),
-        ("train --max-steps 3 --max-segments 2", {"max_steps": 3, "max_segments": 2}, None),
-        ("diagnose a b --k 3", {"num_directions": 3}, "--k is now --num-directions"),
-        ("diagnose a b --rule=atol", {"changed_by": "atol"}, "--rule is now --changed-by"),
-        ("mask diff a b --eta 0.1 -o m", {"bf16_rtol": 0.1}, "--eta is now --bf16-rtol"),
-        ("mask random m -o x", {"model": "m"}, "the model is now given as --model m"),
-        ("mask random --model m -o x", {"model": "m"}, None),
+        ("train --critic_per_step", {"critic_per_step": True}),
+        ("critic x --budget-usd 2 --no-cache", {"critic_budget_usd": 2, "critic_cache": False}),
+        ("critic x --critic-budget-usd 2 --no-critic-cache", {"critic_budget_usd": 2, "critic_cache": False}),
+        ("train --lr 1 --optim adamw", {"learning_rate": 1, "optimizer": "adamw"}),
+        ("train --model_name_or_path m --dataset-name d", {"model": "m", "dataset": "d"}),
+        ("train --max-steps 3 --max-segments 2", {"max_steps": 3, "max_segments": 2}),
+        ("mask random --model m -o x", {"model": "m"}),
     ],
 )
 def test_other_names_of_flags(
     line: str,
     expected: dict[str, Any],
-    said: str | None,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     made = parsed(monkeypatch, line)
     assert {name: getattr(made, name) for name in expected} == expected
-    assert capsys.readouterr().err == ("" if said is None else f"warning: {said}\n")
+    assert not capsys.readouterr().err
 
 
 def test_a_mask_command_takes_one_model(capsys: pytest.CaptureFixture[str]) -> None:
@@ -548,17 +533,15 @@ def test_a_mask_command_takes_one_model(capsys: pytest.CaptureFixture[str]) -> N
     assert capsys.readouterr().err == "error: 'model' is needed\n  fix: give --model\n"
 
 
-def test_old_names_in_yaml_give_one_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_names_in_yaml(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
-    path.write_text("cache: false\ngeneration-batch-size: 3\nlr: 2\n")
+    path.write_text("critic-cache: false\nlr: 2\n")
     made = configs.build_config(configs.TrainConfig, {}, path)
-    assert (made.critic_cache, made.sampling_batch_size, made.learning_rate) == (False, 3, 2.0)
-    said = capsys.readouterr().err
-    names = "cache is now critic_cache, generation-batch-size is now sampling_batch_size"
-    assert said == f"warning: {path}: {names}\n"
+    assert (made.critic_cache, made.learning_rate) == (False, 2.0)
     path.write_text("cache: false\n")
     assert not configs.build_config(configs.CriticConfig, {"input": "x"}, path).critic_cache
-    assert capsys.readouterr().err == ""
+    with pytest.raises(UserError, match="unknown key 'cache'"):
+        configs.build_config(configs.TrainConfig, {}, path)
 
 
 def test_learning_rates_by_optimizer() -> None:

@@ -35,27 +35,6 @@ def test_round_trip(tmp_path: Path) -> None:
     assert load_budget_profile(path) == PROFILE
 
 
-def version_1() -> dict[str, Any]:
-    """The profile as earlier versions of ssrctl wrote it."""
-    row = PROFILE.to_dict() | {"version": 1, "table": {}}
-    mass = row.pop("mass")
-    del row["share"]
-    return row | {"curve": mass["mean"], "std": mass["std"], "num_problems": mass["num_problems"]}
-
-
-def test_a_file_of_version_1_has_the_curve_of_the_paper_only(tmp_path: Path) -> None:
-    path = tmp_path / "old.json"
-    path.write_text(json.dumps(version_1()))
-    profile = load_budget_profile(path)
-    assert profile == dataclasses.replace(PROFILE, share=None)
-    assert profile.curve("paper") == [1.0, 0.5, 0.25]
-    assert list(profile.table()) == ["paper"]
-    with pytest.raises(
-        UserError, match=r"org/model has format version 1.*profile-budget`, or pass --budget-rule paper"
-    ):
-        profile.curve("share")
-
-
 @pytest.mark.parametrize(
     ("num_problems", "expected"),
     [

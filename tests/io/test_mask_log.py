@@ -79,24 +79,6 @@ def test_everything_survives_the_file(path: Path) -> None:
     assert (second.steps, second.budget, second.advantages) == ([1, 2], 0.02, [])
 
 
-def test_logs_of_earlier_versions_are_read(path: Path) -> None:
-    def older(questions: Any, tensors: Any, metadata: Any) -> None:
-        for question in questions:
-            del question["conflict"]
-            question["units"] = [
-                {key: unit[key] for key in ("steps", "budget", "advantages")} for unit in question["units"]
-            ]
-        for name in [name for name in tensors if name.startswith("free.")]:
-            del tensors[name]
-
-    rewrite(path, older)
-    [question] = load_mask_log(path).questions
-    assert question.conflict is None and question.gradient_cosine == [[1.0, -0.5], [-0.5, 1.0]]
-    for unit in question.units:
-        assert unit.unconstrained is unit.captured is unit.gradient_norm is unit.unconstrained_captured is None
-    assert indices(question.units[0].mask)["w"] == [1, 70_000]
-
-
 def change_question(**fields: Any) -> Any:
     return lambda questions, tensors, metadata: questions[0].update(fields)
 
@@ -126,6 +108,7 @@ DAMAGES = {
     "top_conflict does not fit 2 units": change_question(
         conflict={name: [[None, 0.0], [0.0, None]] for name in CONFLICTS} | {"top_conflict": []}
     ),
+    r"units\[0\].captured' is missing": lambda questions, *_: questions[0]["units"][0].pop("captured"),
     "steps' must be a valid list": change_unit(steps="0"),
     r"steps\[0\]' must be a valid integer, found 0.5": change_unit(steps=[0.5]),
     r"steps\[0\]' must be greater than or equal to 0, found -1": change_unit(steps=[-1]),

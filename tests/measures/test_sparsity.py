@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from ssrctl.checkpoints.delta import Delta, changed_indices
 from ssrctl.checkpoints.names import layer_index, matrix_kind
-from ssrctl.checkpoints.pairs import Checkpoint, Comparison, common_dtype, open_comparison
+from ssrctl.checkpoints.pairs import Checkpoint, Comparison, common_dtype, open_pairs
 from ssrctl.checkpoints.reader import DeltaReader, TensorReader
 from ssrctl.configs import DiagnoseConfig
 from ssrctl.errors import UserError
@@ -306,7 +306,7 @@ def test_the_report_has_every_rule_and_the_largest_changes(tmp_path: Path) -> No
     save_file({names[0]: base, names[1]: base.clone()}, tmp_path / "base.safetensors")
     save_file({names[0]: tuned, names[1]: base.clone()}, tmp_path / "tuned.safetensors")
     with contextlib.ExitStack() as stack:
-        result = measured(open_comparison(stack, tmp_path / "base.safetensors", [tmp_path / "tuned.safetensors"]))
+        result = measured(open_pairs(stack, [(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors")]))
     numbers = result.numbers()
     assert [numbers["total"][key] for key in ("sparsity_1e-08", "sparsity_1e-07", "sparsity_1e-06", "sparsity_1e-05")] == [
         395 / 400, 395 / 400, 395 / 400, 398 / 400,
@@ -360,7 +360,7 @@ def test_a_tensor_that_is_whole_in_memory_has_the_same_sums(
 ) -> None:
     small_pieces(monkeypatch)
     with contextlib.ExitStack() as stack:
-        comparison = open_comparison(stack, checkpoints[0], [checkpoints[1]])
+        comparison = open_pairs(stack, [checkpoints])
         in_ranges = measured(comparison)
         monkeypatch.setattr(Sparsity, "in_ranges", False)
         assert measured(comparison).numbers() == in_ranges.numbers()
@@ -372,7 +372,7 @@ def test_checkpoints_in_pieces_are_those_of_whole_tensors(
     small_pieces(monkeypatch)
     threads = torch.get_num_threads()
     with contextlib.ExitStack() as stack:
-        comparison = open_comparison(stack, checkpoints[0], [checkpoints[1]])
+        comparison = open_pairs(stack, [checkpoints])
         base, tuned, names = comparison.base, comparison.tuned[0].reader, comparison.names
         found = [measured(comparison, workers) for workers in (1, 2, 5)]
         assert found[0].numbers() == found[1].numbers() == found[2].numbers()
@@ -428,7 +428,7 @@ def test_a_delta_in_pieces_is_the_checkpoint_that_it_makes(
 
 def test_a_file_that_shrinks_under_the_readers_ends_in_one_error(checkpoints: tuple[Path, Path]) -> None:
     with contextlib.ExitStack() as stack:
-        comparison = open_comparison(stack, checkpoints[0], [checkpoints[1]])
+        comparison = open_pairs(stack, [checkpoints])
         checkpoints[1].write_bytes(checkpoints[1].read_bytes()[:-9])
         with pytest.raises(UserError, match="ends too early"):
             measured(comparison)

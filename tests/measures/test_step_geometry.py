@@ -168,9 +168,9 @@ def test_the_report_has_a_section_for_what_was_logged_and_none_for_what_was_not(
     assert len(titles[0]) == 5 and len(titles[1]) == 4 and "conflict" not in " ".join(titles[1][:2])
     assert len(titles[2]) == 3 and titles[3] == []
     said = [" ".join(geometry_notes(summary(one))) for one in (whole, sets_only, old, oldest)]
-    assert said[0] == "" and "--log-gradient-cosine" in said[1] and "earlier version" not in said[1]
-    assert "earlier version" in said[2] and "--log-gradient-cosine" not in said[2]
-    assert "earlier version" in said[3] and "--log-gradient-cosine" in said[3]
+    assert said[0] == "" and "--log-gradient-cosine" in said[1] and "--sharding" not in said[1]
+    assert "--sharding" in said[2] and "--log-gradient-cosine" not in said[2]
+    assert "--sharding" in said[3] and "--log-gradient-cosine" in said[3]
     lines = geometry_headlines(summary(whole))
     assert "mean Jaccard index of 0.333 (chance: 0.0588)" in lines[0] and "25.00% of what" in lines[0]
     assert "holds 40.00%" in lines[1] and "would hold 45.00%" in lines[1]

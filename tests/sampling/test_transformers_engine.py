@@ -156,6 +156,30 @@ def test_each_response_ends_where_the_context_does(tiny_loaded, monkeypatch):
     assert [len(sample.response_ids) for sample in samples] == [128 - 120, 64]
 
 
+def test_prompts_of_all_lengths_go_together_up_to_the_context(tiny_loaded, monkeypatch):
+    """Each response may fill the context; padding never takes the batch beyond it."""
+    monkeypatch.setattr(transformers_engine, "end_token_ids", lambda loaded: [])
+    prompts = [[7 + n] * n for n in (4, 60, 100, 120)]
+    config = sampling(max_new_tokens=128, sampling_batch_size=3)
+    alone = [
+        sample_all(TransformersEngine(tiny_loaded, config), [one])[0]
+        for one in requests_of(tiny_loaded, prompts, config, 0)
+    ]
+    rows = []
+
+    def note(model, args, given):
+        batch, new = given["input_ids"].shape
+        rows.append((batch, given["past_key_values"].get_seq_length() + new))
+
+    hook = tiny_loaded.model.register_forward_pre_hook(note, with_kwargs=True)
+    together = sample_responses(tiny_loaded, prompts, config, seed=0)
+    hook.remove()
+    assert [len(one.response_ids) for one in together] == [128 - len(prompt) for prompt in prompts]
+    assert [one.response_ids for one in together] == [one.response_ids for one in alone]
+    assert rows[0][0] == 3 and max(columns for _, columns in rows) <= 128
+    assert len(rows) <= 124 + 1, "one pass for each token of the longest response, one for the row that joined"
+
+
 @pytest.mark.parametrize("size", [1, 3, 5, 100])
 def test_a_response_does_not_depend_on_its_batch(bundled, size, monkeypatch):
     """Rows leave and join; float32 rounding could flip a token in principle, and does not with these seeds."""

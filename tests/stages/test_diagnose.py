@@ -21,6 +21,7 @@ from ssrctl.core.mask import BlockMask
 from ssrctl.errors import UserError
 from ssrctl.io.artifacts import ModelIdentity
 from ssrctl.io.mask_log import CONFLICTS, QuestionLog, StepMaskLog, UnitLog, save_mask_log
+from ssrctl.models import precision
 from ssrctl.stages import diagnose
 
 ATTACK = "<script>alert(1)</script>"
@@ -167,6 +168,27 @@ def test_overlapping_sets(tmp_path: Path) -> None:
     assert "do not fit" in jaccard(run)["headlines"][0]
 
 
+@pytest.mark.parametrize(
+    ("parameters", "variable", "threads"),
+    [(500, None, 2), (501, None, 1), (501, "2", 2)],
+    ids=["large", "small", "set"],
+)
+def test_a_small_model_takes_one_thread(
+    parameters: int, variable: str | None, threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "SINGLE_THREAD_PARAMETERS", parameters)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if variable:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        jaccard(write_run(tmp_path / "run", {10: [question(range(5))]}))
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("questions", [[], [question()], [question(range(5))]])
 def test_logs_without_pairs(tmp_path: Path, questions: list[QuestionLog]) -> None:
     run = write_run(tmp_path / "run", {10: questions})
@@ -196,7 +218,7 @@ def test_what_steps_wanted_is_reported_beside_what_they_got(tmp_path: Path) -> N
     for line in report["headlines"]:
         assert line in page
     assert "What would have collided without claims" in page and "Sign conflict by pair of units" in page
-    assert not any("earlier version" in note for note in report["notes"])
+    assert not any("--sharding" in note for note in report["notes"])
 
 
 @pytest.mark.usefixtures("no_matplotlib")

@@ -98,9 +98,7 @@ def test_shortages_are_warned_about(checks: Any, monkeypatch: pytest.MonkeyPatch
 def test_a_device_that_computes_wrongly_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor._check_device(torch.device("cpu")).state == "ok"
     if not torch.cuda.is_available():
-        assert doctor._check_device(torch.device("cuda")).text.startswith(
-            "cannot multiply matrices: Torch not compiled"
-        )
+        assert "multiply matrices: AssertionError: Torch not" in doctor._check_device(torch.device("cuda")).text
     monkeypatch.setattr(torch, "ones", torch.zeros)
     assert doctor._check_device(torch.device("cpu")).state == "fail"
     assert doctor._check_device(torch.device("meta")).state == "fail", "it has no values"

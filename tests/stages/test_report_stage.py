@@ -14,7 +14,7 @@ import torch
 from ssrctl.cli import main
 from ssrctl.configs import EvalConfig, TrainConfig
 from ssrctl.core.mask import BlockMask
-from ssrctl.evaluation.eval_page import eval_document, read_evaluation
+from ssrctl.evaluation.eval_page import EvalLog, eval_document, read_evaluation
 from ssrctl.evaluation.run_log import read_run
 from ssrctl.evaluation.run_page import run_document
 from ssrctl.io.mask_log import CONFLICTS, QuestionLog, StepMaskLog, UnitLog, load_claims, save_mask_log
@@ -209,6 +209,10 @@ def test_evaluations_are_shown_with_their_intervals(tmp_path: Path) -> None:
     assert series(document, "Accuracy by level") == {"base": [0.4], "tuned": [0.6]}
     assert series(document, "pass@k")["tuned"] == [0.6, 0.7]
     assert eval_document([base]).headlines == ["Accuracy 0.400 (0.300 to 0.500)."]
+    measured = EvalLog(label="m", summary={**base.summary, "kl_to_base": {**estimate(0.2), "value": 0.25}}, samples=[])
+    plain, both = (eval_document(logs).sections[0].tables[0] for logs in ([base, tuned], [base, measured]))
+    assert len(both.columns) == len(plain.columns) + 1 == len(both.rows[0]) == len(plain.rows[1]) + 1
+    assert [row[-1] for row in both.rows] == [None, 0.25]
 
 
 @pytest.mark.page

@@ -561,10 +561,10 @@ def test_find_lr_prints_a_curve(tmp_path: Path, capfd: pytest.CaptureFixture[str
     assert "1.0e-03" in shown and "3.0e-01" in shown and "highest late reward at" in shown
 
 
-def written_profile(path: Path, fingerprint: str, *, share: list[float] | None = None, num_problems: int = 9) -> Path:
-    """A budget profile of other or of the same weights; without ``share`` as version 1 had it."""
+def written_profile(path: Path, fingerprint: str, *, share: list[float], num_problems: int = 9) -> Path:
+    """A budget profile of other or of the same weights."""
     mass = MassCurve(mean=[1.0, 0.001], std=[0.0, 0.0], num_problems=[9, 9])
-    curve = None if share is None else ShareCurve(mean=share, standard_error=[0.0] * 2, num_problems=[num_problems] * 2)
+    curve = ShareCurve(mean=share, standard_error=[0.0] * 2, num_problems=[num_problems] * 2)
     profile = BudgetProfile(
         model=ModelIdentity(name="org/other", revision=None, fingerprint=fingerprint),
         share=curve,
@@ -573,10 +573,7 @@ def written_profile(path: Path, fingerprint: str, *, share: list[float] | None =
         energy_claimed=[0.5, 0.5],
         claim_fraction=0.01,
     )
-    row = profile.to_dict()
-    if share is None:
-        row = row | {"version": 1, "curve": row["mass"]["mean"]} | row.pop("mass")
-    path.write_text(json.dumps(row))
+    path.write_text(json.dumps(profile.to_dict()))
     return path
 
 
@@ -635,21 +632,3 @@ def test_a_profile_of_too_few_problems_is_said_to_be_flat(tmp_path: Path, capfd:
     written_profile(tmp_path / "p.json", own, share=[1.0, 0.5], num_problems=8)
     train.run(config(tmp_path / "run", budget_profile=profile, dry_run=True))
     assert "fewer than 8" not in " ".join(capfd.readouterr().err.split())
-
-
-def test_a_profile_of_version_1_serves_the_rule_of_the_paper_only(tmp_path: Path) -> None:
-    profile = str(written_profile(tmp_path / "old.json", load_model(TrainConfig()).identity.fingerprint))
-    with pytest.raises(UserError, match=r"format version 1, which lacks the curve of rule share.*--budget-rule paper"):
-        train.run(config(tmp_path / "run", budget_profile=profile, dry_run=True))
-    assert train.run(config(tmp_path / "run", budget_profile=profile, budget_rule="paper", dry_run=True))
-
-
-def test_a_run_from_before_the_budget_rules_continues_with_that_of_the_paper(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    train.run(config(run, max_steps=1, budget_rule="paper"))
-    lines = (run / "config.yaml").read_text().splitlines(keepends=True)
-    (run / "config.yaml").write_text("".join(line for line in lines if not line.startswith("budget_rule")))
-    with pytest.raises(UserError, match="budget_rule was 'paper', is 'share'"):
-        train.run(config(run, resume_from_checkpoint="latest"))
-    train.run(config(run, budget_rule="paper", resume_from_checkpoint="latest"))
-    assert len(metrics(run)) == 2

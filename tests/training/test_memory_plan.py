@@ -270,5 +270,8 @@ def test_memory_decides_whether_step_gradients_are_recomputed(
     assert "step gradients: recomputed, steps at once" in capfd.readouterr().err
     with pytest.raises(UserError, match=r"the run needs .* GiB at the least"):
         settle_step_gradient(dataclasses.replace(config, memory_limit=0.001), loaded, 64, 1.0)
-    # a gradient that fits is not made again
-    assert settle_step_gradient(dataclasses.replace(config, scope="tensor"), loaded, 64, 1.0).step_gradient == "auto"
+    # a gradient that fits is not made again, and other updates are only warned about
+    tensor = dataclasses.replace(config, scope="tensor")
+    assert settle_step_gradient(tensor, loaded, 64, 1.0) is tensor and not capfd.readouterr().err
+    assert settle_step_gradient(dataclasses.replace(tensor, memory_limit=0.05), loaded, 64, 1.0).step_gradient == "auto"
+    assert re.search(r"planned to take 0\.\d+ GiB, 0\.05 are there", " ".join(capfd.readouterr().err.split()))

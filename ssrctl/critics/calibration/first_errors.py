@@ -20,6 +20,7 @@ from ssrctl.io.labelled import ALL_RIGHT
 
 LOWEST, HIGHEST = -100.0, 100.0
 NUM_RESAMPLES = 10_000
+CONFIDENCE = 0.95  # of the interval of F1
 MIN_PROBLEMS = 10  # per class; with fewer, resamples without any trace of a class are no longer negligible
 
 Scores = Sequence[float | None]
@@ -92,7 +93,6 @@ def f1_estimate(
     hits: Sequence[float],
     problems: Sequence[Hashable],
     *,
-    confidence: float = 0.95,
     seed: int = 0,
 ) -> Estimate | None:
     """Return F1 with a BCa bootstrap interval over problems, since solutions of one problem are not independent.
@@ -104,7 +104,6 @@ def f1_estimate(
     Args:
         labels, hits: as in ``accuracies``.
         problems: the problem of each trace.
-        confidence: level, such as 0.95.
         seed: seed of the resamples.
 
     Returns:
@@ -119,13 +118,13 @@ def f1_estimate(
     counts = (table[:, [1, 3]] > 0).sum(axis=0)
     value = f1(erroneous, correct)
     if min(counts) < MIN_PROBLEMS or any(_all_agree(table[:, [k, k + 1]]) for k in (0, 2)):
-        quantile = float(norm.ppf((1 + confidence) / 2))
+        quantile = float(norm.ppf((1 + CONFIDENCE) / 2))
         shares = zip((erroneous, correct), counts.tolist(), strict=True)
         ends = [wilson(round(share * count) / count, count, quantile) for share, count in shares]
         low, high = f1(ends[0][0], ends[1][0]), f1(ends[0][1], ends[1][1])
     else:
-        low, high = _bootstrap_f1(table, confidence, seed)
-    return Estimate(value, low, high, confidence, len(table))
+        low, high = _bootstrap_f1(table, seed)
+    return Estimate(value, low, high, CONFIDENCE, len(table))
 
 
 def _problem_table(labels: Sequence[int], hits: Sequence[float], problems: Sequence[Hashable]) -> np.ndarray:
@@ -145,7 +144,7 @@ def _all_agree(hits_and_traces: np.ndarray) -> bool:
     return bool(np.ptp(known[:, 0] / known[:, 1]) < 1e-12)
 
 
-def _bootstrap_f1(table: np.ndarray, confidence: float, seed: int) -> tuple[float, float]:
+def _bootstrap_f1(table: np.ndarray, seed: int) -> tuple[float, float]:
     from scipy.stats import bootstrap
 
     def statistic(*columns: np.ndarray, axis: int = -1) -> np.ndarray:
@@ -160,7 +159,7 @@ def _bootstrap_f1(table: np.ndarray, confidence: float, seed: int) -> tuple[floa
         statistic,
         paired=True,
         n_resamples=NUM_RESAMPLES,
-        confidence_level=confidence,
+        confidence_level=CONFIDENCE,
         method="BCa",
         batch=250,
         rng=np.random.default_rng(seed),

@@ -80,9 +80,6 @@ class JudgeClient:
         schema: schema of the replies, sent to models with structured output.
         sleep, clock: for tests; seconds.
 
-    Attributes:
-        supports_schema: whether the first model's replies are bound to ``schema``.
-
     Raises:
         UserError: litellm is not installed, a model's provider is not known, its key is not set or malformed.
     """
@@ -103,7 +100,6 @@ class JudgeClient:
         for message in NOISE:
             warnings.filterwarnings("ignore", message=message, category=UserWarning)
         self._options, self._pacer, self._meter, self._on_call = options, pacer, meter, on_call
-        self._schema = schema
         self._schema_text = json.dumps(schema.model_json_schema()) if schema else ""
         self._sleep, self._clock = sleep, clock
         self._jitter = random.Random()
@@ -121,10 +117,6 @@ class JudgeClient:
             disable_cooldowns=True,
             timeout=options.critic_timeout,
         )
-
-    @property
-    def supports_schema(self) -> bool:
-        return self._schema is not None and self._models[0].reply_format is self._schema
 
     async def ask(self, messages: list[dict[str, str]], *, max_reply_tokens: int, tag: CallTag) -> Reply:
         """Return one reply to ``messages``.

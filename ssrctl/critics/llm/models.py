@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ssrctl.configs import CriticOptions
+from ssrctl.configs.credentials import key_in
 from ssrctl.critics.llm.litellm_import import import_litellm
 from ssrctl.errors import UserError
 
@@ -103,11 +104,7 @@ def _access(name: str, provider: str, endpoint: str | None) -> tuple[str, dict[s
             parameters["api_key"] = NO_KEY
     elif missing:
         raise UserError(f"no key for {name} is set", f"set {keys}")
-    value = os.environ.get(keys, "")
-    if value.strip() != value or not value.isascii() or not value.isprintable():
-        raise UserError(
-            f"{keys} cannot be a key: it contains a space, a line end or a non-ASCII character", f"set {keys} again"
-        )
+    key_in(keys)  # raises for a text that is no key
     return keys, parameters
 
 

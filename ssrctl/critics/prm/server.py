@@ -8,14 +8,9 @@ asked for each step.
 
 from __future__ import annotations
 
-import http.client
-import json
 import math
-import os
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -25,11 +20,11 @@ from ssrctl.configs.engines import KEY_VARIABLE
 from ssrctl.critics.prm.local import style_of
 from ssrctl.critics.prm.styles import Encoded, Encoder
 from ssrctl.errors import UserError
+from ssrctl.io.json_requests import NoAnswer, Refused, ask
 from ssrctl.models.loading import read_tokenizer
 
 _PATHS = ("/pooling", "/classify")
 _SHARED_FAILURES = (401, 403, 404)  # every request would meet them
-_LONGEST_REPLY = 2**28
 
 
 class ServerScorer:
@@ -113,37 +108,21 @@ class ServerScorer:
 
     def _ask(self, body: dict[str, Any]) -> Any:
         """Return the parsed reply, or the class of the error that is left after the retries."""
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(KEY_VARIABLE):
-            headers["Authorization"] = f"Bearer {key}"
-        request = urllib.request.Request(self._url, json.dumps(body).encode(), headers)
         attempt = 0
         while True:
             try:
-                with _OPENER.open(request, timeout=self._options.critic_timeout) as reply:
-                    parsed = json.loads(reply.read(_LONGEST_REPLY))
+                reply = ask(self._url, body, seconds=self._options.critic_timeout)
                 self._answered.set()
-                return parsed
-            except (OSError, http.client.HTTPException, ValueError) as error:
-                kind, reason, transient = _classified(error)
-            if transient and attempt < self._options.critic_retries:
-                time.sleep(min(2.0**attempt, 30.0))
-                attempt += 1
-                continue
-            shared = isinstance(kind, int)
-            if shared or not self._answered.is_set():
-                raise UserError(f"{self._url} does not answer: {reason}", _remedy(kind))
-            return kind
-
-
-class _SameHost(urllib.request.HTTPRedirectHandler):
-    """Refuses redirects, which would carry the key to another host."""
-
-    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
-        return None
-
-
-_OPENER = urllib.request.build_opener(_SameHost)
+                return reply
+            except (NoAnswer, Refused) as error:
+                kind, transient = _classified(error)
+                if transient and attempt < self._options.critic_retries:
+                    time.sleep(min(2.0**attempt, 30.0))
+                    attempt += 1
+                    continue
+                if isinstance(kind, int) or not self._answered.is_set():
+                    raise UserError(f"{self._url} does not answer: {error}", _remedy(kind)) from None
+                return kind
 
 
 def _endpoint(base: str) -> str:
@@ -155,25 +134,17 @@ def _sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
 
 
-def _classified(error: Exception) -> tuple[str | int, str, bool]:
-    """Return the error class (or the status that every request shares), the reason, and True if a retry may help."""
-    if isinstance(error, urllib.error.HTTPError):
-        reason = f"HTTP {error.code}: {error.read(1000).decode(errors='replace').strip() or error.reason}"[:300]
-        reason = " ".join(reason.split())
-        if error.code in _SHARED_FAILURES:
-            return error.code, reason, False
-        if error.code == 429:
-            return "rate_limit", reason, True
-        if error.code < 500:
-            return ("context_window" if "context length" in reason else "bad_request"), reason, False
-        return "api_error", reason, True
-    if isinstance(error, TimeoutError) or isinstance(getattr(error, "reason", None), TimeoutError):
-        return "timeout", "no reply in time", True
-    if isinstance(error, urllib.error.URLError):
-        return "connection", str(error.reason), True
-    if isinstance(error, OSError | http.client.HTTPException):
-        return "connection", str(error) or type(error).__name__, True
-    return "api_error", "its reply is not json", True
+def _classified(error: NoAnswer | Refused) -> tuple[str | int, bool]:
+    """Return the error class (or the status that every request shares), and True if a retry may help."""
+    if isinstance(error, NoAnswer):
+        return "api_error" if error.kind == "not json" else error.kind, True
+    if error.status in _SHARED_FAILURES:
+        return error.status, False
+    if error.status == 429:
+        return "rate_limit", True
+    if error.status < 500:
+        return ("context_window" if "context length" in str(error) else "bad_request"), False
+    return "api_error", True
 
 
 def _remedy(kind: str | int) -> str:

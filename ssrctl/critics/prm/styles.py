@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ssrctl.errors import UserError
+from ssrctl.errors import UserError, first_line
 from ssrctl.text.prompts import without_surrogates
 
 StyleName = Literal["trl", "qwen2.5-math", "math-shepherd", "openr", "rlhflow"]
@@ -240,8 +240,7 @@ class Encoder:
         try:
             text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
         except Exception as error:  # a template is a program: it raises whatever its expressions raise
-            reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-            raise UserError(f"the chat template of {self.name} fails: {reason[:200]}") from error
+            raise UserError(f"the chat template of {self.name} fails: {first_line(error)}") from error
         parts = re.split("|".join(slots), text)
         if len(parts) != len(slots) + 1 or [text.count(slot) for slot in slots] != [1] * len(slots):
             raise UserError(

@@ -97,7 +97,7 @@ def land_by_magnitude(base: Tensor, changed: Tensor, chosen: Tensor) -> Landings
     )
 
 
-def chance_interval(landings: Sequence[Landing], confidence: float = CONFIDENCE) -> tuple[int, int]:
+def chance_interval(landings: Sequence[Landing]) -> tuple[int, int]:
     """Return the interval of the total of ``|M n P|`` by chance: (low, high), both included, equal tails.
 
     Each matrix has its own random set, of as many coordinates as changed there. For a single matrix with changes the
@@ -106,7 +106,6 @@ def chance_interval(landings: Sequence[Landing], confidence: float = CONFIDENCE)
 
     Args:
         landings: of matrices that do not share coordinates; none gives (0, 0).
-        confidence: level, in (0, 1).
     """
     from scipy.stats import hypergeom, norm
 
@@ -116,10 +115,10 @@ def chance_interval(landings: Sequence[Landing], confidence: float = CONFIDENCE)
         return fixed, fixed
     if len(free) == 1:
         only = free[0]
-        low, high = hypergeom(only.numel, only.num_set, only.num_changed).interval(confidence)
+        low, high = hypergeom(only.numel, only.num_set, only.num_changed).interval(CONFIDENCE)
         return fixed + int(low), fixed + int(high)
     mean = math.fsum(one.expected_both for one in free)
-    spread = float(norm.ppf((1 + confidence) / 2)) * math.sqrt(math.fsum(one.variance_both for one in free))
+    spread = float(norm.ppf((1 + CONFIDENCE) / 2)) * math.sqrt(math.fsum(one.variance_both for one in free))
     low = max(math.floor(mean - spread), sum(one.least_both for one in free))
     high = min(math.ceil(mean + spread), sum(one.most_both for one in free))
     return fixed + low, fixed + high

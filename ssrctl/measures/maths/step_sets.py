@@ -62,7 +62,7 @@ def overlap_counts(sets: Sequence[BlockMask]) -> OverlapCounts:
             raise ValueError("sets over different tensors cannot be compared")
     for name in sets[0].tensors if sets else ():
         parts = [one.tensors[name].to_indices() for one in sets]
-        owner = torch.repeat_interleave(torch.arange(number), torch.tensor([part.numel() for part in parts]))
+        owner = torch.cat([torch.full_like(part, place) for place, part in enumerate(parts)])
         # The sort is stable, so equal coordinates stay in the order of their owners: i < j below.
         coordinate, order = torch.cat(parts).sort(stable=True)
         owner = owner[order]

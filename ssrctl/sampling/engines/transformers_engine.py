@@ -109,7 +109,8 @@ class TransformersEngine:
         layers = cache_layers(loaded.model)
         self._selects = leave and layers <= {DynamicLayer, DynamicSlidingWindowLayer} and bool(layers)
         self._grows = layers == {DynamicLayer}  # keys and values of all columns, which can be padded and cut
-        self._joins = refill and self._selects and self._grows
+        self._trims = self._selects and self._grows
+        self._joins = refill and self._trims
         self._ends = end_token_ids(loaded)
         self._stops = StopTexts(loaded.tokenizer, sampling.stop)
 
@@ -122,7 +123,9 @@ class TransformersEngine:
         Raises:
             NonFiniteLogits: the model gives NaN or infinity for some token.
         """
-        size, context = self.sampling.sampling_batch_size, self.loaded.context_length
+        size = self.sampling.sampling_batch_size
+        # a batch that is trimmed as rows leave never outgrows the context (``_round``)
+        context = None if self._trims else self.loaded.context_length
         waiting = deque(sorted(range(len(requests)), key=lambda i: len(requests[i].ids)))
         batch: _Batch | None = None
         while waiting or batch is not None:
@@ -179,7 +182,7 @@ class TransformersEngine:
         ids, mask, cache = batch.input_ids[where], batch.attention_mask[where], batch.cache
         assert cache is not None
         cache.batch_select_indices(where)
-        if self._grows and (unused := int(mask.any(0).int().argmax())):
+        if self._trims and (unused := int(mask.any(0).int().argmax())):
             ids, mask = ids[:, unused:], mask[:, unused:]
             for layer in cache.layers:
                 if layer.get_seq_length():
@@ -196,6 +199,9 @@ class TransformersEngine:
         """
         num = len(batch.rows)
         room = max(row.request.limit - len(row.ids) for row in batch.rows) if tokens is None else tokens
+        if self._trims and self.loaded.context_length is not None:
+            # At the context's end a row without padding has reached its own limit: it leaves, and its columns are cut.
+            room = min(room, self.loaded.context_length - batch.input_ids.shape[1])
         leaving = max(1, int(num * _LEAVING_SHARE)) if self._selects else num
         if waits and self._joins:
             leaving = max(leaving, num - int(_FULL_SHARE * self.sampling.sampling_batch_size))
@@ -306,7 +312,8 @@ def _next_places(
 ) -> list[int]:
     """Take from ``waiting``, in order, the requests that fit into a batch with the rows ``beside``.
 
-    The widest row plus the largest number of tokens still to come stays within the context, so that the padded batch does.
+    With a ``context``, the widest row plus the largest number of tokens still to come stays within it, so that the padded
+    batch does.
     """
     width = max((len(row.request.ids) + len(row.ids) for row in beside), default=0)
     room = max((row.request.limit - len(row.ids) for row in beside), default=0)

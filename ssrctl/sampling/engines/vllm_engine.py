@@ -32,13 +32,14 @@ from ssrctl.distributed.sharding import ShardedModel
 from ssrctl.distributed.world import ALONE, World
 from ssrctl.errors import Stopped, UserError
 from ssrctl.io import console
+from ssrctl.io.json_requests import NoAnswer, Refused
 from ssrctl.models.loading import LoadedModel, folder_of
 from ssrctl.sampling.alignment import decode
 from ssrctl.sampling.endings import StopTexts, end_token_ids
 from ssrctl.sampling.engines.base import Changes, Probe, Push, Request, Sample, StaleSamples
 from ssrctl.sampling.engines.probe import compare, gap_bound, probe_requests
 from ssrctl.sampling.engines.push_bytes import num_bytes, packed_changes, to_bytes, to_file
-from ssrctl.sampling.engines.vllm_http import NoAnswer, Refused, VllmServer
+from ssrctl.sampling.engines.vllm_http import VllmServer
 from ssrctl.sampling.engines.vllm_plugin import BACKEND
 
 TESTED = "0.32"  # releases of vLLM

@@ -6,34 +6,15 @@ The routes are those of vLLM 0.32 with ``--enable-scale-out`` and ``VLLM_SERVER_
 from __future__ import annotations
 
 import contextlib
-import http.client
 import ipaddress
-import json
-import os
 import time
 import urllib.parse
 from typing import Any
 
-from ssrctl.configs.engines import KEY_VARIABLE
+from ssrctl.io.json_requests import Refused, ask
 
 LONGEST_REQUEST = 3600.0  # seconds; a server that ends breaks the connection at once
 _CACHE_TRIES = 20
-
-
-class NoAnswer(Exception):
-    """A server that is not there, or whose reply breaks off."""
-
-
-class Refused(Exception):
-    """A request that the server answered with an error.
-
-    Attributes:
-        status: of HTTP.
-    """
-
-    def __init__(self, status: int, text: str) -> None:
-        super().__init__(f"HTTP {status}: {text}")
-        self.status = status
 
 
 class VllmServer:
@@ -49,12 +30,11 @@ class VllmServer:
         self.url = url.rstrip("/")
         self.held: str | None = None
         self.in_flight = 0
-        self._parts = urllib.parse.urlsplit(self.url)
 
     @property
     def is_local(self) -> bool:
         """True if the address is this machine's own, which nobody else can reach."""
-        host = self._parts.hostname or ""
+        host = urllib.parse.urlsplit(self.url).hostname or ""
         with contextlib.suppress(ValueError):
             return ipaddress.ip_address(host).is_loopback
         return host == "localhost"
@@ -65,7 +45,7 @@ class VllmServer:
         Raises:
             NoAnswer, Refused: as their classes say.
         """
-        return self._ask("GET", path, None, seconds)
+        return ask(self.url + path, seconds=seconds, direct=True)
 
     def post(self, path: str, body: dict[str, Any] | None = None, *, seconds: float = LONGEST_REQUEST) -> Any:
         """Return the parsed reply of a POST.
@@ -73,7 +53,7 @@ class VllmServer:
         Raises:
             NoAnswer, Refused: as their classes say.
         """
-        return self._ask("POST", path, json.dumps(body or {}).encode(), seconds)
+        return ask(self.url + path, body or {}, seconds=seconds, direct=True)
 
     def push(self, update: dict[str, Any]) -> None:
         """Give the server new weights; requests in progress are aborted, and it computes with these weights afterwards.
@@ -107,24 +87,3 @@ class VllmServer:
                 return
             time.sleep(0.1)
         raise Refused(200, "the prefix cache is still in use after the pause")
-
-    def _ask(self, method: str, path: str, body: bytes | None, seconds: float) -> Any:
-        kind = http.client.HTTPSConnection if self._parts.scheme == "https" else http.client.HTTPConnection
-        connection = kind(self._parts.hostname or "", self._parts.port, timeout=seconds)
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(KEY_VARIABLE):
-            headers["Authorization"] = f"Bearer {key}"
-        try:
-            connection.request(method, self._parts.path + path, body, headers)
-            reply = connection.getresponse()
-            text = reply.read().decode("utf-8", "replace")
-        except (OSError, http.client.HTTPException) as error:
-            raise NoAnswer(str(error) or type(error).__name__) from error
-        finally:
-            connection.close()
-        if reply.status >= 400:
-            raise Refused(reply.status, " ".join(text.split())[:300] or reply.reason)
-        try:
-            return json.loads(text) if text else {}
-        except ValueError:
-            raise NoAnswer(f"its reply to {path} is not json") from None

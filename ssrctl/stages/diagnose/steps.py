@@ -14,6 +14,7 @@ from ssrctl.io.mask_log import load_mask_log, mask_log_paths
 from ssrctl.measures.base import Findings, StepMeasure
 from ssrctl.measures.step_geometry import StepGeometryMeasure
 from ssrctl.measures.step_overlap import StepOverlapMeasure
+from ssrctl.models.precision import suit_threads
 from ssrctl.report.document import Document
 from ssrctl.report.formats import percent, text_safe
 from ssrctl.report.write import show_plan, write_report
@@ -128,6 +129,7 @@ def _take(measures: Sequence[StepMeasure[Any, Any]], paths: list[Path]) -> tuple
     shown = console()
     for path in track(paths, "measuring overlap", console=shown, transient=True, disable=not shown.is_terminal):
         log = load_mask_log(path)
+        suit_threads(log.num_coordinates)
         try:
             for measure, kept in zip(measures, parts, strict=True):
                 kept.append(measure.log(log))

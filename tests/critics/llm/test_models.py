@@ -285,14 +285,8 @@ def forms(server):
 )
 def test_models_of_an_own_server_are_bound_to_the_schema(server, model):
     bench = Bench(server, schema=Verdicts, critic_model=model)
-    supported = []
-
-    async def work(client):
-        supported.append(client.supports_schema)
-        await question(client)
-
-    bench.run(work)
-    assert supported == [True] and forms(server) == ["json_schema"]
+    bench.run(question)
+    assert forms(server) == ["json_schema"]
     sent = server.requests[0].body["response_format"]["json_schema"]["schema"]
     assert sent["properties"].keys() == Verdicts.model_fields.keys()
 
@@ -330,7 +324,7 @@ def test_a_server_that_refuses_the_schema_is_asked_without_and_never_with_it_aga
         # Together: both are under way with the schema before the first refusal.
         replies = await asyncio.gather(question(client, "a"), question(client, "b"))
         replies.append(await question(client, "c"))
-        assert [reply.text for reply in replies] == ["plain"] * 3 and not client.supports_schema
+        assert [reply.text for reply in replies] == ["plain"] * 3
 
     bench.run(work)
     assert Counter(forms(server)) == {"json_schema": 2, None: 3} and forms(server)[-1] is None
@@ -366,7 +360,7 @@ def test_another_bad_request_does_not_cost_the_schema(server, monkeypatch):
             before = len(server.requests)
             with contextlib.suppress(CallFailed):
                 await question(client, text)
-            assert client.supports_schema and len(server.requests) == before + requests
+            assert len(server.requests) == before + requests
 
     bench.run(work)
     assert forms(server) == ["json_schema", None, "json_schema", "json_schema"]
