@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,15 @@ class Run:
         return Run(self.task, self.method, self.split, kept)
 
 
+def arguments(about: str | None) -> argparse.ArgumentParser:
+    """Return a parser for a grid and the folder of its rows."""
+    parser = argparse.ArgumentParser(description=(about or "").splitlines()[0])
+    names = sorted(path.stem for path in Path(__file__).parent.glob("*.yaml"))
+    parser.add_argument("grid", nargs="?", default="full", choices=names, help="by default full")
+    parser.add_argument("--results", type=Path, help="folder of the rows; by default results next to this file")
+    return parser
+
+
 def load(name: str) -> dict[str, Any]:
     """Read a grid's file; what it leaves out is that of the grid that it names as ``base``."""
     data: dict[str, Any] = yaml.safe_load(Path(__file__).with_name(f"{name}.yaml").read_text(encoding="utf-8"))
@@ -57,11 +67,13 @@ class Grid:
 
     Args:
         name: of the grid's file next to this one, and of the rows' file in ``results``.
+        results: another folder of the rows' file.
+        blocks: those that are planned; by default all.
     """
 
-    def __init__(self, name: str) -> None:
-        self.data = load(name)
-        self.file = RESULTS / f"{name}.jsonl"
+    def __init__(self, name: str, results: Path | None = None, blocks: Sequence[str] | None = None) -> None:
+        self.data, self.blocks = load(name), blocks
+        self.file = (results or RESULTS) / f"{name}.jsonl"
         self.rows: dict[str, dict[str, Any]] = {}
         for line in self.file.read_text(encoding="utf-8").splitlines() if self.file.exists() else ():
             try:
@@ -73,7 +85,7 @@ class Grid:
     def add(self, row: dict[str, Any]) -> None:
         """Append a row to the file."""
         self.rows[row["key"]] = row
-        self.file.parent.mkdir(exist_ok=True)
+        self.file.parent.mkdir(parents=True, exist_ok=True)
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -124,6 +136,8 @@ class Grid:
     def planned(self) -> Iterator[Run]:
         """Yield all runs in their order; what follows a method's tuning depends on the rows added in between."""
         for block, task, *only in self.data["order"]:
+            if self.blocks is not None and block not in self.blocks:
+                continue
             for method in only[0] if only else self.data["blocks"][block]["methods"]:
                 yield from self.tuning(task, method)
                 yield from self.runs(block, task, method)

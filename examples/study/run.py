@@ -3,6 +3,7 @@
     python -m examples.study.run                           # make study: hours
     python -m examples.study.run quick                     # make study-quick: twelve minutes
     python -m examples.study.run pretrained                # SmolLM2 on word problems
+    python -m examples.study.run --blocks tight --results again    # one block, its rows anew in a folder of your own
 
 A run whose row is in results/GRID.jsonl is not run again, so the same command continues an interrupted study. Start
 models, masks and runs that others need lie under ``--work``. ``--minutes`` starts no run after that time. ``--processes``
@@ -11,7 +12,6 @@ does as many runs at a time, each on one core.
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import shutil
 import signal
@@ -32,7 +32,7 @@ from ssrctl.sampling.engines.transformers_engine import NonFiniteLogits
 from ssrctl.training.training_step import NonFiniteBatch
 
 from . import inputs, tasks
-from .grid import Grid, Run
+from .grid import Grid, Run, arguments
 from .measures import MEASURES, sampled
 
 KEPT = ("weights", "places")  # runs that later ones are compared with
@@ -40,14 +40,14 @@ KEPT = ("weights", "places")  # runs that later ones are compared with
 
 def main() -> None:
     """Do all runs of a grid that have no row."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("grid", nargs="?", default="full", help="name of a grid in this folder")
+    parser = arguments(__doc__)
     parser.add_argument("--work", type=Path, default=Path("runs/study"))
     parser.add_argument("--minutes", type=float, default=float("inf"))
     parser.add_argument("--processes", type=int, default=1, help="runs at a time")
+    parser.add_argument("--blocks", nargs="+", help="only these blocks, and the rates that they need")
     args = parser.parse_args()
     _settle()
-    grid, end = Grid(args.grid), time.monotonic() + 60 * args.minutes
+    grid, end = Grid(args.grid, args.results, args.blocks), time.monotonic() + 60 * args.minutes
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.processes, mp_context=context, initializer=_settle) as pool:
         try:

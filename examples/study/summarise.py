@@ -7,7 +7,6 @@ Of the full grid it writes the tables of docs/study.md between its markers, and 
 
 from __future__ import annotations
 
-import argparse
 import math
 import re
 import statistics
@@ -20,7 +19,7 @@ from ssrctl.evaluation.intervals import POWER, holm
 from ssrctl.report.charts import draw
 from ssrctl.report.document import Dots
 
-from .grid import RESULTS, Grid
+from .grid import Grid, arguments
 from .tasks import EQUAL, FORMATS, NUM_SAMPLES
 
 LEVEL = 0.95
@@ -315,15 +314,13 @@ def insert(text: str, name: str, table: str) -> str:
 
 def main() -> None:
     """Write the tables and figures of a grid."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("grid", nargs="?", default="full")
-    name = parser.parse_args().grid
-    grid = Grid(name)
+    args = arguments(__doc__).parse_args()
+    grid = Grid(args.grid, args.results)
     tables = {"facts": facts(grid), "claims": claims_table(grid), "steps": steps_table(grid)}
     tables |= {block: measured_table(grid, block, names) for block, names in MEASURED.items()}
     tables["blocks"] = block_tables(grid)
-    if name != "full":
-        (RESULTS / f"{name}.md").write_text("\n".join(filter(None, tables.values())), encoding="utf-8")
+    if args.grid != "full" or args.results is not None:
+        grid.file.with_suffix(".md").write_text("\n".join(filter(None, tables.values())), encoding="utf-8")
         return
     PICTURE.write_text(picture(grid, "main"), encoding="utf-8")
     page = PAGE.read_text(encoding="utf-8")
