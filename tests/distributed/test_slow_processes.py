@@ -112,7 +112,7 @@ def launched(words: list[str], **more: str) -> subprocess.Popen[str]:
     ids=["num-processes", "torchrun", "accelerate"],
 )  # fmt: skip
 def test_each_launcher_gives_the_run_of_one_process(launcher: list[str], tmp_path: Path) -> None:
-    words = [*SMALL[1:], "--max-steps", "2"]
+    words = [*SMALL[1:], "--max-steps", "2", "--no-report"]
     assert main(["train", *words, "--sample-together", "question", "-o", str(tmp_path / "1" / "run")]) == 0
     process = launched([*launcher, *words, "-o", str(tmp_path / "2" / "run")])
     _, err = process.communicate(timeout=180)
