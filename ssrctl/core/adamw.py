@@ -51,6 +51,18 @@ class CountedAdamW(torch.optim.Optimizer, abc.ABC):
         """Update a parameter and its state; return the counts."""
 
 
+def next_step(state: Mapping[str, Tensor], group: Mapping[str, Any]) -> dict[str, Any]:
+    """Count a step of a parameter in its state, and return the settings with which ``adamw`` takes it."""
+    state["step"].add_(1)  # in place: a tensor, as torch has it
+    return {
+        "step": int(state["step"]),
+        "lr": float(group["lr"]),
+        "betas": group["betas"],
+        "eps": group["eps"],
+        "weight_decay": group["weight_decay"],
+    }
+
+
 def adamw(
     weights: Tensor,
     gradient: Tensor,

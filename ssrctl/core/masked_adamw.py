@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssrctl.core.adamw import CountedAdamW, adamw
+from ssrctl.core.adamw import CountedAdamW, adamw, next_step
 from ssrctl.core.index_sets import IndexSet
 from ssrctl.core.mask import BlockMask
 from ssrctl.core.masters import REMAINDER_DTYPES, join_master, split_master
@@ -125,17 +125,7 @@ class MaskedAdamW(CountedAdamW):
         stored = flat[indices]
         before = join_master(stored, state["remainder"]) if "remainder" in state else stored.to(moments[0].dtype)
         weights = before.clone()
-        state["step"] += 1  # in place: a tensor, as torch has it
-        adamw(
-            weights,
-            gradient.reshape(-1)[indices].to(weights.dtype),
-            *moments,
-            step=int(state["step"]),
-            lr=float(group["lr"]),
-            betas=group["betas"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-        )
+        adamw(weights, gradient.reshape(-1)[indices].to(weights.dtype), *moments, **next_step(state, group))
         if "remainder" in state:
             written, state["remainder"] = split_master(weights, parameter.dtype)
         else:

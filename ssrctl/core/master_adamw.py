@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssrctl.core.adamw import CountedAdamW, adamw
+from ssrctl.core.adamw import CountedAdamW, adamw, next_step
 from ssrctl.core.masters import REMAINDER_DTYPES, join_master, split_master
 from ssrctl.core.sparse_update import Survival
 
@@ -46,7 +46,7 @@ class MasterAdamW(CountedAdamW):
         state = self.state[parameter]
         if not state:
             state.update(_fresh_state(parameter))
-        state["step"] += 1  # in place: a tensor, as torch has it
+        settings = next_step(state, group)
         flat, gradient = parameter.view(-1), gradient.reshape(-1)
         columns = {name: value.view(-1) for name, value in state.items() if name != "step"}
         survival = Survival()
@@ -60,11 +60,7 @@ class MasterAdamW(CountedAdamW):
                 gradient[part].to(master.dtype),
                 columns["exp_avg"][part],
                 columns["exp_avg_sq"][part],
-                step=int(state["step"]),
-                lr=float(group["lr"]),
-                betas=group["betas"],
-                eps=group["eps"],
-                weight_decay=group["weight_decay"],
+                **settings,
             )
             if "remainder" in columns:
                 flat[part], columns["remainder"][part] = split_master(master, parameter.dtype)

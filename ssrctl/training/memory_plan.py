@@ -97,8 +97,7 @@ class MemoryPlanner:
             rows = max(1, min(rows, config.micro_batch_tokens // tokens))
         recomputed = config.step_gradient == "recomputed"
         # recomputed chunks have one response's tokens, or several whole responses
-        device = resolve_device(config.device).type
-        chunk = config.gradient_chunk_tokens or default_chunk_tokens(device)
+        chunk = config.gradient_chunk_tokens or default_chunk_tokens(resolve_device(config.device).type)
         rows_at_once = max(1, min(rows, chunk // tokens)) if recomputed else rows
         held_at_once = min(tokens, chunk) if recomputed else tokens
         layers = self.layers.activations(

@@ -108,8 +108,8 @@ class TransformersEngine:
         self.loaded, self.sampling, self.version = loaded, sampling, 0
         layers = cache_layers(loaded.model)
         self._selects = leave and layers <= {DynamicLayer, DynamicSlidingWindowLayer} and bool(layers)
-        self._grows = layers == {DynamicLayer}  # keys and values of all columns, which can be padded and cut
-        self._trims = self._selects and self._grows
+        # keys and values of all columns, which can be padded and cut
+        self._trims = self._selects and layers == {DynamicLayer}
         self._joins = refill and self._trims
         self._ends = end_token_ids(loaded)
         self._stops = StopTexts(loaded.tokenizer, sampling.stop)
