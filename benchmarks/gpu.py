@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, in one command of less than eight minutes: one table, and the same as json.
+"""Everything that needs a GPU, in one command of at most eight minutes: one table, and the same as json.
 
 Parts, each in a process of its own so that one that fails or runs out of memory leaves the others alone:
 
@@ -10,6 +10,8 @@ Parts, each in a process of its own so that one that fails or runs out of memory
 - ``step``: one KronosOpt step of one question on Qwen3-1.7B (its sizes, random weights, bfloat16): 8 responses of 2,048 and
   of 4,096 tokens in 16 steps, by each way of computing step gradients. Peak memory (goal: at most 60 GiB at 4,096), and
   seconds by phase.
+- ``chunks``: recomputed gradients of two steps of such a question, in chunks of 1,024 and of 8,192 tokens.
+- ``shards``: a claim and the optimizer's step, with the shards of a CPU and with those of a GPU.
 - ``calibration``: single chunks against the cost model's numbers (``step_gradients.py --calibrate``).
 - ``diagnose``: rank, spectrum and landing of an 8B pair (``diagnose_matrices.py``; goal: at most 3 hours).
 
@@ -34,7 +36,7 @@ from typing import Any
 import torch
 from common import Clock, goal, machine, peak_rss_bytes, table, timed
 
-PARTS = ("tests", "stages", "processes", "selection", "step", "calibration", "diagnose")
+PARTS = ("tests", "stages", "processes", "selection", "step", "chunks", "shards", "calibration", "diagnose")
 WAYS = ("recomputed", "chunked", "local")
 RESPONSES, PROMPT, UNITS = 8, 128, 16
 GIB = 2**30
@@ -104,7 +106,8 @@ def run_piece(piece: str, device: str) -> Row:
     """Run one piece in this process and return its measurements."""
     name, *details = piece.split()
     whole = {"tests": tests, "stages": stages, "processes": processes}
-    on_device = {"selection": selection, "calibration": calibration, "diagnose": diagnose}
+    on_device = {"selection": selection, "chunks": chunks, "shards": shards}
+    on_device |= {"calibration": calibration, "diagnose": diagnose}
     if name in whole:
         return whole[name]()
     if name in on_device:
@@ -213,28 +216,88 @@ def selection(device: str) -> Row:
 
 def calibration(device: str) -> Row:
     """Time single chunks of two models against the cost model; the tables are kept as text."""
-    words = [sys.executable, str(Path(__file__).with_name("step_gradients.py")), "--calibrate", "--rounds", "3"]
-    words += ["--dtype", "bfloat16", "--model", "135m", "qwen3-1.7b"] if device == "cuda" else ["--model", "small"]
-    return {"text": subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout}
+    models = ["--dtype", "bfloat16", "--model", "135m", "qwen3-1.7b"] if device == "cuda" else ["--model", "small"]
+    return beside("step_gradients.py", "--calibrate", "--rounds", "3", *models)
 
 
 def diagnose(device: str) -> Row:
     """Time the decompositions of an 8B pair; the table is kept as text."""
-    words = [sys.executable, str(Path(__file__).with_name("diagnose_matrices.py")), "--device", device]
-    words += [] if device == "cuda" else ["--side", "256"]
-    return {"text": subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout}
+    return beside("diagnose_matrices.py", "--device", device, *([] if device == "cuda" else ["--side", "256"]))
 
 
-def step(device: str, tokens: int, way: str) -> Row:
-    """Run two KronosOpt steps of one question; the second is measured, when state exists and kernels are loaded."""
+def beside(script: str, *words: str) -> Row:
+    """Run a script next to this one and return what it prints."""
+    command = [sys.executable, str(Path(__file__).with_name(script)), *words]
+    return {"text": subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout}
+
+
+def chunks(device: str) -> Row:
+    """Time recomputed gradients of two units by the size of their chunks."""
+    from ssrctl.training.unit_gradients import Dials
+
+    model, tokens, found = build_model(device), 2048 if device == "cuda" else 64, {}
+    for size in (1024, 8192):
+        for _ in range(2):  # the second is measured
+            clock = Clock()
+            for _ in gradients_of(model, tokens, 2, "recomputed", dials=Dials(1, size))[1]:
+                model.zero_grad(set_to_none=True)
+            found[f"chunks of {size}"] = round(clock.lap(), 2)
+    return {"commands": found}
+
+
+def shards(device: str) -> Row:
+    """Time a claim, the best of four, and the step by the size of the optimizer's shards."""
+    from ssrctl.core import layout
+    from ssrctl.core.kronos import KronosOpt
+
+    model, found = build_model(device), {}
+    gradients = {name: torch.randn_like(parameter) * 0.01 for name, parameter in model.named_parameters()}
+    for size in (layout.SHARD, layout.DEVICE_SHARD):
+        layout.SHARD = layout.DEVICE_SHARD = size
+        optimizer = KronosOpt(model.named_parameters(), lr=1e-5)
+        optimizer.begin_question(5)
+
+        def claim(optimizer: Any = optimizer) -> None:
+            for name, parameter in model.named_parameters():
+                parameter.grad = gradients[name]
+            optimizer.claim()
+
+        found[f"claim, shards of {size}"] = round(timed(claim, 4).best, 4)
+        clock = Clock()
+        optimizer.step()
+        found[f"step, shards of {size}"] = round(clock.lap(), 3)
+    return {"commands": found}
+
+
+def build_model(device: str) -> Any:
+    """Return a model of Qwen3-1.7B's sizes in the state in which a run has it; on a CPU a small one."""
     from step_gradients import build
 
-    from ssrctl.core.kronos import KronosOpt
     from ssrctl.models.precision import repeat_sums
 
     repeat_sums(torch.device(device))
     with torch.device(device):
-        model = build(*(("qwen3-1.7b", torch.bfloat16) if device == "cuda" else ("small", torch.float32)))
+        return build(*(("qwen3-1.7b", torch.bfloat16) if device == "cuda" else ("small", torch.float32)))
+
+
+def gradients_of(model: Any, tokens: int, units: int, way: str, seed: int = 0, **more: Any) -> tuple[list[Any], Any]:
+    """Return the units of a random question, and the iterator of their gradients."""
+    from shapes import random_question
+
+    from ssrctl.training.unit_gradients import unit_gradients
+
+    batch, made = random_question(
+        model, responses=RESPONSES, prompt=PROMPT, tokens=tokens, units=units, logprob=-12.0, seed=seed
+    )
+    settings = {"level": "sequence", "clip_epsilon": 0.9, "on_logprobs": lambda logprobs: None}
+    return made, unit_gradients(model, batch, made, method=way, **settings, **more)
+
+
+def step(device: str, tokens: int, way: str) -> Row:
+    """Run two KronosOpt steps of one question; the second is measured, when state exists and kernels are loaded."""
+    from ssrctl.core.kronos import KronosOpt
+
+    model = build_model(device)
     optimizer = KronosOpt(model.named_parameters(), lr=1e-5)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     if device == "cuda":
@@ -252,19 +315,12 @@ def step(device: str, tokens: int, way: str) -> Row:
 
 def one_step(model: Any, optimizer: Any, tokens: int, way: str, seed: int) -> Row:
     """Return the seconds of one step by phase: gradients, claims, update."""
-    from shapes import random_question
-
-    from ssrctl.training.unit_gradients import unit_gradients
-
-    batch, units = random_question(
-        model, responses=RESPONSES, prompt=PROMPT, tokens=tokens, units=UNITS, logprob=-12.0, seed=seed
-    )
+    units, gradients = gradients_of(model, tokens, UNITS, way, seed)
     seconds = dict.fromkeys(("gradient_seconds", "claim_seconds", "update_seconds"), 0.0)
     clock = Clock()
     optimizer.begin_question(len(units))
     seconds["claim_seconds"] += clock.lap()
-    settings = {"level": "sequence", "clip_epsilon": 0.9, "on_logprobs": lambda logprobs: None}
-    for _ in unit_gradients(model, batch, units, method=way, **settings):
+    for _ in gradients:
         seconds["gradient_seconds"] += clock.lap()
         optimizer.claim()
         seconds["claim_seconds"] += clock.lap()
@@ -294,7 +350,9 @@ def print_rows(rows: list[Row]) -> None:
             limit = f"{row['limits']:.2f} bandwidth limits; " if "limits" in row else ""
             lines.append([row["piece"], "", "", f"{ours:.4f}", "", f"{limit}times ours: {peers}"])
         else:
-            took = ", ".join(f"{words.split()[0]} {seconds}" for words, seconds in row.get("commands", {}).items())
+            took = ", ".join(
+                f"{words.partition(' -')[0]} {seconds}" for words, seconds in row.get("commands", {}).items()
+            )
             lines.append([row["piece"], "", "", "", "", row.get("tests", took)])
     print()
     print(table(["piece", "peak GiB", "gradients s", "claims s", "update s", ""], lines))
